@@ -1,0 +1,3 @@
+"""qtune: fine-tune large language models in 4 bits on one ordinary graphics card."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,110 @@
+"""What people see: results on stdout, messages and progress on stderr. The only module that prints or knows rich."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
+PLAIN_WIDTH = 120
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream.isatty()
+    return Console(file=stream, highlight=False, soft_wrap=not terminal, width=None if terminal else PLAIN_WIDTH)
+
+
+def out(result: RenderableType) -> None:
+    """Prints a result to stdout."""
+    _console(stderr=False).print(result)
+
+
+def out_raw(text: str) -> None:
+    """Writes machine-readable or streamed text to stdout as it is, without a line end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(message: RenderableType) -> None:
+    """Prints a message about the work to stderr."""
+    _console(stderr=True).print(message)
+
+
+def say_error(message: str) -> None:
+    """Prints an error to stderr: `error: ` and the message, which keeps its own lines."""
+    _console(stderr=True).print(Text.assemble(("error: ", "bold red"), message))
+
+
+def is_live() -> bool:
+    """Whether stderr is a terminal that can be redrawn."""
+    return _console(stderr=True).is_terminal
+
+
+def live_console() -> Console:
+    """The console of stderr, for displays that redraw themselves."""
+    return _console(stderr=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()) -> Table:
+    """A plain table; `right` names the columns (by index) that hold figures."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(columns):
+        drawn.add_column(name, justify="right" if index in right else "left", header_style="dim", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+@dataclass
+class Bar:
+    """A running progress display; `total` may be None while it is not known."""
+
+    description: str
+    total: float | None
+    done: float = 0
+    _progress: Progress | None = None
+    _said: int = -1
+
+    def advance(self, steps: float = 1) -> None:
+        """Counts `steps` more of the work as done."""
+        self.update(self.done + steps)
+
+    def update(self, done: float, *, total: float | None = None, description: str | None = None) -> None:
+        """Sets how much is done, and the total or the description where they changed."""
+        self.done = done
+        self.total = self.total if total is None else total
+        self.description = description or self.description
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done, total=self.total, description=self.description)
+        elif self.total:
+            quarter = int(4 * done / self.total)
+            if quarter > self._said:
+                self._said = quarter
+                say(f"{self.description}: {min(100, round(100 * done / self.total))} %")
+
+
+@contextmanager
+def progress(description: str, total: float | None = None) -> Iterator[Bar]:
+    """Shows how far some work is: a bar on a terminal, a line for each quarter elsewhere."""
+    console = live_console()
+    if not console.is_terminal:
+        if not total:
+            say(f"{description} …")
+        yield Bar(description, total)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as drawn:
+        drawn.add_task(description, total=total)
+        yield Bar(description, total, _progress=drawn)

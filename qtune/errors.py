@@ -1,0 +1,100 @@
+"""Every error that qtune raises on purpose, and the exit code of each.
+
+    QtuneError                  a message for the user, an exit code for the shell
+    ├── InputError        (2)   the input is wrong: one line for each problem, all of them at once
+    │   ├── RecipeError         recipe file, --set
+    │   ├── DataError           data files and rows
+    │   ├── ModelError          base model: not found, not readable, not quantizable as asked
+    │   └── RunError            run folder: missing, incomplete, of another version
+    ├── WorkError         (1)   the input was fine, the work failed
+    │   ├── GateError           the data would train on wrong labels
+    │   ├── OutOfMemory         does not fit the device
+    │   ├── TrainingError       training stopped
+    │   ├── ExportError         the exported model could not be written
+    │   └── VerificationError   the exported model is not the trained one
+    └── Interrupted     (130)   Ctrl-C; the state is saved
+
+Anything else that reaches the user is a bug of ours and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    `place` is what the user can open or type: "recipe.toml:14", "data/train.jsonl:208", "--set"; it may be empty.
+    `message` says the key or row, what was found, and what would be right.
+    """
+
+    place: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}" if self.place else self.message
+
+
+class QtuneError(Exception):
+    """A failure with a message that is meant for the user."""
+
+    exit_code = 1
+
+
+class InputError(QtuneError):
+    """One or more problems in what the user gave, reported together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RecipeError(InputError):
+    """The recipe, or a `--set` that changes it, cannot be used."""
+
+
+class DataError(InputError):
+    """A data source or some of its rows cannot be used."""
+
+
+class ModelError(InputError):
+    """The base model cannot be found, read or quantized as the recipe says."""
+
+
+class RunError(InputError):
+    """A run folder is missing, incomplete or not ours."""
+
+
+class WorkError(QtuneError):
+    """The input was acceptable and the work failed."""
+
+    exit_code = 1
+
+
+class GateError(WorkError):
+    """The gate found labels that would train the wrong thing."""
+
+
+class OutOfMemory(WorkError):  # noqa: N818  named as its users say it
+    """The work does not fit the device's memory."""
+
+
+class TrainingError(WorkError):
+    """Training stopped before its end."""
+
+
+class ExportError(WorkError):
+    """The export could not be written."""
+
+
+class VerificationError(WorkError):
+    """The exported model does not match the one that was trained."""
+
+
+class Interrupted(QtuneError):  # noqa: N818  not an error, an answer to Ctrl-C
+    """The user stopped the work; what was done is saved."""
+
+    exit_code = 130
