@@ -1,0 +1,400 @@
+"""The recipe: the tables and keys of a TOML file as immutable values, and every rule that they must keep.
+
+The schema is the single source: defaults and docstrings stand here once; help, errors, `qtune init` and the JSON
+Schema take them from here. Reading files and naming lines is `recipe_file.py`'s job.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+
+KeyPath = tuple[str | int, ...]
+
+Auto = Literal["auto"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+class Table(BaseModel):
+    """A TOML table: immutable, no unknown keys, no coercion ("16" is not 16)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Table):
+    """The base model, which is never changed."""
+
+    base: str = Field(min_length=1)
+    """Hub id, local folder, GGUF file, or a built-in name such as "builtin:smollm2-135m-instruct"."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit that was used is kept in the run's lock.json."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: a model is data."""
+    attention: Auto | Literal["sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; "auto" is sdpa, which every device has."""
+
+
+class FourBit(Table):
+    """Blocks of 64 weights as 4-bit codes and one absmax. QLoRA (arXiv:2305.14314), section 3."""
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+    """Code book: NF4 is optimal for normally distributed weights; FP4 is a 4-bit float."""
+    double_quantization: bool = True
+    """Quantize the absmax values too: 4.5 -> 4.127 bits per weight."""
+    compute_dtype: Auto | Dtype = "auto"
+    """Type that weights are dequantized to and products computed in; "auto" follows the device."""
+    minimum_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Refuse to train if a smaller share of the parameters than this ends up quantized."""
+
+
+class EightBit(Table):
+    """Row-wise absmax int8 with outlier columns in 16 bits. LLM.int8() (arXiv:2208.07339)."""
+
+    kind: Literal["int8"]
+    """LLM.int8()."""
+    compute_dtype: Auto | Dtype = "auto"
+    """Type of everything that is not quantized; "auto" follows the device."""
+    minimum_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Refuse to train if a smaller share of the parameters than this ends up quantized."""
+
+
+class Unquantized(Table):
+    """The base model in its compute dtype."""
+
+    kind: Literal["none"]
+    """No quantization."""
+    compute_dtype: Auto | Dtype = "auto"
+    """Type of the weights; "auto" follows the device."""
+
+
+Quantization = FourBit | EightBit | Unquantized
+
+
+class Lora(Table):
+    """LoRA: h = W x + (alpha / rank) B A x. Hu et al. 2021 (arXiv:2106.09685), section 4.1."""
+
+    kind: Literal["lora"] = "lora"
+    """Low-rank updates next to the linear layers."""
+    rank: PositiveInt = 16
+    """Inner dimension of A [rank, in] and B [out, rank]; adapter memory grows linearly with it."""
+    alpha: PositiveInt = 32
+    """Numerator of the scale alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Names | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter; "all-linear" is every one but the LM head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which stays stable for large ranks. arXiv:2312.03732."""
+    dora: bool = False
+    """Learn magnitude and direction apart: better at small ranks, slower. arXiv:2402.09353."""
+    initialization: Literal["default", "gaussian", "orthogonal", "pissa", "loftq", "eva"] = "default"
+    """Start of A and B. pissa and loftq (arXiv:2404.02948, 2310.08659) need an unquantized base; eva
+    (arXiv:2410.07170) looks at activations of the training rows."""
+    dtype: Auto | Dtype = "auto"
+    """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
+
+
+class PTuning(Table):
+    """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
+
+    kind: Literal["p-tuning"]
+    """Virtual tokens before the prompt, from an encoder."""
+    virtual_tokens: PositiveInt = 16
+    """Length of the soft prompt; it spends context that data.max_length does not count."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """Prompt encoder: a three-layer MLP or a bidirectional LSTM with two linear layers."""
+    encoder_hidden_size: PositiveInt | None = None
+    """Width of the encoder; left out, the model's hidden size."""
+    encoder_layers: PositiveInt | None = None
+    """Layers of the LSTM; left out, 2. The MLP always has three."""
+    encoder_dropout: Fraction = 0.0
+    """Dropout between the LSTM's layers."""
+    dtype: Auto | Dtype = "auto"
+    """Type of the encoder's weights; "auto" is float32."""
+
+
+class PromptTuning(Table):
+    """Virtual tokens trained directly. Lester et al. 2021 (arXiv:2104.08691), section 2."""
+
+    kind: Literal["prompt-tuning"]
+    """Virtual tokens before the prompt, each a free vector."""
+    virtual_tokens: PositiveInt = 16
+    """Length of the soft prompt; it spends context that data.max_length does not count."""
+    initialization: Literal["random", "vocabulary", "text"] = "vocabulary"
+    """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
+    text: str | None = Field(default=None, min_length=1)
+    """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
+    dtype: Auto | Dtype = "auto"
+    """Type of the vectors; "auto" is float32."""
+
+
+class PrefixTuning(Table):
+    """Trained keys and values before every layer's own. Li & Liang 2021 (arXiv:2101.00190), section 4."""
+
+    kind: Literal["prefix-tuning"]
+    """Virtual keys and values in every layer."""
+    virtual_tokens: PositiveInt = 16
+    """Length of the prefix; it spends context that data.max_length does not count."""
+    projection: bool = False
+    """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
+    encoder_hidden_size: PositiveInt | None = None
+    """Width of that MLP; left out, the model's hidden size."""
+    dtype: Auto | Dtype = "auto"
+    """Type of the prefix; "auto" is float32."""
+
+
+class IA3(Table):
+    """Trained scales on keys, values and feed-forward activations. Liu et al. 2022 (arXiv:2205.05638), section 3.3."""
+
+    kind: Literal["ia3"]
+    """Learned scales, the smallest adapter."""
+    target_modules: Names | None = None
+    """Layers whose output (or input, if feed-forward) is scaled; left out, peft's list for the model family."""
+    feedforward_modules: Names | None = None
+    """Which of them are feed-forward layers, scaled at their input."""
+    dtype: Auto | Dtype = "auto"
+    """Type of the scales; "auto" is float32."""
+
+
+Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
+SoftPrompt = PTuning | PromptTuning | PrefixTuning
+
+
+class Data(Table):
+    """What is learned from, and how rows become tokens."""
+
+    train: str | Names
+    """Training rows: a file, or several."""
+    validation: str | Fraction = 0.05
+    """Rows for the eval loss during training: a file, or the share of the training rows to set aside (0: none)."""
+    test: str | None = None
+    """Rows for `qtune eval`; left out, it takes the validation rows."""
+    max_length: PositiveInt = 2048
+    """Longest row in tokens."""
+
+
+class Training(Table):
+    """The optimization."""
+
+    epochs: PositiveReal = 1.0
+    """Passes over the training rows."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; given, it replaces epochs."""
+    batch_size: PositiveInt = 16
+    """Rows per optimizer step. The effective one: it never changes behind your back."""
+    micro_batch_size: Auto | PositiveInt = "auto"
+    """Rows that are in memory at once; batch_size is made of such micro-batches. "auto" follows from memory."""
+    learning_rate: Auto | PositiveReal = "auto"
+    """Peak learning rate; "auto" follows the adapter's kind."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Fraction = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    max_gradient_norm: PositiveReal = 1.0
+    """Gradients are scaled down to this norm."""
+    optimizer: Auto | Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "auto"
+    """AdamW (arXiv:1711.05101) with fp32 or 8-bit state (arXiv:2110.02861), paged to the host when the card is full."""
+    gradient_checkpointing: Auto | bool = "auto"
+    """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of the adapter's start, the order of rows and dropout."""
+    log_every: PositiveInt = 1
+    """Optimizer steps between two lines of metrics."""
+    eval_every: PositiveInt | Literal["epoch", "never"] = "epoch"
+    """Optimizer steps between two measurements of the validation loss."""
+    checkpoint_every: PositiveInt | Literal["epoch"] = "epoch"
+    """Optimizer steps between two checkpoints."""
+    checkpoint_minutes: PositiveReal | None = 30.0
+    """Also save a checkpoint when the last one is this old."""
+    keep_checkpoints: PositiveInt = 2
+    """How many checkpoints stay on disk."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers to report to; each must be installed. None by default: nothing leaves the machine."""
+
+
+class Memory(Table):
+    """What the device may spend."""
+
+    budget: Auto | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$")] = "auto"
+    """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
+
+
+class Output(Table):
+    """Where the run goes."""
+
+    directory: str = Field(default="runs", min_length=1)
+    """Folder of runs, from the folder in which qtune is called."""
+    name: str | None = Field(default=None, pattern=r"^[\w][\w.+-]*$")
+    """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    model: Model
+    quantization: Quantization = Field(default_factory=FourBit, discriminator="kind")
+    adapter: Adapter = Field(default_factory=Lora, discriminator="kind")
+    data: Data
+    training: Training = Field(default_factory=Training)
+    memory: Memory = Field(default_factory=Memory)
+    output: Output = Field(default_factory=Output)
+
+
+class Fault(NamedTuple):
+    """Something wrong with one key: where it is in the recipe and what would be right."""
+
+    path: KeyPath
+    message: str
+
+
+# A table that leaves its kind out means this one; pydantic cannot pick a union member without it.
+DEFAULT_KINDS = {"quantization": "nf4", "adapter": "lora"}
+
+
+def parse_recipe(tables: Mapping[str, Any]) -> Recipe | list[Fault]:
+    """The recipe that TOML `tables` describe, or everything that is wrong with them."""
+    filled = dict(tables)
+    for name, kind in DEFAULT_KINDS.items():
+        if isinstance(filled.get(name), dict):
+            filled[name] = {"kind": kind, **filled[name]}
+    try:
+        # Through JSON: strict validation of Python values would refuse TOML arrays for tuples.
+        recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
+    except ValidationError as error:
+        return _faults(error, filled)
+    return list(_conflicts(recipe)) or recipe
+
+
+def _conflicts(recipe: Recipe) -> Iterator[Fault]:
+    """Pairs of values that cannot work together, each with its reason."""
+    adapter, training = recipe.adapter, recipe.training
+    quantized = not isinstance(recipe.quantization, Unquantized)
+    if isinstance(adapter, PrefixTuning) and training.gradient_checkpointing is True:
+        yield Fault(
+            ("training", "gradient_checkpointing"),
+            'prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; use false or "auto"',
+        )
+    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
+        yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
+    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_dropout:
+        yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
+    if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
+        yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
+    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
+        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
+    if isinstance(adapter, Lora):
+        if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
+            yield Fault(
+                ("adapter", "target_modules"),
+                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; remove lm_head",
+            )
+        if adapter.initialization in ("pissa", "loftq") and quantized:
+            yield Fault(
+                ("adapter", "initialization"),
+                f"{adapter.initialization} takes the weights apart in full precision and rewrites the base, which a "
+                f'{recipe.quantization.kind} base does not allow; use "default", "eva", or [quantization] kind = "none"',
+            )
+        if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
+            yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
+    if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
+        yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
+    if training.steps is not None and "epochs" in training.model_fields_set:
+        yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
+    if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
+        yield Fault(
+            ("training", "micro_batch_size"),
+            f"batch_size = {training.batch_size} must be a whole number of micro-batches",
+        )
+
+
+def _faults(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
+    """pydantic's errors with our paths and words; the branches of a union become one fault."""
+    found: dict[KeyPath, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "union_tag_invalid":
+            detail["loc"] = (*detail["loc"], "kind")
+        path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
+        found.setdefault(path, []).append(_in_our_words(path, detail))
+    return [Fault(path, _joined(messages)) for path, messages in found.items()]
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """One sentence for the branches of a union: "must be a or b"."""
+    first, *others = dict.fromkeys(messages)
+    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+
+
+def _real_path(location: Sequence[str | int], tables: Mapping[str, Any], *, keep_last: bool) -> KeyPath:
+    """Drops what pydantic adds to a location: union tags and the names of union branches."""
+    path: list[str | int] = []
+    value: Any = tables
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(value, Mapping) and (part in value or (is_last and keep_last)):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
+            return f"no such key in {where}{_nearest(str(path[-1]), _known_keys(detail['loc']))}"
+        case "missing":
+            return "is required and missing"
+        case "literal_error" | "union_tag_invalid":
+            expected = str(context.get("expected", context.get("expected_tags"))).replace("'", '"')
+            choices = [word.strip(' "') for word in expected.replace(" or ", ", ").split(",")]
+            word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
+            return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
+        case "string_pattern_mismatch":
+            return f"must look like {_pattern_in_words(path)}"
+        case _:
+            return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
+
+
+def _pattern_in_words(path: KeyPath) -> str:
+    return '"8GiB" or "512MiB"' if path == ("memory", "budget") else "a folder name: letters, digits, . _ + -"
+
+
+def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known and list_known else ""
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """The keys that the table around a location has."""
+    kinds = {kind: table for union in (Quantization, Adapter) for table in get_args(union) for kind in kinds_of(table)}
+    here: type[BaseModel] | None = Recipe
+    for part in location[:-1]:
+        if here is None:
+            return []
+        if part in kinds and here is Recipe:
+            here = kinds[str(part)]
+        elif here is Recipe and part in ("quantization", "adapter"):
+            continue
+        else:
+            field = here.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+            here = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list(here.model_fields) if here else []
+
+
+def kinds_of(table: type[Table]) -> tuple[str, ...]:
+    """The values of `kind` that mean this table."""
+    return tuple(get_args(table.model_fields["kind"].annotation))

@@ -1,0 +1,159 @@
+"""A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtune.errors import Problem, RunError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`runs/NAME/`, readable by anyone with a text editor; the screen is drawn from these files."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, directory: Path, name: str, recipe_text: str) -> "RunDir":
+        """Makes `directory/name`, or name-2, name-3, … if that is taken, with the recipe as it was given."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            path = directory / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            run_dir = cls(path)
+            run_dir.write_text(run_dir.recipe_file, recipe_text)
+            return run_dir
+        raise RunError(Problem(str(directory), f"no free name for a run {name!r}"))
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """An existing run.
+
+        Raises:
+            RunError: `path` is not a run's folder.
+        """
+        run_dir = cls(path)
+        if not path.is_dir():
+            raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
+        if not run_dir.resolved_file.is_file():
+            raise RunError(Problem(str(path), "is not a run: it has no resolved.toml"))
+        return run_dir
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe as it was given."""
+        return self.path / "recipe.toml"
+
+    @property
+    def resolved_file(self) -> Path:
+        """The recipe with every value that was used, and where each came from; a recipe itself."""
+        return self.path / "resolved.toml"
+
+    @property
+    def lock_file(self) -> Path:
+        """Versions, base revision, data and template hashes, seed, device."""
+        return self.path / "lock.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per line: what the training display shows."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def memory_file(self) -> Path:
+        """Memory by phase and category."""
+        return self.path / "memory.json"
+
+    @property
+    def eval_file(self) -> Path:
+        """Base against tuned on held-out rows."""
+        return self.path / "eval.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders checkpoint-STEP."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in peft's format; there when training has ended."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training has ended and the adapter is saved."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    def finished_adapter(self) -> Path:
+        """The adapter's folder.
+
+        Raises:
+            RunError: training has not ended.
+        """
+        if not self.is_finished:
+            raise RunError(
+                Problem(str(self.path), f"has no adapter yet; finish it with: qtune run --resume {self.path}")
+            )
+        return self.adapter
+
+    def write_text(self, file: Path, text: str) -> None:
+        """Writes a file of the run whole or not at all."""
+        write_atomically(file, text)
+
+    def write_json(self, file: Path, value: Any) -> None:
+        """Writes a JSON file of the run whole or not at all."""
+        write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, file: Path) -> Any:
+        """A JSON file of the run.
+
+        Raises:
+            RunError: it is missing or broken.
+        """
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes to a temporary name in the same folder, then renames: a reader sees the old text or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def newest_unfinished(directory: Path, name: str) -> RunDir | None:
+    """The latest run called `name` (or name-2, …) that has started and not ended."""
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = [RunDir(path) for path in directory.glob(f"{name}*") if pattern.fullmatch(path.name)]
+    open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
+    return max(open_runs, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
+
+
+def _runs_beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = sorted(str(file.parent) for file in path.parent.glob("*/resolved.toml"))
+    return f"; runs there: {', '.join(names)}" if names else ""
