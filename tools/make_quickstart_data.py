@@ -1,0 +1,252 @@
+"""Writes the quickstart's data: English requests and the one JSON command that each of them means.
+
+    python tools/make_quickstart_data.py            # writes recipes/data/quickstart_{train,test}.jsonl
+
+The same seed always gives the same files. Both files use the same slot values (a room, a time, a name), but no
+command with the same combination of arguments is in both, and no request is. A model that only memorised the training
+rows answers none of the test rows.
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+SYSTEM = "Turn the request into one JSON command."
+SEED = 20
+TRAIN_ROWS_PER_COMMAND = 84
+TEST_ROWS_PER_COMMAND = 16
+
+Slots: TypeAlias = dict[str, tuple[str, str | int]]
+"""What is said and what is meant: {"time": ("6 in the evening", "18:00")}."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One kind of command: its phrasings ("{slot}" is what is said) and a draw of its slots."""
+
+    name: str
+    phrasings: tuple[str, ...]
+    draw: Callable[[random.Random], Slots]
+
+
+NUMBER_WORDS = {
+    2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 8: "eight", 10: "ten", 12: "twelve", 15: "fifteen",
+    20: "twenty", 30: "thirty", 45: "forty-five",
+}  # fmt: skip
+ROOMS = (
+    "kitchen", "bedroom", "bathroom", "living room", "hallway", "office", "garage", "nursery", "attic", "basement",
+)  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "today", "tomorrow")
+PEOPLE = (
+    "Maria", "Tom", "Aisha", "Dad", "Mum", "Kenji", "Olga", "Lucas", "Priya", "Sam", "Elena", "Noah", "Ingrid", "Yusuf",
+    "Grandma", "Chloe", "Mateo", "Hannah",
+)  # fmt: skip
+EVENTS = (
+    "dentist", "team meeting", "yoga class", "piano lesson", "lunch with Olga", "parents' evening", "haircut",
+    "car service", "book club", "job interview", "football practice", "dinner with Sam", "vet appointment",
+    "budget review", "birthday party", "flu shot",
+)  # fmt: skip
+MESSAGES = (
+    "I'm running late", "dinner is ready", "the train is delayed", "I'm waiting at the station", "I left early",
+    "the keys are under the mat", "I'll call after lunch", "the meeting has moved", "I'll bring the cake",
+    "I love the flowers", "we won the match", "I'm on my way", "I have the tickets", "the car is fixed",
+    "I passed the exam", "I can't make it tonight", "the parcel has arrived", "the cat is fed", "I got the job",
+    "we are out of milk",
+)  # fmt: skip
+MUSIC = (
+    "jazz", "Miles Davis", "rock", "Nina Simone", "classical music", "Bach", "reggae", "Bob Marley", "Björk", "blues",
+    "techno", "the Beatles", "folk", "Daft Punk", "Chopin", "hip hop", "Edith Piaf", "ABBA", "salsa", "Radiohead",
+)  # fmt: skip
+ITEMS = (
+    "milk", "eggs", "bread", "apples", "coffee", "rice", "batteries", "soap", "tomatoes", "cheese", "pasta", "lemons",
+    "light bulbs", "tea", "butter", "onions", "yoghurt", "paper towels", "carrots", "olive oil",
+)  # fmt: skip
+LISTS = ("shopping", "party", "camping", "weekend", "office")
+UNITS = (
+    ("miles", "kilometres"), ("pounds", "kilograms"), ("inches", "centimetres"), ("litres", "gallons"),
+    ("feet", "metres"), ("ounces", "grams"),
+)  # fmt: skip
+
+
+def number(random_: random.Random, value: int) -> tuple[str, int]:
+    """Said in digits, or now and then as a word: ("thirty", 30)."""
+    return (NUMBER_WORDS[value] if value in NUMBER_WORDS and random_.random() < 0.4 else str(value)), value
+
+
+def clock_time(random_: random.Random) -> tuple[str, str]:
+    """A time as people say it and in 24 hours: ("6:30 pm", "18:30"), ("9 in the morning", "09:00")."""
+    hour, minute = random_.randrange(6, 23), random_.choice((0, 0, 15, 30, 45))
+    twelve = (hour - 1) % 12 + 1
+    short = f"{twelve}:{minute:02d}" if minute else f"{twelve}"
+    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    meant = f"{hour:02d}:{minute:02d}"
+    return random_.choice((f"{short} {'am' if hour < 12 else 'pm'}", f"{short} {part}", meant)), meant
+
+
+def weekday(random_: random.Random) -> tuple[str, str]:
+    day = random_.choice(DAYS)
+    return (f"on {day}" if day.endswith("day") and day[0].isupper() else day), day
+
+
+def word(random_: random.Random, words: tuple[str, ...]) -> tuple[str, str]:
+    chosen = random_.choice(words)
+    return chosen, chosen
+
+
+def timer_slots(random_: random.Random) -> Slots:
+    unit = random_.choice(("seconds", "minutes", "minutes", "hours"))
+    return {"amount": number(random_, random_.randrange(2, 13 if unit == "hours" else 100)), "unit": (unit, unit)}
+
+
+def alarm_slots(random_: random.Random) -> Slots:
+    return {"day": weekday(random_), "time": clock_time(random_)}
+
+
+def event_slots(random_: random.Random) -> Slots:
+    return {"title": word(random_, EVENTS), "day": weekday(random_), "time": clock_time(random_)}
+
+
+def message_slots(random_: random.Random) -> Slots:
+    return {"to": word(random_, PEOPLE), "text": word(random_, MESSAGES)}
+
+
+def music_slots(random_: random.Random) -> Slots:
+    return {"music": word(random_, MUSIC), "room": word(random_, ROOMS)}
+
+
+def temperature_slots(random_: random.Random) -> Slots:
+    return {"room": word(random_, ROOMS), "degrees": number(random_, random_.randrange(12, 31))}
+
+
+def convert_slots(random_: random.Random) -> Slots:
+    source, target = random_.sample(random_.choice(UNITS), 2)
+    return {"value": number(random_, random_.randrange(2, 500)), "from": (source, source), "to": (target, target)}
+
+
+def item_slots(random_: random.Random) -> Slots:
+    return {"item": word(random_, ITEMS), "list": word(random_, LISTS)}
+
+
+COMMANDS = (
+    Command("set_timer", (
+        "Set a timer for {amount} {unit}", "Start a timer of {amount} {unit}", "Count down {amount} {unit}",
+        "Timer for {amount} {unit}", "Let me know when {amount} {unit} are over", "I need a timer for {amount} {unit}",
+        "Give me {amount} {unit} on the clock", "Start a countdown of {amount} {unit}", "Ring in {amount} {unit}",
+        "Tell me when {amount} {unit} have passed",
+    ), timer_slots),
+    Command("set_alarm", (
+        "Wake me up at {time} {day}", "Set an alarm for {time} {day}", "Alarm {day} at {time}",
+        "I have to get up at {time} {day}", "Make sure I'm awake by {time} {day}", "I want to be woken at {time} {day}",
+        "Get me out of bed at {time} {day}", "Set the alarm clock to {time} {day}",
+        "Don't let me sleep past {time} {day}", "The alarm should go off at {time} {day}",
+    ), alarm_slots),
+    Command("add_event", (
+        "Add {title} to my calendar {day} at {time}", "Schedule {title} {day} at {time}",
+        "Put {title} in the calendar for {time} {day}", "I have {title} {day} at {time}, note it down",
+        "Book {title} for {time} {day}", "Calendar entry: {title}, {day} at {time}",
+        "Create an event {day} at {time} called {title}", "I've got {title} {day} at {time}, remember that",
+        "New appointment {day} at {time}: {title}", "Plan {title} at {time} {day}",
+    ), event_slots),
+    Command("send_message", (
+        "Tell {to} that {text}", "Text {to}: {text}", "Send {to} a message saying {text}",
+        "Let {to} know that {text}", "Write to {to} that {text}", "Message {to} that {text}",
+        "Send a text to {to}: {text}", "Drop {to} a line saying {text}", "Say to {to} that {text}",
+        "I want to text {to} that {text}",
+    ), message_slots),
+    Command("play_music", (
+        "Play {music} in the {room}", "Put on some {music} in the {room}", "I'd like to hear {music} in the {room}",
+        "Start playing {music} in the {room}", "In the {room}, play {music}", "Let's have {music} in the {room}",
+        "How about {music} in the {room}", "Turn on {music} in the {room}", "{music} in the {room}",
+        "I'm in the mood for {music} in the {room}",
+    ), music_slots),
+    Command("set_temperature", (
+        "Set the {room} to {degrees} degrees", "Make the {room} {degrees} degrees",
+        "Heat the {room} to {degrees} degrees", "Bring the {room} to {degrees} degrees",
+        "I want {degrees} degrees in the {room}", "Change the {room} to {degrees} degrees",
+        "The {room} should be {degrees} degrees", "Turn the thermostat in the {room} to {degrees}",
+        "Adjust the {room} temperature to {degrees}", "Keep the {room} at {degrees} degrees",
+    ), temperature_slots),
+    Command("convert_units", (
+        "Convert {value} {from} to {to}", "What is {value} {from} in {to}?", "How many {to} are {value} {from}?",
+        "{value} {from} in {to}", "Change {value} {from} into {to}", "Give me {value} {from} in {to}",
+        "How much is {value} {from} in {to}?", "I need {value} {from} as {to}", "Work out {value} {from} in {to}",
+        "Express {value} {from} in {to}",
+    ), convert_slots),
+    Command("add_item", (
+        "Add {item} to the {list} list", "Put {item} on my {list} list", "We need {item}, put it on the {list} list",
+        "Write {item} on the {list} list", "{item} goes on the {list} list", "Remember {item} for the {list} list",
+        "I keep forgetting {item}, add it to the {list} list", "Include {item} in the {list} list",
+        "On the {list} list, add {item}", "The {list} list is missing {item}",
+    ), item_slots),
+)  # fmt: skip
+
+
+def request_text(random_: random.Random, phrasing: str, slots: Slots) -> str:
+    """The request as typed: now and then with a greeting, a please, a full stop or no capital."""
+    text = phrasing.format(**{slot: said for slot, (said, _) in slots.items()})
+    # A slot's own first letter is part of the answer ("Bach in the attic"), and "I" is never small.
+    lower = text if phrasing.startswith(("{", "I ", "I'")) else text[0].lower() + text[1:]
+    match random_.randrange(7):
+        case 0:
+            return f"Hey, {lower}"
+        case 1:
+            return lower
+        case 2:
+            return text if text.endswith("?") else f"{text}."
+        case 3 if not text.endswith("?"):
+            return f"{text}, please"
+        case _:
+            return text
+
+
+def rows_of(command: Command, random_: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless (request, answer) pairs: the phrasings in turn, every answer and every request only once."""
+    seen = set[str]()
+    for phrasing in itertools.cycle(command.phrasings):
+        slots = command.draw(random_)
+        meant = {"command": command.name} | {slot: value for slot, (_, value) in slots.items()}
+        request, answer = request_text(random_, phrasing, slots), json.dumps(meant, ensure_ascii=False)
+        if not seen & {request, answer}:
+            seen |= {request, answer}
+            yield request, answer
+
+
+def make_rows(seed: int = SEED) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Training rows and test rows, each a conversation in the "messages" form, shuffled."""
+    random_ = random.Random(seed)
+    train: list[dict[str, object]] = []
+    test: list[dict[str, object]] = []
+    for command in COMMANDS:
+        pairs = itertools.islice(rows_of(command, random_), TRAIN_ROWS_PER_COMMAND + TEST_ROWS_PER_COMMAND)
+        rows = [conversation(request, answer) for request, answer in pairs]
+        random_.shuffle(rows)
+        train += rows[:TRAIN_ROWS_PER_COMMAND]
+        test += rows[TRAIN_ROWS_PER_COMMAND:]
+    random_.shuffle(train)
+    random_.shuffle(test)
+    return train, test
+
+
+def conversation(request: str, answer: str) -> dict[str, object]:
+    turns = (("system", SYSTEM), ("user", request), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = Path(__file__).resolve().parent.parent / "recipes" / "data"
+    parser.add_argument("--output", type=Path, default=data, help="folder to write to (default: recipes/data)")
+    folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "test"), make_rows(), strict=True):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"quickstart_{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
