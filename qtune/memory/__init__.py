@@ -1,0 +1,1 @@
+"""Memory of a training step: predicted by tracing, measured, fitted to a card."""

@@ -1,0 +1,201 @@
+"""The meter of a real run: peaks by phase from the allocator (CUDA) or from the ledger and the kernel (CPU).
+
+The trainer says where it is with `meter.enter(phase)`. On CUDA the allocator's own statistics are read and reset at
+each change of phase; that costs microseconds. On the CPU there is no allocator to ask, so the ledger runs over a few
+chosen steps (the first ones and each new longest batch) and the resident set is read at every change of phase.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qtune.memory import categories, resident
+from qtune.memory.history import History, Moment
+from qtune.memory.ledger import Ledger, follow_modules
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Phase = Literal["load", "forward", "backward", "optimizer", "eval", "save", "idle"]
+
+SNAPSHOT_ENTRIES = 200_000
+"""Allocator events kept for a snapshot; two steps of a 7B model make fewer."""
+
+
+@dataclass
+class PhasePeaks:
+    """What was seen in one phase, over all its visits. Zero: not measured there."""
+
+    visits: int = 0
+    seconds: float = 0.0
+    allocated_peak_bytes: int = 0
+    """CUDA: torch.cuda.max_memory_allocated."""
+    reserved_peak_bytes: int = 0
+    """CUDA: torch.cuda.max_memory_reserved."""
+    device_used_bytes: int = 0
+    """CUDA: total - free of the whole card at the end of the phase, other processes included."""
+    tensor_peak_bytes: int = 0
+    """CPU: the ledger's live bytes."""
+    resident_peak_bytes: int = 0
+    """The process's peak resident set."""
+
+
+class Meter:
+    """Measures a run phase by phase; `result()` is the plain value that goes into memory.json."""
+
+    def __init__(
+        self, device: torch.device, first_steps: int = 2, longest_steps: int = 3, snapshot: Path | None = None
+    ) -> None:
+        """`snapshot`: a file for the CUDA allocator's history of the first steps (PyTorch's memory viewer reads it)."""
+        self.device = device
+        self._snapshot = snapshot if device.type == "cuda" else None
+        self.cuda = device.type == "cuda"
+        self.phases: dict[str, PhasePeaks] = {}
+        self.phase: str | None = None
+        self._since = 0.0
+        self._resets = resident.reset_peak()
+        self._model: torch.nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._first_steps, self._longest_steps = first_steps, longest_steps
+        self._longest = 0
+        self._ledger: Ledger | None = None
+        self._handles: list[Any] = []
+        self._best: Moment | None = None
+        self._static: dict[str, int] = {}
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        if self._snapshot is not None:
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+
+    def watch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Whose tensors to name: call it once the model (and, when it exists, the optimizer) is built."""
+        self._model = model
+        self._optimizer = optimizer or self._optimizer
+
+    def enter(self, phase: Phase, tokens: int = 0) -> None:
+        """The trainer begins `phase`; `tokens` is the padded size of the batch when a forward begins."""
+        self._close_phase()
+        if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
+            self._static = self._static | self.static()
+        if self._ledger is not None:
+            self._tell_ledger(phase)
+        elif phase == "forward" and self.phase != "backward" and self._wanted(tokens):
+            self._open_ledger(phase)
+        self.phase = phase
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """The run is over (or failed): close the open phase and let go of the model."""
+        self._close_phase()
+        self._close_ledger()
+        self.phase, self._model, self._optimizer = None, None, None
+
+    def result(self) -> dict[str, Any]:
+        """Everything measured so far, ready for JSON."""
+        self._close_phase()
+        self._close_ledger()
+        peaks = [p.allocated_peak_bytes if self.cuda else p.tensor_peak_bytes for p in self.phases.values()]
+        method = "torch.cuda allocator statistics" if self.cuda else "tensor bytes by the ledger over chosen steps, RSS"
+        found: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
+            "method": method,
+            "resident_by_phase": self._resets,
+            "peak_bytes": max(peaks, default=0),
+            "phases": {name: asdict(peaks) for name, peaks in self.phases.items()},
+            "static": self._static,
+        }
+        if self._best is not None:
+            found["at_peak"] = asdict(self._best)
+        return found
+
+    def static(self) -> dict[str, int]:
+        """Bytes that stay between steps, by category: weights by dtype, constants, adapter, gradients, optimizer."""
+        ledger = Ledger()
+        self._adopt_all(ledger)
+        found: dict[str, int] = {}
+        for life in ledger.lives:
+            found[life.category] = found.get(life.category, 0) + life.size
+        return found
+
+    def _wanted(self, tokens: int) -> bool:
+        """Whether the step that begins is to be counted: one of the first, or longer than any counted so far."""
+        if self.cuda or self._model is None:
+            return False
+        if self._first_steps > 0:
+            self._first_steps -= 1
+        elif tokens > self._longest and self._longest_steps > 0:
+            self._longest_steps -= 1
+        else:
+            return False
+        self._longest = max(self._longest, tokens)
+        return True
+
+    def _adopt_all(self, ledger: Ledger) -> None:
+        if self._model is not None:
+            categories.adopt_model(ledger, self._model)
+        if self._optimizer is not None:
+            categories.adopt_gradients(ledger, self._optimizer)
+            categories.adopt_optimizer(ledger, self._optimizer)
+
+    def _open_ledger(self, phase: str) -> None:
+        assert self._model is not None
+        ledger = Ledger()
+        self._adopt_all(ledger)
+        ledger.enter(phase)
+        self._handles = follow_modules(ledger, self._model)
+        ledger.__enter__()
+        self._ledger = ledger
+
+    def _tell_ledger(self, phase: str) -> None:
+        """A step under the ledger goes from its first forward to the end of its optimizer step."""
+        assert self._ledger is not None
+        if phase in ("backward", "optimizer") or (phase == "forward" and self.phase == "backward"):
+            if phase == "optimizer" and self._optimizer is not None:
+                categories.adopt_gradients(self._ledger, self._optimizer)
+            self._ledger.enter(phase)
+        else:
+            self._close_ledger()
+
+    def _close_ledger(self) -> None:
+        if self._ledger is None:
+            return
+        ledger, self._ledger = self._ledger, None
+        ledger.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        if self._optimizer is not None:
+            categories.adopt_optimizer(ledger, self._optimizer)
+        checkpointing = bool(getattr(self._model, "is_gradient_checkpointing", False))
+        history = History(ledger, checkpointing)
+        for name in ("forward", "backward", "optimizer"):
+            seen = self.phases.setdefault(name, PhasePeaks())
+            seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, history.peak(name).bytes)
+        peak = history.peak()
+        if self._best is None or peak.bytes > self._best.bytes:
+            self._best = peak
+
+    def _close_phase(self) -> None:
+        """Read the statistics of the phase that ends and begin new peaks."""
+        if self.phase is None:
+            return
+        seen = self.phases.setdefault(self.phase, PhasePeaks())
+        now = time.perf_counter()
+        seen.visits += 1
+        seen.seconds += now - self._since
+        self._since = now
+        seen.resident_peak_bytes = max(seen.resident_peak_bytes, resident.peak_bytes())
+        resident.reset_peak()
+        if self.cuda:
+            free, total = torch.cuda.mem_get_info(self.device)
+            seen.allocated_peak_bytes = max(seen.allocated_peak_bytes, torch.cuda.max_memory_allocated(self.device))
+            seen.reserved_peak_bytes = max(seen.reserved_peak_bytes, torch.cuda.max_memory_reserved(self.device))
+            seen.device_used_bytes = max(seen.device_used_bytes, total - free)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._snapshot is not None and self.phase == "optimizer" and seen.visits == 2:
+            torch.cuda.memory._dump_snapshot(str(self._snapshot))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            self._snapshot = None
