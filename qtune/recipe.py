@@ -9,7 +9,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+)
 
 KeyPath = tuple[str | int, ...]
 
@@ -92,7 +101,7 @@ class Lora(Table):
     """Scale by alpha / sqrt(rank), which stays stable for large ranks. arXiv:2312.03732."""
     dora: bool = False
     """Learn magnitude and direction apart: better at small ranks, slower. arXiv:2402.09353."""
-    initialization: Literal["default", "gaussian", "orthogonal", "pissa", "loftq", "eva"] = "default"
+    initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
     """Start of A and B. pissa and loftq (arXiv:2404.02948, 2310.08659) need an unquantized base; eva
     (arXiv:2410.07170) looks at activations of the training rows."""
     dtype: Auto | Dtype = "auto"
@@ -165,17 +174,112 @@ Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
 SoftPrompt = PTuning | PromptTuning | PrefixTuning
 
 
+RowFormat = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "question-answer", "text"]
+# What the gate may find and a recipe may waive; qtune/data/findings.py says what each means.
+Waivable = Literal[
+    "empty-mask",
+    "no-end-of-turn",
+    "answer-changed",
+    "label-text",
+    "generation-prompt",
+    "rewritten-turn",
+    "double-bos",
+    "missing-bos",
+    "control-token",
+    "too-long",
+    "out-of-vocabulary",
+    "overlap",
+]
+
+
+class FileSource(Table):
+    """Rows in files."""
+
+    path: str = Field(min_length=1)
+    """A file, a folder of files, or a pattern such as "data/*.jsonl.gz"."""
+    weight: PositiveReal = 1.0
+    """How often each row is seen in an epoch: 2.0 is twice, 0.5 a random half of the rows."""
+    format: Auto | RowFormat = "auto"
+    """Shape of the rows of this source."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name of a column = its name in this source."""
+
+
+class HubSource(Table):
+    """Rows of a hub dataset."""
+
+    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """The dataset's id, owner/name."""
+    config: str | None = None
+    """Configuration, where the dataset has several."""
+    split: str = "train"
+    """Split; slices such as "train[:1000]" work."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    weight: PositiveReal = 1.0
+    """How often each row is seen in an epoch: 2.0 is twice, 0.5 a random half of the rows."""
+    format: Auto | RowFormat = "auto"
+    """Shape of the rows of this source."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name of a column = its name in this source."""
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "hub source" if "hub" in value else "file source"
+    return {FileSource: "file source", HubSource: "hub source"}.get(type(value), "name")
+
+
+Source = Annotated[
+    Annotated[str, Field(min_length=1), Tag("name")]
+    | Annotated[FileSource, Tag("file source")]
+    | Annotated[HubSource, Tag("hub source")],
+    Discriminator(_kind_of_source),
+]
+Sources = Annotated[
+    Annotated[str, Field(min_length=1), Tag("one source")]
+    | Annotated[Annotated[tuple[Source, ...], Field(min_length=1)], Tag("several sources")],
+    Discriminator(lambda value: "several sources" if isinstance(value, (list, tuple)) else "one source"),
+]
+SourcesOrShare = Annotated[
+    Annotated[Sources, Tag("sources")] | Annotated[Fraction, Tag("share")],
+    Discriminator(lambda value: "share" if isinstance(value, (int, float)) else "sources"),
+]
+
+
 class Data(Table):
     """What is learned from, and how rows become tokens."""
 
-    train: str | Names
-    """Training rows: a file, or several."""
-    validation: str | Fraction = 0.05
-    """Rows for the eval loss during training: a file, or the share of the training rows to set aside (0: none)."""
-    test: str | None = None
+    train: Sources
+    """Training rows: a file, folder, pattern or "hub:owner/name", or a list of those and of tables with a weight."""
+    validation: SourcesOrShare = 0.05
+    """Rows for the eval loss during training: sources, or the share of the training rows to set aside (0: none)."""
+    test: Sources | None = None
     """Rows for `qtune eval`; left out, it takes the validation rows."""
+    format: Auto | RowFormat = "auto"
+    """Shape of the rows; "auto" recognizes it by the columns of each source's first row."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns that have other names in the files, as { instruction = "query", output = "reply" }."""
+    system: Literal["keep", "drop", "merge"] = "keep"
+    """System messages: as they are, removed, or put into the first user message (for templates without that role)."""
+    system_prompt: str | None = Field(default=None, min_length=1)
+    """System message of the rows that have none."""
+    chat_template: str | None = None
+    """A jinja file, or a built-in template: "chatml", "alpaca" or "plain". Left out, the tokenizer's own."""
+    loss_on: Literal["all-answers", "last-answer"] = "all-answers"
+    """Which assistant turns are scored."""
+    on_rewritten_turn: Literal["split", "last", "error"] = "split"
+    """Templates that render earlier turns differently: an example for each answer, the last answer only, or refuse."""
     max_length: PositiveInt = 2048
-    """Longest row in tokens."""
+    """Longest example in tokens; raw text is cut into pieces of this length."""
+    on_long_row: Literal["error", "drop", "cut-left", "cut-right"] = "error"
+    """Rows that are longer: refuse them, leave them out, or cut them at the start or the end."""
+    packing: bool = False
+    """Put several short rows into one of max_length; they do not see each other."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Rows that cannot be used: stop and name them, or count and list what is skipped."""
+    allow: tuple[Waivable, ...] = ()
+    """Findings of the gate that do not stop this run."""
 
 
 class Training(Table):

@@ -1,0 +1,170 @@
+"""Adapters: a recipe's table -> peft's configuration, attached to the base model; their whole state on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune.errors import ModelError, Problem
+from qtune.plan import Plan
+from qtune.recipe import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
+
+STATE_FILE = "trained_state.safetensors"
+"""Every trained tensor under its module's name. peft's own file has no prompt encoder, only what it computed."""
+
+LSTM_LAYERS = 2
+"""Layers of the p-tuning LSTM where the recipe gives none; the paper's encoder (arXiv:2103.10385, section 3.2)."""
+
+
+def peft_config(adapter: Adapter) -> PeftConfig:
+    """peft's words for our adapter. Defaults of peft that matter are spelled out: they move between versions."""
+    match adapter:
+        case Lora():
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=adapter.dropout,
+                target_modules=adapter.target_modules
+                if isinstance(adapter.target_modules, str)
+                else list(adapter.target_modules),
+                use_rslora=adapter.rslora,
+                use_dora=adapter.dora,
+                # LoftQ starts from zero and is filled in afterwards, when the base is there to compare with.
+                init_lora_weights=True if adapter.initialization in ("default", "loftq") else adapter.initialization,
+                bias="none",
+            )
+        case PTuning():
+            is_lstm = adapter.encoder == "lstm"
+            return PromptEncoderConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=adapter.virtual_tokens,
+                encoder_reparameterization_type=PromptEncoderReparameterizationType.LSTM
+                if is_lstm
+                else PromptEncoderReparameterizationType.MLP,
+                encoder_hidden_size=adapter.encoder_hidden_size,
+                # peft warns when the MLP is given another number of layers than its fixed ones, and ignores it.
+                encoder_num_layers=(adapter.encoder_layers or LSTM_LAYERS) if is_lstm else 2,
+                encoder_dropout=adapter.encoder_dropout,
+            )
+        case PromptTuning():
+            # A text start is filled in afterwards: peft would want the tokenizer's path in the saved configuration.
+            sample = adapter.initialization == "vocabulary"
+            return PromptTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=adapter.virtual_tokens,
+                prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB if sample else PromptTuningInit.RANDOM,
+            )
+        case PrefixTuning():
+            return PrefixTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=adapter.virtual_tokens,
+                prefix_projection=adapter.projection,
+                encoder_hidden_size=adapter.encoder_hidden_size,
+            )
+        case IA3():
+            given: dict[str, Any] = {}
+            if adapter.target_modules is not None:
+                given["target_modules"] = list(adapter.target_modules)
+                given["feedforward_modules"] = list(adapter.feedforward_modules or ())
+            return IA3Config(task_type="CAUSAL_LM", **given)
+
+
+def attach_adapter(
+    network: PreTrainedModel, adapter: Adapter, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PeftModel:
+    """Puts a fresh adapter on the frozen base, its weights in `plan.adapter_dtype`.
+
+    `tokenizer` is needed for a prompt that starts from a text.
+
+    Raises:
+        ModelError: the adapter does not fit this model (a target module that it does not have, for example).
+    """
+    try:
+        model = get_peft_model(network, peft_config(adapter), autocast_adapter_dtype=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        name = getattr(network.config, "_name_or_path", "") or type(network).__name__
+        raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
+    cast_adapter(model, getattr(torch, plan.adapter_dtype))
+    if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:
+        _start_from_text(model, tokenizer, adapter.text)
+    return model
+
+
+def cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:
+    """Casts what is trained and nothing else. TRL 1.16 makes it bfloat16 on every 4-bit base (trl, sft_trainer.py)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def _start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
+    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
+    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
+    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
+
+
+def trained_state(model: PeftModel) -> dict[str, Tensor]:
+    """Every trained tensor by its name in the model, prompt encoder included. No copies."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained_state(model: PeftModel, folder: Path) -> None:
+    """Writes `trained_state` whole or not at all."""
+    state = {name: tensor.contiguous() for name, tensor in trained_state(model).items()}
+    temporary = folder / f".{STATE_FILE}"
+    save_file(state, temporary)
+    temporary.replace(folder / STATE_FILE)
+
+
+@torch.no_grad()
+def load_trained_state(model: PeftModel, folder: Path) -> None:
+    """Puts a saved state into a model with the same adapter attached, bit for bit.
+
+    Raises:
+        ModelError: the file is missing, or its tensors are not those of this adapter.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise ModelError(Problem(str(file), "no such file: the adapter's state is not complete"))
+    saved, here = load_file(file), trained_state(model)
+    if saved.keys() != here.keys():
+        odd = ", ".join(sorted(saved.keys() ^ here.keys())[:3])
+        raise ModelError(Problem(str(file), f"is of another adapter than the recipe's: {odd}"))
+    for name, tensor in saved.items():
+        if tensor.shape != here[name].shape:
+            raise ModelError(
+                Problem(str(file), f"{name} is {list(tensor.shape)}, the recipe makes it {list(here[name].shape)}")
+            )
+        here[name].copy_(tensor)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """peft's format, which every peft user can load, and the full state beside it, which training can go on from."""
+    model.save_pretrained(folder, safe_serialization=True)
+    save_trained_state(model, folder)
+
+
+def load_adapter(network: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """The base model with a saved adapter on it, in the dtype it was saved in."""
+    return PeftModel.from_pretrained(network, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)

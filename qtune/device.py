@@ -1,0 +1,44 @@
+"""The device that training runs on, as a value: the one that is here, or a card that is only described."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of dtypes and of the micro-batch depends on.
+
+    `name` is the card's own name; `torch_name` what torch calls it. `bf16` says whether bfloat16 products run on
+    hardware. `capability` is CUDA's compute capability, None on a CPU.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+    bf16: bool
+    capability: tuple[int, int] | None = None
+
+    @property
+    def torch_name(self) -> str:
+        """ "cuda:0" or "cpu". One process drives one device; launchers select it with CUDA_VISIBLE_DEVICES or a rank."""
+        return "cuda:0" if self.kind == "cuda" else "cpu"
+
+
+def present_device() -> Device:
+    """The first CUDA device, or the CPU."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(0)
+        capability = torch.cuda.get_device_capability(0)
+        # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
+        return Device("cuda", torch.cuda.get_device_name(0), total, free, capability >= (8, 0), capability)
+    memory = psutil.virtual_memory()
+    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, _cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether oneDNN has bfloat16 kernels for this processor (AVX-512 or newer; elsewhere they are emulated)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

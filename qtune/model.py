@@ -1,0 +1,175 @@
+"""The base model: found, loaded in 4 bits, and counted in real parameters."""
+
+import logging
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qtune.builtin import PREFIX, builtin_folder
+from qtune.errors import ModelError, Problem
+from qtune.gguf_base import gguf_folder
+from qtune.plan import Plan
+from qtune.recipe import EightBit, FourBit, Model, Quantization, Unquantized
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters as the model's author counts them: a packed 4-bit weight counts each of its values."""
+
+    total: int
+    quantized: int
+    trainable: int
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the base model's parameters that is stored quantized."""
+        return self.quantized / max(1, self.total - self.trainable)
+
+
+def base_folder(model: Model) -> str:
+    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
+
+    Raises:
+        ModelError: a built-in model or a GGUF file cannot be had.
+    """
+    if model.base.startswith(PREFIX):
+        return str(builtin_folder(model.base.removeprefix(PREFIX)))
+    path = Path(model.base).expanduser()
+    if path.suffix == ".gguf":
+        return str(gguf_folder(path))
+    if path.is_file() and path.name == "config.json":
+        return str(path.parent)
+    return str(path) if path.is_dir() else model.base
+
+
+def load_config(model: Model) -> PretrainedConfig:
+    """The model's configuration; needs no weights.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(base_folder(model), **_where(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model, error) from error
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token in any case: labels are built before padding, so any token will do.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_folder(model), **_where(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' words for our quantization."""
+    match quantization:
+        case FourBit():
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.kind,
+                bnb_4bit_use_double_quant=quantization.double_quantization,
+                bnb_4bit_compute_dtype=compute_dtype,
+                bnb_4bit_quant_storage=torch.uint8,
+            )
+        case EightBit():
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case Unquantized():
+            return None
+
+
+def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
+    """The frozen base model on the plan's device.
+
+    A checkpoint that is already quantized is loaded as it is. Nothing is cast up afterwards: peft's k-bit preparation
+    would turn embeddings, norms and head into fp32.
+
+    Raises:
+        ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
+    """
+    dtype = getattr(torch, plan.compute_dtype)
+    stored = getattr(load_config(model), "quantization_config", None)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            base_folder(model),
+            dtype=dtype,
+            quantization_config=None if stored else quantization_config(quantization, dtype),
+            attn_implementation=plan.attention,
+            device_map={"": plan.device.torch_name},
+            use_safetensors=True,
+            **_where(model),
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unreadable(model, error) from error
+    network.requires_grad_(False)
+    if not stored and not isinstance(quantization, Unquantized):
+        _require_share(model, network, quantization.minimum_share)
+    return network
+
+
+def count_parameters(network: torch.nn.Module) -> ParameterCount:
+    """Counts every parameter once (tied weights are one), packed ones by the shape they stand for."""
+    total = quantized = trainable = 0
+    for parameter in network.parameters():
+        is_packed = isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
+        state = getattr(parameter, "quant_state", None)
+        count = prod(state.shape) if state is not None else parameter.numel()
+        total += count
+        quantized += count if is_packed else 0
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(total, quantized, trainable)
+
+
+def _require_share(model: Model, network: PreTrainedModel, minimum: float) -> None:
+    count = count_parameters(network)
+    log.debug("%d of %d parameters quantized", count.quantized, count.total)
+    if count.quantized_share >= minimum:
+        return
+    largest = max(
+        ((name, p.numel()) for name, p in network.named_parameters() if not isinstance(p, bnb.nn.Params4bit)),
+        key=lambda item: item[1],
+    )
+    raise ModelError(
+        Problem(
+            model.base,
+            f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
+            f"quantization.minimum_share asks for {minimum:.0%}. The largest tensor left in {network.dtype} is "
+            f"{largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so fused experts and "
+            "embeddings stay. Lower quantization.minimum_share if the memory is there",
+        )
+    )
+
+
+def _where(model: Model) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model.revision else {
+        "trust_remote_code": model.trust_remote_code
+    }
+
+
+def _unreadable(model: Model, error: Exception) -> ModelError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    return ModelError(Problem(model.base, f"cannot be loaded: {reason}"))

@@ -1,0 +1,134 @@
+"""The plan of a run: every "auto" of a recipe made concrete for one device, each with its reason. Pure arithmetic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qtune.recipe import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
+
+if TYPE_CHECKING:
+    from qtune.device import Device
+
+# Tokens of one micro-batch where nothing better is known: enough to keep two cores or a small card busy.
+TOKENS_PER_MICRO_BATCH = 4096
+
+LEARNING_RATES: dict[type, tuple[float, str]] = {
+    Lora: (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)"),
+    PTuning: (5e-3, "prompt encoders need a rate well above LoRA's"),
+    PromptTuning: (3e-2, "free vectors, and few of them, need a large rate"),
+    PrefixTuning: (1e-2, "free vectors, and few of them, need a large rate"),
+    IA3: (5e-3, "scales start at 1 and have far to go (arXiv:2205.05638, section 3.3, uses 3e-3)"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run will do on one device.
+
+    Dtypes are torch's names ("bfloat16"). `reasons` explains each value that a rule chose, by the recipe's key path.
+    """
+
+    device: "Device"
+    compute_dtype: str
+    adapter_dtype: str
+    attention: str
+    micro_batch_size: int
+    accumulation_steps: int
+    gradient_checkpointing: bool
+    optimizer: str
+    learning_rate: float
+    max_length: int
+    reasons: Mapping[KeyPath, str]
+
+    @property
+    def loss_scaling(self) -> bool:
+        """fp16 gradients underflow without it; bf16 and fp32 have the range. Micikevicius et al. (arXiv:1710.03740)."""
+        return self.compute_dtype == "float16"
+
+    def with_micro_batch(self, size: int, reason: str) -> "Plan":
+        """The same effective batch in micro-batches of `size` rows.
+
+        Raises:
+            ValueError: the batch is no whole number of them.
+        """
+        batch = self.micro_batch_size * self.accumulation_steps
+        if batch % size:
+            raise ValueError(f"a batch of {batch} rows is no whole number of micro-batches of {size}")
+        reasons = {**self.reasons, ("training", "micro_batch_size"): reason}
+        return replace(self, micro_batch_size=size, accumulation_steps=batch // size, reasons=reasons)
+
+
+def make_plan(recipe: Recipe, device: "Device") -> Plan:
+    """Decides everything that a recipe leaves to the device."""
+    reasons: dict[KeyPath, str] = {}
+
+    def settle(path: KeyPath, given: object, rule: tuple[object, str]) -> object:
+        if given != "auto":
+            return given
+        reasons[path] = rule[1]
+        return rule[0]
+
+    training = recipe.training
+    micro_batch_size = settle(
+        ("training", "micro_batch_size"),
+        training.micro_batch_size,
+        _micro_batch(training.batch_size, recipe.data.max_length),
+    )
+    assert isinstance(micro_batch_size, int)
+    return Plan(
+        device=device,
+        compute_dtype=str(
+            settle(("quantization", "compute_dtype"), recipe.quantization.compute_dtype, compute_dtype_rule(device))
+        ),
+        adapter_dtype=str(
+            settle(("adapter", "dtype"), recipe.adapter.dtype, ("float32", "small updates are not rounded away"))
+        ),
+        attention=str(settle(("model", "attention"), recipe.model.attention, ("sdpa", "runs on every device"))),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=training.batch_size // micro_batch_size,
+        gradient_checkpointing=bool(
+            settle(
+                ("training", "gradient_checkpointing"),
+                training.gradient_checkpointing,
+                _checkpointing(recipe, device),
+            )
+        ),
+        optimizer=str(
+            settle(("training", "optimizer"), training.optimizer, ("adamw", "the state of an adapter is small"))
+        ),
+        learning_rate=float(
+            str(settle(("training", "learning_rate"), training.learning_rate, LEARNING_RATES[type(recipe.adapter)]))
+        ),
+        max_length=recipe.data.max_length,
+        reasons=reasons,
+    )
+
+
+def compute_dtype_rule(device: "Device") -> tuple[str, str]:
+    """The dtype that a device computes fastest in without losing range, and why."""
+    if device.kind == "cuda" and device.bf16:
+        return "bfloat16", f"{device.name} has bfloat16 products in hardware"
+    if device.kind == "cuda":
+        return "float16", f"{device.name} has no bfloat16 products; float16 with loss scaling"
+    if device.bf16:
+        return "bfloat16", "this processor has native bfloat16 products"
+    return "float32", "no native bfloat16 on this processor: a 16-bit product takes ten times as long"
+
+
+def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
+    most = max(1, TOKENS_PER_MICRO_BATCH // max_length)
+    size = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+    return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
+
+
+def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool, str]:
+    if isinstance(recipe.adapter, PrefixTuning):
+        return False, "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off"
+    if device.kind == "cpu":
+        return False, "costs about a quarter of the time, and this computer's memory is not the limit"
+    return True, "activations are what fills a card"
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """Positions that a soft prompt adds in front of every row; 0 for other adapters."""
+    return recipe.adapter.virtual_tokens if isinstance(recipe.adapter, SoftPrompt) else 0
