@@ -1,0 +1,115 @@
+"""The quickstart data: the files are what the tool makes, and the test rows are unseen in every way that counts."""
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "recipes" / "data"
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("make_quickstart_data", ROOT / "tools" / "make_quickstart_data.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(name: str) -> list[dict[str, list[dict[str, str]]]]:
+    return [json.loads(line) for line in (DATA / f"quickstart_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def requests(name: str) -> list[str]:
+    return [row["messages"][1]["content"] for row in rows(name)]
+
+
+def answers(name: str) -> list[str]:
+    return [row["messages"][2]["content"] for row in rows(name)]
+
+
+def meanings(name: str) -> list[tuple[tuple[str, object], ...]]:
+    """Every answer as its (key, value) pairs: the command and the combination of its arguments."""
+    return [tuple(sorted(json.loads(answer).items())) for answer in answers(name)]
+
+
+def test_there_are_enough_rows():
+    assert len(rows("train")) >= 600
+    assert len(rows("test")) >= 100
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_the_files_are_what_the_tool_makes(name):
+    train, test = load_tool().make_rows()
+    assert rows(name) == {"train": train, "test": test}[name]
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_every_row_is_a_system_a_request_and_one_json_command(name):
+    for row in rows(name):
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+        command = json.loads(row["messages"][2]["content"])
+        assert json.dumps(command, ensure_ascii=False) == row["messages"][2]["content"]
+        assert all(isinstance(value, str | int) for value in command.values())
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_no_row_is_there_twice(name):
+    assert max(Counter(request.casefold() for request in requests(name)).values()) == 1
+    assert max(Counter(meanings(name)).values()) == 1
+
+
+def test_no_test_request_is_in_the_training_rows():
+    assert not {r.casefold() for r in requests("train")} & {r.casefold() for r in requests("test")}
+
+
+def test_no_test_command_has_arguments_seen_in_training():
+    assert not set(meanings("train")) & set(meanings("test"))
+
+
+def test_no_test_answer_text_is_in_the_training_rows():
+    assert not set(answers("train")) & set(answers("test"))
+
+
+def test_the_commands_are_balanced_and_asked_for_in_many_ways():
+    tool = load_tool()
+    for name in ("train", "test"):
+        commands = Counter(json.loads(answer)["command"] for answer in answers(name))
+        assert len(commands) == 8
+        assert max(commands.values()) == min(commands.values())
+    assert all(len(set(command.phrasings)) >= 10 for command in tool.COMMANDS)
+
+
+def test_each_kind_of_command_has_one_set_of_keys():
+    keys = {(json.loads(answer)["command"], tuple(json.loads(answer))) for answer in answers("train") + answers("test")}
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (
+            "Get me out of bed at 6 in the morning on Saturday",
+            '{"command": "set_alarm", "day": "Saturday", "time": "06:00"}',
+        ),
+        ("Set a timer for 34 minutes", '{"command": "set_timer", "amount": 34, "unit": "minutes"}'),
+        (
+            "Send Maria a message saying the cat is fed",
+            '{"command": "send_message", "to": "Maria", "text": "the cat is fed"}',
+        ),
+    ],
+)
+def test_rows_mean_what_a_person_would_say(request_, answer):
+    assert (
+        dict(zip(requests("train") + requests("test"), answers("train") + answers("test"), strict=True))[request_]
+        == answer
+    )
+
+
+def test_another_seed_makes_other_rows():
+    tool = load_tool()
+    assert tool.make_rows(1) != tool.make_rows(2)
+    assert tool.make_rows(1) == tool.make_rows(1)
