@@ -225,9 +225,10 @@ class HubSource(Table):
 
 
 def _kind_of_source(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "hub source" if "hub" in value else "file source"
-    return {FileSource: "file source", HubSource: "hub source"}.get(type(value), "name")
+    if isinstance(value, str):
+        return "name"
+    is_hub = isinstance(value, HubSource) or (isinstance(value, Mapping) and "hub" in value)
+    return "hub source" if is_hub else "file source"
 
 
 Source = Annotated[

@@ -1,0 +1,89 @@
+"""One source -> its examples on disk, on every core that is there, in bounded memory."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.examples import Batch, RowEncoder, RowRules
+from qtune.data.rows import BadRow, Row
+from qtune.data.sources import Source
+from qtune.data.store import Stored, write_store
+
+BATCH_ROWS = 500
+# Starting a worker costs as much as this many rows (it imports transformers): below it, one process is quicker.
+ROWS_WORTH_WORKERS = 20_000
+
+
+def encode_source(
+    source: Source, tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules, folder: Path
+) -> Stored:
+    """Makes the examples of a source and writes them to `folder`."""
+    rows = source.rows()
+    first = list(islice(rows, ROWS_WORTH_WORKERS))
+    workers = len(os.sched_getaffinity(0)) if len(first) == ROWS_WORTH_WORKERS else 1
+    with console.progress(f"tokenizing {source.name}") as shown:
+
+        def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for batch in batches:
+                shown.advance(batch.rows)
+                yield batch
+
+        every = _batched(_chain(first, rows))
+        if workers == 1:
+            encoder = RowEncoder(tokenizer, template, rules)
+            return write_store(folder, counted(encoder(batch) for batch in every))
+        return write_store(folder, counted(_in_parallel(every, tokenizer, template, rules, workers)))
+
+
+def _chain(first: list[Row | BadRow], rest: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """Yields the rows that were read ahead, forgetting them, then the others."""
+    waiting = deque(first)
+    first.clear()
+    while waiting:
+        yield waiting.popleft()
+    yield from rest
+
+
+def _batched(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def _in_parallel(
+    batches: Iterable[list[Row | BadRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    rules: RowRules,
+    workers: int,
+) -> Iterator[Batch]:
+    """The batches in order, at most four per worker under way."""
+    # Forking a process whose tokenizer has started threads can deadlock; a fresh one cannot.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, template, rules)) as pool:
+        under_way: deque[Future[Batch]] = deque()
+        for batch in batches:
+            under_way.append(pool.submit(_encode, batch))
+            if len(under_way) >= 4 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+# A worker process has one encoder, made once; the pool's initializer is the only way to hand it over.
+_worker: list[RowEncoder] = []
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+    _worker.append(RowEncoder(tokenizer, template, rules))
+
+
+def _encode(rows: list[Row | BadRow]) -> Batch:
+    return _worker[0](rows)

@@ -1,0 +1,137 @@
+"""A source of the recipe -> the files it means, and each file as a stream of bytes, decompressed on the way."""
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+
+from qtune.errors import DataError, Problem
+
+ROW_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "feather", "txt", "md")
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+# What a damaged compressed file raises, by the library that reads it; OSError covers gzip's and pyarrow's own.
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows: its path, the name that errors show, the kind of its rows and its compression ("" for none)."""
+
+    path: Path
+    name: str
+    kind: str
+    compression: str = ""
+
+
+def data_files(pattern: str, folder: Path) -> list[DataFile]:
+    """The files that a path, glob or folder means, sorted by name; relative ones start at `folder`.
+
+    Raises:
+        DataError: nothing matches, or a file is of no kind that is known.
+    """
+    given = Path(pattern).expanduser()
+    base = given if given.is_absolute() else folder / given
+    if base.is_file():
+        return [_data_file(base, pattern)]
+    if base.is_dir():
+        paths = sorted(_saved_dataset(base) or (path for path in base.rglob("*") if _in_folder(path, base)))
+        files = [_data_file(path, str(Path(pattern) / path.relative_to(base))) for path in paths]
+    else:
+        files = [_data_file(path, _shown(path, folder)) for path in _glob(base) if path.is_file()]
+    if not files:
+        what = "a folder without data files" if base.is_dir() else "no such file"
+        raise DataError(Problem(pattern, f"{what}; known kinds: {_known_kinds()}"))
+    return files
+
+
+def open_bytes(file: DataFile) -> BinaryIO:
+    """The file's bytes, decompressed as they are read."""
+    match file.compression:
+        case "gz":
+            return cast("BinaryIO", gzip.open(file.path, "rb"))
+        case "bz2":
+            return cast("BinaryIO", bz2.open(file.path, "rb"))
+        case "xz":
+            return cast("BinaryIO", lzma.open(file.path, "rb"))
+        case "zst":
+            return cast("BinaryIO", _Lines(pa.input_stream(str(file.path), compression="zstd")))
+        case _:
+            return file.path.open("rb")
+
+
+class _Lines:
+    """`readline` for pyarrow's decompressing stream, which only has `read`."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream = stream
+        self.buffer = b""
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = None if size < 0 else max(0, size - len(self.buffer))
+        data = self.buffer + cast("bytes", self.stream.read(wanted))
+        self.buffer = b"" if size < 0 else data[size:]
+        return data if size < 0 else data[:size]
+
+    def readline(self, limit: int = -1) -> bytes:
+        while (end := self.buffer.find(b"\n")) < 0 and (limit < 0 or len(self.buffer) < limit):
+            more = cast("bytes", self.stream.read(1 << 20))
+            if not more:
+                break
+            self.buffer += more
+        size = len(self.buffer) if end < 0 else end + 1
+        size = size if limit < 0 else min(size, limit)
+        line, self.buffer = self.buffer[:size], self.buffer[size:]
+        return line
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+
+def _data_file(path: Path, name: str) -> DataFile:
+    """Reads the kind and the compression off a file name."""
+    *_, last_but_one, last = ["", "", *path.name.lower().split(".")]
+    compression = last if last in COMPRESSIONS else ""
+    kind = last_but_one if compression else last
+    if kind not in ROW_KINDS:
+        raise DataError(Problem(name, f"a file of unknown kind; known kinds: {_known_kinds()}"))
+    if compression and kind in ("parquet", "arrow", "feather"):
+        raise DataError(Problem(name, f".{kind} files are compressed inside; unpack the .{compression} around it"))
+    return DataFile(path, name, kind, compression)
+
+
+def _in_folder(path: Path, base: Path) -> bool:
+    """Files of known kinds count; hidden ones and notes beside the data do not."""
+    hidden = any(part.startswith((".", "_")) for part in path.relative_to(base).parts)
+    suffixes = path.name.lower().split(".")[1:]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else (suffixes or [""])[-1]
+    return path.is_file() and not hidden and kind in ROW_KINDS and kind != "md"
+
+
+def _saved_dataset(base: Path) -> list[Path]:
+    """The Arrow files of a folder that `datasets.save_to_disk` wrote; its .json files are not rows."""
+    return list(base.glob("*.arrow")) if (base / "dataset_info.json").is_file() else []
+
+
+def _glob(base: Path) -> Iterator[Path]:
+    """The paths that match a pattern with *, ? or [...]; ** is any depth of folders."""
+    if not any(mark in str(base) for mark in "*?["):
+        return iter(())
+    return iter(sorted(Path(base.anchor).glob(str(base.relative_to(base.anchor)))))
+
+
+def _shown(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def _known_kinds() -> str:
+    kinds, compressions = (", ".join(f".{end}" for end in ends) for ends in (ROW_KINDS, COMPRESSIONS))
+    return f"{kinds}, the text ones also with {compressions}"

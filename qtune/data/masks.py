@@ -1,0 +1,288 @@
+"""A conversation -> ids and labels: which tokens the loss scores, read off the chat template's own rendering.
+
+For each answer the conversation is rendered twice: up to the question, with the generation prompt (what the model
+sees), and up to the answer. What the second adds is the answer, the template's additions to it and the end of turn.
+No template is known by name, and no marker inside a template is needed.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+from tokenizers import Encoding
+
+from qtune.data.conversation import Conversation, RowError
+from qtune.data.template import Renderer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A scored answer as characters [start, end) of the rendered text."""
+
+    start: int
+    end: int
+    answer: str
+    has_end: bool
+    """Whether it ends in the end-of-turn token."""
+    continues_prompt: bool
+    """Whether the text before it is what the model sees when it is asked."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text with the answers that are scored in it."""
+
+    conversation: Conversation
+    text: str
+    turns: tuple[Turn, ...]
+    rewritten: bool = False
+    """Whether the template renders an earlier turn differently once there are later ones."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training example: ids [length], labels [length] (-100: not scored; not shifted), and what to report on it."""
+
+    conversation: Conversation
+    input_ids: list[int]
+    labels: list[int]
+    notes: frozenset[str] = field(default_factory=frozenset)
+
+
+def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str, on_rewritten: str) -> list[Rendered]:
+    """The texts to train on. One, unless the template rewrites earlier turns and `on_rewritten` is "split".
+
+    `loss_on` is "all-answers" or "last-answer". With "last" only the last answer of a rewritten conversation is
+    scored; with "split" every answer gets a text of its own, that of the moment when it was the last: both are what
+    the model sees. "error" keeps the answers that are exact, and the gate reports the row.
+
+    Raises:
+        RowError: the template refuses the conversation, or no answer has weight 1.
+    """
+    messages, last = conversation.messages, len(conversation.messages) - 1
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight") != 0 and (loss_on == "all-answers" or index == last)
+    ]
+    if not answers:
+        raise RowError("no assistant turn is left to learn: every weight is 0")
+    whole = renderer.render(messages, conversation.tools)
+    texts = {
+        index: whole if index == last else renderer.render(messages[: index + 1], conversation.tools)
+        for index in answers
+    }
+    turns = {index: _turn(renderer, conversation, index, text) for index, text in texts.items()}
+    exact = [index for index in answers if whole.startswith(texts[index][: turns[index].end])]
+    if exact == answers:
+        return [Rendered(conversation, whole, tuple(turns.values()))]
+    if on_rewritten == "split":
+        return [
+            Rendered(
+                Conversation(messages[: index + 1], conversation.tools, conversation.place),
+                texts[index],
+                (turns[index],),
+                rewritten=True,
+            )
+            for index in answers
+        ]
+    kept = exact if on_rewritten == "error" else exact[-1:]
+    return [Rendered(conversation, whole, tuple(turns[index] for index in kept), rewritten=True)]
+
+
+def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> Turn:
+    """Finds the answer of message `index` in `text`, the rendering that ends with it."""
+    message = conversation.messages[index]
+    answer = str(message.get("content") or "").strip()
+    prompt = renderer.render(conversation.messages[:index], conversation.tools, generation_prompt=True)
+    start, continues = len(prompt), text.startswith(prompt)
+    if not continues:
+        start = _common_prefix(prompt, text)
+        found = text.rfind(answer) if answer else -1
+        start = min(start, found) if found >= 0 else start
+    end, has_end = _end_of_turn(renderer, text, start)
+    return Turn(start, end, answer, has_end, continues)
+
+
+def _end_of_turn(renderer: Renderer, text: str, start: int) -> tuple[int, bool]:
+    """Where the answer ends: after its end-of-turn token; what a template puts behind that is not scored."""
+    token = renderer.end_of_turn
+    found = text.rfind(token, start) if token else -1
+    if token and found >= 0:
+        return found + len(token), True
+    # A turn may end otherwise than the probe did: Llama 3.1 ends a tool call with <|eom_id|>.
+    *_, closing = [None, *renderer.control_tokens.finditer(text, start)]
+    if closing and not text[closing.end() :].strip():
+        return closing.end(), True
+    return len(text), False
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """How many characters two texts share at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((position for position, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class Encoder:
+    """Rendered texts -> ids and labels with one tokenizer, in batches."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self.tokenizer = renderer.tokenizer
+        self.added = frozenset(self.tokenizer.added_tokens_decoder)
+        self.prompt_tails: dict[str, list[int]] = {}
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """One example for each text, none cut."""
+        if not rendered:
+            return []
+        encodings = self._encodings([one.text for one in rendered])
+        return [self._labelled(one, encoding) for one, encoding in zip(rendered, encodings, strict=True)]
+
+    def document(self, conversation: Conversation) -> Encoded:
+        """Raw text as the tokenizer frames it, closed with its end of text; all of it scored."""
+        ids = list(self.tokenizer(conversation.answer, verbose=False).input_ids)
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids.append(eos)
+        notes = frozenset() if eos is not None else frozenset({"no-end-of-turn"})
+        return Encoded(conversation, ids, list(ids), notes)
+
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(batch.encodings or ())
+
+    def _labelled(self, one: Rendered, encoding: Encoding) -> Encoded:
+        tokens = Tokens([(encoding, 0, 0)])
+        notes = {"rewritten-turn"} if one.rewritten else set()
+        cuts = [turn.start for turn in one.turns if not self._prompt_stands_alone(tokens, one.text, turn.start)]
+        if cuts:
+            apart = self._tokens_cut_at(one.text, cuts)
+            if self._decoded(apart.ids) == self._decoded(tokens.ids):
+                tokens = apart
+            else:
+                notes.add("token-boundary")
+        labels = [IGNORED] * len(tokens.ids)
+        for turn in one.turns:
+            first, last = tokens.token_at(turn.start), tokens.last_token_before(turn.end)
+            labels[first : last + 1] = tokens.ids[first : last + 1]
+            notes |= self._turn_notes(turn, one.text, tokens.ids[first : last + 1])
+        notes |= self._text_notes(one, tokens.ids)
+        return Encoded(one.conversation, tokens.ids, labels, frozenset(notes))
+
+    def _prompt_stands_alone(self, tokens: "Tokens", text: str, start: int) -> bool:
+        """Whether the ids before `start` are those of the prompt on its own, as generation will see it.
+
+        Comparing from the last added token on is enough: tokenizers split texts there first.
+        """
+        first = tokens.token_at(start)
+        if tokens.chars(first)[0] < start:
+            return False
+        back = first
+        while back > 0 and tokens.ids[back - 1] not in self.added:
+            back -= 1
+        back = max(back - 1, 0)
+        tail = text[tokens.chars(back)[0] if back else 0 : start]
+        alone = self.prompt_tails.get(tail)
+        if alone is None:
+            alone = list(self.tokenizer(tail, add_special_tokens=False, verbose=False).input_ids)
+            if len(self.prompt_tails) < 1000:
+                self.prompt_tails[tail] = alone
+        return tokens.ids[back:first] == alone
+
+    def _tokens_cut_at(self, text: str, cuts: Iterable[int]) -> "Tokens":
+        borders = [0, *cuts, len(text)]
+        pieces = [text[start:end] for start, end in pairwise(borders)]
+        parts, token_start = [], 0
+        for encoding, char_start in zip(self._encodings(pieces), borders, strict=False):
+            parts.append((encoding, char_start, token_start))
+            token_start += len(encoding)
+        return Tokens(parts)
+
+    def _turn_notes(self, turn: Turn, text: str, ids: list[int]) -> set[str]:
+        notes = set()
+        if not turn.continues_prompt:
+            notes.add("generation-prompt")
+        if not turn.has_end or ids[-1] not in self.added:
+            notes.add("no-end-of-turn")
+        span = text[turn.start : turn.end]
+        if turn.answer and turn.answer not in span:
+            notes.add("answer-changed")
+        if _words(self._decoded(ids)) != _words(self._normalized(span)):
+            notes.add("label-text")
+        return notes
+
+    def _text_notes(self, one: Rendered, ids: list[int]) -> set[str]:
+        notes = set()
+        if any(self.renderer.control_tokens.search(str(m.get("content") or "")) for m in one.conversation.messages):
+            notes.add("control-token")
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            notes.add("double-bos")
+        if self._adds_bos and (not ids or ids[0] != bos):
+            notes.add("missing-bos")
+        return notes
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer starts every text with BOS by itself, which means that the model expects one."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _normalized(self, text: str) -> str:
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
+
+def _words(text: str) -> list[str]:
+    """White space differs where a tokenizer adds a space of its own (SentencePiece writes spaces as \u2581)."""
+    return text.replace("\u2581", " ").split()
+
+
+class Tokens:
+    """The ids of a text that was encoded in one or more pieces, found by character."""
+
+    def __init__(self, parts: Sequence[tuple[Encoding, int, int]]) -> None:
+        """`parts` are encodings with the position of their first character and of their first token."""
+        self.parts = parts
+        self.ids: list[int] = [token for encoding, _, _ in parts for token in encoding.ids]
+
+    def token_at(self, char: int) -> int:
+        """The first token that holds `char` or, where none does (a space that was trimmed), a later one."""
+        for encoding, char_start, token_start in reversed(self.parts):
+            if char >= char_start:
+                end = encoding.token_to_chars(len(encoding) - 1) if len(encoding) else None
+                for position in range(char - char_start, end[1] if end else 0):
+                    token = encoding.char_to_token(position)
+                    if token is not None:
+                        return token_start + token
+                return token_start + len(encoding)
+        raise IndexError(char)
+
+    def last_token_before(self, char: int) -> int:
+        """The last token that holds characters before `char`."""
+        for encoding, char_start, token_start in reversed(self.parts):
+            if char > char_start:
+                for position in range(char - char_start - 1, -1, -1):
+                    token = encoding.char_to_token(position)
+                    if token is not None:
+                        # Several tokens may share a character: the bytes of an emoji.
+                        span = encoding.token_to_chars(token)
+                        while token + 1 < len(encoding) and encoding.token_to_chars(token + 1) == span:
+                            token += 1
+                        return token_start + token
+        return -1
+
+    def chars(self, token: int) -> tuple[int, int]:
+        """The characters [start, end) that a token stands for."""
+        for encoding, char_start, token_start in reversed(self.parts):
+            if token >= token_start:
+                start, end = encoding.token_to_chars(token - token_start) or (0, 0)
+                return start + char_start, end + char_start
+        raise IndexError(token)

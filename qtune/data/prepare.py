@@ -1,0 +1,221 @@
+"""The [data] table -> datasets that training and evaluation read, every row accounted for.
+
+rows -> conversations -> ids and labels happen once per source and are kept on disk (`store`); splitting, weights and
+packing are choices of rows and cost nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from qtune.builtin import cache_folder
+from qtune.data.conversation import Conversation
+from qtune.data.encoding import encode_source
+from qtune.data.examples import RowRules
+from qtune.data.formats import detect_format, renamed, unknown_columns
+from qtune.data.packing import pack
+from qtune.data.rows import BadRow, Row
+from qtune.data.sources import Source, find_sources
+from qtune.data.store import Stored, open_store, store_key
+from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
+from qtune.errors import DataError, Problem
+from qtune.recipe import Data
+
+TRAINED = ["input_ids", "labels"]
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of the rows of one source."""
+
+    name: str
+    split: str
+    row_format: str
+    weight: float
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Datasets with the columns input_ids [length] and labels [length] (-100: not scored; not shifted).
+
+    Packed training rows also have seq_lengths. `examples` holds the same splits, not packed and not weighted, with
+    everything that is known of each example (`examples.COLUMNS`).
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    examples: dict[str, Dataset]
+    sources: tuple[SourceReport, ...]
+    template: ChatTemplate
+    end_of_turn: str | None
+    packed: bool
+
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """Rows that could not be used, of all sources; as many as are listed."""
+        return [bad for source in self.sources for bad in source.stored.bad]
+
+    def conversations(self, split: str) -> Iterator[Conversation]:
+        """The conversations of "train", "validation" or "test" in their order, as they were rendered."""
+        if split in self.examples:
+            for row in self.examples[split].select_columns(["conversation", "place"]):
+                yield Conversation.from_json(row["conversation"], row["place"])
+
+    @property
+    def held_out(self) -> str | None:
+        """The split that `qtune eval` reads: "test", else "validation"."""
+        return next((split for split in ("test", "validation") if split in self.examples), None)
+
+
+def prepare(
+    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+) -> Prepared:
+    """Reads, renders and tokenizes every source; relative paths start at `folder`.
+
+    Raises:
+        DataError: a source is missing, or rows are bad and the recipe does not skip them.
+    """
+    prepared = survey(data, tokenizer, folder, seed=seed, cache=cache)
+    if data.on_bad_row == "error":
+        refuse_bad_rows(prepared)
+    if not len(prepared.train):
+        raise DataError(Problem("data.train", "no row is left to train on"))
+    return prepared
+
+
+def survey(
+    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+) -> Prepared:
+    """`prepare` that goes on over bad rows, so that a check can report everything at once.
+
+    Raises:
+        DataError: a source is missing, or its rows have no known shape.
+    """
+    template = choose_template(data.chat_template, tokenizer, folder)
+    maker = _Maker(data, tokenizer, template, cache or cache_folder() / "examples")
+    train, weights = maker.split("train", find_sources(data.train, data, folder))
+    examples = {"train": train}
+    if isinstance(data.validation, float):
+        chosen = _validation_rows(train, data.validation, seed)
+        kept = np.setdiff1d(np.arange(len(train)), chosen)
+        examples["train"], weights = train.select(kept), weights[kept]
+        if len(chosen):
+            examples["validation"] = train.select(chosen)
+    else:
+        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder))
+    if data.test is not None:
+        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder))
+    weighted = examples["train"].select(_weighted_rows(weights, seed))
+    columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
+    columns["train"] = pack(weighted, data.max_length) if data.packing else weighted.select_columns(TRAINED)
+    end_of_turn = Renderer.of(tokenizer, template.text).end_of_turn
+    return Prepared(
+        columns["train"],
+        columns.get("validation"),
+        columns.get("test"),
+        examples,
+        tuple(maker.reports),
+        template,
+        end_of_turn,
+        data.packing,
+    )
+
+
+def refuse_bad_rows(prepared: Prepared) -> None:
+    """Raises a DataError that lists the bad rows, if there are any."""
+    count = sum(source.stored.bad_count for source in prepared.sources)
+    if count:
+        listed = [Problem(bad.place, bad.message) for bad in prepared.bad_rows]
+        more = [Problem("", f"… and {count - len(listed)} more bad rows")] if count > len(listed) else []
+        advice = Problem("", f'{count} bad rows; fix them, or leave them out with [data] on_bad_row = "skip"')
+        raise DataError([*listed, *more, advice])
+
+
+class _Maker:
+    """Makes or finds the examples of sources, and keeps the reports."""
+
+    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+        self.template = template
+        self.template_key = template_key(template.text, tokenizer)
+        self.cache = cache
+        self.reports: list[SourceReport] = []
+
+    def split(self, name: str, sources: Sequence[Source]) -> tuple[Dataset, np.ndarray]:
+        """The examples of the sources one after the other, and the weight of each example."""
+        parts, weights = [], []
+        for source in sources:
+            row_format = source.row_format if source.row_format != "auto" else _detected(source)
+            rules = self._rules(source, row_format)
+            folder = self.cache / store_key(source.fingerprint, self.template_key, rules)
+            stored = open_store(folder) or encode_source(source, self.tokenizer, self.template.text, rules, folder)
+            self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored))
+            parts.append(stored.examples)
+            weights.append(np.full(len(parts[-1]), source.weight))
+        return concatenate_datasets(parts), np.concatenate(weights)
+
+    def _rules(self, source: Source, row_format: str) -> RowRules:
+        data = self.data
+        return RowRules(
+            row_format,
+            source.columns,
+            data.system,
+            data.system_prompt,
+            data.loss_on,
+            data.on_rewritten_turn,
+            data.max_length,
+            data.on_long_row,
+        )
+
+
+def _detected(source: Source) -> str:
+    """The shape of the first rows that can be read; the first that is known counts."""
+    first: list[Row] = [row for row in islice(source.rows(), 100) if isinstance(row, Row)]
+    if not first:
+        return "messages"  # nothing but bad rows, which are reported with their own reasons
+    found = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
+    if found is None:
+        raise DataError(Problem(first[0].place, unknown_columns(first[0].value)))
+    return found
+
+
+def _validation_rows(train: Dataset, share: float, seed: int) -> np.ndarray:
+    """The rows set aside: those whose content hashes lowest under the seed.
+
+    Equal rows hash equally, so that a duplicate never stands on both sides of the split.
+    """
+    if not share or not len(train):
+        return np.array([], dtype=np.int64)
+    # By prompt: the same question must not be in both parts, whatever its answers are.
+    hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
+    mixed = _mixed(hashes, seed)
+    count = max(1, round(share * len(train)))
+    border = np.partition(mixed, count - 1)[count - 1]
+    return np.flatnonzero(mixed <= border)
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """A pseudo-random order of hashes under a seed. splitmix64 (Steele, Lea, Flood 2014, figure 17)."""
+    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _weighted_rows(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Row numbers under weights: each row as often as the whole part says, and a random share for the rest."""
+    repeats = np.floor(weights).astype(np.int64)
+    generator = np.random.default_rng(seed)
+    for weight in np.unique(weights % 1):
+        rows = np.flatnonzero(weights % 1 == weight)
+        extra = round(float(weight) * len(rows))
+        repeats[generator.permutation(rows)[:extra]] += 1
+    return np.repeat(np.arange(len(weights)), repeats)

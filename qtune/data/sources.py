@@ -1,0 +1,97 @@
+"""The sources of a split -> their rows, with what tells whether they have changed since the last time."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from qtune.data.files import DataFile, data_files
+from qtune.data.rows import BadRow, Row, read_rows
+from qtune.errors import DataError, Problem
+from qtune.recipe import Data, FileSource, HubSource
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows from files or from a hub dataset, with their shape ("auto" until it is detected) and weight."""
+
+    name: str
+    row_format: str
+    columns: Mapping[str, str]
+    weight: float
+    files: tuple[DataFile, ...] = ()
+    hub: Dataset | None = field(default=None, compare=False)
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Every row of the source in order, read as a stream."""
+        for file in self.files:
+            yield from read_rows(file)
+        if self.hub is not None:
+            for number, value in enumerate(self.hub, 1):
+                kept = {key: inner for key, inner in value.items() if inner is not None}
+                yield Row(f"{self.name}:{number}", kept)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names and contents."""
+        digest = hashlib.blake2b(digest_size=16)
+        for file in self.files:
+            digest.update(f"{file.name}\0".encode())
+            with file.path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+        if self.hub is not None:
+            digest.update(f"{self.name}\0{self.hub._fingerprint}".encode())
+        return digest.hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, to say how far reading is; 0 for hub datasets."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+
+def find_sources(given: object, data: Data, folder: Path) -> list[Source]:
+    """The sources that a key of [data] names: a text, a table, or a list of them.
+
+    Raises:
+        DataError: with every source that is missing.
+    """
+    entries = given if isinstance(given, tuple) else (given,)
+    found: list[Source] = []
+    problems: list[Problem] = []
+    for entry in entries:
+        try:
+            found.append(_source(entry, data, folder))
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return found
+
+
+def _source(entry: object, data: Data, folder: Path) -> Source:
+    if isinstance(entry, str) and entry.startswith(HUB):
+        entry = HubSource(hub=entry.removeprefix(HUB))
+    if isinstance(entry, str):
+        entry = FileSource(path=entry)
+    if not isinstance(entry, (FileSource, HubSource)):
+        raise TypeError(entry)
+    row_format = data.format if entry.format == "auto" else entry.format
+    columns = {**data.columns, **entry.columns}
+    if isinstance(entry, FileSource):
+        files = tuple(data_files(entry.path, folder))
+        return Source(entry.path, row_format, columns, entry.weight, files)
+    name = f"{HUB}{entry.hub}[{entry.split}]"
+    return Source(name, row_format, columns, entry.weight, hub=_hub_dataset(entry, name))
+
+
+def _hub_dataset(source: HubSource, name: str) -> Dataset:
+    try:
+        return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    # `datasets` raises its own errors for missing names and passes those of the network and of the hub's client on.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(Problem(name, f"the hub dataset cannot be loaded: {reason}")) from error

@@ -1,0 +1,102 @@
+"""Examples on disk: one folder for each source under each set of rules, made once, mapped into memory afterwards.
+
+The folder's name is a hash of everything that decides its content, so nothing stale can be found under it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset
+
+from qtune.data.examples import COLUMNS, Batch, RowRules
+from qtune.data.rows import BadRow
+from qtune.run_dir import write_atomically
+
+# Raised when the code that makes examples changes what it makes.
+VERSION = 1
+# Places of this many rows are kept for each list; the counts are always of all.
+LISTED = 100
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The examples of one source, and what became of its other rows (at most LISTED of each are listed)."""
+
+    folder: Path
+    rows: int
+    bad: tuple[BadRow, ...]
+    bad_count: int
+    dropped: tuple[str, ...]
+    dropped_count: int
+
+    @property
+    def examples(self) -> Dataset:
+        """The examples, read from disk as they are needed."""
+        return Dataset.from_file(str(self.folder / "examples.arrow"))
+
+
+def store_key(source: str, template: str, rules: RowRules) -> str:
+    """The name of the folder: `source` and `template` are fingerprints of the rows and of the tokenizer."""
+    parts = json.dumps([VERSION, source, template, asdict(rules)], sort_keys=True)
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def open_store(folder: Path) -> Stored | None:
+    """What an earlier run has left under this name, None if nothing."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    os.utime(folder / "about.json")
+    return Stored(
+        folder,
+        about["rows"],
+        tuple(BadRow(**bad) for bad in about["bad"]),
+        about["bad_count"],
+        tuple(about["dropped"]),
+        about["dropped_count"],
+    )
+
+
+def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
+    """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        rows = bad_count = dropped_count = 0
+        bad: list[BadRow] = []
+        dropped: list[str] = []
+        with pa.OSFile(str(temporary / "examples.arrow"), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
+            for batch in batches:
+                writer.write_batch(batch.examples)
+                rows += batch.rows
+                bad_count += len(batch.bad)
+                dropped_count += len(batch.dropped)
+                bad.extend(batch.bad[: LISTED - len(bad)])
+                dropped.extend(batch.dropped[: LISTED - len(dropped)])
+        about = {
+            "rows": rows,
+            "bad": [asdict(one) for one in bad],
+            "bad_count": bad_count,
+            "dropped": dropped,
+            "dropped_count": dropped_count,
+        }
+        write_atomically(temporary / "about.json", json.dumps(about))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # Another process has just finished the same work.
+            shutil.rmtree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    stored = open_store(folder)
+    assert stored is not None, folder
+    return stored

@@ -1,0 +1,167 @@
+"""The chat template: which one is used, how a conversation is rendered with it, and what ends a turn in it."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.conversation import Conversation, Message, RowError
+from qtune.errors import DataError, Problem
+
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+# The layout of Stanford Alpaca with the tokenizer's own end of text, which every base model has as one token.
+ALPACA = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'user' -%}{{ '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' }}
+{%- elif message['role'] == 'assistant' -%}{{ message['content'] + eos_token + '\\n\\n' }}
+{%- else -%}{{ raise_exception('the alpaca template has no ' + message['role'] + ' messages') }}
+{%- endif -%}
+{%- endfor -%}
+"""
+# Prompt and completion joined as they are.
+PLAIN = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{{ message['content'] + (eos_token if message['role'] == 'assistant' else '') }}
+{%- endfor -%}
+"""
+BUILT_IN = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN}
+DEFAULT = "alpaca"
+
+_PROBE = "Probe answer"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's jinja text and where it comes from, in words."""
+
+    text: str
+    origin: str
+
+
+def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ChatTemplate:
+    """The template that the recipe names (built-in or file), else the tokenizer's own, else the stated default.
+
+    Raises:
+        DataError: there is no such template, or the file cannot be read.
+    """
+    if name is None:
+        own = _own_template(tokenizer)
+        if own is not None:
+            return ChatTemplate(own, "the tokenizer's own")
+        return ChatTemplate(BUILT_IN[DEFAULT], f'the built-in "{DEFAULT}": the tokenizer has none')
+    if name in BUILT_IN:
+        return ChatTemplate(BUILT_IN[name], f'the built-in "{name}"')
+    path = folder / Path(name).expanduser()
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"), f"the file {name}")
+    except (OSError, UnicodeDecodeError) as error:
+        built_in = ", ".join(BUILT_IN)
+        message = f"no readable template file, nor a built-in template ({built_in})"
+        raise DataError(Problem("data.chat_template", f"{name!r}: {message}")) from error
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Tokenizers may carry several templates by name; the one for tools contains what the default does."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        return own.get("tool_use") or own.get("default")
+    return own
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders conversations.
+
+    `end_of_turn` is the text of the token that ends an answer, None where the template ends it without one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    end_of_turn: str | None
+    control_tokens: re.Pattern[str]
+    """Matches every token that the tokenizer takes out of a text before it splits words."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: str) -> "Renderer":
+        """A renderer for a tokenizer and a template; the end of turn is read off a rendered probe.
+
+        Raises:
+            DataError: the tokenizer cannot say which characters a token stands for.
+        """
+        if not tokenizer.is_fast:
+            name = type(tokenizer).__name__
+            raise DataError(Problem("", f"{name} has no character offsets; qtune needs a tokenizer.json"))
+        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        bare = cls(tokenizer, template, None, pattern)
+        return cls(tokenizer, template, bare._find_end_of_turn(), pattern)
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, object]] = (), *, generation_prompt: bool = False
+    ) -> str:
+        """The text of the messages; with `generation_prompt`, up to where the model goes on.
+
+        Raises:
+            RowError: the template refuses the messages, with its reason.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self.template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        # A template is a program: what it does not raise itself fails as Python does.
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = str(error) or type(error).__name__
+            raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason)}") from error
+        return str(text)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The rendered conversation up to the last answer, with the generation prompt."""
+        return self.render(conversation.prompt, conversation.tools, generation_prompt=True)
+
+    def _find_end_of_turn(self) -> str | None:
+        try:
+            text = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}])
+        except RowError:
+            return None
+        match = self.control_tokens.search(text, text.rfind(_PROBE) + len(_PROBE)) if _PROBE in text else None
+        return match[0] if match else None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """The ids that ask for the last answer, generation prompt included, with the tokenizer's chat template.
+
+    A document has no prompt: its ids are only what the tokenizer puts first.
+    """
+    if conversation.is_document:
+        return list(tokenizer("").input_ids)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else _own_template(tokenizer)
+    text = Renderer.of(tokenizer, template or BUILT_IN[DEFAULT]).prompt(conversation)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def template_key(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What two preparations must share so that the same conversation becomes the same ids."""
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return "\0".join([template, special, tokenizer.backend_tokenizer.to_str()])
+
+
+def _advice(reason: str) -> str:
+    if "system" in reason.lower():
+        return '; [data] system = "merge" puts the system message into the first user message'
+    return ""
