@@ -113,7 +113,7 @@ def documented_object(name: str, label: str, member: object) -> Iterator[Documen
 def signature_of(label: str, member: object) -> str:
     try:
         return f"{label}{inspect.signature(member)}"  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # select.epoll.register in 3.13: AttributeError
         return ""
 
 
