@@ -410,6 +410,12 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
+    if recipe.data.packing and isinstance(adapter, SoftPrompt):
+        yield Fault(
+            ("data", "packing"),
+            "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
+            f"the positions that keep documents apart; not with {adapter.kind}",
+        )
     if training.steps is not None and "epochs" in training.model_fields_set:
         yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from qtune.errors import Problem, RecipeError
-from qtune.recipe import DEFAULT_KINDS, Fault, KeyPath, Recipe, parse_recipe
+from qtune.recipe import DEFAULT_KINDS, Fault, FileSource, KeyPath, Recipe, parse_recipe
 from qtune.toml_lines import line_of, toml_lines
 
 # The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
@@ -150,6 +150,21 @@ def _missing_files(recipe: Recipe, folder: Path) -> Iterator[Fault]:
             yield Fault(("model", "base"), "no such file or folder")
     elif base.count("/") > 1:
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
+    for key in ("train", "validation", "test"):
+        yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
+
+
+def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]:
+    """Files and folders that are not there; patterns and hub datasets are looked up when they are read."""
+    if isinstance(given, tuple):
+        for index, source in enumerate(given):
+            yield from _missing_sources(source, (*path, index), folder)
+        return
+    name = given.path if isinstance(given, FileSource) else given
+    is_file = isinstance(name, str) and not name.startswith("hub:") and not any(mark in name for mark in "*?[")
+    if is_file and not (folder / Path(name).expanduser()).exists():
+        key = (*path, "path") if isinstance(given, FileSource) else path
+        yield Fault(key, f"no such file or folder in {folder}")
 
 
 def _problem(
@@ -158,9 +173,13 @@ def _problem(
     key = ".".join(str(part) for part in fault.path)
     value: Any = tables
     for part in fault.path:
-        value = value.get(part, _ABSENT) if isinstance(value, dict) else value[part] if isinstance(value, list) else value
+        value = (
+            value.get(part, _ABSENT) if isinstance(value, dict) else value[part] if isinstance(value, list) else value
+        )
     shown = "" if value is _ABSENT or isinstance(value, dict) else f" = {show_value(value)}"
-    changed = next((keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None)
+    changed = next(
+        (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
+    )
     place = "--set" if changed else f"{path}:{line_of(lines, fault.path)}"
     return Problem(place, f"{key}{shown}: {fault.message}")
 
@@ -174,7 +193,20 @@ def show_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return (
+            f"{{ {', '.join(f'{_key(key)} = {show_value(inner)}' for key, inner in value.items())} }}"
+            if value
+            else "{}"
+        )
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+
+
+def _key(name: str) -> str:
+    """A bare key where TOML allows it, a quoted one elsewhere."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
 
 
 def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
