@@ -1,0 +1,119 @@
+"""A checkpoint folder of safetensors files, read one tensor at a time."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qtune.errors import ModelError, Problem
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# The names of the safetensors header and what torch calls them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies and what it looks like."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model folder by name; nothing is held in memory."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads the headers of all shards.
+
+        Raises ModelError when the folder holds no safetensors weights, when a shard is missing or cannot be read
+        (a truncated file is noticed here), or when the index names a tensor that its shard does not have.
+        """
+        tensors: dict[str, Stored] = {}
+        for file in weight_files(folder):
+            tensors |= _header(file)
+        index = folder / INDEX
+        if index.exists():
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if missing := sorted(set(named) - set(tensors)):
+                raise ModelError(Problem(str(index), f"names tensors that no shard holds: {', '.join(missing[:3])}"))
+        return cls(folder, tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, on the CPU.
+
+        The file is mapped for this one tensor only: a mapping kept open counts every page that was ever read
+        as memory of the process.
+        """
+        with safe_open(self.tensors[name].file, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The shards of a model folder in the order of their names.
+
+    Raises ModelError when there are none or when the index names a file that is not there.
+    """
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
+        return files
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            Problem(
+                str(folder), "the weights are pickle files (.bin); convert them to safetensors, qtune reads no pickle"
+            )
+        )
+    raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of one shard, by name."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
+            return {
+                name: Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelError(Problem(str(file), f"cannot be read as safetensors: {error}")) from error

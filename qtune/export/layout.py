@@ -1,0 +1,117 @@
+"""A checkpoint's names -> the model's parameters: which are quantized when loaded, which share their memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qtune.errors import ModelError, Problem
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the model class says about a checkpoint's tensors; found on the meta device, without weights."""
+
+    parameters: dict[str, str]
+    """Checkpoint name -> parameter of the model; tensors that the model does not use are missing."""
+    converted: frozenset[str]
+    """Parameters that loading puts together from several tensors or cuts out of one."""
+    quantized: frozenset[str]
+    """Parameters that loading with a quantization stores in 4 or 8 bits."""
+    transposed: frozenset[str]
+    """Weights of GPT-2's Conv1D: stored [in, out], quantized as [out, in]."""
+    tied: dict[str, str]
+    """Parameter -> the parameter whose memory it shares when the model is loaded."""
+    kept_in_fp32: frozenset[str]
+    """Parameters that transformers keeps in fp32 whatever dtype is asked for."""
+    input_embedding: str
+    output_embedding: str | None
+
+    def stored_as(self, parameter: str) -> str | None:
+        """The checkpoint's name for a parameter, if it has one of its own."""
+        return next((name for name, target in self.parameters.items() if target == parameter), None)
+
+
+def empty_model(base: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder on the meta device: its modules and shapes, no memory."""
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def layout_of(model: PreTrainedModel, names: list[str]) -> Layout:
+    """Maps the tensor names of a checkpoint onto a model from `empty_model`, with transformers' own loading rules.
+
+    The linear layers of `model` become bitsandbytes layers on the way, for transformers decides on modules, not on
+    names, which of them it quantizes.
+    """
+    parameters, converted = _parameters(model, names)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    fp32_patterns = model._get_dtype_plan(torch.float16)
+    kept_in_fp32 = {name for name in parameters.values() if any(part in name for part in fp32_patterns)}
+    embeddings = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    tied = dict(model.all_tied_weights_keys)
+    quantized = _quantized(model)
+    return Layout(
+        parameters=parameters,
+        converted=frozenset(converted),
+        quantized=frozenset(quantized),
+        transposed=frozenset(transposed),
+        tied=tied,
+        kept_in_fp32=frozenset(kept_in_fp32),
+        input_embedding=embeddings[id(model.get_input_embeddings())],
+        output_embedding=None if head is None else embeddings[id(head)],
+    )
+
+
+def _parameters(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, str], set[str]]:
+    """Checkpoint name -> parameter name, and the parameters that are not one tensor of the checkpoint.
+
+    The steps are those of `transformers.core_model_loading.convert_and_load_state_dict_in_model` (5.23).
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    targets = model.state_dict()
+    parameters: dict[str, str] = {}
+    converted: set[str] = set()
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        if target not in targets and name in targets:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, targets)
+        if target in targets:
+            parameters[name] = target
+            if pattern is not None:
+                converted.add(target)
+    return parameters, converted
+
+
+def _quantized(model: PreTrainedModel) -> set[str]:
+    """The parameters that bitsandbytes quantizes by default; their modules in `model` are replaced on the way."""
+    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
+    quantizer.pre_quantized = False
+    quantizer._process_model_before_weight_loading(model, device_map=None)
+    return {name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)}
+
+
+def refuse_foreign_quantization(base: Path) -> None:
+    """Raises ModelError when the base is stored in a quantized format other than bitsandbytes' 4 bits."""
+    config = AutoConfig.from_pretrained(base)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if str(method) not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
+        raise ModelError(
+            Problem(
+                str(base),
+                f"is stored as {method}, which cannot be merged; export the adapter alone (--adapter-only)",
+            )
+        )

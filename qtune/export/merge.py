@@ -1,0 +1,242 @@
+"""Base checkpoint + adapter -> merged tensors, one at a time."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qtune.errors import ExportError, Problem, RunError
+from qtune.export.adapter_weights import AdapterWeights, Update, updated
+from qtune.export.basis import Basis, as_stored, as_trained
+from qtune.export.checkpoint import Checkpoint
+from qtune.export.layout import Layout
+from qtune.export.shards import SHARD_BYTES, Planned, plan_shards, write_shards
+
+# Which weights the adapter is added to: those that training saw, or those of the base checkpoint.
+Weights = Literal["dequantized", "original"]
+
+# bitsandbytes keeps a stored 4-bit weight's statistics in tensors with the weight's name and one of these after it.
+STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Everything a merge depends on, decided before the first tensor is read."""
+
+    base: Checkpoint
+    layout: Layout
+    adapter: AdapterWeights
+    basis: Basis
+    weights: Weights
+    dtype: torch.dtype
+    tensors: tuple[Planned, ...] = field(default=())
+    sources: dict[str, str] = field(default_factory=dict)
+    """Output name -> name in the base checkpoint."""
+    targets: dict[str, str] = field(default_factory=dict)
+    """Output name -> parameter of the model."""
+    unties: bool = False
+    """Whether the head becomes a tensor of its own, because the adapter changed only one of the tied two."""
+    vocabulary: int | None = None
+    """Rows of the embedding, where the adapter brings a resized one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the merged weights."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Keys of config.json that the merged weights change."""
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
+        if self.vocabulary is not None:
+            changes["vocab_size"] = self.vocabulary
+        return changes
+
+
+def plan_merge(
+    base: Checkpoint, layout: Layout, adapter: AdapterWeights, basis: Basis, weights: Weights, dtype: torch.dtype
+) -> Merge:
+    """Decides name, shape and origin of every output tensor.
+
+    Raises RunError, naming everything that is in the way: adapter tensors without a place in the base, changes to
+    parameters that the checkpoint does not hold as one tensor, a resized embedding whose head was not resized.
+    """
+    merge = Merge(base, layout, adapter, basis, weights, dtype)
+    sources = {name: name for name in base.tensors if not _is_statistic(name, base)}
+    targets = {name: layout.parameters.get(name, name) for name in sources}
+    unties = _unties(layout, adapter, targets.values())
+    head = layout.output_embedding
+    if unties and head is not None and head not in targets.values():
+        embedding = next(name for name, parameter in targets.items() if parameter == layout.tied[head])
+        sources[head], targets[head] = embedding, head
+    problems = list(_obstacles(merge, set(targets.values())))
+    if problems:
+        raise RunError(problems)
+    tensors = tuple(
+        Planned(name, _output_dtype(merge, name, targets[name]), _output_shape(merge, source, targets[name]))
+        for name, source in sources.items()
+    )
+    embedding_update = adapter.updates.get(layout.input_embedding, Update())
+    vocabulary = None if embedding_update.replacement is None else len(embedding_update.replacement)
+    return Merge(
+        base, layout, adapter, basis, weights, dtype, tensors, sources, targets, unties=unties, vocabulary=vocabulary
+    )
+
+
+def write_merge(
+    merge: Merge, folder: Path, advance: Callable[[int], None], shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Writes the merged weights as safetensors shards; `advance` is told the bytes of every tensor written.
+
+    Raises ExportError when a value does not fit the output dtype.
+    """
+
+    def produce(planned: Planned) -> torch.Tensor:
+        result = merged_tensor(merge, planned)
+        advance(planned.nbytes)
+        return result
+
+    return write_shards(folder, plan_shards(merge.tensors, shard_bytes), produce)
+
+
+def merged_tensor(merge: Merge, planned: Planned) -> torch.Tensor:
+    """One output tensor: the base's values, the adapter's change in fp32, one rounding to the output dtype."""
+    parameter = merge.targets[planned.name]
+    values = base_values(merge, merge.sources[planned.name], parameter)
+    update = _update_for(merge, parameter)
+    if update is not None:
+        values = updated(values, update, transposed=parameter in merge.layout.transposed)
+    rounded = values.to(planned.dtype)
+    if planned.dtype == torch.float16:
+        _refuse_overflow(planned.name, values, rounded)
+    return rounded
+
+
+def base_values(merge: Merge, source: str, parameter: str) -> torch.Tensor:
+    """The frozen values of a parameter on the chosen basis, in the orientation of the checkpoint."""
+    stored = merge.base.read(source)
+    statistics = _statistics(source, merge.base)
+    if statistics:
+        read = {name: merge.base.read(f"{source}.{name}") for name in statistics}
+        return as_stored(stored, read, merge.basis.compute_dtype)
+    if merge.weights == "original" or not stored.is_floating_point():
+        return stored
+    if parameter not in merge.layout.quantized or merge.basis.kind == "none":
+        return stored if parameter in merge.layout.kept_in_fp32 else stored.to(merge.basis.load_dtype)
+    if parameter in merge.layout.transposed:
+        return as_trained(stored.T, merge.basis).T
+    return as_trained(stored, merge.basis)
+
+
+def _update_for(merge: Merge, parameter: str) -> Update | None:
+    """The adapter's change of a parameter; a head that stays tied takes the embedding's."""
+    if parameter in merge.adapter.updates:
+        return merge.adapter.updates[parameter]
+    if not merge.unties and parameter in merge.layout.tied:
+        return merge.adapter.updates.get(merge.layout.tied[parameter])
+    return None
+
+
+def _refuse_overflow(name: str, values: torch.Tensor, rounded: torch.Tensor) -> None:
+    if torch.isinf(rounded).any() or torch.isnan(rounded).any():
+        largest = values.abs().max().item()
+        raise ExportError(
+            f"{name}: its largest value {largest:.4g} does not fit float16 (65504); export with --dtype bfloat16"
+        )
+
+
+def _output_dtype(merge: Merge, name: str, parameter: str) -> torch.dtype:
+    stored = merge.base.tensors[name].dtype if name in merge.base.tensors else merge.dtype
+    if _statistics(name, merge.base):
+        return merge.dtype
+    if not stored.is_floating_point:
+        return stored
+    return torch.float32 if parameter in merge.layout.kept_in_fp32 else merge.dtype
+
+
+def _output_shape(merge: Merge, source: str, parameter: str) -> tuple[int, ...]:
+    update = _update_for(merge, parameter)
+    if update is not None and update.replacement is not None:
+        return tuple(update.replacement.shape)
+    return _base_shape(merge.base, source)
+
+
+def _base_shape(base: Checkpoint, source: str) -> tuple[int, ...]:
+    """A tensor's shape; that of a stored 4-bit weight is in the JSON that bitsandbytes keeps beside it."""
+    statistics = [name for name in _statistics(source, base) if name.startswith("quant_state.")]
+    if statistics:
+        return tuple(json.loads(base.read(f"{source}.{statistics[0]}").numpy().tobytes())["shape"])
+    return base.tensors[source].shape
+
+
+def _obstacles(merge: Merge, present: set[str]) -> Iterable[Problem]:
+    folder = str(merge.base.folder)
+    for parameter, update in merge.adapter.updates.items():
+        tied_to = merge.layout.tied.get(parameter)
+        if parameter in merge.layout.converted:
+            yield Problem(folder, f"stores {parameter} in pieces; an adapter on it cannot be merged")
+        elif parameter not in present and tied_to not in present and not (update.row_scale is not None):
+            yield Problem(folder, f"has no {parameter}, which the adapter changes; is it the base of this adapter?")
+        elif (trained := _factor_shape(update)) and (stored := _shape_of(merge, parameter)) and trained != stored:
+            yield Problem(folder, f"{parameter} is {list(stored)}, the adapter was trained for {list(trained)}")
+    if merge.weights == "dequantized" and merge.basis.kind != "none":
+        for parameter in sorted(merge.layout.converted & merge.layout.quantized):
+            yield Problem(folder, f"stores {parameter} in pieces; it cannot be quantized as training did")
+    if merge.weights == "original" and any(_is_statistic(name, merge.base) for name in merge.base.tensors):
+        yield Problem(folder, "holds 4-bit weights only; there are no original ones to merge into")
+    yield from _vocabulary_mismatch(merge)
+
+
+def _factor_shape(update: Update) -> tuple[int, ...] | None:
+    return None if update.factors is None else (update.factors[1].shape[0], update.factors[0].shape[1])
+
+
+def _shape_of(merge: Merge, parameter: str) -> tuple[int, ...] | None:
+    """A parameter's shape as [out, in]; None where the checkpoint has no tensor of its own for it."""
+    name = merge.layout.stored_as(parameter)
+    if name is None:
+        return None
+    shape = _base_shape(merge.base, name)
+    return shape[::-1] if parameter in merge.layout.transposed else shape
+
+
+def _vocabulary_mismatch(merge: Merge) -> Iterable[Problem]:
+    layout, updates = merge.layout, merge.adapter.updates
+    embedding = updates.get(layout.input_embedding, Update()).replacement
+    name = layout.stored_as(layout.output_embedding or "")
+    head = updates.get(layout.output_embedding or "", Update()).replacement
+    if embedding is None or name is None:
+        return
+    rows = len(head) if head is not None else merge.base.tensors[name].shape[0]
+    if rows != len(embedding):
+        yield Problem(
+            str(merge.base.folder), f"the adapter has {len(embedding)} embedding rows, the head {rows}; save both"
+        )
+
+
+def _unties(layout: Layout, adapter: AdapterWeights, present: Iterable[str]) -> bool:
+    """Whether training changed only one of two tied parameters, so that they are no longer equal."""
+    head = layout.output_embedding
+    if head is None or head not in layout.tied or adapter.keeps_tying:
+        return False
+    changed = [adapter.updates.get(name) for name in (layout.tied[head], head)]
+    # peft trains rows of a tied embedding for both.
+    return any(update is not None and not update.rows for update in changed)
+
+
+def _statistics(name: str, base: Checkpoint) -> list[str]:
+    """The parts of the names of a stored 4-bit weight's statistics; empty for any other tensor."""
+    if f"{name}.absmax" not in base.tensors:
+        return []
+    return [
+        other.removeprefix(f"{name}.")
+        for other in base.tensors
+        if _is_statistic(other, base) and other.startswith(f"{name}.")
+    ]
+
+
+def _is_statistic(name: str, base: Checkpoint) -> bool:
+    return any(f".{part}" in name and name[: name.index(f".{part}")] in base.tensors for part in STATISTICS)

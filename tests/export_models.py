@@ -1,0 +1,104 @@
+"""Tiny models of several families and random adapters on them, made when a test asks; no downloads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from qtune.export.adapter_weights import open_adapter
+from qtune.export.basis import Basis
+from qtune.export.checkpoint import Checkpoint
+from qtune.export.layout import empty_model, layout_of
+from qtune.export.merge import Merge, Weights, plan_merge, write_merge
+from qtune.export.side_files import copy_side_files, merged_config, write_json
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NF4 = Basis("nf4", True, torch.float32, torch.float32)
+
+
+def tiny_base(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """A random model of a family, saved as a checkpoint folder."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Initial biases are 0 and norms 1; nothing would notice if an export lost them.
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            elif "embed" not in name:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def live_base(folder: Path, basis: Basis = NF4) -> PreTrainedModel:
+    """The model as training holds it: quantized by transformers and bitsandbytes."""
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=basis.kind,
+        bnb_4bit_use_double_quant=basis.double_quantization,
+        bnb_4bit_compute_dtype=basis.compute_dtype,
+    )
+    eight_bit = BitsAndBytesConfig(load_in_8bit=True)
+    # A None would hide the quantization that a checkpoint brings along.
+    quantization = (
+        {} if basis.kind == "none" else {"quantization_config": eight_bit if basis.kind == "int8" else four_bit}
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=basis.load_dtype, **quantization)
+    model.requires_grad_(False)
+    return model
+
+
+def live_adapter(base: Path, config: PeftConfig, folder: Path, basis: Basis = NF4) -> PeftModel:
+    """The live base with an adapter of random values, which is also saved to `folder`."""
+    model = get_peft_model(live_base(base, basis), copy.deepcopy(config))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "original_module" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.eval()
+    model.save_pretrained(str(folder))
+    return model
+
+
+def merged(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    *,
+    basis: Basis = NF4,
+    weights: Weights = "dequantized",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Merge, PreTrainedModel]:
+    """The merge written to `output` and loaded as a user would."""
+    checkpoint = Checkpoint.open(base)
+    layout = layout_of(empty_model(base), list(checkpoint.tensors))
+    merge = plan_merge(checkpoint, layout, open_adapter(adapter), basis, weights, dtype)
+    output.mkdir()
+    write_merge(merge, output, lambda _: None, shard_bytes=100_000)
+    copy_side_files(base, base, output)
+    write_json(output / "config.json", merged_config(base, dtype, merge.config_changes))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output)
+    return merge, model.eval()
+
+
+def some_ids(rows: int = 2, length: int = 12) -> torch.Tensor:
+    """Token ids [rows, length] without special tokens."""
+    return torch.randint(3, SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))  # type: ignore[call-overload]
