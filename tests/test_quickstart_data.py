@@ -24,11 +24,11 @@ def rows(name: str) -> list[dict[str, list[dict[str, str]]]]:
 
 
 def requests(name: str) -> list[str]:
-    return [row["messages"][1]["content"] for row in rows(name)]
+    return [row["messages"][0]["content"] for row in rows(name)]
 
 
 def answers(name: str) -> list[str]:
-    return [row["messages"][2]["content"] for row in rows(name)]
+    return [row["messages"][1]["content"] for row in rows(name)]
 
 
 def meanings(name: str) -> list[tuple[tuple[str, object], ...]]:
@@ -48,11 +48,11 @@ def test_the_files_are_what_the_tool_makes(name):
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_every_row_is_a_system_a_request_and_one_json_command(name):
+def test_every_row_is_a_request_and_one_json_command(name):
     for row in rows(name):
-        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
-        command = json.loads(row["messages"][2]["content"])
-        assert json.dumps(command, ensure_ascii=False) == row["messages"][2]["content"]
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        command = json.loads(row["messages"][1]["content"])
+        assert json.dumps(command, ensure_ascii=False) == row["messages"][1]["content"]
         assert all(isinstance(value, str | int) for value in command.values())
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-SYSTEM = "Turn the request into one JSON command."
 SEED = 20
 TRAIN_ROWS_PER_COMMAND = 84
 TEST_ROWS_PER_COMMAND = 16
@@ -233,8 +232,7 @@ def make_rows(seed: int = SEED) -> tuple[list[dict[str, object]], list[dict[str,
 
 
 def conversation(request: str, answer: str) -> dict[str, object]:
-    turns = (("system", SYSTEM), ("user", request), ("assistant", answer))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
 
 
 def main() -> None:
