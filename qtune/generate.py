@@ -1,0 +1,210 @@
+"""Generation: prompts as ids in, answers as ids out, many at once with the same result as one at a time.
+
+Batches are padded on the left, so that every prompt ends where its answer starts. With a soft prompt the pads must come
+before the virtual tokens, not between them and the text (peft 0.21 puts them there): inputs are laid out here and go
+to the base model directly.
+
+    LoRA, IA3, no adapter      pads | text                          as ids
+    p-tuning, prompt tuning    pads | virtual tokens | text         as embeddings
+    prefix tuning              virtual keys and values | pads | text    the prefix as a cache, its positions in the mask
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, PeftType
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from qtune.data.template import BUILT_IN, DEFAULT, Renderer
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest (temperature 0), or drawn."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Token ids that end an answer, and the one that fills a batch."""
+
+    stop: tuple[int, ...]
+    pad: int
+
+
+def find_ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """The end of turn of the tokenizer's chat template, its end of text, and what the model's own config adds."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else BUILT_IN[DEFAULT]
+    end_of_turn = Renderer.of(tokenizer, template).end_of_turn
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    if end_of_turn is not None:
+        found.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    stop = tuple(sorted({token for token in found if token is not None}))
+    pad = tokenizer.pad_token_id
+    return Ends(stop, pad if pad is not None else stop[0] if stop else 0)
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Ids],
+    limits: Sequence[int],
+    ends: Ends,
+    sampling: Sampling = GREEDY,
+    *,
+    batch_size: int = 64,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> list[list[int]]:
+    """The answer to each prompt without its end token, at most `limits[i]` tokens long.
+
+    Prompts of similar length share a batch. `on_rows` hears how many more are done.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    with _ready(model, sampling):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            longest = max(limits[row] for row in rows)
+            made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling)
+            for row, ids in zip(rows, made.tolist(), strict=True):
+                answers[row] = _until_end(ids, ends.stop)[: limits[row]]
+            on_rows(len(rows))
+    return answers
+
+
+def stream(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Ids,
+    limit: int,
+    ends: Ends,
+    on_text: Callable[[str], None],
+    sampling: Sampling = GREEDY,
+) -> list[int]:
+    """The answer to one prompt; `on_text` gets its text piece by piece while it is made."""
+    with _ready(model, sampling):
+        made = _generate_batch(model, [prompt], limit, ends, sampling, _Pieces(tokenizer, on_text))
+    return _until_end(made[0].tolist(), ends.stop)
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, which knows when a piece of text is final, without its print."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+@contextmanager
+def _ready(model: PreTrainedModel | PeftModel, sampling: Sampling) -> Iterator[None]:
+    """Evaluation mode, no gradients, and draws that depend on the seed alone; all as before afterwards."""
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, enabled=sampling.temperature > 0):
+            if sampling.temperature > 0:
+                torch.manual_seed(sampling.seed)
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _generate_batch(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Ids],
+    limit: int,
+    ends: Ends,
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> Tensor:
+    """[batch, made]: the new ids of each prompt; what follows a row's end is padding."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs, given = _inputs(model, prompts, ends.pad)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=bool(drawn),
+        eos_token_id=list(ends.stop) or None,
+        pad_token_id=ends.pad,
+        # A model's own generation config would fill in what is left out here; these are the neutral values.
+        num_beams=1,
+        top_k=0 if drawn else None,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        **drawn,
+    )
+    with _neutral(network):
+        made = network.generate(**inputs, generation_config=config, streamer=streamer)
+    return made[:, given:]
+
+
+@contextmanager
+def _neutral(network: PreTrainedModel) -> Iterator[None]:
+    """Keeps the model's own sampling defaults (a temperature of 0.6, say) out of this call."""
+    own = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        network.generation_config = own
+
+
+def _inputs(model: PreTrainedModel | PeftModel, prompts: Sequence[Ids], pad: int) -> tuple[dict[str, Any], int]:
+    """What the base model's `generate` takes, and how many columns of its output are not new."""
+    batch, length = len(prompts), max(map(len, prompts))
+    ids = torch.full((batch, length), pad, dtype=torch.long)
+    mask = torch.zeros((batch, length), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
+        mask[row, length - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    soft = _active_soft_prompt(model)
+    if soft is None or not isinstance(model, PeftModel):
+        return {"input_ids": ids, "attention_mask": mask}, length
+    virtual = soft.num_virtual_tokens
+    if soft.peft_type == PeftType.PREFIX_TUNING:
+        # The ids under the prefix are read by nobody: their keys and values are already in the cache.
+        ids = torch.cat([ids.new_full((batch, virtual), pad), ids], dim=1)
+        mask = torch.cat([mask.new_ones((batch, virtual)), mask], dim=1)
+        cache = model.get_prompt(batch_size=batch)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, virtual + length
+    text = cast("torch.nn.Module", model.get_base_model().get_input_embeddings())(ids)
+    prompt_vectors = model.get_prompt(batch_size=batch).to(text.dtype)
+    embeds = text.new_zeros((batch, virtual + length, text.shape[-1]))
+    full_mask = mask.new_zeros((batch, virtual + length))
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt)
+        embeds[row, start : start + virtual] = prompt_vectors[row]
+        embeds[row, start + virtual :] = text[row, start:]
+        full_mask[row, start:] = 1
+    return {"inputs_embeds": embeds, "attention_mask": full_mask}, 0
+
+
+def _active_soft_prompt(model: PreTrainedModel | PeftModel) -> Any | None:
+    """peft's configuration of the soft prompt that is on; None for other adapters and while it is disabled."""
+    if not isinstance(model, PeftModel) or getattr(model, "_adapters_disabled", False):
+        return None
+    config = model.active_peft_config
+    return config if config.is_prompt_learning else None
+
+
+def _until_end(ids: Sequence[int], stop: Sequence[int]) -> list[int]:
+    return list(ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))])
