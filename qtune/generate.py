@@ -135,7 +135,7 @@ def _generate_batch(
     streamer: TextStreamer | None = None,
 ) -> Tensor:
     """[batch, made]: the new ids of each prompt; what follows a row's end is padding."""
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs, given = _inputs(model, prompts, ends.pad)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
     config = GenerationConfig(
