@@ -188,7 +188,6 @@ Waivable = Literal[
     "control-token",
     "too-long",
     "out-of-vocabulary",
-    "overlap",
 ]
 
 

@@ -5,6 +5,7 @@ This is what runs in each worker process: everything it needs is in `RowRules`, 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,22 @@ COLUMNS = pa.schema(
         ("row_hash", pa.int64()),
         ("prompt_hash", pa.int64()),
         ("answer_hash", pa.int64()),
+        ("opening_hash", pa.int64()),
+        ("answer_start", pa.string()),
     ]
+)
+
+
+OPENING_WORDS = 6
+# How models decline. Only the start counts: an answer may well speak of being sorry later on.
+REFUSAL = re.compile(
+    r"""\s*(?:
+        I(?:['’]m|\ am)\ (?:(?:really|very|truly)\ )?sorry,?\ (?:but|I)\b
+        | (?:I(?:['’]m|\ am)\ sorry[.,]\ )? I(?:\ cannot|\ can['’]t|(?:['’]m|\ am)\ unable\ to|\ won['’]t\ be\ able\ to)
+          \ (?:assist|help|provide|fulfill|comply|answer|do)\b
+        | As\ (?:an\ AI|a\ language\ model)\b
+    )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -109,8 +125,12 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
     for example in examples:
         scored = [position for position, label in enumerate(example.labels) if label != IGNORED]
-        notes = example.notes if scored else example.notes | {"empty-mask"}
         talk = example.conversation
+        notes = set(example.notes)
+        if not scored:
+            notes.add("empty-mask")
+        if not talk.is_document and REFUSAL.match(talk.answer):
+            notes.add("refusal")
         prompt = talk.answer if talk.is_document else json.dumps(talk.prompt, ensure_ascii=False)
         values = (
             example.input_ids,
@@ -125,6 +145,8 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
             text_hash(_identity(talk)),
             text_hash(prompt),
             text_hash(talk.answer),
+            _opening_hash(talk),
+            talk.answer[:60],
         )
         for name, value in zip(COLUMNS.names, values, strict=True):
             columns[name].append(value)
@@ -135,6 +157,14 @@ def _identity(conversation: Conversation) -> str:
     """What makes two examples the same; the pieces of one document differ by their part."""
     part = conversation.place.partition(" (part ")[2]
     return conversation.to_json() + part
+
+
+def _opening_hash(conversation: Conversation) -> int:
+    """The first words of an answer that goes on after them; 0 for short ones, which repeat naturally."""
+    words = conversation.answer.split(maxsplit=2 * OPENING_WORDS)
+    if conversation.is_document or len(words) < 2 * OPENING_WORDS:
+        return 0
+    return text_hash(" ".join(words[:OPENING_WORDS]))
 
 
 def text_hash(text: str) -> int:

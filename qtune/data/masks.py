@@ -114,7 +114,7 @@ def _end_of_turn(renderer: Renderer, text: str, start: int) -> tuple[int, bool]:
     if token and found >= 0:
         return found + len(token), True
     # A turn may end otherwise than the probe did: Llama 3.1 ends a tool call with <|eom_id|>.
-    *_, closing = [None, *renderer.control_tokens.finditer(text, start)]
+    *_, closing = [None, *renderer.added_tokens.finditer(text, start)]
     if closing and not text[closing.end() :].strip():
         return closing.end(), True
     return len(text), False
@@ -204,11 +204,12 @@ class Encoder:
 
     def _turn_notes(self, turn: Turn, text: str, ids: list[int]) -> set[str]:
         notes = set()
-        if not turn.continues_prompt:
+        span = text[turn.start : turn.end]
+        said_before = span.partition(turn.answer)[0].strip() if turn.answer else ""
+        if not turn.continues_prompt or (said_before and not self.renderer.has_generation_prompt):
             notes.add("generation-prompt")
         if not turn.has_end or ids[-1] not in self.added:
             notes.add("no-end-of-turn")
-        span = text[turn.start : turn.end]
         if turn.answer and turn.answer not in span:
             notes.add("answer-changed")
         if _words(self._decoded(ids)) != _words(self._normalized(span)):
@@ -217,7 +218,8 @@ class Encoder:
 
     def _text_notes(self, one: Rendered, ids: list[int]) -> set[str]:
         notes = set()
-        if any(self.renderer.control_tokens.search(str(m.get("content") or "")) for m in one.conversation.messages):
+        contents = (str(message.get("content") or "") for message in one.conversation.messages)
+        if any(self.renderer.special_tokens.search(content) for content in contents):
             notes.add("control-token")
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -48,6 +48,8 @@ class ChatTemplate:
 
     text: str
     origin: str
+    is_default: bool = False
+    """Whether nobody chose it: neither the recipe nor the tokenizer."""
 
 
 def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ChatTemplate:
@@ -60,7 +62,7 @@ def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder
         own = _own_template(tokenizer)
         if own is not None:
             return ChatTemplate(own, "the tokenizer's own")
-        return ChatTemplate(BUILT_IN[DEFAULT], f'the built-in "{DEFAULT}": the tokenizer has none')
+        return ChatTemplate(BUILT_IN[DEFAULT], f'the built-in "{DEFAULT}": the tokenizer has none', is_default=True)
     if name in BUILT_IN:
         return ChatTemplate(BUILT_IN[name], f'the built-in "{name}"')
     path = folder / Path(name).expanduser()
@@ -82,7 +84,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders conversations.
+    """Renders conversations with one template, and knows what a probe has shown of it.
 
     `end_of_turn` is the text of the token that ends an answer, None where the template ends it without one.
     """
@@ -90,12 +92,16 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     template: str
     end_of_turn: str | None
-    control_tokens: re.Pattern[str]
+    has_generation_prompt: bool
+    """Whether a prompt says that an answer follows. Mistral's does not need to: the question's end says it."""
+    added_tokens: re.Pattern[str]
     """Matches every token that the tokenizer takes out of a text before it splits words."""
+    special_tokens: re.Pattern[str]
+    """Matches those that are marked special: they are never part of what somebody writes."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template: str) -> "Renderer":
-        """A renderer for a tokenizer and a template; the end of turn is read off a rendered probe.
+        """A renderer for a tokenizer and a template, which is probed with a question and an answer.
 
         Raises:
             DataError: the tokenizer cannot say which characters a token stands for.
@@ -103,10 +109,17 @@ class Renderer:
         if not tokenizer.is_fast:
             name = type(tokenizer).__name__
             raise DataError(Problem("", f"{name} has no character offsets; qtune needs a tokenizer.json"))
-        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        bare = cls(tokenizer, template, None, pattern)
-        return cls(tokenizer, template, bare._find_end_of_turn(), pattern)
+        tokens = tokenizer.added_tokens_decoder.values()
+        added = _any_of(token.content for token in tokens)
+        bare = cls(tokenizer, template, None, True, added, _any_of(token.content for token in tokens if token.special))
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}
+        try:
+            asked, told = bare.render([question], generation_prompt=True), bare.render([question])
+            answered = bare.render([question, answer])
+        except RowError:
+            return bare  # a template that refuses this will have refused rows to show
+        end = added.search(answered, answered.rfind(_PROBE) + len(_PROBE)) if _PROBE in answered else None
+        return replace(bare, end_of_turn=end[0] if end else None, has_generation_prompt=asked != told)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, object]] = (), *, generation_prompt: bool = False
@@ -134,14 +147,6 @@ class Renderer:
         """The rendered conversation up to the last answer, with the generation prompt."""
         return self.render(conversation.prompt, conversation.tools, generation_prompt=True)
 
-    def _find_end_of_turn(self) -> str | None:
-        try:
-            text = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}])
-        except RowError:
-            return None
-        match = self.control_tokens.search(text, text.rfind(_PROBE) + len(_PROBE)) if _PROBE in text else None
-        return match[0] if match else None
-
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
     """The ids that ask for the last answer, generation prompt included, with the tokenizer's chat template.
@@ -159,6 +164,11 @@ def template_key(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What two preparations must share so that the same conversation becomes the same ids."""
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return "\0".join([template, special, tokenizer.backend_tokenizer.to_str()])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _advice(reason: str) -> str:

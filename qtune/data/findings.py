@@ -1,0 +1,188 @@
+"""What can be wrong with prepared data: each kind with its level, its meaning and what to do about it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from qtune.errors import GateError
+from qtune.recipe import Waivable
+
+Level = Literal["error", "warning"]
+
+# Places that a finding lists.
+LISTED = 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding: what a row that has it is like, and the advice."""
+
+    level: Level
+    meaning: str
+    advice: str
+
+
+KINDS = {
+    "empty-mask": Kind(
+        "error",
+        "no token is scored, so the row teaches nothing",
+        "raise max_length, or see what the rows hold with qtune check",
+    ),
+    "no-end-of-turn": Kind(
+        "error",
+        "no end-of-turn token is scored, so the model would not learn to stop",
+        'use a template that ends a turn with one token of this tokenizer; [data] chat_template = "alpaca" does',
+    ),
+    "answer-changed": Kind(
+        "error",
+        "the chat template changes the answer, so something else than the row's text would be learned",
+        "some templates remove thinking from answers: set another chat_template or take it out of the rows",
+    ),
+    "label-text": Kind(
+        "error",
+        "the scored tokens do not decode to the answer",
+        "the tokenizer loses text; use the one that belongs to the model",
+    ),
+    "generation-prompt": Kind(
+        "error",
+        "the row is not rendered as the model will be asked: its prompt is no beginning of the row",
+        "set a chat_template whose generation prompt opens an answer, or allow it for a model that is asked otherwise",
+    ),
+    "double-bos": Kind(
+        "error", "the row begins with BOS twice", "take the BOS out of the rows, or out of the chat template"
+    ),
+    "missing-bos": Kind(
+        "error",
+        "the tokenizer puts BOS before every text and the chat template does not",
+        "add bos_token to the template",
+    ),
+    "control-token": Kind(
+        "error",
+        "a message holds a special token as text: it would be read as a turn's border",
+        "rows that are rendered already, or that quote such tokens, must be cleaned",
+    ),
+    "too-long": Kind(
+        "error",
+        "the row is longer than max_length",
+        'raise max_length, or decide with on_long_row = "drop", "cut-left" or "cut-right"',
+    ),
+    "out-of-vocabulary": Kind(
+        "error",
+        "the row has a token that the model has no embedding for",
+        "use the tokenizer that belongs to the model",
+    ),
+    "rewritten-turn": Kind(
+        "error",
+        "the chat template renders earlier turns differently than when they were answered",
+        'decide with on_rewritten_turn = "split" or "last"',
+    ),
+    "split-turns": Kind(
+        "warning",
+        "the chat template renders earlier turns differently, so each answer became an example of its own",
+        'on_rewritten_turn = "last" learns only the last answer of a conversation',
+    ),
+    "last-turn-only": Kind(
+        "warning",
+        "the chat template renders earlier turns differently, so only the last answer is scored",
+        'on_rewritten_turn = "split" learns every answer',
+    ),
+    "skipped": Kind("warning", "the row cannot be used and is left out", "fix the rows to learn from them"),
+    "dropped": Kind("warning", "the row is longer than max_length and is left out", "raise max_length to keep it"),
+    "cut-answer": Kind(
+        "warning", "the row is cut, and a part of its answer is lost", "raise max_length to learn whole answers"
+    ),
+    "cut-prompt": Kind("warning", "the row is cut outside its answers", "raise max_length to keep its prompt"),
+    "token-boundary": Kind(
+        "warning",
+        "a token reaches from the prompt into the answer, so generation starts between other tokens",
+        "harmless in few rows; in all of them, the template should end prompts with a special token",
+    ),
+    "duplicate": Kind("warning", "the row stands in the training data more than once", "remove the copies"),
+    "overlap": Kind(
+        "warning",
+        "the row's prompt stands in the training data too, so measuring on it says nothing",
+        "take the row out of one of them",
+    ),
+    "same-answer": Kind(
+        "warning",
+        "most rows have one and the same answer",
+        "a model that learns only this answer looks good; check the data",
+    ),
+    "boilerplate": Kind(
+        "warning",
+        "long answers begin with the same words",
+        "the model will learn to begin so; remove what was not meant",
+    ),
+    "refusal": Kind(
+        "warning", "the answer is a refusal", "the model will learn to refuse; remove them if that is not meant"
+    ),
+    "default-template": Kind(
+        "warning",
+        "the tokenizer has no chat template, so a built-in one is used",
+        "base models have none; name one with chat_template to make this a choice",
+    ),
+    "dated-template": Kind(
+        "warning",
+        "the chat template writes today's date into every row",
+        "the rows hold the day on which they were prepared; a copy of the template with a fixed date is reproducible",
+    ),
+    "few-rows": Kind(
+        "warning", "there are hardly any training rows", "below some 50 rows a model learns them by heart"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of finding in one split: in how many of its rows, and where the first of them are."""
+
+    kind: str
+    level: Level
+    split: str
+    count: int
+    total: int
+    places: tuple[str, ...] = ()
+    detail: str = ""
+
+    @property
+    def waivable(self) -> bool:
+        """Whether `allow` can name it."""
+        return self.kind in get_args(Waivable)
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words, without its places and advice."""
+        rows = f"{self.count:,} of {self.total:,} {self.split} rows: " if self.total else ""
+        return f"{rows}{KINDS[self.kind].meaning}{f' ({self.detail})' if self.detail else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding with its words, for machines."""
+        return asdict(self) | {"message": self.sentence, "advice": KINDS[self.kind].advice}
+
+
+def found(kind: str, split: str, count: int, total: int, places: list[str] | None = None, detail: str = "") -> Finding:
+    """A finding of a kind, at its kind's level."""
+    return Finding(kind, KINDS[kind].level, split, count, total, tuple((places or [])[:LISTED]), detail)
+
+
+def stopping(findings: list[Finding], allow: tuple[str, ...]) -> list[Finding]:
+    """The errors among the findings that `allow` does not name."""
+    return [finding for finding in findings if finding.level == "error" and finding.kind not in allow]
+
+
+def gate(findings: list[Finding], allow: tuple[str, ...] = ()) -> None:
+    """Lets data through whose every error is waived.
+
+    Raises:
+        GateError: with each finding that stops the run, its places, and how to go on.
+    """
+    stopped = stopping(findings, allow)
+    if stopped:
+        blocks = [_block(finding) for finding in stopped]
+        raise GateError("\n".join(["the data would train the wrong thing", *blocks]))
+
+
+def _block(finding: Finding) -> str:
+    more = f" and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
+    where = f"\n    at {', '.join(finding.places)}{more}" if finding.places else ""
+    waive = f'; to go on all the same: [data] allow = ["{finding.kind}"]' if finding.waivable else ""
+    return f"  {finding.kind}: {finding.sentence}{where}\n    {KINDS[finding.kind].advice}{waive}"

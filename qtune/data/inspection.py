@@ -1,0 +1,141 @@
+"""Prepared data -> findings: what was noted on each row, and what shows only when all rows are seen together."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from qtune.data.findings import LISTED, Finding, found
+from qtune.data.prepare import Prepared
+from qtune.recipe import Data
+
+# Thresholds under which a repetition is ordinary: a classifier repeats its labels, a helper says hello.
+SAME_ANSWER_SHARE = 0.5
+OPENING_SHARE = 0.2
+REFUSAL_SHARE = 0.01
+ENOUGH_ROWS = 20
+FEW_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The figures of a split's examples, each [examples], and how often each note stands on them."""
+
+    name: str
+    length: np.ndarray
+    scored: np.ndarray
+    first_scored: np.ndarray
+    largest_id: np.ndarray
+    row_hash: np.ndarray
+    prompt_hash: np.ndarray
+    answer_hash: np.ndarray
+    opening_hash: np.ndarray
+    notes: Counter[str]
+    note_places: dict[str, list[str]]
+    examples: Dataset
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def places(self, rows: Iterable[int]) -> list[str]:
+        """Where the first of some rows stand."""
+        return [self.examples[int(row)]["place"] for _, row in zip(range(LISTED), rows, strict=False)]
+
+
+FIGURES = ("length", "scored", "first_scored", "largest_id", "row_hash", "prompt_hash", "answer_hash", "opening_hash")
+
+
+def columns_of(name: str, examples: Dataset) -> Columns:
+    """Reads the figures of all examples, not their ids."""
+    parts: dict[str, list[np.ndarray]] = {figure: [] for figure in FIGURES}
+    notes: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}
+    arrow = examples.select_columns([*FIGURES, "notes", "place"]).with_format("arrow")
+    for batch in arrow.iter(batch_size=10_000):
+        for figure in FIGURES:
+            parts[figure].append(batch[figure].to_numpy())
+        for note, place in zip(batch["notes"].to_pylist(), batch["place"].to_pylist(), strict=True):
+            for kind in note.split():
+                notes[kind] += 1
+                if len(listed := places.setdefault(kind, [])) < LISTED:
+                    listed.append(place)
+    figures = {figure: np.concatenate(parts[figure] or [np.array([], dtype=np.int64)]) for figure in FIGURES}
+    return Columns(name=name, notes=notes, note_places=places, examples=examples, **figures)
+
+
+def findings_of(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
+    """Everything that is found, errors first. `vocabulary` is the number of rows of the model's embedding."""
+    findings = [*_of_template(prepared), *_of_sources(prepared)]
+    train = splits["train"]
+    if 0 < len(train) < FEW_ROWS:
+        findings.append(found("few-rows", "train", len(train), len(train)))
+    for split in splits.values():
+        findings += _of_notes(split, data)
+        findings += _out_of_vocabulary(split, vocabulary)
+        if split is not train:
+            findings += _overlap(train, split)
+    findings += [*_duplicates(train), *_repetition(train)]
+    return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _of_template(prepared: Prepared) -> Iterable[Finding]:
+    if prepared.template.is_default:
+        yield found("default-template", "", 0, 0, detail=prepared.template.origin)
+    if "strftime_now" in prepared.template.text:
+        yield found("dated-template", "", 0, 0)
+
+
+def _of_sources(prepared: Prepared) -> Iterable[Finding]:
+    for source in prepared.sources:
+        stored = source.stored
+        if stored.bad_count:
+            places = [f"{bad.place} ({bad.message})" for bad in stored.bad]
+            yield found("skipped", source.split, stored.bad_count, stored.rows, places)
+        if stored.dropped_count:
+            yield found("dropped", source.split, stored.dropped_count, stored.rows, list(stored.dropped))
+
+
+def _of_notes(split: Columns, data: Data) -> Iterable[Finding]:
+    for note, count in split.notes.items():
+        kind = note
+        if note == "rewritten-turn" and data.on_rewritten_turn != "error":
+            kind = {"split": "split-turns", "last": "last-turn-only"}[data.on_rewritten_turn]
+        if note == "refusal" and (count < ENOUGH_ROWS or count < REFUSAL_SHARE * len(split)):
+            continue
+        yield found(kind, split.name, count, len(split), split.note_places[note])
+
+
+def _out_of_vocabulary(split: Columns, vocabulary: int) -> Iterable[Finding]:
+    outside = np.flatnonzero(split.largest_id >= vocabulary)
+    if len(outside):
+        detail = f"id {split.largest_id.max()}, the model has {vocabulary}"
+        yield found("out-of-vocabulary", split.name, len(outside), len(split), split.places(outside), detail)
+
+
+def _overlap(train: Columns, split: Columns) -> Iterable[Finding]:
+    shared = np.flatnonzero(np.isin(split.prompt_hash, train.prompt_hash))
+    if len(shared):
+        yield found("overlap", split.name, len(shared), len(split), split.places(shared))
+
+
+def _duplicates(train: Columns) -> Iterable[Finding]:
+    _, first = np.unique(train.row_hash, return_index=True)
+    copies = np.setdiff1d(np.arange(len(train)), first)
+    if len(copies):
+        yield found("duplicate", "train", len(copies), len(train), train.places(copies))
+
+
+def _repetition(train: Columns) -> Iterable[Finding]:
+    if len(train) < ENOUGH_ROWS:
+        return
+    for kind, hashes, share in (
+        ("same-answer", train.answer_hash, SAME_ANSWER_SHARE),
+        ("boilerplate", train.opening_hash, OPENING_SHARE),
+    ):
+        values, counts = np.unique(hashes[hashes != 0], return_counts=True)
+        if len(counts) and counts.max() >= max(ENOUGH_ROWS, share * len(train)):
+            rows = np.flatnonzero(hashes == values[counts.argmax()])
+            sample = str(train.examples[int(rows[0])]["answer_start"])
+            yield found(kind, "train", len(rows), len(train), train.places(rows), f"“{sample}…”")
