@@ -17,7 +17,9 @@ PLAIN_WIDTH = 120
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
-    return Console(file=stream, highlight=False, soft_wrap=not terminal, width=None if terminal else PLAIN_WIDTH)
+    # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
+    literal = {"highlight": False, "markup": False, "emoji": False}
+    return Console(file=stream, soft_wrap=not terminal, width=None if terminal else PLAIN_WIDTH, **literal)
 
 
 def out(result: RenderableType) -> None:
