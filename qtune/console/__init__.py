@@ -18,8 +18,8 @@ def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
-    literal = {"highlight": False, "markup": False, "emoji": False}
-    return Console(file=stream, soft_wrap=not terminal, width=None if terminal else PLAIN_WIDTH, **literal)
+    width = None if terminal else PLAIN_WIDTH
+    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 def out(result: RenderableType) -> None:

@@ -1,0 +1,254 @@
+"""`qtune eval`: held-out rows only, the right rows, the right loss, and both models' own answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qtune import evaluate as stage
+from qtune.adapter import save_adapter
+from qtune.builtin import builtin_folder
+from qtune.errors import DataError, RunError
+from qtune.evaluate import batches_of, evaluate, show, spread
+from qtune.generate import generate
+from qtune.load_run import load_run
+from qtune.run_dir import RunDir
+
+RECIPE = """\
+[model]
+base = "{model}"
+[quantization]
+kind = "none"
+[adapter]
+kind = "{adapter}"
+[data]
+train = "train.jsonl"
+{held_out}
+max_length = 128
+"""
+
+
+def row(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(file: Path, rows: list[dict[str, object]]) -> None:
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A small random Llama with the real tokenizer: every answer is nonsense, and always the same nonsense."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.4, eos_token_id=2, pad_token_id=2, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ADAPTERS = {
+    "lora": lambda: LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    "p-tuning": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=16, encoder_hidden_size=16),
+}
+
+
+def make_run(folder: Path, model: Path, adapter: str = "lora", held_out: str = 'test = "test.jsonl"') -> RunDir:
+    """A finished run as `qtune run` leaves it, with an adapter of random weights."""
+    write_rows(folder / "train.jsonl", [row(f"Name number {n}", f"It is {n}") for n in range(20)])
+    write_rows(folder / "test.jsonl", [row(f"Name letter {c}", f"It is {c}") for c in "abcdefgh"])
+    run_dir = RunDir(folder)
+    text = RECIPE.format(model=model, adapter=adapter, held_out=held_out)
+    run_dir.write_text(run_dir.resolved_file, text)
+    torch.manual_seed(1)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model), ADAPTERS[adapter]())
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    save_adapter(peft_model.eval(), run_dir.adapter)
+    return run_dir
+
+
+def by_hand(run_dir: RunDir, questions: list[str], answers: list[str], *, tuned: bool) -> tuple[float, list[str]]:
+    """Loss and greedy answers, one row at a time, with the chat template and the plain model."""
+    run = load_run(run_dir)
+    model, tokenizer = run.model, run.tokenizer
+    nll, count, made = 0.0, 0, []
+    for question, answer in zip(questions, answers, strict=True):
+        asked = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        given = tokenizer(prompt, add_special_tokens=False).input_ids
+        wanted = tokenizer(f"{answer}<|im_end|>", add_special_tokens=False).input_ids
+        ids = torch.tensor([given + wanted])
+        with torch.no_grad():
+            context = torch.no_grad() if tuned else model.disable_adapter()
+            with context:
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+                made += generate(
+                    model, [given], [len(wanted) - 1 + stage.EXTRA_TOKENS], stage.find_ends(model, tokenizer)
+                )
+        scored = logits[-len(wanted) - 1 : -1]
+        nll += float(cross_entropy(scored, torch.tensor(wanted), reduction="sum"))
+        count += len(wanted)
+    return nll / count, [tokenizer.decode(ids).strip() for ids in made]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model, adapter):
+    run_dir = make_run(tmp_path, tiny_model, adapter)
+    evaluation = evaluate(run_dir)
+    questions, answers = [f"Name letter {c}" for c in "abcdefgh"], [f"It is {c}" for c in "abcdefgh"]
+    for tuned, score, column in ((False, evaluation.base, "base"), (True, evaluation.tuned, "tuned")):
+        loss, made = by_hand(run_dir, questions, answers, tuned=tuned)
+        assert score.loss == pytest.approx(loss, rel=1e-4)
+        assert [getattr(one, column).removesuffix("…") for one in evaluation.comparisons] == made
+    assert evaluation.base.loss != pytest.approx(evaluation.tuned.loss, rel=1e-2)
+    assert [one.expected for one in evaluation.comparisons] == answers
+    assert [one.request for one in evaluation.comparisons] == questions
+
+
+def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tiny_model, monkeypatch):
+    run_dir = make_run(tmp_path, tiny_model)
+    texts = {"base": ["It is a", " It is b\n", "It is c.", "It is d, and so on and on for ever"] + ["It is"] * 4}
+    texts["tuned"] = ["It is a", "It is b", "It is c", "It is d", "It is E", "", "It's g", "It is h"]
+
+    def answer(model, prompts, limits, ends, on_rows):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        kind = "tuned" if hasattr(model, "peft_config") else "base"
+        return [tokenizer(text).input_ids[:limit] for text, limit in zip(texts[kind], limits, strict=True)]
+
+    monkeypatch.setattr(stage, "generate", answer)
+    evaluation = evaluate(run_dir)
+    assert evaluation.base.exact_match == 2 / 8
+    assert evaluation.tuned.exact_match == 5 / 8
+    assert [one.is_right for one in evaluation.comparisons] == [True] * 4 + [False] * 3 + [True]
+    assert evaluation.comparisons[1].base == "It is b"
+
+
+def test_an_answer_that_was_stopped_says_so(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer("It is what it is").input_ids
+    assert stage.answer_text(tokenizer, ids, len(ids) + 1) == "It is what it is"
+    assert stage.answer_text(tokenizer, ids, len(ids)) == "It is what it is…"
+
+
+def test_eval_json_holds_what_was_returned(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model)
+    evaluation = evaluate(run_dir, rows=3)
+    assert json.loads(run_dir.eval_file.read_text()) == json.loads(json.dumps(evaluation.to_json()))
+    assert evaluation.rows == len(evaluation.comparisons) == 3
+    assert evaluation.rows_held_out == 8
+    assert [one.place for one in evaluation.comparisons] == ["test.jsonl:1", "test.jsonl:3", "test.jsonl:6"]
+
+
+def test_rows_are_spread_evenly():
+    assert spread(8, 3) == [0, 2, 5]
+    assert spread(3, 100) == [0, 1, 2]
+    assert spread(1000, 4) == [0, 250, 500, 750]
+
+
+def test_batches_hold_a_bounded_number_of_padded_tokens(monkeypatch):
+    monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 20)
+    assert batches_of([4, 0, 2, 1, 3], [5, 5, 6, 7, 30]) == [[4, 0, 2], [1], [3]]
+
+
+def test_the_validation_share_is_the_one_that_training_set_aside(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model, held_out="validation = 0.2")
+    evaluation = evaluate(run_dir)
+    assert (evaluation.source, evaluation.rows_held_out) == ("validation rows", 4)
+    assert all(one.request.startswith("Name number") for one in evaluation.comparisons)
+
+
+def test_separate_rows_are_evaluated_after_the_training_rows_are_gone(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model)
+    (tmp_path / "train.jsonl").unlink()
+    assert evaluate(run_dir, rows=1).rows_held_out == 8
+
+
+def test_other_rows_can_be_named(tmp_path, tiny_model, monkeypatch):
+    (tmp_path / "run").mkdir()
+    run_dir = make_run(tmp_path / "run", tiny_model)
+    write_rows(tmp_path / "other.jsonl", [{"prompt": "Who?", "completion": "Nobody"}])
+    monkeypatch.chdir(tmp_path)
+    evaluation = evaluate(run_dir, data_file=Path("other.jsonl"))
+    assert evaluation.source == "other.jsonl"
+    assert [(one.request, one.expected) for one in evaluation.comparisons] == [("Who?", "Nobody")]
+
+
+def test_a_conversation_is_asked_for_its_last_answer(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model)
+    two_turns = row("First?", "One")["messages"] + row("Second?", "Two")["messages"]
+    write_rows(tmp_path / "test.jsonl", [{"messages": two_turns}])
+    (comparison,) = evaluate(run_dir).comparisons
+    assert (comparison.request, comparison.expected) == ("Second?", "Two")
+
+
+def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):
+    run_dir = make_run(tmp_path, tiny_model)
+    write_rows(tmp_path / "test.jsonl", [{"text": "Nothing is asked here."}])
+    evaluation = evaluate(run_dir)
+    assert evaluation.base.exact_match is None
+    assert evaluation.comparisons == ()
+    assert evaluation.base.loss > 0
+    show(evaluation)
+    assert "exactly" not in capsys.readouterr().out
+
+
+def test_answers_longer_than_the_limit_are_counted(tmp_path, tiny_model, capsys):
+    run_dir = make_run(tmp_path, tiny_model)
+    evaluation = evaluate(run_dir, rows=2, max_new_tokens=2)
+    assert evaluation.answers_cut == 2
+    show(evaluation)
+    assert "2 expected answers are longer than --max-new-tokens and cannot match" in capsys.readouterr().out
+
+
+def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model, held_out="validation = 0.0")
+    with pytest.raises(DataError) as caught:
+        evaluate(run_dir)
+    assert str(caught.value) == "data.validation: the recipe sets no rows aside; name some with --data FILE"
+
+
+def test_an_unfinished_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "load_untuned", lambda _: pytest.fail("loaded"))
+    with pytest.raises(RunError, match="has no adapter yet"):
+        evaluate(RunDir(tmp_path))
+
+
+def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
+    score = stage.Score
+    evaluation = stage.Evaluation(
+        run="runs/x",
+        source="test rows",
+        rows=2,
+        rows_held_out=128,
+        scored_tokens=50,
+        answers_cut=0,
+        base=score(2.5, 0.4, 0.0),
+        tuned=score(0.0123, 0.996, 0.5),
+        comparisons=(
+            stage.Comparison("t:1", "Add milk", "[milk]", "Sure!", "[milk]"),
+            stage.Comparison("t:2", "Add tea", "[tea]", "Hm…", "[bold]tee"),
+        ),
+    )
+    show(evaluation)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "2 of 128 test rows, 50 scored tokens",
+        "                         base   tuned",
+        "loss, nats per token   2.5000  0.0123",
+        "tokens right            40.0%   99.6%",
+        "answers exactly right    0.0%   50.0%",
+        "",
+        "Answers, wrong ones first",
+        "request   expected  base   tuned",
+        "Add tea   [tea]     Hm…    ✗ [bold]tee",
+        "Add milk  [milk]    Sure!  ✓ [milk]",
+    ]
