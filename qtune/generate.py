@@ -12,6 +12,7 @@ to the base model directly.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qtune.data.template import BUILT_IN, DEFAULT, Renderer
+from qtune.data.template import Renderer, choose_template
 
 Ids = Sequence[int]
 
@@ -46,7 +47,7 @@ class Ends:
 
 def find_ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Ends:
     """The end of turn of the tokenizer's chat template, its end of text, and what the model's own config adds."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else BUILT_IN[DEFAULT]
+    template = choose_template(None, tokenizer, Path()).text
     end_of_turn = Renderer.of(tokenizer, template).end_of_turn
     own = getattr(model.generation_config, "eos_token_id", None)
     found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
