@@ -66,15 +66,14 @@ def conversation(messages: Sequence[Message], tools: Sequence[dict[str, Any]], p
     for index, message in enumerate(messages):
         _check_text(message, f"messages[{index}]")
     _check_order([message["role"] for message in messages])
-    return Conversation(tuple(messages), tuple(tools), place)
+    made = Conversation(tuple(messages), tuple(tools), place)
+    text_of(made.to_json(), "a tool call or tool description")
+    return made
 
 
 def document(text: object, place: str) -> Conversation:
     """A checked document: text that is learned as it stands."""
-    content = text_of(text, "text")
-    if not content.strip():
-        raise RowError("text is empty")
-    return Conversation(({"role": DOCUMENT, "content": content},), (), place)
+    return Conversation(({"role": DOCUMENT, "content": said(text, "text")},), (), place)
 
 
 def text_of(value: object, key: str) -> str:
@@ -93,6 +92,18 @@ def text_of(value: object, key: str) -> str:
         code = ord(value[error.start])
         raise RowError(f"{key} holds half a character (\\u{code:04x}) at position {error.start + 1}") from error
     return value
+
+
+def said(value: object, key: str) -> str:
+    """A text that says something.
+
+    Raises:
+        RowError: it is no text, or there is nothing but white space in it.
+    """
+    text = text_of(value, key)
+    if not text.strip():
+        raise RowError(f"{key} is empty")
+    return text
 
 
 def shown(value: object, length: int = 40) -> str:

@@ -11,6 +11,7 @@ from qtune.data.conversation import (
     RowError,
     conversation,
     document,
+    said,
     shown,
     text_of,
     with_system,
@@ -77,7 +78,7 @@ def to_conversation(
     """
     for key in COLUMNS[row_format]:
         if key not in row:
-            raise RowError(f"no column {key!r}; {row_format} rows have {', '.join(COLUMNS[row_format])}")
+            raise RowError(f"no {key!r} in a {row_format} row; found {', '.join(map(str, row)) or 'nothing'}")
     if row_format == "text":
         return document(row["text"], place)
     messages = _READERS[row_format](row)
@@ -101,12 +102,12 @@ def _from_sharegpt(row: RawRow) -> list[Message]:
 def _from_prompt_completion(row: RawRow) -> list[Message]:
     prompt, completion = row["prompt"], row["completion"]
     asked = (
-        [{"role": "user", "content": text_of(prompt, "prompt")}]
+        [{"role": "user", "content": said(prompt, "prompt")}]
         if not isinstance(prompt, list)
         else _message_list(prompt, "prompt", "role", "content")
     )
     answered = (
-        [{"role": "assistant", "content": text_of(completion, "completion")}]
+        [{"role": "assistant", "content": said(completion, "completion")}]
         if not isinstance(completion, list)
         else _message_list(completion, "completion", "role", "content")
     )
@@ -114,14 +115,14 @@ def _from_prompt_completion(row: RawRow) -> list[Message]:
 
 
 def _from_alpaca(row: RawRow) -> list[Message]:
-    instruction, given = text_of(row["instruction"], "instruction"), row.get("input")
+    instruction, given = said(row["instruction"], "instruction"), row.get("input")
     if given is not None and text_of(given, "input").strip():
         instruction = f"{instruction}\n\n{given}"
-    return _one_turn(row, instruction, text_of(row["output"], "output"))
+    return _one_turn(row, instruction, said(row["output"], "output"))
 
 
 def _from_question_answer(row: RawRow) -> list[Message]:
-    return _one_turn(row, text_of(row["question"], "question"), text_of(row["answer"], "answer"))
+    return _one_turn(row, said(row["question"], "question"), said(row["answer"], "answer"))
 
 
 def _one_turn(row: RawRow, question: str, answer: str) -> list[Message]:

@@ -167,7 +167,7 @@ class Encoder:
                 notes.add("token-boundary")
         labels = [IGNORED] * len(tokens.ids)
         for turn in one.turns:
-            first, last = tokens.token_at(turn.start), tokens.last_token_before(turn.end)
+            first, last = self._first_of_answer(tokens, turn.start), tokens.last_token_before(turn.end)
             labels[first : last + 1] = tokens.ids[first : last + 1]
             notes |= self._turn_notes(turn, one.text, tokens.ids[first : last + 1])
         notes |= self._text_notes(one, tokens.ids)
@@ -178,8 +178,8 @@ class Encoder:
 
         Comparing from the last added token on is enough: tokenizers split texts there first.
         """
-        first = tokens.token_at(start)
-        if tokens.chars(first)[0] < start:
+        first = self._first_of_answer(tokens, start)
+        if first < len(tokens.ids) and tokens.chars(first)[0] < start:
             return False
         back = first
         while back > 0 and tokens.ids[back - 1] not in self.added:
@@ -192,6 +192,12 @@ class Encoder:
             if len(self.prompt_tails) < 1000:
                 self.prompt_tails[tail] = alone
         return tokens.ids[back:first] == alone
+
+    def _first_of_answer(self, tokens: "Tokens", start: int) -> int:
+        """The first token of what begins at `start`. A header may swallow white space behind it (Phi-3's do)."""
+        first = tokens.token_at(start)
+        swallows = first < len(tokens.ids) and tokens.chars(first)[0] < start and tokens.ids[first] in self.added
+        return first + 1 if swallows else first
 
     def _tokens_cut_at(self, text: str, cuts: Iterable[int]) -> "Tokens":
         borders = [0, *cuts, len(text)]

@@ -83,10 +83,7 @@ def prepare(
         DataError: a source is missing, or rows are bad and the recipe does not skip them.
     """
     prepared = survey(data, tokenizer, folder, seed=seed, cache=cache)
-    if data.on_bad_row == "error":
-        refuse_bad_rows(prepared)
-    if not len(prepared.train):
-        raise DataError(Problem("data.train", "no row is left to train on"))
+    refuse_bad_rows(prepared, data)
     return prepared
 
 
@@ -128,14 +125,24 @@ def survey(
     )
 
 
-def refuse_bad_rows(prepared: Prepared) -> None:
-    """Raises a DataError that lists the bad rows, if there are any."""
+def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
+    """Raises a DataError that lists the bad rows, if there are any that the recipe does not skip.
+
+    A file that cannot be read to its end is never skipped: nobody knows how many rows are lost.
+    """
     count = sum(source.stored.bad_count for source in prepared.sources)
-    if count:
-        listed = [Problem(bad.place, bad.message) for bad in prepared.bad_rows]
-        more = [Problem("", f"… and {count - len(listed)} more bad rows")] if count > len(listed) else []
-        advice = Problem("", f'{count} bad rows; fix them, or leave them out with [data] on_bad_row = "skip"')
-        raise DataError([*listed, *more, advice])
+    skipping = data.on_bad_row == "skip"
+    listed = [bad for bad in prepared.bad_rows if bad.ends_file or not skipping]
+    if listed:
+        problems = [Problem(bad.place, bad.message) for bad in listed]
+        if count > len(listed) and not skipping:
+            problems.append(Problem("", f"… and {count - len(listed)} more bad rows"))
+        if not any(bad.ends_file for bad in listed):
+            advice = f'fix {"them" if count > 1 else "it"}, or leave out what is bad with [data] on_bad_row = "skip"'
+            problems.append(Problem("", f"{count} bad {'rows' if count > 1 else 'row'}; {advice}"))
+        raise DataError(problems)
+    if not len(prepared.train):
+        raise DataError(Problem("data.train", "no row is left to train on"))
 
 
 class _Maker:

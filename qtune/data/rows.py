@@ -40,12 +40,17 @@ class BadRow:
 def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
     """The rows of a file in their order."""
     reader = _READERS[file.kind]
+    expected = _TABLE_ERRORS if reader in (_parquet, _arrow) else DECOMPRESSION_ERRORS
     try:
         yield from reader(file)
-    except DECOMPRESSION_ERRORS as error:
+    except expected as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"not a whole .{file.compression} file" if file.compression else f"cannot be read as .{file.kind}"
         yield BadRow(file.name, f"{what}: {reason}", ends_file=True)
+
+
+# Damaged tables also have names that are not UTF-8, and years beyond Python's.
+_TABLE_ERRORS = (*DECOMPRESSION_ERRORS, ValueError, OverflowError)
 
 
 def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
@@ -55,6 +60,8 @@ def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
             text = _decoded(raw, place)
             if isinstance(text, BadRow):
                 yield text
+                if text.ends_file:
+                    return
             elif text.strip():
                 yield _json_row(text, place)
 
@@ -144,11 +151,11 @@ class _JsonScan:
                 incomplete = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
                 too_long = len(self.text) - self.at > LONGEST_ROW_BYTES
                 if incomplete and not self.ended and not too_long:
-                    size *= 2
                     self.more(size)
+                    size *= 2
                     continue
                 where = self.line + self.text.count("\n", self.at, min(error.pos, len(self.text)))
-                reason = f"{error.msg} on line {where}"
+                reason = f"{error.msg.removesuffix(' starting at')} on line {where}"
                 return BadRow(place, f"not valid JSON: {reason}; the rows after it cannot be read", ends_file=True)
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -216,14 +223,19 @@ def _arrow(file: DataFile) -> Iterator[Row | BadRow]:
 def _batches(batches: Iterator[pa.RecordBatch], file: DataFile) -> Iterator[Row | BadRow]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets in a damaged file may point anywhere
         for start in range(0, batch.num_rows, 1024):
             for value in batch.slice(start, 1024).to_pylist():
                 number += 1
-                yield Row(f"{file.name}:{number}", _without_nulls(value))
+                yield Row(f"{file.name}:{number}", without_inner_nulls(value))
+
+
+def without_inner_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives every struct every key that any row has; the keys that a row's structs lack come back as null."""
+    return {key: _without_nulls(value) for key, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct every key that any row has; the keys that a row lacks come back as null."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -238,6 +250,8 @@ def _text(file: DataFile) -> Iterator[Row | BadRow]:
             text = _decoded(raw, f"{file.name}:{number}")
             if isinstance(text, BadRow):
                 yield text
+                if text.ends_file:
+                    return
                 continue
             lines.append(text)
             size += len(raw)
@@ -279,7 +293,7 @@ def _decoded(raw: bytes, place: str) -> str | BadRow:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return BadRow(place, "UTF-16 text; save the file as UTF-8")
+            return BadRow(place, "UTF-16 text; save the file as UTF-8", ends_file=True)
         return BadRow(place, f"not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from qtune.data.files import DataFile, data_files
-from qtune.data.rows import BadRow, Row, read_rows
+from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem
 from qtune.recipe import Data, FileSource, HubSource
 
@@ -32,8 +32,7 @@ class Source:
             yield from read_rows(file)
         if self.hub is not None:
             for number, value in enumerate(self.hub, 1):
-                kept = {key: inner for key, inner in value.items() if inner is not None}
-                yield Row(f"{self.name}:{number}", kept)
+                yield Row(f"{self.name}:{number}", without_inner_nulls(value))
 
     @property
     def fingerprint(self) -> str:

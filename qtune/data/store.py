@@ -79,7 +79,9 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
                 rows += batch.rows
                 bad_count += len(batch.bad)
                 dropped_count += len(batch.dropped)
-                bad.extend(batch.bad[: LISTED - len(bad)])
+                # A file that could not be read to its end is listed in any case: its rows are not even counted.
+                room = LISTED - len(bad)
+                bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
                 dropped.extend(batch.dropped[: LISTED - len(dropped)])
         about = {
             "rows": rows,

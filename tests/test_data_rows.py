@@ -1,0 +1,257 @@
+"""Files of every kind give the same rows, each with its place, and no bytes can break the reader."""
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+import time
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qtune.data.files import COMPRESSIONS, ROW_KINDS, DataFile, data_files
+from qtune.data.rows import BadRow, Row, read_rows
+from qtune.errors import DataError
+
+ROWS = [{"question": "Où est le café ?", "answer": 'Là-bas,\n"à droite".'}, {"question": "a, b\tc", "answer": "🙂"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def rows_of(path, folder=None):
+    return [row for file in data_files(str(path), folder or path.parent) for row in read_rows(file)]
+
+
+def values(rows):
+    assert all(isinstance(row, Row) for row in rows), rows
+    return [row.value for row in rows]
+
+
+def places(rows, path):
+    return [row.place.removeprefix(str(path)) for row in rows]
+
+
+def test_json_lines_may_have_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\n\n").encode())
+    assert values(rows_of(path)) == ROWS
+    assert places(rows_of(path), path) == [":1", ":3"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_json_lines_may_end_as_any_system_ends_lines(tmp_path, newline):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(LINES.rstrip("\n"), newline=newline)
+    assert values(rows_of(path)) == ROWS
+
+
+def test_a_json_file_is_a_list_of_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS, indent=2))
+    assert values(rows_of(path)) == ROWS
+    assert places(rows_of(path), path) == [":2", ":6"]
+
+
+def test_a_json_file_may_be_json_lines_under_a_wrong_name(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(LINES)
+    assert values(rows_of(path)) == ROWS
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    for kind in ("jsonl", "json", "csv", "txt"):
+        path = tmp_path / f"rows.{kind}"
+        path.write_text("")
+        assert rows_of(path) == []
+
+
+@pytest.mark.parametrize(("kind", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_tables_may_quote_delimiters_and_line_ends(tmp_path, kind, delimiter):
+    path = tmp_path / f"rows.{kind}"
+    quoted = [[f'"{value.replace(chr(34), chr(34) * 2)}"' for value in row.values()] for row in ROWS]
+    path.write_text("\n".join(map(delimiter.join, [list(ROWS[0]), *quoted])) + "\n")
+    assert values(rows_of(path)) == ROWS
+    assert places(rows_of(path), path) == [":2", ":4"]
+
+
+def test_parquet_and_both_arrow_formats(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    feather.write_feather(table, tmp_path / "rows.feather")
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for kind in ("parquet", "feather", "arrow"):
+        path = tmp_path / f"rows.{kind}"
+        assert values(rows_of(path)) == ROWS
+        assert places(rows_of(path), path) == [":1", ":2"]
+
+
+def test_keys_that_arrow_fills_with_null_are_as_if_absent(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert values(rows_of(tmp_path / "rows.parquet")) == rows
+
+
+def test_a_folder_that_datasets_has_saved(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert values(rows_of(tmp_path / "saved")) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+@pytest.mark.parametrize(
+    ("compression", "compress"),
+    [
+        ("gz", gzip.compress),
+        ("bz2", bz2.compress),
+        ("xz", lzma.compress),
+        ("zst", lambda data: pa.compress(data, codec="zstd", asbytes=True)),
+    ],
+)
+def test_compressed_files_are_what_is_in_them(tmp_path, kind, compression, compress):
+    plain = {"jsonl": LINES, "json": json.dumps(ROWS), "csv": "question,answer\nx,y\n", "txt": "a\nb\n"}[kind].encode()
+    (tmp_path / f"rows.{kind}").write_bytes(plain)
+    (tmp_path / f"rows.{kind}.{compression}").write_bytes(compress(plain))
+    expected = values(rows_of(tmp_path / f"rows.{kind}"))
+    assert values(rows_of(tmp_path / f"rows.{kind}.{compression}")) == expected
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("Once upon a time\n\nthere was a row.\n")
+    assert values(rows_of(path)) == [{"text": "Once upon a time\n\nthere was a row.\n"}]
+
+
+def test_a_long_text_file_goes_on_in_further_rows_without_losing_a_character(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(300_000)))
+    rows = rows_of(path)
+    assert len(rows) == 4
+    assert "".join(row.value["text"] for row in rows) == path.read_text()
+
+
+def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl.gz", ".hidden.jsonl", "README.md", "note.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = json.dumps({"text": name}).encode() + b"\n"
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert [value["text"] for value in values(rows_of(tmp_path, tmp_path))] == ["a.jsonl", "b.jsonl", "deep/c.jsonl.gz"]
+    names = [file.name for file in data_files("**/*.jsonl*", tmp_path)]
+    assert [name for name in names if "hidden" not in name] == ["a.jsonl", "b.jsonl", "deep/c.jsonl.gz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", "missing.jsonl: no such file; known kinds: .jsonl, .ndjson, .json, .csv, "),
+        ("*.csv", "*.csv: no such file; known kinds: "),
+        ("empty", "empty: a folder without data files; known kinds: "),
+        ("rows.xlsx", "rows.xlsx: a file of unknown kind; known kinds: "),
+        ("rows.parquet.gz", "rows.parquet.gz: .parquet files are compressed inside; unpack the .gz around it"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.xlsx").write_bytes(b"")
+    (tmp_path / "rows.parquet.gz").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        data_files(name, tmp_path)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_json_list_much_larger_than_a_piece_is_read_whole(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"question": f"é{number}", "answer": "ab🙂" * (number % 7000)} for number in range(500)]
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    read = rows_of(path)
+    assert values(read) == rows
+    assert places(read, path)[:3] == [":2", ":6", ":10"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    row = {"jsonl": json.dumps({"text": "x" * 1000}) + "\n", "csv": "x" * 1000 + "\n", "txt": "x" * 1000 + "\n"}
+    row["json"] = row["jsonl"].rstrip() + ",\n"
+    path = tmp_path / f"rows.{kind}"
+    with path.open("w") as file:
+        file.write({"csv": "text\n", "json": "["}.get(kind, ""))
+        for _ in range(30):
+            file.write(row[kind] * 1000)
+        file.write('{"text": "end"}]' if kind == "json" else "")
+    (file,) = data_files(str(path), tmp_path)
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(file))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == {"txt": 29, "json": 30_001}.get(kind, 30_000)
+    assert peak_bytes < 8 << 20 < path.stat().st_size / 3
+
+
+def test_a_file_without_line_ends_is_refused_without_reading_it_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("qtune.data.rows.LONGEST_ROW_BYTES", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 5000 + b'"}\n{"text": "fine"}\n')
+    bad, fine = rows_of(path)
+    assert bad == BadRow(f"{path}:1", "a line of more than 0 MiB; expected one row on each line")
+    assert fine == Row(f"{path}:2", {"text": "fine"})
+
+
+names = st.sampled_from([f"rows.{kind}{end}" for kind in ROW_KINDS for end in ("", *(f".{c}" for c in COMPRESSIONS))])
+PIECES = [
+    *b'{ } [ ] " , : \\ \\u d83d null NaN 1e999 - messages role {"messages":['.split(),
+    *(b"\n", b"\r", b"\t", b" ", b"\x00", b"\xff", b"\xef\xbb\xbf"),
+    # the first bytes of Arrow's two formats, Parquet, gzip, bzip2, xz and Zstandard
+    *(b"ARROW1\x00\x00", b"\xff\xff\xff\xff\x10\x00\x00\x00", b"PAR1"),
+    *(b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"),
+]
+pieces = st.sampled_from(PIECES)
+contents = st.binary(max_size=300) | st.lists(pieces | st.binary(max_size=5), max_size=60).map(b"".join)
+
+
+@settings(
+    max_examples=400, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(name=names, content=contents)
+def test_no_bytes_can_raise_or_hang(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    _, kind, *compression = name.split(".")
+    started = time.monotonic()
+    for row in read_rows(DataFile(path, name, kind, compression[0] if compression else "")):
+        assert isinstance(row, (Row, BadRow))
+        assert row.place.startswith(name)
+    assert time.monotonic() - started < 1
+
+
+@settings(
+    max_examples=100, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(kind=st.sampled_from(["parquet", "feather", "arrow"]), data=st.data())
+def test_damaged_binary_tables_cannot_raise(tmp_path, kind, data):
+    path = tmp_path / f"rows.{kind}"
+    table = pa.Table.from_pylist(ROWS * 20)
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "feather":
+        feather.write_feather(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    for row in read_rows(DataFile(path, path.name, kind)):
+        assert isinstance(row, (Row, BadRow))
+
+
+def test_python_recursion_does_not_decide_what_a_deep_row_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ' + "[" * (2 * sys.getrecursionlimit()) + "}\n")
+    (bad,) = rows_of(path)
+    assert isinstance(bad, BadRow)
