@@ -1,0 +1,231 @@
+"""`qtune doctor`: what is here, what qtune would choose on it and why, and what stands in the way."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes.functional
+import torch
+from packaging.requirements import Requirement
+
+from qtune import __version__, console
+from qtune.builtin import BUILTIN_MODELS, cache_folder, is_complete
+from qtune.device import Device, present_device
+from qtune.plan import make_plan
+from qtune.recipe import Recipe, parse_recipe
+
+GIB = 2**30
+# A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
+ENOUGH_DISK_BYTES = 20 * GIB
+PRODUCT_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; a problem stops training, a note only slows or limits it."""
+
+    topic: str
+    name: str
+    value: str
+    verdict: Literal["ok", "note", "problem"] = "ok"
+    advice: str = ""
+
+
+def examine(runs: Path) -> list[Finding]:
+    """Everything that decides how training will go on this computer; `runs` is where run folders would be made."""
+    device = present_device()
+    return [
+        *version_findings(),
+        *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
+        quantization_finding(device),
+        *choice_findings(device),
+        *product_findings(device),
+        *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
+        *environment_findings(os.environ),
+    ]
+
+
+def version_findings() -> Iterator[Finding]:
+    """Our version, Python's, and each library that we depend on, against the bounds that we were tested with."""
+    yield Finding("versions", "qtune", __version__)
+    yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("qtune") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("versions", "qtune", "run from a checkout", "note", "pip install . records the library bounds")
+        return
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield version_finding(requirement)
+
+
+def version_finding(requirement: Requirement) -> Finding:
+    """Whether a library is there in a version within our bounds."""
+    install = f"pip install '{requirement}'"
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("versions", requirement.name, "not installed", "problem", install)
+    if requirement.specifier.contains(found, prereleases=True):
+        return Finding("versions", requirement.name, found)
+    return Finding("versions", requirement.name, f"{found}, tested: {requirement.specifier}", "note", install)
+
+
+def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -> Iterator[Finding]:
+    """The device, its memory, and a card that torch cannot use."""
+    memory = f"{device.free_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f} GiB free"
+    yield Finding("device", device.torch_name, f"{device.name}, {memory}")
+    if device.kind == "cuda":
+        capability = ".".join(map(str, device.capability or ()))
+        yield Finding("device", "CUDA", f"{cuda}, compute capability {capability}")
+        others = torch.cuda.device_count() - 1 if torch.cuda.is_available() else 0
+        if others > 0:
+            yield Finding(
+                "device", "more cards", str(others), "note", "one is used; CUDA_VISIBLE_DEVICES chooses which"
+            )
+    elif nvidia_is_here:
+        why = (
+            "this torch is built without CUDA"
+            if cuda is None
+            else f"torch's CUDA {cuda} does not start; driver too old?"
+        )
+        advice = "install a CUDA build of torch that fits the driver: https://pytorch.org/get-started/locally/"
+        yield Finding("device", "NVIDIA card", f"present but not used: {why}", "problem", advice)
+    else:
+        yield Finding("device", "graphics card", "none", "note", "a CPU trains small models only")
+
+
+def quantization_finding(device: Device) -> Finding:
+    """Whether bitsandbytes really quantizes and dequantizes on the device, by doing it.
+
+    NF4's largest error on [-1, 1] is half its widest gap, 0.152 (QLoRA, arXiv:2305.14314, appendix E).
+    """
+    weight = torch.linspace(-1, 1, 64, device=device.torch_name).repeat(64, 1)
+    try:
+        codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        error = float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
+    except (RuntimeError, OSError, AttributeError) as failure:
+        reason = str(failure).splitlines()[0]
+        return Finding(
+            "device", "NF4", reason, "problem", "reinstall bitsandbytes for this device: pip install -U bitsandbytes"
+        )
+    if error > 0.16:
+        return Finding("device", "NF4", f"wrong by {error:.3f}", "problem", "this build of bitsandbytes is broken")
+    return Finding("device", "NF4", f"quantizes and dequantizes, largest error {error:.3f}")
+
+
+def choice_findings(device: Device) -> Iterator[Finding]:
+    """What a recipe that leaves everything open gets here, each with its reason."""
+    recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
+    assert isinstance(recipe, Recipe)
+    plan = make_plan(recipe, device)
+    chosen: Mapping[tuple[str | int, ...], object] = {
+        ("quantization", "compute_dtype"): plan.compute_dtype,
+        ("adapter", "dtype"): plan.adapter_dtype,
+        ("model", "attention"): plan.attention,
+        ("training", "optimizer"): plan.optimizer,
+        ("training", "gradient_checkpointing"): "on" if plan.gradient_checkpointing else "off",
+    }
+    for path, value in chosen.items():
+        yield Finding("choices", ".".join(map(str, path)), f"{value}: {plan.reasons[path]}")
+
+
+def product_findings(device: Device) -> Iterator[Finding]:
+    """The time of one matrix product in each dtype: what the choice of the compute dtype rests on."""
+    seconds = {name: product_seconds(device, getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
+    shown = ", ".join(f"{name} {1e3 * took:.2f} ms" for name, took in seconds.items())
+    yield Finding("choices", f"{PRODUCT_SIZE} x {PRODUCT_SIZE} product", shown)
+
+
+def product_seconds(device: Device, dtype: torch.dtype) -> float:
+    """One product of two square matrices, after a first one that may compile or allocate."""
+    one = torch.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=dtype, device=device.torch_name)
+    took = []
+    for _ in range(2):
+        _wait_for(device)
+        start = time.perf_counter()
+        one @ one
+        _wait_for(device)
+        took.append(time.perf_counter() - start)
+    return took[-1]
+
+
+def _wait_for(device: Device) -> None:
+    if device.kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def disk_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """Free space where runs, our cache and downloaded models go, and what of the built-in models is there."""
+    for name, folder in folders.items():
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(existing).free
+        value = f"{folder}, {free / GIB:.1f} GiB free"
+        if not os.access(existing, os.W_OK):
+            yield Finding("disk", name, f"{folder} cannot be written", "problem", "choose a folder of your own")
+        elif free < ENOUGH_DISK_BYTES:
+            yield Finding("disk", name, value, "note", "a 7B model takes about 14 GiB to download and to export")
+        else:
+            yield Finding("disk", name, value)
+    for model in BUILTIN_MODELS.values():
+        there = is_complete(cache_folder() / "models" / model.name, model)
+        needed = f"not fetched yet, {model.wheel_bytes / 2**20:.0f} MiB to download"
+        yield Finding("disk", f"builtin:{model.name}", "ready" if there else needed)
+
+
+def environment_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What decides whether models of the hub can be reached, and which programs an export can go on with."""
+    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        yield Finding("hub", "HF_HUB_OFFLINE", "set", "note", "only models in the hub cache can be used")
+    token = bool(environment.get("HF_TOKEN")) or (_hub_home() / "token").is_file()
+    advice = "" if token else "gated models (Llama, Gemma) need one: hf auth login"
+    yield Finding("hub", "token", "present" if token else "none", "ok" if token else "note", advice)
+    yield Finding("export", "ollama", shutil.which("ollama") or "not installed; the Modelfile is written all the same")
+
+
+def _nvidia_is_here() -> bool:
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _hub_home() -> Path:
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+
+
+def to_json(findings: list[Finding]) -> list[dict[str, Any]]:
+    """The findings as plain values."""
+    return [asdict(finding) for finding in findings]
+
+
+def show(findings: list[Finding]) -> None:
+    """Prints the findings by topic, and what to do about problems and notes."""
+    marks = {"ok": "✓", "note": "•", "problem": "✗"}
+    topics = dict.fromkeys(finding.topic for finding in findings)
+    for topic in topics:
+        rows = [
+            [
+                marks[finding.verdict],
+                finding.name,
+                f"{finding.value} ({finding.advice})" if finding.advice else finding.value,
+            ]
+            for finding in findings
+            if finding.topic == topic
+        ]
+        console.out(console.table("", ["", topic, ""], rows))
+        console.out("")
+    problems = sum(finding.verdict == "problem" for finding in findings)
+    console.out(f"{problems} problems" if problems != 1 else "1 problem")
+
+
+def has_problems(findings: list[Finding]) -> bool:
+    """Whether something stands in the way of training."""
+    return any(finding.verdict == "problem" for finding in findings)

@@ -1,0 +1,191 @@
+"""`qtune doctor`: what is here, what is chosen and why; each obstacle is named with the way around it."""
+
+import importlib.metadata
+import json
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from qtune import doctor
+from qtune.device import Device, present_device
+from qtune.doctor import (
+    Finding,
+    choice_findings,
+    device_findings,
+    disk_findings,
+    environment_findings,
+    examine,
+    has_problems,
+    quantization_finding,
+    show,
+    to_json,
+    version_finding,
+)
+
+GIB = 2**30
+Usage = namedtuple("Usage", ["total", "used", "free"])
+AMPERE = Device("cuda", "NVIDIA GeForce RTX 3060", 12 * GIB, 11 * GIB, bf16=True, capability=(8, 6))
+TURING = Device("cuda", "Tesla T4", 15 * GIB, 14 * GIB, bf16=False, capability=(7, 5))
+OLD_CPU = Device("cpu", "CPU, 2 threads", 16 * GIB, 8 * GIB, bf16=False)
+NEW_CPU = Device("cpu", "CPU, 32 threads", 64 * GIB, 60 * GIB, bf16=True)
+
+
+def values(findings) -> dict[str, str]:
+    return {finding.name: finding.value for finding in findings}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [(AMPERE, "bfloat16"), (TURING, "float16"), (OLD_CPU, "float32"), (NEW_CPU, "bfloat16")]
+)
+def test_the_compute_dtype_follows_the_device_and_has_a_reason(device, dtype):
+    value = values(choice_findings(device))["quantization.compute_dtype"]
+    chosen, _, reason = value.partition(": ")
+    assert chosen == dtype
+    assert len(reason) > 10
+
+
+def test_every_choice_that_a_recipe_leaves_open_is_explained():
+    assert set(values(choice_findings(AMPERE))) == {
+        "quantization.compute_dtype",
+        "adapter.dtype",
+        "model.attention",
+        "training.optimizer",
+        "training.gradient_checkpointing",
+    }
+
+
+def test_a_card_is_shown_with_its_memory_and_capability():
+    found = values(device_findings(AMPERE, "12.8", nvidia_is_here=True))
+    assert found["cuda:0"] == "NVIDIA GeForce RTX 3060, 11.0 of 12.0 GiB free"
+    assert found["CUDA"] == "12.8, compute capability 8.6"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"), [(None, "this torch is built without CUDA"), ("13.0", "torch's CUDA 13.0 does not start")]
+)
+def test_a_card_that_torch_cannot_use_is_a_problem_with_a_way_out(cuda, reason):
+    _, finding = device_findings(OLD_CPU, cuda, nvidia_is_here=True)
+    assert finding.verdict == "problem"
+    assert reason in finding.value
+    assert "pytorch.org" in finding.advice
+
+
+def test_no_card_at_all_is_only_a_note():
+    _, finding = device_findings(OLD_CPU, None, nvidia_is_here=False)
+    assert (finding.verdict, finding.value) == ("note", "none")
+
+
+def test_nf4_really_works_here_with_the_error_of_its_code_book():
+    """Between -1 and its neighbour -0.6962 (QLoRA, appendix E) the worst value is off by half the gap."""
+    finding = quantization_finding(present_device())
+    error = float(finding.value.rsplit(" ", 1)[1])
+    assert finding.verdict == "ok"
+    assert error == pytest.approx((1 - 0.6962) / 2, abs=0.01)
+
+
+def test_bitsandbytes_that_fails_is_a_problem(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image is available\nmore")
+
+    monkeypatch.setattr(doctor.bitsandbytes.functional, "quantize_4bit", broken)
+    finding = quantization_finding(OLD_CPU)
+    assert (finding.verdict, finding.value) == ("problem", "no kernel image is available")
+
+
+def test_bitsandbytes_that_computes_wrongly_is_a_problem(monkeypatch):
+    dequantize = doctor.bitsandbytes.functional.dequantize_4bit
+    monkeypatch.setattr(doctor.bitsandbytes.functional, "dequantize_4bit", lambda *given: -dequantize(*given))
+    assert quantization_finding(OLD_CPU).verdict == "problem"
+
+
+def test_a_library_within_its_bounds_is_fine_and_another_version_is_a_note():
+    found = importlib.metadata.version("torch")
+    assert version_finding(Requirement("torch>=2")) == Finding("versions", "torch", found)
+    outside = version_finding(Requirement("torch<2"))
+    assert (outside.verdict, outside.value) == ("note", f"{found}, tested: <2")
+    assert outside.advice == "pip install 'torch<2'"
+
+
+def test_a_missing_library_is_a_problem():
+    finding = version_finding(Requirement("no-such-library>=1"))
+    assert (finding.verdict, finding.value) == ("problem", "not installed")
+
+
+def test_free_space_is_that_of_the_disk_where_the_folder_would_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(0, 0, 30 * GIB if path == tmp_path else 0))
+    found = values(disk_findings({"runs": tmp_path / "not" / "yet"}))
+    assert found["runs"] == f"{tmp_path / 'not' / 'yet'}, 30.0 GiB free"
+    assert found["builtin:smollm2-135m-instruct"] == "not fetched yet, 89 MiB to download"
+
+
+def test_little_space_is_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(0, 0, 3 * GIB))
+    finding = next(iter(disk_findings({"runs": tmp_path})))
+    assert (finding.verdict, finding.value) == ("note", f"{tmp_path}, 3.0 GiB free")
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    finding = next(iter(disk_findings({"runs": tmp_path})))
+    assert (finding.verdict, finding.value) == ("problem", f"{tmp_path} cannot be written")
+
+
+def test_an_offline_hub_and_a_missing_token_are_notes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    found = {one.name: one for one in environment_findings({"HF_HUB_OFFLINE": "1"})}
+    assert found["HF_HUB_OFFLINE"].verdict == "note"
+    assert (found["token"].verdict, found["token"].value) == ("note", "none")
+    online = {one.name: one for one in environment_findings({"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"})}
+    assert "HF_HUB_OFFLINE" not in online
+    assert (online["token"].verdict, online["token"].value) == ("ok", "present")
+
+
+def test_the_examination_of_this_computer_is_complete_and_json(tmp_path):
+    findings = examine(tmp_path)
+    assert {finding.topic for finding in findings} == {"versions", "device", "choices", "disk", "hub", "export"}
+    assert json.loads(json.dumps(to_json(findings)))[0] == {
+        "topic": "versions",
+        "name": "qtune",
+        "value": doctor.__version__,
+        "verdict": "ok",
+        "advice": "",
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_card_of_this_computer_is_found():
+    assert values(device_findings(present_device(), torch.version.cuda, nvidia_is_here=True))["cuda:0"].startswith(
+        torch.cuda.get_device_name(0)
+    )
+
+
+def test_the_screen_marks_every_finding_and_counts_the_problems(capsys):
+    findings = [
+        Finding("device", "cpu", "CPU"),
+        Finding("device", "card", "none", "note", "small models only"),
+        Finding("disk", "runs", "full", "problem", "make room"),
+    ]
+    show(findings)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "   device",
+        "✓  cpu     CPU",
+        "•  card    none (small models only)",
+        "",
+        "   disk",
+        "✗  runs  full (make room)",
+        "",
+        "1 problem",
+    ]
+    assert has_problems(findings)
+    assert not has_problems(findings[:2])
+
+
+def test_paths_are_made_from_the_users_settings(monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "/somewhere/hub")
+    assert doctor._hub_cache() == Path("/somewhere/hub")
