@@ -16,10 +16,10 @@ from qtune.data.conversation import RowError
 from qtune.device import present_device
 from qtune.errors import DataError, ModelError, Problem
 from qtune.generate import GREEDY, Ends, Sampling, find_ends, stream
-from qtune.load_run import LoadedRun, load_run, load_untuned
+from qtune.load_run import load_run, load_untuned
 from qtune.model import base_folder, load_tokenizer
 from qtune.plan import compute_dtype_rule
-from qtune.recipe import Lora, Model
+from qtune.recipe import Model
 from qtune.run_dir import RunDir
 
 HELP = """\
@@ -43,8 +43,6 @@ class Session:
     max_new_tokens: int = 512
     system: str | None = None
     adapter_is_on: bool = True
-    base_is_intact: bool = True
-    """Whether the adapter can be switched off: PiSSA and LoftQ rewrite the base weights."""
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -114,15 +112,9 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
     if not (path / "resolved.toml").is_file():
         return _plain_session(target)
     run_dir = RunDir.open(path)
-    run: LoadedRun = load_run(run_dir) if adapter else load_untuned(run_dir)
-    rewrites = isinstance(run.recipe.adapter, Lora) and run.recipe.adapter.initialization in ("pissa", "loftq")
-    return Session(
-        run.model,
-        run.tokenizer,
-        find_ends(run.model, run.tokenizer),
-        system=run.recipe.data.system_prompt,
-        base_is_intact=not rewrites,
-    )
+    run = load_run(run_dir) if adapter else load_untuned(run_dir)
+    ends = find_ends(run.model, run.tokenizer)
+    return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt)
 
 
 def _plain_session(target: str) -> Session:
@@ -172,8 +164,6 @@ def command(session: Session, text: str) -> str:
         case ["/adapter", ("on" | "off") as state]:
             if not session.has_adapter:
                 return "there is no adapter to switch"
-            if not session.base_is_intact:
-                return "this adapter changed the base weights when it started; use qtune chat --no-adapter"
             session.adapter_is_on = state == "on"
             return f"adapter {state}"
         case ["/system", prompt]:

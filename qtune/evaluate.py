@@ -19,7 +19,7 @@ from qtune.data import Conversation, PaddedCollator, prepare
 from qtune.errors import DataError, Problem
 from qtune.generate import Ends, find_ends, generate
 from qtune.load_run import LoadedRun, load_untuned, with_adapter
-from qtune.loss import IGNORED, install_loss
+from qtune.loss import IGNORED, install_loss, loss_agrees
 from qtune.run_dir import RunDir
 
 TOKENS_PER_BATCH = 4096
@@ -92,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     """Asks both models `rows` held-out rows, spread evenly over all of them, and writes eval.json into the run.
 
-    The base model is asked before the adapter is attached: some adapters (PiSSA, LoftQ) change it.
+    The base model is asked before the adapter is attached, so that nothing of it can be left on.
 
     Raises:
         RunError: the run has not ended. DataError: there are no held-out rows, or they cannot be used.
@@ -104,7 +104,8 @@ def evaluate(
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
     limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
-    install_loss(_network(run.model))
+    first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
+    install_loss(run.model, tiled=loss_agrees(run.model, first))
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
         with console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples)) as shown:
@@ -211,10 +212,6 @@ def batches_of(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         else:
             batches.append([row])
     return batches
-
-
-def _network(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def show(evaluation: Evaluation, shown: int = 5) -> None:

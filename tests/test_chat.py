@@ -158,14 +158,6 @@ def test_the_adapter_command_changes_the_answer(session):
         assert off == answer_of(session, [{"role": "user", "content": "Hello"}]) != on
 
 
-def test_an_adapter_that_rewrote_the_base_cannot_be_switched_off(session):
-    session.base_is_intact = False
-    assert command(session, "/adapter off") == (
-        "this adapter changed the base weights when it started; use qtune chat --no-adapter"
-    )
-    assert session.adapter_is_on
-
-
 def test_a_model_without_adapter_says_so(tiny_model):
     assert command(open_session(str(tiny_model)), "/adapter on") == "there is no adapter to switch"
 
