@@ -1,19 +1,33 @@
 """Tiny models of several families and random adapters on them, made when a test asks; no downloads."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from qtune.adapter import attach_adapter, save_adapter
+from qtune.device import present_device
 from qtune.export.adapter_weights import open_adapter
 from qtune.export.basis import Basis
 from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import empty_model, layout_of
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.side_files import copy_side_files, merged_config, write_json
+from qtune.load_run import resolved_recipe
+from qtune.model import load_base
+from qtune.plan import make_plan
+from qtune.run_dir import RunDir
 
 SHAPE = {
     "hidden_size": 64,
@@ -102,3 +116,78 @@ def merged(
 def some_ids(rows: int = 2, length: int = 12) -> torch.Tensor:
     """Token ids [rows, length] without special tokens."""
     return torch.randint(3, SHAPE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))  # type: ignore[call-overload]
+
+
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "What is the capital of France? The capital of France is Paris.",
+    "Name a colour. Blue. Another, please. Green. You are brief.",
+    "system user assistant",
+]
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+def tiny_tokenizer(folder: Path, template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 320 tokens with ChatML's special tokens, saved into a model folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+QUESTIONS = [f"What is {number} and {number + 1}?" for number in range(24)]
+
+
+def tiny_run(
+    folder: Path,
+    adapter: str = 'kind = "lora"\nrank = 4',
+    *,
+    family: str = "llama",
+    data: str = "",
+    **changes: Any,
+) -> RunDir:
+    """A finished run: a tiny base with a tokenizer, rows, resolved.toml and a random adapter as qtune saves it."""
+    base = tiny_base(folder / "base", family, **changes)
+    tiny_tokenizer(base)
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {index}."}]}
+        for index, question in enumerate(QUESTIONS)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (
+        f'[model]\nbase = "{base}"\nattention = "sdpa"\n'
+        '[quantization]\nkind = "nf4"\ncompute_dtype = "float32"\nminimum_share = 0.0\n'
+        f'[adapter]\ndtype = "float32"\n{adapter}\n'
+        f'[data]\ntrain = "{folder / "rows.jsonl"}"\nvalidation = 0.5\nmax_length = 128\n{data}\n'
+        "[training]\nlearning_rate = 1e-3\nmicro_batch_size = 1\n"
+    )
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    run.write_text(run.recipe_file, text)
+    run.write_text(run.resolved_file, text)
+    recipe = resolved_recipe(run)
+    plan = make_plan(recipe, present_device())
+    torch.manual_seed(5)
+    model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    run.adapter.mkdir()
+    save_adapter(model, run.adapter)
+    return run

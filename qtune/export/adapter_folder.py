@@ -1,0 +1,45 @@
+"""A run's adapter alone, in peft's format, with nothing of ours and no path of this computer in it."""
+
+import json
+from pathlib import Path
+
+from peft import PeftType
+
+from qtune.export.adapter_weights import CONFIG, WEIGHTS
+from qtune.export.model_card import adapter_card
+from qtune.export.side_files import write_json
+from qtune.export.source import Source
+from qtune.export.staged import staged_folder
+
+# Keys that peft's config has for its own book-keeping, and that may hold paths of this computer.
+PRIVATE = ("parent_library", "auto_mapping")
+
+
+def write_adapter(source: Source, output: Path, *, force: bool) -> Path:
+    """Copies the adapter's two files, names the base as others know it, adds tokenizer and card.
+
+    Raises InputError when the folder is there and `force` is not given.
+    """
+    weights = source.adapter / WEIGHTS
+    with staged_folder(output, weights.stat().st_size, force=force) as work:
+        (work / WEIGHTS).write_bytes(weights.read_bytes())
+        write_json(work / CONFIG, public_config(source))
+        source.tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(adapter_card(source), encoding="utf-8")
+    return output
+
+
+def public_config(source: Source) -> dict[str, object]:
+    """The adapter's config with the base's public name, ready for inference."""
+    config: dict[str, object] = json.loads((source.adapter / CONFIG).read_text(encoding="utf-8"))
+    for key in PRIVATE:
+        config.pop(key, None)
+    config["base_model_name_or_path"] = source.base_name
+    config["revision"] = source.recipe.model.revision
+    config["inference_mode"] = True
+    return config
+
+
+def is_prefix(source: Source) -> bool:
+    """Whether the adapter is a prefix, which no plain checkpoint can hold."""
+    return bool(source.config.peft_type == PeftType.PREFIX_TUNING)

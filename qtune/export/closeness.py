@@ -1,0 +1,117 @@
+"""Logits of two models on the same tokens -> how far apart they are, and how far apart is too far."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Largest mean KL divergence (nats per token) and smallest top-1 agreement that pass, by the coarsest dtype on the way
+# from the trained values to the exported model's logits.
+#
+# float32  only sums in another order remain; measured 1e-9 to 1e-7.
+# float16  one rounding of each weight, 2**-11 of its size; measured 1e-7 to 1e-5 on real models.
+# bfloat16 2**-8, on weights and activations: 64 times the variance of float16.
+#
+# An adapter lost, scaled wrongly or merged into other weights costs 1e-2 and more.
+KL_LIMITS = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
+TOP1_LIMITS = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.95}
+
+# A weak adapter may have so small an effect that losing it stays below the limit above. The export must therefore also
+# be ten times closer to the trained model than the bare base is, down to what rounding alone can do.
+EFFECT_SHARE = 0.1
+KL_FLOORS = {torch.float32: 1e-8, torch.float16: 1e-6, torch.bfloat16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """What one model's next-token distributions are to a reference's, over `tokens` positions.
+
+    `kl` is the mean of KL(reference || other) in nats per token, `kl_largest` its largest value; `top1` the share of
+    positions with the same likeliest token; `gap` the largest difference between two logits of the same token.
+    """
+
+    tokens: int
+    kl: float
+    kl_largest: float
+    top1: float
+    gap: float
+
+
+class ClosenessMeter:
+    """Adds up closeness over rows, so that the logits of one row at a time are in memory."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._kl = 0.0
+        self._kl_largest = 0.0
+        self._agreed = 0
+        self._gap = 0.0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Compares logits [length, vocab] of the same positions; a longer vocabulary of either is not compared."""
+        shared = min(reference.shape[-1], other.shape[-1])
+        reference, other = reference[:, :shared].float(), other[:, :shared].float()
+        log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        self._tokens += len(kl)
+        self._kl += kl.double().sum().item()
+        self._kl_largest = max(self._kl_largest, kl.max().item())
+        self._agreed += int((reference.argmax(-1) == other.argmax(-1)).sum())
+        self._gap = max(self._gap, (reference - other).abs().max().item())
+
+    def result(self) -> Closeness:
+        """The closeness over everything added."""
+        count = max(1, self._tokens)
+        return Closeness(self._tokens, self._kl / count, self._kl_largest, self._agreed / count, self._gap)
+
+
+class PerplexityMeter:
+    """exp of the mean negative log-likelihood of the scored tokens."""
+
+    def __init__(self) -> None:
+        self._scored = 0
+        self._loss = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Logits [length, vocab] predict labels [length] of the next position; -100 is not scored."""
+        scored = labels[1:] != -100
+        log_p = logits[:-1][scored].float().log_softmax(-1)
+        self._loss -= log_p.gather(1, labels[1:][scored].unsqueeze(1)).double().sum().item()
+        self._scored += int(scored.sum())
+
+    def result(self) -> float:
+        """The perplexity; infinite where it is beyond a float."""
+        mean = self._loss / max(1, self._scored)
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values that an export must keep, and in words where they come from."""
+
+    kl: float
+    top1: float
+    reason: str
+
+
+def limits(dtypes: list[torch.dtype], effect: float) -> Limits:
+    """The limits where `dtypes` were on the way, for an adapter whose loss would cost a KL of `effect`."""
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    name = str(coarsest).removeprefix("torch.")
+    absolute, relative = KL_LIMITS[coarsest], max(KL_FLOORS[coarsest], EFFECT_SHARE * effect)
+    if relative < absolute:
+        reason = f"{EFFECT_SHARE:.0%} of what the adapter changes ({effect:.2g}), at least what {name} rounds away"
+        return Limits(relative, TOP1_LIMITS[coarsest], reason)
+    return Limits(absolute, TOP1_LIMITS[coarsest], f"{name} rounding, with a tenfold margin")
+
+
+def shortfalls(found: Closeness, allowed: Limits) -> list[str]:
+    """What is wrong, in words; empty when the limits are kept."""
+    problems = []
+    if not found.kl <= allowed.kl:
+        problems.append(f"KL divergence {found.kl:.3g} nats per token, at most {allowed.kl:.3g} ({allowed.reason})")
+    # One token more than the share: with few tokens a single tie must not decide.
+    if found.tokens * (1 - found.top1) > found.tokens * (1 - allowed.top1) + 1:
+        problems.append(f"the likeliest token agrees at {found.top1:.2%} of positions, at least {allowed.top1:.1%}")
+    return problems

@@ -1,0 +1,91 @@
+"""The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftType
+
+from qtune import console
+from qtune.errors import InputError, Problem, VerificationError
+from qtune.export.adapter_folder import write_adapter
+from qtune.export.merge import Weights
+from qtune.export.merged_folder import Target, open_merge, write_merged
+from qtune.export.model_card import write_card
+from qtune.export.source import Source, open_source
+from qtune.export.verify import Verification, verify
+from qtune.run_dir import RunDir
+
+MERGED = {PeftType.LORA, PeftType.IA3}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    output: Path | None = None
+    weights: Weights = "dequantized"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    force: bool = False
+    verify: bool = True
+    adapter_only: bool = False
+
+
+def export_run(run: RunDir, options: Options) -> Path:
+    """Writes the export of a run and returns its folder.
+
+    Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
+    is not the trained one; that folder stays, and its verify.json and model card say so.
+    """
+    source = open_source(run)
+    if options.adapter_only or source.config.peft_type not in MERGED:
+        return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+    target = Target(
+        options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
+    )
+    merge = open_merge(source, target.weights, target.dtype)
+    write_merged(source, merge, target)
+    if not options.verify:
+        return target.output
+    return prove(source, target.output, verify(source, target.output, options.weights, merge=merge))
+
+
+def verify_only(folder: Path, run: RunDir | None) -> Path:
+    """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
+    run = run or _run_around(folder)
+    source = open_source(run)
+    return prove(source, folder, verify(source, folder))
+
+
+def prove(source: Source, folder: Path, verification: Verification) -> Path:
+    """Writes the card, shows the figures; VerificationError when they are not good enough."""
+    write_card(source, folder, verification)
+    show(verification)
+    if not verification.verified:
+        lines = "\n".join(f"  {failure}" for failure in verification.failures[:20])
+        raise VerificationError(f"{folder} is not the trained model; it is kept, marked as unverified\n{lines}")
+    return folder
+
+
+def show(verification: Verification) -> None:
+    """Prints the figures of a verification."""
+    exported, bare = verification.exported, verification.bare_base
+    rows = [
+        ["KL divergence, nats per token", f"{exported.kl:.2e}", f"{bare.kl:.2e}", f"≤ {verification.limits.kl:.2e}"],
+        ["same likeliest token", f"{exported.top1:.2%}", f"{bare.top1:.2%}", f"≥ {verification.limits.top1:.1%}"],
+        ["largest logit gap", f"{exported.gap:.3g}", f"{bare.gap:.3g}", ""],
+        ["perplexity", *(f"{verification.perplexity[name]:.4g}" for name in ("exported", "bare base")), ""],
+    ]
+    title = f"Against the trained model (perplexity {verification.perplexity['trained']:.4g})"
+    title += f", {verification.rows} {verification.rows_from}, {exported.tokens} tokens"
+    console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
+    if verification.answers:
+        console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
+
+
+def _run_around(folder: Path) -> RunDir:
+    for parent in folder.resolve().parents:
+        if (parent / "resolved.toml").is_file():
+            return RunDir.open(parent)
+    raise InputError(Problem(str(folder), "is not inside a run; name the run: qtune export RUN --verify-only DIR"))

@@ -1,0 +1,85 @@
+"""A run with LoRA or IA3 -> a folder that plain transformers loads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.template import Renderer
+from qtune.export.adapter_weights import open_adapter
+from qtune.export.checkpoint import Checkpoint
+from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
+from qtune.export.merge import Merge, Weights, plan_merge, write_merge
+from qtune.export.side_files import copy_side_files, merged_config, write_json
+from qtune.export.source import Source
+from qtune.export.staged import staged_folder
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an export goes and in what shape."""
+
+    output: Path
+    dtype: torch.dtype
+    weights: Weights = "dequantized"
+    force: bool = False
+
+
+def open_merge(source: Source, weights: Weights, dtype: torch.dtype) -> Merge:
+    """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
+    refuse_foreign_quantization(source.base)
+    checkpoint = Checkpoint.open(source.base)
+    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    layout = layout_of(network, list(checkpoint.tensors))
+    return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, weights, dtype)
+
+
+def write_merged(source: Source, merge: Merge, target: Target) -> Path:
+    """Writes the merged model; the folder appears under its name when it is complete.
+
+    Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
+    """
+    with staged_folder(target.output, merge.nbytes, force=target.force) as work:
+        with console.progress("merging (MiB)", round(merge.nbytes / 2**20)) as bar:
+            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / 2**20))
+        copy_side_files(source.base, source.adapter, work)
+        write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes))
+        write_tokenizer(source, work)
+    return target.output
+
+
+def write_tokenizer(source: Source, work: Path, template: str | None = None) -> None:
+    """Puts the chat template that was trained with, and where its turns end, beside a copied tokenizer.
+
+    Loaders stop at the generation config's `eos_token_id`; a base model's does not name the token that ends a turn.
+    """
+    text = template if template is not None else source.template.text
+    for leftover in work.glob("chat_template*"):
+        leftover.unlink()
+    (work / "chat_template.jinja").write_text(text, encoding="utf-8")
+    file = work / "tokenizer_config.json"
+    if file.exists():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("chat_template", None) is not None:
+            write_json(file, config)
+    write_json(work / "generation_config.json", generation_config(source.base, source.tokenizer, source.template.text))
+
+
+def generation_config(base: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, Any]:
+    """The base's generation config with the end of a turn among the tokens that end an answer."""
+    file = base / "generation_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = config.get("eos_token_id", tokenizer.eos_token_id)
+    ends = [] if known is None else list(known) if isinstance(known, list) else [known]
+    end_of_turn = Renderer.of(tokenizer, template).end_of_turn
+    if end_of_turn is not None and (end := tokenizer.convert_tokens_to_ids(end_of_turn)) not in ends:
+        ends.append(end)
+    if ends:
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if config.get("pad_token_id") is None and tokenizer.pad_token_id is not None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+    return config

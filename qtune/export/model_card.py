@@ -1,0 +1,134 @@
+"""README.md of an export: what it is, how to load it, and the figures that prove it."""
+
+from pathlib import Path
+
+from peft import PeftType
+
+from qtune.export.source import Source
+from qtune.export.verify import Verification
+
+SNIPPET = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+messages = [{{"role": "user", "content": "Hello"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs.to(model.device), max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+ADAPTER_SNIPPET = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
+
+base = AutoModelForCausalLM.from_pretrained("{base}", device_map="auto"{quantization})
+model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+messages = [{{"role": "user", "content": "Hello"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs.to(model.device), max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+KINDS = {
+    PeftType.LORA: "a LoRA adapter",
+    PeftType.IA3: "an IA3 adapter",
+    PeftType.P_TUNING: "a soft prompt (p-tuning)",
+    PeftType.PROMPT_TUNING: "a soft prompt (prompt tuning)",
+    PeftType.PREFIX_TUNING: "a prefix (prefix tuning)",
+}
+
+
+def write_card(source: Source, folder: Path, verification: Verification | None) -> None:
+    """Writes README.md beside an exported model."""
+    parts = [
+        _front_matter(source, "transformers"),
+        f"# {folder.name}\n",
+        f"{source.base_name} with {KINDS[source.config.peft_type]} trained and merged by qtune.\n",
+        SNIPPET.format(folder=folder.name),
+        _how_trained(source),
+        "## Is it the model that was trained?\n",
+        _proof(verification),
+    ]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def adapter_card(source: Source) -> str:
+    """The card of an adapter alone, with the lines that load it onto the base as it was trained."""
+    quantization, config_import = "", ""
+    kind = source.basis.kind
+    if kind in ("nf4", "fp4"):
+        config_import = ", BitsAndBytesConfig"
+        dtype = str(source.basis.compute_dtype).removeprefix("torch.")
+        quantization = (
+            ", quantization_config=BitsAndBytesConfig(\n"
+            f'    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_compute_dtype="{dtype}",\n'
+            f"    bnb_4bit_use_double_quant={source.basis.double_quantization},\n)"
+        )
+    elif kind == "int8":
+        config_import, quantization = (
+            ", BitsAndBytesConfig",
+            ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+        )
+    parts = [
+        _front_matter(source, "peft"),
+        f"# {KINDS[source.config.peft_type][0].upper()}{KINDS[source.config.peft_type][1:]} for {source.base_name}\n",
+        ADAPTER_SNIPPET.format(
+            base=source.base_name, folder=".", config_import=config_import, quantization=quantization
+        ),
+        _how_trained(source),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(source: Source, library: str) -> str:
+    base = source.base_name
+    # The hub links to the base by its id; names that are none would be a broken link.
+    named = f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else ""
+    return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
+
+
+def _how_trained(source: Source) -> str:
+    training, basis = source.recipe.training, source.basis
+    held = "unquantized" if basis.kind == "none" else f"in {basis.kind.upper()}"
+    double = " with double quantization" if basis.double_quantization else ""
+    return (
+        "## How it was trained\n\n"
+        f"- base: `{source.base_name}`, held {held}{double}, computed in "
+        f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
+        f"- adapter: `{source.recipe.adapter.kind}`\n"
+        f"- batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
+    )
+
+
+def _proof(verification: Verification | None) -> str:
+    if verification is None:
+        return "Not verified: the export was asked not to compare. Nothing here was measured.\n"
+    exported, bare, allowed = verification.exported, verification.bare_base, verification.limits
+    verdict = "**Verified.**" if verification.verified else "**NOT VERIFIED: this is not the model that was trained.**"
+    lines = [
+        f"{verdict} Loaded back and compared with the live model that was trained, on {verification.rows} "
+        f"{verification.rows_from} ({exported.tokens} tokens), computed in {verification.compute_dtype}.\n",
+        "| | exported | bare base | limit |",
+        "|---|---|---|---|",
+        f"| KL divergence, nats per token | {exported.kl:.2e} | {bare.kl:.2e} | ≤ {allowed.kl:.2e} |",
+        f"| same likeliest token | {exported.top1:.2%} | {bare.top1:.2%} | ≥ {allowed.top1:.1%} |",
+        f"| largest logit gap | {exported.gap:.3g} | {bare.gap:.3g} | |",
+        f"| perplexity (trained: {verification.perplexity['trained']:.4g}) "
+        f"| {verification.perplexity['exported']:.4g} | {verification.perplexity['bare base']:.4g} | |",
+        "",
+        f"Limit: {allowed.reason}. Merged into the {verification.weights} weights.\n",
+    ]
+    for basis, cost in verification.cost.items():
+        if basis == "original":
+            lines.append(
+                f"Against the model that was trained, the {basis} weights cost a KL divergence of {cost.kl:.2e} and "
+                f"change the likeliest token at {1 - cost.top1:.2%} of positions.\n"
+            )
+    lines += [f"- {failure}" for failure in verification.failures]
+    return "\n".join(lines) + "\n"

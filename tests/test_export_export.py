@@ -1,0 +1,101 @@
+"""`qtune export` hands over a folder that plain transformers loads, with the evidence that it is the trained model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import tiny_run
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtune.errors import InputError
+from qtune.export.export import Options, export_run, verify_only
+from qtune.load_run import load_run, load_untuned
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path)
+    folder = export_run(run, Options())
+    assert folder == run.path / "model"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "verify.json",
+    ]
+    proof = json.loads((folder / "verify.json").read_text())
+    assert proof["verified"] is True
+    assert proof["failures"] == []
+    assert (proof["rows"], proof["rows_from"]) == (12, "validation rows")
+    assert proof["exported"]["kl"] < 1e-5 < proof["bare_base"]["kl"]
+    assert len(proof["answers"]) == 3
+    assert "KL divergence, nats per token" in capsys.readouterr().out
+    assert "**Verified.**" in (folder / "README.md").read_text()
+
+
+def test_the_folder_loads_with_plain_transformers_and_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(verify=False))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float16
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n"
+    )
+    assert model.generation_config.eos_token_id == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_the_template_that_the_recipe_names_is_the_one_that_is_exported(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path, data='chat_template = "plain"'), Options())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<s>Hi"
+
+
+def test_original_weights_are_verified_against_the_adapter_on_them_and_their_cost_is_told(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(weights="original"))
+    proof = json.loads((folder / "verify.json").read_text())
+    assert proof["verified"] is True
+    assert proof["cost"]["original"]["kl"] > 100 * proof["exported"]["kl"]
+    assert "the original weights cost a KL divergence of" in (folder / "README.md").read_text()
+
+
+def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(verify=False))
+    assert not (folder / "verify.json").exists()
+    assert verify_only(folder, None) == folder
+    assert json.loads((folder / "verify.json").read_text())["verified"] is True
+
+
+def test_a_folder_outside_its_run_needs_the_run_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match="is not inside a run; name the run: qtune export RUN --verify-only DIR"):
+        verify_only(tmp_path / "model", None)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    ['kind = "lora"\nrank = 4', 'kind = "prefix-tuning"\nvirtual_tokens = 3', 'kind = "p-tuning"\nvirtual_tokens = 3'],
+)
+def test_an_adapter_alone_is_peft_s_and_holds_no_path_of_this_computer(adapter: str, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, adapter)
+    folder = export_run(run, Options(adapter_only=True))
+    names = {file.name for file in folder.iterdir()}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    ids = torch.arange(5, 15).unsqueeze(0)
+    with torch.inference_mode():
+        expected = load_run(run).model(ids).logits
+        found = PeftModel.from_pretrained(load_untuned(run).model, str(folder)).eval()(ids).logits
+    assert torch.equal(found, expected)

@@ -1,0 +1,150 @@
+"""The proof has teeth: an export broken in any of the ways that happen is caught, and what is wrong is said."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import tiny_run
+from safetensors.torch import load_file, save_file
+
+from qtune.errors import VerificationError
+from qtune.export.export import Options, export_run, prove
+from qtune.export.merged_folder import open_merge
+from qtune.export.source import Source, open_source
+from qtune.export.verify import verify
+from qtune.run_dir import RunDir
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        return tiny_run(tmp_path_factory.mktemp("verify"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def good(run: RunDir) -> Path:
+    return export_run(run, Options(verify=False))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def again(source: Source, folder: Path, weights: str = "dequantized", scale: float = 1.0) -> None:
+    """The weights of another merge in place of the right ones."""
+    merge = open_merge(source, weights, torch.float16)  # type: ignore[arg-type]
+    from dataclasses import replace
+
+    from qtune.export.merge import write_merge
+
+    updates = {name: replace(update, scaling=update.scaling * scale) for name, update in merge.adapter.updates.items()}
+    write_merge(replace(merge, adapter=replace(merge.adapter, updates=updates)), folder, lambda _: None)
+
+
+def adapter_dropped(source: Source, folder: Path) -> None:
+    again(source, folder, scale=0)
+
+
+def wrong_scale(source: Source, folder: Path) -> None:
+    again(source, folder, scale=0.5)
+
+
+def wrong_basis(source: Source, folder: Path) -> None:
+    again(source, folder, weights="original")
+
+
+def one_layer_swapped(source: Source, folder: Path) -> None:
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        first, second = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1))
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    edit_weights(folder, swap)
+
+
+def one_weight_lost(source: Source, folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def tied_head_untied(source: Source, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    edit_weights(
+        folder,
+        lambda tensors: tensors.update({"lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}),
+    )
+
+
+def template_lost(source: Source, folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def template_changed(source: Source, folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("message['content'] +", "message['content'] + ' ' +"))
+
+
+def shard_truncated(source: Source, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def config_changed(source: Source, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BREAKS = {
+    adapter_dropped: "KL divergence",
+    wrong_scale: "KL divergence",
+    wrong_basis: "KL divergence",
+    one_layer_swapped: "tensor model.layers.0.self_attn.o_proj.weight differs by up to",
+    one_weight_lost: "missing keys when loading: model.layers.1.mlp.up_proj.weight",
+    tied_head_untied: "tensor lm_head.weight is not part of the merge",
+    template_lost: "the chat template is lost",
+    template_changed: "the chat template renders 'several turns' to other tokens than training did",
+    shard_truncated: "cannot be loaded",
+    config_changed: "KL divergence",
+}
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
+def test_a_broken_export_is_caught(
+    break_it: Callable[[Source, Path], None], run: RunDir, good: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    source = open_source(run)
+    break_it(source, folder)
+    with pytest.raises(VerificationError) as caught:
+        prove(source, folder, verify(source, folder, merge=open_merge(source, "dequantized", torch.float16)))
+    assert BREAKS[break_it] in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert json.loads((folder / "verify.json").read_text())["verified"] is False
+
+
+def test_the_same_folder_unbroken_passes(run: RunDir, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    source = open_source(run)
+    verification = verify(source, folder)
+    assert prove(source, folder, verification) == folder
+    assert verification.failures == ()
+
+
+def test_a_failed_export_is_marked_in_its_card(run: RunDir, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    source = open_source(run)
+    adapter_dropped(source, folder)
+    with pytest.raises(VerificationError, match="is not the trained model; it is kept, marked as unverified"):
+        prove(source, folder, verify(source, folder))
+    assert "**NOT VERIFIED" in (folder / "README.md").read_text()
