@@ -56,6 +56,8 @@ class Prepared:
     template: ChatTemplate
     end_of_turn: str | None
     packed: bool
+    lengths: np.ndarray
+    """Tokens of each row of `train`, [rows], for grouping by length."""
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -111,7 +113,9 @@ def survey(
         examples["test"], _ = maker.split("test", find_sources(data.test, data, folder))
     weighted = examples["train"].select(_weighted_rows(weights, seed))
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
-    columns["train"] = pack(weighted, data.max_length) if data.packing else weighted.select_columns(TRAINED)
+    columns["train"] = (
+        pack(weighted, data.max_length, maker.cache) if data.packing else weighted.select_columns(TRAINED)
+    )
     end_of_turn = Renderer.of(tokenizer, template.text).end_of_turn
     return Prepared(
         columns["train"],
@@ -122,6 +126,7 @@ def survey(
         template,
         end_of_turn,
         data.packing,
+        _lengths(columns["train"]) if data.packing else np.asarray(weighted.with_format("numpy")["length"][:]),
     )
 
 
@@ -192,6 +197,13 @@ def _detected(source: Source) -> str:
     if found is None:
         raise DataError(Problem(first[0].place, unknown_columns(first[0].value)))
     return found
+
+
+def _lengths(packed: Dataset) -> np.ndarray:
+    """Tokens of each packed row, [rows]."""
+    arrow = packed.select_columns(["seq_lengths"]).with_format("arrow")
+    parts = [[sum(row) for row in batch["seq_lengths"].to_pylist()] for batch in arrow.iter(batch_size=10_000)]
+    return np.array([length for part in parts for length in part], dtype=np.int64)
 
 
 def _validation_rows(train: Dataset, share: float, seed: int) -> np.ndarray:

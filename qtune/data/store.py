@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from datasets import Dataset
 
 from qtune.data.examples import COLUMNS, Batch, RowRules
 from qtune.data.rows import BadRow
-from qtune.run_dir import write_atomically
 
 # Raised when the code that makes examples changes what it makes.
 VERSION = 2
@@ -65,11 +65,25 @@ def open_store(folder: Path) -> Stored | None:
     )
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or folder that gets its own name when it is finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
+    try:
+        yield temporary / path.name
+        # Another process may have finished the same work just now: one of two equal results stays.
+        if not path.exists():
+            with suppress(OSError):
+                (temporary / path.name).rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
     """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-    try:
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
         rows = bad_count = dropped_count = 0
         bad: list[BadRow] = []
         dropped: list[str] = []
@@ -90,15 +104,7 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
             "dropped": dropped,
             "dropped_count": dropped_count,
         }
-        write_atomically(temporary / "about.json", json.dumps(about))
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process has just finished the same work.
-            shutil.rmtree(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     stored = open_store(folder)
     assert stored is not None, folder
     return stored
