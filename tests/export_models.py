@@ -169,8 +169,10 @@ def tiny_run(
         for index, question in enumerate(QUESTIONS)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # transformers refuses sdpa for Gemma 2, whose logits are capped.
+    attention = "eager" if family == "gemma2" else "sdpa"
     text = (
-        f'[model]\nbase = "{base}"\nattention = "sdpa"\n'
+        f'[model]\nbase = "{base}"\nattention = "{attention}"\n'
         '[quantization]\nkind = "nf4"\ncompute_dtype = "float32"\nminimum_share = 0.0\n'
         f'[adapter]\ndtype = "float32"\n{adapter}\n'
         f'[data]\ntrain = "{folder / "rows.jsonl"}"\nvalidation = 0.5\nmax_length = 128\n{data}\n'

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import VerificationError
 from qtune.export.export import Options, export_run, prove
-from qtune.export.merged_folder import open_merge
+from qtune.export.merged_folder import Target, open_merge
 from qtune.export.source import Source, open_source
 from qtune.export.verify import verify
 from qtune.run_dir import RunDir
@@ -40,7 +40,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 def again(source: Source, folder: Path, weights: str = "dequantized", scale: float = 1.0) -> None:
     """The weights of another merge in place of the right ones."""
-    merge = open_merge(source, weights, torch.float16)  # type: ignore[arg-type]
+    merge = open_merge(source, Target(folder, torch.float16, weights))  # type: ignore[arg-type]
     from dataclasses import replace
 
     from qtune.export.merge import write_merge
@@ -125,7 +125,7 @@ def test_a_broken_export_is_caught(
     source = open_source(run)
     break_it(source, folder)
     with pytest.raises(VerificationError) as caught:
-        prove(source, folder, verify(source, folder, merge=open_merge(source, "dequantized", torch.float16)))
+        prove(source, folder, verify(source, folder, merge=open_merge(source, Target(folder, torch.float16))))
     assert BREAKS[break_it] in str(caught.value)
     assert caught.value.exit_code == 1
     assert json.loads((folder / "verify.json").read_text())["verified"] is False

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig
@@ -40,7 +40,8 @@ class Update:
     In this order: `replacement` takes the parameter's place (modules_to_save); `factors` A [rank, in], B [out, rank]
     add `scaling` · B A (Hu et al. 2021, arXiv:2106.09685); `magnitude` [out] then sets the norm of each row (DoRA,
     Liu et al. 2024, arXiv:2402.09353, equation 5); `column_scale` or `row_scale` multiplies (IA3, Liu et al. 2022,
-    arXiv:2205.05638); `rows` replaces single rows by index (trainable tokens); `bias` is added (LoRA with a bias).
+    arXiv:2205.05638); `rows` replaces single rows by index (trainable tokens); `appended` [new, hidden] and then
+    `mean_rows` copies of the mean row follow the last row; `bias` is added (LoRA with a bias).
     """
 
     replacement: torch.Tensor | None = None
@@ -50,6 +51,8 @@ class Update:
     column_scale: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    appended: torch.Tensor | None = None
+    mean_rows: int = 0
     bias: torch.Tensor | None = None
 
 
@@ -57,14 +60,10 @@ class Update:
 class AdapterWeights:
     """A merge's view of an adapter."""
 
-    config: PeftConfig
     updates: dict[str, Update]
     """By parameter name in the base model, such as "model.layers.0.self_attn.q_proj.weight"."""
-
-    @property
-    def keeps_tying(self) -> bool:
-        """Whether an update of the embedding is meant for the tied head, too."""
-        return bool(getattr(self.config, "ensure_weight_tying", False))
+    head: Literal["as the embedding", "on its own", "if changed"] = "if changed"
+    """What a tied head does: it takes the embedding's change, is untied, or is untied where one of the two changed."""
 
 
 def updated(weight: torch.Tensor, update: Update, *, transposed: bool = False) -> torch.Tensor:
@@ -88,6 +87,11 @@ def updated(weight: torch.Tensor, update: Update, *, transposed: bool = False) -
         result.mul_(update.row_scale if result.dim() == 1 else update.row_scale.unsqueeze(1))
     for index, row in update.rows.items():
         result[index] = row
+    if update.appended is not None:
+        result = torch.cat([result, update.appended])
+    if update.mean_rows:
+        mean = result.mean(0, keepdim=True)
+        result = torch.cat([result, mean.expand(update.mean_rows, *mean.shape[1:])])
     if update.bias is not None:
         result.add_(update.bias)
     return result.T.contiguous() if transposed else result
@@ -113,7 +117,9 @@ def open_adapter(folder: Path) -> AdapterWeights:
             problems.append(Problem(str(folder), f"tensor {module}.{error.args[0]} is of a kind that cannot be merged"))
     if problems:
         raise RunError(problems)
-    return AdapterWeights(config, updates)
+    # peft trains rows of a tied embedding for the head as well.
+    together = getattr(config, "ensure_weight_tying", False) or getattr(config, "trainable_token_indices", None)
+    return AdapterWeights(updates, "as the embedding" if together else "if changed")
 
 
 def read_config(folder: Path) -> PeftConfig:

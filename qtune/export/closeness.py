@@ -28,7 +28,8 @@ class Closeness:
     """What one model's next-token distributions are to a reference's, over `tokens` positions.
 
     `kl` is the mean of KL(reference || other) in nats per token, `kl_largest` its largest value; `top1` the share of
-    positions with the same likeliest token; `gap` the largest difference between two logits of the same token.
+    positions with the same likeliest token; `gap` the largest difference between two logits of the same token;
+    `new_tokens` the mean probability of the tokens that the reference does not have (a baked soft prompt's).
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Closeness:
     kl_largest: float
     top1: float
     gap: float
+    new_tokens: float = 0.0
 
 
 class ClosenessMeter:
@@ -47,23 +49,37 @@ class ClosenessMeter:
         self._kl_largest = 0.0
         self._agreed = 0
         self._gap = 0.0
+        self._new_tokens = 0.0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Compares logits [length, vocab] of the same positions; a longer vocabulary of either is not compared."""
+        """Compares logits [length, vocab] of the same positions.
+
+        Where `other` has a larger vocabulary, distributions are compared over the tokens of the reference, and what
+        `other` gives to its new ones is counted apart; a new token that is the likeliest is a disagreement.
+        """
+        agreed = reference.argmax(-1) == other.argmax(-1)
         shared = min(reference.shape[-1], other.shape[-1])
+        self._new_tokens += other.float().softmax(-1)[:, shared:].sum().item()
         reference, other = reference[:, :shared].float(), other[:, :shared].float()
         log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         self._tokens += len(kl)
         self._kl += kl.double().sum().item()
         self._kl_largest = max(self._kl_largest, kl.max().item())
-        self._agreed += int((reference.argmax(-1) == other.argmax(-1)).sum())
+        self._agreed += int(agreed.sum())
         self._gap = max(self._gap, (reference - other).abs().max().item())
 
     def result(self) -> Closeness:
         """The closeness over everything added."""
         count = max(1, self._tokens)
-        return Closeness(self._tokens, self._kl / count, self._kl_largest, self._agreed / count, self._gap)
+        return Closeness(
+            tokens=self._tokens,
+            kl=self._kl / count,
+            kl_largest=self._kl_largest,
+            top1=self._agreed / count,
+            gap=self._gap,
+            new_tokens=self._new_tokens / count,
+        )
 
 
 class PerplexityMeter:

@@ -1,5 +1,6 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,11 +14,17 @@ from qtune.export.adapter_folder import write_adapter
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
+from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
 from qtune.export.source import Source, open_source
-from qtune.export.verify import Verification, verify
+from qtune.export.verify import FILE, Verification, verify
 from qtune.run_dir import RunDir
 
 MERGED = {PeftType.LORA, PeftType.IA3}
+
+PREFIX_NOTE = (
+    "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
+    "exported alone; its README.md has the lines that load it."
+)
 
 
 @dataclass(frozen=True)
@@ -39,23 +46,31 @@ def export_run(run: RunDir, options: Options) -> Path:
     is not the trained one; that folder stays, and its verify.json and model card say so.
     """
     source = open_source(run)
-    if options.adapter_only or source.config.peft_type not in MERGED:
+    if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
+        console.say(PREFIX_NOTE)
+    if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
-    merge = open_merge(source, target.weights, target.dtype)
-    write_merged(source, merge, target)
+    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
+    write_merged(source, merge, target, prompt)
     if not options.verify:
+        write_card(source, target.output, None)
         return target.output
-    return prove(source, target.output, verify(source, target.output, options.weights, merge=merge))
+    ids = () if prompt is None else prompt.ids
+    return prove(source, target.output, verify(source, target.output, options.weights, merge=merge, virtual_ids=ids))
 
 
 def verify_only(folder: Path, run: RunDir | None) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     run = run or _run_around(folder)
     source = open_source(run)
-    return prove(source, folder, verify(source, folder))
+    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    weights = _weights_of(folder)
+    ids = () if prompt is None else prompt.ids
+    return prove(source, folder, verify(source, folder, weights, virtual_ids=ids))
 
 
 def prove(source: Source, folder: Path, verification: Verification) -> Path:
@@ -82,6 +97,13 @@ def show(verification: Verification) -> None:
     console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
     if verification.answers:
         console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
+
+
+def _weights_of(folder: Path) -> Weights:
+    """The basis that an earlier verification noted; the default where there was none."""
+    file = folder / FILE
+    noted = json.loads(file.read_text(encoding="utf-8")).get("weights") if file.exists() else None
+    return "original" if noted == "original" else "dequantized"
 
 
 def _run_around(folder: Path) -> RunDir:

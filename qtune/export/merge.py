@@ -67,7 +67,7 @@ def plan_merge(
     merge = Merge(base, layout, adapter, basis, weights, dtype)
     sources = {name: name for name in base.tensors if not _is_statistic(name, base)}
     targets = {name: layout.parameters.get(name, name) for name in sources}
-    unties = _unties(layout, adapter, targets.values())
+    unties = _unties(layout, adapter)
     head = layout.output_embedding
     if unties and head is not None and head not in targets.values():
         embedding = next(name for name, parameter in targets.items() if parameter == layout.tied[head])
@@ -79,8 +79,15 @@ def plan_merge(
         Planned(name, _output_dtype(merge, name, targets[name]), _output_shape(merge, source, targets[name]))
         for name, source in sources.items()
     )
-    embedding_update = adapter.updates.get(layout.input_embedding, Update())
-    vocabulary = None if embedding_update.replacement is None else len(embedding_update.replacement)
+    vocabulary = next(
+        (
+            tensor.shape[0]
+            for tensor in tensors
+            if targets[tensor.name] == layout.input_embedding
+            and tensor.shape[0] != base.tensors[sources[tensor.name]].shape[0]
+        ),
+        None,
+    )
     return Merge(
         base, layout, adapter, basis, weights, dtype, tensors, sources, targets, unties=unties, vocabulary=vocabulary
     )
@@ -159,9 +166,13 @@ def _output_dtype(merge: Merge, name: str, parameter: str) -> torch.dtype:
 
 def _output_shape(merge: Merge, source: str, parameter: str) -> tuple[int, ...]:
     update = _update_for(merge, parameter)
-    if update is not None and update.replacement is not None:
-        return tuple(update.replacement.shape)
-    return _base_shape(merge.base, source)
+    shape = _base_shape(merge.base, source)
+    if update is None:
+        return shape
+    if update.replacement is not None:
+        shape = tuple(update.replacement.shape)
+    new = update.mean_rows + (0 if update.appended is None else len(update.appended))
+    return (shape[0] + new, *shape[1:])
 
 
 def _base_shape(base: Checkpoint, source: str) -> tuple[int, ...]:
@@ -217,14 +228,12 @@ def _vocabulary_mismatch(merge: Merge) -> Iterable[Problem]:
         )
 
 
-def _unties(layout: Layout, adapter: AdapterWeights, present: Iterable[str]) -> bool:
+def _unties(layout: Layout, adapter: AdapterWeights) -> bool:
     """Whether training changed only one of two tied parameters, so that they are no longer equal."""
     head = layout.output_embedding
-    if head is None or head not in layout.tied or adapter.keeps_tying:
+    if head is None or head not in layout.tied or adapter.head == "as the embedding":
         return False
-    changed = [adapter.updates.get(name) for name in (layout.tied[head], head)]
-    # peft trains rows of a tied embedding for both.
-    return any(update is not None and not update.rows for update in changed)
+    return adapter.head == "on its own" or bool({head, layout.tied[head]} & adapter.updates.keys())
 
 
 def _statistics(name: str, base: Checkpoint) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run with LoRA or IA3 -> a folder that plain transformers loads."""
+"""A run -> a folder that plain transformers loads: LoRA and IA3 merged, a soft prompt baked into the vocabulary."""
 
 import json
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.side_files import copy_side_files, merged_config, write_json
+from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.source import Source
 from qtune.export.staged import staged_folder
 
@@ -29,17 +30,17 @@ class Target:
     force: bool = False
 
 
-def open_merge(source: Source, weights: Weights, dtype: torch.dtype) -> Merge:
+def open_merge(source: Source, target: Target) -> Merge:
     """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
     refuse_foreign_quantization(source.base)
     checkpoint = Checkpoint.open(source.base)
     network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     layout = layout_of(network, list(checkpoint.tensors))
-    return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, weights, dtype)
+    return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, target.weights, target.dtype)
 
 
-def write_merged(source: Source, merge: Merge, target: Target) -> Path:
-    """Writes the merged model; the folder appears under its name when it is complete.
+def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
+    """Writes the model; the folder appears under its name when it is complete.
 
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
     """
@@ -47,17 +48,20 @@ def write_merged(source: Source, merge: Merge, target: Target) -> Path:
         with console.progress("merging (MiB)", round(merge.nbytes / 2**20)) as bar:
             write_merge(merge, work, lambda nbytes: bar.advance(nbytes / 2**20))
         copy_side_files(source.base, source.adapter, work)
-        write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes))
-        write_tokenizer(source, work)
+        notes = {} if prompt is None else {CONFIG_KEY: prompt.note}
+        write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
+        if prompt is not None:
+            prompt.tokenizer.save_pretrained(work)
+        write_template(work, source.template.text if prompt is None else prompt.template)
+        generation = generation_config(source.base, source.tokenizer, source.template.text)
+        if prompt is not None:
+            generation["suppress_tokens"] = list(prompt.ids)
+        write_json(work / "generation_config.json", generation)
     return target.output
 
 
-def write_tokenizer(source: Source, work: Path, template: str | None = None) -> None:
-    """Puts the chat template that was trained with, and where its turns end, beside a copied tokenizer.
-
-    Loaders stop at the generation config's `eos_token_id`; a base model's does not name the token that ends a turn.
-    """
-    text = template if template is not None else source.template.text
+def write_template(work: Path, text: str) -> None:
+    """Puts a chat template beside a copied tokenizer, in the place of any that came with it."""
     for leftover in work.glob("chat_template*"):
         leftover.unlink()
     (work / "chat_template.jinja").write_text(text, encoding="utf-8")
@@ -66,11 +70,13 @@ def write_tokenizer(source: Source, work: Path, template: str | None = None) -> 
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("chat_template", None) is not None:
             write_json(file, config)
-    write_json(work / "generation_config.json", generation_config(source.base, source.tokenizer, source.template.text))
 
 
 def generation_config(base: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, Any]:
-    """The base's generation config with the end of a turn among the tokens that end an answer."""
+    """The base's generation config with the end of a turn among the tokens that end an answer.
+
+    Loaders stop at its `eos_token_id`; a base model's does not name the token that ends a turn.
+    """
     file = base / "generation_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     known = config.get("eos_token_id", tokenizer.eos_token_id)
