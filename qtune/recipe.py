@@ -102,8 +102,8 @@ class Lora(Table):
     dora: bool = False
     """Learn magnitude and direction apart: better at small ranks, slower. arXiv:2402.09353."""
     initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
-    """Start of A and B. pissa and loftq (arXiv:2404.02948, 2310.08659) need an unquantized base; eva
-    (arXiv:2410.07170) looks at activations of the training rows."""
+    """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from activations
+    of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
     dtype: Auto | Dtype = "auto"
     """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
 
@@ -399,12 +399,19 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
                 ("adapter", "target_modules"),
                 "the loss reads the LM head's weight directly, so an adapter on it would not be trained; remove lm_head",
             )
-        if adapter.initialization in ("pissa", "loftq") and quantized:
+        if adapter.initialization == "pissa" and quantized:
             yield Fault(
                 ("adapter", "initialization"),
-                f"{adapter.initialization} takes the weights apart in full precision and rewrites the base, which a "
-                f'{recipe.quantization.kind} base does not allow; use "default", "eva", or [quantization] kind = "none"',
+                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be rewritten "
+                'without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
             )
+        if adapter.initialization == "loftq" and not isinstance(recipe.quantization, FourBit):
+            yield Fault(
+                ("adapter", "initialization"),
+                'LoftQ corrects the error of a 4-bit base; use it with [quantization] kind = "nf4" or "fp4"',
+            )
+        if adapter.rslora and adapter.initialization == "pissa":
+            yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
         if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
             yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:

@@ -140,6 +140,10 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
     # Another kind of adapter or quantization is another table: the keys of the old kind would only be errors.
     if keys[-1] == "kind" and keys[0] in DEFAULT_KINDS and table.get("kind", DEFAULT_KINDS[str(keys[0])]) != value:
         table.clear()
+    # One of two ways to say the same thing: the one that is set replaces the one in the file.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if keys == ("training", one):
+            table.pop(other, None)
     table[str(keys[-1])] = value
 
 

@@ -1,9 +1,11 @@
 """What people see: results on stdout, messages and progress on stderr. The only module that prints or knows rich."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -33,6 +35,11 @@ def out_raw(text: str) -> None:
     sys.stdout.flush()
 
 
+def out_json(value: Any) -> None:
+    """Prints plain values to stdout as JSON, for other programs."""
+    out_raw(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def say(message: RenderableType) -> None:
     """Prints a message about the work to stderr."""
     _console(stderr=True).print(message)
@@ -53,7 +60,9 @@ def live_console() -> Console:
     return _console(stderr=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()) -> Table:
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
+) -> Table:
     """A plain table; `right` names the columns (by index) that hold figures."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
@@ -83,7 +92,9 @@ class Bar:
         self.total = self.total if total is None else total
         self.description = description or self.description
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, total=self.total, description=self.description)
+            self._progress.update(
+                self._progress.task_ids[0], completed=done, total=self.total, description=self.description
+            )
         elif self.total:
             quarter = int(4 * done / self.total)
             if quarter > self._said:

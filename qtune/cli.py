@@ -1,0 +1,234 @@
+"""The command line: parse, call one stage, turn its errors into exit codes. Stages are imported inside their verb."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtune import __version__, console
+from qtune.errors import QtuneError
+from qtune.quiet import quiet_libraries
+
+app = typer.Typer(
+    name="qtune",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune large language models in 4 bits on one ordinary graphics card.",
+    epilog="Exit codes: 0 done · 1 the work failed · 2 the input is wrong · 130 interrupted, state saved.",
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that comes with qtune: quickstart.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.out(f"qtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Train")
+def run(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|RUN", help="A recipe, or with --resume a run's folder."),
+    ],
+    changes: SetOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run that was stopped: RUN, or RECIPE's latest unfinished run."),
+    ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="FINDING", help="Train in spite of this finding of the gate. Repeatable."),
+    ] = None,
+) -> None:
+    """Train a recipe into a new folder under runs/.
+
+    Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
+    was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`.
+    """
+    from qtune import train
+    from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.run_dir import RunDir, newest_unfinished
+
+    if resume:
+        run_dir = RunDir.open(Path(target)) if Path(target).is_dir() else None
+        if run_dir is None:
+            resolved = load_recipe(find_recipe(target), changes or ())
+            output = resolved.recipe.output
+            run_dir = newest_unfinished(Path(output.directory), output.name or resolved.file.stem)
+        if run_dir is None:
+            raise typer.BadParameter(f"{target} has no unfinished run")
+        console.out(f"{train.resume(run_dir).path}")
+        return
+    resolved = load_recipe(find_recipe(target), changes or ())
+    console.out(f"{train.run(resolved, tuple(allow or ())).path}")
+
+
+@app.command(rich_help_panel="Use")
+def export(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; may be left out with --verify-only.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; RUN/model if left out.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16"], typer.Option("--dtype", help="Type of the exported weights.")
+    ] = "float16",
+    base: Annotated[
+        Literal["dequantized", "original"],
+        typer.Option(
+            "--base",
+            help="What the adapter is merged into: the weights that training saw (dequantized), or those of the base "
+            "checkpoint, which it was not trained on.",
+        ),
+    ] = "dequantized",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the written model with the one that was trained.")
+    ] = True,
+    verify_only: Annotated[
+        Path | None, typer.Option("--verify-only", metavar="DIR", help="Compare a folder that was exported before.")
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
+    ] = False,
+) -> None:
+    """Turn a run into a model that others can load, and prove that it is the model that was trained.
+
+    LoRA and IA3 are merged into the weights. The folder loads with plain transformers. It is loaded back and compared
+    with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
+    card. A model that fails is kept, marked as unverified, and the exit code is 1.
+    """
+    from qtune.export import export as stage
+    from qtune.run_dir import RunDir
+
+    opened = None if run is None else RunDir.open(run)
+    if verify_only is not None:
+        console.out(f"{stage.verify_only(verify_only, opened)}")
+        return
+    if opened is None:
+        raise typer.BadParameter("name a run")
+    options = stage.Options(
+        output=output, weights=base, dtype=dtype, force=force, verify=verify, adapter_only=adapter_only
+    )
+    console.out(f"{stage.export_run(opened, options)}")
+
+
+@app.command(name="eval", rich_help_panel="Try")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many held-out rows, spread evenly over all of them.")] = 100,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows to use instead of the recipe's.", exists=True)
+    ] = None,
+    shown: Annotated[int, typer.Option("--show", min=0, help="How many answers to show side by side.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
+) -> None:
+    """Compare the tuned model with its base on rows that training did not see.
+
+    Loss, share of tokens and of whole answers that are right, and answers side by side. The rows are the recipe's
+    data.test, else its validation rows. Everything is written to RUN/eval.json.
+    """
+    from qtune.run_dir import RunDir
+
+    run_dir = RunDir.open(target)
+    run_dir.finished_adapter()
+    from qtune import evaluate as stage
+
+    evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
+    if as_json:
+        console.out_json(evaluation.to_json())
+    else:
+        stage.show(evaluation, shown)
+
+
+@app.command(rich_help_panel="Try")
+def chat(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RUN|MODEL", help="A run's folder, an exported model's, a hub id or a built-in model."),
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--no-adapter", help="Talk to the tuned model or to its base.")
+    ] = True,
+    system: Annotated[
+        str | None, typer.Option(help="System message; by default the recipe's data.system_prompt.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token, 1 draws from the model.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+) -> None:
+    """Talk to a run or a model; answers appear as they are made.
+
+    /help lists what can be typed besides questions; Ctrl-C stops an answer, Ctrl-D leaves. Lines may be piped in.
+    """
+    from qtune import chat as stage
+    from qtune.generate import Sampling
+
+    session = stage.open_session(target, adapter=adapter)
+    session.sampling, session.max_new_tokens = Sampling(temperature, top_p, seed), max_new_tokens
+    session.system = system if system is not None else session.system
+    if prompt is None:
+        stage.chat(session, stage.typed_lines())
+        return
+    session.ask(prompt, console.out_raw)
+    console.out_raw("\n")
+
+
+@app.command(rich_help_panel="Prepare")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Examine this computer: versions, device, disk; what qtune would choose here, and why.
+
+    Ends with exit code 1 if something stands in the way of training.
+    """
+    from qtune import doctor as stage
+
+    findings = stage.examine(Path("runs"))
+    if as_json:
+        console.out_json(stage.to_json(findings))
+    else:
+        stage.show(findings)
+    if stage.has_problems(findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
+    quiet_libraries()
+    try:
+        app()
+    except QtuneError as error:
+        console.say_error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.say_error("interrupted")
+        sys.exit(130)

@@ -1,0 +1,251 @@
+"""Training, from a checked recipe to a run's folder; and on again from its last complete checkpoint."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from qtune import console
+from qtune.adapter import attach_adapter, save_adapter
+from qtune.callbacks import CheckpointClock, Metrics, OptimizerPhase, StopOnSignal, forget_after
+from qtune.console.training import TrainingDisplay
+from qtune.data.collate import collator_for
+from qtune.data.findings import gate
+from qtune.data.inspection import columns_of, findings_of
+from qtune.data.prepare import Prepared, prepare
+from qtune.data.sources import find_sources
+from qtune.device import present_device
+from qtune.errors import Interrupted, Problem, RunError
+from qtune.initialization import start_from_activations, start_from_residual
+from qtune.lock import lock_of
+from qtune.loss import loss_agrees
+from qtune.memory.measure import Meter
+from qtune.model import base_folder, count_parameters, load_base, load_config, load_tokenizer
+from qtune.plan import Plan, make_plan
+from qtune.quiet import quiet_loading
+from qtune.recipe import Lora, Recipe
+from qtune.recipe_file import Resolved, load_recipe
+from qtune.resolved_file import resolved_text
+from qtune.run_dir import RunDir
+from qtune.trainer import QloraTrainer, complete_checkpoints, remove_incomplete_checkpoints, sft_config
+
+log = logging.getLogger(__name__)
+
+CHECKED_TOKENS = 64
+"""Length of the row on which the tiled loss is compared with the model's own, before training."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs before anything heavy is loaded."""
+
+    resolved: Resolved
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.resolved.recipe
+
+
+def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
+    """Trains a recipe into a new run folder.
+
+    Raises:
+        InputError: the recipe's data or model cannot be used.
+        GateError: the data would train the wrong thing, and `allow` or [data] allow does not waive it.
+        WorkError: training failed. Interrupted: the user stopped it; the state is saved.
+    """
+    inputs = _gather(resolved, allow)
+    recipe = inputs.recipe
+    name = recipe.output.name or resolved.file.stem
+    run_dir = RunDir.create(Path(recipe.output.directory), name, resolved.text)
+    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+    _train(inputs, run_dir, checkpoint=None)
+    return run_dir
+
+
+def resume(run_dir: RunDir) -> RunDir:
+    """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
+
+    Raises:
+        RunError: the run has already ended.
+        InputError, WorkError, Interrupted: as `run`.
+    """
+    if run_dir.is_finished:
+        raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
+    # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
+    resolved = load_recipe(run_dir.resolved_file)
+    inputs = _gather(resolved, resolved.recipe.data.allow)
+    remove_incomplete_checkpoints(run_dir.checkpoints)
+    checkpoints = complete_checkpoints(run_dir.checkpoints)
+    step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
+    console.say(f"resuming {run_dir.path} from step {step}")
+    forget_after(run_dir.metrics_file, step)
+    _train(inputs, run_dir, checkpoints[-1] if checkpoints else None)
+    return run_dir
+
+
+def _gather(resolved: Resolved, allow: tuple[str, ...]) -> Inputs:
+    """Everything that can fail early: configuration, tokenizer, rows, masks, gate."""
+    quiet_loading()
+    recipe = resolved.recipe
+    plan = make_plan(recipe, present_device())
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
+    tokenizer.chat_template = prepared.template.text
+    columns = {name: columns_of(name, examples) for name, examples in prepared.examples.items()}
+    vocabulary = config.get_text_config().vocab_size
+    gate(findings_of(prepared, recipe.data, vocabulary, columns), (*recipe.data.allow, *allow))
+    return Inputs(resolved, plan, tokenizer, prepared)
+
+
+def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
+    recipe, plan = inputs.recipe, inputs.plan
+    meter = Meter(torch.device(plan.device.torch_name))
+    display = TrainingDisplay()
+    metrics = Metrics(run_dir.metrics_file, display.show, meter)
+    stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
+    meter.enter("load")
+    model, tiled = _build_model(inputs)
+    _write_lock(inputs, run_dir, model)
+    if _is_pissa(recipe):
+        model.save_pretrained(_initial_adapter(run_dir))
+    trainer = _make_trainer(inputs, run_dir, model, meter, tiled, [metrics, stop])
+    with display, stop.listening(), _measured(meter, run_dir):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            meter.enter("save")
+            _save(model, inputs, run_dir)
+    if not run_dir.is_finished:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
+            f"go on with: qtune run --resume {run_dir.path}"
+        )
+
+
+@contextmanager
+def _measured(meter: Meter, run_dir: RunDir) -> Iterator[None]:
+    """Keeps what was measured, however training ends."""
+    try:
+        yield
+    finally:
+        measured = meter.result()
+        meter.close()
+        run_dir.write_json(run_dir.memory_file, {"measured": measured})
+
+
+def _build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
+    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
+    recipe, plan = inputs.recipe, inputs.plan
+    with console.progress(f"loading {recipe.model.base}"):
+        network = load_base(recipe.model, recipe.quantization, plan)
+    row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
+    tiled = loss_agrees(network, torch.tensor([row], device=network.device))
+    if not tiled:
+        console.say(f"{type(network).__name__} computes its logits in its own way: they are kept whole, which costs memory")
+    set_seed(recipe.training.seed)
+    model = attach_adapter(network, recipe.adapter, plan, inputs.tokenizer)
+    if isinstance(recipe.adapter, Lora):
+        _finish_lora(model, recipe.adapter, inputs)
+    _introduce(network, model, inputs)
+    return model, tiled
+
+
+def _finish_lora(model: PeftModel, adapter: Lora, inputs: Inputs) -> None:
+    recipe = inputs.recipe
+    if adapter.initialization == "eva":
+        assert inputs.tokenizer.pad_token_id is not None
+        start_from_activations(
+            model, inputs.prepared.train, int(inputs.tokenizer.pad_token_id), inputs.plan.micro_batch_size
+        )
+    elif adapter.initialization == "loftq":
+        start_from_residual(model, base_folder(recipe.model), recipe.model.revision)
+
+
+def _introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> None:
+    """What is about to be trained, in three lines."""
+    plan, count = inputs.plan, count_parameters(model)
+    base = count.total - count.trainable
+    console.say(
+        f"{type(network).__name__}, {base / 1e6:,.1f} M parameters, {count.quantized_share:.0%} of them in "
+        f"{inputs.recipe.quantization.kind}; {inputs.recipe.adapter.kind} trains {count.trainable / 1e6:,.2f} M "
+        f"({count.trainable / base:.2%})"
+    )
+    reason = plan.reasons.get(("quantization", "compute_dtype"), "as the recipe says")
+    console.say(f"computing in {plan.compute_dtype}: {reason}")
+    console.say(
+        f"{len(inputs.prepared.train):,} training rows, {plan.micro_batch_size * plan.accumulation_steps} per step "
+        f"in micro-batches of {plan.micro_batch_size}"
+    )
+
+
+def _make_trainer(
+    inputs: Inputs, run_dir: RunDir, model: PeftModel, meter: Meter, tiled: bool, callbacks: list[Metrics | StopOnSignal]
+) -> QloraTrainer:
+    recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
+    training = recipe.training
+    config = sft_config(training, plan, run_dir, has_validation=prepared.validation is not None)
+    # One process drives one card; with several visible, transformers would wrap the model in DataParallel.
+    config._n_gpu = min(config.n_gpu, 1)
+    clock = [CheckpointClock(training.checkpoint_minutes)] if training.checkpoint_minutes else []
+    pad_id = inputs.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    trainer = QloraTrainer(
+        model=model,
+        config=config,
+        plan=plan,
+        training=training,
+        meter=meter,
+        tokenizer=inputs.tokenizer,
+        train=prepared.train,
+        validation=prepared.validation,
+        collator=collator_for(prepared.packed, pad_id, plan.attention),
+        lengths=prepared.lengths.tolist(),
+        callbacks=[*callbacks, OptimizerPhase(meter), *clock],
+        tiled_loss=tiled,
+    )
+    # transformers' own: it prints a dictionary for every record.
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel) -> None:
+    data = inputs.recipe.data
+    given = [data.train, data.validation, data.test]
+    sources = [
+        source
+        for value in given
+        if value is not None and not isinstance(value, float)
+        for source in find_sources(value, data, inputs.resolved.folder)
+    ]
+    commit = getattr(model.get_base_model().config, "_commit_hash", None)
+    lock = lock_of(inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, sources, inputs.prepared.template.text)
+    run_dir.write_json(run_dir.lock_file, lock)
+
+
+def _is_pissa(recipe: Recipe) -> bool:
+    return isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "pissa"
+
+
+def _initial_adapter(run_dir: RunDir) -> Path:
+    """PiSSA's start, the same in every process of a run: it depends on the base's weights alone."""
+    return run_dir.checkpoints / "initial"
+
+
+def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir) -> None:
+    """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
+    temporary = run_dir.path / ".adapter"
+    save_adapter(model, temporary, _initial_adapter(run_dir) if _is_pissa(inputs.recipe) else None)
+    inputs.tokenizer.save_pretrained(temporary)
+    temporary.rename(run_dir.adapter)
