@@ -19,6 +19,7 @@ from qtune.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.load_run import load_run, load_untuned
 from qtune.model import base_folder, load_tokenizer
 from qtune.plan import compute_dtype_rule
+from qtune.quiet import quiet_loading
 from qtune.recipe import Model
 from qtune.run_dir import RunDir
 
@@ -109,7 +110,9 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
         RunError, ModelError: it is neither, or cannot be loaded.
     """
     path = Path(target)
-    if not (path / "resolved.toml").is_file():
+    looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
+    is_run = (path / "resolved.toml").is_file()
+    if not is_run and (path.exists() or not looks_like_a_path):
         return _plain_session(target)
     run_dir = RunDir.open(path)
     run = load_run(run_dir) if adapter else load_untuned(run_dir)
@@ -119,6 +122,7 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
 
 def _plain_session(target: str) -> Session:
     """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
+    quiet_loading()
     named, device = Model(base=target), present_device()
     tokenizer = load_tokenizer(named)
     dtype, _ = compute_dtype_rule(device)

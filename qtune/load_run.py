@@ -12,6 +12,7 @@ from qtune.device import Device, present_device
 from qtune.errors import Problem, RunError
 from qtune.model import load_base, load_tokenizer
 from qtune.plan import Plan, make_plan
+from qtune.quiet import quiet_loading
 from qtune.recipe import Recipe, parse_recipe
 from qtune.run_dir import RunDir
 
@@ -33,6 +34,7 @@ def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
     Raises:
         RunError, ModelError: the run's files or its base model cannot be read.
     """
+    quiet_loading()
     recipe = resolved_recipe(run_dir)
     plan = make_plan(recipe, device or present_device())
     tokenizer = load_tokenizer(recipe.model)

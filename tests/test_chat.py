@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qtune import chat as stage
 from qtune.adapter import save_adapter
 from qtune.builtin import builtin_folder
 from qtune.chat import Session, chat, command, context_length, open_session, typed_lines
-from qtune.errors import DataError, ModelError
+from qtune.errors import DataError, ModelError, RunError
 from qtune.generate import find_ends, generate
 from qtune.run_dir import RunDir
 
@@ -138,6 +139,15 @@ def test_something_that_is_no_model_is_named(tmp_path):
     assert str(caught.value).startswith(f"{tmp_path}: cannot be loaded: ")
 
 
+def test_a_mistyped_run_is_answered_with_the_runs_that_are_there(run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir.path.parent.parent)
+    runs = run_dir.path.parent.name
+    with pytest.raises(RunError) as caught:
+        open_session(f"{runs}/rum")
+    assert str(caught.value).startswith(f"{runs}/rum: no such folder; runs there: ")
+    assert f"{runs}/{run_dir.path.name}" in str(caught.value)
+
+
 def test_lines_are_answered_and_commands_obeyed(session, capsys):
     chat(session, iter(["Hello", "", "/adapter off", "Hello", "/reset", "/nonsense", "/exit", "never asked"]))
     printed = capsys.readouterr()
@@ -193,3 +203,11 @@ def test_the_real_model_remembers_what_was_said(capsys):
     chat(session, iter(["What is the capital of France?"]))
     assert capsys.readouterr().out == "The capital of France is Paris.\n"
     assert "Paris" in session.ask("Name the city that you just mentioned.", lambda _: None)
+
+
+def test_one_shot_prints_the_answer_alone():
+    command_line = [sys.executable, "-m", "qtune", "chat", "builtin:smollm2-135m-instruct"]
+    done = subprocess.run(
+        [*command_line, "--prompt", "What is the capital of France?"], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("The capital of France is Paris.\n", "")

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -189,3 +191,11 @@ def test_the_screen_marks_every_finding_and_counts_the_problems(capsys):
 def test_paths_are_made_from_the_users_settings(monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "/somewhere/hub")
     assert doctor._hub_cache() == Path("/somewhere/hub")
+
+
+def test_the_command_prints_json_and_ends_well():
+    command_line = [sys.executable, "-m", "qtune", "doctor", "--json"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    findings = json.loads(done.stdout)
+    assert {"versions", "device", "disk"} <= {one["topic"] for one in findings}
+    assert done.returncode == any(one["verdict"] == "problem" for one in findings)

@@ -1,6 +1,8 @@
 """`qtune eval`: held-out rows only, the right rows, the right loss, and both models' own answers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,3 +254,18 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
         "Add tea   [tea]     Hm…    ✗ [bold]tee",
         "Add milk  [milk]    Sure!  ✓ [milk]",
     ]
+
+
+def test_the_command_prints_what_it_writes(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model)
+    command_line = [sys.executable, "-m", "qtune", "eval", str(tmp_path), "--rows", "2", "--json"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == json.loads(run_dir.eval_file.read_text())
+    assert len(json.loads(done.stdout)["comparisons"]) == 2
+
+
+def test_the_command_refuses_what_is_no_run(tmp_path):
+    command_line = [sys.executable, "-m", "qtune", "eval", str(tmp_path)]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
