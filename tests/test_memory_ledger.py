@@ -3,7 +3,7 @@
 import torch
 
 from qtune.memory.categories import GRADIENTS, OPTIMIZER, adopt_gradients, adopt_optimizer
-from qtune.memory.history import History
+from qtune.memory.history import history_of
 from qtune.memory.ledger import Ledger, follow_modules
 
 KIB = 1024
@@ -47,7 +47,7 @@ def test_the_peak_is_where_a_count_by_hand_puts_it():
         del a, b
         ledger.enter("optimizer")
         d = c[:1].clone()
-    history = History(ledger, checkpointing=False)
+    history = history_of(ledger, checkpointing=False)
     assert history.peak("forward").bytes == 384 * KIB
     assert history.peak("backward").bytes == 640 * KIB
     assert history.peak("optimizer").bytes == 256 * KIB + 512

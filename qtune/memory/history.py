@@ -1,9 +1,8 @@
-"""What the lives in a ledger add up to: bytes over time, the peak, what was alive there. Pure arithmetic."""
+"""What the lives in a ledger add up to: bytes over time by category, the peak and what was alive there."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,8 @@ import numpy
 from qtune.memory import categories
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from qtune.memory.ledger import Ledger
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 class Moment:
     """One instant of a step."""
 
-    tick: int
     bytes: int
     phase: str
     module: str
@@ -30,68 +30,96 @@ class Moment:
     """Bytes by category, in the order of `categories.ORDER`; they add up to `bytes`."""
 
 
+@dataclass(frozen=True)
+class Label:
+    """Where one allocation of a step was made. `visit` counts the phases of the step as they came."""
+
+    visit: int
+    phase: str
+    module: str
+    op: str
+
+
+@dataclass(frozen=True)
 class History:
-    """The written-down lives as arrays, asked for curves and moments."""
+    """Live bytes by category at every tick, a tick being one allocation."""
 
-    def __init__(self, ledger: Ledger, checkpointing: bool, excluded: tuple[str, ...] = (categories.PAGED,)) -> None:
-        self.lives = ledger.lives
-        self.phases = [*ledger.phases, (len(ledger.lives), "end")]
-        ends = _phase_ends(self.phases, len(self.lives))
-        self.category = [categories.category_of(life, int(ends[life.born]), checkpointing) for life in self.lives]
-        counted = numpy.array([name not in excluded for name in self.category], dtype=numpy.int64)
-        self.size = numpy.array([life.size for life in self.lives], dtype=numpy.int64) * counted
-        self.born = numpy.array([life.born for life in self.lives], dtype=numpy.int64)
-        self.died = numpy.minimum(
-            numpy.array([life.died for life in self.lives], dtype=numpy.int64), len(self.lives) - 1
-        )
-        self.curve = self._curve(numpy.ones(len(self.lives), dtype=bool))
+    names: tuple[str, ...]
+    """Categories: the rows of `bytes`."""
+    bytes: NDArray[numpy.int64]
+    """[categories, ticks]"""
+    labels: tuple[Label, ...]
+    """One for each tick."""
+    paged: int = 0
+    """Bytes in host-backed (managed) memory, which the allocator does not count."""
 
-    def _curve(self, chosen: NDArray[numpy.bool_]) -> NDArray[numpy.int64]:
-        """Live bytes of the chosen storages at each tick."""
-        steps = numpy.zeros(len(self.lives) + 1, dtype=numpy.int64)
-        numpy.add.at(steps, self.born[chosen], self.size[chosen])
-        numpy.subtract.at(steps, self.died[chosen] + 1, self.size[chosen])
-        return numpy.cumsum(steps)[:-1]
-
-    def curves(self) -> dict[str, NDArray[numpy.int64]]:
-        """Live bytes at each tick by category."""
-        names = numpy.array(self.category)
-        return {name: self._curve(names == name) for name in in_order(set(self.category))}
-
-    def spans(self, phase: str | None = None) -> list[tuple[int, int]]:
-        """Half-open tick ranges of a phase (of the whole history without one)."""
-        pairs = zip(self.phases, self.phases[1:], strict=False)
-        return [(a, b) for (a, name), (b, _) in pairs if b > a and phase in (None, name)]
+    @property
+    def total(self) -> NDArray[numpy.int64]:
+        """Live bytes at each tick."""
+        found: NDArray[numpy.int64] = self.bytes.sum(axis=0)
+        return found
 
     def peak(self, phase: str | None = None) -> Moment:
-        """The moment with the most bytes alive, within a phase or overall."""
-        best = -1
-        for first, last in self.spans(phase):
-            tick = first + int(numpy.argmax(self.curve[first:last]))
-            if best < 0 or self.curve[tick] > self.curve[best]:
-                best = tick
-        return self.at(best) if best >= 0 else Moment(0, 0, phase or "", "", "")
+        """The moment with the most bytes alive, overall or within the visits of one phase; empty if there was none."""
+        total = self.total
+        if phase is not None:
+            total = numpy.where([label.phase == phase for label in self.labels], total, -1)
+        if not total.size or total.max() < 0:
+            return Moment(0, phase or "", "", "")
+        tick = int(numpy.argmax(total))
+        label = self.labels[tick]
+        alive = {name: int(size) for name, size in zip(self.names, self.bytes[:, tick], strict=True) if size}
+        return Moment(int(total[tick]), label.phase, label.module, label.op, alive)
 
-    def at(self, tick: int) -> Moment:
-        """The moment of one birth, with what was alive then."""
-        alive: Counter[str] = Counter()
-        for row in numpy.nonzero((self.born <= tick) & (self.died >= tick))[0]:
-            alive[self.category[row]] += int(self.size[row])
-        life = self.lives[tick]
-        shown = {name: alive[name] for name in in_order(alive) if alive[name]}
-        return Moment(tick, int(self.curve[tick]), life.phase, life.module, life.op, shown)
+    def ticks(self, chosen: list[int]) -> History:
+        """The history at these ticks alone."""
+        return History(self.names, self.bytes[:, chosen], tuple(self.labels[tick] for tick in chosen), self.paged)
 
 
-def _phase_ends(phases: list[tuple[int, str]], ticks: int) -> NDArray[numpy.int64]:
-    """For each tick, the first tick of the next different phase."""
-    ends = numpy.full(ticks, ticks, dtype=numpy.int64)
-    for (first, name), (after, following) in itertools.pairwise(phases):
+def history_of(ledger: Ledger, checkpointing: bool) -> History:
+    """Add up a ledger. `checkpointing` names the activations that a forward keeps."""
+    lives = ledger.lives
+    visit, phase_end = _phases(ledger)
+    names = [categories.category_of(life, int(phase_end[life.born]), checkpointing) for life in lives]
+    paged = sum(life.size for life, name in zip(lives, names, strict=True) if name == categories.PAGED)
+    rows = tuple(in_order({name for name in names if name != categories.PAGED}))
+    place = {name: row for row, name in enumerate(rows)}
+    change = numpy.zeros((len(rows), len(lives) + 1), dtype=numpy.int64)
+    for life, name in zip(lives, names, strict=True):
+        if name != categories.PAGED:
+            change[place[name], life.born] += life.size
+            change[place[name], min(life.died, len(lives) - 1) + 1] -= life.size
+    labels = tuple(Label(int(visit[life.born]), life.phase, life.module, life.op) for life in lives)
+    return History(rows, numpy.cumsum(change, axis=1)[:, :-1], labels, paged)
+
+
+def _phases(ledger: Ledger) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+    """For each tick: the number of its phase's visit, and the first tick of the next different phase."""
+    ticks = len(ledger.lives)
+    visit, end = numpy.zeros(ticks, dtype=numpy.int64), numpy.full(ticks, ticks, dtype=numpy.int64)
+    marks = [*ledger.phases, (ticks, "end")]
+    for number, ((first, name), (after, following)) in enumerate(itertools.pairwise(marks)):
+        visit[first:after] = number
         if name != following:
-            ends[first:after] = after
-    return ends
+            end[first:after] = after
+    return visit, end
 
 
-def in_order(names: set[str] | Counter[str] | dict[str, int]) -> list[str]:
+def join(histories: Iterable[History]) -> History:
+    """Histories one after the other, as one step."""
+    parts = list(histories)
+    rows = tuple(in_order({name for part in parts for name in part.names}))
+    blocks = []
+    for part in parts:
+        block = numpy.zeros((len(rows), part.bytes.shape[1]), dtype=numpy.int64)
+        for row, name in enumerate(part.names):
+            block[rows.index(name)] = part.bytes[row]
+        blocks.append(block)
+    labels = tuple(label for part in parts for label in part.labels)
+    return History(rows, numpy.concatenate(blocks, axis=1), labels, max((part.paged for part in parts), default=0))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
     """Category names in the order of the tables; unknown ones last, by name."""
     rank = {name: place for place, name in enumerate(categories.ORDER)}
     return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))

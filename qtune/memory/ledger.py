@@ -8,6 +8,7 @@ from them in `history.py`, and what they are for in `categories.py`.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 ROUNDING = 512
 """The CUDA caching allocator rounds each request up to 512 bytes (kMinBlockSize in c10/cuda/CUDACachingAllocator.h)."""
 
 LOSS_REGION = "loss"
 """`Life.module` of everything after the backbone: the head, the loss, and where the backward begins."""
+
+Workspace = Callable[[Any, tuple[Any, ...]], list[tuple[int, str]]]
 
 STILL_ALIVE = 2**62
 """`Life.died` of a storage that has not been freed."""
@@ -62,9 +65,11 @@ class Ledger(TorchDispatchMode):
     ledger (parameters, batches) are entered with `adopt`.
     """
 
-    def __init__(self, rounding: int = ROUNDING) -> None:
+    def __init__(self, rounding: int = ROUNDING, workspace: Workspace | None = None) -> None:
+        """`workspace`: what a kernel allocates for itself, from its function and arguments: [(bytes, name), ...]."""
         super().__init__()
         self.rounding = rounding
+        self.workspace = workspace
         self.lives: list[Life] = []
         self.phases: list[tuple[int, str]] = [(0, "static")]
         """(first tick, phase), in order."""
@@ -102,11 +107,13 @@ class Ledger(TorchDispatchMode):
         if row is not None:
             self.lives[row].category = category
 
-    def pulse(self, nbytes: int, op: str, category: str = "") -> None:
-        """A temporary buffer inside a kernel: alive for one tick, between the operation's inputs and its outputs."""
-        self.lives.append(
-            Life(rounded(nbytes, self.rounding), self.tick, self.tick, op, self.phase, self.module, category)
-        )
+    def pulse(self, buffers: list[tuple[int, str]]) -> None:
+        """Temporary buffers inside one kernel, alive together beside the operation's inputs and outputs."""
+        last = self.tick + len(buffers) - 1
+        recomputed = self.depth > 0 and self.phase == "backward"
+        for nbytes, op in buffers:
+            size = rounded(nbytes, self.rounding)
+            self.lives.append(Life(size, self.tick, last, op, self.phase, self.module, "", recomputed))
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,6 +129,8 @@ class Ledger(TorchDispatchMode):
                     for inner in item:
                         if isinstance(inner, torch.Tensor):
                             self._enter(inner, func.__name__)
+        if self.workspace is not None and (buffers := self.workspace(func, args)):
+            self.pulse(buffers)
         return out
 
     def _enter(self, tensor: torch.Tensor, op: str) -> int | None:
@@ -149,7 +158,7 @@ class Ledger(TorchDispatchMode):
         self.live_bytes -= life.size
 
 
-def follow_modules(ledger: Ledger, model: torch.nn.Module, depth: int = 5) -> list[Any]:
+def follow_modules(ledger: Ledger, model: torch.nn.Module, depth: int = 6) -> list[Any]:
     """Tell the ledger which module is at work, forward and backward; returns handles whose `remove()` ends it.
 
     Forward: hooks around each module's call. Backward: a gradient arriving at a module's output says that its
@@ -174,7 +183,10 @@ def follow_modules(ledger: Ledger, model: torch.nn.Module, depth: int = 5) -> li
             ledger.module = name
 
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            encloses_backbone = ledger.module == LOSS_REGION and module is not head
             ledger.module, ledger.depth = stack.pop() if stack else "", max(ledger.depth - 1, 0)
+            if encloses_backbone:
+                return
             if module is backbone:
                 stack[:] = [LOSS_REGION] * len(stack)
                 ledger.module = LOSS_REGION

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qtune.memory import categories, resident
-from qtune.memory.history import History, Moment
+from qtune.memory.history import Moment, history_of
 from qtune.memory.ledger import Ledger, follow_modules
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Meter:
         if self._optimizer is not None:
             categories.adopt_optimizer(ledger, self._optimizer)
         checkpointing = bool(getattr(self._model, "is_gradient_checkpointing", False))
-        history = History(ledger, checkpointing)
+        history = history_of(ledger, checkpointing)
         for name in ("forward", "backward", "optimizer"):
             seen = self.phases.setdefault(name, PhasePeaks())
             seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, history.peak(name).bytes)

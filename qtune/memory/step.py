@@ -1,0 +1,115 @@
+"""One training step as a value, and its execution: forward, loss, backward, clipping, optimizer, evaluation.
+
+The same function drives fake tensors (a prediction) and real ones (a check of it on the CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qtune.memory import categories
+
+if TYPE_CHECKING:
+    from qtune.memory.ledger import Ledger
+
+Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+"""(model, batch of input_ids, labels, attention_mask) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a run."""
+
+    rows: int
+    length: int
+    """Tokens of the longest row, virtual tokens not included."""
+    padded: bool = False
+    """Whether some row is shorter: then there is an attention mask, and kernels that take none cannot be used."""
+    scored: int | None = None
+    """Labelled positions in the batch; None: all of them, the most there can be."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """input_ids, labels and, if rows differ in length, attention_mask: [rows, length]."""
+        ids = torch.zeros(self.rows, self.length, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        if self.padded:
+            batch["attention_mask"] = torch.ones(self.rows, self.length, dtype=torch.long)
+        return batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model is trained, as far as memory depends on it."""
+
+    batch: Batch
+    loss: Loss
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None
+    """None: no optimizer, the step ends with the backward."""
+    checkpointing: Literal["none", "reentrant", "non-reentrant"]
+    autocast: torch.dtype | None = None
+    max_gradient_norm: float | None = 1.0
+    ends_after: Literal["forward", "step"] = "step"
+    eval_batch: Batch | None = None
+
+
+def prepare(model: Any, step: Step) -> None:
+    """Train mode and gradient checkpointing, as the trainer sets them (transformers.Trainer, `_inner_training_loop`)."""
+    model.train()
+    if step.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
+        if any(not p.requires_grad for p in model.parameters()):
+            model.enable_input_require_grads()
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What the optimizer is given."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, backward: bool = True) -> Any:
+    """Forward and backward over one batch; returns what the caller must keep alive (the loss after a forward)."""
+    batch = step.batch.tensors()
+    ledger.enter("forward")
+    with _autocast(step):
+        loss = step.loss(model, batch)
+    if not backward:
+        return loss
+    ledger.enter("backward")
+    loss.backward()
+    return None
+
+
+def update(model: torch.nn.Module, step: Step, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
+    """Clipping and the optimizer's step; the gradients are freed."""
+    categories.adopt_gradients(ledger, optimizer)
+    ledger.enter("optimizer")
+    if step.max_gradient_norm is not None:
+        torch.nn.utils.clip_grad_norm_(trained(model), step.max_gradient_norm)
+    optimizer.step()
+    categories.adopt_optimizer(ledger, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def evaluate(model: torch.nn.Module, step: Step, ledger: Ledger) -> None:
+    """One evaluation batch without gradients."""
+    assert step.eval_batch is not None
+    model.eval()
+    ledger.enter("eval")
+    with torch.no_grad(), _autocast(step):
+        step.loss(model, step.eval_batch.tensors())
+    model.train()
+
+
+def _autocast(step: Step) -> Any:
+    return contextlib.nullcontext() if step.autocast is None else torch.autocast("cpu", step.autocast)
+
+
+def released(tensors: Iterable[torch.nn.Parameter]) -> None:
+    """Give every parameter a gradient without computing one: for a trace of the optimizer alone."""
+    for parameter in tensors:
+        parameter.grad = torch.empty_like(parameter)

@@ -1,0 +1,38 @@
+"""What a trace answers when code asks a tensor without storage for its value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_aten = torch.ops.aten
+
+
+class Values(TorchDispatchMode):
+    """Answers the few questions about data that decide shapes: how many positions are scored, is there padding.
+
+    scored: what `nonzero` over labels finds. length: what a position compares with (rope scaling by length).
+    """
+
+    def __init__(self, scored: int, length: int) -> None:
+        super().__init__()
+        self.scored, self.length = scored, length
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _aten.nonzero.default:
+            return torch.empty(min(self.scored, args[0].numel()), args[0].dim(), dtype=torch.long)
+        if func is _aten._local_scalar_dense.default:
+            return self._scalar(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _scalar(self, tensor: torch.Tensor) -> bool | int | float:
+        if tensor.dtype == torch.bool:
+            return False
+        return 1.0 if tensor.is_floating_point() else self.length
