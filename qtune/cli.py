@@ -203,6 +203,34 @@ def chat(
 
 
 @app.command(rich_help_panel="Prepare")
+def check(
+    recipe: RecipeArgument,
+    changes: SetOption = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show as the model sees them.")] = 3,
+    timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look for everything that would spoil a run: rows, template, labels, lengths, disk. Nothing is trained.
+
+    The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
+    """
+    from qtune import check as stage
+    from qtune.console.check import draw_check
+    from qtune.recipe_file import find_recipe, load_recipe
+
+    result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
+    if as_json:
+        console.out_raw(result.to_json())
+    else:
+        console.out(draw_check(result))
+    result.require()
+
+
+@app.command(rich_help_panel="Prepare")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
