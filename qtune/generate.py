@@ -24,6 +24,9 @@ from qtune.data.template import Renderer, choose_template
 
 Ids = Sequence[int]
 
+BATCH_TOKENS = 8192
+"""Positions of the key-value cache of one batch: about 1 GiB for an 8B model with grouped queries in 16 bits."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -65,7 +68,7 @@ def generate(
     ends: Ends,
     sampling: Sampling = GREEDY,
     *,
-    batch_size: int = 64,
+    batch_tokens: int = BATCH_TOKENS,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """The answer to each prompt without its end token, at most `limits[i]` tokens long.
@@ -73,16 +76,33 @@ def generate(
     Prompts of similar length share a batch. `on_rows` hears how many more are done.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     with _ready(model, sampling):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches_of(
+            [(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)], batch_tokens
+        ):
             longest = max(limits[row] for row in rows)
             made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling)
             for row, ids in zip(rows, made.tolist(), strict=True):
                 answers[row] = _until_end(ids, ends.stop)[: limits[row]]
             on_rows(len(rows))
     return answers
+
+
+def batches_of(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:
+    """Row numbers, shortest prompt first, in batches whose cache holds at most `batch_tokens` (or one row).
+
+    lengths: (prompt, limit of the answer) of each row; every row of a batch is padded to the longest of both.
+    """
+    batches: list[list[int]] = []
+    limit = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
+        limit = max(limit, lengths[row][1])
+        if batches and (len(batches[-1]) + 1) * (lengths[row][0] + limit) <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            limit = lengths[row][1]
+    return batches
 
 
 def stream(

@@ -14,7 +14,7 @@ from peft import (
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.builtin import builtin_folder
-from qtune.generate import Ends, Sampling, find_ends, generate, stream
+from qtune.generate import Ends, Sampling, batches_of, find_ends, generate, stream
 
 VOCABULARY, PAD = 96, 0
 NEVER = Ends(stop=(), pad=PAD)
@@ -90,7 +90,7 @@ def test_a_batch_gives_what_the_adapters_own_forward_gives(kind):
 def test_the_batch_size_changes_nothing(kind):
     model, prompts = adapted(kind), some_prompts()
     together = generate(model, prompts, [8] * len(prompts), NEVER)
-    assert together == generate(model, prompts, [8] * len(prompts), NEVER, batch_size=2)
+    assert together == generate(model, prompts, [8] * len(prompts), NEVER, batch_tokens=60)
     assert together == [generate(model, [prompt], [8], NEVER)[0] for prompt in prompts]
 
 
@@ -132,8 +132,17 @@ def test_each_row_has_its_own_limit():
 
 def test_progress_counts_every_row_once():
     counts = []
-    generate(adapted("lora"), some_prompts(), [1] * 9, NEVER, batch_size=4, on_rows=counts.append)
-    assert counts == [4, 4, 1]
+    generate(adapted("lora"), some_prompts(), [1] * 9, NEVER, batch_tokens=60, on_rows=counts.append)
+    assert counts == [5, 2, 1, 1]
+
+
+def test_batches_are_bounded_by_what_their_cache_holds():
+    """Rows 1 and 3 together would hold 2 x (20 + 10) positions; a row that is too long by itself goes alone."""
+    lengths = [(500, 1), (10, 10), (2, 3), (20, 5)]
+    assert batches_of(lengths, 50) == [[2, 1], [3], [0]]
+    assert batches_of(lengths, 60) == [[2, 1], [3], [0]]
+    assert batches_of(lengths, 90) == [[2, 1, 3], [0]]
+    assert batches_of([], 90) == []
 
 
 def test_sampling_depends_on_the_seed_and_leaves_the_random_state_alone():
