@@ -44,6 +44,52 @@ def _options(
     pass
 
 
+@app.command(rich_help_panel="Prepare")
+def init(
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Hub id, folder, GGUF file or built-in model.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Training rows: a file, folder or hub:owner/name.")
+    ] = None,
+    adapter: Annotated[
+        str, typer.Option("--adapter", metavar="KIND", help="lora, p-tuning, prompt-tuning, prefix-tuning or ia3.")
+    ] = "lora",
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="NAME", help="Copy a shipped recipe; --base and --data change it."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path(
+        "recipe.toml"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show the recipes that come with qtune.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors that know TOML.")
+    ] = False,
+) -> None:
+    """Write a commented recipe for a model and a data file.
+
+    It holds the keys worth a first look, each explained. `qtune init --from quickstart` copies one that works as it is.
+    """
+    from qtune import init as stage
+
+    if schema:
+        console.out_json(stage.recipe_schema())
+        return
+    if listed:
+        console.out(console.table("", ["name", "what it trains"], stage.shipped_summaries()))
+        return
+    if source is not None:
+        text = stage.copied_recipe(source, output, base=base, data=data)
+    elif base and data:
+        text = stage.new_recipe(base, data, adapter, output)
+    else:
+        raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
+    stage.write_recipe(text, output, force=force)
+    console.out(f"{output}")
+
+
 @app.command(rich_help_panel="Train")
 def run(
     target: Annotated[

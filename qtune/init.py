@@ -1,0 +1,225 @@
+"""`qtune init`: a commented recipe for a model and a data file, a copy of a shipped one, or the schema for editors.
+
+Nothing is described here: every comment is a docstring of `recipe.py`, every default is the schema's.
+"""
+
+import difflib
+import os
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+from qtune.errors import Problem, RecipeError
+from qtune.plan import LEARNING_RATES
+from qtune.recipe import (
+    IA3,
+    Adapter,
+    Data,
+    FourBit,
+    KeyPath,
+    Lora,
+    Memory,
+    Model,
+    Output,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Recipe,
+    Table,
+    Training,
+    kinds_of,
+)
+from qtune.recipe_file import check_recipe, shipped_recipes, show_value
+from qtune.run_dir import write_atomically
+from qtune.toml_lines import toml_lines
+
+LINE_LENGTH = 118
+ADAPTERS: dict[str, type[Table]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+QUANTIZATIONS = tuple(
+    kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
+)
+
+# The keys worth a first look, so that a recipe stays on one screen; the rest have defaults that are rarely changed.
+SHOWN: dict[type[Table], tuple[str, ...]] = {
+    Model: ("base",),
+    FourBit: ("kind", "double_quantization"),
+    Lora: ("kind", "rank", "alpha", "target_modules"),
+    PTuning: ("kind", "virtual_tokens", "encoder"),
+    PromptTuning: ("kind", "virtual_tokens", "initialization"),
+    PrefixTuning: ("kind", "virtual_tokens", "projection"),
+    IA3: ("kind",),
+    Data: ("train", "validation", "max_length"),
+    Training: ("epochs", "batch_size", "learning_rate"),
+    Memory: ("budget",),
+    Output: ("directory",),
+}
+
+
+def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
+    """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`.
+
+    Raises:
+        RecipeError: there is no such adapter, model or data, each named by the option that gave it.
+    """
+    if adapter not in ADAPTERS:
+        raise RecipeError(Problem("--adapter", f"{adapter}: no such kind{_nearest(adapter, ADAPTERS)}"))
+    table = ADAPTERS[adapter]
+    rate, _ = LEARNING_RATES[table]
+    given: dict[KeyPath, Any] = {
+        ("model", "base"): base,
+        ("data", "train"): _path_from(data, file),
+        ("adapter", "kind"): adapter,
+        ("training", "learning_rate"): rate,
+    }
+    tables: dict[str, type[Table]] = {
+        "model": Model,
+        "quantization": FourBit,
+        "adapter": table,
+        "data": Data,
+        "training": Training,
+        "memory": Memory,
+        "output": Output,
+    }
+    lines = [
+        f"# {adapter} on {base}, whose weights stay in NF4.",
+        f"# Train it with `qtune run {file.name}`. Keys that are not here have the defaults of `qtune init --schema`.",
+    ]
+    for name, schema in tables.items():
+        lines += ["", f"[{name}]", *(line for key in SHOWN[schema] for line in _key_lines(name, schema, key, given))]
+    return _checked("\n".join(lines) + "\n", file)
+
+
+def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str | None = None) -> str:
+    """The text of a shipped recipe, whose data paths are right for `file`; with another model or other data.
+
+    Other data replace the rows of every split: those of the original have nothing to do with them.
+
+    Raises:
+        RecipeError: there is no such recipe, model or data.
+    """
+    if name not in (shipped := shipped_recipes()):
+        raise RecipeError(Problem("--from", f"{name}: no such recipe{_nearest(name, shipped)}"))
+    original = check_recipe(shipped[name].read_text(encoding="utf-8"), shipped[name])
+    lines, places = original.text.splitlines(), toml_lines(original.text)
+    edits: dict[int, str | None] = {}
+    for key in ("train", "validation", "test"):
+        value = getattr(original.recipe.data, key)
+        if not isinstance(value, str):
+            continue
+        if data is None:
+            written = _path_from(str(original.folder / value), file)
+            number = places["data", key] - 1
+            lines[number] = lines[number].replace(show_value(value), show_value(written), 1)
+        else:
+            edits[places["data", key]] = f"train = {show_value(_path_from(data, file))}" if key == "train" else None
+    if base is not None:
+        edits[places["model", "base"]] = f"base = {show_value(base)}"
+    # From the last line to the first, so that the numbers of the others stay right.
+    for line, text in sorted(edits.items(), reverse=True):
+        _replace_line(lines, line - 1, text)
+    return _checked("\n".join(lines) + "\n", file)
+
+
+def write_recipe(text: str, file: Path, *, force: bool) -> None:
+    """Writes a recipe, over another one only with `force`.
+
+    Raises:
+        RecipeError: there is a file of this name, or it cannot be written.
+    """
+    if file.exists() and not force:
+        raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        raise RecipeError(Problem(str(file), f"cannot be written: {error.strerror}")) from error
+
+
+def shipped_summaries() -> list[tuple[str, str]]:
+    """Name and first comment line of each recipe that comes with qtune."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in shipped_recipes().items()}
+    return [(name, text.partition("\n")[0].lstrip("# ")) for name, text in texts.items()]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe (draft 2020-12), for editors that complete and check TOML."""
+    made = _without_noise(Recipe.model_json_schema())
+    about = {"title": "qtune recipe", "description": "What `qtune run` trains, and how. Unknown keys are errors."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, **about}
+
+
+def _key_lines(table: str, schema: type[Table], key: str, given: dict[KeyPath, Any]) -> list[str]:
+    """A key with its value and, above it, what the schema says of it."""
+    field = schema.model_fields[key]
+    value = given.get((table, key), field.default)
+    about = field.description or ""
+    if key == "kind":
+        # What the table does says more than what the word means; the other kinds are other tables.
+        about = f"{schema.__doc__} Kinds: {', '.join(ADAPTERS if table == 'adapter' else QUANTIZATIONS)}."
+    written = _scientific(value) if key == "learning_rate" else show_value(value)
+    comment = textwrap.wrap(" ".join(about.split()), LINE_LENGTH, break_on_hyphens=False)
+    return [*(f"# {line}" for line in comment), f"{key} = {written}"]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def _scientific(value: float) -> str:
+    """2e-4, as papers write it."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _path_from(data: str, file: Path) -> str:
+    """`data`, as seen from here, the way the recipe at `file` has to name it: relative where they lie together."""
+    if data.startswith("hub:"):
+        return data
+    here, folder = Path.cwd(), file.parent.absolute()
+    path = Path(os.path.normpath(Path(data).expanduser().absolute()))
+    together = path.is_relative_to(folder) or (path.is_relative_to(here) and folder.is_relative_to(here))
+    return Path(os.path.relpath(path, folder)).as_posix() if together else path.as_posix()
+
+
+def _replace_line(lines: list[str], number: int, line: str | None) -> None:
+    """Replaces or removes a key's line, with the comment above it, which spoke of the old value."""
+    first = number
+    while lines[first - 1].startswith("#"):
+        first -= 1
+    lines[first : number + 1] = [] if line is None else [line]
+
+
+# Which option gave a value that turns out to be wrong: the file that the problem names is not written yet.
+_OPTIONS = {"model.base": "--base", "data.train": "--data"}
+
+
+def _checked(text: str, file: Path) -> str:
+    try:
+        check_recipe(text, file)
+    except RecipeError as error:
+        problems = []
+        for problem in error.problems:
+            key = problem.message.split(" ", 1)[0].rstrip(":")
+            problems.append(Problem(_OPTIONS.get(key, problem.place), problem.message))
+        raise RecipeError(problems) from error
+    return text
+
+
+def _without_noise(node: Any) -> Any:
+    """pydantic's schema without null, which TOML has no word for, OpenAPI's keywords, and titles that repeat keys."""
+    if isinstance(node, list):
+        return [_without_noise(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {
+        key: {name: _without_noise(one) for name, one in value.items()}
+        if key in ("properties", "$defs")
+        else _without_noise(value)
+        for key, value in node.items()
+        if key not in ("title", "discriminator") and (key, value) != ("default", None)
+    }
+    choices = [one for one in kept.get("anyOf", ()) if one != {"type": "null"}]
+    if len(choices) == 1:
+        return {**choices[0], **{key: value for key, value in kept.items() if key != "anyOf"}}
+    return {**kept, "anyOf": choices} if choices else kept

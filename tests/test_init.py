@@ -1,0 +1,261 @@
+"""`qtune init`: recipes that run as they are written, in the schema's own words, and a schema for editors."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomlkit
+from jsonschema import Draft202012Validator
+
+from qtune.errors import RecipeError
+from qtune.init import ADAPTERS, copied_recipe, new_recipe, recipe_schema, shipped_summaries, write_recipe
+from qtune.plan import LEARNING_RATES
+from qtune.recipe import Lora, Recipe, parse_recipe
+from qtune.recipe_file import load_recipe, shipped_recipes
+
+ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
+MODEL = "meta-llama/Llama-3.2-3B-Instruct"
+TAPLO = shutil.which("taplo", path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to be in, with rows to train on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    return tmp_path
+
+
+def init(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qtune", "init", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_is_written_is_a_recipe_for_every_kind_of_adapter(here, adapter):
+    file = here / "recipe.toml"
+    write_recipe(new_recipe(MODEL, "rows.jsonl", adapter, file), file, force=False)
+    recipe = load_recipe(file).recipe
+    assert (recipe.model.base, recipe.data.train, recipe.adapter.kind) == (MODEL, "rows.jsonl", adapter)
+    assert recipe.training.learning_rate == LEARNING_RATES[type(recipe.adapter)][0]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_is_written_fits_on_one_screen(here, adapter):
+    lines = new_recipe(MODEL, "rows.jsonl", adapter, here / "recipe.toml").splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 120
+
+
+def test_every_key_has_the_schemas_own_words_above_it(here):
+    lines = new_recipe(MODEL, "rows.jsonl", "lora", here / "recipe.toml").splitlines()
+    assert lines[lines.index("rank = 16") - 1] == f"# {Lora.model_fields['rank'].description}"
+    keys = [number for number, line in enumerate(lines) if " = " in line and not line.startswith("#")]
+    assert len(keys) > 10
+    assert all(lines[number - 1].startswith("# ") for number in keys)
+
+
+def test_the_tables_come_in_the_order_of_the_run(here):
+    text = new_recipe(MODEL, "rows.jsonl", "lora", here / "recipe.toml")
+    assert list(tomllib.loads(text)) == ["model", "quantization", "adapter", "data", "training", "memory", "output"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_formatter_leaves_what_is_written_alone(here, adapter):
+    file = here / "recipe.toml"
+    text = new_recipe(MODEL, "rows.jsonl", adapter, file)
+    assert tomlkit.dumps(tomlkit.parse(text)) == text
+    if TAPLO is None:
+        pytest.skip("taplo is not installed")
+    file.write_text(text)
+    subprocess.run([TAPLO, "fmt", file], capture_output=True, check=True)
+    assert file.read_text() == text
+
+
+def test_data_are_named_from_the_recipes_folder_when_they_lie_together(here):
+    (here / "recipes").mkdir()
+    file = here / "recipes" / "mine.toml"
+    write_recipe(new_recipe(MODEL, "rows.jsonl", "lora", file), file, force=False)
+    assert load_recipe(file).recipe.data.train == "../rows.jsonl"
+
+
+def test_data_from_elsewhere_keep_their_whole_path(here, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "rows.jsonl"
+    elsewhere.write_text(ROW)
+    text = new_recipe(MODEL, str(elsewhere), "lora", here / "recipe.toml")
+    assert tomllib.loads(text)["data"]["train"] == str(elsewhere)
+
+
+def test_a_hub_dataset_is_no_path(here):
+    text = new_recipe(MODEL, "hub:tatsu-lab/alpaca", "lora", here / "deep" / "recipe.toml")
+    assert tomllib.loads(text)["data"]["train"] == "hub:tatsu-lab/alpaca"
+
+
+def test_a_name_with_quotes_and_backslashes_survives(here):
+    name = 'odd "name"\\rows.jsonl'
+    (here / name).write_text(ROW)
+    assert tomllib.loads(new_recipe(MODEL, name, "lora", here / "recipe.toml"))["data"]["train"] == name
+
+
+def test_what_is_wrong_is_told_by_the_option_that_gave_it(here):
+    with pytest.raises(RecipeError) as told:
+        new_recipe("no/such/folder", "nothing.jsonl", "lora", Path("recipe.toml"))
+    assert str(told.value).splitlines() == [
+        '--base: model.base = "no/such/folder": neither a folder that exists nor a hub id (owner/name)',
+        '--data: data.train = "nothing.jsonl": no such file or folder in .',
+    ]
+    with pytest.raises(RecipeError, match=r"^--adapter: p-tune: no such kind; did you mean 'p-tuning'\?$"):
+        new_recipe(MODEL, "rows.jsonl", "p-tune", Path("recipe.toml"))
+    with pytest.raises(RecipeError, match=r"^--from: quickstat: no such recipe; did you mean 'quickstart'\?$"):
+        copied_recipe("quickstat", Path("recipe.toml"))
+
+
+def test_a_recipe_that_is_there_is_replaced_only_by_force(here):
+    file = here / "recipe.toml"
+    file.write_text("mine")
+    with pytest.raises(RecipeError, match="is there already"):
+        write_recipe("theirs", file, force=False)
+    assert file.read_text() == "mine"
+    write_recipe("theirs", file, force=True)
+    assert file.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_copy_says_what_the_original_says_with_paths_that_are_right_for_it(here, name):
+    file = here / "copy.toml"
+    write_recipe(copied_recipe(name, file), file, force=False)
+    original, copy = load_recipe(shipped_recipes()[name]), load_recipe(file)
+    assert (copy.folder / copy.recipe.data.train).resolve() == (original.folder / original.recipe.data.train).resolve()
+    same = {"data": copy.recipe.data.model_copy(update={"train": "", "test": None})}
+    assert copy.recipe.model_copy(update=same) == original.recipe.model_copy(
+        update={"data": original.recipe.data.model_copy(update={"train": "", "test": None})}
+    )
+    assert copy.text.count("#") == original.text.count("#")
+
+
+def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here):
+    file = here / "copy.toml"
+    write_recipe(copied_recipe("quickstart", file, base=MODEL, data="rows.jsonl"), file, force=False)
+    recipe = load_recipe(file).recipe
+    assert (recipe.model.base, recipe.data.train, recipe.data.test) == (MODEL, "rows.jsonl", None)
+    assert recipe.data.validation == 0.05
+
+
+def test_each_shipped_recipe_is_listed_with_its_first_comment_line():
+    summaries = dict(shipped_summaries())
+    assert summaries.keys() == shipped_recipes().keys()
+    first = shipped_recipes()["quickstart"].read_text().splitlines()[0]
+    assert f"# {summaries['quickstart']}" == first
+
+
+@pytest.fixture(scope="module")
+def schema():
+    Draft202012Validator.check_schema(recipe_schema())
+    return Draft202012Validator(recipe_schema())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_schema_accepts_every_shipped_recipe(schema, name):
+    schema.validate(tomllib.loads(shipped_recipes()[name].read_text()))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_schema_accepts_what_init_writes(schema, here, adapter):
+    schema.validate(tomllib.loads(new_recipe(MODEL, "rows.jsonl", adapter, here / "recipe.toml")))
+
+
+MINIMAL = 'model.base = "a/b"\ndata.train = "rows.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        "",
+        "adapter.rank = 4",
+        'data.validation = "more.jsonl"',
+        "data.validation = 0",
+        'data.test = ["a.jsonl", { path = "b.jsonl", weight = 0.5 }, { hub = "a/b", split = "test" }]',
+        'adapter = { kind = "prompt-tuning", initialization = "text", text = "Answer." }',
+        'quantization.kind = "int8"',
+        "training.eval_every = 10",
+        'training.trackers = ["tensorboard"]',
+    ],
+)
+def test_the_schema_accepts_every_way_to_say_a_thing(schema, good):
+    tables = tomllib.loads(MINIMAL + good)
+    schema.validate(tables)
+    assert isinstance(parse_recipe(tables), Recipe)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "adapter.rnak = 16",
+        "adapter.rank = 0",
+        'adapter.rank = "16"',
+        'adapter = { kind = "p-tuning", rank = 16 }',
+        'adapter.kind = "lorra"',
+        'memory.budget = "8 gigabytes"',
+        "data.validation = 1.5",
+        "data.max_length = -1",
+        'training.optimizer = "sgd"',
+        "training.batch_size = 1.5",
+        "quantization.double_quantization = 1",
+        'data.test = { path = "b.jsonl" }',
+        "extra = 1",
+        "output.nmae = 'x'",
+    ],
+)
+def test_the_schema_refuses_what_a_recipe_refuses(schema, broken):
+    tables = tomllib.loads(MINIMAL + broken)
+    assert not schema.is_valid(tables)
+    assert isinstance(parse_recipe(tables), list)
+
+
+def test_the_schema_explains_every_key_and_knows_no_null():
+    schema = recipe_schema()
+    tables = {name: table for name, table in schema["$defs"].items() if "properties" in table}
+    assert {"Model", "Lora", "PTuning", "Data", "Training"} <= tables.keys()
+    for name, table in tables.items():
+        assert table["additionalProperties"] is False, name
+        assert all(key.get("description") for key in table["properties"].values()), name
+    assert '"null"' not in json.dumps(schema)
+    assert tables["Lora"]["properties"]["rank"]["description"] == Lora.model_fields["rank"].description
+
+
+def test_the_command_writes_a_recipe_and_says_where(tmp_path):
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
+    rows.write_text(ROW)
+    done = init("--base", MODEL, "--data", str(rows), "--output", str(file))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}\n", "")
+    assert load_recipe(file).recipe.data.train == "rows.jsonl"
+    again = init("--base", MODEL, "--data", str(rows), "--output", str(file))
+    assert again.returncode == 2
+    assert again.stderr.startswith(f"error: {file}: is there already;")
+
+
+def test_the_command_prints_the_schema_and_the_list():
+    assert json.loads(init("--schema").stdout) == recipe_schema()
+    listed = init("--list").stdout
+    assert all(name in listed for name in shipped_recipes())
+
+
+def test_the_command_without_a_model_says_what_is_needed():
+    done = init("--data", "rows.jsonl")
+    assert done.returncode == 2
+    assert "--base" in done.stderr
+    assert done.stdout == ""
+
+
+def test_init_needs_none_of_the_heavy_libraries():
+    program = (
+        "import sys; import qtune.cli, qtune.init\n"
+        "print({'torch', 'transformers', 'peft', 'trl', 'bitsandbytes', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
