@@ -6,6 +6,7 @@ Schema take them from here. Reading files and naming lines is `recipe_file.py`'s
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -14,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     Tag,
     ValidationError,
@@ -25,6 +25,7 @@ KeyPath = tuple[str | int, ...]
 Auto = Literal["auto"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
@@ -102,8 +103,8 @@ class Lora(Table):
     dora: bool = False
     """Learn magnitude and direction apart: better at small ranks, slower. arXiv:2402.09353."""
     initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
-    """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from activations
-    of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
+    """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from
+    activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
     dtype: Auto | Dtype = "auto"
     """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
 
@@ -299,7 +300,7 @@ class Training(Table):
     """How the learning rate falls after the warm-up."""
     warmup: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeReal = 0.0
     """AdamW's decoupled weight decay."""
     max_gradient_norm: PositiveReal = 1.0
     """Gradients are scaled down to this norm."""
@@ -383,7 +384,8 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(adapter, PrefixTuning) and training.gradient_checkpointing is True:
         yield Fault(
             ("training", "gradient_checkpointing"),
-            'prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; use false or "auto"',
+            "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; "
+            'use false or "auto"',
         )
     if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
         yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
@@ -397,13 +399,14 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
         if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
             yield Fault(
                 ("adapter", "target_modules"),
-                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; remove lm_head",
+                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; "
+                "remove lm_head",
             )
         if adapter.initialization == "pissa" and quantized:
             yield Fault(
                 ("adapter", "initialization"),
-                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be rewritten "
-                'without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
+                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be "
+                'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
             )
         if adapter.initialization == "loftq" and not isinstance(recipe.quantization, FourBit):
             yield Fault(
@@ -439,7 +442,9 @@ def _faults(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
             detail["loc"] = (*detail["loc"], "kind")
         path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
         found.setdefault(path, []).append(_in_our_words(path, detail))
-    return [Fault(path, _joined(messages)) for path, messages in found.items()]
+    # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
+    branches = {path[:length] for path in found for length in range(len(path))}
+    return [Fault(path, _joined(messages)) for path, messages in found.items() if path not in branches]
 
 
 def _joined(messages: Sequence[str]) -> str:
@@ -473,8 +478,9 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
         case "missing":
             return "is required and missing"
         case "literal_error" | "union_tag_invalid":
-            expected = str(context.get("expected", context.get("expected_tags"))).replace("'", '"')
-            choices = [word.strip(' "') for word in expected.replace(" or ", ", ").split(",")]
+            choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
+            *others, last = (f'"{choice}"' for choice in choices)
+            expected = f"{', '.join(others)} or {last}" if others else last
             word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
             return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
         case "string_pattern_mismatch":

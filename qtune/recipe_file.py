@@ -72,7 +72,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         RecipeError: with every problem of the file and of the changes.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise RecipeError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
     except UnicodeDecodeError as error:
@@ -84,12 +84,18 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Resolv
     """`load_recipe` on a text; `path` is what errors name and what relative data paths start from."""
     tables = _parse_toml(text, path)
     changes, problems = _parse_overrides(overrides)
-    for keys, value in changes.items():
-        problems.extend(_apply(tables, keys, value))
+    # A kind first: it clears its table, and must not clear what another change has put there.
+    for keys in sorted(changes, key=lambda keys: keys[-1] != "kind"):
+        problems.extend(_apply(tables, keys, changes[keys]))
+    # One of two ways to say the same thing: the one that is set replaces the one in the file.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if ("training", one) in changes and ("training", other) not in changes:
+            tables["training"].pop(other, None)
     lines = toml_lines(text)
     outcome = parse_recipe(tables)
     faults = outcome if isinstance(outcome, list) else list(_missing_files(outcome, path.parent))
     if faults or isinstance(outcome, list):
+        faults = sorted(faults, key=lambda fault: line_of(lines, fault.path))
         problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
     if problems or isinstance(outcome, list):
         raise RecipeError(problems)
@@ -140,10 +146,6 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
     # Another kind of adapter or quantization is another table: the keys of the old kind would only be errors.
     if keys[-1] == "kind" and keys[0] in DEFAULT_KINDS and table.get("kind", DEFAULT_KINDS[str(keys[0])]) != value:
         table.clear()
-    # One of two ways to say the same thing: the one that is set replaces the one in the file.
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if keys == ("training", one):
-            table.pop(other, None)
     table[str(keys[-1])] = value
 
 
@@ -152,7 +154,7 @@ def _missing_files(recipe: Recipe, folder: Path) -> Iterator[Fault]:
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
         if not Path(base).expanduser().exists():
             yield Fault(("model", "base"), "no such file or folder")
-    elif base.count("/") > 1:
+    elif base.count("/") > 1 and not Path(base).exists():
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
     for key in ("train", "validation", "test"):
         yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
@@ -177,9 +179,10 @@ def _problem(
     key = ".".join(str(part) for part in fault.path)
     value: Any = tables
     for part in fault.path:
-        value = (
-            value.get(part, _ABSENT) if isinstance(value, dict) else value[part] if isinstance(value, list) else value
-        )
+        if isinstance(value, dict):
+            value = value.get(part, _ABSENT)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
     shown = "" if value is _ABSENT or isinstance(value, dict) else f" = {show_value(value)}"
     changed = next(
         (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
@@ -232,7 +235,7 @@ def _origins(
 ) -> dict[KeyPath, Origin]:
     origins: dict[KeyPath, Origin] = {}
     for keys, _ in leaves(recipe):
-        if keys in changes:
+        if any(changed[: len(keys)] == keys for changed in changes):
             origins[keys] = Origin("--set")
         elif keys in lines and _has(tables, keys):
             origins[keys] = Origin("recipe", f"{path.name}:{lines[keys]}")

@@ -4,6 +4,7 @@
 to find where keys and array elements begin, never to judge them. Grammar: TOML v1.0.0.
 """
 
+import tomllib
 from collections.abc import Mapping
 
 KeyPath = tuple[str | int, ...]
@@ -39,6 +40,10 @@ class _Scanner:
                 table = self._header()
             else:
                 self._pair(table)
+        # [a.b] makes a table a without a header of its own; where it has one, that counts.
+        for path, line in list(self.lines.items()):
+            for length in range(1, len(path)):
+                self.lines.setdefault(path[:length], line)
         return self.lines
 
     def _line(self) -> int:
@@ -92,7 +97,7 @@ class _Scanner:
             elif character in "\"'":
                 start = self.at
                 self._string()
-                parts.append(self.text[start + 1 : self.at - 1])
+                parts.append(tomllib.loads(f"key = {self.text[start : self.at]}")["key"])
             else:
                 start = self.at
                 while self.text[self.at] not in f" \t.{end}":

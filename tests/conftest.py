@@ -1,0 +1,100 @@
+"""What all tests share: no network, one thread, and a tiny random model folder made once."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {number} and {number + 1}{'?' * (1 + number % 7)}"},
+            {"role": "assistant", "content": f"It is {2 * number + 1}.{' Really.' * (number % 3)}"},
+        ]
+    }
+    for number in range(22)
+]
+"""Rows of different lengths: the order in which they are grouped by length matters."""
+
+
+def qtune_process(*arguments: str | Path) -> subprocess.Popen[str]:
+    """The `qtune` command in a process of its own; stdout and stderr are pipes."""
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "qtune", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run_qtune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs the `qtune` command to its end."""
+    process = qtune_process(*arguments)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers, hidden 64, vocabulary 320, with a real tokenizer and ChatML's template."""
+    from export_models import tiny_base, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tiny_base(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for prepared rows that no other run of the tests has touched."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """`ROWS` as a JSONL file."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def write_recipe(
+    tmp_path: Path, tiny_model: Path, rows_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> WriteRecipe:
+    """A function that writes a recipe for the tiny model; runs go to `tmp_path`/runs.
+
+    Arguments: the name, and the texts of the tables adapter, training, data and quantization.
+    """
+    monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
+
+    def write(
+        name: str = "tiny",
+        *,
+        adapter: str = 'kind = "lora"\nrank = 4',
+        training: str = "",
+        data: str = "",
+        quantization: str = "minimum_share = 0.0",
+    ) -> Path:
+        file = tmp_path / f"{name}.toml"
+        file.write_text(
+            f'[model]\nbase = "{tiny_model}"\n'
+            f"[quantization]\n{quantization}\n"
+            f"[adapter]\n{adapter}\n"
+            f'[data]\ntrain = "{rows_file.name}"\nvalidation = 0.1\nmax_length = 128\n{data}\n'
+            f"[training]\n{training}\n"
+            f'[output]\ndirectory = "{tmp_path / "runs"}"\n'
+        )
+        return file
+
+    return write

@@ -1,0 +1,370 @@
+"""A recipe file becomes a checked recipe, or every error at once: place, key, value and what would be right."""
+
+from pathlib import Path
+
+import pytest
+
+from qtune.errors import RecipeError
+from qtune.recipe import Lora, PTuning, Unquantized
+from qtune.recipe_file import Origin, Resolved, check_recipe, find_recipe, load_recipe, shipped_recipes
+
+GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
+
+
+@pytest.fixture
+def check(tmp_path: Path):
+    """`check_recipe` on a text beside rows.jsonl; errors name the file "recipe.toml"."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def check(text: str, *changes: str) -> Resolved:
+        return check_recipe(text, tmp_path / "recipe.toml", changes)
+
+    return check
+
+
+@pytest.fixture
+def problems(check, tmp_path: Path):
+    """The lines of the error that a text and its changes raise."""
+
+    def problems(text: str, *changes: str) -> list[str]:
+        with pytest.raises(RecipeError) as caught:
+            check(text, *changes)
+        assert caught.value.exit_code == 2
+        return (
+            str(caught.value)
+            .replace(f"{tmp_path}/recipe.toml", "recipe.toml")
+            .replace(str(tmp_path), "HERE")
+            .split("\n")
+        )
+
+    return problems
+
+
+def test_a_small_recipe_gets_the_documented_defaults(check) -> None:
+    recipe = check(GOOD).recipe
+    assert recipe.quantization.kind == "nf4"
+    assert recipe.quantization.double_quantization
+    assert isinstance(recipe.adapter, Lora)
+    assert (recipe.adapter.rank, recipe.adapter.target_modules) == (16, "all-linear")
+    assert recipe.training.epochs == 1.0
+    assert recipe.data.max_length == 2048
+
+
+def test_everything_that_is_wrong_is_reported_at_once(problems) -> None:
+    text = """\
+[model]
+bse = "org/model"
+
+[adapter]
+kind = "lora"
+rnak = 16
+alpha = "32"
+
+[quantization]
+kind = "nf5"
+
+[data]
+train = "missing.jsonl"
+max_length = 0
+on_long_row = "cut"
+
+[training]
+epochs = 1
+steps = 10
+micro_batch_size = "four"
+optimizer = "adam"
+
+[memroy]
+budget = "8GB"
+"""
+    assert problems(text) == [
+        "recipe.toml:1: model.base: is required and missing",
+        "recipe.toml:2: model.bse = \"org/model\": no such key in [model]; did you mean 'base'?",
+        "recipe.toml:6: adapter.rnak = 16: no such key in [adapter]; did you mean 'rank'?",
+        'recipe.toml:7: adapter.alpha = "32": must be a valid integer',
+        'recipe.toml:10: quantization.kind = "nf5": must be "nf4", "fp4", "int8" or "none"; did you mean \'nf4\'?',
+        "recipe.toml:14: data.max_length = 0: must be greater than 0",
+        'recipe.toml:15: data.on_long_row = "cut": must be "error", "drop", "cut-left" or "cut-right"; '
+        "did you mean 'cut-left'?",
+        'recipe.toml:20: training.micro_batch_size = "four": must be "auto" or a valid integer',
+        'recipe.toml:21: training.optimizer = "adam": must be "auto" or "adamw", "adamw-8bit", "paged-adamw" or '
+        "\"paged-adamw-8bit\"; did you mean 'adamw'?",
+        "recipe.toml:23: memroy: no such key in a recipe; did you mean 'memory'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("[adapter]\nrank = true", "6: adapter.rank = true: must be a valid integer"),
+        ("[adapter]\nrank = 1.5", "6: adapter.rank = 1.5: must be a valid integer"),
+        ("[adapter]\nrank = 0", "6: adapter.rank = 0: must be greater than 0"),
+        ("[adapter]\ndropout = 1", "6: adapter.dropout = 1: must be less than 1"),
+        (
+            '[adapter]\ntarget_modules = "q_proj"',
+            '6: adapter.target_modules = "q_proj": must be a valid array or "all-linear"',
+        ),
+        (
+            '[adapter]\ntarget_modules = ["q_proj", 3]',
+            "6: adapter.target_modules.1 = 3: must be a valid string",
+        ),
+        (
+            '[adapter]\nkind = "p-tunning"',
+            '6: adapter.kind = "p-tunning": must be "lora", "p-tuning", "prompt-tuning", "prefix-tuning" or "ia3"; '
+            "did you mean 'p-tuning'?",
+        ),
+        (
+            '[adapter]\nkind = "ia3"\nrank = 4',
+            "7: adapter.rank = 4: no such key in [adapter]; known: kind, target_modules, feedforward_modules, dtype",
+        ),
+        (
+            "[training]\nlearning_rate = nan",
+            '6: training.learning_rate = nan: must be "auto" or a finite number',
+        ),
+        ("[training]\nweight_decay = inf", "6: training.weight_decay = inf: must be a finite number"),
+        ("[training]\nseed = -1", "6: training.seed = -1: must be greater than or equal to 0"),
+        (
+            "[training]\neval_every = 0",
+            '6: training.eval_every = 0: must be greater than 0 or "epoch" or "never"',
+        ),
+        (
+            '[training]\ngradient_checkpointing = "yes"',
+            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean',
+        ),
+        ('[memory]\nbudget = "8 GB"', '6: memory.budget = "8 GB": must be "auto" or must look like "8GiB" or "512MiB"'),
+        (
+            '[output]\nname = "../x"',
+            '6: output.name = "../x": must look like a folder name: letters, digits, . _ + -',
+        ),
+        ("training = 3", "5: data.training = 3: no such key in [data]; did you mean 'train'?"),
+        ("[[training]]\nepochs = 2", "5: training = [{ epochs = 2 }]: must be an object"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_would_be_right(problems, table: str, problem: str) -> None:
+    assert problems(GOOD + table) == [f"recipe.toml:{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "problem"),
+    [
+        (
+            '[adapter]\nkind = "prefix-tuning"\n[training]\ngradient_checkpointing = true',
+            "8: training.gradient_checkpointing = true: prefix-tuning hands its keys and values over in the cache, "
+            "which "
+            'checkpointing turns off; use false or "auto"',
+        ),
+        (
+            '[adapter]\nkind = "p-tuning"\nencoder_layers = 3',
+            '7: adapter.encoder_layers = 3: only the "lstm" encoder has layers to count; remove the key',
+        ),
+        (
+            '[adapter]\nkind = "p-tuning"\nencoder_dropout = 0.1',
+            '7: adapter.encoder_dropout = 0.1: only the "lstm" encoder has dropout; remove the key',
+        ),
+        (
+            '[adapter]\nkind = "prefix-tuning"\nencoder_hidden_size = 8',
+            "7: adapter.encoder_hidden_size = 8: only the projection has a width; set projection = true",
+        ),
+        (
+            '[adapter]\nkind = "prompt-tuning"\ninitialization = "text"',
+            '5: adapter.text: initialization = "text" and a text belong together; give both or neither',
+        ),
+        (
+            '[adapter]\nkind = "prompt-tuning"\ntext = "Hello"',
+            '7: adapter.text = "Hello": initialization = "text" and a text belong together; give both or neither',
+        ),
+        (
+            '[adapter]\ntarget_modules = ["q_proj", "lm_head"]',
+            '6: adapter.target_modules = ["q_proj", "lm_head"]: the loss reads the LM head\'s weight directly, so an '
+            "adapter on it would not be trained; remove lm_head",
+        ),
+        (
+            '[adapter]\ninitialization = "pissa"',
+            '6: adapter.initialization = "pissa": PiSSA moves part of the base into the adapter, and a nf4 base cannot '
+            "be "
+            'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
+        ),
+        (
+            '[adapter]\ninitialization = "loftq"\n[quantization]\nkind = "int8"',
+            '6: adapter.initialization = "loftq": LoftQ corrects the error of a 4-bit base; use it with [quantization] '
+            'kind = "nf4" or "fp4"',
+        ),
+        (
+            '[adapter]\ndora = true\ninitialization = "eva"',
+            "6: adapter.dora = true: not together with eva initialization",
+        ),
+        (
+            '[adapter]\nkind = "ia3"\nfeedforward_modules = ["up_proj"]',
+            '7: adapter.feedforward_modules = ["up_proj"]: names a part of target_modules; give target_modules too',
+        ),
+        (
+            'packing = true\n[adapter]\nkind = "p-tuning"',
+            "5: data.packing = true: a soft prompt stands once before each packed row, so only its first document would "
+            ""
+            "see it, and peft drops the positions that keep documents apart; not with p-tuning",
+        ),
+        (
+            "[training]\nepochs = 1\nsteps = 5",
+            "7: training.steps = 5: the run ends after steps or after epochs; give one of them",
+        ),
+        (
+            "[training]\nbatch_size = 10\nmicro_batch_size = 4",
+            "7: training.micro_batch_size = 4: batch_size = 10 must be a whole number of micro-batches",
+        ),
+    ],
+)
+def test_values_that_cannot_work_together_are_refused_with_the_reason(problems, tables: str, problem: str) -> None:
+    assert problems(GOOD + tables) == [f"recipe.toml:{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[model\n", "1: not valid TOML: Expected ']' at the end of a table declaration"),
+        ('[model]\nbase = "x\n', "2: not valid TOML: Illegal character '\\n'"),
+        ("[model]\nbase = \n", "2: not valid TOML: Invalid value"),
+        ('[model]\nbase = "x"\nbase = "y"\n', "3: not valid TOML: Cannot overwrite a value"),
+        ("[data]\ntrain = [1,\n", "3: not valid TOML: Invalid value"),
+    ],
+)
+def test_invalid_toml_is_named_with_its_line(problems, text: str, problem: str) -> None:
+    assert problems(text) == [f"recipe.toml:{problem}"]
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "no.toml")
+    assert str(caught.value) == f"{tmp_path}/no.toml: cannot be read: No such file or directory"
+    (tmp_path / "latin.toml").write_bytes(b"[model]\nbase = '\xe9'")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "latin.toml")
+    assert str(caught.value) == f"{tmp_path}/latin.toml: is not UTF-8 text (byte 16)"
+
+
+def test_an_editors_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "recipe.toml").write_text("\ufeff" + GOOD, encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml").recipe.model.base == "org/model"
+
+
+def test_missing_data_files_are_named_one_by_one(problems) -> None:
+    text = """\
+[model]
+base = "./no_model"
+[data]
+train = [
+  "rows.jsonl",
+  "no1.jsonl",
+  { path = "no2.jsonl", weight = 2.0 },
+  { hub = "owner/name" },
+  "data/*.jsonl",
+]
+validation = "no3.jsonl"
+test = "hub:owner/name"
+"""
+    assert problems(text) == [
+        'recipe.toml:2: model.base = "./no_model": no such file or folder',
+        'recipe.toml:6: data.train.1 = "no1.jsonl": no such file or folder in HERE',
+        'recipe.toml:7: data.train.2.path = "no2.jsonl": no such file or folder in HERE',
+        'recipe.toml:11: data.validation = "no3.jsonl": no such file or folder in HERE',
+    ]
+
+
+def test_a_base_is_a_folder_if_it_exists_however_deep(check, problems, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "runs" / "quick" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert check(GOOD.replace("org/model", "runs/quick/model")).recipe.model.base == "runs/quick/model"
+    assert problems(GOOD.replace("org/model", "runs/slow/model")) == [
+        'recipe.toml:2: model.base = "runs/slow/model": neither a folder that exists nor a hub id (owner/name)'
+    ]
+
+
+# --- --set ---------------------------------------------------------------------------------------------------------
+
+
+def test_set_changes_values_and_shells_may_eat_their_quotes(check) -> None:
+    recipe = check(
+        GOOD,
+        "training.learning_rate=1e-4",
+        "model.base=other/model",
+        'output.name="quoted"',
+        "adapter.target_modules=['q_proj']",
+        "data.columns.instruction=query",
+        "quantization.double_quantization = false",
+    ).recipe
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.model.base == "other/model"
+    assert recipe.output.name == "quoted"
+    assert recipe.adapter.target_modules == ("q_proj",)
+    assert recipe.data.columns == {"instruction": "query"}
+    assert recipe.quantization.double_quantization is False
+
+
+def test_set_is_checked_like_the_file(problems) -> None:
+    text = GOOD + "[training]\nepochs = 1\n"
+    assert problems(text, "training.epohcs=2", "adapter.rank=many", "rank=3", "training.epochs", "model.base.x=1") == [
+        "--set rank=3: must look like table.key=value",
+        "--set training.epochs: must look like table.key=value",
+        "--set model.base.x: base is not a table",
+        '--set: adapter.rank = "many": must be a valid integer',
+        "--set: training.epohcs = 2: no such key in [training]; did you mean 'epochs'?",
+    ]
+
+
+def test_another_kind_takes_the_place_of_the_whole_table(check) -> None:
+    text = GOOD + '[adapter]\nkind = "lora"\nrank = 8\n[quantization]\ndouble_quantization = true\n'
+    recipe = check(text, "adapter.kind=p-tuning", "quantization.kind=none").recipe
+    assert isinstance(recipe.adapter, PTuning)
+    assert isinstance(recipe.quantization, Unquantized)
+    assert check(text, "adapter.kind=lora").recipe.adapter.rank == 8
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_order_of_changes_does_not_matter(check, reverse: bool) -> None:
+    changes = ["adapter.kind=p-tuning", "adapter.virtual_tokens=5"]
+    recipe = check(GOOD, *(reversed(changes) if reverse else changes)).recipe
+    assert recipe.adapter == PTuning(kind="p-tuning", virtual_tokens=5)
+
+
+def test_steps_replace_the_epochs_of_the_file_but_not_of_the_command_line(check, problems) -> None:
+    text = GOOD + "[training]\nepochs = 3\n"
+    assert check(text, "training.steps=10").recipe.training.steps == 10
+    assert check(text.replace("epochs", "steps"), "training.epochs=2").recipe.training.steps is None
+    assert problems(text, "training.steps=10", "training.epochs=2") == [
+        "--set: training.steps = 10: the run ends after steps or after epochs; give one of them"
+    ]
+
+
+# --- origins -------------------------------------------------------------------------------------------------------
+
+
+def test_every_value_knows_where_it_came_from(check) -> None:
+    origins = check(GOOD + "[training]\nepochs = 2\n", "adapter.rank=4").origins
+    assert origins["model", "base"] == Origin("recipe", "recipe.toml:2")
+    assert origins["training", "epochs"] == Origin("recipe", "recipe.toml:6")
+    assert origins["adapter", "rank"] == Origin("--set")
+    assert origins["adapter", "alpha"] == Origin("default")
+    assert check(GOOD, "data.columns.instruction=query").origins["data", "columns"] == Origin("--set")
+
+
+def test_a_key_of_the_kind_that_was_replaced_has_no_origin_in_the_file(check) -> None:
+    origins = check(GOOD + '[adapter]\nkind = "lora"\ndtype = "float32"\n', "adapter.kind=ia3").origins
+    assert origins["adapter", "dtype"] == Origin("default")
+
+
+# --- the recipes that come along -----------------------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_can_be_named_and_is_right() -> None:
+    assert "quickstart" in shipped_recipes()
+    for name, path in shipped_recipes().items():
+        assert find_recipe(name) == path
+        load_recipe(path)
+
+
+def test_a_name_that_is_no_recipe_is_answered_with_the_names_that_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        find_recipe(str(tmp_path / "nope"))
+    assert str(caught.value) == (
+        f"{tmp_path}/nope: no such file, nor a recipe that comes with qtune ({', '.join(shipped_recipes())})"
+    )
