@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.data import Conversation, prompt_ids
-from qtune.data.conversation import RowError
+from qtune.data.conversation import Conversation, RowError
+from qtune.data.template import prompt_ids
 from qtune.device import present_device
 from qtune.errors import DataError, ModelError, Problem
 from qtune.generate import GREEDY, Ends, Sampling, find_ends, stream

@@ -15,9 +15,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.data import Conversation, PaddedCollator, prepare
+from qtune.data.collate import PaddedCollator
+from qtune.data.conversation import Conversation
+from qtune.data.prepare import prepare
 from qtune.errors import DataError, Problem
-from qtune.generate import Ends, find_ends, generate
+from qtune.generate import Ends, batches_of, find_ends, generate
 from qtune.load_run import LoadedRun, load_untuned, with_adapter
 from qtune.loss import IGNORED, install_loss, loss_agrees
 from qtune.run_dir import RunDir
@@ -193,25 +195,13 @@ def mean_loss(
 ) -> tuple[float, float]:
     """Mean negative log-likelihood of the scored tokens, in nats, and the share of them that was the likeliest."""
     collate = PaddedCollator(pad)
-    order = sorted(range(len(examples)), key=lambda row: examples[row]["length"])
     loss, correct, scored = 0.0, 0, 0
-    for rows in batches_of(order, [examples[row]["length"] for row in order]):
+    for rows in batches_of([(length, 0) for length in examples["length"]], TOKENS_PER_BATCH):
         batch = collate([{key: examples[row][key] for key in ("input_ids", "labels")} for row in rows])
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
         loss, correct, scored = loss + float(output.loss), correct + int(output.correct), scored + int(output.scored)
         shown.advance(len(rows))
     return loss / max(1, scored), correct / max(1, scored)
-
-
-def batches_of(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows, shortest first, in batches of at most TOKENS_PER_BATCH padded tokens."""
-    batches: list[list[int]] = []
-    for row, length in zip(rows, lengths, strict=True):
-        if batches and (len(batches[-1]) + 1) * length <= TOKENS_PER_BATCH:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def show(evaluation: Evaluation, shown: int = 5) -> None:

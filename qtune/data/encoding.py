@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.data import worker
 from qtune.data.examples import Batch, RowEncoder, RowRules
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
@@ -64,26 +65,15 @@ def _in_parallel(
     workers: int,
 ) -> Iterator[Batch]:
     """The batches in order, at most four per worker under way."""
-    # Forking a process whose tokenizer has started threads can deadlock; a fresh one cannot.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, template, rules)) as pool:
+    # Forking this process, whose tokenizer has threads, could deadlock. The fork server has none, and imports the
+    # libraries once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qtune.data.worker"])
+    with ProcessPoolExecutor(workers, context, worker.start, (tokenizer, template, rules)) as pool:
         under_way: deque[Future[Batch]] = deque()
         for batch in batches:
-            under_way.append(pool.submit(_encode, batch))
+            under_way.append(pool.submit(worker.encode, batch))
             if len(under_way) >= 4 * workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
-
-
-# A worker process has one encoder, made once; the pool's initializer is the only way to hand it over.
-_worker: list[RowEncoder] = []
-
-
-def _start_worker(tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
-    _worker.append(RowEncoder(tokenizer, template, rules))
-
-
-def _encode(rows: list[Row | BadRow]) -> Batch:
-    return _worker[0](rows)

@@ -132,6 +132,11 @@ class Encoder:
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
         self.tokenizer = renderer.tokenizer
+        # Below the tokenizer's own call, which spends as long again on lists that nobody reads. Some tokenizer.json
+        # come with a length to cut or pad to; the call would switch that off, too.
+        self.backend = self.tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.added = frozenset(self.tokenizer.added_tokens_decoder)
         self.prompt_tails: dict[str, list[int]] = {}
 
@@ -152,8 +157,7 @@ class Encoder:
         return Encoded(conversation, ids, list(ids), notes)
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
-        batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return list(batch.encodings or ())
+        return list(self.backend.encode_batch(texts, add_special_tokens=False))
 
     def _labelled(self, one: Rendered, encoding: Encoding) -> Encoded:
         tokens = Tokens([(encoding, 0, 0)])
@@ -244,7 +248,7 @@ class Encoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _normalized(self, text: str) -> str:
-        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        normalizer = self.backend.normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
 
