@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# From nothing to a tuned, tried and exported model. Run again, it shows what is there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
+
+run=runs/quickstart
+shown=$run/demo
+# Results of a finished run cost minutes to compute and seconds to read, so each is kept beside the run.
+step() {
+    local name=$1
+    shift
+    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    if [ -f "$shown/$name" ]; then
+        cat "$shown/$name"
+        return
+    fi
+    mkdir -p "$shown"
+    "$@" | tee "$shown/.$name"
+    mv "$shown/.$name" "$shown/$name"
+}
+
+if [ -f "$run/adapter/adapter_config.json" ]; then
+    echo "$run is trained already; remove the folder to train it again"
+elif [ -f "$run/resolved.toml" ]; then
+    printf '\n\033[1m$ %s\033[0m\n' "qtune run --resume $run"
+    qtune run --resume "$run"
+else
+    printf '\n\033[1m$ %s\033[0m\n' "qtune run recipes/quickstart.toml"
+    qtune run recipes/quickstart.toml
+fi
+step eval qtune eval "$run"
+step profile qtune profile "$run"
+step export qtune export "$run"
+step ask python tools/ask_exported.py "$run/model" recipes/data/quickstart_test.jsonl

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Makes .venv with qtune and the versions it is tested with. Does nothing when that is already done.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "qtune needs Python 3.11 or newer; $python is $("$python" --version 2>&1 || echo missing). Set PYTHON=/path/to/python3." >&2
+    exit 1
+fi
+
+wanted=$(cat pyproject.toml tools/constraints.txt | sha256sum)
+if [ -x .venv/bin/qtune ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+echo "+ $python -m venv .venv" >&2
+"$python" -m venv .venv
+echo "+ .venv/bin/pip install --editable '.[dev]' --constraint tools/constraints.txt" >&2
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint tools/constraints.txt
+printf '%s\n' "$wanted" >.venv/installed
