@@ -1,6 +1,7 @@
 """Training, from a checked recipe to a run's folder; and on again from its last complete checkpoint."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from qtune import console
 from qtune.adapter import attach_adapter, save_adapter
@@ -20,7 +21,7 @@ from qtune.data.inspection import columns_of, findings_of
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
 from qtune.device import present_device
-from qtune.errors import Interrupted, Problem, RunError
+from qtune.errors import InputError, Interrupted, Problem, RunError
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of
 from qtune.loss import loss_agrees
@@ -96,6 +97,8 @@ def resume(run_dir: RunDir) -> RunDir:
 def _gather(resolved: Resolved, allow: tuple[str, ...]) -> Inputs:
     """Everything that can fail early: configuration, tokenizer, rows, masks, gate."""
     quiet_loading()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
     recipe = resolved.recipe
     plan = make_plan(recipe, present_device())
     config = load_config(recipe.model)
@@ -151,7 +154,9 @@ def _build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
     tiled = loss_agrees(network, torch.tensor([row], device=network.device))
     if not tiled:
-        console.say(f"{type(network).__name__} computes its logits in its own way: they are kept whole, which costs memory")
+        console.say(
+            f"{type(network).__name__} computes its logits in its own way: they are kept whole, which costs memory"
+        )
     set_seed(recipe.training.seed)
     model = attach_adapter(network, recipe.adapter, plan, inputs.tokenizer)
     if isinstance(recipe.adapter, Lora):
@@ -189,7 +194,12 @@ def _introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> No
 
 
 def _make_trainer(
-    inputs: Inputs, run_dir: RunDir, model: PeftModel, meter: Meter, tiled: bool, callbacks: list[Metrics | StopOnSignal]
+    inputs: Inputs,
+    run_dir: RunDir,
+    model: PeftModel,
+    meter: Meter,
+    tiled: bool,
+    callbacks: list[Metrics | StopOnSignal],
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
@@ -230,7 +240,9 @@ def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel) -> None:
         for source in find_sources(value, data, inputs.resolved.folder)
     ]
     commit = getattr(model.get_base_model().config, "_commit_hash", None)
-    lock = lock_of(inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, sources, inputs.prepared.template.text)
+    lock = lock_of(
+        inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, sources, inputs.prepared.template.text
+    )
     run_dir.write_json(run_dir.lock_file, lock)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -19,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter import STATE_FILE, cast_adapter, load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
-from qtune.errors import OutOfMemory
+from qtune.errors import OutOfMemory, TrainingError
 from qtune.loss import install_loss
 from qtune.memory.measure import Meter
 from qtune.plan import Plan
@@ -68,8 +69,8 @@ def sft_config(training: Training, plan: Plan, run_dir: RunDir, *, has_validatio
         bf16=plan.compute_dtype == "bfloat16",
         fp16=plan.loss_scaling,
         tf32=None,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        activation_checkpointing=plan.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
         activation_offloading=False,
         use_liger_kernel=False,
         # Rows are tokenized, masked, cut and packed by qtune.data.
@@ -267,13 +268,21 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
         self.meter.enter("save")
         began = time.perf_counter()
-        # Past SFTTrainer, whose only addition is a model card in every checkpoint.
-        super(SFTTrainer, self)._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            # Past SFTTrainer, whose only addition is a model card in every checkpoint.
+            super(SFTTrainer, self)._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
-            for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+        # A full disk: the writers of Python, safetensors and torch each say it in their own way.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            kept = complete_checkpoints(folder.parent)
+            where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
+            ) from error
+        for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
         # Saving is not training: it does not count against tokens per second.
         self._since += time.perf_counter() - began
         self.meter.enter("idle")
@@ -298,7 +307,7 @@ def remove_incomplete_checkpoints(folder: Path) -> None:
 
 
 def _split(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """A micro-batch as up to `pieces` smaller ones, each cut to its own longest row; values that are no tensors stay."""
+    """A micro-batch as up to `pieces` smaller ones, each cut to its own longest row; what is no tensor stays."""
     rows = len(batch["input_ids"])
     if pieces == 1 or rows == 1:
         return [batch]

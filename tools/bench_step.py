@@ -59,7 +59,8 @@ def main() -> None:
         median = statistics.median(seconds[name])
         tokens = ROWS * LENGTH / median
         ends = f"loss {losses[name][0]:.4f} -> {losses[name][-1]:.4f}"
-        print(f"{name:18} {median:6.2f} s per step ({min(seconds[name]):.2f} to {max(seconds[name]):.2f}), {tokens:4.0f} tokens/s, {ends}")
+        spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}"
+        print(f"{name:18} {median:6.2f} s per step ({spread}), {tokens:4.0f} tokens/s, {ends}")
     pairs = [theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)]
     print(f"ratio              {statistics.median(pairs):6.2f} (TRL / qtune, median of pairs)")
 
@@ -81,7 +82,7 @@ def _rows(scored: str) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "labels": [[-100] * masked + row[masked:] for row in rows]})
 
 
-def _recipe():  # noqa: ANN202  a Recipe; parse_recipe returns faults only for wrong tables
+def _recipe():
     return parse_recipe(
         {
             "model": {"base": "builtin:smollm2-135m-instruct"},
@@ -92,7 +93,7 @@ def _recipe():  # noqa: ANN202  a Recipe; parse_recipe returns faults only for w
     )
 
 
-def _parts(scored: str):  # noqa: ANN202
+def _parts(scored: str):
     recipe = _recipe()
     plan = make_plan(recipe, present_device())
     tokenizer = load_tokenizer(recipe.model)
