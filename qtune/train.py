@@ -199,7 +199,7 @@ def _make_trainer(
     model: PeftModel,
     meter: Meter,
     tiled: bool,
-    callbacks: list[Metrics | StopOnSignal],
+    callbacks: list[TrainerCallback],
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
