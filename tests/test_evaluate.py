@@ -15,7 +15,7 @@ from qtune import evaluate as stage
 from qtune.adapter import save_adapter
 from qtune.builtin import builtin_folder
 from qtune.errors import DataError, RunError
-from qtune.evaluate import batches_of, evaluate, show, spread
+from qtune.evaluate import evaluate, show, spread
 from qtune.generate import generate
 from qtune.load_run import load_run
 from qtune.run_dir import RunDir
@@ -156,9 +156,14 @@ def test_rows_are_spread_evenly():
     assert spread(1000, 4) == [0, 250, 500, 750]
 
 
-def test_batches_hold_a_bounded_number_of_padded_tokens(monkeypatch):
-    monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 20)
-    assert batches_of([4, 0, 2, 1, 3], [5, 5, 6, 7, 30]) == [[4, 0, 2], [1], [3]]
+def test_the_loss_does_not_depend_on_the_batches(tmp_path, tiny_model, monkeypatch):
+    run_dir = make_run(tmp_path, tiny_model)
+    together = evaluate(run_dir)
+    monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 1)
+    alone = evaluate(run_dir)
+    for one, other in ((together.base, alone.base), (together.tuned, alone.tuned)):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert (one.token_accuracy, one.exact_match) == (other.token_accuracy, other.exact_match)
 
 
 def test_the_validation_share_is_the_one_that_training_set_aside(tmp_path, tiny_model):
