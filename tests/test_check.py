@@ -1,0 +1,160 @@
+"""`qtune check`: what a run would meet, shown without training, and the exit code that the run would have."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from qtune.check import Check, batches_of, check
+from qtune.cli import app
+from qtune.console.check import draw_check, draw_sample
+from qtune.data.figures import Piece, Sample, lengths_of
+from qtune.errors import DataError, GateError
+from qtune.recipe_file import load_recipe
+
+
+def examined(recipe, **keys) -> Check:
+    return check(load_recipe(recipe), **keys)
+
+
+def screen(result: Check) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=120, soft_wrap=True, highlight=False).print(draw_check(result))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def test_the_figures_are_those_of_the_rows(write_recipe):
+    result = examined(write_recipe(training="batch_size = 8\nmicro_batch_size = 2"))
+    train, validation = result.splits
+    assert (train.examples, validation.examples) == (20, 2)
+    rows = list(result.prepared.train)
+    assert train.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert train.scored == sum(label != -100 for row in rows for label in row["labels"])
+    assert sum(train.total.counts) == 20
+    assert result.batches.steps == result.batches.steps_per_epoch == 3
+    assert result.batches.padding_grouped < result.batches.padding_shuffled
+    result.require()
+
+
+def test_the_screen_shows_rows_as_the_model_sees_them(write_recipe):
+    text = screen(examined(write_recipe()))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert (
+        lines[lines.index("split source rows are weight rows bad dropped") + 1] == "train rows.jsonl messages 1 22 0 0"
+    )
+    assert "Chat template: the tokenizer's own; its turns end with <|im_end|>" in text
+    assert "  <|im_start|>assistant\n  ⟦It is 1.<|im_end|>⟧" in text
+    assert "not measured; qtune check --time loads the model" in text
+    assert text.endswith("ok  nothing stands in the way of a run")
+
+
+def test_a_scored_part_is_marked_without_colours_and_a_long_row_is_shortened():
+    pieces = (
+        Piece("<s>", False, True),
+        Piece("Hi", False, False),
+        Piece("x" * 3000, True, False),
+        Piece("</s>", True, True),
+    )
+    drawn = draw_sample(Sample("a:1", 9, pieces)).plain
+    assert drawn.startswith("<s>Hi⟦xxx")
+    assert "… 1,511 characters …" in drawn
+    assert drawn.endswith("xxx</s>⟧")
+
+
+def test_errors_stop_as_they_would_stop_the_run(write_recipe):
+    recipe = write_recipe(data="on_long_row = 'error'").read_text().replace("max_length = 128", "max_length = 30")
+    file = write_recipe()
+    file.write_text(recipe)
+    result = examined(file)
+    assert [finding.kind for finding in result.stopping] == ["too-long", "too-long"]
+    assert "error  too-long: " in screen(result)
+    with pytest.raises(GateError, match="too-long"):
+        result.require()
+    allowed = examined(file, allow=("too-long",))
+    allowed.require()
+    assert "allowed  too-long: " in screen(allowed)
+
+
+def test_bad_rows_are_reported_with_everything_else(write_recipe, rows_file):
+    with rows_file.open("a") as file:
+        file.write('{"messages": []}\n')
+    result = examined(write_recipe())
+    assert "error  bad-rows: 1 rows cannot be used; they are listed below" in screen(result)
+    with pytest.raises(DataError, match=r"rows\.jsonl:23: messages is empty"):
+        result.require()
+
+
+def test_json_holds_what_the_screen_shows(write_recipe):
+    result = examined(write_recipe())
+    value = json.loads(result.to_json())
+    assert value["stops"] == []
+    assert [finding["kind"] for finding in value["findings"]] == ["few-rows"]
+    assert value["splits"][0]["tokens"] == result.splits[0].tokens
+    assert value["sources"] == [
+        {
+            "name": "rows.jsonl",
+            "split": "train",
+            "format": "messages",
+            "weight": 1.0,
+            "rows": 22,
+            "bad": 0,
+            "dropped": 0,
+        }
+    ]
+    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:7"} in value["values"]
+
+
+def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
+    from qtune.adapter import attach_adapter
+    from qtune.model import count_parameters, load_base
+
+    result = examined(write_recipe())
+    recipe = result.resolved.recipe
+    model = attach_adapter(load_base(recipe.model, recipe.quantization, result.plan), recipe.adapter, result.plan)
+    count = count_parameters(model)
+    assert result.disk.export_bytes == 2 * (count.total - count.trainable)
+    assert result.disk.checkpoints_bytes == count.trainable * (3 * (8 + 8) + 4)
+
+
+@pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning", "ia3"])
+def test_every_adapter_can_be_checked(write_recipe, kind):
+    assert examined(write_recipe(adapter=f'kind = "{kind}"')).disk.checkpoints_bytes > 0
+
+
+def test_a_timing_runs_a_few_micro_batches(write_recipe):
+    result = examined(write_recipe(training="batch_size = 8\nmicro_batch_size = 2"), timed=True)
+    assert 0 < result.step_seconds < 60
+    assert " s per step, measured on a few micro-batches" in screen(result)
+
+
+def test_packed_rows_are_counted_as_packed(write_recipe):
+    result = examined(write_recipe(data="packing = true", training="batch_size = 2"))
+    assert result.batches.rows == len(result.prepared.train) < 20
+    assert batches_of(result.resolved.recipe, result.plan, result.prepared) == result.batches
+
+
+@pytest.mark.parametrize(
+    ("values", "edges", "counts"),
+    [
+        ([5], (5, 6), (1,)),
+        ([1, 2, 2, 9], (1, 3, 5, 7, 9, 11), (3, 0, 0, 0, 1)),
+        ([], (0, 1), (0,)),
+    ],
+)
+def test_histograms_have_whole_bins_and_lose_nothing(values, edges, counts):
+    lengths = lengths_of(np.array(values))
+    assert (lengths.edges, lengths.counts) == (edges, counts)
+
+
+def test_the_command_prints_and_returns_the_exit_code_of_the_error(write_recipe):
+    recipe = write_recipe()
+    result = CliRunner().invoke(app, ["check", str(recipe), "--json", "--set", "data.max_length=20"])
+    assert isinstance(result.exception, GateError)
+    assert json.loads(result.stdout)["stops"] == ["too-long"]
+    allowed = CliRunner().invoke(
+        app, ["check", str(recipe), "--rows", "0", "--set", "data.max_length=20", "--allow", "too-long"]
+    )
+    assert allowed.exit_code == 0
