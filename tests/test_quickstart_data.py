@@ -92,21 +92,18 @@ def test_each_kind_of_command_has_one_set_of_keys():
     ("request_", "answer"),
     [
         (
-            "Get me out of bed at 6 in the morning on Saturday",
-            '{"command": "set_alarm", "day": "Saturday", "time": "06:00"}',
+            "Plan football practice at 9:15 pm on Saturday, please",
+            '{"command": "add_event", "title": "football practice", "day": "Saturday", "time": "21:15"}',
         ),
-        ("Set a timer for 34 minutes", '{"command": "set_timer", "amount": 34, "unit": "minutes"}'),
+        ("Set the garage to fifteen degrees", '{"command": "set_temperature", "room": "garage", "degrees": 15}'),
         (
-            "Send Maria a message saying the cat is fed",
-            '{"command": "send_message", "to": "Maria", "text": "the cat is fed"}',
+            "Let Mum know that I passed the exam",
+            '{"command": "send_message", "to": "Mum", "text": "I passed the exam"}',
         ),
     ],
 )
 def test_rows_mean_what_a_person_would_say(request_, answer):
-    assert (
-        dict(zip(requests("train") + requests("test"), answers("train") + answers("test"), strict=True))[request_]
-        == answer
-    )
+    assert dict(zip(requests("test"), answers("test"), strict=True))[request_] == answer
 
 
 def test_another_seed_makes_other_rows():
