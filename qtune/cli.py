@@ -158,6 +158,10 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
     ] = False,
+    gguf: Annotated[
+        Literal["f16", "bf16", "q8_0"] | None,
+        typer.Option("--gguf", help="Also write a GGUF file for llama.cpp and, where it is proven, an Ollama Modelfile."),
+    ] = None,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
 
@@ -175,7 +179,7 @@ def export(
     if opened is None:
         raise typer.BadParameter("name a run")
     options = stage.Options(
-        output=output, weights=base, dtype=dtype, force=force, verify=verify, adapter_only=adapter_only
+        output=output, weights=base, dtype=dtype, force=force, verify=verify, adapter_only=adapter_only, gguf=gguf
     )
     console.out(f"{stage.export_run(opened, options)}")
 
@@ -274,6 +278,20 @@ def check(
     else:
         console.out(draw_check(result))
     result.require()
+
+
+@app.command(rich_help_panel="Try")
+def report(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
+) -> None:
+    """Draw a run as one HTML page: curves, memory, rows with the trained tokens marked, answers, origins of values.
+
+    The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures.
+    """
+    from qtune.report.page import write_report
+    from qtune.run_dir import RunDir
+
+    console.out(f"{write_report(RunDir.open(target))}")
 
 
 @app.command(rich_help_panel="Prepare")

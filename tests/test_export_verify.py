@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import VerificationError
 from qtune.export.export import Options, export_run, prove
+from qtune.export.held_out import rows_for
 from qtune.export.merged_folder import Target, open_merge
 from qtune.export.source import Source, open_source
 from qtune.export.verify import verify
@@ -125,7 +126,11 @@ def test_a_broken_export_is_caught(
     source = open_source(run)
     break_it(source, folder)
     with pytest.raises(VerificationError) as caught:
-        prove(source, folder, verify(source, folder, merge=open_merge(source, Target(folder, torch.float16))))
+        prove(
+            source,
+            folder,
+            verify(source, folder, rows_for(source), merge=open_merge(source, Target(folder, torch.float16))),
+        )
     assert BREAKS[break_it] in str(caught.value)
     assert caught.value.exit_code == 1
     assert json.loads((folder / "verify.json").read_text())["verified"] is False
@@ -135,7 +140,7 @@ def test_the_same_folder_unbroken_passes(run: RunDir, good: Path, tmp_path: Path
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
     source = open_source(run)
-    verification = verify(source, folder)
+    verification = verify(source, folder, rows_for(source))
     assert prove(source, folder, verification) == folder
     assert verification.failures == ()
 
@@ -146,5 +151,5 @@ def test_a_failed_export_is_marked_in_its_card(run: RunDir, good: Path, tmp_path
     source = open_source(run)
     adapter_dropped(source, folder)
     with pytest.raises(VerificationError, match="is not the trained model; it is kept, marked as unverified"):
-        prove(source, folder, verify(source, folder))
+        prove(source, folder, verify(source, folder, rows_for(source)))
     assert "**NOT VERIFIED" in (folder / "README.md").read_text()

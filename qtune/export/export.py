@@ -11,12 +11,15 @@ from peft import PeftType
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.gguf_file import GgufType
+from qtune.export.handover import hand_over, refuse_unconvertible
+from qtune.export.held_out import rows_for
 from qtune.export.merge import Weights
-from qtune.export.merged_folder import Target, open_merge, write_merged
+from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
 from qtune.export.source import Source, open_source
-from qtune.export.verify import FILE, Verification, verify
+from qtune.export.verify import Verification, verify
 from qtune.run_dir import RunDir
 
 MERGED = {PeftType.LORA, PeftType.IA3}
@@ -37,6 +40,7 @@ class Options:
     force: bool = False
     verify: bool = True
     adapter_only: bool = False
+    gguf: GgufType | None = None
 
 
 def export_run(run: RunDir, options: Options) -> Path:
@@ -50,17 +54,23 @@ def export_run(run: RunDir, options: Options) -> Path:
         console.say(PREFIX_NOTE)
     if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+    if options.gguf is not None:
+        refuse_unconvertible(source)
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
     prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
     write_merged(source, merge, target, prompt)
-    if not options.verify:
-        write_card(source, target.output, None)
-        return target.output
     ids = () if prompt is None else prompt.ids
-    return prove(source, target.output, verify(source, target.output, options.weights, merge=merge, virtual_ids=ids))
+    rows = rows_for(source)
+    if options.verify:
+        prove(source, target.output, verify(source, target.output, rows, options.weights, merge=merge, virtual_ids=ids))
+    else:
+        write_card(source, target.output, None)
+    if options.gguf is not None:
+        hand_over(target.output, run.path.name, options.gguf, source.recipe, rows.rows, ids)
+    return target.output
 
 
 def verify_only(folder: Path, run: RunDir | None) -> Path:
@@ -68,9 +78,8 @@ def verify_only(folder: Path, run: RunDir | None) -> Path:
     run = run or _run_around(folder)
     source = open_source(run)
     prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
-    weights = _weights_of(folder)
     ids = () if prompt is None else prompt.ids
-    return prove(source, folder, verify(source, folder, weights, virtual_ids=ids))
+    return prove(source, folder, verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids))
 
 
 def prove(source: Source, folder: Path, verification: Verification) -> Path:
@@ -101,7 +110,7 @@ def show(verification: Verification) -> None:
 
 def _weights_of(folder: Path) -> Weights:
     """The basis that an earlier verification noted; the default where there was none."""
-    file = folder / FILE
+    file = folder / VERIFICATION
     noted = json.loads(file.read_text(encoding="utf-8")).get("weights") if file.exists() else None
     return "original" if noted == "original" else "dequantized"
 

@@ -8,10 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
 from qtune.data.template import Renderer
+from qtune.device import present_device
 from qtune.errors import DataError
 from qtune.evaluate import held_out_rows, spread
+from qtune.export.layout import empty_model
 from qtune.export.source import Source
 from qtune.load_run import LoadedRun
+from qtune.plan import make_plan
 
 # Positions compared in each row; more of one row says little more.
 LONGEST = 512
@@ -33,14 +36,26 @@ class Row:
     conversation: Conversation | None
 
 
-def rows_for(source: Source, run: LoadedRun, count: int) -> tuple[str, list[Row]]:
-    """Where the rows come from, in words, and at most `count` of them spread over all."""
+@dataclass(frozen=True)
+class Rows:
+    """Rows, and in words where they come from."""
+
+    origin: str
+    rows: tuple[Row, ...]
+
+
+def rows_for(source: Source, count: int = 32) -> Rows:
+    """At most `count` of a run's held-out rows, spread over all."""
+    plan = make_plan(source.recipe, present_device())
+    # Only the recipe and the tokenizer are read; the network on the meta device takes no memory.
+    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    run = LoadedRun(source.run, source.recipe, plan, source.tokenizer, network)
     try:
         name, examples = held_out_rows(run, None)
     except DataError:
-        return "general conversations (the run has no held-out rows)", general_rows(source)
+        return Rows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
     chosen = examples.select(spread(len(examples), count))
-    return name, [_row(example) for example in chosen]
+    return Rows(name, tuple(_row(example) for example in chosen))
 
 
 def general_rows(source: Source) -> list[Row]:

@@ -19,6 +19,9 @@ from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.source import Source
 from qtune.export.staged import staged_folder
 
+# The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
+VERIFICATION = "verify.json"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -57,7 +60,13 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
         if prompt is not None:
             generation["suppress_tokens"] = list(prompt.ids)
         write_json(work / "generation_config.json", generation)
+        mark_unverified(work, "not compared with the trained model")
     return target.output
+
+
+def mark_unverified(folder: Path, reason: str) -> None:
+    """Notes in a folder that nothing was proven about it."""
+    write_json(folder / VERIFICATION, {"verified": False, "failures": [reason]})
 
 
 def write_template(work: Path, text: str) -> None:

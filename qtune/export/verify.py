@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
@@ -18,14 +17,16 @@ from qtune.adapter import load_adapter
 from qtune.errors import VerificationError
 from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.differences import differing_tensors
-from qtune.export.held_out import Row, probes, rendered_ids, rows_for
+from qtune.export.held_out import Row, Rows, probes, rendered_ids
+from qtune.export.logits import logits_of
 from qtune.export.merge import Merge, Weights
+from qtune.export.merged_folder import VERIFICATION, mark_unverified
 from qtune.export.side_files import write_json
 from qtune.export.source import Source
 from qtune.generate import find_ends, generate
 from qtune.load_run import LoadedRun, load_untuned
 
-FILE = "verify.json"
+ANSWERS = 3
 
 Network: TypeAlias = "PreTrainedModel | PeftModel"
 
@@ -79,20 +80,14 @@ class Measured:
     )
 
 
-def mark_unverified(folder: Path, reason: str) -> None:
-    """Notes in the folder that nothing was proven about it."""
-    write_json(folder / FILE, {"verified": False, "failures": [reason]})
-
-
 def verify(
     source: Source,
     folder: Path,
+    held_out: Rows,
     weights: Weights = "dequantized",
     *,
     merge: Merge | None = None,
     virtual_ids: Sequence[int] = (),
-    row_count: int = 32,
-    answer_count: int = 3,
 ) -> Verification:
     """Compares an exported folder with the live model, writes verify.json into it and returns the result.
 
@@ -103,7 +98,7 @@ def verify(
     """
     began = time.monotonic()
     run = load_untuned(source.run)
-    rows_from, rows = rows_for(source, run, row_count)
+    rows = held_out.rows
     try:
         exported = load_exported(folder, run)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -120,7 +115,7 @@ def verify(
             bar.advance()
     closeness, effect = measured.exported.result(), measured.bare.result()
     allowed = limits([_stored_dtype(folder), getattr(torch, run.plan.compute_dtype)], effect.kl)
-    answers = _answers(source, trained, exported, rows[:answer_count], virtual_ids)
+    answers = _answers(source, trained, exported, rows[:ANSWERS], virtual_ids)
     found = shortfalls(closeness, allowed)
     if found and merge is not None:
         found += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
@@ -130,7 +125,7 @@ def verify(
         failures=tuple(failures),
         weights=weights,
         rows=len(rows),
-        rows_from=rows_from,
+        rows_from=held_out.origin,
         exported=closeness,
         bare_base=effect,
         cost={weights: measured.against_trained.result()},
@@ -141,7 +136,7 @@ def verify(
         compute_dtype=run.plan.compute_dtype,
         seconds=round(time.monotonic() - began, 1),
     )
-    write_json(folder / FILE, verification.to_json())
+    write_json(folder / VERIFICATION, verification.to_json())
     return verification
 
 
@@ -206,14 +201,6 @@ def rendering_failures(
                 failures.append(f"the chat template renders {conversation.place!r} to other tokens than training did")
                 break
     return failures
-
-
-@torch.inference_mode()
-def logits_of(model: Network, ids: Sequence[int]) -> Tensor:
-    """Next-token logits [length, vocab] of one row, on the CPU; those of virtual tokens that peft adds are cut off."""
-    tensor = torch.tensor([list(ids)], device=model.device)
-    logits: Tensor = model(input_ids=tensor, attention_mask=torch.ones_like(tensor), use_cache=False).logits[0]
-    return logits[-len(ids) :].float().cpu()
 
 
 def measure(

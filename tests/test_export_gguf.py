@@ -1,0 +1,188 @@
+"""GGUF files of every family, read back by transformers' own reader: the same logits, tokens and template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_families import FAMILIES as CHAT_FAMILIES
+from chat_families import tokenizer_of
+from export_models import some_ids, tiny_base, tiny_run, tiny_tokenizer
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qtune.errors import ModelError
+from qtune.export.export import Options, export_run
+from qtune.export.gguf_families import extra_tensors
+from qtune.export.gguf_file import GgufType, write_gguf
+from qtune.export.gguf_tokenizer import vocabulary_of
+from qtune.export.gguf_verify import verify_gguf
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+GAPS: dict[GgufType, float] = {"f16": 1e-6, "bf16": 0.02, "q8_0": 0.06}
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+def made(folder: Path, family: str, kind: GgufType = "f16", **changes: Any) -> tuple[Path, Path]:
+    tiny_base(folder, family, dtype=torch.float16, **changes)
+    tiny_tokenizer(folder)
+    return folder, write_gguf(folder, folder / "model.gguf", kind, lambda _: None)
+
+
+def gap(folder: Path, file: Path, **settings: Any) -> float:
+    """Largest difference of logits, relative to the largest logit."""
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **settings
+    ).eval()
+    with torch.inference_mode():
+        expected, found = exported(some_ids()).logits, read(some_ids()).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", GAPS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
+def test_logits_survive_the_way_into_a_gguf_file_and_back(family: str, kind: GgufType, tmp_path: Path) -> None:
+    folder, file = made(tmp_path / "model", family, kind)
+    assert gap(folder, file) <= GAPS[kind]
+
+
+def test_qwen3_survives_with_its_head_size_told(tmp_path: Path) -> None:
+    """transformers' reader takes Qwen 3's default head size whatever the file says; the file says it right."""
+    folder, file = made(tmp_path / "model", "qwen3")
+    assert gap(folder, file, config=AutoConfig.from_pretrained(folder)) <= GAPS["f16"]
+    assert fields(file)["qwen3.attention.key_length"] == fields(file)["qwen3.attention.value_length"] == 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_head_is_left_out(tied: bool, tmp_path: Path) -> None:
+    _, file = made(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    assert ("output.weight" in {tensor.name for tensor in GGUFReader(file).tensors}) is not tied
+
+
+def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path: Path) -> None:
+    _, file = made(tmp_path / "model", "gemma2", sliding_window=64)
+    found = fields(file)
+    expected = {
+        "general.architecture": "gemma2",
+        "general.file_type": 1,
+        "gemma2.context_length": 256,
+        "gemma2.embedding_length": 64,
+        "gemma2.block_count": 2,
+        "gemma2.feed_forward_length": 160,
+        "gemma2.attention.head_count": 4,
+        "gemma2.attention.head_count_kv": 2,
+        "gemma2.attention.key_length": 16,
+        "gemma2.attention.value_length": 16,
+        "gemma2.attention.sliding_window": 64,
+        "gemma2.attn_logit_softcapping": 50.0,
+        "gemma2.final_logit_softcapping": 30.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 4,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["tokenizer.chat_template"] == AutoTokenizer.from_pretrained(file.parent).chat_template
+
+
+def test_llama_3_s_slowed_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    folder, file = made(tmp_path / "model", "llama", rope_parameters=rope)
+    config = AutoConfig.from_pretrained(folder)
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500000.0 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(plain / extra_tensors(config)["rope_freqs.weight"], slowed, rtol=1e-5)
+    assert "rope_freqs.weight" in {tensor.name for tensor in GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "smollm2", "gemma2", "mistral_v3"])
+def test_the_vocabulary_tokenizes_as_the_tokenizer_does(name: str, tmp_path: Path) -> None:
+    """transformers rebuilds a tokenizer from the file alone."""
+    tokenizer = tokenizer_of(CHAT_FAMILIES[name])
+    family = {"qwen2_5": "qwen2", "gemma2": "gemma2"}.get(name, "llama")
+    folder = tiny_base(tmp_path / "model", family, dtype=torch.float16, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    file = write_gguf(folder, folder / "model.gguf", "f16", lambda _: None)
+    (tmp_path / "alone").mkdir()
+    file = file.rename(tmp_path / "alone" / "model.gguf")
+    read = AutoTokenizer.from_pretrained(tmp_path / "alone", gguf_file="model.gguf")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "What is it? Add eggs, it's 3."}], tokenize=False)
+    assert read(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "adds_space"), [("zephyr", True), ("llama2", True), ("mistral_v3", False), ("llama3", False)]
+)
+def test_the_space_before_words_is_llama_cpp_s(name: str, adds_space: bool) -> None:
+    """Older SentencePiece tokenizers put it behind every special token, newer ones only where a text begins."""
+    assert vocabulary_of(tokenizer_of(CHAT_FAMILIES[name]), 1000, name).adds_space is adds_space
+
+
+def test_a_family_without_an_export_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "model", "gpt_neox")
+    tiny_tokenizer(folder)
+    with pytest.raises(ModelError, match=r"model type 'gpt_neox' has no GGUF export here; there is llama, mistral, "):
+        write_gguf(folder, folder / "model.gguf", "f16", lambda _: None)
+    assert not list(folder.glob("*gguf*"))
+
+
+def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("a+"), behavior="isolated")
+    with pytest.raises(ModelError, match=r"splits text in a way that llama\.cpp has no known name for"):
+        vocabulary_of(tokenizer, 320, "model")
+
+
+@pytest.mark.parametrize("adapter", ['kind = "lora"\nrank = 4', 'kind = "p-tuning"\nvirtual_tokens = 3'])
+def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, adapter)
+    folder = export_run(run, Options(gguf="q8_0"))
+    proof = json.loads((folder / "verify.json").read_text())
+    assert proof["verified"] is True
+    assert proof["gguf"]["q8_0"]["failures"] == []
+    assert proof["gguf"]["q8_0"]["closeness"]["tokens"] > 100
+    modelfile = (folder / "Modelfile").read_text()
+    assert modelfile.startswith('FROM ./run-q8_0.gguf\nTEMPLATE """')
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    assert ("<|qtune_0|><|qtune_1|><|qtune_2|>" in modelfile) is ("p-tuning" in adapter)
+
+
+def test_convertibility_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, 'kind = "lora"\nrank = 4\ntarget_modules = ["query_key_value"]', family="gpt_neox")
+    with pytest.raises(ModelError, match="has no GGUF export here"):
+        export_run(run, Options(gguf="f16"))
+    assert not (run.path / "model").exists()
+
+
+def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    folder = export_run(run, Options(gguf="f16", verify=False))
+    file = folder / "run-f16.gguf"
+    tensor = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == "blk.1.ffn_up.weight")
+    with file.open("r+b") as stream:
+        stream.seek(int(tensor.data_offset))
+        stream.write(bytes(int(tensor.n_bytes)))
+    from qtune.export.held_out import rows_for
+    from qtune.export.source import open_source
+
+    proof = verify_gguf(folder, file, "f16", rows_for(open_source(run)).rows, ())
+    assert any("KL divergence" in failure for failure in proof.failures)
