@@ -1,0 +1,132 @@
+"""Series of a run -> line charts and bars in SVG that are read without colour, on paper and on a dark screen."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qtune.report.html import Html, element
+
+Point = tuple[float, float]
+Layout = Callable[[float], str]
+
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
+MOST_POINTS = 400
+"""More than the chart has room for; a longer series is drawn as means."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line; "marked" is dashed with a dot at each point, for measurements that are far apart."""
+
+    name: str
+    points: Sequence[Point]
+    style: Literal["solid", "dashed", "marked"] = "solid"
+
+
+def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str = "step") -> Html | None:
+    """A chart of the series, both axes from 0; None where there is nothing to draw."""
+    drawn = [replace(one, points=thinned(finite(one.points))) for one in series]
+    drawn = [one for one in drawn if one.points]
+    if not drawn:
+        return None
+    points = [point for one in drawn for point in one.points]
+    rows = ticks(0.0, max(y for _, y in points) or 1.0)
+    last = max(max(x for x, _ in points), 1.0)
+    columns = [value for value in ticks(0.0, last, whole=True) if value <= last]
+    frame = _Frame(last, rows[-1])
+    parts = [element("title", title)]
+    for value in rows:
+        y = frame.y(value)
+        parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", layout(value), x=LEFT - 8, y=y + 4, text_anchor="end"))
+    parts += [
+        element("text", f"{value:,.0f}", x=frame.x(value), y=HEIGHT - 20, text_anchor="middle") for value in columns
+    ]
+    parts.append(element("text", x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle"))
+    for one in drawn:
+        parts += _drawn(one, frame, layout)
+    picture = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
+    names = [_key(one) for one in drawn] if len(drawn) > 1 else []
+    thinning = max(len(finite(one.points)) for one in series) > MOST_POINTS
+    note = [element("span", "each point is the mean of several steps")] if thinning else []
+    caption = element("figcaption", element("b", title), *names, *note)
+    return element("figure", caption, picture)
+
+
+def bars(rows: Sequence[tuple[str, float]], layout: Layout) -> Html:
+    """One horizontal bar for each (name, value), with its figure."""
+    largest = max((value for _, value in rows), default=0.0) or 1.0
+    lines = [
+        element(
+            "tr",
+            element("td", name, class_="name"),
+            element("td", layout(value), class_="figure"),
+            element("td", _bar(value / largest), class_="bar"),
+        )
+        for name, value in rows
+    ]
+    return element("div", element("table", element("tbody", *lines)), class_="wide")
+
+
+def finite(points: Sequence[Point]) -> list[Point]:
+    """The points that can be drawn: a loss may be NaN."""
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points: means of neighbours, the last at the last x."""
+    size = math.ceil(len(points) / most) or 1
+    if size == 1:
+        return list(points)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Four to seven round values (1, 2 or 5 times a power of ten apart) that enclose low and high."""
+    span = (high - low) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 5)
+    step = max(step, 1.0) if whole else step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Data coordinates -> picture coordinates."""
+
+    x_high: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + value / self.x_high * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - value / self.y_high * (HEIGHT - TOP - BOTTOM)
+
+
+def _drawn(series: Series, frame: _Frame, layout: Layout) -> list[Html]:
+    places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in series.points)
+    parts = [element("polyline", points=places, class_=series.style)]
+    if series.style == "marked" or len(series.points) == 1:
+        for x, y in series.points:
+            told = element("title", f"{series.name} {layout(y)} at {x:,.0f}")
+            parts.append(element("g", told, element("circle", cx=frame.x(x), cy=frame.y(y), r=3.5), class_="dot"))
+    return parts
+
+
+def _key(series: Series) -> Html:
+    """A sample of the line beside its name."""
+    line = element("line", x1=0, x2=30, y1=6, y2=6, class_=series.style)
+    dot = [element("circle", cx=15, cy=6, r=3.5, class_="dot")] if series.style == "marked" else []
+    return element(
+        "span", element("svg", line, *dot, viewBox="0 0 30 12", class_="key", aria_hidden="true"), series.name
+    )
+
+
+def _bar(share: float) -> Html:
+    block = element("rect", x=0, y=0, width=max(0.5, 300 * share), height=12)
+    return element("svg", block, viewBox="0 0 300 12", preserveAspectRatio="none", aria_hidden="true")

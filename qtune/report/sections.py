@@ -1,0 +1,164 @@
+"""What a run was and what it learned, as parts of the page: summary, curves, rows, values, versions."""
+
+from collections.abc import Iterable, Sequence
+
+from qtune.console.training import clock
+from qtune.report.charts import Series, line_chart
+from qtune.report.html import Html, details, element, joined, table
+from qtune.report.record import Json, Record
+from qtune.report.rows import ShownRow, ShownRows
+
+GIB = 1 << 30
+LONGEST_PIECE = 8000
+"""Characters of a piece of a row that are shown; one row may be a whole book."""
+
+
+def section(title: str, *children: Html | str) -> Html:
+    """A part of the page under its heading."""
+    return element("section", element("h2", title), *children)
+
+
+def paragraph(*children: str) -> Html:
+    """A paragraph."""
+    return element("p", *children)
+
+
+def summary(record: Record) -> Html:
+    """The figures that one looks for first."""
+    last = record.train[-1] if record.train else {}
+    finished = record.run_dir.is_finished
+    state = "finished" if finished else f"not finished: step {last.get('step', 0)} of {last.get('steps', '?')}"
+    figures: dict[str, str] = {"state": state, "trained for": clock(record.seconds)}
+    if last:
+        figures["steps"] = f"{last['step']:,} of {last['steps']:,}"
+        figures["last training loss"] = f"{last['loss']:.4f}"
+    if record.validation:
+        best = min(record.validation, key=lambda one: one["loss"])
+        figures["validation loss"] = f"{record.validation[-1]['loss']:.4f}"
+        figures["best validation loss"] = f"{best['loss']:.4f} at step {best['step']:,}"
+    if record.evaluation and record.evaluation["tuned"].get("exact_match") is not None:
+        base, tuned = (record.evaluation[name]["exact_match"] for name in ("base", "tuned"))
+        figures["answers exactly right"] = f"{tuned:.0%}, base {base:.0%}"
+    if record.adapter_bytes:
+        figures["adapter"] = f"{record.adapter_bytes / (1 << 20):.1f} MiB"
+    tiles = [element("div", element("dt", name), element("dd", value)) for name, value in figures.items()]
+    return element("dl", *tiles, class_="tiles")
+
+
+def curves(record: Record) -> Html:
+    """Loss, learning rate, gradient norm, memory and speed over the steps."""
+
+    def points(records: Sequence[Json], key: str, scale: float = 1) -> list[tuple[float, float]]:
+        return [(one["step"], one[key] / scale) for one in records if key in one]
+
+    loss = [
+        Series("training", points(record.train, "loss")),
+        Series("validation", points(record.validation, "loss"), style="marked"),
+    ]
+    accuracy = [
+        Series("training", points(record.train, "accuracy")),
+        Series("validation", points(record.validation, "accuracy"), style="marked"),
+    ]
+    memory = [
+        Series("now", points(record.train, "memory_bytes", GIB)),
+        Series("peak so far", points(record.train, "memory_peak_bytes", GIB), style="dashed"),
+    ]
+    charts = [
+        line_chart("Loss, nats per scored token", loss, "{:.3g}".format),
+        line_chart("Share of scored tokens that were the likeliest", accuracy, "{:.0%}".format),
+        line_chart("Learning rate", [Series("", points(record.train, "learning_rate"))], "{:.2g}".format),
+        line_chart("Gradient norm", [Series("", points(record.train, "gradient_norm"))], "{:.3g}".format),
+        line_chart(memory_title(record), memory, "{:.3g}".format),
+        line_chart("Tokens per second", [Series("", points(record.train, "tokens_per_second"))], "{:,.0f}".format),
+    ]
+    drawn = [chart for chart in charts if chart is not None]
+    if not drawn:
+        return section("Training", paragraph("No step has been taken yet."))
+    notes = [f"{clock(note.get('seconds'))} {note['message']}" for note in record.notes]
+    return section("Training", element("div", *drawn, class_="charts"), *map(paragraph, notes))
+
+
+def memory_title(record: Record) -> str:
+    """What the memory in the metrics is: the allocator's on CUDA, the process's on a CPU."""
+    measured = (record.memory or {}).get("measured", {})
+    device = str(((record.lock or {}).get("device") or {}).get("name", ""))
+    on_cpu = measured.get("device") == "cpu" or device.startswith("CPU")
+    return "Memory, GiB (resident set of the process)" if on_cpu else "Memory, GiB (allocated on the card)"
+
+
+def training_rows(rows: ShownRows) -> Html:
+    """Some rows with their scored tokens marked."""
+    intro = [
+        f"{rows.train_rows:,} rows were trained on",
+        f" and {rows.validation_rows:,} kept apart. " if rows.validation_rows else ". ",
+        f"Rendered with {rows.template}. The loss is taken on the ",
+        element("mark", "marked"),
+        " tokens only; everything else is read and not learned.",
+    ]
+    if rows.virtual_tokens:
+        intro.append(f" Before each row the model also sees {rows.virtual_tokens} virtual tokens, which are not text.")
+    return section("Rows as the model sees them", paragraph(*intro), *map(_row, rows.rows))
+
+
+def _row(row: ShownRow) -> Html:
+    head = f"{row.title}: {row.scored} of {row.tokens} tokens scored"
+    pieces = []
+    for text, scored in row.pieces:
+        shown = text if len(text) <= LONGEST_PIECE else f"{text[:LONGEST_PIECE]}… ({len(text):,} characters)"
+        pieces.append(element("mark", shown) if scored else element("span", shown))
+    return element(
+        "figure", element("figcaption", element("b", head), element("span", row.place)), element("pre", *pieces)
+    )
+
+
+def values(record: Record) -> Html:
+    """Every resolved value with its origin, those that somebody chose first to be seen."""
+    rows = [
+        (
+            element("b", f"{one.table}.{one.key}") if _is_chosen(one.origin) else f"{one.table}.{one.key}",
+            element("code", one.value),
+            one.origin,
+        )
+        for one in record.values
+    ]
+    chosen = [row for row, one in zip(rows, record.values, strict=True) if one.origin != "default"]
+    head = ("key", "value", "where it came from")
+    left = len(rows) - len(chosen)
+    recipe = record.run_dir.recipe_file
+    given = (
+        [details("The recipe as it was given", element("pre", recipe.read_text(encoding="utf-8")))]
+        if recipe.is_file()
+        else []
+    )
+    return section(
+        "What was decided, and by whom",
+        table(head, chosen),
+        details(f"All {len(rows)} values, with the {left} defaults", table(head, rows)),
+        *given,
+    )
+
+
+def _is_chosen(origin: str) -> bool:
+    return origin.startswith(("recipe", "--set"))
+
+
+def versions(lock: Json) -> Html:
+    """lock.json: what this run depended on."""
+    return section("What it depended on", table(("", ""), _flat(lock)))
+
+
+def _flat(value: object, name: str = "") -> Iterable[tuple[str, Html]]:
+    """The leaves of JSON as (dotted name, value)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{name}[{number}]")
+    elif value is not None:
+        yield name, element("code", f"{value}")
+
+
+def note(*children: str) -> Html:
+    """Something that could not be shown, and why."""
+    return element("p", joined(children), class_="note")
