@@ -92,13 +92,13 @@ def test_each_kind_of_command_has_one_set_of_keys():
     ("request_", "answer"),
     [
         (
-            "Plan football practice at 9:15 pm on Saturday, please",
-            '{"command": "add_event", "title": "football practice", "day": "Saturday", "time": "21:15"}',
+            "Hey, put dentist in the calendar for 7:00 on Friday",
+            '{"command": "add_event", "title": "dentist", "day": "Friday", "time": "07:00"}',
         ),
-        ("Set the garage to fifteen degrees", '{"command": "set_temperature", "room": "garage", "degrees": 15}'),
+        ("Adjust the nursery temperature to 21", '{"command": "set_temperature", "room": "nursery", "degrees": 21}'),
         (
-            "Let Mum know that I passed the exam",
-            '{"command": "send_message", "to": "Mum", "text": "I passed the exam"}',
+            "Write to Dad that the train is delayed.",
+            '{"command": "send_message", "to": "Dad", "text": "the train is delayed"}',
         ),
     ],
 )
