@@ -288,10 +288,12 @@ def report(
 
     The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures.
     """
-    from qtune.report.page import write_report
     from qtune.run_dir import RunDir
 
-    console.out(f"{write_report(RunDir.open(target))}")
+    run_dir = RunDir.open(target)
+    from qtune.report.page import write_report
+
+    console.out(f"{write_report(run_dir)}")
 
 
 @app.command(rich_help_panel="Prepare")

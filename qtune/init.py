@@ -83,7 +83,8 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     }
     lines = [
         f"# {adapter} on {base}, whose weights stay in NF4.",
-        f"# Train it with `qtune run {file.name}`. Keys that are not here have the defaults of `qtune init --schema`.",
+        f"# Look for mistakes with `qtune check {file.name}`, train with `qtune run {file.name}`.",
+        "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():
         lines += ["", f"[{name}]", *(line for key in SHOWN[schema] for line in _key_lines(name, schema, key, given))]
