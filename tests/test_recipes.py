@@ -1,5 +1,6 @@
 """The recipes that come with qtune: each is complete, true for its data, planned on any device, and fits one screen."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import tomlkit
+from chat_families import FAMILIES, tokenizer_of
 
 from qtune.builtin import builtin_folder
+from qtune.data.findings import gate
+from qtune.data.inspection import columns_of, findings_of
 from qtune.data.prepare import prepare
 from qtune.device import Device
 from qtune.model import load_tokenizer
@@ -127,6 +131,29 @@ def test_every_row_is_used_and_fits_the_recipes_length(file, tokenizer, tmp_path
     assert len(prepared.train) > 500
     assert prepared.validation is not None
     assert prepared.lengths.max() <= 0.9 * resolved.recipe.data.max_length
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("llama_lora", "llama3_1"),
+        ("llama_p_tuning", "llama3_1"),
+        ("qwen_lora", "qwen2_5"),
+        ("mistral_lora", "mistral_v3"),
+        ("card_8gb", "mistral_v3"),
+        ("gemma_lora", "gemma3"),
+    ],
+)
+def test_the_gate_lets_a_recipe_pass_with_the_template_of_its_models_family(name, family, tmp_path):
+    # These tokenizers know few words, so their rows are longer than the real ones'.
+    resolved = load_recipe(RECIPES[name], ["data.max_length=20000"])
+    small = tokenizer_of(FAMILIES[family])
+    prepared = prepare(resolved.recipe.data, small, resolved.folder, cache=tmp_path)
+    columns = {split: columns_of(split, examples) for split, examples in prepared.examples.items()}
+    gate(findings_of(prepared, resolved.recipe.data, len(small), columns), ())
+    example = prepared.examples["train"][0]
+    scored = small.decode([token for token in example["labels"] if token != -100])
+    assert json.loads(example["conversation"])["messages"][-1]["content"] in scored
 
 
 def test_the_docstring_rows_are_said_where_they_come_from():
