@@ -162,14 +162,14 @@ def load_trained_state(model: PeftModel, folder: Path) -> None:
 def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
     """peft's format, which every peft user can load, and the full state beside it, which training can go on from.
 
-    initial: PiSSA's adapter before training. Its base was rewritten, so what is saved is the difference, a LoRA of twice
-    the rank on the original base (arXiv:2404.02948, appendix C), and no state: that would belong to the rewritten base.
+    initial: PiSSA's adapter before training. Its base was rewritten, so what is saved is the difference, a LoRA of
+    twice the rank on the original base (arXiv:2404.02948, appendix C), and no state: that would belong to the rewritten
+    base.
     """
     if initial is not None:
-        model.save_pretrained(
-            folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial)
-        )
+        model.save_pretrained(folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial))
         return
+    model.eval()  # peft saves what a prompt encoder computes, which must not be what its dropout leaves of it
     model.save_pretrained(folder, safe_serialization=True)
     save_trained_state(model, folder)
 

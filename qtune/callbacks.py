@@ -16,6 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measure import Meter
+from qtune.run_dir import write_atomically
+
+AFTER_DIVERGENCE = "Lower training.learning_rate or raise training.warmup, and go on from the last checkpoint"
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -61,14 +64,17 @@ class Metrics(TrainerCallback):
             )
             if not math.isfinite(logs["loss"]):
                 raise TrainingError(
-                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. Lower "
-                    "training.learning_rate or raise training.warmup, and go on from the last checkpoint"
+                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. {AFTER_DIVERGENCE}"
                 )
 
     def _write(self, record: dict[str, Any]) -> None:
         record["seconds"] = round(time.monotonic() - self.began, 2)
+        # JSON has no NaN: null is what a reader in any language understands.
+        written = {
+            key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in record.items()
+        }
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps(written) + "\n")
         self.show(record)
 
 
@@ -77,7 +83,13 @@ def forget_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     records = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
-    file.write_text("".join(line + "\n" for line in records), encoding="utf-8")
+    write_atomically(file, "".join(line + "\n" for line in records))
+
+
+def has_evaluation(file: Path, step: int) -> bool:
+    """Whether a metrics file has the evaluation of a step."""
+    records = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    return any(record["kind"] == "eval" and record["step"] == step for record in records)
 
 
 def _is_kept(line: str, step: int) -> bool:
@@ -169,8 +181,9 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        # The epoch "ends" because the run stops: its checkpoint is written, and nobody waits for an evaluation.
-        if self.requested:
+        # The epoch "ends" because the run stops: its checkpoint is written, and nobody waits for an evaluation, which
+        # is made up for on resuming. A run that has taken its last step is done and ends like any other.
+        if self.requested and state.global_step < state.max_steps:
             control.should_evaluate = False
             control.should_save = False
         return control

@@ -24,7 +24,7 @@ class Device:
 
     @property
     def torch_name(self) -> str:
-        """ "cuda:0" or "cpu". One process drives one device; launchers select it with CUDA_VISIBLE_DEVICES or a rank."""
+        """ "cuda:0" or "cpu". One process drives one device, which CUDA_VISIBLE_DEVICES selects."""
         return "cuda:0" if self.kind == "cuda" else "cpu"
 
 

@@ -4,19 +4,37 @@ import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qtune import __version__
 from qtune.plan import Plan
 from qtune.recipe import Recipe
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "safetensors", "tokenizers")
+if TYPE_CHECKING:
+    from qtune.data.prepare import Prepared
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+)
 
 
-def lock_of(recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: list[Any], template: str) -> dict[str, Any]:
+def lock_of(
+    recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: list[Any], rows: str, template: str
+) -> dict[str, Any]:
     """The lock of a run: versions, base model, data and template hashes, seed, device.
 
-    base: what transformers loaded from; commit: the hub's, None for a folder. sources: `data.sources.Source` values.
+    base: what transformers loaded from; commit: the hub's, None for a folder. sources: `data.sources.Source` values;
+    rows: `rows_hash` of what is trained on.
     """
     return {
         "qtune": __version__,
@@ -24,10 +42,19 @@ def lock_of(recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: 
         "packages": {name: _version(name) for name in PACKAGES},
         "base": {"name": recipe.model.base, "commit": commit, "files_sha256": _folder_hash(Path(base))},
         "data": [{"source": source.name, "blake2b": source.fingerprint} for source in sources],
+        "training_rows_blake2b": rows,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "seed": recipe.training.seed,
         "device": {"name": plan.device.name, "total_bytes": plan.device.total_bytes},
     }
+
+
+def rows_hash(prepared: "Prepared") -> str:
+    """A hash of the training rows, their order, weights and lengths in tokens, wherever their files are."""
+    contents = prepared.examples["train"].with_format("numpy")["row_hash"][:]
+    digest = hashlib.blake2b(np.asarray(contents, dtype=np.int64).tobytes(), digest_size=16)
+    digest.update(np.asarray(prepared.lengths, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -7,15 +7,17 @@ Cut Your Losses (arXiv:2411.09009, section 4) and Liger Kernel (arXiv:2410.10989
 
 import functools
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 IGNORED = -100
 """Label of a position that is not scored."""
@@ -71,21 +73,22 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """(hidden [n, hidden], head [vocab, hidden], bias [vocab] or None, labels [n]) -> (summed NLL, correct)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, TILE_BYTES // (4 * weight.shape[0]))
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
             target = labels[start : start + rows].unsqueeze(1)
-            logits = functional.linear(part, weight, bias).float()
-            capped_slope = _apply_rule(logits, rule, want_slope=want_hidden or want_weight)
+            logits = functional.linear(part, weight, bias).to(exact)
+            capped_slope = _apply_rule(logits, rule, want_slope=want_hidden or want_weight or want_bias)
             correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             loss += (normalizer - logits.gather(1, target)).sum()
@@ -111,7 +114,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scaled_hidden = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
         scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.dtypes[0])
@@ -134,12 +137,12 @@ def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor 
 def tiled_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule = LogitRule()
 ) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood (fp32 scalar) and number of correct predictions (int64 scalar).
+    """Summed negative log-likelihood (scalar, fp32 or wider) and number of correct predictions (int64 scalar).
 
     hidden: [n, hidden]; weight: [vocab, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored.
     Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`.
     """
-    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule)  # type: ignore[no-untyped-call]
+    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule)
     return loss, correct
 
 
@@ -174,7 +177,7 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True) -> None:
         loss, correct = tiled_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, targets, rule)
         return ScoredOutput(loss=loss, correct=correct, scored=len(targets))
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 @torch.no_grad()
@@ -183,6 +186,10 @@ def loss_agrees(model: PreTrainedModel, ids: Tensor, tolerance: float = 0.01) ->
 
     The difference is taken relative to the loss; 0.01 is above 16-bit rounding and far below any forgotten scale.
     """
+    head = model.get_output_embeddings()
+    # A quantized head's weight is packed: only the head itself can multiply with it.
+    if not isinstance(head, nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
+        return False
     model.eval()
     losses = []
     for tiled in (False, True):

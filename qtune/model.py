@@ -134,13 +134,16 @@ def count_parameters(network: torch.nn.Module) -> ParameterCount:
     """Counts every parameter once (tied weights are one), packed ones by the shape they stand for."""
     total = quantized = trainable = 0
     for parameter in network.parameters():
-        is_packed = isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
         state = getattr(parameter, "quant_state", None)
         count = prod(state.shape) if state is not None else parameter.numel()
         total += count
-        quantized += count if is_packed else 0
+        quantized += count if _is_packed(parameter) else 0
         trainable += count if parameter.requires_grad else 0
     return ParameterCount(total, quantized, trainable)
+
+
+def _is_packed(parameter: torch.nn.Parameter) -> bool:
+    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
 
 
 def _require_share(model: Model, network: PreTrainedModel, minimum: float) -> None:
@@ -149,7 +152,7 @@ def _require_share(model: Model, network: PreTrainedModel, minimum: float) -> No
     if count.quantized_share >= minimum:
         return
     largest = max(
-        ((name, p.numel()) for name, p in network.named_parameters() if not isinstance(p, bnb.nn.Params4bit)),
+        ((name, p.numel()) for name, p in network.named_parameters() if not _is_packed(p)),
         key=lambda item: item[1],
     )
     raise ModelError(
@@ -157,16 +160,18 @@ def _require_share(model: Model, network: PreTrainedModel, minimum: float) -> No
             model.base,
             f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
             f"quantization.minimum_share asks for {minimum:.0%}. The largest tensor left in {network.dtype} is "
-            f"{largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so fused experts and "
-            "embeddings stay. Lower quantization.minimum_share if the memory is there",
+            f"{largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so fused experts "
+            "and embeddings stay. Lower quantization.minimum_share if the memory is there",
         )
     )
 
 
 def _where(model: Model) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model.revision else {
-        "trust_remote_code": model.trust_remote_code
-    }
+    return (
+        {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        if model.revision
+        else {"trust_remote_code": model.trust_remote_code}
+    )
 
 
 def _unreadable(model: Model, error: Exception) -> ModelError:

@@ -7,14 +7,14 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from qtune.errors import Problem, RecipeError
-from qtune.recipe import DEFAULT_KINDS, Fault, FileSource, KeyPath, Recipe, parse_recipe
+from qtune.recipe import DEFAULT_KINDS, Fault, FileSource, KeyPath, Recipe, Waivable, parse_recipe
 from qtune.toml_lines import line_of, toml_lines
 
 # The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
@@ -42,6 +42,23 @@ class Resolved:
     def folder(self) -> Path:
         """The folder that relative data paths of the recipe start from."""
         return self.file.parent
+
+    def allowing(self, findings: Sequence[str]) -> "Resolved":
+        """The same recipe that waives more findings of the gate.
+
+        Raises:
+            RecipeError: a name is no finding that can be waived.
+        """
+        wrong = [name for name in findings if name not in get_args(Waivable)]
+        if wrong:
+            known = ", ".join(get_args(Waivable))
+            raise RecipeError([Problem(f"--allow {name}", f"no finding that can be waived: {known}") for name in wrong])
+        allowed = tuple(dict.fromkeys([*self.recipe.data.allow, *findings]))
+        if allowed == self.recipe.data.allow:
+            return self
+        data = self.recipe.data.model_copy(update={"allow": allowed})
+        origins = {**self.origins, ("data", "allow"): Origin("--allow")}
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}), origins=origins)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -208,12 +225,13 @@ def show_value(value: Any) -> str:
             if value
             else "{}"
         )
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
 
 
 def _key(name: str) -> str:
     """A bare key where TOML allows it, a quoted one elsewhere."""
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else show_value(name)
 
 
 def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

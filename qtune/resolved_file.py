@@ -1,12 +1,14 @@
 """resolved.toml: a recipe with every value that a run used, each with its origin beside it; a recipe itself."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtune.plan import Plan
 from qtune.recipe import KeyPath
 from qtune.recipe_file import Origin, Resolved, leaves, show_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, Origin]]:
@@ -53,7 +55,7 @@ def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:
         value = _absolute(value, resolved.folder)
     if path == ("model", "base") and Path(value).expanduser().exists():
         value = str(Path(value).expanduser().resolve())
-    return _toml(value)
+    return show_value(value)
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -68,15 +70,3 @@ def _absolute(value: Any, folder: Path) -> Any:
         is_pattern = any(character in value for character in "*?[")
         return str(path.absolute()) if is_pattern or path.exists() else value
     return value
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items()) + " }"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
-    return show_value(value)
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else show_value(key)

@@ -147,7 +147,7 @@ def write_atomically(file: Path, text: str) -> None:
 def newest_unfinished(directory: Path, name: str) -> RunDir | None:
     """The latest run called `name` (or name-2, …) that has started and not ended."""
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
-    runs = [RunDir(path) for path in directory.glob(f"{name}*") if pattern.fullmatch(path.name)]
+    runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
     open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
     return max(open_runs, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from qtune import console
 from qtune.adapter import attach_adapter, save_adapter
-from qtune.callbacks import CheckpointClock, Metrics, OptimizerPhase, StopOnSignal, forget_after
+from qtune.callbacks import CheckpointClock, Metrics, OptimizerPhase, StopOnSignal, forget_after, has_evaluation
 from qtune.console.training import TrainingDisplay
 from qtune.data.collate import collator_for
 from qtune.data.findings import gate
@@ -23,7 +24,7 @@ from qtune.data.sources import find_sources
 from qtune.device import present_device
 from qtune.errors import InputError, Interrupted, Problem, RunError
 from qtune.initialization import start_from_activations, start_from_residual
-from qtune.lock import lock_of
+from qtune.lock import lock_of, rows_hash
 from qtune.loss import loss_agrees
 from qtune.memory.measure import Meter
 from qtune.model import base_folder, count_parameters, load_base, load_config, load_tokenizer
@@ -33,7 +34,13 @@ from qtune.recipe import Lora, Recipe
 from qtune.recipe_file import Resolved, load_recipe
 from qtune.resolved_file import resolved_text
 from qtune.run_dir import RunDir
-from qtune.trainer import QloraTrainer, complete_checkpoints, remove_incomplete_checkpoints, sft_config
+from qtune.trainer import (
+    QloraTrainer,
+    complete_checkpoints,
+    remove_incomplete_checkpoints,
+    require_finite,
+    sft_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +71,9 @@ def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
         GateError: the data would train the wrong thing, and `allow` or [data] allow does not waive it.
         WorkError: training failed. Interrupted: the user stopped it; the state is saved.
     """
-    inputs = _gather(resolved, allow)
+    # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
+    resolved = resolved.allowing(allow)
+    inputs = _gather(resolved)
     recipe = inputs.recipe
     name = recipe.output.name or resolved.file.stem
     run_dir = RunDir.create(Path(recipe.output.directory), name, resolved.text)
@@ -77,14 +86,15 @@ def resume(run_dir: RunDir) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
     Raises:
-        RunError: the run has already ended.
+        RunError: the run has already ended, or its rows are not what they were.
         InputError, WorkError, Interrupted: as `run`.
     """
     if run_dir.is_finished:
         raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
     # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
     resolved = load_recipe(run_dir.resolved_file)
-    inputs = _gather(resolved, resolved.recipe.data.allow)
+    inputs = _gather(resolved)
+    _require_same_rows(inputs, run_dir)
     remove_incomplete_checkpoints(run_dir.checkpoints)
     checkpoints = complete_checkpoints(run_dir.checkpoints)
     step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
@@ -94,7 +104,7 @@ def resume(run_dir: RunDir) -> RunDir:
     return run_dir
 
 
-def _gather(resolved: Resolved, allow: tuple[str, ...]) -> Inputs:
+def _gather(resolved: Resolved) -> Inputs:
     """Everything that can fail early: configuration, tokenizer, rows, masks, gate."""
     quiet_loading()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -107,8 +117,19 @@ def _gather(resolved: Resolved, allow: tuple[str, ...]) -> Inputs:
     tokenizer.chat_template = prepared.template.text
     columns = {name: columns_of(name, examples) for name, examples in prepared.examples.items()}
     vocabulary = config.get_text_config().vocab_size
-    gate(findings_of(prepared, recipe.data, vocabulary, columns), (*recipe.data.allow, *allow))
+    gate(findings_of(prepared, recipe.data, vocabulary, columns), recipe.data.allow)
     return Inputs(resolved, plan, tokenizer, prepared)
+
+
+def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
+    if not run_dir.lock_file.is_file():
+        return
+    if run_dir.read_json(run_dir.lock_file).get("training_rows_blake2b") != rows_hash(inputs.prepared):
+        message = (
+            "the training rows are not those that the run began with, so the rest would not be the same run; put the "
+            "data back as it was, or begin again with qtune run"
+        )
+        raise RunError(Problem(str(run_dir.path), message))
 
 
 def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
@@ -122,17 +143,35 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
     _write_lock(inputs, run_dir, model)
     if _is_pissa(recipe):
         model.save_pretrained(_initial_adapter(run_dir))
-    trainer = _make_trainer(inputs, run_dir, model, meter, tiled, [metrics, stop])
+    owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
+    trainer = _make_trainer(inputs, run_dir, model, meter, tiled, [metrics, stop], evaluate_first=owed)
     with display, stop.listening(), _measured(meter, run_dir):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and _is_last(checkpoint):
+            trainer.take_state_of(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step >= trainer.state.max_steps:
             meter.enter("save")
+            require_finite(model, trainer.state.global_step)
             _save(model, inputs, run_dir)
     if not run_dir.is_finished:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
             f"go on with: qtune run --resume {run_dir.path}"
         )
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
+
+
+def _is_owed_evaluation(checkpoint: Path, inputs: Inputs, run_dir: RunDir) -> bool:
+    """Whether the run was stopped between saving an epoch's last step and evaluating it."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    ends_epoch = float(state.epoch or 0).is_integer() or _is_last(checkpoint)
+    evaluates = inputs.recipe.training.eval_every == "epoch" and inputs.prepared.validation is not None
+    return ends_epoch and evaluates and not has_evaluation(run_dir.metrics_file, state.global_step)
 
 
 @contextmanager
@@ -200,10 +239,13 @@ def _make_trainer(
     meter: Meter,
     tiled: bool,
     callbacks: list[TrainerCallback],
+    *,
+    evaluate_first: bool,
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
-    config = sft_config(training, plan, run_dir, has_validation=prepared.validation is not None)
+    has_validation = prepared.validation is not None
+    config = sft_config(training, plan, run_dir, has_validation=has_validation, evaluate_first=evaluate_first)
     # One process drives one card; with several visible, transformers would wrap the model in DataParallel.
     config._n_gpu = min(config.n_gpu, 1)
     clock = [CheckpointClock(training.checkpoint_minutes)] if training.checkpoint_minutes else []
@@ -240,9 +282,8 @@ def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel) -> None:
         for source in find_sources(value, data, inputs.resolved.folder)
     ]
     commit = getattr(model.get_base_model().config, "_commit_hash", None)
-    lock = lock_of(
-        inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, sources, inputs.prepared.template.text
-    )
+    base, template = base_folder(inputs.recipe.model), inputs.prepared.template.text
+    lock = lock_of(inputs.recipe, inputs.plan, base, commit, sources, rows_hash(inputs.prepared), template)
     run_dir.write_json(run_dir.lock_file, lock)
 
 

@@ -15,10 +15,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from qtune.adapter import STATE_FILE, cast_adapter, load_trained_state, save_trained_state
+from qtune.adapter import STATE_FILE, cast_adapter, load_trained_state, save_trained_state, trained_state
+from qtune.callbacks import AFTER_DIVERGENCE
 from qtune.data.batches import StepSampler
 from qtune.errors import OutOfMemory, TrainingError
 from qtune.loss import install_loss
@@ -38,8 +40,13 @@ OPTIMIZERS = {
 """Our names -> transformers' (transformers.training_args.OptimizerNames)."""
 
 
-def sft_config(training: Training, plan: Plan, run_dir: RunDir, *, has_validation: bool) -> SFTConfig:
-    """TRL's words for the plan. Every default of TRL or transformers that matters is spelled out here."""
+def sft_config(
+    training: Training, plan: Plan, run_dir: RunDir, *, has_validation: bool, evaluate_first: bool = False
+) -> SFTConfig:
+    """TRL's words for the plan. Every default of TRL or transformers that matters is spelled out here.
+
+    evaluate_first: the checkpoint that training goes on from is still owed its evaluation.
+    """
     every_epoch = training.checkpoint_every == "epoch"
     eval_every = training.eval_every if has_validation else "never"
     return SFTConfig(
@@ -95,6 +102,7 @@ def sft_config(training: Training, plan: Plan, run_dir: RunDir, *, has_validatio
         report_to=list(training.trackers) or "none",
         eval_strategy={"never": "no", "epoch": "epoch"}.get(str(eval_every), "steps"),
         eval_steps=eval_every if isinstance(eval_every, int) else None,
+        eval_on_start=evaluate_first,
         prediction_loss_only=True,
         save_strategy="epoch" if every_epoch else "steps",
         save_steps=500 if every_epoch else training.checkpoint_every,
@@ -105,7 +113,7 @@ def sft_config(training: Training, plan: Plan, run_dir: RunDir, *, has_validatio
     )
 
 
-class QloraTrainer(SFTTrainer):  # type: ignore[misc]
+class QloraTrainer(SFTTrainer):
     """One training run. Built for a PeftModel on one device per process.
 
     Differs from SFTTrainer in five places: the loss is `qtune.loss`; the adapter keeps its dtype; evaluation is the
@@ -234,11 +242,14 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64)
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            self.meter.enter("eval")
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**self._prepare_inputs(inputs) | {"use_cache": False})
-            totals += torch.tensor([float(outputs.loss), float(outputs.correct), outputs.scored], dtype=torch.float64)
+        # A data loader draws a seed when it starts; measuring must not change what training draws next.
+        with torch.random.fork_rng(devices=[]):
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                self.meter.enter("eval")
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = self.model_wrapped(**self._prepare_inputs(inputs) | {"use_cache": False})
+                sums = [float(outputs.loss), float(outputs.correct), outputs.scored]
+                totals += torch.tensor(sums, dtype=torch.float64)
         self.meter.enter("idle")
         loss, correct, scored = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
         metrics = {
@@ -247,7 +258,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         }
         self.model.train()
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # --- what is said ----------------------------------------------------------------------------------------------
@@ -266,9 +277,12 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
+        require_finite(self.model, self.state.global_step)
         self.meter.enter("save")
         began = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
+        self.model.eval()
         try:
             # Past SFTTrainer, whose only addition is a model card in every checkpoint.
             super(SFTTrainer, self)._save_checkpoint(model, trial)
@@ -281,6 +295,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
             ) from error
+        self.model.train()
         for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
         # Saving is not training: it does not count against tokens per second.
@@ -290,6 +305,25 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
         load_trained_state(self.model, Path(resume_from_checkpoint))
+
+    def take_state_of(self, checkpoint: Path) -> None:
+        """Stands where a run's last checkpoint stands, where there is no step left to take."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.eval_on_start:
+            self.evaluate()
+
+
+def require_finite(model: PeftModel, step: int) -> None:
+    """Refuses to save what can only be thrown away: one NaN in a weight makes every later loss NaN.
+
+    Raises:
+        TrainingError: a trained weight is infinite or no number.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
+        raise TrainingError(
+            f"a trained weight is not a finite number at step {step}: training has diverged. {AFTER_DIVERGENCE}"
+        )
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

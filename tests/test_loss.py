@@ -1,0 +1,245 @@
+"""The tiled loss is torch's cross-entropy, for every family's head, and never holds the logits."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qtune import loss as module
+from qtune.loss import IGNORED, LogitRule, install_loss, logit_rule, loss_agrees, scored_positions, tiled_cross_entropy
+
+ROWS, HIDDEN, VOCABULARY = 13, 6, 11
+RULES = {
+    "plain": LogitRule(),
+    "cap": LogitRule(cap=2.5),
+    "scale": LogitRule(scale=0.37),
+    "cap and scale": LogitRule(scale=1.7, cap=1.5),
+}
+
+
+@pytest.fixture
+def five_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 rows in tiles of 3: the last one is not full."""
+    monkeypatch.setattr(module, "TILE_BYTES", 3 * 4 * VOCABULARY)
+
+
+def some_tensors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, dtype=dtype, generator=generator)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype, generator=generator)
+    bias = torch.randn(VOCABULARY, dtype=dtype, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    return hidden, weight, bias, labels
+
+
+def plain_cross_entropy(hidden, weight, bias, labels, rule: LogitRule):
+    """What the tiled loss stands for, by torch's own functions."""
+    logits = rule.scale * functional.linear(hidden, weight, bias)
+    if rule.cap is not None:
+        logits = rule.cap * torch.tanh(logits / rule.cap)
+    return functional.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(dim=1) == labels).sum()
+
+
+@pytest.mark.usefixtures("five_tiles")
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, rule: LogitRule, has_bias: bool) -> None:
+    *inputs, labels = some_tensors(dtype)
+    tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype is torch.float64 else {"rtol": 2e-5, "atol": 1e-5}
+    results = []
+    for function in (tiled_cross_entropy, plain_cross_entropy):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        hidden, weight, bias = leaves
+        value, correct = function(hidden, weight, bias if has_bias else None, labels, rule)
+        # Not 1: the gradient that comes from above must reach every tile.
+        (0.3 * value).backward()
+        results.append([value.detach(), correct, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(results[0]) == (5 if has_bias else 4)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.usefixtures("five_tiles")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "all"])
+def test_gradients_are_the_slopes_of_the_loss_whatever_is_trained(rule: LogitRule, trained: str) -> None:
+    hidden, weight, bias, labels = some_tensors()
+    names = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, tensor in names.items():
+        tensor.requires_grad_(trained in (name, "all"))
+
+    def value(*tensors: torch.Tensor) -> torch.Tensor:
+        return tiled_cross_entropy(*tensors, labels, rule)[0]
+
+    assert torch.autograd.gradcheck(value, (hidden, weight, bias))
+
+
+def test_16_bit_hidden_states_are_scored_in_fp32() -> None:
+    hidden, weight, bias, labels = (
+        tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in some_tensors()
+    )
+    value, _ = tiled_cross_entropy(hidden, weight, bias, labels)
+    assert value.dtype == torch.float32
+    exact = functional.cross_entropy(functional.linear(hidden, weight, bias).float(), labels, reduction="sum")
+    torch.testing.assert_close(value, exact)
+
+
+def test_nothing_to_score_is_no_loss() -> None:
+    hidden, weight, bias, _ = some_tensors()
+    hidden = hidden[:0].requires_grad_()
+    value, correct = tiled_cross_entropy(hidden, weight, bias, torch.zeros(0, dtype=torch.long))
+    value.backward()
+    assert (value.item(), int(correct), hidden.grad.shape) == (0.0, 0, (0, HIDDEN))
+
+
+def test_a_position_is_scored_if_the_next_token_is_and_rows_do_not_run_into_each_other() -> None:
+    labels = torch.tensor([[5, IGNORED, 7, IGNORED], [8, IGNORED, IGNORED, 9]])
+    # Row 0: position 1 predicts 7; its own first label has nothing before it. Row 1: position 2 predicts 9; the label 8
+    # at its start is not predicted by the end of row 0.
+    assert scored_positions(labels).tolist() == [1, 6]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any tensor has that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_no_tensor_is_larger_than_a_tile_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, hidden_size, vocabulary = 512, 8, 1000
+    monkeypatch.setattr(module, "TILE_BYTES", 16 * 4 * vocabulary)
+    hidden = torch.randn(rows, hidden_size, requires_grad=True)
+    weight, labels = torch.randn(vocabulary, hidden_size), torch.randint(0, vocabulary, (rows,))
+    with LargestTensor() as seen:
+        tiled_cross_entropy(hidden, weight, None, labels)[0].backward()
+    assert hidden.grad is not None
+    assert seen.elements == 16 * vocabulary
+    with LargestTensor() as seen:
+        plain_cross_entropy(hidden, weight, None, labels, LogitRule())[0].backward()
+    assert seen.elements == rows * vocabulary
+
+
+# --- in models -----------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 0.5, "head_dim": 8},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "phi": {},  # the head has a bias
+    "qwen2": {"tie_word_embeddings": True},
+}
+
+
+def tiny(family: str, **changes) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 96,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
+    config = AutoConfig.for_model(family, **{**shape, **FAMILIES.get(family, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def some_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 96, (3, 14), generator=generator)
+    labels = ids.where(torch.rand(3, 14, generator=generator) < 0.5, IGNORED)
+    return ids, labels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_loss_and_gradients_are_its_own(family: str) -> None:
+    ids, labels = some_batch()
+    reference = tiny(family)
+    expected = reference(input_ids=ids, labels=labels).loss
+    expected.backward()
+
+    model = tiny(family)
+    install_loss(model)
+    output = model(input_ids=ids, labels=labels)
+    (output.loss / output.scored).backward()
+
+    assert output.scored == int((labels[:, 1:] != IGNORED).sum())
+    torch.testing.assert_close(output.loss / output.scored, expected, rtol=1e-5, atol=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_before_training_lets_every_known_family_pass(family: str) -> None:
+    assert loss_agrees(tiny(family), some_batch()[0][:1])
+
+
+def test_without_labels_a_model_is_as_it_was_and_keeps_its_signature() -> None:
+    model = tiny("llama").eval()
+    ids, _ = some_batch()
+    before = model(input_ids=ids).logits
+    install_loss(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert model.generate(ids[:1], max_new_tokens=2, do_sample=False).shape == (1, 16)
+
+
+def test_a_head_that_does_more_than_we_know_is_found_and_still_trains_on_its_own_logits() -> None:
+    model = tiny("llama")
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        output = own(*args, **kwargs)
+        output.logits = 1.1 * output.logits
+        return output
+
+    model.forward = forward
+    ids, labels = some_batch()
+    assert not loss_agrees(model, ids[:1])
+
+    install_loss(model, tiled=False)
+    logits = model(input_ids=ids).logits
+    expected = functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 96), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
+    output = model(input_ids=ids, labels=labels)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.scored == int((labels[:, 1:] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_a_familys_rule_that_is_forgotten_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {"gemma2": LogitRule(cap=0.5), "granite": LogitRule(scale=1 / 3), "cohere": LogitRule(scale=0.25)}
+    assert logit_rule(tiny(family).config) == rules[family]
+    monkeypatch.setattr(module, "logit_rule", lambda config: LogitRule())
+    assert not loss_agrees(tiny(family), some_batch()[0][:1])
+
+
+def test_a_head_in_4_bits_is_no_head_for_tiles() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny("llama")
+    head = bnb.nn.Linear4bit(32, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    head.weight = bnb.nn.Params4bit(model.lm_head.weight.data.clone(), quant_type="nf4", requires_grad=False)
+    model.lm_head = head.to("cpu")
+    ids, labels = some_batch()
+    assert not loss_agrees(model, ids[:1])
+    install_loss(model, tiled=False)
+    assert torch.isfinite(model(input_ids=ids, labels=labels).loss)

@@ -1,0 +1,114 @@
+"""Every "auto" of a recipe becomes a value with a reason, by the device and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qtune.device import Device, present_device
+from qtune.plan import LEARNING_RATES, make_plan, virtual_tokens
+from qtune.recipe import Recipe, parse_recipe
+
+GIB = 2**30
+AMPERE = Device("cuda", "RTX 3060", 12 * GIB, 11 * GIB, bf16=True, capability=(8, 6))
+TURING = Device("cuda", "RTX 2080", 8 * GIB, 7 * GIB, bf16=False, capability=(7, 5))
+OLD_CPU = Device("cpu", "CPU, 2 threads", 8 * GIB, 6 * GIB, bf16=False)
+NEW_CPU = replace(OLD_CPU, bf16=True)
+KINDS = ["lora", "p-tuning", "prompt-tuning", "prefix-tuning", "ia3"]
+
+
+def recipe(**tables: dict) -> Recipe:
+    given = {"model": {"base": "org/model"}, "data": {"train": "rows.jsonl"}}
+    outcome = parse_recipe({name: {**given.get(name, {}), **tables.get(name, {})} for name in {*given, *tables}})
+    assert isinstance(outcome, Recipe), outcome
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason", "scaling"),
+    [
+        (AMPERE, "bfloat16", "RTX 3060 has bfloat16 products in hardware", False),
+        (TURING, "float16", "RTX 2080 has no bfloat16 products; float16 with loss scaling", True),
+        (
+            OLD_CPU,
+            "float32",
+            "no native bfloat16 on this processor: a 16-bit product takes ten times as long",
+            False,
+        ),
+        (NEW_CPU, "bfloat16", "this processor has native bfloat16 products", False),
+    ],
+    ids=["ampere", "turing", "cpu", "cpu with bf16"],
+)
+def test_the_device_chooses_the_dtype_and_says_why(device: Device, dtype: str, reason: str, scaling: bool) -> None:
+    plan = make_plan(recipe(), device)
+    assert plan.compute_dtype == dtype
+    assert plan.reasons["quantization", "compute_dtype"] == reason
+    assert plan.loss_scaling is scaling
+    assert plan.adapter_dtype == "float32"
+
+
+def test_what_the_recipe_says_is_kept_and_has_no_reason_of_ours() -> None:
+    given = recipe(
+        model={"attention": "eager"},
+        quantization={"compute_dtype": "float16"},
+        adapter={"dtype": "bfloat16"},
+        training={
+            "batch_size": 12,
+            "micro_batch_size": 3,
+            "gradient_checkpointing": True,
+            "optimizer": "paged-adamw-8bit",
+            "learning_rate": 0.5,
+        },
+    )
+    plan = make_plan(given, AMPERE)
+    assert (plan.attention, plan.compute_dtype, plan.adapter_dtype) == ("eager", "float16", "bfloat16")
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (3, 4)
+    assert (plan.gradient_checkpointing, plan.optimizer, plan.learning_rate) == (True, "paged-adamw-8bit", 0.5)
+    assert plan.reasons == {}
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "size"),
+    [(16, 2048, 2), (16, 256, 16), (16, 300, 8), (7, 1000, 1), (6, 1000, 3), (1, 10, 1), (4, 100_000, 1)],
+)
+def test_the_micro_batch_divides_the_batch_and_keeps_to_4096_tokens(batch: int, length: int, size: int) -> None:
+    plan = make_plan(recipe(training={"batch_size": batch}, data={"max_length": length}), AMPERE)
+    assert plan.micro_batch_size == size
+    assert plan.micro_batch_size * plan.accumulation_steps == batch
+    assert plan.reasons["training", "micro_batch_size"] == f"at most 4096 tokens at once, {size} x {length}"
+
+
+def test_another_micro_batch_keeps_the_batch() -> None:
+    plan = make_plan(recipe(training={"batch_size": 8}), AMPERE)
+    smaller = plan.with_micro_batch(1, "it fits")
+    assert (smaller.micro_batch_size, smaller.accumulation_steps) == (1, 8)
+    assert smaller.reasons["training", "micro_batch_size"] == "it fits"
+    with pytest.raises(ValueError, match="a batch of 8 rows is no whole number of micro-batches of 3"):
+        plan.with_micro_batch(3, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cards_checkpoint_activations_but_for_prefix_tuning(kind: str) -> None:
+    given = recipe(adapter={"kind": kind})
+    assert make_plan(given, AMPERE).gradient_checkpointing is (kind != "prefix-tuning")
+    assert make_plan(given, OLD_CPU).gradient_checkpointing is False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_has_a_learning_rate_of_its_own(kind: str) -> None:
+    given = recipe(adapter={"kind": kind})
+    plan = make_plan(given, OLD_CPU)
+    rate, reason = LEARNING_RATES[type(given.adapter)]
+    assert (plan.learning_rate, plan.reasons["training", "learning_rate"]) == (rate, reason)
+
+
+def test_soft_prompts_spend_context() -> None:
+    counts = {kind: virtual_tokens(recipe(adapter={"kind": kind})) for kind in KINDS}
+    assert counts == {"lora": 0, "p-tuning": 16, "prompt-tuning": 16, "prefix-tuning": 16, "ia3": 0}
+
+
+def test_the_device_that_is_here_is_what_torch_sees() -> None:
+    device = present_device()
+    assert device.kind == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert torch.zeros(1, device=device.torch_name).device.type == device.kind
+    assert 0 < device.free_bytes <= device.total_bytes

@@ -1,0 +1,532 @@
+"""Training: what a run leaves behind, that only the effective batch counts, and that a stopped run goes on exactly."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WriteRecipe, qtune_process, run_qtune
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qtune import train
+from qtune.adapter import STATE_FILE
+from qtune.callbacks import OptimizerPhase
+from qtune.errors import GateError, Interrupted, OutOfMemory, RunError, TrainingError
+from qtune.recipe_file import load_recipe
+from qtune.run_dir import RunDir
+from qtune.trainer import QloraTrainer, complete_checkpoints
+
+ADAPTERS = {
+    "lora": 'kind = "lora"\nrank = 4\ndropout = 0.1',
+    "p-tuning-mlp": 'kind = "p-tuning"\nvirtual_tokens = 4\nencoder_hidden_size = 32',
+    "p-tuning-lstm": (
+        'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'
+    ),
+    "prompt-tuning": 'kind = "prompt-tuning"\nvirtual_tokens = 4',
+    "prefix-tuning": 'kind = "prefix-tuning"\nvirtual_tokens = 4\nprojection = true\nencoder_hidden_size = 32',
+    "ia3": 'kind = "ia3"',
+}
+
+# 20 rows: five steps in each of two epochs, each step of two micro-batches, a checkpoint in the middle of either epoch.
+TWO_EPOCHS = "epochs = 2\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 3"
+
+
+class Killed(BaseException):
+    """Ends a run where it stands: nothing in qtune may catch it, as nothing can catch SIGKILL."""
+
+
+def run(recipe: Path, *changes: str, allow: tuple[str, ...] = ()) -> RunDir:
+    return train.run(load_recipe(recipe, changes), allow)
+
+
+def latest_run(recipe: Path) -> RunDir:
+    return RunDir.open(max((recipe.parent / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns))
+
+
+def records(run_dir: RunDir, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in run_dir.metrics_file.read_text().splitlines()]
+    return [record for record in found if record["kind"] == kind]
+
+
+def course(run_dir: RunDir) -> list[tuple]:
+    """Everything that a run measured and that does not depend on the clock or the process."""
+    kept = ("kind", "step", "epoch", "loss", "accuracy", "learning_rate", "gradient_norm")
+    found = [json.loads(line) for line in run_dir.metrics_file.read_text().splitlines()]
+    return [tuple(record.get(key) for key in kept) for record in found if record["kind"] != "note"]
+
+
+def final_state(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run_dir.adapter / STATE_FILE)
+
+
+def assert_same_run(broken: RunDir, unbroken: RunDir) -> None:
+    assert course(broken) == course(unbroken)
+    for file in (STATE_FILE, "adapter_model.safetensors"):
+        ours, theirs = load_file(broken.adapter / file), load_file(unbroken.adapter / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), name
+
+
+def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Kills between the micro-batches of optimizer step `step`."""
+    original, calls = QloraTrainer.compute_loss, []
+
+    def compute_loss(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if calls.count(step - 1) == 2:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+
+
+# --- what a run leaves behind --------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: WriteRecipe, tiny_model: Path) -> None:
+    recipe = write_recipe(training=TWO_EPOCHS)
+    finished = run(recipe)
+
+    assert finished.path == recipe.parent / "runs" / "tiny"
+    assert {file.name for file in finished.path.iterdir()} == {
+        "recipe.toml",
+        "resolved.toml",
+        "lock.json",
+        "metrics.jsonl",
+        "memory.json",
+        "checkpoints",
+        "adapter",
+    }
+    assert finished.recipe_file.read_text() == recipe.read_text()
+    # Of the checkpoints after steps 3, 6, 9 and the last one, two are kept.
+    assert [folder.name for folder in complete_checkpoints(finished.checkpoints)] == ["checkpoint-9", "checkpoint-10"]
+    assert [record["step"] for record in records(finished, "train")] == list(range(1, 11))
+    assert [record["step"] for record in records(finished, "eval")] == [5, 10]
+    losses = [record["loss"] for record in records(finished, "train")]
+    assert losses[-1] < losses[0]
+    lock = json.loads(finished.lock_file.read_text())
+    assert lock["seed"] == 42
+    assert lock["packages"]["torch"] == torch.__version__
+    assert set(json.loads(finished.memory_file.read_text())["measured"]["phases"]) >= {
+        "load",
+        "forward",
+        "backward",
+        "optimizer",
+        "eval",
+        "save",
+    }
+    # Plain peft loads the adapter; it changes what the model says.
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    before = base(ids).logits
+    assert not torch.allclose(PeftModel.from_pretrained(base, str(finished.adapter))(ids).logits, before, atol=1e-3)
+
+
+def test_a_second_run_gets_a_name_of_its_own_and_the_same_result(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training=TWO_EPOCHS + "\ncheckpoint_every = 'epoch'".replace("checkpoint_every", "# "))
+    first, second = run(recipe, "training.steps=2"), run(recipe, "training.steps=2")
+    assert (first.path.name, second.path.name) == ("tiny", "tiny-2")
+    assert_same_run(second, first)
+
+
+def test_resolved_toml_repeats_the_run(write_recipe: WriteRecipe) -> None:
+    first = run(write_recipe(training=TWO_EPOCHS), "training.steps=2", "training.seed=7")
+    again = run(first.resolved_file, "output.name=again")
+    assert_same_run(again, first)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(write_recipe: WriteRecipe, schedule: str) -> None:
+    training = f'steps = 5\nbatch_size = 1\nlearning_rate = 1e-2\nwarmup = 0.4\nschedule = "{schedule}"'
+    rates = [record["learning_rate"] for record in records(run(write_recipe(training=training)), "train")]
+    falling = {
+        "cosine": [1e-2, 0.75e-2, 0.25e-2],  # 1e-2 * (1 + cos(pi * k / 3)) / 2
+        "linear": [1e-2, 2e-2 / 3, 1e-2 / 3],
+        "constant": [1e-2, 1e-2, 1e-2],
+    }
+    assert rates == pytest.approx([0.0, 0.5e-2, *falling[schedule]])
+
+
+def test_weight_decay_and_clipping_reach_the_optimizer(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def watch(self, args, state, control, **kwargs):
+        seen["groups"] = kwargs["optimizer"].param_groups
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        seen["norm"] = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+
+    monkeypatch.setattr(OptimizerPhase, "on_pre_optimizer_step", watch)
+    run(write_recipe(training="steps = 1\nweight_decay = 0.25\nmax_gradient_norm = 0.125"))
+    assert {group["weight_decay"] for group in seen["groups"] if group["params"]} == {0.25}
+    assert seen["norm"] == pytest.approx(0.125, rel=1e-3)
+
+
+def test_the_saved_prompt_is_the_encoders_without_its_dropout(write_recipe: WriteRecipe, tiny_model: Path) -> None:
+    adapter = ADAPTERS["p-tuning-lstm"].replace("encoder_dropout = 0.1", "encoder_dropout = 0.9")
+    finished = run(write_recipe(adapter=adapter, training="steps = 2\nbatch_size = 2"))
+    state = final_state(finished)
+    config = PeftConfig.from_pretrained(finished.adapter)
+    config.inference_mode = False  # in which peft builds no encoder
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).eval()
+    encoder = model.prompt_encoder["default"]
+    encoder.load_state_dict({name.partition("default.")[2]: tensor for name, tensor in state.items()})
+    saved = load_file(finished.adapter / "adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(saved, encoder(model.prompt_tokens["default"].unsqueeze(0))[0].detach())
+
+
+# --- the effective batch -------------------------------------------------------------------------------------------
+
+
+def first_gradient(recipe: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> tuple[float, dict]:
+    """Loss and gradients of the first step."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(self, args, state, control, **kwargs):
+        named = kwargs["model"].named_parameters()
+        gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerPhase, "on_pre_optimizer_step", keep)
+        finished = run(recipe, *changes)
+    return records(finished, "train")[0]["loss"], gradients
+
+
+@pytest.mark.parametrize("kind", ["lora", "p-tuning-mlp"])
+def test_the_gradient_of_a_batch_does_not_depend_on_its_micro_batches(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    adapter = ADAPTERS[kind].replace("dropout = 0.1", "dropout = 0.0")
+    recipe = write_recipe(adapter=adapter, training="steps = 1\nbatch_size = 8\nmax_gradient_norm = 1e9")
+    whole = first_gradient(recipe, monkeypatch, "training.micro_batch_size=8")
+    assert whole[1]
+    for size in (4, 1):
+        loss, gradients = first_gradient(recipe, monkeypatch, f"training.micro_batch_size={size}")
+        assert loss == pytest.approx(whole[0], rel=1e-5)
+        for name, gradient in whole[1].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def memory_for(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
+    """More rows at once than `rows` raise what CUDA raises; returns the sizes that were tried."""
+    original, tried = QloraTrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        tried.append(len(inputs["input_ids"]))
+        loss = original(self, model, inputs, *args, **kwargs)
+        if len(inputs["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+    return tried
+
+
+def test_a_micro_batch_that_does_not_fit_is_split_and_nothing_else_changes(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 8\nmicro_batch_size = 4\nlearning_rate = 1e-2")
+    roomy = run(recipe)
+    tried = memory_for(monkeypatch, rows=1)
+    narrow = run(recipe)
+
+    # In the first step 4, then 2, do not fit; from then on there are single rows and nothing is tried twice.
+    assert tried == [4, 2] + [1] * 16
+    assert [record["loss"] for record in records(narrow, "train")] == pytest.approx(
+        [record["loss"] for record in records(roomy, "train")], rel=1e-4
+    )
+    assert [record["accuracy"] for record in records(narrow, "train")][1:] == pytest.approx(
+        [record["accuracy"] for record in records(roomy, "train")][1:]
+    )
+    for name, tensor in final_state(roomy).items():
+        torch.testing.assert_close(final_state(narrow)[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+    assert "micro-batches are now split into 4" in caplog.text
+
+
+def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 1\nbatch_size = 8\nmicro_batch_size = 4\nmax_gradient_norm = 1e9")
+    loss, gradients = first_gradient(recipe, monkeypatch)
+    original, calls = QloraTrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        calls.append(len(inputs["input_ids"]))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+    split_loss, split_gradients = first_gradient(recipe, monkeypatch)
+    assert calls == [4, 4, 2, 2, 2, 2]
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_one_row_that_does_not_fit_ends_the_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_for(monkeypatch, rows=0)
+    with pytest.raises(OutOfMemory, match=r"^one row of \d+ tokens does not fit the memory of cpu$"):
+        run(write_recipe(training="steps = 1\nbatch_size = 2"))
+
+
+# --- what must not go wrong silently -------------------------------------------------------------------------------
+
+
+def loss_becomes_nan(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = QloraTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == step - 1 else loss
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(training="steps = 6\nbatch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1")
+    loss_becomes_nan(monkeypatch, step=3)
+    with pytest.raises(TrainingError) as caught:
+        run(recipe)
+    assert str(caught.value) == (
+        "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
+        "and go on from the last checkpoint"
+    )
+    stopped = latest_run(recipe)
+    assert not stopped.is_finished
+    assert complete_checkpoints(stopped.checkpoints)[-1].name == "checkpoint-2"
+    for line in stopped.metrics_file.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 9\nbatch_size = 2\ncheckpoint_every = 1\nlog_every = 9")
+    loss_becomes_nan(monkeypatch, step=3)
+    with pytest.raises(
+        TrainingError, match=r"^a trained weight is not a finite number at step 3: training has diverged\. Lower"
+    ):
+        run(recipe)
+    last = complete_checkpoints(latest_run(recipe).checkpoints)[-1]
+    assert last.name == "checkpoint-2"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last / STATE_FILE).values())
+
+
+def test_what_the_gate_finds_stops_a_run_before_it_has_a_folder(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("It is 1.", "It is <|im_end|> 1."))
+    with pytest.raises(GateError, match="control-token"):
+        run(recipe)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_finding_that_was_waived_stays_waived_when_the_run_goes_on(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\ncheckpoint_every = 2")
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("What is 1 ", "What is <|im_end|> 1 "))
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 3)
+        with pytest.raises(Killed):
+            # micro_batch_size 1: two micro-batches in each step
+            run(recipe, "training.micro_batch_size=1", allow=("control-token", "answer-changed", "label-text"))
+    assert train.resume(latest_run(recipe)).is_finished
+
+
+# --- stopping and going on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_killed_run_goes_on_exactly(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS)
+    unbroken = run(recipe)
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 8)
+        with pytest.raises(Killed):
+            run(recipe, "output.name=broken")
+    broken = latest_run(recipe)
+    assert complete_checkpoints(broken.checkpoints)[-1].name == "checkpoint-6"  # the first of the second epoch's steps
+    assert train.resume(broken) == broken
+    assert_same_run(broken, unbroken)
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training=TWO_EPOCHS + "\nsteps = 4".replace("epochs", ""), adapter=ADAPTERS["lora"])
+    recipe.write_text(recipe.read_text().replace("epochs = 2\n", ""))
+    unbroken = run(recipe)
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 3)
+        with pytest.raises(Killed):
+            run(recipe)
+    assert_same_run(train.resume(latest_run(recipe)), unbroken)
+
+
+def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_makes_up_for_it(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter=ADAPTERS["lora"], training=TWO_EPOCHS.replace("every = 3", "every = 5"))
+    unbroken = run(recipe)
+
+    def evaluate(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QloraTrainer, "evaluate", evaluate)
+        with pytest.raises(Killed):
+            run(recipe)
+    assert_same_run(train.resume(latest_run(recipe)), unbroken)
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
+    unbroken = run(recipe)
+    original = train.save_adapter
+
+    def killed_while_saving(model, folder):
+        if folder.name == "checkpoint-6":
+            (folder / f".{STATE_FILE}").write_bytes(b"half")
+            raise Killed
+        original_state(model, folder)
+
+    from qtune import trainer
+
+    original_state = trainer.save_trained_state
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_trained_state", killed_while_saving)
+        with pytest.raises(Killed):
+            run(recipe)
+    broken = latest_run(recipe)
+    assert (broken.checkpoints / "checkpoint-6").is_dir()
+    assert complete_checkpoints(broken.checkpoints)[-1].name == "checkpoint-3"
+
+    def killed_at_the_end(model, folder, initial=None):
+        original(model, folder, initial)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", killed_at_the_end)
+        with pytest.raises(Killed):
+            train.resume(broken)
+    assert not broken.is_finished
+    assert_same_run(train.resume(broken), unbroken)
+
+
+@pytest.mark.parametrize("step", [2, 5, 10], ids=["in an epoch", "at the end of an epoch", "at the last step"])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    # The LSTM's dropout draws random numbers wherever it runs: a checkpoint more must not draw one more.
+    recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
+    unbroken = run(recipe)
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(self, args, state, control, **_):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerPhase, "on_pre_optimizer_step", press)
+        if step == 10:
+            stopped = run(recipe)  # what was asked for is done anyway
+        else:
+            with pytest.raises(Interrupted) as caught:
+                run(recipe)
+            stopped = latest_run(recipe)
+            assert str(caught.value) == (
+                f"stopped at step {step} of 10, which is saved\ngo on with: qtune run --resume {stopped.path}"
+            )
+            assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert records(stopped, "note")[0]["message"] == "stopping after this step; once more stops at once"
+    if step != 10:
+        train.resume(stopped)
+    assert_same_run(stopped, unbroken)
+
+
+def test_the_clock_asks_for_checkpoints_too(write_recipe: WriteRecipe) -> None:
+    finished = run(write_recipe(training="steps = 4\nbatch_size = 2\ncheckpoint_minutes = 1e-9\nkeep_checkpoints = 3"))
+    assert [folder.name for folder in complete_checkpoints(finished.checkpoints)] == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
+def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
+    finished = run(write_recipe(training="steps = 1\nbatch_size = 1"))
+    with pytest.raises(RunError) as caught:
+        train.resume(finished)
+    assert str(caught.value) == f"{finished.path}: has ended; there is nothing to resume"
+
+
+def test_rows_that_have_changed_cannot_be_gone_on_with(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 2")
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, 3)
+        with pytest.raises(Killed):
+            run(recipe)
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("It is 1.", "It is one."))
+    stopped = latest_run(recipe)
+    with pytest.raises(RunError) as caught:
+        train.resume(stopped)
+    assert str(caught.value) == (
+        f"{stopped.path}: the training rows are not those that the run began with, so the rest would not be the same "
+        "run; put the data back as it was, or begin again with qtune run"
+    )
+
+
+# --- in processes of their own -------------------------------------------------------------------------------------
+
+
+def wait_for_step(process, metrics: Path, step: int) -> None:
+    """Until the run has written the record of `step`."""
+    while process.poll() is None:
+        if metrics.is_file() and re.search(rf'"step": {step},', metrics.read_text()):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"ended too early:\n{process.communicate()[1]}")
+
+
+def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(
+        adapter=ADAPTERS["p-tuning-lstm"],
+        training="steps = 30\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1",
+    )
+    unbroken = run(recipe, "output.name=unbroken")
+    broken = RunDir(recipe.parent / "runs" / "tiny")
+
+    killed = qtune_process("run", recipe)
+    wait_for_step(killed, broken.metrics_file, 7)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+
+    interrupted = qtune_process("run", "--resume", broken.path)
+    wait_for_step(interrupted, broken.metrics_file, 12)
+    interrupted.send_signal(signal.SIGINT)
+    _, messages = interrupted.communicate()
+    assert interrupted.returncode == 130, messages
+    assert f"go on with: qtune run --resume {broken.path}" in messages.replace("\n", " ")
+
+    finished = run_qtune("run", "--resume", recipe)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{broken.path}\n"
+    assert_same_run(broken, unbroken)
