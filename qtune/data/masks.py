@@ -14,6 +14,7 @@ from tokenizers import Encoding
 
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.template import Renderer
+from qtune.data.tokens import Tokens
 
 IGNORED = -100
 
@@ -177,7 +178,7 @@ class Encoder:
         notes |= self._text_notes(one, tokens.ids)
         return Encoded(one.conversation, tokens.ids, labels, frozenset(notes))
 
-    def _prompt_stands_alone(self, tokens: "Tokens", text: str, start: int) -> bool:
+    def _prompt_stands_alone(self, tokens: Tokens, text: str, start: int) -> bool:
         """Whether the ids before `start` are those of the prompt on its own, as generation will see it.
 
         Comparing from the last added token on is enough: tokenizers split texts there first.
@@ -197,13 +198,13 @@ class Encoder:
                 self.prompt_tails[tail] = alone
         return tokens.ids[back:first] == alone
 
-    def _first_of_answer(self, tokens: "Tokens", start: int) -> int:
+    def _first_of_answer(self, tokens: Tokens, start: int) -> int:
         """The first token of what begins at `start`. A header may swallow white space behind it (Phi-3's do)."""
         first = tokens.token_at(start)
         swallows = first < len(tokens.ids) and tokens.chars(first)[0] < start and tokens.ids[first] in self.added
         return first + 1 if swallows else first
 
-    def _tokens_cut_at(self, text: str, cuts: Iterable[int]) -> "Tokens":
+    def _tokens_cut_at(self, text: str, cuts: Iterable[int]) -> Tokens:
         borders = [0, *cuts, len(text)]
         pieces = [text[start:end] for start, end in pairwise(borders)]
         parts, token_start = [], 0
@@ -255,46 +256,3 @@ class Encoder:
 def _words(text: str) -> list[str]:
     """White space differs where a tokenizer adds a space of its own (SentencePiece writes spaces as \u2581)."""
     return text.replace("\u2581", " ").split()
-
-
-class Tokens:
-    """The ids of a text that was encoded in one or more pieces, found by character."""
-
-    def __init__(self, parts: Sequence[tuple[Encoding, int, int]]) -> None:
-        """`parts` are encodings with the position of their first character and of their first token."""
-        self.parts = parts
-        self.ids: list[int] = [token for encoding, _, _ in parts for token in encoding.ids]
-
-    def token_at(self, char: int) -> int:
-        """The first token that holds `char` or, where none does (a space that was trimmed), a later one."""
-        for encoding, char_start, token_start in reversed(self.parts):
-            if char >= char_start:
-                end = encoding.token_to_chars(len(encoding) - 1) if len(encoding) else None
-                for position in range(char - char_start, end[1] if end else 0):
-                    token = encoding.char_to_token(position)
-                    if token is not None:
-                        return token_start + token
-                return token_start + len(encoding)
-        raise IndexError(char)
-
-    def last_token_before(self, char: int) -> int:
-        """The last token that holds characters before `char`."""
-        for encoding, char_start, token_start in reversed(self.parts):
-            if char > char_start:
-                for position in range(char - char_start - 1, -1, -1):
-                    token = encoding.char_to_token(position)
-                    if token is not None:
-                        # Several tokens may share a character: the bytes of an emoji.
-                        span = encoding.token_to_chars(token)
-                        while token + 1 < len(encoding) and encoding.token_to_chars(token + 1) == span:
-                            token += 1
-                        return token_start + token
-        return -1
-
-    def chars(self, token: int) -> tuple[int, int]:
-        """The characters [start, end) that a token stands for."""
-        for encoding, char_start, token_start in reversed(self.parts):
-            if token >= token_start:
-                start, end = encoding.token_to_chars(token - token_start) or (0, 0)
-                return start + char_start, end + char_start
-        raise IndexError(token)

@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from qtune.builtin import cache_folder
+from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.conversation import Conversation
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
@@ -102,7 +103,7 @@ def survey(
     train, weights = maker.split("train", find_sources(data.train, data, folder))
     examples = {"train": train}
     if isinstance(data.validation, float):
-        chosen = _validation_rows(train, data.validation, seed)
+        chosen = rows_set_aside(train, data.validation, seed)
         kept = np.setdiff1d(np.arange(len(train)), chosen)
         examples["train"], weights = train.select(kept), weights[kept]
         if len(chosen):
@@ -111,7 +112,7 @@ def survey(
         examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder))
     if data.test is not None:
         examples["test"], _ = maker.split("test", find_sources(data.test, data, folder))
-    weighted = examples["train"].select(_weighted_rows(weights, seed))
+    weighted = examples["train"].select(weighted_rows(weights, seed))
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (
         pack(weighted, data.max_length, maker.cache) if data.packing else weighted.select_columns(TRAINED)
@@ -204,37 +205,3 @@ def _lengths(packed: Dataset) -> np.ndarray:
     arrow = packed.select_columns(["seq_lengths"]).with_format("arrow")
     parts = [[sum(row) for row in batch["seq_lengths"].to_pylist()] for batch in arrow.iter(batch_size=10_000)]
     return np.array([length for part in parts for length in part], dtype=np.int64)
-
-
-def _validation_rows(train: Dataset, share: float, seed: int) -> np.ndarray:
-    """The rows set aside: those whose content hashes lowest under the seed.
-
-    Equal rows hash equally, so that a duplicate never stands on both sides of the split.
-    """
-    if not share or not len(train):
-        return np.array([], dtype=np.int64)
-    # By prompt: the same question must not be in both parts, whatever its answers are.
-    hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
-    mixed = _mixed(hashes, seed)
-    count = max(1, round(share * len(train)))
-    border = np.partition(mixed, count - 1)[count - 1]
-    return np.flatnonzero(mixed <= border)
-
-
-def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
-    """A pseudo-random order of hashes under a seed. splitmix64 (Steele, Lea, Flood 2014, figure 17)."""
-    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _weighted_rows(weights: np.ndarray, seed: int) -> np.ndarray:
-    """Row numbers under weights: each row as often as the whole part says, and a random share for the rest."""
-    repeats = np.floor(weights).astype(np.int64)
-    generator = np.random.default_rng(seed)
-    for weight in np.unique(weights % 1):
-        rows = np.flatnonzero(weights % 1 == weight)
-        extra = round(float(weight) * len(rows))
-        repeats[generator.permutation(rows)[:extra]] += 1
-    return np.repeat(np.arange(len(weights)), repeats)

@@ -5,7 +5,6 @@ Files are read as streams: memory is bounded by the longest row, not by the file
 
 import csv
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, open_bytes
+from qtune.data.json_stream import BrokenJson, JsonValues, has_broken_bytes, refuse_constant
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
 LONGEST_ROW_BYTES = 64 << 20
@@ -68,7 +68,7 @@ def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
 
 def _json_row(text: str, place: str) -> Row | BadRow:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except ValueError as error:
         message = str(error) if not isinstance(error, json.JSONDecodeError) else f"{error.msg} at column {error.colno}"
         return BadRow(place, f"not valid JSON: {message}; expected one object like {{…}} on the line")
@@ -86,88 +86,17 @@ def _row_of(value: object, place: str) -> Row | BadRow:
 def _json_document(file: DataFile) -> Iterator[Row | BadRow]:
     """A list of objects, or objects one after the other (as in JSON lines), read piece by piece."""
     with open_bytes(file) as stream:
-        scan = _JsonScan(stream)
-        if scan.skip("") == "[":
-            scan.at += 1
-        while scan.skip(","):
-            place = f"{file.name}:{scan.line}"
-            if scan.text[scan.at] == "]":
-                return
-            found = scan.value(place)
-            if isinstance(found, BadRow):
-                yield found
-                return
-            yield _row_of(found[0], place)
-
-
-class _JsonScan:
-    """The JSON values of a stream, one at a time, with the line of each."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
-        self.text = ""
-        self.at = 0
-        self.line = 1
-        self.ended = False
-        self.rest = b""
-        self.first = True
-        self.decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-
-    def more(self, size: int = 1 << 20) -> bool:
-        """Reads on and drops what was used; False at the end."""
-        data = self.stream.read(size)
-        raw = self.rest + data
-        if self.first:
-            raw, self.first = raw.removeprefix(b"\xef\xbb\xbf"), False
-        # A character may be cut at the end of a piece: up to 3 bytes of it wait for the next one.
-        text = raw.decode("utf-8", errors="surrogateescape")
-        kept = len(text) - len(text.rstrip("".join(map(chr, range(0xDC80, 0xDD00))))) if data else 0
-        kept = min(kept, 3)
-        self.rest = raw[len(raw) - kept :] if kept else b""
-        self.text = self.text[self.at :] + (text[: len(text) - kept] if kept else text)
-        self.at = 0
-        self.ended = not data
-        return bool(data)
-
-    def skip(self, separators: str) -> str:
-        """Moves to the next character that is neither space nor one of `separators`; "" at the end."""
-        while True:
-            match = re.compile(rf"[\s{separators}]*").match(self.text, self.at)
-            end = match.end() if match else self.at
-            self.line += self.text.count("\n", self.at, end)
-            self.at = end
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if self.ended or not (self.more() or self.text):
-                return ""
-
-    def value(self, place: str) -> tuple[Any] | BadRow:
-        """The value at the current position, in a tuple."""
-        size = 1 << 20
-        while True:
+        values = JsonValues(stream, LONGEST_ROW_BYTES)
+        if values.next_character() == "[":
+            values.step()
+        while (character := values.next_character(over_commas=True)) and character != "]":
+            place = f"{file.name}:{values.line}"
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                incomplete = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
-                too_long = len(self.text) - self.at > LONGEST_ROW_BYTES
-                if incomplete and not self.ended and not too_long:
-                    self.more(size)
-                    size *= 2
-                    continue
-                where = self.line + self.text.count("\n", self.at, min(error.pos, len(self.text)))
-                reason = f"{error.msg.removesuffix(' starting at')} on line {where}"
-                return BadRow(place, f"not valid JSON: {reason}; the rows after it cannot be read", ends_file=True)
-            except (ValueError, RecursionError) as error:
-                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-                return BadRow(place, f"not usable JSON: {reason}; the rows after it cannot be read", ends_file=True)
-            if end == len(self.text) and not self.ended and self.more():
-                continue  # a number may go on in the next piece
-            used = self.text[self.at : end]
-            self.line += used.count("\n")
-            self.at = end
-            if _has_broken_bytes(used):
-                return BadRow(place, "not UTF-8 text; save the file as UTF-8", ends_file=True)
-            return (value,)
+                value = values.value()
+            except BrokenJson as error:
+                yield BadRow(place, f"not valid JSON: {error}; the rows after it cannot be read", ends_file=True)
+                return
+            yield _row_of(value, place)
 
 
 def _csv(file: DataFile) -> Iterator[Row | BadRow]:
@@ -190,11 +119,11 @@ def _csv(file: DataFile) -> Iterator[Row | BadRow]:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
-                if _has_broken_bytes("".join(header)) or len(set(header)) < len(header):
-                    reason = "is not UTF-8" if _has_broken_bytes("".join(header)) else "names a column twice"
+                if has_broken_bytes("".join(header)) or len(set(header)) < len(header):
+                    reason = "is not UTF-8" if has_broken_bytes("".join(header)) else "names a column twice"
                     yield BadRow(place, f"the header {reason}: {_short(delimiter.join(header))}", ends_file=True)
                     return
-            elif _has_broken_bytes("".join(fields)):
+            elif has_broken_bytes("".join(fields)):
                 yield BadRow(place, "not UTF-8 text; save the file as UTF-8")
             elif len(fields) != len(header):
                 yield BadRow(place, f"{len(fields)} fields; the header names {len(header)} columns")
@@ -295,19 +224,6 @@ def _decoded(raw: bytes, place: str) -> str | BadRow:
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return BadRow(place, "UTF-16 text; save the file as UTF-8", ends_file=True)
         return BadRow(place, f"not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-
-
-def _has_broken_bytes(text: str) -> bool:
-    """Whether decoding with surrogateescape met bytes that are not UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _kind_of(value: object) -> str:

@@ -1,0 +1,38 @@
+"""Which rows are used: the share that is set aside for validation, and how often each source's rows are seen."""
+
+import numpy as np
+from datasets import Dataset
+
+
+def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
+    """The rows set aside: those whose content hashes lowest under the seed.
+
+    Equal rows hash equally, so that a duplicate never stands on both sides of the split.
+    """
+    if not share or not len(train):
+        return np.array([], dtype=np.int64)
+    # By prompt: the same question must not be in both parts, whatever its answers are.
+    hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
+    mixed = _mixed(hashes, seed)
+    count = max(1, round(share * len(train)))
+    border = np.partition(mixed, count - 1)[count - 1]
+    return np.flatnonzero(mixed <= border)
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """A pseudo-random order of hashes under a seed. splitmix64 (Steele, Lea, Flood 2014, figure 17)."""
+    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def weighted_rows(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Row numbers under weights: each row as often as the whole part says, and a random share for the rest."""
+    repeats = np.floor(weights).astype(np.int64)
+    generator = np.random.default_rng(seed)
+    for weight in np.unique(weights % 1):
+        rows = np.flatnonzero(weights % 1 == weight)
+        extra = round(float(weight) * len(rows))
+        repeats[generator.permutation(rows)[:extra]] += 1
+    return np.repeat(np.arange(len(weights)), repeats)
