@@ -132,7 +132,9 @@ def base_values(merge: Merge, source: str, parameter: str) -> torch.Tensor:
     if merge.weights == "original" or not stored.is_floating_point():
         return stored
     if parameter not in merge.layout.quantized or merge.basis.kind == "none":
-        return stored if parameter in merge.layout.kept_in_fp32 else stored.to(merge.basis.load_dtype)
+        # fp32 holds every 16-bit value: casting there and back would only cost memory.
+        unchanged = parameter in merge.layout.kept_in_fp32 or merge.basis.load_dtype == torch.float32
+        return stored if unchanged else stored.to(merge.basis.load_dtype)
     if parameter in merge.layout.transposed:
         return as_trained(stored.T, merge.basis).T
     return as_trained(stored, merge.basis)
