@@ -53,8 +53,9 @@ def init(
         str | None, typer.Option("--data", metavar="FILE", help="Training rows: a file, folder or hub:owner/name.")
     ] = None,
     adapter: Annotated[
-        str, typer.Option("--adapter", metavar="KIND", help="lora, p-tuning, prompt-tuning, prefix-tuning or ia3.")
-    ] = "lora",
+        str | None,
+        typer.Option("--adapter", metavar="KIND", help="lora (default), p-tuning, prompt-tuning, prefix-tuning, ia3."),
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option("--from", metavar="NAME", help="Copy a shipped recipe; --base and --data change it."),
@@ -80,10 +81,12 @@ def init(
     if listed:
         console.out(console.table("", ["name", "what it trains"], stage.shipped_summaries()))
         return
+    if source is not None and adapter is not None:
+        raise typer.BadParameter("--adapter is for a new recipe; one that is copied with --from has its own")
     if source is not None:
         text = stage.copied_recipe(source, output, base=base, data=data)
     elif base and data:
-        text = stage.new_recipe(base, data, adapter, output)
+        text = stage.new_recipe(base, data, adapter or "lora", output)
     else:
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
     stage.write_recipe(text, output, force=force)

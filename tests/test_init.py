@@ -252,6 +252,22 @@ def test_the_command_without_a_model_says_what_is_needed():
     assert done.stdout == ""
 
 
+def test_the_command_does_not_ignore_an_adapter_that_a_copy_cannot_have():
+    done = init("--from", "quickstart", "--adapter", "ia3")
+    assert done.returncode == 2
+    assert "--adapter is for a new recipe" in done.stderr
+
+
+@pytest.mark.skipif(TAPLO is None, reason="taplo is not installed")
+@pytest.mark.parametrize(("change", "code"), [("rank = 16", 0), ("rnak = 16", 1), ('rank = "16"', 1)])
+def test_an_editors_checker_reads_the_schema_that_a_recipe_names(tmp_path, change, code):
+    (tmp_path / "recipe.schema.json").write_text(json.dumps(recipe_schema()))
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'#:schema ./recipe.schema.json\n[model]\nbase = "a/b"\n[adapter]\n{change}\n[data]\ntrain = "x"\n')
+    done = subprocess.run([TAPLO, "check", file], capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == code
+
+
 def test_init_needs_none_of_the_heavy_libraries():
     program = (
         "import sys; import qtune.cli, qtune.init\n"
