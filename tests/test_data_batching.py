@@ -5,11 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from qtune.data.batches import StepSampler, padding_share
@@ -203,6 +205,19 @@ def test_the_order_is_that_of_seed_and_epoch():
     assert list(one) != list(other)
     other.set_epoch(1)
     assert list(one) == list(other) != list(StepSampler(lengths, 8, seed=2))
+
+
+def test_the_loader_that_training_uses_gives_each_epoch_its_own_order():
+    lengths = list(range(1, 33))
+    loader = DataLoader(lengths, batch_size=4, sampler=StepSampler(lengths, 8, seed=1))
+    prepared = Accelerator(cpu=True).prepare(loader)
+    epochs = []
+    for epoch in (0, 1, 0):
+        prepared.set_epoch(epoch)
+        epochs.append(torch.cat(list(prepared)).tolist())
+    assert epochs[0] == epochs[2] != epochs[1]
+    expected = StepSampler(lengths, 8, seed=1)
+    assert epochs[0] == [lengths[row] for row in expected]
 
 
 def test_padding_share_is_what_the_collator_pads():

@@ -115,6 +115,23 @@ def test_tool_calls_keep_their_arguments_as_an_object_and_tools_may_be_json_text
     assert read.messages[2] == {"role": "tool", "content": "22", "tool_call_id": "1"}
 
 
+def test_openais_older_functions_are_tools():
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "weather", "content": "22"},
+            {"role": "assistant", "content": "22 degrees"},
+        ],
+        "functions": [TOOL["function"]],
+    }
+    read = to_conversation(row, "messages", "file:1")
+    assert read.tools == (TOOL,)
+    assert read.messages[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
+    assert read.messages[2] == {"role": "tool", "content": "22", "name": "weather"}
+
+
 def test_a_sharegpt_function_call_is_the_assistants_text():
     turns = [("human", "Weather?"), ("function_call", "{}"), ("observation", "22"), ("gpt", "22 degrees")]
     row = {"conversations": [{"from": name, "value": text} for name, text in turns]}

@@ -272,6 +272,21 @@ def test_work_that_was_interrupted_leaves_nothing_that_could_be_taken_for_whole(
     assert len(made(folder).train) == 100
 
 
+def test_what_nobody_used_for_a_month_is_removed(folder, encoded_sources):
+    made(folder, packing=True)
+    old = 1_000_000_000
+    for path in (folder / "cache").rglob("*"):
+        os.utime(path, (old, old))
+    (folder / "cache" / ".unfinished-1").mkdir()
+    write_rows(folder / "more.jsonl", 5)
+    made(folder, train="more.jsonl")
+    names = [path.name for path in (folder / "cache").iterdir()]
+    assert len(names) == 2
+    assert ".unfinished-1" in names
+    assert len(made(folder, packing=True).train) > 0
+    assert encoded_sources == ["rows.jsonl", "more.jsonl", "rows.jsonl"]
+
+
 def test_workers_make_the_same_examples_as_one_process(folder, monkeypatch):
     alone = list(made(folder).examples["train"])
     monkeypatch.setattr(encoding, "ROWS_WORTH_WORKERS", 100)

@@ -82,7 +82,8 @@ def to_conversation(
     if row_format == "text":
         return document(row["text"], place)
     messages = _READERS[row_format](row)
-    return conversation(with_system(messages, system, system_prompt), _tools(row.get("tools")), place)
+    tools = _tools(row["tools"], "tools") if row.get("tools") else _functions(row.get("functions"))
+    return conversation(with_system(messages, system, system_prompt), tools, place)
 
 
 def _from_messages(row: RawRow) -> list[Message]:
@@ -167,15 +168,17 @@ def _message(turn: object, where: str, role_key: str, content_key: str) -> Messa
     role = "assistant" if role in ("function_call", "tool_call") else role
     if role not in ROLES:
         raise RowError(f"{where}.{role_key} = {shown(given)}: not one of {', '.join(ROLES)}")
-    content = turn.get(content_key)
-    if content is None and not (role == "assistant" and turn.get("tool_calls")):
+    content, calls = turn.get(content_key), turn.get("tool_calls")
+    if not calls and turn.get("function_call"):  # OpenAI's older form
+        calls = [{"function": turn["function_call"]}]
+    if content is None and not (role == "assistant" and calls):
         what = "is null" if content_key in turn else "is missing"
         raise RowError(f"{where}.{content_key} {what}; expected a text")
     message: Message = {"role": role}
     if content is not None:
         message["content"] = _content(content, f"{where}.{content_key}")
-    if turn.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(turn["tool_calls"], f"{where}.tool_calls")
+    if calls:
+        message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     for extra in ("reasoning_content", "name", "tool_call_id"):
         if turn.get(extra) is not None:
             message[extra] = text_of(turn[extra], f"{where}.{extra}")
@@ -221,14 +224,19 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
     return read
 
 
-def _tools(tools: object) -> list[dict[str, Any]]:
-    if tools is None or tools == "":
-        return []
+def _tools(tools: object, key: str) -> list[dict[str, Any]]:
+    """A list of descriptions, or the JSON text of one."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise RowError("tools is a text that is not JSON") from error
+            raise RowError(f"{key} is a text that is not JSON") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"tools = {shown(tools)}: not a list of tool descriptions")
+        raise RowError(f"{key} = {shown(tools)}: not a list of tool descriptions")
     return tools
+
+
+def _functions(functions: object) -> list[dict[str, Any]]:
+    """OpenAI's older form of tools."""
+    described = _tools(functions, "functions") if functions else []
+    return [{"type": "function", "function": function} for function in described]

@@ -4,6 +4,7 @@ Each document keeps its own positions (from 0) and sees only itself; `collate.Pa
 """
 
 import hashlib
+import os
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
         ):
             for start in range(0, len(groups), GROUPS_AT_ONCE):
                 writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
+    os.utime(file)
     return Dataset.from_file(str(file))
 
 

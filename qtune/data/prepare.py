@@ -22,7 +22,7 @@ from qtune.data.formats import detect_format, renamed, unknown_columns
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
-from qtune.data.store import Stored, open_store, store_key
+from qtune.data.store import Stored, open_store, remove_unused, store_key
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
 from qtune.recipe import Data
@@ -99,7 +99,9 @@ def survey(
         DataError: a source is missing, or its rows have no known shape.
     """
     template = choose_template(data.chat_template, tokenizer, folder)
-    maker = _Maker(data, tokenizer, template, cache or cache_folder() / "examples")
+    cache = cache or cache_folder() / "examples"
+    remove_unused(cache)
+    maker = _Maker(data, tokenizer, template, cache)
     train, weights = maker.split("train", find_sources(data.train, data, folder))
     examples = {"train": train}
     if isinstance(data.validation, float):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from qtune.data.rows import BadRow
 VERSION = 2
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
+UNUSED_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,20 @@ def written_whole(path: Path) -> Iterator[Path]:
                 (temporary / path.name).rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unused(cache: Path) -> None:
+    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
+    if not cache.is_dir():
+        return
+    now = time.time()
+    for path in cache.iterdir():
+        # Other processes use and remove these at the same time.
+        with suppress(OSError):
+            mark = path / "about.json" if path.is_dir() and not path.name.startswith(".") else path
+            days = (now - mark.stat().st_mtime) / 86400
+            if days > (1 if path.name.startswith(".unfinished-") else UNUSED_DAYS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:

@@ -124,28 +124,40 @@ class Renderer:
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, object]] = (), *, generation_prompt: bool = False
     ) -> str:
-        """The text of the messages; with `generation_prompt`, up to where the model goes on.
-
-        Raises:
-            RowError: the template refuses the messages, with its reason.
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self.template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        # A template is a program: what it does not raise itself fails as Python does.
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error) or type(error).__name__
-            raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason)}") from error
-        return str(text)
+        """`render` with this tokenizer and template."""
+        return render(self.tokenizer, self.template, messages, tools, generation_prompt=generation_prompt)
 
     def prompt(self, conversation: Conversation) -> str:
         """The rendered conversation up to the last answer, with the generation prompt."""
         return self.render(conversation.prompt, conversation.tools, generation_prompt=True)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, object]] = (),
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """The text of the messages; with `generation_prompt`, up to where the model goes on.
+
+    Raises:
+        RowError: the template refuses the messages, with its reason.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+        )
+    # A template is a program: what it does not raise itself fails as Python does.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error) or type(error).__name__
+        raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason)}") from error
+    return str(text)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
@@ -155,8 +167,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
     """
     if conversation.is_document:
         return list(tokenizer("").input_ids)
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else _own_template(tokenizer)
-    text = Renderer.of(tokenizer, template or BUILT_IN[DEFAULT]).prompt(conversation)
+    template = _own_template(tokenizer) or BUILT_IN[DEFAULT]
+    text = render(tokenizer, template, conversation.prompt, conversation.tools, generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
