@@ -1,10 +1,12 @@
 """Adapters: a recipe's table -> peft's configuration, attached to the base model; their whole state on disk."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
+    EvaConfig,
     IA3Config,
     LoraConfig,
     PeftConfig,
@@ -47,6 +49,8 @@ def peft_config(adapter: Adapter) -> PeftConfig:
                 use_dora=adapter.dora,
                 # LoftQ starts from zero and is filled in afterwards, when the base is there to compare with.
                 init_lora_weights=True if adapter.initialization in ("default", "loftq") else adapter.initialization,
+                # rho = 1: every layer keeps the rank of the recipe, so that its memory is the one that was predicted.
+                eva_config=EvaConfig(rho=1.0) if adapter.initialization == "eva" else None,
                 bias="none",
             )
         case PTuning():
@@ -96,7 +100,10 @@ def attach_adapter(
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
     """
     try:
-        model = get_peft_model(network, peft_config(adapter), autocast_adapter_dtype=True)
+        with warnings.catch_warnings():
+            # peft 0.21 proposes weights without storage for EVA; the few bytes are not worth what may stay without.
+            warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+            model = get_peft_model(network, peft_config(adapter), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError) as error:
         name = getattr(network.config, "_name_or_path", "") or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
@@ -167,13 +174,20 @@ def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) ->
     base.
     """
     if initial is not None:
-        model.save_pretrained(folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial))
+        with warnings.catch_warnings():
+            # peft 0.21 loads the initial adapter beside the trained one for the difference, and warns of its own doing.
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights of the model")
+            model.save_pretrained(
+                folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial)
+            )
         return
     model.eval()  # peft saves what a prompt encoder computes, which must not be what its dropout leaves of it
     model.save_pretrained(folder, safe_serialization=True)
     save_trained_state(model, folder)
 
 
-def load_adapter(network: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The base model with a saved adapter on it, in the dtype it was saved in."""
-    return PeftModel.from_pretrained(network, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
+def load_adapter(network: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base model with a saved adapter on it, frozen, in the dtype it was saved in."""
+    model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=False)
+    model.requires_grad_(False)  # peft leaves soft prompts trainable
+    return model

@@ -5,6 +5,7 @@ transformers can keep GGUF weights packed, but a packed model can be neither qua
 
 import hashlib
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def gguf_folder(file: Path) -> Path:
     try:
         convert(file, work / "model")
         (work / "model").rename(folder)
-    except (ValueError, NotImplementedError, KeyError) as error:
+    # What transformers 5.23 raises depends on where the file stops being GGUF.
+    except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
         raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {error}")) from error
     except OSError:
         # Another process was faster: a folder that is there is complete, for it came by a rename.

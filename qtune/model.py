@@ -8,6 +8,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from qtune.builtin import PREFIX, builtin_folder
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.gguf_base import gguf_folder
 from qtune.plan import Plan
 from qtune.recipe import EightBit, FourBit, Model, Quantization, Unquantized
@@ -108,21 +109,29 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     would turn embeddings, norms and head into fp32.
 
     Raises:
+        OutOfMemory: it does not fit the device.
         ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
     """
     dtype = getattr(torch, plan.compute_dtype)
     stored = getattr(load_config(model), "quantization_config", None)
+    ours = None if stored else quantization_config(quantization, dtype)
     try:
         network = AutoModelForCausalLM.from_pretrained(
             base_folder(model),
             dtype=dtype,
-            quantization_config=None if stored else quantization_config(quantization, dtype),
             attn_implementation=plan.attention,
             device_map={"": plan.device.torch_name},
             use_safetensors=True,
+            # Even a None would hide the quantization that a checkpoint brings along.
+            **({"quantization_config": ours} if ours else {}),
             **_where(model),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"{model.base} does not fit {plan.device.name}, which has {plan.device.free_bytes / 2**30:.1f} GiB free"
+        )
+        raise OutOfMemory(message) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _unreadable(model, error) from error
     network.requires_grad_(False)
     if not stored and not isinstance(quantization, Unquantized):
@@ -175,6 +184,9 @@ def _where(model: Model) -> dict[str, Any]:
 
 
 def _unreadable(model: Model, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
+        return ModelError(Problem(model.base, advice))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     return ModelError(Problem(model.base, f"cannot be loaded: {reason}"))

@@ -199,7 +199,8 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_would_be_right(problems, t
         ),
         (
             'packing = true\n[adapter]\nkind = "p-tuning"',
-            "5: data.packing = true: a soft prompt stands once before each packed row, so only its first document would "
+            "5: data.packing = true: a soft prompt stands once before each packed row, so only its first "
+            "document would "
             ""
             ""
             "see it, and peft drops the positions that keep documents apart; not with p-tuning",
