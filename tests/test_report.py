@@ -19,6 +19,7 @@ from qtune.builtin import builtin_folder
 from qtune.data.prepare import prepare
 from qtune.device import Device
 from qtune.errors import RunError
+from qtune.lock import rows_hash
 from qtune.model import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe import Model
@@ -365,6 +366,17 @@ def test_rows_that_are_gone_are_a_note_and_no_failure(tmp_path):
     text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
     assert f"They cannot be shown: {run_dir.resolved_file}:" in text
     assert "no such file or folder" in text
+
+
+def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp_path):
+    run_dir = make_run(tmp_path)
+    tokenizer = load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
+    resolved = load_recipe(run_dir.resolved_file)
+    prepared = prepare(resolved.recipe.data, tokenizer, resolved.folder, seed=resolved.recipe.training.seed)
+    run_dir.write_json(run_dir.lock_file, {"training_rows_blake2b": rows_hash(prepared)})
+    assert "The files have changed since" not in write_report(run_dir).read_text(encoding="utf-8")
+    rows_file(tmp_path, odd="Something else")
+    assert "The files have changed since" in write_report(run_dir).read_text(encoding="utf-8")
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):

@@ -57,7 +57,7 @@ def write_report(run_dir: RunDir) -> Path:
     record = read_record(run_dir)
     rows: ShownRows | str
     try:
-        rows = rows_of(run_dir)
+        rows = rows_of(run_dir, (record.lock or {}).get("training_rows_blake2b"))
     except InputError as error:
         rows = str(error)
     run_dir.write_text(run_dir.report, page(record, rows))

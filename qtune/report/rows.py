@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
+from qtune.lock import rows_hash
 from qtune.model import load_tokenizer
 from qtune.plan import virtual_tokens
 from qtune.recipe_file import load_recipe
@@ -36,10 +37,14 @@ class ShownRows:
     validation_rows: int
     virtual_tokens: int
     template: str
+    changed: bool
+    """Whether the files hold other rows now than those that were trained on."""
 
 
-def rows_of(run_dir: RunDir) -> ShownRows:
+def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
     """A few rows of a run: the first, one of middle length, the longest, and one that is held out for validation.
+
+    `trained_on` is the run's hash of its training rows (`lock.rows_hash`).
 
     Raises:
         InputError: the rows or the tokenizer are no longer where the run found them.
@@ -55,6 +60,7 @@ def rows_of(run_dir: RunDir) -> ShownRows:
         0 if validation is None else len(validation),
         virtual_tokens(recipe),
         prepared.template.origin,
+        trained_on is not None and rows_hash(prepared) != trained_on,
     )
 
 

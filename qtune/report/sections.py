@@ -97,7 +97,10 @@ def training_rows(rows: ShownRows) -> Html:
     ]
     if rows.virtual_tokens:
         intro.append(f" Before each row the model also sees {rows.virtual_tokens} virtual tokens, which are not text.")
-    return section("Rows as the model sees them", paragraph(*intro), *map(_row, rows.rows))
+    changed = (
+        [note("The files have changed since: these are not the rows that were trained on.")] if rows.changed else []
+    )
+    return section("Rows as the model sees them", *changed, paragraph(*intro), *map(_row, rows.rows))
 
 
 def _row(row: ShownRow) -> Html:
