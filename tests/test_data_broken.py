@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from chat_families import FAMILIES, R1, tokenizer_of
@@ -10,7 +11,7 @@ from qtune.data.findings import KINDS, gate, stopping
 from qtune.data.inspection import columns_of, findings_of
 from qtune.data.prepare import prepare, survey
 from qtune.errors import DataError, GateError, Problem
-from qtune.recipe import Data, parse_recipe
+from qtune.recipe import Data, Waivable, parse_recipe
 
 FOLDER = Path(__file__).parent / "broken"
 CASES = tomllib.loads((FOLDER / "expected.toml").read_text(encoding="utf-8"))["broken"]
@@ -109,6 +110,10 @@ def test_the_gate_says_what_to_do_and_how_to_go_on_all_the_same(tmp_path):
         '    raise max_length, or decide with on_long_row = "drop", "cut-left" or "cut-right"; '
         'to go on all the same: [data] allow = ["too-long"]'
     )
+
+
+def test_exactly_the_errors_can_be_waived():
+    assert set(get_args(Waivable)) == {name for name, kind in KINDS.items() if kind.level == "error"}
 
 
 def test_a_token_outside_the_models_embedding_stops_the_run(tmp_path):
