@@ -83,9 +83,10 @@ class TrainingDisplay:
             f"epoch {latest.get('epoch', 0):.2f}",
             Text(f"{clock(self._seconds_left())} left", style="cyan"),
         )
-        figures = Table.grid(padding=(0, 3))
-        figures.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(latest).items()))
-        return Group(bar, figures)
+        figures = {name: Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(latest).items()}
+        # What is learned, then what it costs: together they do not fit into 80 columns.
+        costs = [figures.pop(name) for name in ("tokens/s", "memory") if name in figures]
+        return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row))
 
 
 def _figures(record: Record) -> dict[str, str]:

@@ -1,0 +1,140 @@
+"""The command: instant help for every verb, one exit code for each way to end, errors before anything heavy."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import run_qtune
+
+from qtune import __version__, cli
+from qtune.errors import GateError, InputError, Interrupted, Problem
+
+HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+VERBS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+
+# Runs the command as `qtune ARGUMENTS` would, several times, and prints as JSON how each ended.
+SCRIPT = f"""
+import contextlib, io, json, sys
+from qtune.cli import main
+ended = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["qtune", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    ended.append([code, out.getvalue(), err.getvalue(), heavy])
+print(json.dumps(ended))
+"""
+
+
+def ends(*calls: list[str]) -> list[tuple[int, str, str, list[str]]]:
+    """(exit code, stdout, stderr, heavy modules that were imported) of calls in one fresh process."""
+    root = str(Path(cli.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, cwd=root, check=True
+    )
+    return [tuple(one) for one in json.loads(done.stdout)]
+
+
+def test_every_verb_answers_help_without_the_heavy_libraries() -> None:
+    assert {"run", "eval", "chat", "export", "doctor"} <= set(VERBS)
+    answers = ends(["--help"], ["-h"], ["--version"], *([verb, "--help"] for verb in VERBS))
+    for code, out, err, heavy in answers:
+        assert (code, err, heavy) == (0, "", [])
+        assert out
+    overview = answers[0][1]
+    assert all(re.search(rf"^│ {verb} ", overview, re.MULTILINE) for verb in VERBS)
+    assert "0 done · 1 the work failed · 2 the input is wrong" in overview
+    assert answers[2][1] == f"qtune {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_and_argument_of_a_verb_is_explained(verb: str) -> None:
+    command = typer.main.get_command(cli.app).get_command(None, verb)
+    assert command.help
+    assert {parameter.name: bool(parameter.help) for parameter in command.params if parameter.name != "help"} == {
+        parameter.name: True for parameter in command.params if parameter.name != "help"
+    }
+
+
+def test_a_wrong_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text('[model]\nbase = "org/model"\n[data]\ntrain = "none.jsonl"\n[adapter]\nrnak = 8\n')
+    ((code, out, err, heavy), missing, change) = ends(
+        ["run", str(recipe)],
+        ["run", str(tmp_path / "none.toml")],
+        ["run", str(recipe), "--set", "adapter.alhpa=1"],
+    )
+    assert (code, out, heavy) == (2, "", [])
+    # Unknown keys first: what is not a recipe has no files to look for.
+    assert err == f"error: {recipe}:6: adapter.rnak = 8: no such key in [adapter]; did you mean 'rank'?\n"
+    assert missing[0] == 2
+    assert missing[2].startswith(f"error: {tmp_path}/none.toml: no such file, nor a recipe that comes with qtune (")
+    assert "--set: adapter.alhpa = 1: no such key in [adapter]; did you mean 'alpha'?" in change[2]
+    assert change[3] == missing[3] == []
+
+
+def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:
+    shown = run_qtune("--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"qtune {__version__}\n", "")
+    refused = run_qtune("run", "--resume", tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError([Problem("a:1", "x"), Problem("b:2", "y")]), 2, "error: a:1: x\nb:2: y\n"),
+        (GateError("the data would train the wrong thing"), 1, "error: the data would train the wrong thing\n"),
+        (Interrupted("stopped at step 3"), 130, "error: stopped at step 3\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=["input", "work", "interrupted", "ctrl-c"],
+)
+def test_each_way_to_end_has_its_exit_code(
+    error: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("qtune.recipe_file.find_recipe", fail)
+    monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == code
+    if message:
+        assert capsys.readouterr() == ("", message)
+
+
+def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qtune.recipe_file.find_recipe", fail)
+    monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_a_mistyped_option_is_an_error_of_the_input() -> None:
+    (code, out, err, _), no_verb = ends(["run", "quickstart", "--resum"], ["trian", "quickstart"])
+    assert (code, out) == (2, "")
+    assert "No such option: --resum" in err
+    assert no_verb[0] == 2
+    assert "No such command 'trian'" in no_verb[2]

@@ -1,0 +1,179 @@
+"""What people see: results and messages on their streams, and the training display, whole."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from qtune import console
+from qtune.console import training
+from qtune.console.training import TrainingDisplay, clock, plain_line
+
+TRAIN = {
+    "kind": "train",
+    "step": 20,
+    "steps": 75,
+    "epoch": 0.2667,
+    "loss": 0.34567,
+    "accuracy": 0.9123,
+    "learning_rate": 9.5e-4,
+    "gradient_norm": 1.25,
+    "tokens_per_second": 1234.5,
+    "memory_bytes": 1.5 * 2**30,
+    "memory_peak_bytes": 2.25 * 2**30,
+    "seconds": 40.0,
+}
+EVAL = {"kind": "eval", "step": 20, "steps": 75, "epoch": 0.2667, "loss": 0.25, "accuracy": 0.95, "seconds": 41.0}
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test moves: its one element is the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """A recorded terminal, 80 columns wide, in place of stderr."""
+    recorded = Console(
+        file=io.StringIO(), record=True, force_terminal=True, width=80, height=30, markup=False, highlight=False
+    )
+    monkeypatch.setattr(training, "live_console", lambda: recorded)
+    monkeypatch.setattr(console, "live_console", lambda: recorded)
+    return recorded
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+def test_results_go_to_stdout_and_messages_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console.out("runs/quick")
+    console.say("loading")
+    console.say_error("recipe.toml:1: model.base: is required and missing\nrecipe.toml:2: data: …")
+    streams = capsys.readouterr()
+    assert streams.out == "runs/quick\n"
+    assert streams.err == (
+        "loading\nerror: recipe.toml:1: model.base: is required and missing\nrecipe.toml:2: data: …\n"
+    )
+
+
+def test_text_of_users_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[red]no[/red] :smile: {x} 'a' 12 " + "long " * 60
+    console.out(text)
+    console.say(text)
+    assert capsys.readouterr() == (f"{text}\n", f"{text}\n")
+
+
+def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    console.out_json({"name": "Käthe " * 50})
+    written = capsys.readouterr().out
+    assert json.loads(written) == {"name": "Käthe " * 50}
+    assert "Käthe" in written
+
+
+def test_a_table_in_a_file_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["forward", "1.25 GiB", "exact " * 8], [Text("backward"), "11.00 GiB", ""]]
+    console.out(console.table("Peaks", ["phase", "peak", "how"], rows, right=[1]))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "Peaks",
+        "phase          peak  how",
+        f"forward    1.25 GiB  {'exact ' * 7}exact",
+        "backward  11.00 GiB",
+    ]
+
+
+def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("merging", 10) as bar:
+        for _ in range(10):
+            bar.advance()
+    with console.progress("loading") as bar:
+        bar.advance()
+    assert capsys.readouterr() == (
+        "",
+        "merging: 10 %\nmerging: 30 %\nmerging: 50 %\nmerging: 80 %\nmerging: 100 %\nloading …\n",
+    )
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes_away(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("merging", 4) as bar:
+        bar.update(1, description="merging shard 1")
+        bar.update(3)
+    assert capsys.readouterr() == ("", "")
+    assert "merging shard 1" in terminal.export_text()
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_of_training_is_one_line() -> None:
+    assert plain_line(TRAIN, 130.4) == (
+        "step 20/75  epoch 0.27  loss 0.3457  accuracy 91.2%  lr 9.50e-04  tokens/s 1,234  "
+        "memory 1.50 GiB, peak 2.25  2:10 left"
+    )
+    assert plain_line(EVAL, None) == "step 20: validation loss 0.2500, accuracy 95.0%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(None, "–"), (0, "0:00"), (59.6, "1:00"), (125, "2:05"), (3600, "1:00:00"), (5025, "1:23:45")],
+)
+def test_time_is_shown_as_clocks_do(seconds: float | None, shown: str) -> None:
+    assert clock(seconds) == shown
+
+
+def test_a_log_has_a_line_every_five_seconds_the_first_the_last_and_every_evaluation(
+    capsys: pytest.CaptureFixture[str], hands: list[float]
+) -> None:
+    with TrainingDisplay() as display:
+        for step in range(1, 11):
+            hands[0] += 2
+            display.show({**TRAIN, "step": step, "steps": 10})
+            if step == 5:
+                display.show({"kind": "note", "message": "out of memory: [split]"})
+                display.show({**EVAL, "step": 5, "steps": 10})
+    streams = capsys.readouterr()
+    figures = "epoch 0.27  loss 0.3457  accuracy 91.2%  lr 9.50e-04  tokens/s 1,234  memory 1.50 GiB, peak 2.25"
+    assert streams.out == ""
+    assert streams.err.splitlines() == [
+        f"step 1/10  {figures}",
+        f"step 4/10  {figures}  0:12 left",
+        "out of memory: [split]",
+        "step 5: validation loss 0.2500, accuracy 95.0%",
+        f"step 8/10  {figures}  0:04 left",
+        f"step 10/10  {figures}  0:00 left",
+    ]
+
+
+def test_a_resumed_run_counts_its_own_pace(capsys: pytest.CaptureFixture[str], hands: list[float]) -> None:
+    with TrainingDisplay() as display:
+        display.show({**TRAIN, "step": 60})
+        hands[0] += 10
+        display.show({**TRAIN, "step": 65})
+    assert capsys.readouterr().err.splitlines()[-1].endswith("0:20 left")
+
+
+def test_a_terminal_shows_one_display_that_is_redrawn(terminal: Console, hands: list[float]) -> None:
+    with TrainingDisplay() as display:
+        display.show({**TRAIN, "step": 10, "loss": 1.5})
+        hands[0] += 20
+        display.show(EVAL)
+        display.show({"kind": "note", "message": "stopping after this step; once more stops at once"})
+        display.show(TRAIN)
+    last = [line.rstrip() for line in terminal.export_text().splitlines()][-3:]
+    assert last == [
+        "step 20/75 ━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ epoch 0.27 1:50 left",
+        "loss 0.3457   accuracy 91.2%   eval loss 0.2500   lr 9.50e-04",
+        "tokens/s 1,234   memory 1.50 GiB, peak 2.25",
+    ]
+
+
+def test_a_note_stands_above_the_display(terminal: Console, hands: list[float]) -> None:
+    with TrainingDisplay() as display:
+        display.show(TRAIN)
+        display.show({"kind": "note", "message": "[stopping]"})
+    assert "[stopping]" in terminal.export_text()
