@@ -114,10 +114,10 @@ def run(
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`.
     """
-    from qtune import train
     from qtune.recipe_file import find_recipe, load_recipe
     from qtune.run_dir import RunDir, newest_unfinished
 
+    # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
         run_dir = RunDir.open(Path(target)) if Path(target).is_dir() else None
         if run_dir is None:
@@ -126,9 +126,13 @@ def run(
             run_dir = newest_unfinished(Path(output.directory), output.name or resolved.file.stem)
         if run_dir is None:
             raise typer.BadParameter(f"{target} has no unfinished run")
+        from qtune import train
+
         console.out(f"{train.resume(run_dir).path}")
         return
     resolved = load_recipe(find_recipe(target), changes or ())
+    from qtune import train
+
     console.out(f"{train.run(resolved, tuple(allow or ())).path}")
 
 
