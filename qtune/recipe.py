@@ -483,6 +483,8 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             expected = f"{', '.join(others)} or {last}" if others else last
             word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
             return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
+        case "string_too_short" | "too_short":
+            return "must not be empty"
         case "string_pattern_mismatch":
             return f"must look like {_pattern_in_words(path)}"
         case _:
@@ -490,7 +492,9 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
 
 
 def _pattern_in_words(path: KeyPath) -> str:
-    return '"8GiB" or "512MiB"' if path == ("memory", "budget") else "a folder name: letters, digits, . _ + -"
+    if path == ("memory", "budget"):
+        return '"8GiB" or "512MiB"'
+    return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
 
 
 def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
@@ -501,21 +505,18 @@ def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys that the table around a location has."""
-    kinds = {kind: table for union in (Quantization, Adapter) for table in get_args(union) for kind in kinds_of(table)}
-    here: type[BaseModel] | None = Recipe
-    for part in location[:-1]:
-        if here is None:
-            return []
-        if part in kinds and here is Recipe:
-            here = kinds[str(part)]
-        elif here is Recipe and part in ("quantization", "adapter"):
-            continue
-        else:
-            field = here.model_fields.get(str(part))
-            annotation = field.annotation if field else None
-            here = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return list(here.model_fields) if here else []
+    """The keys of the table that a location (pydantic's, with its union tags) is in."""
+    tagged: dict[str | int, type[BaseModel]] = {"file source": FileSource, "hub source": HubSource}
+    for union in (Quantization, Adapter):
+        tagged |= {kind: table for table in get_args(union) for kind in kinds_of(table)}
+    *tables, _ = location
+    if not tables:
+        return list(Recipe.model_fields)
+    for tag in reversed(tables):
+        if tag in tagged:
+            return list(tagged[tag].model_fields)
+    table = Recipe.model_fields[str(tables[0])].annotation
+    return list(table.model_fields) if isinstance(table, type) and issubclass(table, BaseModel) else []
 
 
 def kinds_of(table: type[Table]) -> tuple[str, ...]:
