@@ -32,6 +32,7 @@ from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
 from qtune.recipe import Lora, Recipe
 from qtune.recipe_file import Resolved, load_recipe
+from qtune.report.page import write_report
 from qtune.resolved_file import resolved_text
 from qtune.run_dir import RunDir
 from qtune.trainer import (
@@ -79,6 +80,7 @@ def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
     run_dir = RunDir.create(Path(recipe.output.directory), name, resolved.text)
     run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     _train(inputs, run_dir, checkpoint=None)
+    write_report(run_dir)
     return run_dir
 
 
@@ -101,6 +103,7 @@ def resume(run_dir: RunDir) -> RunDir:
     console.say(f"resuming {run_dir.path} from step {step}")
     forget_after(run_dir.metrics_file, step)
     _train(inputs, run_dir, checkpoints[-1] if checkpoints else None)
+    write_report(run_dir)
     return run_dir
 
 
