@@ -78,14 +78,14 @@ def test_the_commands_are_balanced_and_asked_for_in_many_ways():
     tool = load_tool()
     for name in ("train", "test"):
         commands = Counter(json.loads(answer)["command"] for answer in answers(name))
-        assert len(commands) == 8
+        assert set(commands) == {command.name for command in tool.COMMANDS}
         assert max(commands.values()) == min(commands.values())
     assert all(len(set(command.phrasings)) >= 10 for command in tool.COMMANDS)
 
 
 def test_each_kind_of_command_has_one_set_of_keys():
     keys = {(json.loads(answer)["command"], tuple(json.loads(answer))) for answer in answers("train") + answers("test")}
-    assert len(keys) == 8
+    assert len(keys) == len({command for command, _ in keys}) >= 6
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
@@ -95,15 +95,12 @@ def test_everything_that_an_answer_says_stands_in_its_request(name):
             assert key == "command" or str(value).casefold() in request_.casefold(), (request_, answer)
 
 
-def test_a_known_request_has_the_answer_that_a_person_would_give():
-    tool = load_tool()
-    rows_ = dict(zip(requests("train") + requests("test"), answers("train") + answers("test"), strict=True))
-    found = [request_ for request_ in rows_ if request_.startswith("Tell Mum that ")]
-    assert found
-    for request_ in found:
-        text = request_.removeprefix("Tell Mum that ")
-        assert rows_[request_] == json.dumps({"command": "send_message", "to": "Mum", "text": text})
-        assert text in tool.MESSAGES
+def test_a_message_is_sent_as_it_was_said_to_whom_it_was_said():
+    told = [(r, a) for r, a in zip(requests("train"), answers("train"), strict=True) if r.startswith("Tell ")]
+    messages = [(r.removeprefix("Tell ").split(" that ", 1), a) for r, a in told if " that " in r]
+    assert messages
+    for (to, text), answer in messages:
+        assert answer == json.dumps({"command": "send_message", "to": to, "text": text})
 
 
 def test_another_seed_makes_other_rows():
