@@ -165,9 +165,18 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
     ] = False,
+    compare_bases: Annotated[
+        bool, typer.Option("--compare-bases", help="Also measure what merging into the original weights costs.")
+    ] = False,
     gguf: Annotated[
         Literal["f16", "bf16", "q8_0"] | None,
-        typer.Option("--gguf", help="Also write a GGUF file for llama.cpp and, where it is proven, an Ollama Modelfile."),
+        typer.Option(
+            "--gguf", help="Also write a GGUF file for llama.cpp and, where it is proven, an Ollama Modelfile."
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Upload the verified folder to this repository, private."),
     ] = None,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
@@ -186,7 +195,15 @@ def export(
     if opened is None:
         raise typer.BadParameter("name a run")
     options = stage.Options(
-        output=output, weights=base, dtype=dtype, force=force, verify=verify, adapter_only=adapter_only, gguf=gguf
+        output=output,
+        weights=base,
+        dtype=dtype,
+        force=force,
+        verify=verify,
+        adapter_only=adapter_only,
+        gguf=gguf,
+        compare_bases=compare_bases,
+        push_to=push_to,
     )
     console.out(f"{stage.export_run(opened, options)}")
 
@@ -320,6 +337,85 @@ def doctor(
         stage.show(findings)
     if stage.has_problems(findings):
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Prepare")
+def profile(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or a run's folder.")],
+    changes: SetOption = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A card by its memory, as 8GiB.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of the longest row.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
+    savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the step's timeline as SVG.")] = None,
+) -> None:
+    """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
+
+    A recipe needs only the model's config.json. Without --gpu or --vram it is planned for the device that is here.
+    """
+    from qtune.console.memory import draw_measured, draw_profile
+    from qtune.memory import cards, pictures
+    from qtune.memory import profile as stage
+    from qtune.quiet import quiet_loading
+    from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.run_dir import RunDir
+
+    quiet_loading()
+    if Path(target).is_dir():
+        console.out(draw_measured(stage.read_run(RunDir.open(Path(target)))))
+        return
+    recipe = load_recipe(find_recipe(target), changes or ()).recipe
+    found = stage.profile(recipe, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
+    console.out(draw_profile(found, cards.SIZES))
+    if svg is not None:
+        svg.write_text(pictures.timeline_svg(found.prediction, f"{recipe.model.base}: one training step"), encoding="utf-8")
+        console.say(f"timeline: {svg}")
+
+
+@app.command(rich_help_panel="Prepare")
+def fit(
+    recipe: RecipeArgument,
+    changes: SetOption = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Memory to fit into, as 8GiB.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="KEY", help="Also change this: length. Repeatable.")
+    ] = None,
+    largest: Annotated[
+        str | None, typer.Option("--max", metavar="WHAT", help="Only say the largest length or batch that fits.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
+    ] = None,
+) -> None:
+    """Change a recipe until it fits a card, the least painful changes first, each one traced.
+
+    The effective batch never changes. The new recipe keeps its comments; without --output it goes beside the old one as
+    NAME.fit.toml.
+    """
+    from qtune.console.memory import draw_fit
+    from qtune.memory import fit as stage
+    from qtune.quiet import quiet_loading
+    from qtune.recipe_file import find_recipe, load_recipe
+
+    if largest not in (None, "length", "batch"):
+        raise typer.BadParameter("--max is length or batch")
+    if unknown := set(allow or ()) - {"length"}:
+        raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
+    quiet_loading()
+    resolved = load_recipe(find_recipe(recipe), changes or ())
+    if largest is not None:
+        console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
+        return
+    found = stage.fit_recipe(resolved.recipe, gpu, vram, allow_length="length" in (allow or ()))
+    console.out(draw_fit(found, {".".join(map(str, path)): value for path, value in found.changes.items()}))
+    if not found.fits:
+        raise typer.Exit(1)
+    if found.changes:
+        target = output or resolved.file.with_suffix(".fit.toml")
+        target.write_text(stage.rewritten_recipe(resolved.text, found), encoding="utf-8")
+        console.say(f"written: {target}")
 
 
 def main() -> None:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qtune.errors import ExportError, InputError
+from qtune.export.shards import Planned, write_shards
 from qtune.export.staged import staged_folder
 
 
@@ -67,6 +69,39 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path: Path) -> 
         staged_folder(tmp_path / "out", 2**50),
     ):
         pytest.fail("the work must not begin")
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_is_full_is_noticed_while_weights_are_written(tmp_path: Path) -> None:
+    """Every write to /dev/full fails as a write to a full disk does."""
+
+    def fill_the_disk() -> None:
+        with staged_folder(tmp_path / "out", 0) as work:
+            (work / "model.safetensors").symlink_to("/dev/full")
+            planned = Planned("a", torch.float32, (4096,))
+            write_shards(work, [[planned]], lambda _: torch.zeros(4096))
+
+    with pytest.raises(ExportError, match=f"^{tmp_path}: the disk is full; nothing was left behind$"):
+        fill_the_disk()
+    assert names(tmp_path) == []
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from qtune.export.staged import staged_folder
+with staged_folder(Path({str(tmp_path)!r}) / "out", 0) as work:
+    (work / "weights").write_text("w")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    process.stdout.close()
     assert names(tmp_path) == []
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qtune.errors import VerificationError
 from qtune.export.export import Options, export_run, prove
 from qtune.export.held_out import rows_for
+from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
 from qtune.export.source import Source, open_source
 from qtune.export.verify import verify
@@ -153,3 +154,41 @@ def test_a_failed_export_is_marked_in_its_card(run: RunDir, good: Path, tmp_path
     with pytest.raises(VerificationError, match="is not the trained model; it is kept, marked as unverified"):
         prove(source, folder, verify(source, folder, rows_for(source)))
     assert "**NOT VERIFIED" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("weights", ["dequantized", "original"])
+def test_models_too_large_for_the_memory_are_compared_module_by_module(
+    weights: Weights, run: RunDir, good: Path, tmp_path: Path
+) -> None:
+    """The figures are those of whole models; nothing of the comparison differs but where the weights wait."""
+    folder = good
+    source = open_source(run)
+    if weights == "original":
+        folder = tmp_path / "model"
+        shutil.copytree(good, folder)
+        again(source, folder, weights="original")
+    rows = rows_for(source)
+    whole = verify(source, folder, rows, weights, streamed=False)
+    streamed = verify(source, folder, rows, weights, streamed=True)
+    assert streamed.streamed
+    assert streamed.verified is whole.verified is True
+    for name in ("trained", "exported", "bare base"):
+        assert streamed.perplexity[name] == pytest.approx(whole.perplexity[name], rel=1e-5)
+    assert streamed.bare_base.kl == pytest.approx(whole.bare_base.kl, rel=1e-4)
+    assert streamed.cost[weights].kl == pytest.approx(whole.cost[weights].kl, rel=0.05, abs=1e-8)
+
+
+def test_a_broken_export_is_caught_module_by_module_too(run: RunDir, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    source = open_source(run)
+    adapter_dropped(source, folder)
+    found = verify(source, folder, rows_for(source), streamed=True)
+    assert not found.verified
+    assert found.exported.kl == pytest.approx(found.bare_base.kl, rel=0.01)
+
+
+def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good: Path) -> None:
+    source = open_source(run)
+    cost = verify(source, good, rows_for(source), compare_bases=True).cost
+    assert cost["original"].kl > 100 * cost["dequantized"].kl

@@ -37,14 +37,17 @@ NOT_MERGEABLE = {
 class Update:
     """What the adapter changes in one parameter, in fp32; a parameter is [out, in], an embedding [rows, hidden].
 
-    In this order: `replacement` takes the parameter's place (modules_to_save); `factors` A [rank, in], B [out, rank]
-    add `scaling` · B A (Hu et al. 2021, arXiv:2106.09685); `magnitude` [out] then sets the norm of each row (DoRA,
-    Liu et al. 2024, arXiv:2402.09353, equation 5); `column_scale` or `row_scale` multiplies (IA3, Liu et al. 2022,
-    arXiv:2205.05638); `rows` replaces single rows by index (trainable tokens); `appended` [new, hidden] and then
-    `mean_rows` copies of the mean row follow the last row; `bias` is added (LoRA with a bias).
+    In this order: `replacement` takes the parameter's place (modules_to_save); the `principal` leading singular
+    components leave it (PiSSA, Meng et al. 2024, arXiv:2404.02948, equation 4: training began with them in the
+    factors); `factors` A [rank, in], B [out, rank] add `scaling` · B A (Hu et al. 2021, arXiv:2106.09685); `magnitude`
+    [out] then sets the norm of each row (DoRA, Liu et al. 2024, arXiv:2402.09353, equation 5); `column_scale` or
+    `row_scale` multiplies (IA3, Liu et al. 2022, arXiv:2205.05638); `rows` replaces single rows by index (trainable
+    tokens); `appended` [new, hidden] and then `mean_rows` copies of the mean row follow the last row; `bias` is added
+    (LoRA with a bias).
     """
 
     replacement: torch.Tensor | None = None
+    principal: int = 0
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
     scaling: float = 1.0
     magnitude: torch.Tensor | None = None
@@ -76,6 +79,10 @@ def updated(weight: torch.Tensor, update: Update, *, transposed: bool = False) -
     result = weight.to(torch.float32, copy=True)
     if transposed:
         result = result.T.contiguous()
+    if update.principal:
+        left, values, right = torch.linalg.svd(result, full_matrices=False)
+        rank = update.principal
+        result.addmm_(left[:, :rank] * values[:rank], right[:rank], alpha=-1)
     if update.factors is not None:
         a, b = update.factors
         result.addmm_(b, a, alpha=update.scaling)
@@ -138,7 +145,7 @@ def _obstacles(config: LoraConfig | IA3Config) -> Iterable[str]:
         if getattr(config, key, None):
             yield f"the adapter's {key} {what}; this cannot be merged"
     start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and (start in ("olora", "corda", "lora_ga") or start.startswith("pissa")):
+    if isinstance(start, str) and (start in ("olora", "corda", "lora_ga") or start.startswith("pissa_")):
         yield (
             f"the adapter was initialised with {start}, which changes the base weights, and was saved without "
             "converting it to plain LoRA (peft: path_initial_model_for_weight_conversion); this cannot be merged"
@@ -187,6 +194,8 @@ def _lora(module: str, parts: dict[str, torch.Tensor], config: LoraConfig) -> di
                 raise KeyError(name)
     if "factors" in weight:
         weight["scaling"] = _scaling(module, parts, config)
+        if config.init_lora_weights == "pissa":
+            weight["principal"] = weight["factors"][0].shape[0]
     updates = {}
     if weight:
         updates[f"{module}.weight"] = Update(**weight)

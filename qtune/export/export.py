@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import HfApi
 from peft import PeftType
 
 from qtune import console
@@ -17,6 +18,7 @@ from qtune.export.held_out import rows_for
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
 from qtune.export.model_card import write_card
+from qtune.export.push import push
 from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
 from qtune.export.source import Source, open_source
 from qtune.export.verify import Verification, verify
@@ -41,14 +43,24 @@ class Options:
     verify: bool = True
     adapter_only: bool = False
     gguf: GgufType | None = None
+    compare_bases: bool = False
+    push_to: str | None = None
 
 
 def export_run(run: RunDir, options: Options) -> Path:
-    """Writes the export of a run and returns its folder.
+    """Writes the export of a run, uploads it where a repository is named, and returns its folder.
 
     Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
-    is not the trained one; that folder stays, and its verify.json and model card say so.
+    is not the trained one; that folder stays, its verify.json and model card say so, and it is not uploaded.
     """
+    folder = write_export(run, options)
+    if options.push_to is not None:
+        console.say(f"uploaded to {push(folder, options.push_to, HfApi())}")
+    return folder
+
+
+def write_export(run: RunDir, options: Options) -> Path:
+    """`export_run` without the upload."""
     source = open_source(run)
     if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
         console.say(PREFIX_NOTE)
@@ -65,7 +77,16 @@ def export_run(run: RunDir, options: Options) -> Path:
     ids = () if prompt is None else prompt.ids
     rows = rows_for(source)
     if options.verify:
-        prove(source, target.output, verify(source, target.output, rows, options.weights, merge=merge, virtual_ids=ids))
+        verification = verify(
+            source,
+            target.output,
+            rows,
+            options.weights,
+            merge=merge,
+            virtual_ids=ids,
+            compare_bases=options.compare_bases,
+        )
+        prove(source, target.output, verification)
     else:
         write_card(source, target.output, None)
     if options.gguf is not None:
@@ -104,6 +125,9 @@ def show(verification: Verification) -> None:
     title = f"Against the trained model (perplexity {verification.perplexity['trained']:.4g})"
     title += f", {verification.rows} {verification.rows_from}, {exported.tokens} tokens"
     console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
+    for weights, cost in verification.cost.items():
+        if len(verification.cost) > 1 or weights == "original":
+            console.out(f"merged into the {weights} weights: KL {cost.kl:.2e}, same likeliest token {cost.top1:.2%}")
     if verification.answers:
         console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
 

@@ -45,11 +45,11 @@ def empty_model(base: Path, *, trust_remote_code: bool = False) -> PreTrainedMod
     return model
 
 
-def layout_of(model: PreTrainedModel, names: list[str]) -> Layout:
+def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool = True) -> Layout:
     """Maps the tensor names of a checkpoint onto a model from `empty_model`, with transformers' own loading rules.
 
     The linear layers of `model` become bitsandbytes layers on the way, for transformers decides on modules, not on
-    names, which of them it quantizes.
+    names, which of them it quantizes. Without `replace_layers` it stays as it is, and nothing counts as quantized.
     """
     parameters, converted = _parameters(model, names)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
@@ -58,7 +58,7 @@ def layout_of(model: PreTrainedModel, names: list[str]) -> Layout:
     embeddings = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     tied = dict(model.all_tied_weights_keys)
-    quantized = _quantized(model)
+    quantized = with_4_bit_layers(model) if replace_layers else set()
     return Layout(
         parameters=parameters,
         converted=frozenset(converted),
@@ -93,8 +93,8 @@ def _parameters(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, str
     return parameters, converted
 
 
-def _quantized(model: PreTrainedModel) -> set[str]:
-    """The parameters that bitsandbytes quantizes by default; their modules in `model` are replaced on the way."""
+def with_4_bit_layers(model: PreTrainedModel) -> set[str]:
+    """Replaces the layers that bitsandbytes quantizes by default; returns the names of their weights."""
     quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
     quantizer.pre_quantized = False
     quantizer._process_model_before_weight_loading(model, device_map=None)

@@ -125,10 +125,12 @@ def _proof(verification: Verification | None) -> str:
         f"Limit: {allowed.reason}. Merged into the {verification.weights} weights.\n",
     ]
     for basis, cost in verification.cost.items():
-        if basis == "original":
+        if basis == "original" and verification.weights != "dequantized":
             lines.append(
                 f"Against the model that was trained, the {basis} weights cost a KL divergence of {cost.kl:.2e} and "
                 f"change the likeliest token at {1 - cost.top1:.2%} of positions.\n"
             )
+        elif basis == "original":
+            lines.append(f"Merging into the original weights would have cost a KL divergence of {cost.kl:.2e}.\n")
     lines += [f"- {failure}" for failure in verification.failures]
     return "\n".join(lines) + "\n"

@@ -3,9 +3,12 @@
 import errno
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from qtune.errors import ExportError, InputError, Problem
 
@@ -30,14 +33,32 @@ def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> 
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
-        yield partial
-        _take_the_name(partial, output)
+        with _terminated_by_exception():
+            yield partial
+            _take_the_name(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{output.parent}: the disk is full; nothing was left behind") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, so that it cleans up behind itself; only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:

@@ -2,29 +2,34 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter import load_adapter
-from qtune.errors import VerificationError
+from qtune.device import present_device
+from qtune.errors import ModelError, VerificationError
+from qtune.export.checkpoint import Checkpoint
 from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.differences import differing_tensors
 from qtune.export.held_out import Row, Rows, probes, rendered_ids
-from qtune.export.logits import logits_of
+from qtune.export.logits import group_logits, groups_that_fit
 from qtune.export.merge import Merge, Weights
 from qtune.export.merged_folder import VERIFICATION, mark_unverified
 from qtune.export.side_files import write_json
 from qtune.export.source import Source
+from qtune.export.streamed import streamed_exported, streamed_trained
 from qtune.generate import find_ends, generate
-from qtune.load_run import LoadedRun, load_untuned
+from qtune.model import load_base
+from qtune.plan import Plan, make_plan
 
 ANSWERS = 3
 
@@ -61,11 +66,34 @@ class Verification:
     answers: tuple[Answer, ...]
     answers_equal: int
     compute_dtype: str
+    streamed: bool
+    """Whether the models were too large for the memory and read module by module; no answers are generated then."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder as a user loads it; `misfits` are the tensors that its loading reported, by kind."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    misfits: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is compared. `reference` is the trained model, or the adapter on the original weights."""
+
+    trained: PeftModel
+    reference: PeftModel
+    exported: Exported
+    other_weights: PeftModel | None
+    device: torch.device
+    streamed: bool
 
 
 @dataclass
@@ -75,6 +103,7 @@ class Measured:
     exported: ClosenessMeter = field(default_factory=ClosenessMeter)
     bare: ClosenessMeter = field(default_factory=ClosenessMeter)
     against_trained: ClosenessMeter = field(default_factory=ClosenessMeter)
+    other_weights: ClosenessMeter = field(default_factory=ClosenessMeter)
     perplexity: dict[str, PerplexityMeter] = field(
         default_factory=lambda: {name: PerplexityMeter() for name in ("trained", "exported", "bare base")}
     )
@@ -88,38 +117,44 @@ def verify(
     *,
     merge: Merge | None = None,
     virtual_ids: Sequence[int] = (),
+    compare_bases: bool = False,
+    streamed: bool | None = None,
 ) -> Verification:
     """Compares an exported folder with the live model, writes verify.json into it and returns the result.
 
     `virtual_ids` are the ids that an exported soft prompt puts before every conversation. With `merge`, a failure names
-    the tensors that are not as that merge makes them.
+    the tensors that are not as that merge makes them. With `compare_bases`, the cost of the original weights is
+    measured as well. `streamed` models stay on the disk and are read module by module; None decides by the memory.
 
     Raises VerificationError, after writing verify.json, when the folder cannot be loaded.
     """
     began = time.monotonic()
-    run = load_untuned(source.run)
+    plan = make_plan(source.recipe, present_device())
     rows = held_out.rows
     try:
-        exported = load_exported(folder, run)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        streamed = too_large(folder, plan) if streamed is None else streamed
+        exported = load_exported(folder, source, plan, streamed=streamed)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
         reason = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
         mark_unverified(folder, reason)
         raise VerificationError(f"{folder}: {reason}") from error
+    models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
     failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
-    trained = load_adapter(_plain(run.model), source.adapter).eval()
-    reference = trained if weights == "dequantized" else _on_original_weights(source, run)
     measured = Measured()
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
-        for row in rows:
-            measure(measured, row, virtual_ids, trained, reference, exported.model)
-            bar.advance()
+        for group in _groups(rows, models):
+            measure(measured, group, virtual_ids, models)
+            bar.advance(len(group))
     closeness, effect = measured.exported.result(), measured.bare.result()
-    allowed = limits([_stored_dtype(folder), getattr(torch, run.plan.compute_dtype)], effect.kl)
-    answers = _answers(source, trained, exported, rows[:ANSWERS], virtual_ids)
+    allowed = limits([_stored_dtype(folder), getattr(torch, plan.compute_dtype)], effect.kl)
+    answers = () if streamed else _answers(source, models, rows[:ANSWERS], virtual_ids)
     found = shortfalls(closeness, allowed)
     if found and merge is not None:
         found += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
     failures += found
+    cost: dict[str, Closeness] = {weights: measured.against_trained.result()}
+    if models.other_weights is not None:
+        cost["original"] = measured.other_weights.result()
     verification = Verification(
         verified=not failures,
         failures=tuple(failures),
@@ -128,55 +163,88 @@ def verify(
         rows_from=held_out.origin,
         exported=closeness,
         bare_base=effect,
-        cost={weights: measured.against_trained.result()},
+        cost=cost,
         limits=allowed,
         perplexity={name: meter.result() for name, meter in measured.perplexity.items()},
         answers=answers,
         answers_equal=sum(answer.trained == answer.exported for answer in answers),
-        compute_dtype=run.plan.compute_dtype,
+        compute_dtype=plan.compute_dtype,
+        streamed=streamed,
         seconds=round(time.monotonic() - began, 1),
     )
     write_json(folder / VERIFICATION, verification.to_json())
     return verification
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder in memory; `misfits` are the tensors that its loading reported, by kind."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    misfits: dict[str, list[str]]
+def too_large(folder: Path, plan: Plan) -> bool:
+    """Whether the exported model and the 4-bit one beside it (about a third of it) would fill the device's memory."""
+    values = sum(stored.nbytes // stored.dtype.itemsize for stored in Checkpoint.open(folder).tensors.values())
+    width = getattr(torch, plan.compute_dtype).itemsize
+    return 1.35 * width * values > 0.8 * plan.device.free_bytes
 
 
-def load_exported(folder: Path, run: LoadedRun) -> Exported:
+def load_exported(folder: Path, source: Source, plan: Plan, *, streamed: bool) -> Exported:
     """The folder as a user loads it, on the run's device.
 
     On a processor without 16-bit products the weights are widened to fp32, which holds each of their values.
     """
-    dtype = torch.float32 if run.plan.compute_dtype == "float32" else "auto"
+    trusted = source.recipe.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    if streamed:
+        return Exported(streamed_exported(folder, source.basis.compute_dtype, trust_remote_code=trusted), tokenizer, {})
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype,
-        attn_implementation=run.plan.attention,
-        device_map={"": run.plan.device.torch_name},
+        dtype=torch.float32 if plan.compute_dtype == "float32" else "auto",
+        attn_implementation=plan.attention,
+        device_map={"": plan.device.torch_name},
         use_safetensors=True,
-        trust_remote_code=run.recipe.model.trust_remote_code,
+        trust_remote_code=trusted,
         output_loading_info=True,
     )
     model, report = loaded
-    return Exported(
-        model.eval(),
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=run.recipe.model.trust_remote_code),
-        {kind: sorted(map(str, names)) for kind, names in report.items() if names},
+    misfits = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    return Exported(model.eval(), tokenizer, misfits)
+
+
+def load_models(
+    source: Source, plan: Plan, exported: Exported, weights: Weights, *, compare_bases: bool, streamed: bool
+) -> Models:
+    """The trained model, and the adapter on the original weights where it is the reference or its cost is asked for."""
+
+    def on_original_weights() -> PeftModel:
+        if streamed:
+            return streamed_trained(source.base, source.adapter, replace(source.basis, kind="none"))
+        base = AutoModelForCausalLM.from_pretrained(
+            source.base,
+            dtype=source.basis.compute_dtype,
+            attn_implementation=plan.attention,
+            device_map={"": plan.device.torch_name},
+            trust_remote_code=source.recipe.model.trust_remote_code,
+        )
+        return load_adapter(base, source.adapter).eval()
+
+    if streamed:
+        trained = streamed_trained(source.base, source.adapter, source.basis)
+    else:
+        base = load_base(source.recipe.model, source.recipe.quantization, plan)
+        trained = load_adapter(base, source.adapter).eval()
+    original = on_original_weights() if weights == "original" or compare_bases else None
+    is_reference = weights == "original" and original is not None
+    return Models(
+        trained=trained,
+        reference=original if is_reference else trained,
+        exported=exported,
+        other_weights=None if is_reference else original,
+        device=torch.device("cpu" if streamed else plan.device.torch_name),
+        streamed=streamed,
     )
 
 
 def loading_failures(exported: Exported) -> list[str]:
     """Tensors that a loader had to invent, to leave out or to reshape, and a quantization that came along."""
-    failures = []
-    for kind, names in exported.misfits.items():
-        failures.append(f"{kind.replace('_', ' ')} when loading: {', '.join(names[:5])}")
+    failures = [
+        f"{kind.replace('_', ' ')} when loading: {', '.join(names[:5])}" for kind, names in exported.misfits.items()
+    ]
     if getattr(exported.model.config, "quantization_config", None) is not None:
         failures.append("config.json still has a quantization_config")
     return failures
@@ -203,43 +271,40 @@ def rendering_failures(
     return failures
 
 
-def measure(
-    measured: Measured,
-    row: Row,
-    virtual_ids: Sequence[int],
-    trained: PeftModel,
-    reference: Network,
-    exported: Network,
-) -> None:
-    """Adds one row to all meters."""
-    trained_logits = logits_of(trained, row.ids)
-    reference_logits = trained_logits if reference is trained else logits_of(reference, row.ids)
-    exported_logits = logits_of(exported, (*virtual_ids, *row.ids))[len(virtual_ids) :]
-    with trained.disable_adapter():
-        bare_logits = logits_of(trained, row.ids)
-    measured.exported.add(reference_logits, exported_logits)
-    measured.bare.add(reference_logits, bare_logits)
-    measured.against_trained.add(trained_logits, exported_logits)
-    labels = torch.tensor(row.labels)
-    for name, logits in (("trained", trained_logits), ("exported", exported_logits), ("bare base", bare_logits)):
-        measured.perplexity[name].add(logits, labels)
+def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models) -> None:
+    """Adds rows to all meters."""
+
+    def of(model: Network, before: Sequence[int] = ()) -> list[Tensor]:
+        made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
+        return [logits[len(before) :] for logits in made]
+
+    trained = of(models.trained)
+    reference = trained if models.reference is models.trained else of(models.reference)
+    exported = of(models.exported.model, virtual_ids)
+    with models.trained.disable_adapter():
+        bare = of(models.trained)
+    for index, row in enumerate(rows):
+        measured.exported.add(reference[index], exported[index])
+        measured.bare.add(reference[index], bare[index])
+        measured.against_trained.add(trained[index], exported[index])
+        labels = torch.tensor(row.labels)
+        for name, logits in (("trained", trained), ("exported", exported), ("bare base", bare)):
+            measured.perplexity[name].add(logits[index], labels)
+    if models.other_weights is not None:
+        for expected, found in zip(trained, of(models.other_weights), strict=True):
+            measured.other_weights.add(expected, found)
 
 
-def _on_original_weights(source: Source, run: LoadedRun) -> Network:
-    """The adapter, not merged, on the base's unquantized weights."""
-    base = AutoModelForCausalLM.from_pretrained(
-        source.base,
-        dtype=getattr(torch, run.plan.compute_dtype),
-        attn_implementation=run.plan.attention,
-        device_map={"": run.plan.device.torch_name},
-        trust_remote_code=run.recipe.model.trust_remote_code,
-    )
-    return load_adapter(base, source.adapter).eval()
+def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
+    """One row at a time; where every pass reads all weights, as many as their logits allow."""
+    vocabulary = models.exported.model.config.get_text_config().vocab_size
+    while rows:
+        count = groups_that_fit([row.ids for row in rows], vocabulary) if models.streamed else 1
+        yield rows[:count]
+        rows = rows[count:]
 
 
-def _answers(
-    source: Source, trained: Network, exported: Exported, rows: Sequence[Row], virtual_ids: Sequence[int]
-) -> tuple[Answer, ...]:
+def _answers(source: Source, models: Models, rows: Sequence[Row], virtual_ids: Sequence[int]) -> tuple[Answer, ...]:
     """Greedy answers of both to the same requests, up to 32 tokens."""
     asked = [row.conversation for row in rows if row.conversation and not row.conversation.is_document]
     if not asked:
@@ -248,19 +313,14 @@ def _answers(
         rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=True)
         for conversation in asked
     ]
-    ends = find_ends(trained, source.tokenizer)
+    ends = find_ends(models.trained, source.tokenizer)
     made: list[list[str]] = []
-    for model, before in ((trained, ()), (exported.model, tuple(virtual_ids))):
+    for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
         given = [(*before, *prompt) for prompt in prompts]
         answers = generate(model, given, [32] * len(given), ends)
-        made.append([str(exported.tokenizer.decode(ids)) for ids in answers])
+        made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
     requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
     return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))
-
-
-def _plain(model: Network) -> PreTrainedModel:
-    assert not isinstance(model, PeftModel)
-    return model
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

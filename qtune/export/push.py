@@ -1,0 +1,23 @@
+"""An exported folder -> a repository on the hub, when the user names one."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from qtune.errors import ExportError
+
+
+def push(folder: Path, repository: str, api: HfApi, *, private: bool = True) -> str:
+    """Uploads a folder with its model card and returns the address.
+
+    A repository that is not there is made, private unless asked otherwise. Nothing of the run but this folder leaves.
+
+    Raises ExportError with the hub's reason.
+    """
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by qtune")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExportError(f"{repository}: could not be uploaded: {str(error).splitlines()[0]}") from error
+    return str(address)
