@@ -92,7 +92,7 @@ def _samples(check: "Check") -> Iterator[RenderableType]:
         )
     for sample in check.samples:
         heading = Text(f"{sample.place}, {sample.tokens} tokens", style="dim")
-        yield Group(heading, Padding(draw_sample(sample), (0, 0, 0, 2)))
+        yield Group(heading, Padding(draw_sample(sample), (0, 0, 0, 2), expand=False))
 
 
 def draw_sample(sample: "Sample") -> Text:
@@ -171,6 +171,8 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
         yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":
-        yield Text.assemble(("error", "bold red"), f"  bad-rows: {bad:,} rows cannot be used; they are listed below")
+        yield Text.assemble(
+            ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below"
+        )
     elif not stopping:
         yield Text.assemble(("ok", "bold green"), "  nothing stands in the way of a run")

@@ -67,7 +67,7 @@ def columns_of(name: str, examples: Dataset) -> Columns:
 
 def findings_of(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
     """Everything that is found, errors first. `vocabulary` is the number of rows of the model's embedding."""
-    findings = [*_of_template(prepared), *_of_sources(prepared)]
+    findings = [*_of_template(prepared), *_of_sources(prepared, data)]
     train = splits["train"]
     if 0 < len(train) < FEW_ROWS:
         findings.append(found("few-rows", "train", len(train), len(train)))
@@ -87,10 +87,10 @@ def _of_template(prepared: Prepared) -> Iterable[Finding]:
         yield found("dated-template", "", 0, 0)
 
 
-def _of_sources(prepared: Prepared) -> Iterable[Finding]:
+def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:
     for source in prepared.sources:
         stored = source.stored
-        if stored.bad_count:
+        if stored.bad_count and data.on_bad_row == "skip":
             places = [f"{bad.place} ({bad.message})" for bad in stored.bad]
             yield found("skipped", source.split, stored.bad_count, stored.rows, places)
         if stored.dropped_count:
