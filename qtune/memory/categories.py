@@ -27,6 +27,9 @@ LOSS = "logits and loss"
 WORKSPACE = "dequantized workspace"
 OTHER = "other"
 
+PAGED_FROM = 100_000
+"""Elements of a parameter from which bitsandbytes keeps a paged optimizer's state in managed memory."""
+
 _DTYPE_WORDS = {"uint8": "4-bit", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 ORDER = (
@@ -100,12 +103,17 @@ def adopt_gradients(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
                 ledger.adopt(parameter.grad, GRADIENTS)
 
 
-def adopt_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
-    """Say which storages are optimizer state; call it after the step that makes them."""
-    for state in optimizer.state.values():
-        for value in state.values():
+def adopt_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer, *, paged: bool = False) -> None:
+    """Say which storages are optimizer state; call it after the step that makes them.
+
+    paged: states as large as bitsandbytes pages (100,000 elements; bitsandbytes.optim.optimizer, `get_state_buffer`)
+    are in managed memory on CUDA, whatever device the ledger saw them on.
+    """
+    for parameter, state in optimizer.state.items():
+        is_paged = paged and parameter.numel() >= PAGED_FROM
+        for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                ledger.adopt(value, PAGED if getattr(value, "is_paged", False) else OPTIMIZER)
+                ledger.adopt(value, PAGED if is_paged and name in ("state1", "state2") else OPTIMIZER)
 
 
 def category_of(life: Life, phase_end: int, checkpointing: bool) -> str:

@@ -66,10 +66,17 @@ class History:
             total = numpy.where([label.phase == phase for label in self.labels], total, -1)
         if not total.size or total.max() < 0:
             return Moment(0, phase or "", "", "")
-        tick = int(numpy.argmax(total))
+        return self.at(int(numpy.argmax(total)))
+
+    def last(self) -> Moment:
+        """What is alive at the end."""
+        return self.at(len(self.labels) - 1)
+
+    def at(self, tick: int) -> Moment:
+        """One tick, with what is alive there."""
         label = self.labels[tick]
         alive = {name: int(size) for name, size in zip(self.names, self.bytes[:, tick], strict=True) if size}
-        return Moment(int(total[tick]), label.phase, label.module, label.op, alive)
+        return Moment(sum(alive.values()), label.phase, label.module, label.op, alive)
 
     def ticks(self, chosen: list[int]) -> History:
         """The history at these ticks alone."""

@@ -62,6 +62,8 @@ class Meter:
         self._optimizer: torch.optim.Optimizer | None = None
         self._first_steps, self._longest_steps = first_steps, longest_steps
         self._longest = 0
+        self.longest_batch_tokens = 0
+        """Padded size of the largest batch of the run."""
         self._ledger: Ledger | None = None
         self._handles: list[Any] = []
         self._best: Moment | None = None
@@ -79,6 +81,7 @@ class Meter:
     def enter(self, phase: Phase, tokens: int = 0) -> None:
         """The trainer begins `phase`; `tokens` is the padded size of the batch when a forward begins."""
         self._close_phase()
+        self.longest_batch_tokens = max(self.longest_batch_tokens, tokens)
         if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
             self._static = self._static | self.static()
         if self._ledger is not None:
@@ -107,6 +110,7 @@ class Meter:
             "peak_bytes": max(peaks, default=0),
             "phases": {name: asdict(peaks) for name, peaks in self.phases.items()},
             "static": self._static,
+            "longest_batch_tokens": self.longest_batch_tokens,
         }
         if self._best is not None:
             found["at_peak"] = asdict(self._best)
@@ -169,7 +173,8 @@ class Meter:
             handle.remove()
         if self._optimizer is not None:
             categories.adopt_optimizer(ledger, self._optimizer)
-        checkpointing = bool(getattr(self._model, "is_gradient_checkpointing", False))
+        modules = self._model.modules() if self._model is not None else ()
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
         history = history_of(ledger, checkpointing)
         for name in ("forward", "backward", "optimizer"):
             seen = self.phases.setdefault(name, PhasePeaks())

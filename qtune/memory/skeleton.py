@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -21,6 +22,11 @@ from qtune.errors import ModelError, Problem
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+class Params4bit(FakeTensor):
+    """A fake packed weight. peft and transformers recognize bitsandbytes' parameter by the name of its class."""
+
 
 NESTED_BLOCK = 256
 """bitsandbytes quantizes absmax values in blocks of 256 (QLoRA, arXiv:2305.14314, section 3)."""
@@ -144,9 +150,10 @@ def _carry_constants(old: Any, new: Any, fake: Any) -> None:
     state = getattr(old, "quant_state", None)
     if state is not None:
         new.quant_state = _fake_state(state, fake)
+        new.__class__ = Params4bit
         new.bnb_quantized, new.compress_statistics, new.quant_type = True, old.compress_statistics, old.quant_type
     if isinstance(old, bitsandbytes.nn.Int8Params):
-        new.SCB, new.CB, new.has_fp16_weights = fake(old.SCB), None, False
+        new.SCB, new.CB, new.has_fp16_weights = fake(old.SCB), new.detach(), False
 
 
 def _fake_state(state: QuantState, fake: Any) -> QuantState:

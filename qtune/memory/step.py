@@ -28,16 +28,16 @@ class Batch:
     rows: int
     length: int
     """Tokens of the longest row, virtual tokens not included."""
-    padded: bool = False
-    """Whether some row is shorter: then there is an attention mask, and kernels that take none cannot be used."""
+    masked: bool = False
+    """Whether there is an attention mask: rows of unequal length, or packed ones."""
     scored: int | None = None
     """Labelled positions in the batch; None: all of them, the most there can be."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """input_ids, labels and, if rows differ in length, attention_mask: [rows, length]."""
+        """input_ids, labels and, if masked, attention_mask: [rows, length]."""
         ids = torch.zeros(self.rows, self.length, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids.clone()}
-        if self.padded:
+        if self.masked:
             batch["attention_mask"] = torch.ones(self.rows, self.length, dtype=torch.long)
         return batch
 
@@ -53,15 +53,17 @@ class Step:
     checkpointing: Literal["none", "reentrant", "non-reentrant"]
     autocast: torch.dtype | None = None
     max_gradient_norm: float | None = 1.0
+    paged: bool = False
+    """Whether the optimizer's larger states live in managed memory, which the allocator does not count."""
     ends_after: Literal["forward", "step"] = "step"
     eval_batch: Batch | None = None
 
 
 def prepare(model: Any, step: Step) -> None:
-    """Train mode and gradient checkpointing, as the trainer sets them (transformers.Trainer, `_inner_training_loop`)."""
+    """Train mode and gradient checkpointing, as transformers.Trainer sets them (`_inner_training_loop`)."""
     model.train()
     if step.checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
+        model.activation_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
         if any(not p.requires_grad for p in model.parameters()):
             model.enable_input_require_grads()
 
@@ -91,7 +93,7 @@ def update(model: torch.nn.Module, step: Step, optimizer: torch.optim.Optimizer,
     if step.max_gradient_norm is not None:
         torch.nn.utils.clip_grad_norm_(trained(model), step.max_gradient_norm)
     optimizer.step()
-    categories.adopt_optimizer(ledger, optimizer)
+    categories.adopt_optimizer(ledger, optimizer, paged=step.paged)
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from qtune.memory import categories
 from qtune.memory.as_cuda import CudaKernels, workspace
@@ -128,7 +129,7 @@ class _Tracer:
         self.ledger.enter("first step")
         released(trained(self.model))
         optimizer.step()
-        categories.adopt_optimizer(self.ledger, optimizer)
+        categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
         optimizer.zero_grad(set_to_none=True)
         return optimizer
 
@@ -138,7 +139,7 @@ class _Tracer:
         positions = batch.rows * batch.length
         values = Values(positions if batch.scored is None else batch.scored, batch.length)
         kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
-        with self.mode, self.ledger, values, kernels:
+        with self.mode, self.ledger, values, kernels, _rows_are_whole():
             yield
 
     def _history(self, phases: set[str]) -> History:
@@ -146,6 +147,19 @@ class _Tracer:
         whole = history_of(self.ledger, self.step.checkpointing != "none")
         loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
         return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
+
+
+@contextlib.contextmanager
+def _rows_are_whole() -> Iterator[None]:
+    """Without an attention mask, transformers looks into the position ids for packed rows, and takes ids that it cannot
+    see into for packed ones (5.23, masking_utils.py, `find_packed_sequence_indices`). A step that has packed rows is
+    traced with a mask, so here there are none."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -30,7 +30,18 @@ class Values(TorchDispatchMode):
             return torch.empty(min(self.scored, args[0].numel()), args[0].dim(), dtype=torch.long)
         if func is _aten._local_scalar_dense.default:
             return self._scalar(args[0])
+        if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
+            return self._rows_in_int8(args[0])
+        if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
+            x, codes = args[0], args[2]
+            return torch.empty(*x.shape[:-1], codes.shape[0], dtype=x.dtype), None
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rows_in_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """LLM.int8() of x [..., hidden]: codes, row scales, and no outlier column: they are few, their copies small."""
+        rows = x.numel() // x.shape[-1]
+        return torch.empty_like(x, dtype=torch.int8), torch.empty(rows), torch.empty(0, dtype=torch.long)
 
     def _scalar(self, tensor: torch.Tensor) -> bool | int | float:
         if tensor.dtype == torch.bool:

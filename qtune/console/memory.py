@@ -1,0 +1,171 @@
+"""How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from qtune.memory.fit import Fitted
+    from qtune.memory.predict import Prediction
+    from qtune.memory.profile import Measured, Profile
+
+GIB = 2**30
+MIB = 2**20
+BAR = 60
+# Distinct without color: each category has its own letter in the bar.
+LETTERS = "WwXxYQEHAGOCKRLDo"
+
+
+def size(size_bytes: float) -> str:
+    """ "6.98 GiB", or MiB below a tenth of one."""
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / MIB:.1f} MiB"
+
+
+def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
+    """The whole answer to `qtune profile RECIPE`."""
+    found = profile.prediction
+    plan = profile.plan
+    title = (
+        f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak, "
+        f"{size(found.need.total_bytes)} needed"
+    )
+    about = (
+        f"{plan.micro_batch_size} x {profile.longest.length} tokens at once, {plan.accumulation_steps} times a step; "
+        f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}"
+    )
+    parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
+    parts += [stacked_bar(found.peak.alive), Text(""), _need(found), Text("")]
+    parts.append(_phases(found))
+    if profile.ways:
+        parts += [Text(""), _ways(profile, sizes)]
+    if profile.attribution:
+        parts += [Text(""), _attribution(profile)]
+    how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
+    parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
+    return Group(*parts)
+
+
+def categories_table(alive: dict[str, int]) -> Table:
+    """Bytes alive at one moment by category."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("at the peak")
+    table.add_column("size", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("bar")
+    total = sum(alive.values()) or 1
+    for letter, (name, value) in zip(LETTERS, alive.items(), strict=False):
+        blocks = round(20 * value / total)
+        table.add_row(f"{letter} {name}", size(value), f"{value / total:.1%}", "█" * blocks or "▏")
+    table.add_row("total", size(total), "", "", style="bold")
+    return table
+
+
+def stacked_bar(alive: dict[str, int]) -> Text:
+    """One line of letters, each category as wide as its share."""
+    total = sum(alive.values()) or 1
+    line, drawn, summed = "", 0, 0
+    for letter, value in zip(LETTERS, alive.values(), strict=False):
+        summed += value
+        until = round(BAR * summed / total)
+        line += letter * (until - drawn)
+        drawn = until
+    return Text(f"[{line}]")
+
+
+def _need(found: "Prediction") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
+    table.add_row(
+        "driver and allocator",
+        size(found.need.driver_bytes),
+        "allowance: context 512 MiB, cuBLAS 33 MiB, 8 % of what comes and goes",
+    )
+    table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
+    if found.paged_bytes:
+        table.add_row(
+            "paged optimizer state", size(found.paged_bytes), "managed memory: moves to the host when the card is full"
+        )
+    return table
+
+
+def _phases(found: "Prediction") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("phase")
+    table.add_column("peak", justify="right")
+    table.add_column("where")
+    for phase, moment in found.by_phase.items():
+        table.add_row(phase, size(moment.bytes), moment.module or moment.op)
+    return table
+
+
+def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
+    ours = profile.prediction.peak.bytes
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("way of training", "peak", "recipe saves", "fits cards of"):
+        table.add_column(name, justify="right" if name in ("peak", "recipe saves") else "left")
+    for way in profile.ways:
+        need = way.prediction.need
+        fitting = [f"{gb}" for gb in sizes if need.fits(gb * GIB)]
+        cards = f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"
+        saved = f"{1 - ours / way.prediction.peak.bytes:.0%}" if way.name != "this recipe" else ""
+        table.add_row(way.name, size(way.prediction.peak.bytes), saved, cards)
+    return table
+
+
+def _attribution(profile: "Profile") -> Table:
+    ours = profile.prediction.peak.bytes
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("technique", "saves", "without it"):
+        table.add_column(name, justify="right" if name == "saves" else "left")
+    for way in sorted(profile.attribution, key=lambda way: -way.prediction.peak.bytes):
+        table.add_row(way.name, size(max(0, way.prediction.peak.bytes - ours)), way.how)
+    return table
+
+
+def draw_measured(found: "Measured") -> RenderableType:
+    """The answer to `qtune profile RUN`: predicted, measured and the difference by phase; what stays between steps."""
+    measured = found.measured
+    cuda = measured["device"] != "cpu"
+    key = "allocated_peak_bytes" if cuda else "tensor_peak_bytes"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    other = "reserved" if cuda else "resident (RSS)"
+    for name in ("phase", "predicted", "measured", "error", other):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, peaks in measured["phases"].items():
+        expected = found.prediction.by_phase.get(phase) if found.prediction else None
+        seen = peaks[key]
+        error = f"{expected.bytes / seen - 1:+.1%}" if expected and seen else ""
+        beside = peaks["reserved_peak_bytes"] if cuda else peaks["resident_peak_bytes"]
+        table.add_row(phase, size(expected.bytes) if expected else "", size(seen) if seen else "", error, size(beside))
+    parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
+    if "at_peak" in measured:
+        alive = measured["at_peak"]["alive"]
+        parts += [Text(""), categories_table(alive), stacked_bar(alive)]
+    if measured["static"]:
+        parts += [Text(""), *_static(measured["static"])]
+    return Group(*parts)
+
+
+def _static(static: dict[str, int]) -> Iterator[RenderableType]:
+    yield Text("what stays between steps: " + ", ".join(f"{name} {size(value)}" for name, value in static.items()))
+
+
+def draw_fit(found: "Fitted", changes: dict[str, Any]) -> RenderableType:
+    """Every step of a search, and how it ended."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("change", "needs", "", "price"):
+        table.add_column(name, justify="right" if name == "needs" else "left")
+    for trial in found.trials:
+        mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
+        table.add_row(trial.what, size(trial.need.total_bytes), mark, trial.why)
+    if found.fits:
+        ended = f"fits {size(found.budget_bytes)}"
+        ended += ": " + ", ".join(f"{key} = {value}" for key, value in changes.items()) if changes else " as it is"
+    else:
+        ended = (
+            f"does not fit {size(found.budget_bytes)}; the smallest budget that would is {size(found.need.total_bytes)}"
+        )
+    return Group(table, Text(""), Text(ended, style="bold"))

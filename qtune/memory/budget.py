@@ -1,0 +1,81 @@
+"""The memory that a recipe may spend, and the largest micro-batch that stays inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qtune.memory.cache import predicted
+from qtune.memory.cards import size_in_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PretrainedConfig
+
+    from qtune.memory.margin import Need
+    from qtune.memory.predict import Longest
+    from qtune.plan import Plan
+    from qtune.recipe import Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan with its micro-batch settled by memory."""
+
+    plan: Plan
+    need: Need
+    budget_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether even one row stays inside the budget."""
+        return self.need.fits(self.budget_bytes)
+
+
+def budget_bytes(recipe: Recipe, plan: Plan) -> int:
+    """[memory] budget in bytes; "auto" is what the device has free."""
+    budget = recipe.memory.budget
+    return plan.device.free_bytes if budget == "auto" else size_in_bytes(budget)
+
+
+def choose_micro_batch(
+    config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None, budget: int | None = None
+) -> Chosen:
+    """The largest micro-batch of `recipe` that fits, by tracing; the effective batch stays what it is.
+
+    `qtune run` asks this under micro_batch_size = "auto"; `qtune fit` asks it for each of its candidates. Where not
+    even one row fits, the answer is one row and `fits` is False.
+    """
+    limit = budget_bytes(recipe, plan) if budget is None else budget
+    batch = plan.micro_batch_size * plan.accumulation_steps
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+
+    def need(size: int) -> Need:
+        return predicted(config, recipe, plan.with_micro_batch(size, ""), longest).need
+
+    size = largest_that_fits(sizes, lambda candidate: need(candidate).total_bytes, limit)
+    found = need(size)
+    words = f"{found.total_bytes / GIB:.2f} GiB traced and margin, of {limit / GIB:.2f} GiB"
+    return Chosen(plan.with_micro_batch(size, f"the largest that fits: {words}"), found, limit)
+
+
+def largest_that_fits(sizes: list[int], cost: Callable[[int], int], limit: int) -> int:
+    """The largest of the ascending `sizes` whose cost is within `limit`; the first if none is.
+
+    Cost grows with size, nearly in a straight line: two sizes give a guess, and the guess is checked by its own cost.
+    """
+    first = cost(sizes[0])
+    if first > limit or len(sizes) == 1:
+        return sizes[0]
+    slope = max(1, (cost(sizes[1]) - first) // (sizes[1] - sizes[0]))
+    guess = max(
+        place for place, size in enumerate(sizes) if size == sizes[0] or first + slope * (size - sizes[0]) <= limit
+    )
+    while guess and cost(sizes[guess]) > limit:
+        guess -= 1
+    while guess + 1 < len(sizes) and cost(sizes[guess + 1]) <= limit:
+        guess += 1
+    return sizes[guess]

@@ -1,0 +1,87 @@
+"""Predictions remembered on disk: the same model, recipe, device and libraries give the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtune.builtin import cache_folder
+from qtune.memory.history import Moment
+from qtune.memory.margin import Need
+from qtune.memory.predict import Longest, Prediction, predict, summarize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qtune.plan import Plan
+    from qtune.recipe import Recipe
+
+
+def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Prediction:
+    """`predict`, summarized; from the cache where it has been traced before.
+
+    Raises:
+        ModelError: as `predict`.
+    """
+    file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest)}.json"
+    try:
+        return _from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or of another version: trace it
+    found = summarize(predict(config, recipe, plan, longest))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(asdict(found), stream)
+    Path(temporary).replace(file)
+    return found
+
+
+def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None) -> str:
+    """Everything that the bytes depend on, and this package's own code."""
+    device = plan.device
+    parts = {
+        "config": config.to_json_string(use_diff=False),
+        "quantization": recipe.quantization.model_dump(exclude={"minimum_share"}),
+        "adapter": recipe.adapter.model_dump(exclude={"alpha", "text"}),
+        "packing": recipe.data.packing,
+        "clip": recipe.training.max_gradient_norm,
+        "plan": [
+            device.kind, plan.compute_dtype, plan.adapter_dtype, plan.attention, plan.micro_batch_size,
+            plan.gradient_checkpointing, plan.optimizer, plan.max_length,
+        ],
+        "longest": None if longest is None else asdict(longest),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "code": _own_code(),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@functools.cache
+def _own_code() -> str:
+    """Hash of the sources that a prediction runs through."""
+    package = Path(__file__).parent
+    files = [*package.glob("*.py"), *(package.parent / name for name in ("adapter.py", "loss.py", "model.py"))]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _from_json(found: dict[str, Any]) -> Prediction:
+    moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
+    phases = [(int(point), str(name)) for point, name in found["phases"]]
+    return Prediction(
+        **found
+        | {"peak": Moment(**found["peak"]), "by_phase": moments, "need": Need(**found["need"]), "phases": phases}
+    )

@@ -1,0 +1,157 @@
+"""The memory of a recipe on a device, before anything is downloaded: the step that `qtune run` takes, traced."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes
+import torch
+
+from qtune.adapter import attach_adapter
+from qtune.loss import install_loss
+from qtune.memory import categories
+from qtune.memory.margin import Need
+from qtune.memory.skeleton import bare_model
+from qtune.memory.step import Batch, Step
+from qtune.memory.trace import Traced, trace
+from qtune.model import quantization_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qtune.memory.history import History, Moment
+    from qtune.plan import Plan
+    from qtune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest rows of the data, as far as memory depends on them."""
+
+    length: int
+    """Tokens of the longest training row."""
+    scored: int | None = None
+    """Labelled tokens of that row; None: all of them."""
+    equal: bool = False
+    """Whether all rows are equally long, so that no mask is needed."""
+
+
+def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Traced:
+    """Traces the recipe's step under `plan`.
+
+    longest: left out, a whole micro-batch of `max_length` tokens, all of them scored: the most that can come.
+
+    Raises:
+        ModelError: no model can be built from the configuration, or the adapter does not fit it.
+    """
+    step = training_step(recipe, plan, longest or Longest(plan.max_length))
+    try:
+        return trace(config, lambda shape: build(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
+    finally:
+        gc.collect()  # modules and their hooks are cycles; a fit traces dozens of models
+
+
+def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
+    """The model that a run trains, on the meta device: quantized, adapted, with our loss."""
+    dtype = getattr(torch, plan.compute_dtype)
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    with torch.device("meta"):  # nothing to initialise: only the shapes matter
+        model = attach_adapter(network, recipe.adapter, plan)
+    install_loss(model.get_base_model())
+    return model
+
+
+def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
+    """What `QloraTrainer` does with a micro-batch, as a value."""
+    rows = plan.micro_batch_size
+    masked = recipe.data.packing or (rows > 1 and not longest.equal)
+    scored = None if longest.scored is None else rows * longest.scored
+    batch = Batch(rows, longest.length, masked, scored)
+    return Step(
+        batch=batch,
+        loss=summed_loss,
+        optimizer=optimizer_of(plan),
+        checkpointing="non-reentrant" if plan.gradient_checkpointing else "none",
+        autocast=autocast_of(plan),
+        max_gradient_norm=recipe.training.max_gradient_norm,
+        paged=plan.device.kind == "cuda" and plan.optimizer.startswith("paged"),
+        eval_batch=batch,
+    )
+
+
+def autocast_of(plan: Plan) -> torch.dtype | None:
+    """The trainer computes under autocast in either 16-bit type (`sft_config`: bf16, fp16), and plainly in fp32."""
+    return None if plan.compute_dtype == "float32" else getattr(torch, plan.compute_dtype)
+
+
+def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`QloraTrainer.compute_loss`: the summed loss over the number of scored tokens."""
+    outputs = model(**batch, use_cache=False)
+    loss: torch.Tensor = outputs.loss / max(1, outputs.scored)
+    return loss
+
+
+def optimizer_of(plan: Plan) -> Any:
+    """The class that transformers makes of the plan's optimizer, on the plan's device.
+
+    torch chooses its foreach implementation for CUDA parameters (torch.optim, `_default_to_fused_or_foreach`);
+    a trace on CPU tensors must ask for it.
+    """
+    cuda = plan.device.kind == "cuda"
+    match plan.optimizer:
+        case "adamw":
+            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, foreach=cuda)
+        case "paged-adamw":
+            return lambda parameters: bitsandbytes.optim.AdamW(parameters, lr=plan.learning_rate, optim_bits=32)
+        case "adamw-8bit" | "paged-adamw-8bit":
+            return lambda parameters: bitsandbytes.optim.AdamW(parameters, lr=plan.learning_rate, optim_bits=8)
+    raise ValueError(f"no optimizer is called {plan.optimizer}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What tracing says about a recipe on a device."""
+
+    peak: Moment
+    by_phase: dict[str, Moment]
+    need: Need
+    paged_bytes: int
+    """Optimizer state in managed memory: on the card only while it is used."""
+    layers: int
+    layers_executed: int
+    seconds: float
+    timeline: dict[str, list[int]]
+    """Live bytes by category in POINTS equal stretches of the step, each stretch at its fullest tick."""
+    phases: list[tuple[int, str]]
+    """(first stretch, phase) of the timeline."""
+
+
+POINTS = 240
+
+
+def summarize(traced: Traced) -> Prediction:
+    """The few numbers that tables, pictures and a fit need."""
+    history = traced.history
+    by_phase = {phase: history.peak(phase) for phase in ("forward", "backward", "optimizer", "eval")}
+    at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
+    peak = max(by_phase.values(), key=lambda moment: moment.bytes)
+    timeline, phases = _timeline(history)
+    return Prediction(
+        peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, Need(peak.bytes, at_rest),
+        history.paged, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
+    )  # fmt: skip
+
+
+def _timeline(history: History) -> tuple[dict[str, list[int]], list[tuple[int, str]]]:
+    total = history.total[1:]
+    edges = [1 + round(number * len(total) / POINTS) for number in range(POINTS + 1)]
+    chosen = [a + int(history.total[a:b].argmax()) for a, b in itertools.pairwise(edges) if b > a]
+    curves = {name: [int(v) for v in history.bytes[row, chosen]] for row, name in enumerate(history.names)}
+    phases: list[tuple[int, str]] = []
+    for point, tick in enumerate(chosen):
+        if not phases or phases[-1][1] != history.labels[tick].phase:
+            phases.append((point, history.labels[tick].phase))
+    return curves, phases

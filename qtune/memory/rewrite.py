@@ -1,0 +1,46 @@
+"""A recipe's text with other values: comments, order and formatting stay as they were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tomlkit
+from tomlkit.items import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qtune.recipe import KeyPath
+
+
+def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
+    """`text` with `changes` of (table, key) -> value; keys that were not there come at the end of their table.
+
+    reason: a comment for those new keys.
+    """
+    document = tomlkit.parse(text)
+    for (table, key), value in changes.items():
+        if table not in document:
+            document.add(tomlkit.nl())
+            document.add(str(table), tomlkit.table())
+        target = document[str(table)]
+        assert isinstance(target, Table)
+        if key in target:
+            comment = target[str(key)].trivia.comment
+            target[str(key)] = value
+            if comment:
+                target[str(key)].comment(comment.removeprefix("#").strip())
+        else:
+            item = tomlkit.item(value)
+            item.comment(reason)
+            _append(target, str(key), item)
+    return tomlkit.dumps(document)
+
+
+def _append(table: Table, key: str, item: Any) -> None:
+    """After the table's last key, before the blank lines that part it from the next table."""
+    keys = list(table.keys())
+    if keys:
+        table.value._insert_after(keys[-1], key, item)
+    else:
+        table.add(key, item)

@@ -1,0 +1,146 @@
+"""What a recipe saves: the usual ways of fine-tuning the same model, traced; its techniques switched off one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtune.adapter import attach_adapter
+from qtune.loss import install_loss
+from qtune.memory.fit import changed
+from qtune.memory.predict import Longest, build, predict, summarize, training_step
+from qtune.memory.skeleton import bare_model
+from qtune.memory.step import Step
+from qtune.memory.trace import trace
+from qtune.model import quantization_config
+from qtune.plan import make_plan
+from qtune.recipe import FourBit, Lora, Unquantized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PretrainedConfig
+
+    from qtune.memory.predict import Prediction
+    from qtune.plan import Plan
+    from qtune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training the same model on the same batch."""
+
+    name: str
+    how: str
+    prediction: Prediction
+
+
+def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
+    """Full fine-tuning, 16-bit adapter, the plain QLoRA script and the recipe: same model, batch, length.
+
+    The baselines get gradient checkpointing wherever the recipe has it, and PyTorch's AdamW.
+    """
+    step = training_step(recipe, plan, longest or Longest(plan.max_length))
+    plain = Step(
+        step.batch, logits_loss, _adamw, step.checkpointing, step.autocast, step.max_gradient_norm,
+        eval_batch=step.eval_batch,
+    )  # fmt: skip
+    low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
+    four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)
+    cuda = plan.device.kind == "cuda"
+
+    def full(dtype: torch.dtype) -> Any:
+        return lambda shape: bare_model(shape, dtype, None, plan.attention).requires_grad_(True)
+
+    def adapted(quantized: bool) -> Any:
+        def made(shape: PretrainedConfig) -> Any:
+            network = bare_model(shape, low, four_bit if quantized else None, plan.attention)
+            if quantized:
+                upcast_unquantized(network)
+            with torch.device("meta"):
+                return attach_adapter(network, recipe.adapter, plan)
+
+        return made
+
+    def traced(made: Any) -> Prediction:
+        return summarize(trace(config, made, plain, cuda=cuda))
+
+    word = "bf16" if low is torch.bfloat16 else "fp16"
+    return [
+        Way(
+            "full fine-tuning, fp32",
+            f"fp32 weights, autocast to {word}, AdamW, whole logits",
+            traced(full(torch.float32)),
+        ),
+        Way(f"full fine-tuning, {word}", f"{word} weights and moments, AdamW, whole logits", traced(full(low))),
+        Way(f"{recipe.adapter.kind}, {word} base", "unquantized base, AdamW, whole logits", traced(adapted(False))),
+        Way(
+            "plain QLoRA script",
+            "NF4, k-bit preparation (everything else in fp32), AdamW, whole logits",
+            traced(adapted(True)),
+        ),
+        Way("this recipe", "as `qtune run` does it", summarize(predict(config, recipe, plan, longest))),
+    ]
+
+
+def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
+    """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
+    rows = longest or Longest(plan.max_length)
+    found: list[Way] = []
+    for name, how, other in _switched_off(recipe, plan):
+        other_plan = make_plan(other, plan.device).with_micro_batch(plan.micro_batch_size, "as in the recipe")
+        found.append(Way(name, how, summarize(predict(config, other, other_plan, rows))))
+    step = training_step(recipe, plan, rows)
+    whole = trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
+    found.append(Way("tiled loss", "the logits of all labelled positions at once", summarize(whole)))
+    return found
+
+
+def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe]]:
+    quantization = recipe.quantization
+    if not isinstance(quantization, Unquantized):
+        word = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[plan.compute_dtype]
+        other = recipe.model_copy(update={"quantization": Unquantized(kind="none")})
+        yield f"{quantization.kind} weights", f"the base in {word}", other
+    if isinstance(quantization, FourBit) and quantization.double_quantization:
+        single = quantization.model_copy(update={"double_quantization": False})
+        yield "double quantization", "an fp32 absmax for each block", recipe.model_copy(update={"quantization": single})
+    if plan.gradient_checkpointing:
+        off = changed(recipe, {("training", "gradient_checkpointing"): False})
+        yield "gradient checkpointing", "every activation kept", off
+    if plan.optimizer != "adamw":
+        yield f"{plan.optimizer} optimizer", "fp32 moments", changed(recipe, {("training", "optimizer"): "adamw"})
+    if isinstance(recipe.adapter, Lora) and plan.adapter_dtype != "float32":
+        yield "16-bit adapter", "the adapter in fp32", changed(recipe, {("adapter", "dtype"): "float32"})
+
+
+def _untiled(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
+    model = build(config, recipe, plan)
+    install_loss(model.get_base_model(), tiled=False)
+    return model
+
+
+def logits_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """transformers' own: the whole logits, upcast to fp32."""
+    loss: torch.Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def upcast_unquantized(model: Any) -> None:
+    """What `prepare_model_for_kbit_training` does (peft/utils/other.py): what is not quantized becomes fp32."""
+    cast: dict[int, torch.nn.Parameter] = {}
+    kept: list[torch.Tensor] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or type(parameter).__name__ in ("Params4bit", "Int8Params"):
+                continue
+            if id(parameter) not in cast:
+                kept.append(parameter)
+                cast[id(parameter)] = torch.nn.Parameter(parameter.data.float(), requires_grad=False)
+            module._parameters[name] = cast[id(parameter)]
+
+
+def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)

@@ -1,0 +1,215 @@
+"""The trace is the step that runs: a real one's bytes on the CPU, and deep models as if every layer were traced."""
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+
+from qtune.adapter import attach_adapter
+from qtune.device import Device
+from qtune.errors import ModelError
+from qtune.loss import install_loss
+from qtune.memory import categories
+from qtune.memory.as_cuda import workspace
+from qtune.memory.history import History, history_of
+from qtune.memory.ledger import Ledger, follow_modules
+from qtune.memory.predict import Longest, build, predict, training_step
+from qtune.memory.skeleton import bare_model
+from qtune.memory.step import forward_backward, prepare, trained, update
+from qtune.memory.trace import layer_period, shortened, trace
+from qtune.model import load_base
+from qtune.plan import Plan, make_plan
+from qtune.recipe import Recipe, parse_recipe
+
+CPU = Device("cpu", "a processor", 8 * 2**30, 8 * 2**30, bf16=False)
+CARD = Device("cuda", "a card", 24 * 2**30, 24 * 2**30, bf16=True, capability=(8, 9))
+
+
+def tiny(layers: int = 2, **changes) -> LlamaConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**{**sizes, "num_hidden_layers": layers, "vocab_size": 256, "pad_token_id": 0, **changes})
+
+
+def recipe_with(**tables) -> Recipe:
+    given = {"model": {"base": "tiny"}, "data": {"train": "rows.jsonl", "max_length": 128}}
+    given["training"] = {"batch_size": 2, "micro_batch_size": 2}
+    for name, table in tables.items():
+        given[name] = {**given.get(name, {}), **table}
+    recipe = parse_recipe(given)
+    assert isinstance(recipe, Recipe), recipe
+    return recipe
+
+
+def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> History:
+    """The second of two real CPU steps under the ledger."""
+    network = load_base(recipe.model.model_copy(update={"base": folder}), recipe.quantization, plan)
+    model = attach_adapter(network, recipe.adapter, plan)
+    install_loss(model.get_base_model())
+    step = training_step(recipe, plan, longest)
+    prepare(model, step)
+    optimizer = step.optimizer(trained(model))
+    warm_up = Ledger()
+    forward_backward(model, step, warm_up)
+    update(model, step, optimizer, warm_up)
+    ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda=False))
+    categories.adopt_model(ledger, model)
+    categories.adopt_optimizer(ledger, optimizer)
+    handles = follow_modules(ledger, model)
+    with ledger:
+        forward_backward(model, step, ledger)
+        update(model, step, optimizer, ledger)
+    for handle in handles:
+        handle.remove()
+    return history_of(ledger, plan.gradient_checkpointing)
+
+
+ADAPTERS = {"lora": {"kind": "lora", "rank": 4}, "p-tuning": {"kind": "p-tuning", "virtual_tokens": 8}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_traced_bytes_are_the_executed_ones(tmp_path, adapter, checkpointing):
+    config = tiny(layers=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    recipe = recipe_with(adapter=ADAPTERS[adapter], training={"gradient_checkpointing": checkpointing})
+    plan, longest = make_plan(recipe, CPU), Longest(128, equal=True)
+    real = executed(str(tmp_path), recipe, plan, longest)
+    traced = predict(config, recipe, plan, longest).history
+    for phase in ("forward", "backward", "optimizer"):
+        assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
+
+
+def layers_traced_and_stretched(config: PretrainedConfig, recipe: Recipe) -> tuple[History, History, int]:
+    plan = make_plan(recipe, CARD)
+    step = training_step(recipe, plan, Longest(recipe.data.max_length))
+    short = trace(config, lambda shape: build(shape, recipe, plan), step)
+    whole = trace(config, lambda shape: build(shape, recipe, plan), step, every_layer=True)
+    return short.history, whole.history, short.layers_executed
+
+
+STRETCHED = {
+    "checkpointing": (tiny(layers=12), {}),
+    "no checkpointing": (tiny(layers=12), {"training": {"gradient_checkpointing": False}}),
+    "tied embeddings": (tiny(layers=11, tie_word_embeddings=True), {"training": {"optimizer": "adamw-8bit"}}),
+    "alternating layers": (
+        Gemma2Config(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=21, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, vocab_size=256, sliding_window=32,
+        ),
+        {"model": {"base": "tiny", "attention": "eager"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_a_stretched_history_is_that_of_tracing_every_layer(name):
+    config, tables = STRETCHED[name]
+    stretched, whole, executed_layers = layers_traced_and_stretched(config, recipe_with(**tables))
+    assert executed_layers < config.num_hidden_layers
+    assert stretched.names == whole.names
+    assert numpy.array_equal(stretched.bytes, whole.bytes)
+    assert stretched.labels == whole.labels
+
+
+def test_layers_of_unequal_size_are_traced_one_by_one(monkeypatch):
+    config = tiny(layers=12)
+
+    def uneven(shape, recipe, plan):
+        model = build(shape, recipe, plan)
+        first = model.get_base_model().model.layers[0].mlp
+        first.extra = torch.nn.Parameter(torch.empty(1024, device="meta"), requires_grad=False)
+        return model
+
+    monkeypatch.setattr("qtune.memory.predict.build", uneven)
+    recipe = recipe_with()
+    even_first = predict(config, recipe, make_plan(recipe, CARD))
+    assert even_first.layers_executed == 9  # a larger first layer is still the same first layer
+
+    def growing(shape, recipe, plan):
+        model = build(shape, recipe, plan)
+        for number, layer in enumerate(model.get_base_model().model.layers):
+            layer.mlp.extra = torch.nn.Parameter(torch.empty(512 * number**2, device="meta"), requires_grad=False)
+        return model
+
+    monkeypatch.setattr("qtune.memory.predict.build", growing)
+    assert predict(config, recipe, make_plan(recipe, CARD)).layers_executed == 12
+
+
+def test_categories_at_rest_are_what_a_count_by_hand_gives():
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
+    alive = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history.at(0).alive
+    linear = 64 * 64 * 2 + 32 * 64 * 2 + 64 * 128 * 3  # q, o; k, v; gate, up, down
+    assert alive["base weights 4-bit"] == linear // 2
+    assert alive["embeddings"] == alive["head"] == 256 * 64 * 2
+    assert alive["adapter"] == (64 * 4 + 4 * 64) * 4
+    assert alive["base weights bf16"] == 3 * 512  # three norms of 128 bytes, each rounded up
+    # Code book (64 B), 8-bit absmax (one a block of 64), an fp32 absmax for 256 of them, its book (1 KiB), an offset.
+    assert alive["quantization constants"] == sum(
+        512 + 512 * -(-(weights // 64) // 512) + 512 + 1024 + 512
+        for weights in (4096, 4096, 2048, 2048, 8192, 8192, 8192)
+    )
+
+
+def test_adamw_keeps_eight_bytes_for_each_adapter_parameter():
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
+    history = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history
+    alive = history.peak("optimizer").alive
+    assert alive["gradients"] == alive["adapter"] == 2 * 1024
+    assert alive["optimizer state"] == 2 * 2 * 1024 + 2 * 512  # two moments, and a step count for each parameter
+
+
+def test_paged_state_is_counted_apart():
+    config = tiny(hidden_size=1024, intermediate_size=2048, layers=1)
+    adapter = {"kind": "lora", "rank": 128, "target_modules": ["q_proj"]}
+    paged, plain = (
+        predict(config, recipe, make_plan(recipe, CARD)).history
+        for recipe in (
+            recipe_with(adapter=adapter, training={"optimizer": name}) for name in ("paged-adamw-8bit", "adamw-8bit")
+        )
+    )
+    assert paged.paged == 2 * 2 * 1024 * 128  # A and B, two moments of one byte each
+    assert plain.paged == 0
+    gap = plain.peak("optimizer").alive["optimizer state"] - paged.peak("optimizer").alive["optimizer state"]
+    assert gap == paged.paged
+
+
+def test_a_checkpointed_forward_keeps_one_hidden_state_for_each_layer():
+    recipe = recipe_with(training={"gradient_checkpointing": True})
+    deep, shallow = (
+        predict(tiny(layers=layers), recipe, make_plan(recipe, CARD)).history.peak("backward") for layers in (3, 2)
+    )
+    hidden = 2 * 128 * 64 * 2  # rows x length x hidden x bf16
+    assert deep.alive["checkpointed activations"] - shallow.alive["checkpointed activations"] == hidden
+
+
+def test_dropout_on_cuda_keeps_one_byte_for_each_element():
+    kept = []
+    for dropout in (0.0, 0.1):
+        adapter = {"kind": "lora", "rank": 4, "target_modules": ["q_proj"], "dropout": dropout}
+        recipe = recipe_with(adapter=adapter, training={"gradient_checkpointing": False})
+        history = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history
+        kept.append(history.peak("backward").alive["activations"])
+    rows = 2 * 128 * 64
+    assert kept[1] - kept[0] == rows * 1 + rows * 4  # the mask, and A's own fp32 input instead of the shared bf16 one
+
+
+def test_bad_configurations_are_errors_with_a_reason():
+    recipe = recipe_with()
+    config = tiny()
+    config.num_attention_heads = 0
+    with pytest.raises(ModelError, match=r"no model can be built from its config.json"):
+        predict(config, recipe, make_plan(recipe, CARD))
+    missing = recipe_with(adapter={"kind": "lora", "target_modules": ["no_such_layer"]})
+    with pytest.raises(ModelError, match="no_such_layer"):
+        predict(tiny(), missing, make_plan(missing, CARD))
+
+
+def test_a_period_is_read_from_the_layer_list():
+    gemma = STRETCHED["alternating layers"][0]
+    assert (layer_period(gemma), layer_period(tiny(layers=5))) == (2, 1)
+    assert shortened(gemma, 4).num_hidden_layers == len(shortened(gemma, 4).layer_types) == 4
+
+
+def test_a_bare_model_has_no_storage():
+    model = bare_model(tiny(layers=1), torch.bfloat16, None, "sdpa")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
