@@ -28,6 +28,7 @@ def lora(**changes: object) -> LoraConfig:
     )
 
 
+FP32 = Basis("none", False, torch.float32, torch.float32)
 ADAPTERS: dict[str, PeftConfig] = {
     "plain": lora(),
     "rank-stabilised": lora(use_rslora=True),
@@ -76,6 +77,14 @@ def test_conv1d_weights_merge_in_their_own_orientation(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "gpt2", n_embd=64, n_layer=2, n_head=4, n_inner=160)
     live = live_adapter(base, lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), tmp_path / "adapter")
     _, model = merged(base, tmp_path / "adapter", tmp_path / "merged")
+    with torch.inference_mode():
+        assert (model(some_ids()).logits - live(some_ids()).logits).abs().max() < 5e-4
+
+
+def test_pissa_takes_the_principal_components_out_of_the_base_as_training_did(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    live = live_adapter(base, lora(init_lora_weights="pissa"), tmp_path / "adapter", FP32)
+    _, model = merged(base, tmp_path / "adapter", tmp_path / "merged", basis=FP32)
     with torch.inference_mode():
         assert (model(some_ids()).logits - live(some_ids()).logits).abs().max() < 5e-4
 
