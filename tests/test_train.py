@@ -103,6 +103,7 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
         "memory.json",
         "checkpoints",
         "adapter",
+        "report.html",
     }
     assert finished.recipe_file.read_text() == recipe.read_text()
     # Of the checkpoints after steps 3, 6, 9 and the last one, two are kept.
