@@ -107,6 +107,9 @@ class Lora(Table):
     activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
     dtype: Auto | Dtype = "auto"
     """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
 
 
 class PTuning(Table):
@@ -126,6 +129,9 @@ class PTuning(Table):
     """Dropout between the LSTM's layers."""
     dtype: Auto | Dtype = "auto"
     """Type of the encoder's weights; "auto" is float32."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
 
 
 class PromptTuning(Table):
@@ -141,6 +147,9 @@ class PromptTuning(Table):
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
     dtype: Auto | Dtype = "auto"
     """Type of the vectors; "auto" is float32."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
 
 
 class PrefixTuning(Table):
@@ -156,6 +165,9 @@ class PrefixTuning(Table):
     """Width of that MLP; left out, the model's hidden size."""
     dtype: Auto | Dtype = "auto"
     """Type of the prefix; "auto" is float32."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
 
 
 class IA3(Table):
@@ -169,6 +181,9 @@ class IA3(Table):
     """Which of them are feed-forward layers, scaled at their input."""
     dtype: Auto | Dtype = "auto"
     """Type of the scales; "auto" is float32."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
 
 
 Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
@@ -417,6 +432,8 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
         if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
             yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
+    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
+        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
     if recipe.data.packing and isinstance(adapter, SoftPrompt):

@@ -173,6 +173,9 @@ def _missing_files(recipe: Recipe, folder: Path) -> Iterator[Fault]:
             yield Fault(("model", "base"), "no such file or folder")
     elif base.count("/") > 1 and not Path(base).exists():
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
+    earlier = recipe.adapter.start_from
+    if earlier is not None and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
+        yield Fault(("adapter", "start_from"), "is not a finished run")
     for key in ("train", "validation", "test"):
         yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
 

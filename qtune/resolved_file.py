@@ -53,6 +53,8 @@ def resolved_text(resolved: Resolved, plan: Plan) -> str:
 def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:
     if path in (("data", "train"), ("data", "validation"), ("data", "test"), ("data", "chat_template")):
         value = _absolute(value, resolved.folder)
+    if path == ("adapter", "start_from"):
+        value = str(Path(value).expanduser().resolve())
     if path == ("model", "base") and Path(value).expanduser().exists():
         value = str(Path(value).expanduser().resolve())
     return show_value(value)

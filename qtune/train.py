@@ -42,6 +42,7 @@ from qtune.trainer import (
     require_finite,
     sft_config,
 )
+from qtune.warm_start import start_from
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +204,7 @@ def _build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     model = attach_adapter(network, recipe.adapter, plan, inputs.tokenizer)
     if isinstance(recipe.adapter, Lora):
         _finish_lora(model, recipe.adapter, inputs)
+    start_from(model, recipe)
     _introduce(network, model, inputs)
     return model, tiled
 

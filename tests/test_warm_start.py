@@ -1,0 +1,70 @@
+"""A run may start as an earlier one ended, on new rows: every kind of adapter, its prompt encoder included."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import tiny_run
+
+from qtune.adapter import attach_adapter, trained_state
+from qtune.device import present_device
+from qtune.errors import RecipeError, RunError
+from qtune.load_run import resolved_recipe
+from qtune.model import load_base
+from qtune.plan import make_plan
+from qtune.recipe import Recipe
+from qtune.recipe_file import check_recipe
+from qtune.run_dir import RunDir
+from qtune.warm_start import start_from
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+KINDS = [
+    'kind = "lora"\nrank = 4',
+    'kind = "p-tuning"\nvirtual_tokens = 3\nencoder_hidden_size = 32',
+    'kind = "prompt-tuning"\nvirtual_tokens = 3',
+    'kind = "prefix-tuning"\nvirtual_tokens = 3',
+    'kind = "ia3"',
+]
+
+
+def going_on(run: RunDir, **changes: object) -> Recipe:
+    recipe = resolved_recipe(run)
+    adapter = recipe.adapter.model_copy(update={"start_from": str(run.path), **changes})
+    return recipe.model_copy(update={"adapter": adapter})
+
+
+def started(recipe: Recipe) -> dict[str, torch.Tensor]:
+    plan = make_plan(recipe, present_device())
+    model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
+    start_from(model, recipe)
+    return trained_state(model)
+
+
+@pytest.mark.parametrize("adapter", KINDS)
+def test_every_kind_starts_with_the_earlier_run_s_values(adapter: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = tiny_run(tmp_path, adapter)
+    saved = load_file(run.adapter / "trained_state.safetensors")
+    now = started(going_on(run))
+    assert now.keys() == saved.keys()
+    assert all(torch.equal(now[name], tensor) for name, tensor in saved.items())
+
+
+def test_an_adapter_of_another_shape_or_meaning_is_refused_with_both_values(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, KINDS[0])
+    with pytest.raises(RunError) as caught:
+        started(going_on(run, rank=8, alpha=64))
+    assert str(caught.value) == (
+        f"{run.path}: adapter.alpha = 32 there, 64 in the recipe\n{run.path}: adapter.rank = 4 there, 8 in the recipe"
+    )
+
+
+def test_a_run_that_is_not_there_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    text = '[model]\nbase = "builtin:smollm2-135m-instruct"\n[adapter]\nstart_from = "runs/none"\n'
+    text += '[data]\ntrain = "rows.jsonl"\n'
+    with pytest.raises(RecipeError, match=r'recipe\.toml:4: adapter\.start_from = "runs/none": is not a finished run'):
+        check_recipe(text, tmp_path / "recipe.toml")
