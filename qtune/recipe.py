@@ -353,6 +353,8 @@ class Output(Table):
     """Folder of runs, from the folder in which qtune is called."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.+-]*$")
     """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
+    gguf: Literal["f16", "bf16", "q8_0"] | None = None
+    """Type of a GGUF file that `qtune export` also writes; a model that can have none is refused before training."""
 
 
 class Recipe(Table):

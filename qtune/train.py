@@ -23,6 +23,7 @@ from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
 from qtune.device import present_device
 from qtune.errors import InputError, Interrupted, Problem, RunError
+from qtune.export.gguf_file import refuse_unconvertible
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of, rows_hash
 from qtune.loss import loss_agrees
@@ -192,6 +193,8 @@ def _measured(meter: Meter, run_dir: RunDir) -> Iterator[None]:
 def _build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
     recipe, plan = inputs.recipe, inputs.plan
+    if recipe.output.gguf is not None:
+        refuse_unconvertible(load_config(recipe.model), inputs.tokenizer, recipe.model.base)
     with console.progress(f"loading {recipe.model.base}"):
         network = load_base(recipe.model, recipe.quantization, plan)
     row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]

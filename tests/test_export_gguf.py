@@ -13,12 +13,14 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qtune import train
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
 from qtune.export.gguf_families import extra_tensors
 from qtune.export.gguf_file import GgufType, write_gguf
 from qtune.export.gguf_tokenizer import vocabulary_of
 from qtune.export.gguf_verify import verify_gguf
+from qtune.recipe_file import check_recipe
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -171,6 +173,24 @@ def test_convertibility_is_refused_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(ModelError, match="has no GGUF export here"):
         export_run(run, Options(gguf="f16"))
     assert not (run.path / "model").exists()
+
+
+def test_a_recipe_that_asks_for_gguf_is_refused_before_training(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "base", "gpt_neox")
+    tiny_tokenizer(folder)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Name a colour.", "completion": "Blue."}\n' * 4)
+    text = (
+        f'[model]\nbase = "{folder}"\n[quantization]\nminimum_share = 0.0\n'
+        f'[data]\ntrain = "rows.jsonl"\nvalidation = 0.0\n[output]\ndirectory = "{tmp_path / "runs"}"\ngguf = "q8_0"\n'
+    )
+    with pytest.raises(ModelError, match="model type 'gpt_neox' has no GGUF export here"):
+        train.run(check_recipe(text, tmp_path / "recipe.toml"), ())
+
+
+def test_the_recipe_s_gguf_is_written_by_a_plain_export(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    run.write_text(run.resolved_file, run.resolved_file.read_text() + '[output]\ngguf = "f16"\n')
+    assert (export_run(run, Options(verify=False)) / "run-f16.gguf").exists()
 
 
 def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from peft import PeftType
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
-from qtune.export.gguf_file import GgufType
-from qtune.export.handover import hand_over, refuse_unconvertible
+from qtune.export.gguf_file import GgufType, refuse_unconvertible
+from qtune.export.handover import hand_over
 from qtune.export.held_out import rows_for
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
@@ -22,6 +22,7 @@ from qtune.export.push import push
 from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
 from qtune.export.source import Source, open_source
 from qtune.export.verify import Verification, verify
+from qtune.model import load_config
 from qtune.run_dir import RunDir
 
 MERGED = {PeftType.LORA, PeftType.IA3}
@@ -66,8 +67,9 @@ def write_export(run: RunDir, options: Options) -> Path:
         console.say(PREFIX_NOTE)
     if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
-    if options.gguf is not None:
-        refuse_unconvertible(source)
+    gguf = options.gguf or source.recipe.output.gguf
+    if gguf is not None:
+        refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
@@ -89,8 +91,8 @@ def write_export(run: RunDir, options: Options) -> Path:
         prove(source, target.output, verification)
     else:
         write_card(source, target.output, None)
-    if options.gguf is not None:
-        hand_over(target.output, run.path.name, options.gguf, source.recipe, rows.rows, ids)
+    if gguf is not None:
+        hand_over(target.output, run.path.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 

@@ -50,6 +50,12 @@ class GgufTensor:
         return int(np.prod(self.byte_shape))
 
 
+def refuse_unconvertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Raises ModelError when a model's family, variant or tokenizer has no GGUF here. Reads no weights."""
+    family_of(config, place)
+    vocabulary_of(tokenizer, config.vocab_size, place)
+
+
 def gguf_tensors(folder: Path, config: PretrainedConfig, family: Family, kind: GgufType) -> list[GgufTensor]:
     """The tensors of the file, in the order of the checkpoint.
 

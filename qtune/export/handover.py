@@ -9,24 +9,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qtune import console
 from qtune.errors import VerificationError
-from qtune.export.gguf_families import family_of
 from qtune.export.gguf_file import GgufType, gguf_vocabulary, write_gguf
-from qtune.export.gguf_tokenizer import vocabulary_of
 from qtune.export.gguf_verify import verify_gguf
 from qtune.export.held_out import Row, probes
 from qtune.export.merged_folder import VERIFICATION
 from qtune.export.ollama import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.side_files import write_json
-from qtune.export.source import Source
 from qtune.export.staged import refuse_small_disk
 from qtune.recipe import Recipe
-
-
-def refuse_unconvertible(source: Source) -> None:
-    """Raises ModelError when the base's family, variant or tokenizer has no GGUF here. Reads no weights."""
-    config = AutoConfig.from_pretrained(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
-    family_of(config, source.base_name)
-    vocabulary_of(source.tokenizer, config.vocab_size, source.base_name)
 
 
 def hand_over(
