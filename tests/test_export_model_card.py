@@ -1,0 +1,63 @@
+"""The lines of Python in a card are run as they stand, and give the trained model's answer."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+from export_models import tiny_run
+
+from qtune.export.export import Options, export_run
+from qtune.generate import find_ends, generate
+from qtune.load_run import load_run
+from qtune.run_dir import RunDir
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def printed_by_the_card(card: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    code = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code[1].replace("max_new_tokens=200", "max_new_tokens=12"), {})
+    return printed.getvalue().removesuffix("\n")
+
+
+def live_answer(run: RunDir) -> str:
+    live = load_run(run)
+    asked = live.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True
+    )
+    [ids] = generate(live.model, [asked["input_ids"]], [12], find_ends(live.model, live.tokenizer))
+    return str(live.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("kind", ['kind = "prefix-tuning"\nvirtual_tokens = 3', 'kind = "lora"\nrank = 4'])
+def test_the_loader_of_an_adapter_card_works(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path, kind)
+    folder = export_run(run, Options(adapter_only=True))
+    assert printed_by_the_card(folder / "README.md", monkeypatch, folder) == live_answer(run)
+
+
+def test_the_loader_of_a_model_card_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3')
+    folder = export_run(run, Options(verify=False))
+    assert printed_by_the_card(folder / "README.md", monkeypatch, folder.parent).startswith(live_answer(run)[:3])
+
+
+def test_a_prefix_is_exported_as_an_adapter_with_the_reason_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path, 'kind = "prefix-tuning"\nvirtual_tokens = 3')
+    folder = export_run(run, Options())
+    assert (folder / "adapter_model.safetensors").exists()
+    assert "where no plain checkpoint can hold it" in capsys.readouterr().err
+
+
+def test_an_unproven_model_says_so(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(verify=False))
+    assert "Not verified: the export was asked not to compare." in (folder / "README.md").read_text()
