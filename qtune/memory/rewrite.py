@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
-from tomlkit.items import Table
+from tomlkit.items import Item, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,10 +26,11 @@ def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
         target = document[str(table)]
         assert isinstance(target, Table)
         if key in target:
-            comment = target[str(key)].trivia.comment
-            target[str(key)] = value
-            if comment:
-                target[str(key)].comment(comment.removeprefix("#").strip())
+            old, new = target.value.item(str(key)), tomlkit.item(value)
+            assert isinstance(old, Item)
+            # tomlkit puts one space before a comment of its own; this one keeps its column.
+            new.trivia.comment_ws, new.trivia.comment = old.trivia.comment_ws, old.trivia.comment
+            target[str(key)] = new
         else:
             item = tomlkit.item(value)
             item.comment(reason)

@@ -1,0 +1,106 @@
+"""Traces the README's memory table: python tools/memory_table.py [--write README.md]
+
+Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, gradient
+checkpointing, one row, every token scored) plus the allowance of qtune/memory/margin.py. Sizes of the models are those
+of their published config.json, written down here so that nothing is downloaded.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from transformers import AutoConfig  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from qtune.memory.cache import LIBRARIES, predicted  # noqa: E402
+from qtune.memory.cards import SIZES, described  # noqa: E402
+from qtune.memory.predict import Longest  # noqa: E402
+from qtune.plan import make_plan  # noqa: E402
+from qtune.recipe import Recipe, parse_recipe  # noqa: E402
+
+GIB = 2**30
+LENGTHS = (1024, 4096)
+BEGIN, END = "<!-- memory table: begin -->", "<!-- memory table: end -->"
+
+# (name, model type, hidden, layers, heads, key-value heads, head size, intermediate, vocabulary, tied embeddings)
+MODELS = (
+    ("SmolLM2 135M", "llama", 576, 30, 9, 3, 64, 1536, 49152, True),
+    ("Qwen2.5 0.5B", "qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
+    ("Llama 3.2 1B", "llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
+    ("Qwen3 1.7B", "qwen3", 2048, 28, 16, 8, 128, 6144, 151936, True),
+    ("Llama 3.2 3B", "llama", 3072, 28, 24, 8, 128, 8192, 128256, True),
+    ("Mistral 7B v0.1", "mistral", 4096, 32, 32, 8, 128, 14336, 32000, False),
+    ("Llama 3.1 8B", "llama", 4096, 32, 32, 8, 128, 14336, 128256, False),
+    ("Qwen3 14B", "qwen3", 5120, 40, 40, 8, 128, 17408, 151936, False),
+    ("Llama 3.1 70B", "llama", 8192, 80, 64, 8, 128, 28672, 128256, False),
+)
+
+
+def config_of(model: tuple[Any, ...]) -> Any:
+    _, kind, hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, tied = model
+    return AutoConfig.for_model(
+        kind,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=131072,
+        pad_token_id=0,
+    )
+
+
+def recipe_of(length: int) -> Recipe:
+    recipe = parse_recipe(
+        {
+            "model": {"base": "traced"},
+            "data": {"train": "rows.jsonl", "max_length": length},
+            "training": {"batch_size": 16, "micro_batch_size": 1, "gradient_checkpointing": True},
+        }
+    )
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def table() -> str:
+    heads = " | ".join(f"{length} tokens, traced + allowance | fits" for length in LENGTHS)
+    lines = [f"| model | {heads} |", "| --- |" + " ---: | --- |" * len(LENGTHS)]
+    for model in MODELS:
+        cells = [model[0]]
+        for length in LENGTHS:
+            recipe = recipe_of(length)
+            plan = make_plan(recipe, described(24))
+            need = predicted(config_of(model), recipe, plan, Longest(length)).need
+            card = next((f"{gb} GB" for gb in SIZES if need.fits(gb * GIB)), f"none up to {SIZES[-1]} GB")
+            cells += [f"{need.traced_bytes / GIB:.2f} + {need.driver_bytes / GIB:.2f} GiB", card]
+            print(model[0], length, cells[-2:], file=sys.stderr, flush=True)
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    lines += ["", f"Traced by `tools/memory_table.py` without a GPU; {versions}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
+    target = parser.parse_args().write
+    transformers_logging.set_verbosity_error()
+    text = table()
+    if target is None:
+        print(text)
+        return
+    before, rest = target.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
