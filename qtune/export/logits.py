@@ -7,8 +7,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Logits that one group of rows may take, in bytes.
-GROUP_BYTES = 2**30
+# Logits that one group of rows may take, in bytes: a 4-bit model dequantizes every weight once for each group, and a
+# model that stays on the disk reads every weight.
+GROUP_BYTES = 2**28
+STREAMED_GROUP_BYTES = 2**30
 
 
 @torch.inference_mode()
@@ -31,11 +33,11 @@ def logits_of(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> Tensor:
     return group_logits(model, [ids], model.device)[0]
 
 
-def groups_that_fit(rows: Sequence[Sequence[int]], vocabulary: int) -> int:
-    """How many of the first rows make a group whose fp32 logits stay within GROUP_BYTES; at least one."""
+def rows_that_fit(rows: Sequence[Sequence[int]], vocabulary: int, limit_bytes: int) -> int:
+    """How many of the first rows make a group whose fp32 logits stay within a limit; at least one."""
     longest = 0
     for count, row in enumerate(rows):
         longest = max(longest, len(row))
-        if count and (count + 1) * longest * vocabulary * 4 > GROUP_BYTES:
+        if count and (count + 1) * longest * vocabulary * 4 > limit_bytes:
             return count
     return len(rows)

@@ -21,7 +21,7 @@ from qtune.export.checkpoint import Checkpoint
 from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.differences import differing_tensors
 from qtune.export.held_out import Row, Rows, probes, rendered_ids
-from qtune.export.logits import group_logits, groups_that_fit
+from qtune.export.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.merge import Merge, Weights
 from qtune.export.merged_folder import VERIFICATION, mark_unverified
 from qtune.export.side_files import write_json
@@ -296,10 +296,11 @@ def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int],
 
 
 def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
-    """One row at a time; where every pass reads all weights, as many as their logits allow."""
+    """As many rows at a time as their logits allow."""
     vocabulary = models.exported.model.config.get_text_config().vocab_size
+    limit = STREAMED_GROUP_BYTES if models.streamed else GROUP_BYTES
     while rows:
-        count = groups_that_fit([row.ids for row in rows], vocabulary) if models.streamed else 1
+        count = rows_that_fit([row.ids for row in rows], vocabulary, limit)
         yield rows[:count]
         rows = rows[count:]
 
