@@ -82,7 +82,8 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     if not backward:
         return loss
     ledger.enter("backward")
-    loss.backward()
+    # Not loss.backward(): as a method of Tensor that suspends function modes, and CUDA's behaviour with them.
+    torch.autograd.backward(loss)
     return None
 
 
