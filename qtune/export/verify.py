@@ -3,37 +3,32 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.adapter import load_adapter
 from qtune.device import present_device
 from qtune.errors import ModelError, VerificationError
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.differences import differing_tensors
 from qtune.export.held_out import Row, Rows, probes, rendered_ids
 from qtune.export.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.merge import Merge, Weights
 from qtune.export.merged_folder import VERIFICATION, mark_unverified
+from qtune.export.pair import Exported, Models, load_exported, load_models, too_large
 from qtune.export.side_files import write_json
 from qtune.export.source import Source
-from qtune.export.streamed import streamed_exported, streamed_trained
 from qtune.generate import find_ends, generate
-from qtune.model import load_base
-from qtune.plan import Plan, make_plan
+from qtune.plan import make_plan
 
 ANSWERS = 3
-
-Network: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 @dataclass(frozen=True)
@@ -73,27 +68,6 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder as a user loads it; `misfits` are the tensors that its loading reported, by kind."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    misfits: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Models:
-    """What is compared. `reference` is the trained model, or the adapter on the original weights."""
-
-    trained: PeftModel
-    reference: PeftModel
-    exported: Exported
-    other_weights: PeftModel | None
-    device: torch.device
-    streamed: bool
 
 
 @dataclass
@@ -176,70 +150,6 @@ def verify(
     return verification
 
 
-def too_large(folder: Path, plan: Plan) -> bool:
-    """Whether the exported model and the 4-bit one beside it (about a third of it) would fill the device's memory."""
-    values = sum(stored.nbytes // stored.dtype.itemsize for stored in Checkpoint.open(folder).tensors.values())
-    width = getattr(torch, plan.compute_dtype).itemsize
-    return 1.35 * width * values > 0.8 * plan.device.free_bytes
-
-
-def load_exported(folder: Path, source: Source, plan: Plan, *, streamed: bool) -> Exported:
-    """The folder as a user loads it, on the run's device.
-
-    On a processor without 16-bit products the weights are widened to fp32, which holds each of their values.
-    """
-    trusted = source.recipe.model.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    if streamed:
-        return Exported(streamed_exported(folder, source.basis.compute_dtype, trust_remote_code=trusted), tokenizer, {})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32 if plan.compute_dtype == "float32" else "auto",
-        attn_implementation=plan.attention,
-        device_map={"": plan.device.torch_name},
-        use_safetensors=True,
-        trust_remote_code=trusted,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    misfits = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    return Exported(model.eval(), tokenizer, misfits)
-
-
-def load_models(
-    source: Source, plan: Plan, exported: Exported, weights: Weights, *, compare_bases: bool, streamed: bool
-) -> Models:
-    """The trained model, and the adapter on the original weights where it is the reference or its cost is asked for."""
-
-    def on_original_weights() -> PeftModel:
-        if streamed:
-            return streamed_trained(source.base, source.adapter, replace(source.basis, kind="none"))
-        base = AutoModelForCausalLM.from_pretrained(
-            source.base,
-            dtype=source.basis.compute_dtype,
-            attn_implementation=plan.attention,
-            device_map={"": plan.device.torch_name},
-            trust_remote_code=source.recipe.model.trust_remote_code,
-        )
-        return load_adapter(base, source.adapter).eval()
-
-    if streamed:
-        trained = streamed_trained(source.base, source.adapter, source.basis)
-    else:
-        base = load_base(source.recipe.model, source.recipe.quantization, plan)
-        trained = load_adapter(base, source.adapter).eval()
-    original = on_original_weights() if weights == "original" or compare_bases else None
-    is_reference = weights == "original" and original is not None
-    return Models(
-        trained=trained,
-        reference=original if is_reference else trained,
-        exported=exported,
-        other_weights=None if is_reference else original,
-        device=torch.device("cpu" if streamed else plan.device.torch_name),
-        streamed=streamed,
-    )
-
-
 def loading_failures(exported: Exported) -> list[str]:
     """Tensors that a loader had to invent, to leave out or to reshape, and a quantization that came along."""
     failures = [
@@ -274,7 +184,7 @@ def rendering_failures(
 def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models) -> None:
     """Adds rows to all meters."""
 
-    def of(model: Network, before: Sequence[int] = ()) -> list[Tensor]:
+    def of(model: PreTrainedModel | PeftModel, before: Sequence[int] = ()) -> list[Tensor]:
         made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
         return [logits[len(before) :] for logits in made]
 
