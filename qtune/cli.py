@@ -369,7 +369,8 @@ def profile(
     found = stage.profile(recipe, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
     console.out(draw_profile(found, cards.SIZES))
     if svg is not None:
-        svg.write_text(pictures.timeline_svg(found.prediction, f"{recipe.model.base}: one training step"), encoding="utf-8")
+        picture = pictures.timeline_svg(found.prediction, f"{recipe.model.base}: one training step")
+        svg.write_text(picture, encoding="utf-8")
         console.say(f"timeline: {svg}")
 
 

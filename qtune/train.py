@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtune import console
@@ -27,7 +34,9 @@ from qtune.export.gguf_file import refuse_unconvertible
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of, rows_hash
 from qtune.loss import loss_agrees
+from qtune.memory.budget import choose_micro_batch
 from qtune.memory.measure import Meter
+from qtune.memory.predict import Longest
 from qtune.model import base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
@@ -123,7 +132,23 @@ def _gather(resolved: Resolved) -> Inputs:
     columns = {name: columns_of(name, examples) for name, examples in prepared.examples.items()}
     vocabulary = config.get_text_config().vocab_size
     gate(findings_of(prepared, recipe.data, vocabulary, columns), recipe.data.allow)
+    if plan.device.kind == "cuda" and recipe.training.micro_batch_size == "auto":
+        plan = _fit_micro_batch(config, recipe, plan, Longest(int(prepared.lengths.max())))
     return Inputs(resolved, plan, tokenizer, prepared)
+
+
+def _fit_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Plan:
+    """The plan with the largest micro-batch that is predicted to fit; a failed prediction stops no run that may fit."""
+    try:
+        chosen = choose_micro_batch(config, recipe, plan, longest)
+    except Exception as error:
+        log.debug("the step could not be traced", exc_info=True)
+        console.say(f"memory could not be predicted ({type(error).__name__}); micro-batches shrink if they must")
+        return plan
+    if not chosen.fits:
+        need, budget = chosen.need.total_bytes / 2**30, chosen.budget_bytes / 2**30
+        console.say(f"one row is predicted to need {need:.1f} GiB of {budget:.1f}; qtune fit shows what would help")
+    return chosen.plan
 
 
 def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:

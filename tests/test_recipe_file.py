@@ -115,7 +115,8 @@ budget = "8GB"
         ),
         (
             '[adapter]\nkind = "ia3"\nrank = 4',
-            "7: adapter.rank = 4: no such key in [adapter]; known: kind, target_modules, feedforward_modules, dtype, start_from",
+            "7: adapter.rank = 4: no such key in [adapter]; known: kind, target_modules, feedforward_modules, dtype, "
+            "start_from",
         ),
         (
             "[training]\nlearning_rate = nan",
