@@ -39,10 +39,11 @@ class Profile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's measurement and, where its configuration can still be read, the prediction for it."""
+    """A run's measurement and, on the kind of device that it ran on, the prediction for it and for the usual ways."""
 
     measured: dict[str, Any]
     prediction: Prediction | None
+    ways: list[Way]
 
 
 def device_for(gpu: str | None, vram: str | None) -> Device:
@@ -82,12 +83,16 @@ def planned(config: PretrainedConfig, recipe: Recipe, device: Device, length: in
 
 
 def read_run(run_dir: RunDir) -> Measured:
-    """What a run measured, with the prediction for its recipe on the kind of device that it ran on.
+    """What a run measured, beside the traced step of its recipe and of the usual ways of training the same model.
+
+    Predictions are for the kind of device that the run used; on another kind there are none. What is found is added to
+    the run's memory.json, each way with how its figure was obtained.
 
     Raises:
         RunError: the run has no measurement (it was killed before its end).
     """
     from qtune.load_run import resolved_recipe
+    from qtune.memory.savings import ways
 
     try:
         found = json.loads(run_dir.memory_file.read_text(encoding="utf-8"))["measured"]
@@ -97,8 +102,19 @@ def read_run(run_dir: RunDir) -> Measured:
         ) from error
     recipe = resolved_recipe(run_dir)
     device = present_device()
-    same = (device.kind == "cpu") == (found["device"] == "cpu")
+    if (device.kind == "cpu") != (found["device"] == "cpu"):
+        return Measured(found, None, [])
+    config = load_config(recipe.model)
     plan = make_plan(recipe, device)
     tokens = int(found.get("longest_batch_tokens", 0))
     longest = Longest(-(-tokens // plan.micro_batch_size) or recipe.data.max_length)
-    return Measured(found, predicted(load_config(recipe.model), recipe, plan, longest) if same else None)
+    prediction = predicted(config, recipe, plan, longest)
+    compared = [way for way in ways(config, recipe, plan, longest) if way.name != "this recipe"]
+    traced = {
+        "predicted": {phase: moment.bytes for phase, moment in prediction.by_phase.items()},
+        "ways": [
+            {"name": way.name, "how": f"traced: {way.how}", "peak_bytes": way.prediction.peak.bytes} for way in compared
+        ],
+    }
+    run_dir.write_json(run_dir.memory_file, {"measured": found, **traced})
+    return Measured(found, prediction, compared)
