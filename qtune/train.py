@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -124,6 +125,7 @@ def _gather(resolved: Resolved) -> Inputs:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
     recipe = resolved.recipe
+    _require_trackers(recipe)
     plan = make_plan(recipe, present_device())
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
@@ -135,6 +137,14 @@ def _gather(resolved: Resolved) -> Inputs:
     if plan.device.kind == "cuda" and recipe.training.micro_batch_size == "auto":
         plan = _fit_micro_batch(config, recipe, plan, Longest(int(prepared.lengths.max())))
     return Inputs(resolved, plan, tokenizer, prepared)
+
+
+def _require_trackers(recipe: Recipe) -> None:
+    """transformers would only say it after the model is loaded."""
+    missing = [name for name in recipe.training.trackers if find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
 
 
 def _fit_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Plan:

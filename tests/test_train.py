@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from qtune import train
 from qtune.adapter import STATE_FILE
 from qtune.callbacks import OptimizerPhase
-from qtune.errors import GateError, Interrupted, OutOfMemory, RunError, TrainingError
+from qtune.errors import GateError, InputError, Interrupted, OutOfMemory, RunError, TrainingError
+from qtune.memory.profile import read_run
 from qtune.recipe_file import load_recipe
 from qtune.run_dir import RunDir
 from qtune.trainer import QloraTrainer, complete_checkpoints
@@ -329,6 +330,27 @@ def test_what_the_gate_finds_stops_a_run_before_it_has_a_folder(write_recipe: Wr
     with pytest.raises(GateError, match="control-token"):
         run(recipe)
     assert not (recipe.parent / "runs").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training='trackers = ["mlflow", "trackio"]')
+    with pytest.raises(InputError) as error:
+        run(recipe)
+    assert str(error.value) == (
+        "training.trackers: not installed: mlflow trackio; pip install mlflow trackio, or remove it"
+    )
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_profile_of_a_run_keeps_what_the_usual_ways_would_take(write_recipe: WriteRecipe) -> None:
+    run_dir = run(write_recipe(training="steps = 2"))
+    found = read_run(run_dir)
+    kept = json.loads(run_dir.memory_file.read_text())
+    assert kept["measured"] == found.measured
+    assert kept["predicted"]["forward"] == found.prediction.by_phase["forward"].bytes
+    assert [way["name"] for way in kept["ways"]] == [way.name for way in found.ways]
+    assert kept["ways"][0]["name"] == "full fine-tuning, fp32"
+    assert all(way["peak_bytes"] > 0 and way["how"].startswith("traced: ") for way in kept["ways"])
 
 
 def test_a_finding_that_was_waived_stays_waived_when_the_run_goes_on(
