@@ -14,7 +14,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     TrainerState,
     set_seed,
 )
@@ -184,7 +183,7 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
     if _is_pissa(recipe):
         model.save_pretrained(_initial_adapter(run_dir))
     owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
-    trainer = _make_trainer(inputs, run_dir, model, meter, tiled, [metrics, stop], evaluate_first=owed)
+    trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
     with display, stop.listening(), _measured(meter, run_dir):
         if checkpoint is not None and _is_last(checkpoint):
             trainer.take_state_of(checkpoint)
@@ -279,9 +278,9 @@ def _make_trainer(
     inputs: Inputs,
     run_dir: RunDir,
     model: PeftModel,
-    meter: Meter,
     tiled: bool,
-    callbacks: list[TrainerCallback],
+    metrics: Metrics,
+    stop: StopOnSignal,
     *,
     evaluate_first: bool,
 ) -> QloraTrainer:
@@ -299,14 +298,15 @@ def _make_trainer(
         config=config,
         plan=plan,
         training=training,
-        meter=meter,
+        meter=metrics.meter,
         tokenizer=inputs.tokenizer,
         train=prepared.train,
         validation=prepared.validation,
         collator=collator_for(prepared.packed, pad_id, plan.attention),
         lengths=prepared.lengths.tolist(),
-        callbacks=[*callbacks, OptimizerPhase(meter), *clock],
+        callbacks=[metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
+        note=metrics.note,
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):

@@ -2,10 +2,9 @@
 
 import contextlib
 import gc
-import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from qtune.memory.measure import Meter
 from qtune.plan import Plan
 from qtune.recipe import Training
 from qtune.run_dir import RunDir
-
-log = logging.getLogger(__name__)
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -135,7 +132,9 @@ class QloraTrainer(SFTTrainer):
         lengths: list[int],
         callbacks: list[TrainerCallback],
         tiled_loss: bool,
+        note: Callable[[str], None],
     ) -> None:
+        """`note` hears, in a sentence, what the user should know of a step."""
         super().__init__(
             model=model,
             args=config,
@@ -153,6 +152,7 @@ class QloraTrainer(SFTTrainer):
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
         self.row_lengths = lengths
+        self.note = note
         self.pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
         self._correct: Tensor | None = None
@@ -212,7 +212,7 @@ class QloraTrainer(SFTTrainer):
             # The losses of earlier micro-batches of this step are already counted; only the last one's is returned.
             loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
             if loss is not None:
-                log.warning("out of memory: micro-batches are now split into %d", self.pieces)
+                self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
         return loss
 
     def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:

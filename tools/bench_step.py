@@ -118,6 +118,7 @@ def _ours(folder: str, scored: str) -> QloraTrainer:
         lengths=[LENGTH] * ROWS,
         callbacks=[],
         tiled_loss=True,
+        note=print,
     )
     trainer.create_optimizer_and_scheduler(1000)
     return trainer
