@@ -186,8 +186,6 @@ class QloraTrainer(SFTTrainer):
             self._correct = outputs.correct if self._correct is None else self._correct + outputs.correct
         count = outputs.scored if num_items_in_batch is None else num_items_in_batch
         loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
         self.meter.enter("backward")
         return (loss, outputs) if return_outputs else loss
 

@@ -86,12 +86,13 @@ def test_a_disk_that_is_full_is_noticed_while_weights_are_written(tmp_path: Path
     assert names(tmp_path) == []
 
 
-def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
+def half_done_export(folder: Path) -> subprocess.Popen[str]:
+    """A process that has begun to write `folder`/out and waits."""
     code = f"""
 import time
 from pathlib import Path
 from qtune.export.staged import staged_folder
-with staged_folder(Path({str(tmp_path)!r}) / "out", 0) as work:
+with staged_folder(Path({str(folder)!r}) / "out", 0) as work:
     (work / "weights").write_text("w")
     print("ready", flush=True)
     time.sleep(60)
@@ -99,6 +100,12 @@ with staged_folder(Path({str(tmp_path)!r}) / "out", 0) as work:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
+    process = half_done_export(tmp_path)
+    assert process.stdout is not None
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     process.stdout.close()
@@ -115,18 +122,8 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_nothing(tmp_path: Path
 
 
 def test_a_killed_export_leaves_no_folder_of_that_name_and_the_next_one_clears_up(tmp_path: Path) -> None:
-    code = f"""
-import time
-from pathlib import Path
-from qtune.export.staged import staged_folder
-with staged_folder(Path({str(tmp_path)!r}) / "out", 0) as work:
-    (work / "weights").write_text("w")
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = half_done_export(tmp_path)
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()

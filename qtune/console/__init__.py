@@ -50,11 +50,6 @@ def say_error(message: str) -> None:
     _console(stderr=True).print(Text.assemble(("error: ", "bold red"), message))
 
 
-def is_live() -> bool:
-    """Whether stderr is a terminal that can be redrawn."""
-    return _console(stderr=True).is_terminal
-
-
 def live_console() -> Console:
     """The console of stderr, for displays that redraw themselves."""
     return _console(stderr=True)

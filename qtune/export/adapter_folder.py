@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from peft import PeftType
-
 from qtune.export.adapter_weights import CONFIG, WEIGHTS
 from qtune.export.model_card import adapter_card
 from qtune.export.side_files import write_json
@@ -38,8 +36,3 @@ def public_config(source: Source) -> dict[str, object]:
     config["revision"] = source.recipe.model.revision
     config["inference_mode"] = True
     return config
-
-
-def is_prefix(source: Source) -> bool:
-    """Whether the adapter is a prefix, which no plain checkpoint can hold."""
-    return bool(source.config.peft_type == PeftType.PREFIX_TUNING)

@@ -63,12 +63,13 @@ def profile(
     Raises:
         ModelError: the configuration cannot be read, or no model can be built from it.
     """
-    from qtune.memory.savings import attribution, ways
+    from qtune.memory.savings import Way, attribution, ways
 
     config = load_config(recipe.model)
     plan, longest = planned(config, recipe, device, length)
     prediction = predicted(config, recipe, plan, longest)
-    compared = ways(config, recipe, plan, longest) if savings else []
+    ours = Way("this recipe", "as `qtune run` does it", prediction)
+    compared = [*ways(config, recipe, plan, longest), ours] if savings else []
     explained = attribution(config, recipe, plan, longest) if explain else []
     return Profile(recipe, plan, longest, prediction, compared, explained)
 
@@ -109,7 +110,7 @@ def read_run(run_dir: RunDir) -> Measured:
     tokens = int(found.get("longest_batch_tokens", 0))
     longest = Longest(-(-tokens // plan.micro_batch_size) or recipe.data.max_length)
     prediction = predicted(config, recipe, plan, longest)
-    compared = [way for way in ways(config, recipe, plan, longest) if way.name != "this recipe"]
+    compared = ways(config, recipe, plan, longest)
     traced = {
         "predicted": {phase: moment.bytes for phase, moment in prediction.by_phase.items()},
         "ways": [

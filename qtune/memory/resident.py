@@ -10,11 +10,6 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-def resident_bytes() -> int:
-    """Resident set size now; where /proc is missing, its peak since the process began."""
-    return _field("VmRSS") or lifetime_peak_bytes()
-
-
 def peak_bytes() -> int:
     """Peak resident set size since `reset_peak` (since the process began where the kernel cannot reset it)."""
     return _field("VmHWM") or lifetime_peak_bytes()

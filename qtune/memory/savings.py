@@ -38,7 +38,7 @@ class Way:
 
 
 def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
-    """Full fine-tuning, 16-bit adapter, the plain QLoRA script and the recipe: same model, batch, length.
+    """The usual ways: full fine-tuning, 16-bit adapter, the plain QLoRA script; on the recipe's model, batch, length.
 
     The baselines get gradient checkpointing wherever the recipe has it, and PyTorch's AdamW.
     """
@@ -81,7 +81,6 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
             "NF4, k-bit preparation (everything else in fp32), AdamW, whole logits",
             traced(adapted(True)),
         ),
-        Way("this recipe", "as `qtune run` does it", summarize(predict(config, recipe, plan, longest))),
     ]
 
 
