@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 import sys
 import time
 import tracemalloc
@@ -16,8 +17,9 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qtune.data.files import COMPRESSIONS, ROW_KINDS, DataFile, data_files
+from qtune.data.files import COMPRESSIONS, ROW_KINDS, DataFile, Progress, data_files
 from qtune.data.rows import BadRow, Row, read_rows
+from qtune.data.sources import Source
 from qtune.errors import DataError
 
 ROWS = [{"question": "Où est le café ?", "answer": 'Là-bas,\n"à droite".'}, {"question": "a, b\tc", "answer": "🙂"}]
@@ -255,3 +257,30 @@ def test_python_recursion_does_not_decide_what_a_deep_row_is(tmp_path):
     path.write_text('{"text": ' + "[" * (2 * sys.getrecursionlimit()) + "}\n")
     (bad,) = rows_of(path)
     assert isinstance(bad, BadRow)
+
+
+def _gzipped(path, text):
+    with gzip.open(path, "wt") as stream:
+        stream.write(text)
+
+
+MANY = [{"question": f"{random.Random(n).getrandbits(2000):x}", "answer": "yes"} for n in range(5000)]
+WRITERS = {
+    "rows.jsonl": lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in MANY)),
+    "rows.jsonl.gz": lambda path: _gzipped(path, "".join(json.dumps(row) + "\n" for row in MANY)),
+    "rows.json": lambda path: path.write_text(json.dumps(MANY)),
+    "rows.csv": lambda path: path.write_text("question,answer\n" + "".join(f"{row['question']},yes\n" for row in MANY)),
+    "rows.parquet": lambda path: pq.write_table(pa.Table.from_pylist(MANY), path),
+    "rows.arrow": lambda path: feather.write_feather(
+        pa.Table.from_pylist(MANY), path, compression="uncompressed", chunksize=500
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_how_many_rows_there_are_is_estimated_from_the_first_ones(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    source, read = Source(name, "auto", {}, 1.0, tuple(data_files(name, tmp_path))), Progress()
+    rows = source.rows(read)
+    estimates = [source.estimated_rows(number, read) for number, _ in enumerate(rows, 1) if number in (4000, 5000)]
+    assert estimates == [pytest.approx(5000, rel=0.25), pytest.approx(5000, rel=0.01)]

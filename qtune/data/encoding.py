@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune import console
 from qtune.data import worker
 from qtune.data.examples import Batch, RowEncoder, RowRules
+from qtune.data.files import Progress
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
 from qtune.data.store import Stored, write_store
@@ -26,10 +27,14 @@ def encode_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules, folder: Path
 ) -> Stored:
     """Makes the examples of a source and writes them to `folder`."""
-    rows = source.rows()
+    read = Progress()
+    rows = source.rows(read)
     first = list(islice(rows, ROWS_WORTH_WORKERS))
-    workers = len(os.sched_getaffinity(0)) if len(first) == ROWS_WORTH_WORKERS else 1
-    with console.progress(f"tokenizing {source.name}") as shown:
+    is_large = len(first) == ROWS_WORTH_WORKERS
+    workers = len(os.sched_getaffinity(0)) if is_large else 1
+    total = source.estimated_rows(len(first), read) if is_large else None
+    rows_in_words = f"about {total:,} rows" if total else f"{len(first):,} rows"
+    with console.progress(f"tokenizing {source.name}, {rows_in_words}", total) as shown:
 
         def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
             for batch in batches:

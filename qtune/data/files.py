@@ -2,12 +2,14 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -27,6 +29,13 @@ class DataFile:
     name: str
     kind: str
     compression: str = ""
+
+
+@dataclass
+class Progress:
+    """How much of a source's files has been read, in bytes as they lie on disk."""
+
+    bytes_read: float = 0
 
 
 def data_files(pattern: str, folder: Path) -> list[DataFile]:
@@ -50,19 +59,36 @@ def data_files(pattern: str, folder: Path) -> list[DataFile]:
     return files
 
 
-def open_bytes(file: DataFile) -> BinaryIO:
-    """The file's bytes, decompressed as they are read."""
-    match file.compression:
-        case "gz":
-            return cast("BinaryIO", gzip.open(file.path, "rb"))
-        case "bz2":
-            return cast("BinaryIO", bz2.open(file.path, "rb"))
-        case "xz":
-            return cast("BinaryIO", lzma.open(file.path, "rb"))
-        case "zst":
-            return cast("BinaryIO", _Lines(pa.input_stream(str(file.path), compression="zstd")))
-        case _:
-            return file.path.open("rb")
+@contextmanager
+def open_bytes(file: DataFile, progress: Progress) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as they are read, and counted as they lie on disk."""
+    with io.BufferedReader(_Counted(file.path, progress)) as stored:
+        match file.compression:
+            case "gz":
+                stream: Any = gzip.GzipFile(fileobj=stored)
+            case "bz2":
+                stream = bz2.BZ2File(stored)
+            case "xz":
+                stream = lzma.LZMAFile(stored)  # noqa: SIM115 (closed by the with below)
+            case "zst":
+                stream = _Lines(pa.input_stream(stored, compression="zstd"))
+            case _:
+                stream = stored
+        with stream:
+            yield cast("BinaryIO", stream)
+
+
+class _Counted(io.FileIO):
+    """A file that says how much of it has been read."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        super().__init__(path, "r")
+        self.progress = progress
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer) or 0
+        self.progress.bytes_read += size
+        return size
 
 
 class _Lines:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, open_bytes
+from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, Progress, open_bytes
 from qtune.data.json_stream import BrokenJson, JsonValues, has_broken_bytes, refuse_constant
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
@@ -37,12 +37,12 @@ class BadRow:
     ends_file: bool = False
 
 
-def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
-    """The rows of a file in their order."""
+def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row | BadRow]:
+    """The rows of a file in their order; `progress` is kept up as they are read."""
     reader = _READERS[file.kind]
     expected = _TABLE_ERRORS if reader in (_parquet, _arrow) else DECOMPRESSION_ERRORS
     try:
-        yield from reader(file)
+        yield from reader(file, progress or Progress())
     except expected as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"not a whole .{file.compression} file" if file.compression else f"cannot be read as .{file.kind}"
@@ -53,8 +53,8 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
 _TABLE_ERRORS = (*DECOMPRESSION_ERRORS, ValueError, OverflowError)
 
 
-def _json_lines(file: DataFile) -> Iterator[Row | BadRow]:
-    with open_bytes(file) as stream:
+def _json_lines(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
+    with open_bytes(file, progress) as stream:
         for number, raw in _lines(stream):
             place = f"{file.name}:{number}"
             text = _decoded(raw, place)
@@ -83,9 +83,9 @@ def _row_of(value: object, place: str) -> Row | BadRow:
     return Row(place, value)
 
 
-def _json_document(file: DataFile) -> Iterator[Row | BadRow]:
+def _json_document(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     """A list of objects, or objects one after the other (as in JSON lines), read piece by piece."""
-    with open_bytes(file) as stream:
+    with open_bytes(file, progress) as stream:
         values = JsonValues(stream, LONGEST_ROW_BYTES)
         if values.next_character() == "[":
             values.step()
@@ -99,10 +99,10 @@ def _json_document(file: DataFile) -> Iterator[Row | BadRow]:
             yield _row_of(value, place)
 
 
-def _csv(file: DataFile) -> Iterator[Row | BadRow]:
+def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     delimiter = "\t" if file.kind == "tsv" else ","
     csv.field_size_limit(LONGEST_ROW_BYTES)
-    with open_bytes(file) as stream:
+    with open_bytes(file, progress) as stream:
         texts = (raw.decode("utf-8", errors="surrogateescape") for _, raw in _lines(stream))
         reader = csv.reader(texts, delimiter=delimiter, strict=True)
         header: list[str] | None = None
@@ -131,12 +131,15 @@ def _csv(file: DataFile) -> Iterator[Row | BadRow]:
                 yield Row(place, dict(zip(header, fields, strict=True)))
 
 
-def _parquet(file: DataFile) -> Iterator[Row | BadRow]:
+def _parquet(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     with pq.ParquetFile(file.path) as table:
-        yield from _batches(table.iter_batches(batch_size=1024), file)
+        row_bytes = file.path.stat().st_size / max(1, table.metadata.num_rows)
+        for row in _batches(table.iter_batches(batch_size=1024), file):
+            progress.bytes_read += row_bytes
+            yield row
 
 
-def _arrow(file: DataFile) -> Iterator[Row | BadRow]:
+def _arrow(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     """Both of Arrow's formats: the stream that `datasets` writes and the file with a footer (Feather)."""
     with pa.memory_map(str(file.path)) as source:
         is_file = source.read(6) == b"ARROW1"
@@ -146,7 +149,13 @@ def _arrow(file: DataFile) -> Iterator[Row | BadRow]:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
         else:
             batches = iter(pa.ipc.open_stream(source))
-        yield from _batches(batches, file)
+        yield from _batches(_counted(batches, progress), file)
+
+
+def _counted(batches: Iterator[pa.RecordBatch], progress: Progress) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        progress.bytes_read += batch.nbytes
+        yield batch
 
 
 def _batches(batches: Iterator[pa.RecordBatch], file: DataFile) -> Iterator[Row | BadRow]:
@@ -170,11 +179,11 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _text(file: DataFile) -> Iterator[Row | BadRow]:
+def _text(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     """The whole file is one document; beyond 1 MiB it goes on in further rows, cut between lines."""
     lines: list[str] = []
     size, start = 0, 1
-    with open_bytes(file) as stream:
+    with open_bytes(file, progress) as stream:
         for number, raw in _lines(stream):
             text = _decoded(raw, f"{file.name}:{number}")
             if isinstance(text, BadRow):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-from qtune.data.files import DataFile, data_files
+from qtune.data.files import DataFile, Progress, data_files
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem
 from qtune.recipe import Data, FileSource, HubSource
@@ -26,10 +26,10 @@ class Source:
     files: tuple[DataFile, ...] = ()
     hub: Dataset | None = field(default=None, compare=False)
 
-    def rows(self) -> Iterator[Row | BadRow]:
-        """Every row of the source in order, read as a stream."""
+    def rows(self, progress: Progress | None = None) -> Iterator[Row | BadRow]:
+        """Every row of the source in order, read as a stream; `progress` is kept up on the way."""
         for file in self.files:
-            yield from read_rows(file)
+            yield from read_rows(file, progress)
         if self.hub is not None:
             for number, value in enumerate(self.hub, 1):
                 yield Row(f"{self.name}:{number}", without_inner_nulls(value))
@@ -46,10 +46,12 @@ class Source:
             digest.update(f"{self.name}\0{self.hub._fingerprint}".encode())
         return digest.hexdigest()
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on disk, to say how far reading is; 0 for hub datasets."""
-        return sum(file.path.stat().st_size for file in self.files)
+    def estimated_rows(self, rows_read: int, progress: Progress) -> int:
+        """How many rows there are in all, if the others are as long as those that have been read."""
+        if self.hub is not None:
+            return len(self.hub)
+        size = sum(file.path.stat().st_size for file in self.files)
+        return round(rows_read * max(1.0, size / max(1.0, progress.bytes_read)))
 
 
 def find_sources(given: object, data: Data, folder: Path) -> list[Source]:
