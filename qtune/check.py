@@ -19,7 +19,7 @@ from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import collator_for
 from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
 from qtune.data.findings import Finding, gate, stopping
-from qtune.data.inspection import columns_of, findings_of
+from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
 from qtune.device import present_device
 from qtune.loss import install_loss
@@ -147,15 +147,14 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     plan = make_plan(recipe, present_device())
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
-    columns = {name: columns_of(name, examples) for name, examples in prepared.examples.items()}
-    findings = findings_of(prepared, recipe.data, config.get_text_config().vocab_size, columns)
+    inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
     return Check(
         resolved,
         plan,
         prepared,
-        findings,
+        inspection.findings,
         (*recipe.data.allow, *allow),
-        [split_figures(split) for split in columns.values()],
+        [split_figures(split) for split in inspection.splits.values()],
         batches_of(recipe, plan, prepared),
         samples_of(prepared.examples["train"], tokenizer, samples),
         disk_of(recipe, plan, config),

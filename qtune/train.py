@@ -25,7 +25,7 @@ from qtune.callbacks import CheckpointClock, Metrics, OptimizerPhase, StopOnSign
 from qtune.console.training import TrainingDisplay
 from qtune.data.collate import collator_for
 from qtune.data.findings import gate
-from qtune.data.inspection import columns_of, findings_of
+from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
 from qtune.device import present_device
@@ -130,9 +130,7 @@ def _gather(resolved: Resolved) -> Inputs:
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     tokenizer.chat_template = prepared.template.text
-    columns = {name: columns_of(name, examples) for name, examples in prepared.examples.items()}
-    vocabulary = config.get_text_config().vocab_size
-    gate(findings_of(prepared, recipe.data, vocabulary, columns), recipe.data.allow)
+    gate(inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings, recipe.data.allow)
     if plan.device.kind == "cuda" and recipe.training.micro_batch_size == "auto":
         plan = _fit_micro_batch(config, recipe, plan, Longest(int(prepared.lengths.max())))
     return Inputs(resolved, plan, tokenizer, prepared)

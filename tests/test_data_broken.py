@@ -8,7 +8,7 @@ import pytest
 from chat_families import FAMILIES, R1, tokenizer_of
 
 from qtune.data.findings import KINDS, gate, stopping
-from qtune.data.inspection import columns_of, findings_of
+from qtune.data.inspection import inspect
 from qtune.data.prepare import prepare, survey
 from qtune.errors import DataError, GateError, Problem
 from qtune.recipe import Data, Waivable, parse_recipe
@@ -49,8 +49,7 @@ def test_a_finding_names_its_row(case, tmp_path):
     tokenizer = tokenizer_of(TOKENIZERS[case.get("family", "chatml")])
     data = data_table(train=case["file"], **case.get("data", {}))
     prepared = survey(data, tokenizer, FOLDER, cache=tmp_path)
-    splits = {name: columns_of(name, rows) for name, rows in prepared.examples.items()}
-    findings = findings_of(prepared, data, len(tokenizer), splits)
+    findings = inspect(prepared, data, len(tokenizer)).findings
     (finding,) = [finding for finding in findings if finding.kind == case["finding"]]
     assert finding.places[0] == case["place"]
     if KINDS[finding.kind].level == "error":
@@ -84,8 +83,7 @@ def test_skipped_rows_are_counted_and_listed(tmp_path):
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     prepared = prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache")
     assert len(prepared.train) == 1
-    splits = {name: columns_of(name, rows) for name, rows in prepared.examples.items()}
-    (finding,) = [one for one in findings_of(prepared, data, len(tokenizer), splits) if one.kind == "skipped"]
+    (finding,) = [one for one in inspect(prepared, data, len(tokenizer)).findings if one.kind == "skipped"]
     assert finding.sentence == "1 of 2 train rows: the row cannot be used and is left out"
     assert finding.places == ("rows.jsonl:2 (text = 1: not a text)",)
 
@@ -100,9 +98,8 @@ def test_the_gate_says_what_to_do_and_how_to_go_on_all_the_same(tmp_path):
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     data = data_table(train="too_long.jsonl", max_length=64)
     prepared = survey(data, tokenizer, FOLDER, cache=tmp_path)
-    splits = {name: columns_of(name, rows) for name, rows in prepared.examples.items()}
     with pytest.raises(GateError) as caught:
-        gate(findings_of(prepared, data, len(tokenizer), splits))
+        gate(inspect(prepared, data, len(tokenizer)).findings)
     assert str(caught.value) == (
         "the data would train the wrong thing\n"
         "  too-long: 1 of 2 train rows: the row is longer than max_length\n"
@@ -120,9 +117,8 @@ def test_a_token_outside_the_models_embedding_stops_the_run(tmp_path):
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     data = data_table(train="duplicate.jsonl")
     prepared = survey(data, tokenizer, FOLDER, cache=tmp_path)
-    splits = {name: columns_of(name, rows) for name, rows in prepared.examples.items()}
     with pytest.raises(GateError, match=r"out-of-vocabulary: 3 of 3 train rows: .*\(id \d+, the model has 300\)"):
-        gate(findings_of(prepared, data, 300, splits))
+        gate(inspect(prepared, data, 300).findings)
 
 
 def test_rows_that_stand_in_training_and_in_validation_are_named(tmp_path):
@@ -131,6 +127,5 @@ def test_rows_that_stand_in_training_and_in_validation_are_named(tmp_path):
     data = data_table(train="train.jsonl", validation="test.jsonl")
     tokenizer = tokenizer_of(FAMILIES["chatml"])
     prepared = prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache")
-    splits = {name: columns_of(name, rows) for name, rows in prepared.examples.items()}
-    (finding,) = [one for one in findings_of(prepared, data, len(tokenizer), splits) if one.kind == "overlap"]
+    (finding,) = [one for one in inspect(prepared, data, len(tokenizer)).findings if one.kind == "overlap"]
     assert (finding.split, finding.count, finding.places) == ("validation", 1, ("test.jsonl:2",))

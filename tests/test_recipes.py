@@ -12,7 +12,7 @@ from chat_families import FAMILIES, tokenizer_of
 
 from qtune.builtin import builtin_folder
 from qtune.data.findings import gate
-from qtune.data.inspection import columns_of, findings_of
+from qtune.data.inspection import inspect
 from qtune.data.prepare import prepare
 from qtune.device import Device
 from qtune.model import load_tokenizer
@@ -149,8 +149,7 @@ def test_the_gate_lets_a_recipe_pass_with_the_template_of_its_models_family(name
     resolved = load_recipe(RECIPES[name], ["data.max_length=20000"])
     small = tokenizer_of(FAMILIES[family])
     prepared = prepare(resolved.recipe.data, small, resolved.folder, cache=tmp_path)
-    columns = {split: columns_of(split, examples) for split, examples in prepared.examples.items()}
-    gate(findings_of(prepared, resolved.recipe.data, len(small), columns), ())
+    gate(inspect(prepared, resolved.recipe.data, len(small)).findings, ())
     example = prepared.examples["train"][0]
     scored = small.decode([token for token in example["labels"] if token != -100])
     assert json.loads(example["conversation"])["messages"][-1]["content"] in scored

@@ -26,7 +26,6 @@ class Columns:
     name: str
     length: np.ndarray
     scored: np.ndarray
-    first_scored: np.ndarray
     largest_id: np.ndarray
     row_hash: np.ndarray
     prompt_hash: np.ndarray
@@ -44,10 +43,24 @@ class Columns:
         return [self.examples[int(row)]["place"] for _, row in zip(range(LISTED), rows, strict=False)]
 
 
-FIGURES = ("length", "scored", "first_scored", "largest_id", "row_hash", "prompt_hash", "answer_hash", "opening_hash")
+FIGURES = ("length", "scored", "largest_id", "row_hash", "prompt_hash", "answer_hash", "opening_hash")
 
 
-def columns_of(name: str, examples: Dataset) -> Columns:
+@dataclass(frozen=True)
+class Inspection:
+    """The figures of each split, and everything that is found, errors first."""
+
+    splits: dict[str, Columns]
+    findings: list[Finding]
+
+
+def inspect(prepared: Prepared, data: Data, vocabulary: int) -> Inspection:
+    """Looks at every example. `vocabulary` is the number of rows of the model's embedding."""
+    splits = {name: _columns(name, examples) for name, examples in prepared.examples.items()}
+    return Inspection(splits, _findings(prepared, data, vocabulary, splits))
+
+
+def _columns(name: str, examples: Dataset) -> Columns:
     """Reads the figures of all examples, not their ids."""
     parts: dict[str, list[np.ndarray]] = {figure: [] for figure in FIGURES}
     notes: Counter[str] = Counter()
@@ -65,8 +78,7 @@ def columns_of(name: str, examples: Dataset) -> Columns:
     return Columns(name=name, notes=notes, note_places=places, examples=examples, **figures)
 
 
-def findings_of(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
-    """Everything that is found, errors first. `vocabulary` is the number of rows of the model's embedding."""
+def _findings(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
     findings = [*_of_template(prepared), *_of_sources(prepared, data)]
     train = splits["train"]
     if 0 < len(train) < FEW_ROWS:
