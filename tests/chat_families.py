@@ -142,6 +142,14 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def byte_level_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A tokenizer with these special tokens; the first is BOS, the second ends a text and pads."""
+    backend = _byte_level(LLAMA3_SPLIT)
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    bos, eos, *_ = special
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
+
+
 def _byte_level(split: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     if split is None:

@@ -1,11 +1,17 @@
 """What is scored: the assistant's text and its end of turn, for every family's template, and nothing else."""
 
 import re
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
-from chat_families import FAMILIES, R1, VICUNA, Family, tokenizer_of
+import trl
+from chat_families import FAMILIES, R1, VICUNA, Family, byte_level_tokenizer, tokenizer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.masks import IGNORED, Encoded, Encoder, render_examples
@@ -138,6 +144,71 @@ def test_the_mask_equals_the_one_of_templates_with_generation_markers():
     (example,) = encode(family, conversation)
     assert example.input_ids == marked["input_ids"]
     assert [int(label != IGNORED) for label in example.labels] == marked["assistant_masks"]
+
+
+# Templates as the families publish them, from the package that trains with them, where the same template also exists
+# with {% generation %} marks: somebody else's idea of what is scored. Theirs may add what our masks leave out on
+# purpose: white space and the end of text that some templates write behind the end of turn.
+PUBLISHED = Path(trl.__file__).parent / "chat_templates"
+MARKED = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5", "qwen3_instruct_2507")
+CHAT = ("gemma4", "glm4moe", "gptoss", "llama3_1", "llama3_2", "qwen3", "qwen3_5_nothink")
+
+
+@cache
+def published(name: str) -> tuple[PreTrainedTokenizerFast, str]:
+    """A byte-level tokenizer that has every <special token> of a published template, and that template."""
+    text = (PUBLISHED / f"{name}.jinja").read_text(encoding="utf-8")
+    special = sorted(
+        set(re.findall(r"<\|[^<>\s'\"]+?\|>|<\w+\|>|<\|\w+>|</?(?:start_of_turn|end_of_turn|think)>", text))
+    )
+    return byte_level_tokenizer(("<s>", "</s>", *special)), text
+
+
+def encode_with(tokenizer, template: str, conversation: Conversation) -> list[Encoded]:
+    renderer = Renderer.of(tokenizer, template)
+    return Encoder(renderer).encode(render_examples(renderer, conversation, "all-answers", "split"))
+
+
+def runs(tokenizer, ids: list[int], scored: list[bool]) -> list[str]:
+    """The decoded runs of scored tokens."""
+    return [
+        tokenizer.decode([one for one, _ in run])
+        for is_scored, run in groupby(zip(ids, scored, strict=True), key=itemgetter(1))
+        if is_scored
+    ]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_the_mask_is_that_of_published_templates_with_generation_markers(name):
+    tokenizer, template = published(name)
+    marked = (PUBLISHED / f"{name}_training.jinja").read_text(encoding="utf-8")
+    conversation = talk("Hi", "Hello\nthere", "And 3 + 3?", "It is 6, of course!")
+    theirs = tokenizer.apply_chat_template(
+        list(conversation.messages), chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (example,) = encode_with(tokenizer, template, conversation)
+    assert example.input_ids == theirs["input_ids"]
+    assert not example.notes
+    ours = runs(tokenizer, example.input_ids, [label != IGNORED for label in example.labels])
+    others = runs(tokenizer, theirs["input_ids"], [mask == 1 for mask in theirs["assistant_masks"]])
+    assert ours == [other.removesuffix("</s>").strip() for other in others]
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_published_templates_are_scored_from_the_prompt_to_the_end_of_turn_or_refused(name):
+    tokenizer, template = published(name)
+    examples = encode_with(tokenizer, template, talk("Hi", "Hello\nthere", "And 3 + 3?", "It is 6, of course!"))
+    texts = [
+        text for one in examples for text in runs(tokenizer, one.input_ids, [label != IGNORED for label in one.labels])
+    ]
+    notes = {note for example in examples for note in example.notes}
+    ends = {"gemma4": "<turn|>", "gptoss": "<|return|>", "glm4moe": ""}
+    end = ends.get(name, "<|eot_id|>" if name.startswith("llama") else "<|im_end|>")
+    assert [
+        text.endswith(answer + end) for text, answer in zip(texts, ("Hello\nthere", "It is 6, of course!"), strict=True)
+    ] == [True, True]
+    # GLM ends an answer with the token that opens the next turn: nothing of its own says stop.
+    assert notes - {"rewritten-turn"} == ({"no-end-of-turn"} if name == "glm4moe" else set())
 
 
 @pytest.mark.parametrize("name", ["mistral_v3", "qwen3"])

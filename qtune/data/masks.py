@@ -110,14 +110,14 @@ def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str)
 
 def _end_of_turn(renderer: Renderer, text: str, start: int) -> tuple[int, bool]:
     """Where the answer ends: after its end-of-turn token; what a template puts behind that is not scored."""
-    token = renderer.end_of_turn
-    found = text.rfind(token, start) if token else -1
-    if token and found >= 0:
-        return found + len(token), True
+    closing = renderer.closing
+    found = text.rfind(closing, start) if closing else -1
+    if closing and found >= 0:
+        return found + len(closing), True
     # A turn may end otherwise than the probe did: Llama 3.1 ends a tool call with <|eom_id|>.
-    *_, closing = [None, *renderer.added_tokens.finditer(text, start)]
-    if closing and not text[closing.end() :].strip():
-        return closing.end(), True
+    *_, last = [None, *renderer.added_tokens.finditer(text, start)]
+    if last and not text[last.end() :].strip():
+        return last.end(), True
     return len(text), False
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -86,12 +87,15 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 class Renderer:
     """Renders conversations with one template, and knows what a probe has shown of it.
 
-    `end_of_turn` is the text of the token that ends an answer, None where the template ends it without one.
+    `end_of_turn` is the text of the token that ends an answer, None where the template ends it without one. `closing`
+    is everything that stands between an answer and what follows it, up to and including that token: nearly always
+    the token alone, but Cohere's newer models close the answer's text first and the turn after it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     end_of_turn: str | None
+    closing: str | None
     has_generation_prompt: bool
     """Whether a prompt says that an answer follows. Mistral's does not need to: the question's end says it."""
     added_tokens: re.Pattern[str]
@@ -111,15 +115,26 @@ class Renderer:
             raise DataError(Problem("", f"{name} has no character offsets; qtune needs a tokenizer.json"))
         tokens = tokenizer.added_tokens_decoder.values()
         added = _any_of(token.content for token in tokens)
-        bare = cls(tokenizer, template, None, True, added, _any_of(token.content for token in tokens if token.special))
+        bare = cls(
+            tokenizer, template, None, None, True, added, _any_of(token.content for token in tokens if token.special)
+        )
         question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}
         try:
             asked, told = bare.render([question], generation_prompt=True), bare.render([question])
             answered = bare.render([question, answer])
         except RowError:
             return bare  # a template that refuses this will have refused rows to show
-        end = added.search(answered, answered.rfind(_PROBE) + len(_PROBE)) if _PROBE in answered else None
-        return replace(bare, end_of_turn=end[0] if end else None, has_generation_prompt=asked != told)
+        try:
+            continued = bare.render([question, answer, question, answer])
+        except RowError:
+            continued = answered  # a template for one question and one answer
+        closing = _common_closing(added, answered, continued)
+        return replace(
+            bare,
+            end_of_turn=closing[-1] if closing else None,
+            closing="".join(closing) if closing else None,
+            has_generation_prompt=asked != told,
+        )
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, object]] = (), *, generation_prompt: bool = False
@@ -176,6 +191,30 @@ def template_key(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What two preparations must share so that the same conversation becomes the same ids."""
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return "\0".join([template, special, tokenizer.backend_tokenizer.to_str()])
+
+
+def _common_closing(added: re.Pattern[str], answered: str, continued: str) -> list[str]:
+    """The added tokens that close the probe's answer, whether or not another question follows it.
+
+    The first may stand behind a space; the others follow it without a gap. What opens the next turn, or is written
+    only at the end of a conversation, is in one of the two renderings alone. Where they share nothing (gpt-oss ends
+    the last answer with a token of its own), it is the first of the last answer's.
+    """
+    if _PROBE not in answered:
+        return []
+    last, earlier = (_tokens_after(added, text, text.find(_PROBE) + len(_PROBE)) for text in (answered, continued))
+    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(last, earlier, strict=False))]
+    return shared or last[:1]
+
+
+def _tokens_after(added: re.Pattern[str], text: str, start: int) -> list[str]:
+    """The first added token from `start` on, and those that follow it directly."""
+    found: list[str] = []
+    token = added.search(text, start)
+    while token:
+        found.append(token[0])
+        token = added.match(text, token.end())
+    return found
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
