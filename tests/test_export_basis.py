@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qtune.export.basis import CHUNK, Basis, as_stored, as_trained
+from qtune.export.basis import PIECE, Basis, as_stored, as_trained
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,7 +44,7 @@ def test_4_bit_values_are_those_of_a_live_layer(
     assert torch.equal(ours, multiplied_with(layer, 128))
 
 
-@pytest.mark.parametrize("shape", [(CHUNK // 64 + 64, 72), (70, 66), (3, 40), (130, 1)])
+@pytest.mark.parametrize("shape", [(PIECE // 64 + 64, 72), (70, 66), (3, 40), (130, 1)])
 def test_pieces_make_no_difference(shape: tuple[int, int]) -> None:
     """Shapes above one piece, with rows that no block divides, smaller than a block, odd."""
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
@@ -68,3 +68,27 @@ def test_weights_stored_in_4_bits_come_out_as_the_layer_that_reads_them_uses_the
     statistics = {name.removeprefix("weight."): value for name, value in state.as_dict(packed=True).items()}
     expected = bnb.functional.dequantize_4bit(codes, state)
     assert torch.equal(as_stored(codes, statistics, torch.float32), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_number_on_a_bound_goes_where_bitsandbytes_puts_it(kind: Literal["nf4", "fp4"]) -> None:
+    """The midpoints between two values, and the numbers next to them on both sides, each in a block with a 1."""
+    values = bnb.functional.get_4bit_type(kind, device="cpu").unique()
+    bounds = (values[:-1] + values[1:]) / 2
+    numbers = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))])
+    weight = torch.ones(len(numbers), 64)
+    weight[:, 1:] = numbers.unsqueeze(1)
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=False, blocksize=64)
+    ours = as_trained(weight, Basis(kind, False, torch.float32, torch.float32))
+    assert torch.equal(ours, bnb.functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_values_are_those_of_a_card(kind: Literal["nf4", "fp4"], dtype: torch.dtype) -> None:
+    weight = (torch.randn(512, 1024, generator=torch.Generator().manual_seed(6)) * 0.02).to(dtype)
+    codes, state = bnb.functional.quantize_4bit(weight.cuda(), quant_type=kind, compress_statistics=True, blocksize=64)
+    expected = bnb.functional.dequantize_4bit(codes, state).cpu()
+    assert torch.equal(as_trained(weight, Basis(kind, True, dtype, dtype)), expected)

@@ -69,14 +69,15 @@ class AdapterWeights:
     """What a tied head does: it takes the embedding's change, is untied, or is untied where one of the two changed."""
 
 
-def updated(weight: torch.Tensor, update: Update, *, transposed: bool = False) -> torch.Tensor:
+def updated(weight: torch.Tensor, update: Update, *, transposed: bool = False, in_place: bool = False) -> torch.Tensor:
     """The parameter with the adapter in it, in fp32.
 
     `transposed` says that the parameter is stored [in, out] (GPT-2's Conv1D); it is returned in the same orientation.
+    `in_place` says that `weight` may be overwritten, which saves its copy.
     """
     if update.replacement is not None:
-        weight = update.replacement
-    result = weight.to(torch.float32, copy=True)
+        weight, in_place = update.replacement, False
+    result = weight.to(torch.float32, copy=not in_place)
     if transposed:
         result = result.T.contiguous()
     if update.principal:

@@ -1,6 +1,7 @@
 """Base checkpoint + adapter -> merged tensors, one at a time."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,19 +113,23 @@ def write_merge(
 def merged_tensor(merge: Merge, planned: Planned) -> torch.Tensor:
     """One output tensor: the base's values, the adapter's change in fp32, one rounding to the output dtype."""
     parameter = merge.targets[planned.name]
-    values = base_values(merge, merge.sources[planned.name], parameter)
+    stored = merge.base.read(merge.sources[planned.name])
+    values = base_values(merge, merge.sources[planned.name], parameter, stored)
     update = _update_for(merge, parameter)
     if update is not None:
-        values = updated(values, update, transposed=parameter in merge.layout.transposed)
+        # What was read is mapped from the checkpoint; what was made of it is ours to change.
+        values = updated(values, update, transposed=parameter in merge.layout.transposed, in_place=values is not stored)
     rounded = values.to(planned.dtype)
     if planned.dtype == torch.float16:
         _refuse_overflow(planned.name, values, rounded)
     return rounded
 
 
-def base_values(merge: Merge, source: str, parameter: str) -> torch.Tensor:
-    """The frozen values of a parameter on the chosen basis, in the orientation of the checkpoint."""
-    stored = merge.base.read(source)
+def base_values(merge: Merge, source: str, parameter: str, stored: torch.Tensor) -> torch.Tensor:
+    """The frozen values of a parameter on the chosen basis, in the orientation of the checkpoint.
+
+    `stored` is what the checkpoint holds under `source`; it is returned as it is where nothing is to be done.
+    """
     statistics = _statistics(source, merge.base)
     if statistics:
         read = {name: merge.base.read(f"{source}.{name}") for name in statistics}
@@ -150,7 +155,11 @@ def _update_for(merge: Merge, parameter: str) -> Update | None:
 
 
 def _refuse_overflow(name: str, values: torch.Tensor, rounded: torch.Tensor) -> None:
-    if torch.isinf(rounded).any() or torch.isnan(rounded).any():
+    if not rounded.numel():
+        return
+    # One pass, without a mask as large as the tensor; a NaN is passed on.
+    low, high = (bound.item() for bound in rounded.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         largest = values.abs().max().item()
         raise ExportError(
             f"{name}: its largest value {largest:.4g} does not fit float16 (65504); export with --dtype bfloat16"
