@@ -28,6 +28,22 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
 
+# Options of `qtune export` of which one would be ignored, and why.
+EXPORT_CONFLICTS = {
+    "--no-verify": {
+        "--push-to-hub": "only a model that was verified is uploaded",
+        "--compare-bases": "the bases are compared while verifying",
+    },
+    "--adapter-only": {
+        "--gguf": "a GGUF file holds a whole model",
+        "--compare-bases": "nothing is merged",
+    },
+    "--verify-only": dict.fromkeys(
+        ("--adapter-only", "--no-verify", "--compare-bases", "--gguf", "--push-to-hub", "--output", "--force"),
+        "nothing is written but the figures",
+    ),
+}
+
 
 def _version(value: bool) -> None:
     if value:
@@ -176,7 +192,11 @@ def export(
     ] = None,
     push_to: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Upload the verified folder to this repository, private."),
+        typer.Option(
+            "--push-to-hub",
+            metavar="REPO",
+            help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
+        ),
     ] = None,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
@@ -185,6 +205,19 @@ def export(
     with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
     card. A model that fails is kept, marked as unverified, and the exit code is 1.
     """
+    asked = {
+        "--adapter-only": adapter_only,
+        "--no-verify": not verify,
+        "--compare-bases": compare_bases,
+        "--gguf": gguf is not None,
+        "--push-to-hub": push_to is not None,
+        "--output": output is not None,
+        "--force": force,
+    }
+    for option, others in EXPORT_CONFLICTS.items():
+        for other in others if asked.get(option, verify_only is not None) else ():
+            if asked[other]:
+                raise typer.BadParameter(f"{option} and {other} cannot both be asked for: {others[other]}")
     from qtune.export import export as stage
     from qtune.run_dir import RunDir
 

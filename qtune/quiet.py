@@ -13,6 +13,8 @@ def quiet_libraries() -> None:
         return
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRL_EXPERIMENTAL_SILENCE"):
         os.environ.setdefault(name, "1")
+    # transformers 5.23 reads GGUF files under a bar that its own switch does not reach.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Rows are tokenized before a data loader forks.

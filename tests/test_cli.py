@@ -138,3 +138,19 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     assert "No such option: --resum" in err
     assert no_verb[0] == 2
     assert "No such command 'trian'" in no_verb[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--no-verify", "--push-to-hub", "me/model"], "only a model that was verified is uploaded"),
+        (["--adapter-only", "--gguf", "f16"], "a GGUF file holds a whole model"),
+        (["--verify-only", "model", "--push-to-hub", "me/model"], "nothing is written but the figures"),
+    ],
+)
+def test_an_export_refuses_options_of_which_one_would_be_ignored(options: list[str], reason: str) -> None:
+    from typer.testing import CliRunner
+
+    asked = CliRunner().invoke(cli.app, ["export", "run", *options], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert asked.exit_code == 2
+    assert f"cannot both be asked for: {reason}" in asked.stderr

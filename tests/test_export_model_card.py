@@ -60,4 +60,6 @@ def test_a_prefix_is_exported_as_an_adapter_with_the_reason_said(
 
 def test_an_unproven_model_says_so(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(verify=False))
-    assert "Not verified: the export was asked not to compare." in (folder / "README.md").read_text()
+    assert (
+        "Not verified: this model was not compared with the one that was trained." in (folder / "README.md").read_text()
+    )

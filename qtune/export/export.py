@@ -23,6 +23,7 @@ from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
 from qtune.export.source import Source, open_source
 from qtune.export.verify import Verification, verify
 from qtune.model import load_config
+from qtune.quiet import quiet_loading
 from qtune.run_dir import RunDir
 
 MERGED = {PeftType.LORA, PeftType.IA3}
@@ -62,6 +63,7 @@ def export_run(run: RunDir, options: Options) -> Path:
 
 def write_export(run: RunDir, options: Options) -> Path:
     """`export_run` without the upload."""
+    quiet_loading()
     source = open_source(run)
     if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
         console.say(PREFIX_NOTE)
@@ -77,8 +79,8 @@ def write_export(run: RunDir, options: Options) -> Path:
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
     write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
-    rows = rows_for(source)
-    if options.verify:
+    rows = rows_for(source) if options.verify or gguf is not None else None
+    if rows is not None and options.verify:
         verification = verify(
             source,
             target.output,
@@ -89,15 +91,14 @@ def write_export(run: RunDir, options: Options) -> Path:
             compare_bases=options.compare_bases,
         )
         prove(source, target.output, verification)
-    else:
-        write_card(source, target.output, None)
-    if gguf is not None:
+    if gguf is not None and rows is not None:
         hand_over(target.output, run.path.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 
 def verify_only(folder: Path, run: RunDir | None) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
+    quiet_loading()
     run = run or _run_around(folder)
     source = open_source(run)
     prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None

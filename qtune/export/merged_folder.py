@@ -14,6 +14,7 @@ from qtune.export.adapter_weights import open_adapter
 from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
+from qtune.export.model_card import write_card
 from qtune.export.side_files import copy_side_files, merged_config, write_json
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.source import Source
@@ -60,7 +61,9 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
         if prompt is not None:
             generation["suppress_tokens"] = list(prompt.ids)
         write_json(work / "generation_config.json", generation)
+        # Until the proof is there; an export that is stopped before it leaves a whole model that says so.
         mark_unverified(work, "not compared with the trained model")
+        write_card(source, work, None, name=target.output.name)
     return target.output
 
 

@@ -1,11 +1,14 @@
 """README.md of an export: what it is, how to load it, and the figures that prove it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peft import PeftType
 
 from qtune.export.source import Source
-from qtune.export.verify import Verification
+
+if TYPE_CHECKING:
+    from qtune.export.verify import Verification
 
 SNIPPET = """\
 ```python
@@ -44,13 +47,14 @@ KINDS = {
 }
 
 
-def write_card(source: Source, folder: Path, verification: Verification | None) -> None:
-    """Writes README.md beside an exported model."""
+def write_card(source: Source, folder: Path, verification: "Verification | None", *, name: str | None = None) -> None:
+    """Writes README.md beside an exported model; `name` is that of the folder where it will get another."""
+    name = name or folder.name
     parts = [
         _front_matter(source, "transformers"),
-        f"# {folder.name}\n",
+        f"# {name}\n",
         f"{source.base_name} with {KINDS[source.config.peft_type]} trained and merged by qtune.\n",
-        SNIPPET.format(folder=folder.name),
+        SNIPPET.format(folder=name),
         _how_trained(source),
         "## Is it the model that was trained?\n",
         _proof(verification),
@@ -106,9 +110,9 @@ def _how_trained(source: Source) -> str:
     )
 
 
-def _proof(verification: Verification | None) -> str:
+def _proof(verification: "Verification | None") -> str:
     if verification is None:
-        return "Not verified: the export was asked not to compare. Nothing here was measured.\n"
+        return "Not verified: this model was not compared with the one that was trained. Nothing here was measured.\n"
     exported, bare, allowed = verification.exported, verification.bare_base, verification.limits
     verdict = "**Verified.**" if verification.verified else "**NOT VERIFIED: this is not the model that was trained.**"
     lines = [
