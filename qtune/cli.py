@@ -38,6 +38,7 @@ EXPORT_CONFLICTS = {
         "--gguf": "a GGUF file holds a whole model",
         "--compare-bases": "nothing is merged",
     },
+    "--compare-bases": {"--base original": "an export into the original weights tells what they cost anyway"},
     "--verify-only": dict.fromkeys(
         ("--adapter-only", "--no-verify", "--compare-bases", "--gguf", "--push-to-hub", "--output", "--force"),
         "nothing is written but the figures",
@@ -211,6 +212,7 @@ def export(
         "--compare-bases": compare_bases,
         "--gguf": gguf is not None,
         "--push-to-hub": push_to is not None,
+        "--base original": base == "original",
         "--output": output is not None,
         "--force": force,
     }

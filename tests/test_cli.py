@@ -145,6 +145,7 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     [
         (["--no-verify", "--push-to-hub", "me/model"], "only a model that was verified is uploaded"),
         (["--adapter-only", "--gguf", "f16"], "a GGUF file holds a whole model"),
+        (["--base", "original", "--compare-bases"], "an export into the original weights tells what they cost anyway"),
         (["--verify-only", "model", "--push-to-hub", "me/model"], "nothing is written but the figures"),
     ],
 )

@@ -119,6 +119,7 @@ def test_the_file_has_template_system_stops_and_parameters(tokenizer: PreTrained
         'PARAMETER stop "</s>"\n'
         "PARAMETER temperature 0.6\n"
         "PARAMETER top_p 0.9\n"
+        "PARAMETER top_k 50\n"
         "PARAMETER repeat_penalty 1.1\n"
     )
 
@@ -126,4 +127,5 @@ def test_the_file_has_template_system_stops_and_parameters(tokenizer: PreTrained
 def test_a_greedy_model_is_asked_greedily(tokenizer: PreTrainedTokenizerBase) -> None:
     modelfile = made(tokenizer, read("chatml"))
     assert isinstance(modelfile, Modelfile)
-    assert modelfile.parameters == {"temperature": 0}
+    # Ollama's own penalty on repetitions, 1.1, would change greedy answers.
+    assert modelfile.parameters == {"temperature": 0, "repeat_penalty": 1.0}

@@ -163,8 +163,14 @@ def _pieces(text: str, marks: Sequence[str]) -> list[str]:
 
 
 def _parameters(generation: dict[str, Any]) -> dict[str, Any]:
-    """Sampling settings of the generation config in Ollama's words; greedy models are asked greedily."""
-    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+    """Sampling settings of the generation config in Ollama's words; greedy models are asked greedily.
+
+    What transformers leaves to its defaults is spelled out, for Ollama's own differ: it penalizes repetitions by 1.1,
+    which changes greedy answers, too.
+    """
+    penalty = generation.get("repetition_penalty") or 1.0
     if not generation.get("do_sample", False):
-        return {"temperature": 0}
-    return {ollama: generation[name] for name, ollama in names.items() if generation.get(name) is not None}
+        return {"temperature": 0, "repeat_penalty": penalty}
+    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    drawn = {name: default if (value := generation.get(name)) is None else value for name, default in defaults.items()}
+    return {**drawn, "repeat_penalty": penalty}
