@@ -159,6 +159,7 @@ def tiny_run(
     *,
     family: str = "llama",
     data: str = "",
+    quantization: str = 'kind = "nf4"\ncompute_dtype = "float32"\nminimum_share = 0.0',
     **changes: Any,
 ) -> RunDir:
     """A finished run: a tiny base with a tokenizer, rows, resolved.toml and a random adapter as qtune saves it."""
@@ -173,7 +174,7 @@ def tiny_run(
     attention = "eager" if family == "gemma2" else "sdpa"
     text = (
         f'[model]\nbase = "{base}"\nattention = "{attention}"\n'
-        '[quantization]\nkind = "nf4"\ncompute_dtype = "float32"\nminimum_share = 0.0\n'
+        f"[quantization]\n{quantization}\n"
         f'[adapter]\ndtype = "float32"\n{adapter}\n'
         f'[data]\ntrain = "{folder / "rows.jsonl"}"\nvalidation = 0.5\nmax_length = 128\n{data}\n'
         "[training]\nlearning_rate = 1e-3\nmicro_batch_size = 1\n"

@@ -65,6 +65,32 @@ def test_original_weights_are_verified_against_the_adapter_on_them_and_their_cos
     assert "the original weights cost a KL divergence of" in (folder / "README.md").read_text()
 
 
+INT8 = 'kind = "int8"\ncompute_dtype = "float32"\nminimum_share = 0.0'
+FP4 = INT8.replace("int8", "fp4")
+NONE = 'kind = "none"\ncompute_dtype = "float32"'
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantization"),
+    [
+        ('kind = "ia3"', None),
+        ('kind = "lora"\nrank = 4\ndora = true', None),
+        ('kind = "lora"\nrank = 4\nrslora = true', FP4),
+        ('kind = "lora"\nrank = 4', NONE),
+    ],
+    ids=["ia3", "dora", "rslora on fp4", "unquantized"],
+)
+def test_other_adapters_and_other_bases_are_verified_whole(
+    adapter: str, quantization: str | None, tmp_path: Path
+) -> None:
+    run = (
+        tiny_run(tmp_path, adapter) if quantization is None else tiny_run(tmp_path, adapter, quantization=quantization)
+    )
+    proof = json.loads((export_run(run, Options()) / "verify.json").read_text())
+    assert (proof["verified"], proof["streamed"]) == (True, False)
+    assert proof["exported"]["kl"] < proof["bare_base"]["kl"] / 100
+
+
 def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(verify=False))
     assert json.loads((folder / "verify.json").read_text()) == {
@@ -97,6 +123,9 @@ def test_an_adapter_alone_is_peft_s_and_holds_no_path_of_this_computer(adapter: 
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not {"auto_mapping", "parent_library"} & config.keys()
+    assert not any("qtune" in key for key in config)
     ids = torch.arange(5, 15).unsqueeze(0)
     with torch.inference_mode():
         expected = load_run(run).model(ids).logits

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qtune import train
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
-from qtune.export.gguf_families import extra_tensors
+from qtune.export.gguf_families import extra_tensors, family_of
 from qtune.export.gguf_file import GgufType, write_gguf
 from qtune.export.gguf_tokenizer import vocabulary_of
 from qtune.export.gguf_verify import verify_gguf
@@ -143,6 +143,13 @@ def test_a_family_without_an_export_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model type 'gpt_neox' has no GGUF export here; there is llama, mistral, "):
         write_gguf(folder, folder / "model.gguf", "f16", lambda _: None)
     assert not list(folder.glob("*gguf*"))
+
+
+@pytest.mark.parametrize("family", ["smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_families_that_look_like_known_ones_are_refused_by_name(family: str) -> None:
+    """Layers without rotation (SmolLM3) and experts would come out as another model."""
+    with pytest.raises(ModelError, match=f"^base: model type '{family}' has no GGUF export here; there is llama, "):
+        family_of(AutoConfig.for_model(family), "base")
 
 
 def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from export_models import tiny_run
 from safetensors.torch import load_file, save_file
 
-from qtune.errors import VerificationError
+from qtune.errors import ModelError, VerificationError
 from qtune.export.export import Options, export_run, prove
 from qtune.export.held_out import rows_for
 from qtune.export.merge import Weights
@@ -186,6 +186,24 @@ def test_a_broken_export_is_caught_module_by_module_too(run: RunDir, good: Path,
     found = verify(source, folder, rows_for(source), streamed=True)
     assert not found.verified
     assert found.exported.kl == pytest.approx(found.bare_base.kl, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kind", "what"),
+    [
+        ('kind = "lora"\nrank = 4\ndora = true', "nf4", "DoRA on a 4-bit base"),
+        ('kind = "lora"\nrank = 4', "int8", "an int8 base"),
+    ],
+)
+def test_what_cannot_be_compared_module_by_module_is_told_with_the_way_out(
+    adapter: str, kind: str, what: str, tmp_path: Path
+) -> None:
+    quantization = f'kind = "{kind}"\ncompute_dtype = "float32"\nminimum_share = 0.0'
+    source = open_source(tiny_run(tmp_path, adapter, quantization=quantization))
+    folder = export_run(source.run, Options(verify=False))
+    with pytest.raises(ModelError, match=rf"{what} cannot be compared .* qtune export RUN --verify-only DIR$"):
+        verify(source, folder, rows_for(source), streamed=True)
+    assert json.loads((folder / "verify.json").read_text())["verified"] is False
 
 
 def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good: Path) -> None:

@@ -24,6 +24,11 @@ from qtune.export.layout import Layout, empty_model, layout_of, with_4_bit_layer
 
 Read = Callable[[str], Tensor]
 
+NEEDS_MEMORY = (
+    "cannot be compared module by module, and the whole models do not fit into the memory; "
+    "where there is more of it: qtune export RUN --verify-only DIR"
+)
+
 
 def streamed_exported(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """An exported folder as a model in `dtype` that reads its weights while it runs."""
@@ -45,7 +50,7 @@ def streamed_trained(base: Path, adapter: Path, basis: Basis, *, trust_remote_co
     is_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)
     if basis.kind == "int8" or (is_dora and basis.kind != "none"):
         what = "an int8 base" if basis.kind == "int8" else "DoRA on a 4-bit base"
-        raise ModelError(Problem(str(base), f"{what} cannot be compared module by module; it needs more memory"))
+        raise ModelError(Problem(str(base), f"{what} {NEEDS_MEMORY}"))
     checkpoint = Checkpoint.open(base)
     model = empty_model(base, trust_remote_code=trust_remote_code)
     layout = layout_of(empty_model(base, trust_remote_code=trust_remote_code), list(checkpoint.tensors))
