@@ -23,7 +23,7 @@ def gguf_folder(file: Path) -> Path:
     if not file.is_file():
         raise ModelError(Problem(str(file), "no such GGUF file"))
     state = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"alone {file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
@@ -31,7 +31,7 @@ def gguf_folder(file: Path) -> Path:
     console.say(f"{file.name}: dequantizing into the cache, once")
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        convert(file, work / "model")
+        convert(_alone(file, work), work / "model")
         (work / "model").rename(folder)
     # What transformers 5.23 raises depends on where the file stops being GGUF.
     except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
@@ -43,3 +43,18 @@ def gguf_folder(file: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _alone(file: Path, work: Path) -> Path:
+    """The file under its name in a folder of its own.
+
+    transformers 5.23 prefers a tokenizer that lies beside a GGUF file, and then loses the file's own chat template and
+    end of text; an exported folder has both beside each other.
+    """
+    linked = work / "alone" / file.name
+    linked.parent.mkdir()
+    try:
+        linked.symlink_to(file.resolve())
+    except OSError:  # a file system or a Windows account without symbolic links
+        linked.hardlink_to(file.resolve())
+    return linked

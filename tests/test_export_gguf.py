@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtune import train
+from qtune.chat import open_session
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
 from qtune.export.gguf_families import extra_tensors, family_of
@@ -173,6 +174,19 @@ def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_pat
     assert modelfile.startswith('FROM ./run-q8_0.gguf\nTEMPLATE """')
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     assert ("<|qtune_0|><|qtune_1|><|qtune_2|>" in modelfile) is ("p-tuning" in adapter)
+
+
+def test_chat_with_a_gguf_file_beside_its_folder_is_chat_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer lies beside the file; the file's own template and end of turn are the ones that count."""
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    folder = export_run(tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3'), Options(gguf="f16", verify=False))
+    whole, file = open_session(str(folder)), open_session(str(folder / "run-f16.gguf"))
+    assert file.tokenizer.chat_template == whole.tokenizer.chat_template
+    assert set(file.ends.stop) == set(whole.ends.stop)
+    whole.max_new_tokens = file.max_new_tokens = 8
+    assert file.ask("Name a colour.", lambda _: None) == whole.ask("Name a colour.", lambda _: None)
 
 
 def test_convertibility_is_refused_before_anything_is_written(tmp_path: Path) -> None:
