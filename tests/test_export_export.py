@@ -91,6 +91,18 @@ def test_other_adapters_and_other_bases_are_verified_whole(
     assert proof["exported"]["kl"] < proof["bare_base"]["kl"] / 100
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_an_int8_export_is_compared_with_the_trained_weights_and_its_distance_from_the_live_model_is_told(
+    tmp_path: Path,
+) -> None:
+    """LLM.int8() rounds activations in every product; what that costs is no fault of the export."""
+    folder = export_run(tiny_run(tmp_path, quantization=INT8), Options())
+    proof = json.loads((folder / "verify.json").read_text())
+    assert proof["verified"] is True
+    assert proof["exported"]["kl"] < 1e-5 < proof["cost"]["dequantized"]["kl"]
+    assert "The live int8 model also rounds the inputs" in (folder / "README.md").read_text()
+
+
 def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(verify=False))
     assert json.loads((folder / "verify.json").read_text()) == {

@@ -129,7 +129,12 @@ def _proof(verification: "Verification | None") -> str:
         f"Limit: {allowed.reason}. Merged into the {verification.weights} weights.\n",
     ]
     for basis, cost in verification.cost.items():
-        if basis == "original" and verification.weights != "dequantized":
+        if basis == "dequantized" and cost != exported:
+            lines.append(
+                "The figures are those of the trained weights. The live int8 model also rounds the inputs of each "
+                f"product to 8 bits; the KL divergence from it is {cost.kl:.2e}.\n"
+            )
+        elif basis == "original" and verification.weights != "dequantized":
             lines.append(
                 f"Against the model that was trained, the {basis} weights cost a KL divergence of {cost.kl:.2e} and "
                 f"change the likeliest token at {1 - cost.top1:.2%} of positions.\n"

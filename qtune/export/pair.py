@@ -28,7 +28,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class Models:
-    """What is compared. `reference` is the trained model, or the adapter on the original weights."""
+    """What is compared.
+
+    `reference` is the trained model, or the adapter on the original weights; for int8 the adapter on the dequantized
+    weights, for LLM.int8() rounds the inputs of each product to 8 bits, too, which no exported model does.
+    """
 
     trained: PeftModel
     reference: PeftModel
@@ -92,9 +96,13 @@ def load_models(
         trained = load_adapter(base, source.adapter).eval()
     original = on_original_weights() if weights == "original" or compare_bases else None
     is_reference = weights == "original" and original is not None
+    reference = original if is_reference else trained
+    if source.basis.kind == "int8" and not is_reference:
+        frozen: Any = load_base(source.recipe.model, source.recipe.quantization, plan)
+        reference = load_adapter(frozen.dequantize().to(source.basis.compute_dtype), source.adapter).eval()
     return Models(
         trained=trained,
-        reference=original if is_reference else trained,
+        reference=reference,
         exported=exported,
         other_weights=None if is_reference else original,
         device=torch.device("cpu" if streamed else plan.device.torch_name),
