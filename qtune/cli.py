@@ -387,7 +387,8 @@ def profile(
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
 
-    A recipe needs only the model's config.json. Without --gpu or --vram it is planned for the device that is here.
+    A recipe needs only the model's config.json. Its longest row is read from its data where that is possible; else it
+    is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here.
     """
     from qtune.console.memory import draw_measured, draw_profile
     from qtune.memory import cards, pictures
@@ -400,11 +401,11 @@ def profile(
     if Path(target).is_dir():
         console.out(draw_measured(stage.read_run(RunDir.open(Path(target)))))
         return
-    recipe = load_recipe(find_recipe(target), changes or ()).recipe
-    found = stage.profile(recipe, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
+    resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
+    found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
     console.out(draw_profile(found, cards.SIZES))
     if svg is not None:
-        picture = pictures.timeline_svg(found.prediction, f"{recipe.model.base}: one training step")
+        picture = pictures.timeline_svg(found.forecast.prediction, f"{found.recipe.model.base}: one training step")
         svg.write_text(picture, encoding="utf-8")
         console.say(f"timeline: {svg}")
 

@@ -42,3 +42,17 @@ def present_device() -> Device:
 def _cpu_has_bf16() -> bool:
     """Whether oneDNN has bfloat16 kernels for this processor (AVX-512 or newer; elsewhere they are emulated)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the card or in the host.
+
+    PyTorch has a class for its CUDA allocator's refusals. The CPU's allocator raises a plain RuntimeError
+    ("DefaultCPUAllocator: can't allocate memory", c10/core/impl/alloc_cpu.cpp), the driver's own calls one with
+    "CUDA error: out of memory", and cuBLAS, when it finds no room for a handle, CUBLAS_STATUS_ALLOC_FAILED.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from qtune.builtin import PREFIX, builtin_folder
+from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.gguf_base import gguf_folder
 from qtune.plan import Plan
@@ -126,12 +127,11 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             **({"quantization_config": ours} if ours else {}),
             **_where(model),
         )
-    except torch.OutOfMemoryError as error:
-        message = (
-            f"{model.base} does not fit {plan.device.name}, which has {plan.device.free_bytes / 2**30:.1f} GiB free"
-        )
-        raise OutOfMemory(message) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, MemoryError) as error:
+        if is_out_of_memory(error):
+            free = plan.device.free_bytes / 2**30
+            message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"
+            raise OutOfMemory(message) from error
         raise _unreadable(model, error) from error
     network.requires_grad_(False)
     if not stored and not isinstance(quantization, Unquantized):

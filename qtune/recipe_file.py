@@ -82,8 +82,10 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Resolved:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
     """Reads and checks a recipe, changed by `--set` texts such as "training.learning_rate=1e-4".
+
+    need_rows: whether data files that are not there are an error; memory can be predicted without them.
 
     Raises:
         RecipeError: with every problem of the file and of the changes.
@@ -94,10 +96,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         raise RecipeError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
     except UnicodeDecodeError as error:
         raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from error
-    return check_recipe(text, path, overrides)
+    return check_recipe(text, path, overrides, need_rows=need_rows)
 
 
-def check_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Resolved:
+def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
     """`load_recipe` on a text; `path` is what errors name and what relative data paths start from."""
     tables = _parse_toml(text, path)
     changes, problems = _parse_overrides(overrides)
@@ -110,7 +112,7 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Resolv
             tables["training"].pop(other, None)
     lines = toml_lines(text)
     outcome = parse_recipe(tables)
-    faults = outcome if isinstance(outcome, list) else list(_missing_files(outcome, path.parent))
+    faults = outcome if isinstance(outcome, list) else list(_missing_files(outcome, path.parent, need_rows=need_rows))
     if faults or isinstance(outcome, list):
         faults = sorted(faults, key=lambda fault: line_of(lines, fault.path))
         problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
@@ -166,7 +168,7 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
     table[str(keys[-1])] = value
 
 
-def _missing_files(recipe: Recipe, folder: Path) -> Iterator[Fault]:
+def _missing_files(recipe: Recipe, folder: Path, *, need_rows: bool) -> Iterator[Fault]:
     base = recipe.model.base
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
         if not Path(base).expanduser().exists():
@@ -176,7 +178,7 @@ def _missing_files(recipe: Recipe, folder: Path) -> Iterator[Fault]:
     earlier = recipe.adapter.start_from
     if earlier is not None and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
         yield Fault(("adapter", "start_from"), "is not a finished run")
-    for key in ("train", "validation", "test"):
+    for key in ("train", "validation", "test") if need_rows else ():
         yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
 
 

@@ -28,15 +28,15 @@ from qtune.data.findings import gate
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
-from qtune.device import present_device
+from qtune.device import Device, present_device
 from qtune.errors import InputError, Interrupted, Problem, RunError
 from qtune.export.gguf_file import refuse_unconvertible
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of, rows_hash
 from qtune.loss import loss_agrees
-from qtune.memory.budget import choose_micro_batch
+from qtune.memory.longest import Rows, longest_of
 from qtune.memory.measure import Meter
-from qtune.memory.predict import Longest
+from qtune.memory.profile import Forecast, forecast
 from qtune.model import base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
@@ -68,6 +68,8 @@ class Inputs:
     plan: Plan
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
+    forecast: Forecast | None
+    """What memory is predicted to be needed; None on a CPU, where nothing is decided by it."""
 
     @property
     def recipe(self) -> Recipe:
@@ -131,9 +133,8 @@ def _gather(resolved: Resolved) -> Inputs:
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     tokenizer.chat_template = prepared.template.text
     gate(inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings, recipe.data.allow)
-    if plan.device.kind == "cuda" and recipe.training.micro_batch_size == "auto":
-        plan = _fit_micro_batch(config, recipe, plan, Longest(int(prepared.lengths.max())))
-    return Inputs(resolved, plan, tokenizer, prepared)
+    expected = _predict(config, recipe, plan.device, longest_of(prepared)) if plan.device.kind == "cuda" else None
+    return Inputs(resolved, expected.plan if expected else plan, tokenizer, prepared, expected)
 
 
 def _require_trackers(recipe: Recipe) -> None:
@@ -144,18 +145,19 @@ def _require_trackers(recipe: Recipe) -> None:
         raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
 
 
-def _fit_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Plan:
-    """The plan with the largest micro-batch that is predicted to fit; a failed prediction stops no run that may fit."""
+def _predict(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | None:
+    """What the run will need; a prediction that fails stops no run that may fit."""
     try:
-        chosen = choose_micro_batch(config, recipe, plan, longest)
+        found = forecast(config, recipe, device, rows)
     except Exception as error:
         log.debug("the step could not be traced", exc_info=True)
         console.say(f"memory could not be predicted ({type(error).__name__}); micro-batches shrink if they must")
-        return plan
-    if not chosen.fits:
-        need, budget = chosen.need.total_bytes / 2**30, chosen.budget_bytes / 2**30
-        console.say(f"one row is predicted to need {need:.1f} GiB of {budget:.1f}; qtune fit shows what would help")
-    return chosen.plan
+        return None
+    if not found.fits:
+        need, budget = found.prediction.need.total_bytes / 2**30, found.budget_bytes / 2**30
+        what = "one row is" if found.plan.micro_batch_size == 1 else f"{found.plan.micro_batch_size} rows are"
+        console.say(f"{what} predicted to need {need:.1f} GiB of {budget:.1f}; qtune fit shows what would help")
+    return found
 
 
 def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
@@ -182,7 +184,7 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
         model.save_pretrained(_initial_adapter(run_dir))
     owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
     trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
-    with display, stop.listening(), _measured(meter, run_dir):
+    with display, stop.listening(), _measured(meter, inputs, run_dir):
         if checkpoint is not None and _is_last(checkpoint):
             trainer.take_state_of(checkpoint)
         else:
@@ -212,14 +214,15 @@ def _is_owed_evaluation(checkpoint: Path, inputs: Inputs, run_dir: RunDir) -> bo
 
 
 @contextmanager
-def _measured(meter: Meter, run_dir: RunDir) -> Iterator[None]:
-    """Keeps what was measured, however training ends."""
+def _measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
+    """Keeps what was predicted and measured, however training ends."""
     try:
         yield
     finally:
         measured = meter.result()
         meter.close()
-        run_dir.write_json(run_dir.memory_file, {"measured": measured})
+        predicted = {"predicted": inputs.forecast.to_json()} if inputs.forecast else {}
+        run_dir.write_json(run_dir.memory_file, {**predicted, "measured": measured})
 
 
 def _build_model(inputs: Inputs) -> tuple[PeftModel, bool]:

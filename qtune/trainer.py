@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from qtune.adapter import STATE_FILE, cast_adapter, load_trained_state, save_trained_state, trained_state
 from qtune.callbacks import AFTER_DIVERGENCE
 from qtune.data.batches import StepSampler
+from qtune.device import is_out_of_memory
 from qtune.errors import OutOfMemory, TrainingError
 from qtune.loss import install_loss
 from qtune.memory.measure import Meter
@@ -179,8 +180,9 @@ class QloraTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have."""
-        self.meter.enter("forward", tokens=inputs["input_ids"].numel())
+        self.meter.enter("forward", inputs["input_ids"])
         outputs = model(**inputs | {"use_cache": False})
+        self.meter.scored(outputs.scored)
         if model.training:
             self._counts["scored"] += outputs.scored
             self._correct = outputs.correct if self._correct is None else self._correct + outputs.correct
@@ -222,7 +224,9 @@ class QloraTrainer(SFTTrainer):
                 for piece in _split(batch, self.pieces):
                     part = super().training_step(model, piece, num_items_in_batch)
                     loss = part if loss is None else loss + part
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         return loss
 
@@ -243,9 +247,10 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                self.meter.enter("eval")
+                self.meter.enter("eval", inputs["input_ids"])
                 with torch.no_grad(), self.compute_loss_context_manager():
                     outputs = self.model_wrapped(**self._prepare_inputs(inputs) | {"use_cache": False})
+                self.meter.scored(outputs.scored)
                 sums = [float(outputs.loss), float(outputs.correct), outputs.scored]
                 totals += torch.tensor(sums, dtype=torch.float64)
         self.meter.enter("idle")
@@ -288,6 +293,8 @@ class QloraTrainer(SFTTrainer):
         # A full disk: the writers of Python, safetensors and torch each say it in their own way.
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
             kept = complete_checkpoints(folder.parent)
             where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
             raise TrainingError(

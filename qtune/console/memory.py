@@ -26,15 +26,15 @@ def size(size_bytes: float) -> str:
 
 def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
     """The whole answer to `qtune profile RECIPE`."""
-    found = profile.prediction
-    plan = profile.plan
+    found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
     title = (
         f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak, "
         f"{size(found.need.total_bytes)} needed"
     )
     about = (
-        f"{plan.micro_batch_size} x {profile.longest.length} tokens at once, {plan.accumulation_steps} times a step; "
-        f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}"
+        f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {plan.accumulation_steps} times a step; "
+        f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}\n"
+        f"length: {rows.known_from}"
     )
     parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
     parts += [stacked_bar(found.peak.alive), Text(""), _need(found), Text("")]
@@ -102,7 +102,7 @@ def _phases(found: "Prediction") -> Table:
 
 
 def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
-    ours = profile.prediction.peak.bytes
+    ours = profile.forecast.prediction.peak.bytes
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("way of training", "peak", "recipe saves", "fits cards of"):
         table.add_column(name, justify="right" if name in ("peak", "recipe saves") else "left")
@@ -116,7 +116,7 @@ def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
 
 
 def _attribution(profile: "Profile") -> Table:
-    ours = profile.prediction.peak.bytes
+    ours = profile.forecast.prediction.peak.bytes
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("technique", "saves", "without it"):
         table.add_column(name, justify="right" if name == "saves" else "left")

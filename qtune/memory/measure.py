@@ -1,8 +1,9 @@
-"""The meter of a real run: peaks by phase from the allocator (CUDA) or from the ledger and the kernel (CPU).
+"""The meter of a real run: peaks by phase from the allocator (CUDA), from the ledger, and from the kernel.
 
 The trainer says where it is with `meter.enter(phase)`. On CUDA the allocator's own statistics are read and reset at
-each change of phase; that costs microseconds. On the CPU there is no allocator to ask, so the ledger runs over a few
-chosen steps (the first ones and each new longest batch) and the resident set is read at every change of phase.
+each change of phase; that costs microseconds. No allocator knows what a block is for, and the CPU's keeps no count at
+all: so the ledger runs over a few chosen steps (the first ones and each new largest batch) and names what is alive.
+The resident set is read at every change of phase.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PhasePeaks:
     device_used_bytes: int = 0
     """CUDA: total - free of the whole card at the end of the phase, other processes included."""
     tensor_peak_bytes: int = 0
-    """CPU: the ledger's live bytes."""
+    """The ledger's live bytes, in the steps that it ran over."""
     resident_peak_bytes: int = 0
     """The process's peak resident set."""
 
@@ -60,10 +61,12 @@ class Meter:
         self._resets = resident.reset_peak()
         self._model: torch.nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._first_steps, self._longest_steps = first_steps, longest_steps
-        self._longest = 0
-        self.longest_batch_tokens = 0
-        """Padded size of the largest batch of the run."""
+        self._first_steps = {"forward": first_steps, "eval": first_steps}
+        self._longest_steps = {"forward": longest_steps, "eval": longest_steps}
+        self.largest: dict[str, dict[str, int]] = {}
+        """The largest batch that was measured in "forward" and in "eval": rows, length, scored."""
+        self._counted: dict[str, int] = {}
+        self.batch: dict[str, int] | None = None
         self._ledger: Ledger | None = None
         self._handles: list[Any] = []
         self._best: Moment | None = None
@@ -78,18 +81,31 @@ class Meter:
         self._model = model
         self._optimizer = optimizer or self._optimizer
 
-    def enter(self, phase: Phase, tokens: int = 0) -> None:
-        """The trainer begins `phase`; `tokens` is the padded size of the batch when a forward begins."""
+    def enter(self, phase: Phase, batch: torch.Tensor | None = None) -> None:
+        """The trainer begins `phase`; `batch` is the input_ids [rows, length] where a forward begins."""
         self._close_phase()
-        self.longest_batch_tokens = max(self.longest_batch_tokens, tokens)
+        if batch is not None:
+            self.batch = {"rows": batch.shape[0], "length": batch.shape[1]}
+        elif phase not in ("forward", "backward"):
+            self.batch = None
         if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
             self._static = self._static | self.static()
         if self._ledger is not None:
             self._tell_ledger(phase)
-        elif phase == "forward" and self.phase != "backward" and self._wanted(tokens):
+        begins_step = phase == "forward" and self.phase != "backward"
+        if self._ledger is None and (begins_step or phase == "eval") and self._wanted(phase):
             self._open_ledger(phase)
         self.phase = phase
+        if self.batch is not None and (self.cuda or self._ledger is not None) and phase in ("forward", "eval"):
+            known = self.largest.get(phase)
+            if known is None or _positions(self.batch) > _positions(known):
+                self.largest[phase] = self.batch
         self._since = time.perf_counter()
+
+    def scored(self, count: int) -> None:
+        """How many labelled tokens the batch at work has; the loss knows."""
+        if self.batch is not None:
+            self.batch["scored"] = count
 
     def close(self) -> None:
         """The run is over (or failed): close the open phase and let go of the model."""
@@ -102,7 +118,8 @@ class Meter:
         self._close_phase()
         self._close_ledger()
         peaks = [p.allocated_peak_bytes if self.cuda else p.tensor_peak_bytes for p in self.phases.values()]
-        method = "torch.cuda allocator statistics" if self.cuda else "tensor bytes by the ledger over chosen steps, RSS"
+        counted = "tensor by tensor in chosen steps"
+        method = f"the allocator's statistics; {counted}" if self.cuda else f"{counted}; resident set of the process"
         found: dict[str, Any] = {
             "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
             "method": method,
@@ -110,7 +127,7 @@ class Meter:
             "peak_bytes": max(peaks, default=0),
             "phases": {name: asdict(peaks) for name, peaks in self.phases.items()},
             "static": self._static,
-            "longest_batch_tokens": self.longest_batch_tokens,
+            "largest_batch": self.largest,
         }
         if self._best is not None:
             found["at_peak"] = asdict(self._best)
@@ -125,18 +142,22 @@ class Meter:
             found[life.category] = found.get(life.category, 0) + life.size
         return found
 
-    def _wanted(self, tokens: int) -> bool:
-        """Whether the step that begins is to be counted: one of the first, or longer than any counted so far."""
-        if self.cuda or self._model is None:
+    def _wanted(self, kind: Phase) -> bool:
+        """Whether the step that begins is to be counted: one of the first, or larger than any counted so far."""
+        if self._model is None or self.batch is None:
             return False
-        if self._first_steps > 0:
-            self._first_steps -= 1
-        elif tokens > self._longest and self._longest_steps > 0:
-            self._longest_steps -= 1
+        if self._first_steps[kind] > 0:
+            self._first_steps[kind] -= 1
+        elif self._longest_steps[kind] > 0 and _positions(self.batch) > self._counted.get(kind, 0):
+            self._longest_steps[kind] -= 1
         else:
             return False
-        self._longest = max(self._longest, tokens)
+        self._counted[kind] = max(self._counted.get(kind, 0), _positions(self.batch))
         return True
+
+    def _checkpointing(self) -> bool:
+        modules = self._model.modules() if self._model is not None else ()
+        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
     def _adopt_all(self, ledger: Ledger) -> None:
         if self._model is not None:
@@ -173,12 +194,11 @@ class Meter:
             handle.remove()
         if self._optimizer is not None:
             categories.adopt_optimizer(ledger, self._optimizer)
-        modules = self._model.modules() if self._model is not None else ()
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
-        history = history_of(ledger, checkpointing)
-        for name in ("forward", "backward", "optimizer"):
-            seen = self.phases.setdefault(name, PhasePeaks())
-            seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, history.peak(name).bytes)
+        history = history_of(ledger, self._checkpointing())
+        for name in ("forward", "backward", "optimizer", "eval"):
+            if peak_bytes := history.peak(name).bytes:
+                seen = self.phases.setdefault(name, PhasePeaks())
+                seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, peak_bytes)
         peak = history.peak()
         if self._best is None or peak.bytes > self._best.bytes:
             self._best = peak
@@ -204,3 +224,7 @@ class Meter:
             torch.cuda.memory._dump_snapshot(str(self._snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
             self._snapshot = None
+
+
+def _positions(batch: dict[str, int]) -> int:
+    return batch["rows"] * batch["length"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
@@ -34,9 +34,11 @@ class Longest:
     length: int
     """Tokens of the longest training row."""
     scored: int | None = None
-    """Labelled tokens of that row; None: all of them."""
+    """The most labelled tokens of any row; None: all of them."""
     equal: bool = False
     """Whether all rows are equally long, so that no mask is needed."""
+    evaluated: int | None = None
+    """Tokens of the longest validation row; None: as long as the training rows."""
 
 
 def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Traced:
@@ -70,6 +72,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
     masked = recipe.data.packing or (rows > 1 and not longest.equal)
     scored = None if longest.scored is None else rows * longest.scored
     batch = Batch(rows, longest.length, masked, scored)
+    evaluated = batch if longest.evaluated is None else replace(batch, length=longest.evaluated)
     return Step(
         batch=batch,
         loss=summed_loss,
@@ -78,7 +81,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         autocast=autocast_of(plan),
         max_gradient_norm=recipe.training.max_gradient_norm,
         paged=plan.device.kind == "cuda" and plan.optimizer.startswith("paged"),
-        eval_batch=batch,
+        eval_batch=evaluated,
     )
 
 

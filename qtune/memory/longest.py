@@ -1,0 +1,86 @@
+"""The longest rows of a recipe: what its largest micro-batch is made of, and so what its memory depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qtune.data.masks import IGNORED
+from qtune.data.prepare import survey
+from qtune.errors import InputError
+from qtune.memory.predict import Longest
+from qtune.model import load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qtune.data.prepare import Prepared
+    from qtune.recipe_file import Resolved
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The longest rows, and in words where they are known from."""
+
+    longest: Longest
+    known_from: str
+
+
+def longest_rows(resolved: Resolved, length: int | None = None) -> Rows:
+    """The longest rows of the recipe's data; `length` stands for any; `max_length` where the data cannot be read.
+
+    The rows are prepared as a run prepares them, and come from its cache.
+    """
+    if length is not None:
+        return Rows(Longest(length), "--length, every token scored")
+    recipe = resolved.recipe
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+        prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
+    except InputError as error:
+        first = error.problems[0]
+        return unread(recipe.data.max_length, f"{first.place}: {first.message.partition(';')[0]}")
+    return longest_of(prepared) if len(prepared.train) else unread(recipe.data.max_length, "there are none")
+
+
+def unread(max_length: int, reason: str) -> Rows:
+    """The most that can come, where rows cannot be looked at."""
+    return Rows(Longest(max_length), f"data.max_length, every token scored; the rows cannot be read: {reason}")
+
+
+def longest_of(prepared: Prepared) -> Rows:
+    """The longest training row, and the most labelled tokens that any of them has.
+
+    A micro-batch is padded to its longest row, and rows of like length share one: the largest of a run holds
+    micro_batch_size x length positions, exactly. That all of its rows have as many labelled tokens as any row has is
+    the most that can come.
+    """
+    lengths = prepared.lengths
+    longest, scored = int(lengths.max()), _most_in_packed(prepared.train) if prepared.packed else 0
+    evaluated = None
+    for split in ("train", "validation"):
+        if split in prepared.examples and not (split == "train" and prepared.packed):
+            scored = max(scored, int(_column(prepared.examples[split], "scored").max()))
+    if "validation" in prepared.examples:
+        evaluated = int(_column(prepared.examples["validation"], "length").max())
+    found = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
+    what = "packed rows" if prepared.packed else "training rows"
+    return Rows(found, f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored")
+
+
+def _most_in_packed(rows: Dataset) -> int:
+    """The most labelled tokens of any packed row."""
+    most = 0
+    for batch in rows.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
+        labels = batch["labels"].combine_chunks()
+        counted = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORED)])
+        borders = np.concatenate([[0], np.cumsum(labels.value_lengths().to_numpy())])
+        most = max(most, int(np.diff(counted[borders]).max()))
+    return most
+
+
+def _column(examples: Dataset, name: str) -> np.ndarray:
+    """One column of figures, [examples]."""
+    return np.asarray(examples.with_format("numpy")[name][:])
