@@ -1,6 +1,8 @@
 """`qtune export` killed at any moment leaves no model or a whole one, and the next export clears up."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,53 @@ def test_an_export_that_is_killed_leaves_nothing_or_a_whole_model(tmp_path: Path
 
     assert export_run(run, Options(verify=False)) == run.path / "model"
     assert not list(run.path.glob(".model.partial-*"))
+
+
+# A file system of its own for the output, too small for the weights; the check before writing is told that it is not.
+FULL_DISK = """
+import subprocess, sys
+from pathlib import Path
+import torch
+from qtune.export import staged
+from qtune.export.export import Options, export_run
+from qtune.errors import ExportError, InputError
+from qtune.run_dir import RunDir
+
+torch.set_num_threads(1)
+disk = Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+if sys.argv[3] == "while writing":
+    staged.refuse_small_disk = lambda folder, needed_bytes: None
+try:
+    export_run(RunDir(Path(sys.argv[1])), Options(output=disk / "model", verify=False))
+except (ExportError, InputError) as error:
+    print(error)
+print([str(path) for path in disk.rglob("*")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ("before writing", r"needs 0\.06 GiB, the disk has 0\.00 GiB free"),
+        ("while writing", "the disk is full; nothing was left behind"),
+    ],
+)
+def test_a_full_disk_is_one_clear_error_and_nothing_is_left(when: str, message: str, tmp_path: Path) -> None:
+    # A user namespace may mount a small tmpfs without any rights; where that is forbidden there is nothing to show.
+    (tmp_path / "disk").mkdir()
+    alone = ["unshare", "--map-root-user", "--mount"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(
+            [*alone, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("no file system can be mounted here")
+    run = tiny_run(tmp_path)
+    command = [*alone, sys.executable, "-c", FULL_DISK, str(run.path), str(tmp_path / "disk"), when]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    error, left = done.stdout.splitlines()[-2:]
+    assert re.search(message, error), error
+    assert left == "[]"

@@ -48,6 +48,7 @@ def _norms_plus_one(name: str, tensor: Tensor, config: PretrainedConfig) -> Tens
 
 def _plain(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_count(head_size(config))
+    _with_head_size(writer, config)
 
 
 def _with_head_size(writer: GGUFWriter, config: PretrainedConfig) -> None:
@@ -88,6 +89,43 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True)
+class Gemma:
+    """What llama.cpp (src/llama-model.cpp, `load_hparams`) takes for granted instead of reading it from the file."""
+
+    pattern: int
+    """Of so many layers, all but the last slide."""
+    wide_layers: int
+    """Models with so many layers scale attention by the hidden size of a head's share, others by the head size."""
+
+
+GEMMAS = {"gemma2": Gemma(2, 46), "gemma3_text": Gemma(6, 62)}
+SLIDING_THETA = 10_000.0
+
+
+def _gemma_difference(config: PretrainedConfig, known: Gemma) -> str | None:
+    """In what a Gemma differs from llama.cpp's idea of it, in words."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    scalar = config.hidden_size / heads if layers == known.wide_layers else head_size(config)
+    if config.query_pre_attn_scalar != scalar:
+        return f"query_pre_attn_scalar = {config.query_pre_attn_scalar}, there {scalar:g}"
+    full = [number for number, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    if full != list(range(known.pattern - 1, layers, known.pattern)):
+        return f"layers {full} have full attention, there every {known.pattern}th"
+    sliding = (config.rope_parameters or {}).get("sliding_attention")
+    if sliding and (sliding["rope_theta"], sliding.get("rope_type", "default")) != (SLIDING_THETA, "default"):
+        return f"rope_theta = {sliding['rope_theta']:g} in sliding layers, there {SLIDING_THETA:g}"
+    return None
+
+
+def ignored_window(config: PretrainedConfig) -> int | None:
+    """The sliding window that llama.cpp does not apply to this family: beyond so many tokens it answers otherwise."""
+    if config.model_type not in ("mistral", "qwen2", "qwen3", "phi3"):
+        return None
+    window = getattr(config, "sliding_window", None)
+    return window if window and window < config.max_position_embeddings else None
+
+
 def family_of(config: PretrainedConfig, place: str) -> Family:
     """The family of a model.
 
@@ -97,6 +135,8 @@ def family_of(config: PretrainedConfig, place: str) -> Family:
     problem = None
     if kind not in FAMILIES:
         problem = f"model type {kind!r} has no GGUF export here; there is {', '.join(FAMILIES)}"
+    elif kind in GEMMAS and (difference := _gemma_difference(config, GEMMAS[kind])):
+        problem = f"llama.cpp computes {kind} models otherwise than this one: {difference}"
     elif _scaling_kind(config) not in ("default", "linear", "llama3", "yarn", "longrope"):
         problem = f"rotary scaling {_scaling_kind(config)!r} has no GGUF export here"
     if problem is not None:

@@ -62,6 +62,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, place: str) -> 
     model = spec["model"]
     if model["type"] != "BPE":
         raise ModelError(Problem(place, f"a {model['type']} tokenizer has no GGUF export here; BPE has"))
+    if len(tokenizer) > rows:
+        message = (
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; llama.cpp wants no more"
+        )
+        raise ModelError(Problem(place, message))
     merges = tuple(" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"])
     is_byte_level = not model.get("byte_fallback")
     tokens, types = _tokens(tokenizer, spec, rows, is_byte_level=is_byte_level)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qtune import console
 from qtune.errors import VerificationError
+from qtune.export.gguf_families import ignored_window
 from qtune.export.gguf_file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf_verify import verify_gguf
 from qtune.export.held_out import Row, probes
@@ -39,6 +40,10 @@ def hand_over(
     console.out(f"{file.name}: KL divergence {found.kl:.2e}, same likeliest token {found.top1:.2%} (read back)")
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
+    if window := ignored_window(AutoConfig.from_pretrained(folder)):
+        console.say(
+            f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
+        )
     _write_modelfile(folder, file, recipe, rows)
     return file
 
