@@ -24,7 +24,7 @@ from qtune.data.prepare import Prepared, refuse_bad_rows, survey
 from qtune.device import present_device
 from qtune.loss import install_loss
 from qtune.memory.skeleton import bare_model
-from qtune.model import count_parameters, load_base, load_config, load_tokenizer
+from qtune.model import attention_rule, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
 from qtune.recipe import Data, Recipe
@@ -144,8 +144,8 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     """
     quiet_loading()
     recipe = resolved.recipe
-    plan = make_plan(recipe, present_device())
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    plan = make_plan(recipe, present_device(), attention_rule(config))
     prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
     return Check(

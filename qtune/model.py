@@ -18,12 +18,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qtune.builtin import PREFIX, builtin_folder
 from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.gguf_base import gguf_folder
-from qtune.plan import Plan
+from qtune.plan import SDPA, Plan
 from qtune.recipe import EightBit, FourBit, Model, Quantization, Unquantized
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,14 @@ def load_config(model: Model) -> PretrainedConfig:
         return AutoConfig.from_pretrained(base_folder(model), **_where(model))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
+
+
+def attention_rule(config: PretrainedConfig) -> tuple[str, str]:
+    """What `model.attention = "auto"` means for this model, and why: sdpa where the model's class can be given it."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or kind._supports_sdpa:  # code that comes with a model says itself what it supports
+        return SDPA
+    return "eager", f"{kind.__name__} cannot be given sdpa"
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

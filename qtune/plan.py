@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Tokens of one micro-batch where nothing better is known: enough to keep two cores or a small card busy.
 TOKENS_PER_MICRO_BATCH = 4096
 
+SDPA = ("sdpa", "runs on every device")
+
 LEARNING_RATES: dict[type, tuple[float, str]] = {
     Lora: (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)"),
     PTuning: (5e-3, "prompt encoders need a rate well above LoRA's"),
@@ -58,8 +60,11 @@ class Plan:
         return replace(self, micro_batch_size=size, accumulation_steps=batch // size, reasons=reasons)
 
 
-def make_plan(recipe: Recipe, device: "Device") -> Plan:
-    """Decides everything that a recipe leaves to the device."""
+def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA) -> Plan:
+    """Decides everything that a recipe leaves to the device.
+
+    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`).
+    """
     reasons: dict[KeyPath, str] = {}
 
     def settle(path: KeyPath, given: object, rule: tuple[object, str]) -> object:
@@ -83,7 +88,7 @@ def make_plan(recipe: Recipe, device: "Device") -> Plan:
         adapter_dtype=str(
             settle(("adapter", "dtype"), recipe.adapter.dtype, ("float32", "small updates are not rounded away"))
         ),
-        attention=str(settle(("model", "attention"), recipe.model.attention, ("sdpa", "runs on every device"))),
+        attention=str(settle(("model", "attention"), recipe.model.attention, attention)),
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.batch_size // micro_batch_size,
         gradient_checkpointing=bool(

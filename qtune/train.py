@@ -37,7 +37,7 @@ from qtune.loss import loss_agrees
 from qtune.memory.longest import Rows, longest_of
 from qtune.memory.measure import Meter
 from qtune.memory.profile import Forecast, forecast
-from qtune.model import base_folder, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model import attention_rule, base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
 from qtune.recipe import Lora, Recipe
@@ -127,8 +127,8 @@ def _gather(resolved: Resolved) -> Inputs:
         raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
     recipe = resolved.recipe
     _require_trackers(recipe)
-    plan = make_plan(recipe, present_device())
     config = load_config(recipe.model)
+    plan = make_plan(recipe, present_device(), attention_rule(config))
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     tokenizer.chat_template = prepared.template.text

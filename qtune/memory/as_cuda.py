@@ -41,6 +41,8 @@ class CudaKernels(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.backward:
+            return self._backward(args[0], kwargs.get("grad_tensors"))
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
@@ -48,6 +50,20 @@ class CudaKernels(TorchFunctionMode):
         if func in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
             args = tuple(_widened(arg) for arg in args)
         return func(*args, **kwargs)
+
+    def _backward(self, loss: torch.Tensor | tuple[torch.Tensor, ...], gradients: Any = None) -> None:
+        """A mode is suspended inside its own handler, and torch 2.13 hands the backward to it (autograd/__init__.py):
+        what checkpointing recomputes there would not be CUDA's. So the engine is started with the mode back on."""
+        outputs = (loss,) if isinstance(loss, torch.Tensor) else tuple(loss)
+        given = (None,) * len(outputs) if gradients is None else gradients
+        seeds = tuple(
+            torch.ones_like(output) if seed is None and output.requires_grad else seed
+            for output, seed in zip(outputs, given, strict=True)
+        )
+        with self:
+            torch.autograd.graph._engine_run_backward(
+                outputs, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     @staticmethod
     def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -54,7 +54,8 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
         "packing": recipe.data.packing,
         "clip": recipe.training.max_gradient_norm,
         "plan": [
-            device.kind, plan.compute_dtype, plan.adapter_dtype, plan.attention, plan.micro_batch_size,
+            device.kind, device.capability, plan.compute_dtype,
+            plan.adapter_dtype, plan.attention, plan.micro_batch_size,
             plan.gradient_checkpointing, plan.optimizer, plan.max_length,
         ],
         "longest": None if longest is None else asdict(longest),

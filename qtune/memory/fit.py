@@ -10,7 +10,7 @@ from qtune.memory.cache import predicted
 from qtune.memory.predict import Longest
 from qtune.memory.profile import device_for
 from qtune.memory.rewrite import rewritten
-from qtune.model import load_config
+from qtune.model import attention_rule, load_config
 from qtune.plan import make_plan
 from qtune.recipe import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
 
@@ -85,7 +85,7 @@ def fit(
     """
     changes: dict[KeyPath, Any] = {}
     rows = longest or Longest(recipe.data.max_length)
-    plan = make_plan(recipe, device)
+    plan = make_plan(recipe, device, attention_rule(config))
     trials = [Trial("as it is", "", predicted(config, recipe, plan, rows).need)]
     if trials[0].need.fits(budget):
         return Fitted(recipe, plan, budget, trials)
@@ -96,7 +96,7 @@ def fit(
             break
         recipe = changed(recipe, {lever.key: lever.value})
         changes[lever.key] = lever.value
-        plan = make_plan(recipe, device)
+        plan = make_plan(recipe, device, attention_rule(config))
         chosen = choose_micro_batch(config, recipe, plan, rows, budget)
         trials.append(Trial(f"{'.'.join(map(str, lever.key))} = {_shown(lever.value)}", lever.why, chosen.need))
     if not chosen.fits and allow_length:
@@ -105,7 +105,7 @@ def fit(
             recipe = changed(recipe, {("data", "max_length"): length})
             changes["data", "max_length"] = length
             rows = Longest(length, None if rows.scored is None else min(rows.scored, length), rows.equal)
-            chosen = choose_micro_batch(config, recipe, make_plan(recipe, device), rows, budget)
+            chosen = choose_micro_batch(config, recipe, make_plan(recipe, device, attention_rule(config)), rows, budget)
             trials.append(Trial(f"data.max_length = {length}", "longer rows are refused or cut", chosen.need))
     changes["training", "micro_batch_size"] = chosen.plan.micro_batch_size
     return Fitted(changed(recipe, changes), chosen.plan, budget, trials, changes)
@@ -172,7 +172,7 @@ def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, bu
     sizes = [2**power for power in range(11)]
 
     def cost(size: int) -> int:
-        wide = make_plan(changed(whole, {("training", "micro_batch_size"): size}), plan.device)
+        wide = make_plan(changed(whole, {("training", "micro_batch_size"): size}), plan.device, attention_rule(config))
         return predicted(config, recipe, wide, rows).need.total_bytes
 
     size = largest_that_fits(sizes, cost, budget)
@@ -199,14 +199,18 @@ def fit_recipe(recipe: Recipe, gpu: str | None, vram: str | None, *, allow_lengt
         ModelError, InputError: the model's configuration or the card's name cannot be used.
     """
     device = device_for(gpu, vram)
-    limit = budget_bytes(recipe, make_plan(recipe, device)) if vram is None else device.total_bytes
-    return fit(load_config(recipe.model), recipe, device, limit, allow_length=allow_length)
+    config = load_config(recipe.model)
+    limit = (
+        budget_bytes(recipe, make_plan(recipe, device, attention_rule(config))) if vram is None else device.total_bytes
+    )
+    return fit(config, recipe, device, limit, allow_length=allow_length)
 
 
 def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) -> str:
     """`qtune fit --max length|batch`: one line with the largest value that fits."""
     device = device_for(gpu, vram)
-    config, plan = load_config(recipe.model), make_plan(recipe, device)
+    config = load_config(recipe.model)
+    plan = make_plan(recipe, device, attention_rule(config))
     limit = budget_bytes(recipe, plan) if vram is None else device.total_bytes
     if what == "length":
         found = longest_that_fits(config, recipe, plan, limit)

@@ -13,7 +13,7 @@ from qtune.memory.budget import budget_bytes, choose_micro_batch
 from qtune.memory.cache import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.model import load_config
+from qtune.model import attention_rule, load_config
 from qtune.plan import make_plan
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
     Raises:
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
-    plan = make_plan(recipe, device)
+    plan = make_plan(recipe, device, attention_rule(config))
     if recipe.training.micro_batch_size == "auto" and device.kind == "cuda":
         plan = choose_micro_batch(config, recipe, plan, rows.longest).plan
     prediction = predicted(config, recipe, plan, rows.longest)
@@ -143,7 +143,7 @@ def read_run(run_dir: RunDir) -> Measured:
     if (device.kind == "cpu") != (found["device"] == "cpu"):
         return Measured(found, None, [])
     config = load_config(recipe.model)
-    plan, longest = _measured_batch(found, make_plan(recipe, device))
+    plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
     compared = ways(config, recipe, plan, longest)
     known["ways"] = [

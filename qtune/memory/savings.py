@@ -14,7 +14,7 @@ from qtune.memory.predict import Longest, build, predict, summarize, training_st
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Step
 from qtune.memory.trace import trace
-from qtune.model import quantization_config
+from qtune.model import attention_rule, quantization_config
 from qtune.plan import make_plan
 from qtune.recipe import FourBit, Lora, Unquantized
 
@@ -89,7 +89,9 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
     rows = longest or Longest(plan.max_length)
     found: list[Way] = []
     for name, how, other in _switched_off(recipe, plan):
-        other_plan = make_plan(other, plan.device).with_micro_batch(plan.micro_batch_size, "as in the recipe")
+        other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
+            plan.micro_batch_size, "as in the recipe"
+        )
         found.append(Way(name, how, summarize(predict(config, other, other_plan, rows))))
     step = training_step(recipe, plan, rows)
     whole = trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")

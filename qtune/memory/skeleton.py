@@ -8,6 +8,7 @@ refuse and meta tensors allow. Fake CUDA tensors need a CUDA build, which a pred
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
@@ -15,6 +16,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
@@ -48,9 +50,11 @@ def bare_model(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        keep_in_fp32(model, dtype)
         if (chosen := stored or quantization) is not None:
             quantizer = AutoHfQuantizer.from_config(chosen, pre_quantized=bool(stored))
-            quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+            with local_torch_dtype(dtype):  # as loading does: a bias takes the default type of that moment
+                quantizer.preprocess_model(model, dtype=dtype, device_map=None)
             pack(model, dtype)
             quantizer.postprocess_model(model)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
@@ -58,6 +62,19 @@ def bare_model(
         raise ModelError(Problem(name, f"no model can be built from its config.json: {reason[0]}")) from error
     model.requires_grad_(False)
     return model
+
+
+def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What a class wants in fp32 whatever it is loaded in, routers' corrections and some norms (transformers 5.23,
+    modeling_utils.py, `_get_dtype_plan`: patterns of names)."""
+    plan = model._get_dtype_plan(dtype)
+    patterns = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in plan.items()}
+    for prefix, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                kept = next((kept for pattern, kept in patterns.items() if pattern.search(f"{prefix}.{name}")), None)
+                if tensor is not None and kept is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(kept)
 
 
 def pack(model: torch.nn.Module, dtype: torch.dtype) -> None:

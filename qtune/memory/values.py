@@ -35,6 +35,8 @@ class Values(TorchDispatchMode):
         if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
             x, codes = args[0], args[2]
             return torch.empty(*x.shape[:-1], codes.shape[0], dtype=x.dtype), None
+        if func is _aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            return self._grouped_product(*args[:3])
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -42,6 +44,19 @@ class Values(TorchDispatchMode):
         """LLM.int8() of x [..., hidden]: codes, row scales, and no outlier column: they are few, their copies small."""
         rows = x.numel() // x.shape[-1]
         return torch.empty_like(x, dtype=torch.int8), torch.empty(rows), torch.empty(0, dtype=torch.long)
+
+    @staticmethod
+    def _grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The experts' product of rows sorted by expert, a [rows, in] and b [experts, in, out]; or, for the gradient of
+        the experts, a [out, rows] and b [rows, in]. The kernels take fp32 and fp16 as well; torch 2.13's description
+        of them for fake tensors only bfloat16 (_meta_registrations.py, `_meta_grouped_mm_common`). Rows of the result
+        begin at multiples of 16 bytes.
+        """
+        shape = [*(() if b.dim() == 3 else (len(ends),)), a.shape[0], b.shape[-1]]
+        aligned = 16 // a.element_size()
+        row = -(-shape[-1] // aligned) * aligned
+        strides = [shape[-2] * row, row, 1][-len(shape) :]
+        return torch.empty_strided(shape, strides, dtype=a.dtype)
 
     def _scalar(self, tensor: torch.Tensor) -> bool | int | float:
         if tensor.dtype == torch.bool:
