@@ -101,6 +101,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA),
     "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": LINEAR}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 512}),
+    "phi3, longrope of its own factor": ("phi3", {"rope_parameters": {**LONGROPE, "factor": 4.0}}),
     "phi3, partial": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},

@@ -176,9 +176,10 @@ def add_metadata(writer: GGUFWriter, family: Family, config: PretrainedConfig) -
         writer.add_rope_scaling_factor(float(rope["factor"]))
         writer.add_rope_scaling_orig_ctx_len(_original_length(config))
     elif kind == "longrope":
-        stretch = config.max_position_embeddings / _original_length(config)
+        # As transformers has it (modeling_rope_utils, `_compute_longrope_parameters`): what is given comes first.
+        stretch = float(rope.get("factor") or config.max_position_embeddings / _original_length(config))
         factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(_original_length(config)))
-        writer.add_rope_scaling_attn_factors(factor)
+        writer.add_rope_scaling_attn_factors(float(rope.get("attention_factor") or factor))
     family.metadata(writer, config)
 
 
