@@ -1,6 +1,7 @@
 """Batches: the same steps as plain shuffling with less padding, and packed rows that cannot see each other."""
 
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -106,6 +107,23 @@ def test_a_row_that_is_flattened_with_others_is_as_apart_from_them(tmp_path):
     flat = PackedCollator(0, flatten=True)(rows)
     assert flat["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
     assert loss_and_gradients(model, flat)[0] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="needs a CUDA card and flash-attn"
+)
+def test_flash_attention_keeps_the_documents_of_a_flat_row_apart(tmp_path):
+    rows = some_rows([9, 14, 5, 11, 20, 3, 7])
+    model = lora_model(CONFIGS["llama"], "flash_attention_2").to("cuda", torch.bfloat16)
+    collate = PackedCollator(0, flatten=True)
+
+    def loss_of(some):
+        batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in collate(some).items()}
+        return loss_and_gradients(model, batch)[0]
+
+    packed = loss_of(list(pack(Dataset.from_list(rows), 24, tmp_path)))
+    assert packed == pytest.approx(sum(loss_of([row]) for row in rows), rel=0.01)
 
 
 def test_a_soft_prompt_in_packed_rows_would_be_wrong_without_an_error(tmp_path):
