@@ -28,8 +28,8 @@ from qtune.data.findings import gate
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
-from qtune.device import Device, present_device
-from qtune.errors import InputError, Interrupted, Problem, RunError
+from qtune.device import Device, is_out_of_memory, present_device
+from qtune.errors import InputError, Interrupted, OutOfMemory, Problem, RunError
 from qtune.export.gguf_file import refuse_unconvertible
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of, rows_hash
@@ -184,7 +184,7 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
         model.save_pretrained(_initial_adapter(run_dir))
     owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
     trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
-    with display, stop.listening(), _measured(meter, inputs, run_dir):
+    with display, stop.listening(), _measured(meter, inputs, run_dir), _no_bare_out_of_memory(meter, inputs, run_dir):
         if checkpoint is not None and _is_last(checkpoint):
             trainer.take_state_of(checkpoint)
         else:
@@ -211,6 +211,38 @@ def _is_owed_evaluation(checkpoint: Path, inputs: Inputs, run_dir: RunDir) -> bo
     ends_epoch = float(state.epoch or 0).is_integer() or _is_last(checkpoint)
     evaluates = inputs.recipe.training.eval_every == "epoch" and inputs.prepared.validation is not None
     return ends_epoch and evaluates and not has_evaluation(run_dir.metrics_file, state.global_step)
+
+
+@contextmanager
+def _no_bare_out_of_memory(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
+    """Memory that runs out where no micro-batch can be split (evaluation, optimizer, save) is said, with the way on.
+
+    Raises:
+        OutOfMemory: with the phase and what was predicted for the whole step.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()
+        forecast = inputs.forecast
+        need = (
+            f"; the step was predicted to need {forecast.prediction.need.total_bytes / 2**30:.2f} GiB"
+            if forecast
+            else ""
+        )
+        saved = complete_checkpoints(run_dir.checkpoints)
+        go_on = (
+            f"go on from {saved[-1].name} with: qtune run --resume {run_dir.path}" if saved else "no step is saved yet"
+        )
+        reason = said[0] if said else type(error).__name__
+        raise OutOfMemory(
+            f"memory ran out in the {meter.phase or 'training'} phase: {reason}{need}\n"
+            f"qtune fit {inputs.resolved.file} shows which changes of the recipe would fit; {go_on}"
+        ) from error
 
 
 @contextmanager
