@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import ModelError, Problem
+from qtune.host_storage import refuse_trained_embeddings
 from qtune.plan import Plan
 from qtune.recipe import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
 
@@ -107,6 +108,7 @@ def attach_adapter(
     except (ValueError, TypeError, RuntimeError) as error:
         name = getattr(network.config, "_name_or_path", "") or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
+    refuse_trained_embeddings(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))
     if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:
         _start_from_text(model, tokenizer, adapter.text)

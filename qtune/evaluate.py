@@ -107,7 +107,7 @@ def evaluate(
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
     limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
-    install_loss(run.model, tiled=loss_agrees(run.model, first))
+    install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
         with console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples)) as shown:

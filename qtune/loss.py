@@ -3,6 +3,9 @@
 The head is applied in tiles of rows, and each tile's gradient is computed at once while its logits exist, so that
 nothing of size [labelled, vocab] is kept and nothing is computed twice. The idea of fusing head and loss is that of
 Cut Your Losses (arXiv:2411.09009, section 4) and Liger Kernel (arXiv:2410.10989, section 3.2).
+
+A head in host memory is applied in blocks of vocabulary rows instead, so that each row crosses the bus twice for a
+micro-batch and not once for each tile of rows.
 """
 
 import functools
@@ -16,6 +19,8 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from qtune.host_storage import host_weight, on_card
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,7 +28,7 @@ IGNORED = -100
 """Label of a position that is not scored."""
 
 TILE_BYTES = 64 * 2**20
-"""Size of one tile of fp32 logits [rows, vocab]."""
+"""Size of one tile of fp32 logits, where nothing else is asked for: [memory] loss_tile."""
 
 
 @dataclass
@@ -74,9 +79,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
     ) -> tuple[Tensor, Tensor]:
-        rows = max(1, TILE_BYTES // (4 * weight.shape[0]))
+        rows = max(1, tile_bytes // (4 * weight.shape[0]))
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
@@ -119,7 +124,106 @@ class _TiledCrossEntropy(torch.autograd.Function):
         scaled_hidden = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
         scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.dtypes[0])
         scaled_bias = None if grad_bias is None else (grad_bias * grad_loss).to(ctx.dtypes[1])
-        return scaled_hidden, scaled_weight, scaled_bias, None, None
+        return scaled_hidden, scaled_weight, scaled_bias, None, None, None
+
+
+class _StreamedCrossEntropy(torch.autograd.Function):
+    """As `_TiledCrossEntropy`, for a frozen head in host memory; tiles are [n, rows of the vocabulary].
+
+    A first pass over the vocabulary finds each position's normalizer (Milakov & Gimelshein, arXiv:1805.02867: the
+    running maximum and the sum relative to it), its label's logit and its likeliest token; a second one the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
+    ) -> tuple[Tensor, Tensor]:
+        vocabulary, width = weight.shape
+        # Neither the block of weights nor its fp32 logits are larger than a tile.
+        rows = max(1, tile_bytes // max(4 * hidden.shape[0], width * weight.element_size()))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        pieces = [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
+        found = _Running.start(hidden.shape[0], exact, hidden.device)
+        for piece in pieces:
+            block = on_card(weight[piece], hidden.device)
+            logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+            del block  # or the next one would come beside it
+            _apply_rule(logits, rule, want_slope=False)
+            found.take(logits, labels, piece)
+            del logits
+        normalizer = found.normalizer()
+        loss = (normalizer - found.target).sum()
+        correct = (found.likeliest == labels).sum()
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad = torch.zeros_like(hidden, dtype=exact)
+            for piece in pieces:
+                block = on_card(weight[piece], hidden.device)
+                logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+                grad += _slope(logits, normalizer, labels, piece, rule).to(weight.dtype) @ block
+                del block, logits
+            grad_hidden = grad.to(hidden.dtype)
+        ctx.save_for_backward(grad_hidden)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        scaled = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
+        return scaled, None, None, None, None, None
+
+
+@dataclass
+class _Running:
+    """What is known of each position [n] after some blocks of the vocabulary."""
+
+    maximum: Tensor
+    total: Tensor
+    """Sum of exp(logit - maximum)."""
+    target: Tensor
+    """Logit of the label, once its block has come."""
+    likeliest: Tensor
+
+    @classmethod
+    def start(cls, positions: int, dtype: torch.dtype, device: torch.device) -> "_Running":
+        """Before the first block."""
+        nothing = torch.zeros(positions, dtype=dtype, device=device)
+        lowest = torch.full_like(nothing, -torch.inf)
+        return cls(lowest, nothing, nothing.clone(), torch.zeros(positions, dtype=torch.long, device=device))
+
+    def take(self, logits: Tensor, labels: Tensor, piece: slice) -> None:
+        """Adds a block of logits [n, rows], which is overwritten."""
+        best, place = logits.max(dim=1)
+        self.likeliest = torch.where(best > self.maximum, place + piece.start, self.likeliest)
+        inside, local = _in_block(labels, piece)
+        self.target = torch.where(inside, logits.gather(1, local.unsqueeze(1)).squeeze(1), self.target)
+        highest = torch.maximum(self.maximum, best)
+        self.total = self.total * (self.maximum - highest).exp() + logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
+        self.maximum = highest
+
+    def normalizer(self) -> Tensor:
+        """[n]: the log of the sum of all exponentials."""
+        return self.maximum + self.total.log()
+
+
+def _in_block(labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+    """Which labels lie in a block of the vocabulary, and their places in it (0 for the others)."""
+    inside = (labels >= piece.start) & (labels < piece.stop)
+    return inside, torch.where(inside, labels - piece.start, 0)
+
+
+def _slope(logits: Tensor, normalizer: Tensor, labels: Tensor, piece: slice, rule: LogitRule) -> Tensor:
+    """d NLL / d logits of a block, before the family's rule was applied to them; written over `logits`."""
+    capped_slope = _apply_rule(logits, rule, want_slope=True)
+    slope = logits.sub_(normalizer.unsqueeze(1)).exp_()
+    inside, local = _in_block(labels, piece)
+    slope.scatter_add_(1, local.unsqueeze(1), -inside.to(slope.dtype).unsqueeze(1))
+    if capped_slope is not None:
+        slope *= capped_slope
+    if rule.scale != 1.0:
+        slope *= rule.scale
+    return slope
 
 
 def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor | None:
@@ -135,23 +239,45 @@ def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor 
 
 
 def tiled_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule = LogitRule()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rule: LogitRule = LogitRule(),
+    tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood (scalar, fp32 or wider) and number of correct predictions (int64 scalar).
 
     hidden: [n, hidden]; weight: [vocab, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored.
     Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`.
     """
-    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule)
+    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
     return loss, correct
 
 
-def install_loss(model: PreTrainedModel, *, tiled: bool = True) -> None:
+def streamed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rule: LogitRule = LogitRule(),
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """`tiled_cross_entropy` for a frozen head in host memory, which comes to `hidden`'s device block by block.
+
+    Memory there above the inputs: a block of the head, its logits in fp32 and in the head's dtype, and a gradient like
+    `hidden` in fp32.
+    """
+    loss, correct = _StreamedCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
+    return loss, correct
+
+
+def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int = TILE_BYTES) -> None:
     """Makes `model(..., labels=…)` return a ScoredOutput; calls without labels are as they were.
 
     model: the bare causal LM, not its peft wrapper (soft prompts put their own -100 labels in front and come through).
     tiled=False materialises the model's own logits: the fallback for a family whose head does more than `logit_rule`
-    knows, and the reference that `loss_agrees` compares with.
+    knows, and the reference that `loss_agrees` compares with. tile_bytes: of the fp32 logits that exist at once.
     """
     original: Callable[..., Any] = getattr(model, "_qtune_original_forward", model.forward)
     model._qtune_original_forward = original  # type: ignore[assignment]
@@ -174,7 +300,11 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[positions]
         head = self.get_output_embeddings()
         # Under autocast the head would be cast to 16 bits; without it a 16-bit head decides the products' dtype.
-        loss, correct = tiled_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, targets, rule)
+        hidden = hidden.to(head.weight.dtype)
+        if (streamed := host_weight(head)) is not None:
+            loss, correct = streamed_cross_entropy(hidden, streamed, head.bias, targets, rule, tile_bytes)
+        else:
+            loss, correct = tiled_cross_entropy(hidden, head.weight, head.bias, targets, rule, tile_bytes)
         return ScoredOutput(loss=loss, correct=correct, scored=len(targets))
 
     model.forward = types.MethodType(forward, model)

@@ -24,6 +24,7 @@ from qtune.builtin import PREFIX, builtin_folder
 from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.gguf_base import gguf_folder
+from qtune.host_storage import keep_embeddings_on_host
 from qtune.plan import SDPA, Plan
 from qtune.recipe import EightBit, FourBit, Model, Quantization, Unquantized
 
@@ -113,7 +114,7 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
 
 def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
-    """The frozen base model on the plan's device.
+    """The frozen base model on the plan's device, its embeddings and head in host memory where the plan says so.
 
     A checkpoint that is already quantized is loaded as it is. Nothing is cast up afterwards: peft's k-bit preparation
     would turn embeddings, norms and head into fp32.
@@ -145,6 +146,8 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     network.requires_grad_(False)
     if not stored and not isinstance(quantization, Unquantized):
         _require_share(model, network, quantization.minimum_share)
+    if plan.embeddings == "host":
+        keep_embeddings_on_host(network)
     return network
 
 

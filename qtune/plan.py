@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qtune.memory.cards import size_in_bytes
 from qtune.recipe import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Plan:
     optimizer: str
     learning_rate: float
     max_length: int
+    embeddings: str
+    """"device" or "host", as is `activations`."""
+    activations: str
+    loss_tile_bytes: int
     reasons: Mapping[KeyPath, str]
 
     @property
@@ -58,6 +63,10 @@ class Plan:
             raise ValueError(f"a batch of {batch} rows is no whole number of micro-batches of {size}")
         reasons = {**self.reasons, ("training", "micro_batch_size"): reason}
         return replace(self, micro_batch_size=size, accumulation_steps=batch // size, reasons=reasons)
+
+    def with_embeddings_on_host(self, reason: str) -> "Plan":
+        """The same plan with embeddings and head in host memory."""
+        return replace(self, embeddings="host", reasons={**self.reasons, ("memory", "embeddings"): reason})
 
 
 def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA) -> Plan:
@@ -105,6 +114,9 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
             str(settle(("training", "learning_rate"), training.learning_rate, LEARNING_RATES[type(recipe.adapter)]))
         ),
         max_length=recipe.data.max_length,
+        embeddings=str(settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place"))),
+        activations=recipe.memory.activations,
+        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile),
         reasons=reasons,
     )
 

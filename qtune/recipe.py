@@ -344,6 +344,15 @@ class Memory(Table):
 
     budget: Auto | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$")] = "auto"
     """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
+    embeddings: Auto | Literal["device", "host"] = "auto"
+    """Where the frozen embeddings and LM head are. "host": rows are looked up there, and the head crosses the bus in
+    blocks, twice for a micro-batch and once for each token of an answer; the same results, slower. "auto" is the card,
+    or the host where a single row would not fit otherwise."""
+    activations: Literal["device", "host"] = "device"
+    """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
+    checkpointing one hidden state a layer); the same results bit for bit, slower."""
+    loss_tile: Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?\s?(GiB|MiB)$")] = "64MiB"
+    """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
 
 
 class Output(Table):
@@ -511,7 +520,7 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
 
 
 def _pattern_in_words(path: KeyPath) -> str:
-    if path == ("memory", "budget"):
+    if path in (("memory", "budget"), ("memory", "loss_tile")):
         return '"8GiB" or "512MiB"'
     return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
 

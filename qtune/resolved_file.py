@@ -24,6 +24,7 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
         ("training", "optimizer"): plan.optimizer,
         ("training", "learning_rate"): plan.learning_rate,
+        ("memory", "embeddings"): plan.embeddings,
     }
     rows: list[tuple[KeyPath, Any, Origin]] = []
     for path, value in leaves(resolved.recipe):

@@ -23,6 +23,7 @@ from qtune.callbacks import AFTER_DIVERGENCE
 from qtune.data.batches import StepSampler
 from qtune.device import is_out_of_memory
 from qtune.errors import OutOfMemory, TrainingError
+from qtune.host_storage import activations_on_host
 from qtune.loss import install_loss
 from qtune.memory.measure import Meter
 from qtune.plan import Plan
@@ -147,7 +148,8 @@ class QloraTrainer(SFTTrainer):
         )
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
-        install_loss(model.get_base_model(), tiled=tiled_loss)
+        install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.meter = meter
         self.keep_checkpoints = training.keep_checkpoints
@@ -181,7 +183,9 @@ class QloraTrainer(SFTTrainer):
     ) -> Any:
         """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have."""
         self.meter.enter("forward", inputs["input_ids"])
-        outputs = model(**inputs | {"use_cache": False})
+        is_offloading = self.activations == "host" and model.training
+        with activations_on_host(model) if is_offloading else contextlib.nullcontext():
+            outputs = model(**inputs | {"use_cache": False})
         self.meter.scored(outputs.scored)
         if model.training:
             self._counts["scored"] += outputs.scored

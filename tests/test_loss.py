@@ -7,7 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune import loss as module
-from qtune.loss import IGNORED, LogitRule, install_loss, logit_rule, loss_agrees, scored_positions, tiled_cross_entropy
+from qtune.loss import (
+    IGNORED,
+    LogitRule,
+    install_loss,
+    logit_rule,
+    loss_agrees,
+    scored_positions,
+    streamed_cross_entropy,
+    tiled_cross_entropy,
+)
 
 ROWS, HIDDEN, VOCABULARY = 13, 6, 11
 RULES = {
@@ -18,10 +27,14 @@ RULES = {
 }
 
 
-@pytest.fixture
-def five_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_five_tiles(hidden, weight, bias, labels, rule: LogitRule):
     """13 rows in tiles of 3: the last one is not full."""
-    monkeypatch.setattr(module, "TILE_BYTES", 3 * 4 * VOCABULARY)
+    return tiled_cross_entropy(hidden, weight, bias, labels, rule, tile_bytes=3 * 4 * VOCABULARY)
+
+
+def in_four_blocks(hidden, weight, bias, labels, rule: LogitRule):
+    """11 tokens of the vocabulary in blocks of 3, as a head in host memory comes: the last one is not full."""
+    return streamed_cross_entropy(hidden, weight, bias, labels, rule, tile_bytes=3 * 4 * ROWS)
 
 
 def some_tensors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -41,7 +54,6 @@ def plain_cross_entropy(hidden, weight, bias, labels, rule: LogitRule):
     return functional.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(dim=1) == labels).sum()
 
 
-@pytest.mark.usefixtures("five_tiles")
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -49,7 +61,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, rule:
     *inputs, labels = some_tensors(dtype)
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype is torch.float64 else {"rtol": 2e-5, "atol": 1e-5}
     results = []
-    for function in (tiled_cross_entropy, plain_cross_entropy):
+    for function in (in_five_tiles, plain_cross_entropy):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         hidden, weight, bias = leaves
         value, correct = function(hidden, weight, bias if has_bias else None, labels, rule)
@@ -61,7 +73,30 @@ def test_loss_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, rule:
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.usefixtures("five_tiles")
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_a_head_that_comes_in_blocks_gives_the_same_loss_and_gradient(rule: LogitRule, has_bias: bool) -> None:
+    hidden, weight, bias, labels = some_tensors()
+    results = []
+    for function in (in_four_blocks, plain_cross_entropy):
+        leaf = hidden.clone().requires_grad_()
+        value, correct = function(leaf, weight, bias if has_bias else None, labels, rule)
+        (0.3 * value).backward()
+        results.append([value.detach(), correct, leaf.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+    leaf = hidden.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda it: in_four_blocks(it, weight, bias, labels, rule)[0], (leaf,))
+
+
+def test_logits_far_apart_do_not_overflow_between_blocks() -> None:
+    hidden = torch.tensor([[1.0], [-1.0]])
+    weight = torch.tensor([[-500.0], [0.0], [500.0], [100.0]])
+    labels = torch.tensor([2, 2])
+    ours = streamed_cross_entropy(hidden, weight, None, labels, tile_bytes=8)
+    assert [float(part) for part in ours] == [1000.0, 1.0]
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "all"])
 def test_gradients_are_the_slopes_of_the_loss_whatever_is_trained(rule: LogitRule, trained: str) -> None:
@@ -71,7 +106,7 @@ def test_gradients_are_the_slopes_of_the_loss_whatever_is_trained(rule: LogitRul
         tensor.requires_grad_(trained in (name, "all"))
 
     def value(*tensors: torch.Tensor) -> torch.Tensor:
-        return tiled_cross_entropy(*tensors, labels, rule)[0]
+        return in_five_tiles(*tensors, labels, rule)[0]
 
     assert torch.autograd.gradcheck(value, (hidden, weight, bias))
 
@@ -86,10 +121,11 @@ def test_16_bit_hidden_states_are_scored_in_fp32() -> None:
     torch.testing.assert_close(value, exact)
 
 
-def test_nothing_to_score_is_no_loss() -> None:
+@pytest.mark.parametrize("function", [tiled_cross_entropy, streamed_cross_entropy])
+def test_nothing_to_score_is_no_loss(function) -> None:
     hidden, weight, bias, _ = some_tensors()
     hidden = hidden[:0].requires_grad_()
-    value, correct = tiled_cross_entropy(hidden, weight, bias, torch.zeros(0, dtype=torch.long))
+    value, correct = function(hidden, weight, bias, torch.zeros(0, dtype=torch.long))
     value.backward()
     assert (value.item(), int(correct), hidden.grad.shape) == (0.0, 0, (0, HIDDEN))
 
@@ -114,15 +150,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_is_larger_than_a_tile_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_larger_than_a_tile_of_logits() -> None:
     rows, hidden_size, vocabulary = 512, 8, 1000
-    monkeypatch.setattr(module, "TILE_BYTES", 16 * 4 * vocabulary)
     hidden = torch.randn(rows, hidden_size, requires_grad=True)
     weight, labels = torch.randn(vocabulary, hidden_size), torch.randint(0, vocabulary, (rows,))
     with LargestTensor() as seen:
-        tiled_cross_entropy(hidden, weight, None, labels)[0].backward()
+        tiled_cross_entropy(hidden, weight, None, labels, tile_bytes=16 * 4 * vocabulary)[0].backward()
     assert hidden.grad is not None
     assert seen.elements == 16 * vocabulary
+    with LargestTensor() as seen:
+        streamed_cross_entropy(hidden, weight, None, labels, tile_bytes=20 * 4 * rows)[0].backward()
+    assert seen.elements == 20 * rows
     with LargestTensor() as seen:
         plain_cross_entropy(hidden, weight, None, labels, LogitRule())[0].backward()
     assert seen.elements == rows * vocabulary

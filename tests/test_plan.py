@@ -59,11 +59,13 @@ def test_what_the_recipe_says_is_kept_and_has_no_reason_of_ours() -> None:
             "optimizer": "paged-adamw-8bit",
             "learning_rate": 0.5,
         },
+        memory={"embeddings": "device", "activations": "host", "loss_tile": "1.5MiB"},
     )
     plan = make_plan(given, AMPERE)
     assert (plan.attention, plan.compute_dtype, plan.adapter_dtype) == ("eager", "float16", "bfloat16")
     assert (plan.micro_batch_size, plan.accumulation_steps) == (3, 4)
     assert (plan.gradient_checkpointing, plan.optimizer, plan.learning_rate) == (True, "paged-adamw-8bit", 0.5)
+    assert (plan.embeddings, plan.activations, plan.loss_tile_bytes) == ("device", "host", 3 * 2**19)
     assert plan.reasons == {}
 
 

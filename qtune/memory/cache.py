@@ -57,6 +57,7 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
             device.kind, device.capability, plan.compute_dtype,
             plan.adapter_dtype, plan.attention, plan.micro_batch_size,
             plan.gradient_checkpointing, plan.optimizer, plan.max_length,
+            plan.embeddings, plan.activations, plan.loss_tile_bytes,
         ],
         "longest": None if longest is None else asdict(longest),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -72,7 +73,10 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 def _own_code() -> str:
     """Hash of the sources that a prediction runs through."""
     package = Path(__file__).parent
-    files = [*package.glob("*.py"), *(package.parent / name for name in ("adapter.py", "loss.py", "model.py"))]
+    files = [
+        *package.glob("*.py"),
+        *(package.parent / name for name in ("adapter.py", "loss.py", "model.py", "host_storage.py")),
+    ]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtune.host_storage import host_weight
 from qtune.memory.ledger import LOSS_REGION
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ ADAPTER = "adapter"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer state"
 PAGED = "optimizer state (paged)"
+HOST = "host memory"
 ACTIVATIONS = "activations"
 CHECKPOINTED = "checkpointed activations"
 RECOMPUTED = "recomputed activations"
@@ -57,6 +59,10 @@ def quantization_constants(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         yield scale
 
 
+def _weight_device(module: Any) -> str:
+    return str(module.weight.device.type)
+
+
 def _weight_of(module: Any) -> torch.Tensor | None:
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
@@ -89,10 +95,18 @@ def static_tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, str]]
     yield from ((buffer, OTHER) for buffer in model.buffers())
 
 
-def adopt_model(ledger: Ledger, model: torch.nn.Module) -> None:
-    """Enter everything that a loaded model holds."""
+def adopt_model(ledger: Ledger, model: torch.nn.Module, *, cuda: bool = False) -> None:
+    """Enter everything that a loaded model holds.
+
+    cuda: a weight in host memory is beside the card, wherever its stand-in was traced; on a CPU it is memory like any.
+    """
     for tensor, category in static_tensors(model):
         ledger.adopt(tensor, category)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in model.modules():
+        if (host := host_weight(module)) is not None:
+            is_apart = cuda or host.device.type != _weight_device(module)
+            ledger.adopt(host, HOST if is_apart else HEAD if module is head else EMBEDDINGS)
 
 
 def adopt_gradients(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:

@@ -45,7 +45,7 @@ class History:
     """Live bytes by category at every tick, a tick being one allocation."""
 
     names: tuple[str, ...]
-    """Categories: the rows of `bytes`."""
+    """Categories: the rows of `bytes`. Host memory is one of them, and part of no sum."""
     bytes: NDArray[numpy.int64]
     """[categories, ticks]"""
     labels: tuple[Label, ...]
@@ -55,8 +55,25 @@ class History:
 
     @property
     def total(self) -> NDArray[numpy.int64]:
-        """Live bytes at each tick."""
+        """Live bytes on the device at each tick."""
         found: NDArray[numpy.int64] = self.bytes.sum(axis=0)
+        return found - self._host
+
+    @property
+    def host(self) -> int:
+        """The most bytes that ever waited in host memory."""
+        return int(self._host.max(initial=0))
+
+    @property
+    def host_at_rest(self) -> int:
+        """Bytes in host memory at the first tick, when the model is loaded."""
+        return int(self._host[0]) if len(self.labels) else 0
+
+    @property
+    def _host(self) -> NDArray[numpy.int64]:
+        if categories.HOST not in self.names:
+            return numpy.zeros(self.bytes.shape[1], dtype=numpy.int64)
+        found: NDArray[numpy.int64] = self.bytes[self.names.index(categories.HOST)]
         return found
 
     def peak(self, phase: str | None = None) -> Moment:
@@ -76,6 +93,7 @@ class History:
         """One tick, with what is alive there."""
         label = self.labels[tick]
         alive = {name: int(size) for name, size in zip(self.names, self.bytes[:, tick], strict=True) if size}
+        alive.pop(categories.HOST, None)
         return Moment(sum(alive.values()), label.phase, label.module, label.op, alive)
 
     def ticks(self, chosen: list[int]) -> History:

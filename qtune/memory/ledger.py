@@ -65,11 +65,15 @@ class Ledger(TorchDispatchMode):
     ledger (parameters, batches) are entered with `adopt`.
     """
 
-    def __init__(self, rounding: int = ROUNDING, workspace: Workspace | None = None) -> None:
-        """`workspace`: what a kernel allocates for itself, from its function and arguments: [(bytes, name), ...]."""
+    def __init__(self, rounding: int = ROUNDING, workspace: Workspace | None = None, device: str | None = None) -> None:
+        """`workspace`: what a kernel allocates for itself, from its function and arguments: [(bytes, name), ...].
+
+        device: the type of device whose memory is counted; a step on a card also has tensors in host memory.
+        """
         super().__init__()
         self.rounding = rounding
         self.workspace = workspace
+        self.device = device
         self.lives: list[Life] = []
         self.phases: list[tuple[int, str]] = [(0, "static")]
         """(first tick, phase), in order."""
@@ -136,6 +140,8 @@ class Ledger(TorchDispatchMode):
     def _enter(self, tensor: torch.Tensor, op: str) -> int | None:
         """Row of the tensor's storage, new or known; None for tensors without one."""
         if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+            return None
+        if self.device is not None and tensor.device.type != self.device:
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -135,7 +135,7 @@ class Meter:
 
     def static(self) -> dict[str, int]:
         """Bytes that stay between steps, by category: weights by dtype, constants, adapter, gradients, optimizer."""
-        ledger = Ledger()
+        ledger = Ledger(device=self.device.type)
         self._adopt_all(ledger)
         found: dict[str, int] = {}
         for life in ledger.lives:
@@ -168,7 +168,7 @@ class Meter:
 
     def _open_ledger(self, phase: str) -> None:
         assert self._model is not None
-        ledger = Ledger()
+        ledger = Ledger(device=self.device.type)
         self._adopt_all(ledger)
         ledger.enter(phase)
         self._handles = follow_modules(ledger, self._model)

@@ -11,8 +11,10 @@ import bitsandbytes
 import torch
 
 from qtune.adapter import attach_adapter
+from qtune.host_storage import keep_embeddings_on_host
 from qtune.loss import install_loss
 from qtune.memory import categories
+from qtune.memory.history import Moment
 from qtune.memory.margin import Need
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Batch, Step
@@ -22,7 +24,7 @@ from qtune.model import quantization_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from qtune.memory.history import History, Moment
+    from qtune.memory.history import History
     from qtune.plan import Plan
     from qtune.recipe import Recipe
 
@@ -60,9 +62,11 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     """The model that a run trains, on the meta device: quantized, adapted, with our loss."""
     dtype = getattr(torch, plan.compute_dtype)
     network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    if plan.embeddings == "host":
+        keep_embeddings_on_host(network)
     with torch.device("meta"):  # nothing to initialise: only the shapes matter
         model = attach_adapter(network, recipe.adapter, plan)
-    install_loss(model.get_base_model())
+    install_loss(model.get_base_model(), tile_bytes=plan.loss_tile_bytes)
     return model
 
 
@@ -81,6 +85,8 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         autocast=autocast_of(plan),
         max_gradient_norm=recipe.training.max_gradient_norm,
         paged=plan.device.kind == "cuda" and plan.optimizer.startswith("paged"),
+        activations="host" if plan.activations == "host" else "device",
+        host_apart=plan.device.kind == "cuda",
         eval_batch=evaluated,
     )
 
@@ -123,6 +129,8 @@ class Prediction:
     need: Need
     paged_bytes: int
     """Optimizer state in managed memory: on the card only while it is used."""
+    host_bytes: int
+    """The most that waits in the computer's memory: embeddings and head, activations."""
     layers: int
     layers_executed: int
     seconds: float
@@ -139,20 +147,33 @@ def summarize(traced: Traced) -> Prediction:
     """The few numbers that tables, pictures and a fit need."""
     history = traced.history
     by_phase = {phase: history.peak(phase) for phase in ("forward", "backward", "optimizer", "eval")}
+    if history.host_at_rest:
+        by_phase["load"] = _loading(history)
     at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
     peak = max(by_phase.values(), key=lambda moment: moment.bytes)
     timeline, phases = _timeline(history)
     return Prediction(
         peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, Need(peak.bytes, at_rest),
-        history.paged, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
+        history.paged, history.host, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
     )  # fmt: skip
+
+
+def _loading(history: History) -> Moment:
+    """The model as it is loaded: whole on the card, before its embeddings and head move to the host."""
+    alive = {name: size for name, size in history.at(0).alive.items() if name != categories.ADAPTER}
+    alive[categories.EMBEDDINGS] = alive.get(categories.EMBEDDINGS, 0) + history.host_at_rest
+    return Moment(sum(alive.values()), "load", "", "the whole model is loaded", alive)
 
 
 def _timeline(history: History) -> tuple[dict[str, list[int]], list[tuple[int, str]]]:
     total = history.total[1:]
     edges = [1 + round(number * len(total) / POINTS) for number in range(POINTS + 1)]
     chosen = [a + int(history.total[a:b].argmax()) for a, b in itertools.pairwise(edges) if b > a]
-    curves = {name: [int(v) for v in history.bytes[row, chosen]] for row, name in enumerate(history.names)}
+    curves = {
+        name: [int(v) for v in history.bytes[row, chosen]]
+        for row, name in enumerate(history.names)
+        if name != categories.HOST
+    }
     phases: list[tuple[int, str]] = []
     for point, tick in enumerate(chosen):
         if not phases or phases[-1][1] != history.labels[tick].phase:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtune.adapter import attach_adapter
-from qtune.loss import install_loss
+from qtune.loss import TILE_BYTES, install_loss
 from qtune.memory.fit import changed
 from qtune.memory.predict import Longest, build, predict, summarize, training_step
 from qtune.memory.skeleton import bare_model
@@ -87,6 +87,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
     """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
     rows = longest or Longest(plan.max_length)
+    recipe = changed(recipe, {("memory", "embeddings"): plan.embeddings})  # as memory chose it, in every variant
     found: list[Way] = []
     for name, how, other in _switched_off(recipe, plan):
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
@@ -113,6 +114,20 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
         yield "gradient checkpointing", "every activation kept", off
     if plan.optimizer != "adamw":
         yield f"{plan.optimizer} optimizer", "fp32 moments", changed(recipe, {("training", "optimizer"): "adamw"})
+    if plan.embeddings == "host":
+        yield (
+            "embeddings on the host",
+            "embeddings and head on the card",
+            changed(recipe, {("memory", "embeddings"): "device"}),
+        )
+    if plan.activations == "host":
+        yield "activations on the host", "they stay on the card", changed(recipe, {("memory", "activations"): "device"})
+    if plan.loss_tile_bytes < TILE_BYTES:
+        yield (
+            "smaller loss tiles",
+            f"tiles of {TILE_BYTES // 2**20} MiB",
+            changed(recipe, {("memory", "loss_tile"): f"{TILE_BYTES // 2**20}MiB"}),
+        )
     if isinstance(recipe.adapter, Lora) and plan.adapter_dtype != "float32":
         yield "16-bit adapter", "the adapter in fp32", changed(recipe, {("adapter", "dtype"): "float32"})
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
+from qtune.host_storage import host_weight
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -157,6 +158,8 @@ def give_storage(model: torch.nn.Module, mode: FakeTensorMode) -> None:
                     slots[name] = fake(tensor)  # type: ignore[assignment]
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.quant_state = module.weight.quant_state
+        if (weight := host_weight(module)) is not None:
+            module.host_weight = fake(weight)
     prompt_tokens: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})
     for name, tokens in prompt_tokens.items():
         prompt_tokens[name] = fake(tokens)

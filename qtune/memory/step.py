@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from qtune.host_storage import activations_on_host
 from qtune.memory import categories
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Step:
     max_gradient_norm: float | None = 1.0
     paged: bool = False
     """Whether the optimizer's larger states live in managed memory, which the allocator does not count."""
+    activations: Literal["device", "host"] = "device"
+    """Where what the backward needs waits for it."""
+    host_apart: bool = False
+    """Whether host memory is other memory than the device's: on a card, not on a CPU."""
     ends_after: Literal["forward", "step"] = "step"
     eval_batch: Batch | None = None
 
@@ -77,7 +82,7 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     """Forward and backward over one batch; returns what the caller must keep alive (the loss after a forward)."""
     batch = step.batch.tensors()
     ledger.enter("forward")
-    with _autocast(step):
+    with _autocast(step), _activations(model, step, ledger):
         loss = step.loss(model, batch)
     if not backward:
         return loss
@@ -110,6 +115,17 @@ def evaluate(model: torch.nn.Module, step: Step, ledger: Ledger) -> None:
 
 def _autocast(step: Step) -> Any:
     return contextlib.nullcontext() if step.autocast is None else torch.autocast("cpu", step.autocast)
+
+
+def _activations(model: torch.nn.Module, step: Step, ledger: Ledger) -> Any:
+    if step.activations == "device":
+        return contextlib.nullcontext()
+    kept = categories.ACTIVATIONS if step.checkpointing == "none" else categories.CHECKPOINTED
+    return activations_on_host(
+        model,
+        left=lambda tensor: ledger.adopt(tensor, categories.HOST if step.host_apart else kept),
+        returned=lambda tensor: ledger.adopt(tensor, kept),
+    )
 
 
 def released(tensors: Iterable[torch.nn.Parameter]) -> None:

@@ -92,7 +92,7 @@ class _Tracer:
         prepare(model, step)
         self.container = layer_container(model)
         self.ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda))
-        categories.adopt_model(self.ledger, model)
+        categories.adopt_model(self.ledger, model, cuda=cuda)
 
     def optimizer(self) -> History:
         """The optimizer's phase of the second step, when its state exists."""
