@@ -425,33 +425,44 @@ def fit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --output.")] = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
 
-    The effective batch never changes. The new recipe keeps its comments; without --output it goes beside the old one as
-    NAME.fit.toml.
+    The effective batch never changes, and rows get shorter only with --allow length. The new recipe keeps its comments;
+    without --output it goes beside the old one as NAME.fit.toml. Exit code 1: nothing fits; the smallest budget that
+    would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
-    from qtune.console.memory import draw_fit
-    from qtune.memory import fit as stage
     from qtune.quiet import quiet_loading
-    from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.recipe_file import find_recipe, load_recipe, shipped_recipes
 
     if largest not in (None, "length", "batch"):
         raise typer.BadParameter("--max is length or batch")
+    if gpu is not None and vram is not None:
+        raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
+    if output is not None and output.exists() and not force:
+        raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
+    resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
+    from qtune.console.memory import draw_fit
+    from qtune.memory import fit as stage
+    from qtune.run_dir import write_atomically
+
     quiet_loading()
-    resolved = load_recipe(find_recipe(recipe), changes or ())
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return
-    found = stage.fit_recipe(resolved.recipe, gpu, vram, allow_length="length" in (allow or ()))
-    console.out(draw_fit(found, {".".join(map(str, path)): value for path, value in found.changes.items()}))
+    found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
+    settled = {".".join(map(str, path)): stage.shown(value) for path, value in found.changes.items()}
+    console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
     if not found.fits:
         raise typer.Exit(1)
     if found.changes:
-        target = output or resolved.file.with_suffix(".fit.toml")
-        target.write_text(stage.rewritten_recipe(resolved.text, found), encoding="utf-8")
+        is_shipped = resolved.file in shipped_recipes().values()
+        beside = resolved.file.with_suffix(".fit.toml")
+        target = output or (Path(beside.name) if is_shipped else beside)
+        write_atomically(target, stage.fitted_text(resolved, found, target))
         console.say(f"written: {target}")
 
 

@@ -8,7 +8,7 @@ head are taken in another order. Where the host is the device (no card), the sam
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,38 +33,43 @@ SMALLEST_BYTES = 2**20
 # --- embeddings and head -------------------------------------------------------------------------------------------
 
 
-def keep_embeddings_on_host(model: PreTrainedModel) -> None:
-    """Moves the input embeddings and the LM head of a frozen model to host memory, pinned where there is a card.
+def modules_for_the_host(model: PreTrainedModel) -> list[Any]:
+    """The input embeddings and the LM head. A head that is no plain linear layer, a quantized one for example, stays on
+    the card, and embeddings that are tied to such a one stay with it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return [embedding, head]
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    return [] if tied else [embedding]
 
-    Tied weights stay one tensor. In the modules' place on the card stands a parameter of the same shape, dtype and
-    device without the memory: one NaN, seen as [vocab, hidden]. Libraries find the embeddings by that shape (peft),
-    read the model's device and dtype from it, and whoever multiplied with it would notice at once. A head that is no
-    plain linear layer, a quantized one for example, stays where it is.
+
+def keep_embeddings_on_host(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Keeps the embeddings and the head of a frozen model in host memory, pinned where `device` is a card.
+
+    They may have been loaded there or on the device. Tied weights stay one tensor. In the modules' place on the device
+    stands a parameter of the same shape and dtype without the memory: one NaN, seen as [vocab, hidden]. Libraries find
+    the embeddings by that shape (peft), read the model's device and dtype from it, and whoever multiplied with it would
+    notice at once.
     """
-    embedding, head = cast("nn.Embedding", model.get_input_embeddings()), model.get_output_embeddings()
+    device = torch.device(device)
+    is_card = device.type == "cuda"
     moved: dict[int, tuple[Tensor, nn.Parameter]] = {}
-
-    def move(module: Any) -> None:
+    for module in modules_for_the_host(model):
         weight = module.weight
         if id(weight) not in moved:
-            host = weight.detach().to("cpu") if weight.device.type == "cuda" else weight.detach()
-            stand_in = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
-            pinned = host.pin_memory() if weight.device.type == "cuda" else host
-            moved[id(weight)] = pinned, nn.Parameter(stand_in, requires_grad=False)
+            host = weight.detach().to("cpu") if is_card else weight.detach()
+            stand_in = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+            moved[id(weight)] = host.pin_memory() if is_card else host, nn.Parameter(stand_in, requires_grad=False)
         # Not a buffer: `Module.to` must leave it where it is.
         module.host_weight, module.weight = moved[id(weight)]
-
-    tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    if type(head) is nn.Linear or not tied:
-        # The look-up below puts other rows under the module's own forward, where a pad's number means nothing.
-        embedding.padding_idx = None
-        move(embedding)
-        embedding.forward = types.MethodType(_look_up, embedding)  # type: ignore[method-assign]
-    if type(head) is nn.Linear:
-        move(head)
-        head.forward = types.MethodType(_multiply_in_blocks, head)  # type: ignore[method-assign]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the card's copies are gone, and their space should be anyone's
+        module.to(device)  # a bias, a scale
+        is_head = isinstance(module, nn.Linear)
+        module.forward = types.MethodType(_multiply_in_blocks if is_head else _look_up, module)
+        if not is_head:
+            # The look-up puts other rows under the module's own forward, where a pad's number means nothing.
+            module.padding_idx = None
+    if is_card:
+        torch.cuda.empty_cache()  # what was loaded to the card is gone, and its space should be anyone's
 
 
 def host_weight(module: Any) -> Tensor | None:

@@ -1,6 +1,8 @@
 """The base model: found, loaded in 4 bits, and counted in real parameters."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -24,7 +27,7 @@ from qtune.builtin import PREFIX, builtin_folder
 from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.gguf_base import gguf_folder
-from qtune.host_storage import keep_embeddings_on_host
+from qtune.host_storage import keep_embeddings_on_host, modules_for_the_host
 from qtune.plan import SDPA, Plan
 from qtune.recipe import EightBit, FourBit, Model, Quantization, Unquantized
 
@@ -124,19 +127,27 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
     """
     dtype = getattr(torch, plan.compute_dtype)
-    stored = getattr(load_config(model), "quantization_config", None)
+    config = load_config(model)
+    stored = is_stored_quantized(config)
     ours = None if stored else quantization_config(quantization, dtype)
+    places = {"": plan.device.torch_name}
+    if plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
+        places |= dict.fromkeys(embedding_names(config), "cpu")
+        if ours is not None:
+            # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
+            ours.llm_int8_enable_fp32_cpu_offload = True
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            base_folder(model),
-            dtype=dtype,
-            attn_implementation=plan.attention,
-            device_map={"": plan.device.torch_name},
-            use_safetensors=True,
-            # Even a None would hide the quantization that a checkpoint brings along.
-            **({"quantization_config": ours} if ours else {}),
-            **_where(model),
-        )
+        with _without_hooks():
+            network = AutoModelForCausalLM.from_pretrained(
+                base_folder(model),
+                dtype=dtype,
+                attn_implementation=plan.attention,
+                device_map=places,
+                use_safetensors=True,
+                # Even a None would hide the quantization that a checkpoint brings along.
+                **({"quantization_config": ours} if ours else {}),
+                **_where(model),
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, MemoryError) as error:
         if is_out_of_memory(error):
             free = plan.device.free_bytes / 2**30
@@ -147,8 +158,38 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     if not stored and not isinstance(quantization, Unquantized):
         _require_share(model, network, quantization.minimum_share)
     if plan.embeddings == "host":
-        keep_embeddings_on_host(network)
+        keep_embeddings_on_host(network, plan.device.torch_name)
     return network
+
+
+def is_stored_quantized(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint brings its own quantization. Its quantizer decides where it can be loaded to: it is loaded
+    whole, and what belongs to the host moves there afterwards."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def embedding_names(config: PretrainedConfig) -> list[str]:
+    """Names of the modules that `keep_embeddings_on_host` moves, in the model of this configuration."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    moved = modules_for_the_host(model)
+    return [name for name, module in model.named_modules() if module in moved]
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Weights are loaded to two places, and used in our own way from there.
+
+    transformers (5.23, modeling_utils.py, `from_pretrained`) gives such a model accelerate's hooks, which would carry
+    the weights over whole before each use. There is no option against it.
+    """
+    loading: Any = modeling_utils
+    original = loading.accelerate_dispatch
+    loading.accelerate_dispatch = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        loading.accelerate_dispatch = original
 
 
 def count_parameters(network: torch.nn.Module) -> ParameterCount:

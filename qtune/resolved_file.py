@@ -53,7 +53,7 @@ def resolved_text(resolved: Resolved, plan: Plan) -> str:
 
 def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:
     if path in (("data", "train"), ("data", "validation"), ("data", "test"), ("data", "chat_template")):
-        value = _absolute(value, resolved.folder)
+        value = absolute_paths(value, resolved.folder)
     if path == ("adapter", "start_from"):
         value = str(Path(value).expanduser().resolve())
     if path == ("model", "base") and Path(value).expanduser().exists():
@@ -61,13 +61,13 @@ def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:
     return show_value(value)
 
 
-def _absolute(value: Any, folder: Path) -> Any:
-    """Paths from `folder`; names that are no paths there (hub ids, built-in templates, shares) stay."""
+def absolute_paths(value: Any, folder: Path) -> Any:
+    """Paths of a recipe's data, from `folder`; what is no path there (hub ids, built-in templates, shares) stays."""
     if isinstance(value, (list, tuple)):
-        return [_absolute(one, folder) for one in value]
+        return [absolute_paths(one, folder) for one in value]
     if hasattr(value, "model_dump"):
         fields = {name: one for name, one in value.model_dump().items() if one not in (None, {}, ())}
-        return {name: _absolute(one, folder) if name == "path" else one for name, one in fields.items()}
+        return {name: absolute_paths(one, folder) if name == "path" else one for name, one in fields.items()}
     if isinstance(value, str) and not value.startswith("hub:"):
         path = folder / Path(value).expanduser()
         is_pattern = any(character in value for character in "*?[")

@@ -1,5 +1,6 @@
 """What only a CUDA card can show. Run by tools/check_gpu.sh; skipped where torch sees no card."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from qtune.host_storage import activations_on_host
+from qtune.load_run import resolved_recipe
+from qtune.loss import streamed_cross_entropy, tiled_cross_entropy
 from qtune.run_dir import RunDir
 
 pytestmark = [
@@ -58,6 +62,56 @@ def test_the_optimizers_of_bitsandbytes_train_on_the_card(optimizer, tmp_path):
     trained = RunDir(tmp_path / qtune("run", "quickstart", *(part for change in changes for part in ("--set", change))))
     first, *_, last = losses(trained)
     assert last < 0.7 * first
+
+
+def test_embeddings_and_activations_in_host_memory_give_the_same_losses_in_less_of_the_cards(run_dir, tmp_path):
+    changes = ["training.steps=12", f"output.directory={tmp_path}", "training.gradient_checkpointing=true"]
+    changes += [f"training.micro_batch_size={resolved_recipe(run_dir).training.micro_batch_size}"]
+    peaks, curves = [], []
+    for where in ("device", "host"):
+        here = [*changes, f"memory.embeddings={where}", f"memory.activations={where}", f"output.name={where}"]
+        trained = RunDir(
+            tmp_path / qtune("run", "quickstart", *(part for change in here for part in ("--set", change)))
+        )
+        curves.append(losses(trained))
+        phases = trained.read_json(trained.memory_file)["measured"]["phases"]
+        peaks.append({name: phases[name]["allocated_peak_bytes"] for name in ("load", "forward", "backward")})
+    # The head's blocks are summed in another order, and 16 bits round each sum.
+    assert curves[1] == pytest.approx(curves[0], rel=0.05)
+    on_card, on_host = peaks
+    embeddings = 49152 * 576 * 2  # SmolLM2 135M: vocabulary x hidden x 16 bits, tied
+    assert on_card["load"] - on_host["load"] > 0.9 * embeddings
+    assert on_card["backward"] - on_host["backward"] > 0.9 * embeddings
+
+
+def test_saved_activations_wait_in_pinned_memory_and_come_back_bit_for_bit():
+    weight = torch.randn(512, 512, device="cuda", requires_grad=True)
+    x = torch.randn(4096, 512, device="cuda")
+    left: list[torch.Tensor] = []
+    gradients = []
+    for around in (contextlib.nullcontext(), activations_on_host(torch.nn.Identity(), left.append)):
+        weight.grad = None
+        with around:
+            y = (x @ weight).tanh().square().sum()
+        y.backward()
+        gradients.append(weight.grad.clone())
+    assert left
+    assert all(tensor.is_pinned() for tensor in left)
+    assert torch.equal(*gradients)
+
+
+def test_a_head_in_pinned_memory_scores_as_one_on_the_card():
+    hidden = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5000, 256, dtype=torch.bfloat16).pin_memory()
+    labels = torch.randint(0, 5000, (300,), device="cuda")
+    results = []
+    for function, head in ((streamed_cross_entropy, weight), (tiled_cross_entropy, weight.cuda())):
+        hidden.grad = None
+        loss, correct = function(hidden, head, None, labels, tile_bytes=2**19)
+        loss.backward()
+        results.append((loss, correct, hidden.grad.clone()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 def test_the_export_is_the_model_that_was_trained_on_the_card(run_dir):

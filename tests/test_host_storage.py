@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qtune import host_storage
 from qtune.adapter import attach_adapter
+from qtune.device import Device
 from qtune.errors import ModelError
 from qtune.evaluate import evaluate
 from qtune.export.export import Options, export_run
@@ -25,8 +27,9 @@ from qtune.memory import categories
 from qtune.memory.history import History
 from qtune.memory.ledger import LOSS_REGION
 from qtune.memory.predict import Longest, predict
-from qtune.model import count_parameters
+from qtune.model import count_parameters, load_base
 from qtune.plan import make_plan
+from qtune.recipe import EightBit, FourBit, Model, Unquantized
 from qtune.recipe_file import load_recipe
 from qtune.run_dir import RunDir
 from qtune.train import resume, run
@@ -56,7 +59,7 @@ ADAPTERS = {
 def adapted(family: str, adapter: str, *, on_host: bool):
     network = frozen(family)
     if on_host:
-        keep_embeddings_on_host(network)
+        keep_embeddings_on_host(network, "cpu")
     recipe = recipe_with(adapter=ADAPTERS[adapter])
     torch.manual_seed(0)
     model = attach_adapter(network, recipe.adapter, make_plan(recipe, CPU))
@@ -91,7 +94,7 @@ def test_logits_answers_and_the_check_before_training_are_as_before(family: str,
     model = frozen(family).eval()
     ids, _ = some_batch()
     logits, answer = model(input_ids=ids).logits, model.generate(ids[:1], max_new_tokens=6, do_sample=False)
-    keep_embeddings_on_host(model)
+    keep_embeddings_on_host(model, "cpu")
     torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(ids[:1], max_new_tokens=6, do_sample=False), answer)
     assert loss_agrees(model, ids[:1])
@@ -113,7 +116,7 @@ def test_what_stays_on_the_device_is_one_number(family: str) -> None:
     model = frozen(family)
     before = count_parameters(model)
     weights = model.get_input_embeddings().weight, model.lm_head.weight
-    keep_embeddings_on_host(model)
+    keep_embeddings_on_host(model, "cpu")
     for module, weight in zip((model.get_input_embeddings(), model.lm_head), weights, strict=True):
         assert module.weight.untyped_storage().nbytes() == 4
         assert (module.weight.shape, module.weight.dtype) == (weight.shape, weight.dtype)
@@ -124,9 +127,36 @@ def test_what_stays_on_the_device_is_one_number(family: str) -> None:
     assert count_parameters(model) == before
 
 
+@pytest.mark.parametrize("quantization", [FourBit(), EightBit(kind="int8"), Unquantized(kind="none")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_card_never_holds_them_even_while_loading(tied: bool, quantization, tmp_path, monkeypatch) -> None:
+    AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    given = Model(base=str(tmp_path))
+    quantization = quantization.model_copy(update={"minimum_share": 0.0})
+    recipe = recipe_with(memory={"embeddings": "host"})
+    # Two names for one device stand for a card and its host: transformers takes them for two places.
+    plan = replace(make_plan(recipe, CARD), compute_dtype="bfloat16")
+    places = []
+    monkeypatch.setattr(Device, "torch_name", property(lambda self: "cpu:0"))
+    loader = AutoModelForCausalLM.from_pretrained
+
+    def spy(*args, **options):
+        places.append(options["device_map"])
+        return loader(*args, **options)
+
+    monkeypatch.setattr("qtune.model.AutoModelForCausalLM.from_pretrained", spy)
+    network = load_base(given, quantization, plan)
+    assert places == [{"": "cpu:0", "model.embed_tokens": "cpu", "lm_head": "cpu"}]
+    assert not any(hasattr(module, "_hf_hook") for module in network.modules())
+    plain = loader(tmp_path, dtype=torch.bfloat16)
+    for module, weight in ((network.model.embed_tokens, plain.model.embed_tokens), (network.lm_head, plain.lm_head)):
+        assert torch.equal(host_weight(module), weight.weight)
+        assert host_weight(module).dtype == torch.bfloat16
+
+
 def test_the_host_keeps_its_weights_when_a_model_is_moved() -> None:
     model = frozen("llama")
-    keep_embeddings_on_host(model)
+    keep_embeddings_on_host(model, "cpu")
     model.to("meta")
     assert model.device.type == "meta"
     assert host_weight(model.lm_head).device.type == "cpu"
@@ -135,7 +165,7 @@ def test_the_host_keeps_its_weights_when_a_model_is_moved() -> None:
 def test_an_adapter_on_the_embeddings_is_refused() -> None:
     recipe = recipe_with(adapter={"kind": "lora", "target_modules": ["embed_tokens", "q_proj"]})
     network = frozen("llama")
-    keep_embeddings_on_host(network)
+    keep_embeddings_on_host(network, "cpu")
     with pytest.raises(ModelError, match=r'memory.embeddings: the adapter trains embed_tokens, .* "device"'):
         attach_adapter(network, recipe.adapter, make_plan(recipe, CPU))
 

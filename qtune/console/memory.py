@@ -1,7 +1,8 @@
 """How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
+    from qtune.recipe import Recipe
 
 GIB = 2**30
 MIB = 2**20
@@ -87,6 +89,10 @@ def _need(found: "Prediction") -> Table:
     if found.paged_bytes:
         table.add_row(
             "paged optimizer state", size(found.paged_bytes), "managed memory: moves to the host when the card is full"
+        )
+    if found.host_bytes:
+        table.add_row(
+            "in host memory", size(found.host_bytes), "pinned; the host's allocator rounds up to a power of two"
         )
     return table
 
@@ -167,19 +173,44 @@ def _static(static: dict[str, int]) -> Iterator[RenderableType]:
     yield Text("what stays between steps: " + ", ".join(f"{name} {size(value)}" for name, value in static.items()))
 
 
-def draw_fit(found: "Fitted", changes: dict[str, Any]) -> RenderableType:
-    """Every step of a search, and how it ended."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("change", "needs", "", "price"):
-        table.add_column(name, justify="right" if name == "needs" else "left")
-    for trial in found.trials:
-        mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
-        table.add_row(trial.what, size(trial.need.total_bytes), mark, trial.why)
-    if found.fits:
-        ended = f"fits {size(found.budget_bytes)}"
-        ended += ": " + ", ".join(f"{key} = {value}" for key, value in changes.items()) if changes else " as it is"
-    else:
-        ended = (
-            f"does not fit {size(found.budget_bytes)}; the smallest budget that would is {size(found.need.total_bytes)}"
+def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, length_is_allowed: bool) -> RenderableType:
+    """What was asked, every step of the search, and how it ended."""
+    plan = found.plan
+    needed = f"{found.asked_rows} x {found.rows.longest.length} tokens at once need {size(found.asked.total_bytes)}"
+    parts: list[RenderableType] = [
+        Text(f"{recipe.model.base} on {plan.device.name}, {size(found.budget_bytes)}", style="bold"),
+        Text(f"as it is, {needed}: {'that fits' if not found.trials else 'too much'}"),
+        Text(f"length: {found.rows.known_from}"),
+    ]
+    if found.trials:
+        parts += [Text(""), _trials(found)]
+    if found.fits and not found.trials:
+        ended = f"fits {size(found.budget_bytes)} as it is"
+    elif found.fits:
+        ended = f"fits {size(found.budget_bytes)} with {size(found.need.total_bytes)}: " + ", ".join(
+            f"{key} = {value}" for key, value in changes.items()
         )
-    return Group(table, Text(""), Text(ended, style="bold"))
+    else:
+        smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
+        ended = (
+            f"does not fit {size(found.budget_bytes)}; with all that saves, the smallest budget that would do is "
+            f"{smallest:.2f} GiB"
+        )
+        if not length_is_allowed:
+            ended += "\nshorter rows need less: --allow length"
+    return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _trials(found: "Fitted") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("change", "a row needs", "and then", "", "price"):
+        table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
+    for trial in found.trials:
+        before, after = size(trial.before.total_bytes), size(trial.need.total_bytes)
+        if trial.verdict == "kept":
+            mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
+            table.add_row(trial.what, before, after, mark, trial.why)
+        else:
+            reason = trial.why if trial.verdict == "not possible" else "left as it was"
+            table.add_row(trial.what, before, after, trial.verdict, reason, style="dim")
+    return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtune.errors import ModelError
 from qtune.memory.cache import predicted
 from qtune.memory.cards import size_in_bytes
 
@@ -60,6 +61,32 @@ def choose_micro_batch(
     found = need(size)
     words = f"{found.total_bytes / GIB:.2f} GiB traced and margin, of {limit / GIB:.2f} GiB"
     return Chosen(plan.with_micro_batch(size, f"the largest that fits: {words}"), found, limit)
+
+
+def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:
+    """`plan` with what a recipe leaves to a card's memory: the micro-batch, and where the embeddings are.
+
+    They go to the host, which changes nothing but the speed, only where the step would not fit otherwise and where that
+    helps.
+    """
+
+    def chosen(candidate: Plan) -> Chosen:
+        if recipe.training.micro_batch_size == "auto":
+            return choose_micro_batch(config, recipe, candidate, longest)
+        return Chosen(candidate, predicted(config, recipe, candidate, longest).need, budget_bytes(recipe, candidate))
+
+    on_card = chosen(plan)
+    if on_card.fits or recipe.memory.embeddings != "auto":
+        return on_card.plan
+    rows = on_card.plan.micro_batch_size
+    what = "one row" if rows == 1 else f"{rows} rows"
+    needed, budget = on_card.need.total_bytes / GIB, on_card.budget_bytes / GIB
+    reason = f"with them on the card {what} would need {needed:.2f} GiB of {budget:.2f}"
+    try:
+        on_host = chosen(plan.with_embeddings_on_host(reason))
+    except ModelError:  # the adapter trains the embeddings
+        return on_card.plan
+    return on_host.plan if on_host.need.total_bytes < on_card.need.total_bytes else on_card.plan
 
 
 def largest_that_fits(sizes: list[int], cost: Callable[[int], int], limit: int) -> int:

@@ -16,6 +16,7 @@ from qtune.builtin import cache_folder
 from qtune.memory.history import Moment
 from qtune.memory.margin import Need
 from qtune.memory.predict import Longest, Prediction, predict, summarize
+from qtune.model import is_stored_quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,7 +36,7 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
         return prediction_from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
-    found = summarize(predict(config, recipe, plan, longest))
+    found = summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:

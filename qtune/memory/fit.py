@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from qtune.errors import ModelError
 from qtune.memory.budget import budget_bytes, choose_micro_batch, largest_that_fits
 from qtune.memory.cache import predicted
+from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import device_for
 from qtune.memory.rewrite import rewritten
 from qtune.model import attention_rule, load_config
 from qtune.plan import make_plan
 from qtune.recipe import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
+from qtune.resolved_file import absolute_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from transformers import PretrainedConfig
 
     from qtune.device import Device
     from qtune.memory.margin import Need
     from qtune.plan import Plan
+    from qtune.recipe_file import Resolved
 
 LENGTH_STEP = 64
 """Lengths are tried in multiples of this."""
+
+INTERPOLATIONS = 6
+"""So many guesses along a straight line are made before lengths are halved."""
+
+SMALL_TILE_MIB = 16
+"""Tile of the loss that is tried where the usual one is too much: a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +47,28 @@ class Trial:
     """The change, in the recipe's words."""
     why: str
     """What it costs."""
+    before: Need
     need: Need
+    """After the change."""
+    verdict: Literal["kept", "saves nothing", "not possible"] = "kept"
 
 
 @dataclass(frozen=True)
 class Fitted:
     """What `fit` found."""
 
-    recipe: Recipe
     plan: Plan
+    rows: Rows
     budget_bytes: int
-    trials: list[Trial]
+    asked: Need
+    """The recipe as it was given."""
+    asked_rows: int
+    """Its micro-batch."""
+    need: Need
+    """The recipe as it ended."""
+    trials: list[Trial] = field(default_factory=list)
     changes: dict[KeyPath, Any] = field(default_factory=dict)
     """Recipe keys and their new values."""
-
-    @property
-    def need(self) -> Need:
-        """Of the last trial: the recipe as it ended."""
-        return self.trials[-1].need
 
     @property
     def fits(self) -> bool:
@@ -68,65 +84,129 @@ class Lever:
     value: Any
     why: str
 
+    @property
+    def words(self) -> str:
+        """The change as a recipe says it."""
+        return f"{'.'.join(map(str, self.key))} = {shown(self.value)}"
+
 
 def fit(
     config: PretrainedConfig,
     recipe: Recipe,
     device: Device,
     budget: int,
-    longest: Longest | None = None,
+    rows: Rows | None = None,
     allow_length: bool = False,
 ) -> Fitted:
     """Searches the settings in the order of harm; each candidate is traced.
 
-    First the micro-batch alone. If one row does not fit: checkpointing, then the optimizer's bits, then double
-    quantization; with `allow_length` at last the length. As soon as one row fits, the micro-batch is made as large as
-    the budget allows.
+    First the micro-batch alone. If one row does not fit, the levers one after the other, and with `allow_length` at
+    last the length. A lever that saves nothing is left out again; it may save once another one has taken away what
+    hid it, so it is tried again then. As soon as one row fits, the micro-batch is made as large as the budget allows.
     """
+    rows = rows or Rows(Longest(recipe.data.max_length), "data.max_length, every token scored")
+    attention = attention_rule(config)
+    plan = make_plan(recipe, device, attention)
+    asked = predicted(config, recipe, plan, rows.longest).need
+    start = Fitted(plan, rows, budget, asked, plan.micro_batch_size, asked)
+    if start.fits:
+        return start
+    trials: list[Trial] = []
     changes: dict[KeyPath, Any] = {}
-    rows = longest or Longest(recipe.data.max_length)
-    plan = make_plan(recipe, device, attention_rule(config))
-    trials = [Trial("as it is", "", predicted(config, recipe, plan, rows).need)]
-    if trials[0].need.fits(budget):
-        return Fitted(recipe, plan, budget, trials)
-    chosen = choose_micro_batch(config, recipe, plan, rows, budget)
-    trials.append(_micro_batch_trial(chosen.plan, chosen.need))
-    for lever in _levers(recipe, plan):
-        if chosen.fits:
-            break
-        recipe = changed(recipe, {lever.key: lever.value})
-        changes[lever.key] = lever.value
-        plan = make_plan(recipe, device, attention_rule(config))
-        chosen = choose_micro_batch(config, recipe, plan, rows, budget)
-        trials.append(Trial(f"{'.'.join(map(str, lever.key))} = {_shown(lever.value)}", lever.why, chosen.need))
-    if not chosen.fits and allow_length:
-        length = longest_that_fits(config, recipe, chosen.plan, budget, rows)
-        if length:
-            recipe = changed(recipe, {("data", "max_length"): length})
-            changes["data", "max_length"] = length
-            rows = Longest(length, None if rows.scored is None else min(rows.scored, length), rows.equal)
-            chosen = choose_micro_batch(config, recipe, make_plan(recipe, device, attention_rule(config)), rows, budget)
-            trials.append(Trial(f"data.max_length = {length}", "longer rows are refused or cut", chosen.need))
+
+    def one_row(candidate: Recipe, longest: Longest) -> Need:
+        single = make_plan(candidate, device, attention).with_micro_batch(1, "")
+        return predicted(config, candidate, single, longest).need
+
+    need = asked
+    if plan.micro_batch_size > 1:
+        need = one_row(recipe, rows.longest)
+        batch = plan.micro_batch_size * plan.accumulation_steps
+        price = f"{batch} micro-batches make a step: the same gradient, a little slower"
+        trials.append(Trial("training.micro_batch_size = 1", price, asked, need))
+    pending, more_was_kept = list(_levers(recipe, plan)), True
+    while pending and more_was_kept and not need.fits(budget):
+        tried, pending, more_was_kept = pending, [], False
+        for lever in tried:
+            if need.fits(budget):
+                break
+            trial = _tried(lever, recipe, need, lambda candidate: one_row(candidate, rows.longest))
+            trials = [*(old for old in trials if old.what != trial.what), trial]
+            if trial.verdict == "kept":
+                recipe, need = changed(recipe, {lever.key: lever.value}), trial.need
+                changes[lever.key] = lever.value
+                more_was_kept = True
+            elif trial.verdict == "saves nothing":
+                pending.append(lever)
+    longest = rows.longest
+    if allow_length and not need.fits(budget):
+        single = make_plan(recipe, device, attention).with_micro_batch(1, "")
+        length = longest_that_fits(config, recipe, single, budget, longest) or LENGTH_STEP
+        shorter = _cut(longest, length)
+        lever = Lever(
+            ("data", "max_length"),
+            length,
+            'longer rows stop the run; data.on_long_row = "cut-right" cuts them, "drop" leaves them out',
+        )
+        trial = _tried(lever, recipe, need, lambda candidate: one_row(candidate, shorter))
+        trials.append(trial)
+        if trial.verdict == "kept":
+            recipe, need, longest = changed(recipe, {lever.key: length}), trial.need, shorter
+            changes[lever.key] = length
+    plan = make_plan(recipe, device, attention)
+    if not need.fits(budget):
+        return Fitted(plan, rows, budget, asked, start.asked_rows, need, trials, changes)
+    chosen = choose_micro_batch(config, recipe, plan, longest, budget)
     changes["training", "micro_batch_size"] = chosen.plan.micro_batch_size
-    return Fitted(changed(recipe, changes), chosen.plan, budget, trials, changes)
+    return Fitted(chosen.plan, rows, budget, asked, start.asked_rows, chosen.need, trials, changes)
 
 
-def _micro_batch_trial(plan: Plan, need: Need) -> Trial:
-    what = f"training.micro_batch_size = {plan.micro_batch_size}"
-    return Trial(what, f"{plan.accumulation_steps} micro-batches a step, same gradient; a little slower", need)
+def _tried(lever: Lever, recipe: Recipe, before: Need, need_of: Callable[[Recipe], Need]) -> Trial:
+    """Whether one row needs less with the lever."""
+    try:
+        after = need_of(changed(recipe, {lever.key: lever.value}))
+    except ModelError as error:  # an adapter that trains the embeddings keeps them on the card
+        return Trial(lever.words, error.problems[0].message, before, before, "not possible")
+    return Trial(
+        lever.words, lever.why, before, after, "kept" if after.total_bytes < before.total_bytes else "saves nothing"
+    )
+
+
+def _cut(longest: Longest, length: int) -> Longest:
+    """The longest rows where none is longer than `length`."""
+    scored = None if longest.scored is None else min(longest.scored, length)
+    evaluated = None if longest.evaluated is None else min(longest.evaluated, length)
+    return Longest(min(longest.length, length), scored, longest.equal, evaluated)
 
 
 def _levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
+    """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
     if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
-        yield Lever(("training", "gradient_checkpointing"), True, "a step takes about a third longer, same result")
+        yield Lever(
+            ("training", "gradient_checkpointing"),
+            True,
+            "the forward is computed twice: a third more time, same result",
+        )
     if plan.optimizer in ("adamw", "paged-adamw"):
         yield Lever(
-            ("training", "optimizer"), "adamw-8bit", "8-bit moments; results as with 32 bits (arXiv:2110.02861)"
+            ("training", "optimizer"), "adamw-8bit", "8-bit moments: results as with 32 bits (arXiv:2110.02861)"
         )
-    if plan.optimizer != "paged-adamw-8bit":
-        yield Lever(("training", "optimizer"), "paged-adamw-8bit", "moments move to the host when the card is full")
+    if plan.optimizer != "paged-adamw-8bit" and plan.device.kind == "cuda":
+        yield Lever(
+            ("training", "optimizer"), "paged-adamw-8bit", "the moments also move to the host when the card is full"
+        )
     if isinstance(recipe.quantization, FourBit) and not recipe.quantization.double_quantization:
         yield Lever(("quantization", "double_quantization"), True, "no loss of quality was measured (arXiv:2305.14314)")
+    if plan.loss_tile_bytes > SMALL_TILE_MIB * 2**20:
+        yield Lever(("memory", "loss_tile"), f"{SMALL_TILE_MIB}MiB", "smaller matrix products in the loss, same result")
+    if plan.device.kind == "cuda" and plan.embeddings == "device":
+        yield Lever(
+            ("memory", "embeddings"),
+            "host",
+            "the head crosses the bus twice a micro-batch, same result; slower answers",
+        )
+    if plan.device.kind == "cuda" and plan.activations == "device":
+        yield Lever(("memory", "activations"), "host", "activations cross the bus out and back, same result")
 
 
 def longest_that_fits(
@@ -139,7 +219,7 @@ def longest_that_fits(
     single = plan.with_micro_batch(1, "")
     scored = None if rows is None else rows.scored
     most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 131072)
-    return _bisected(
+    return _longest_within(
         LENGTH_STEP,
         most // LENGTH_STEP * LENGTH_STEP,
         lambda n: (
@@ -151,18 +231,28 @@ def longest_that_fits(
     )
 
 
-def _bisected(low: int, high: int, cost: Callable[[int], int], limit: int) -> int:
-    """The largest multiple of LENGTH_STEP between `low` and `high` within the limit, by halving; 0 if `low` is not."""
-    if cost(low) > limit:
+def _longest_within(low: int, high: int, cost: Callable[[int], int], limit: int) -> int:
+    """The largest multiple of LENGTH_STEP between `low` and `high` within the limit; 0 if `low` is not.
+
+    Cost grows nearly in a straight line, so that the line between two known lengths soon meets the limit; where it does
+    not, halving ends the search.
+    """
+    below, above = cost(low), cost(high)
+    if below > limit:
         return 0
-    if cost(high) <= limit:
+    if above <= limit:
         return high
+    turn = 0
     while high - low > LENGTH_STEP:
-        middle = (low + high) // 2 // LENGTH_STEP * LENGTH_STEP
-        if cost(middle) <= limit:
-            low = middle
+        on_line = low + (high - low) * (limit - below) // (above - below)
+        guess = on_line if turn < INTERPOLATIONS else (low + high) // 2
+        guess = min(max(guess // LENGTH_STEP * LENGTH_STEP, low + LENGTH_STEP), high - LENGTH_STEP)
+        found = cost(guess)
+        if found <= limit:
+            low, below = guess, found
         else:
-            high = middle
+            high, above = guess, found
+        turn += 1
     return low
 
 
@@ -192,37 +282,69 @@ def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:
     return result
 
 
-def fit_recipe(recipe: Recipe, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:
+def fit_recipe(resolved: Resolved, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:
     """`qtune fit`: for the card that is named, that has this much memory, or that is here.
 
     Raises:
         ModelError, InputError: the model's configuration or the card's name cannot be used.
     """
-    device = device_for(gpu, vram)
-    config = load_config(recipe.model)
-    limit = (
-        budget_bytes(recipe, make_plan(recipe, device, attention_rule(config))) if vram is None else device.total_bytes
-    )
-    return fit(config, recipe, device, limit, allow_length=allow_length)
+    recipe = resolved.recipe
+    device, limit, config = _card(recipe, gpu, vram)
+    return fit(config, recipe, device, limit, longest_rows(resolved), allow_length=allow_length)
 
 
 def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) -> str:
-    """`qtune fit --max length|batch`: one line with the largest value that fits."""
-    device = device_for(gpu, vram)
-    config = load_config(recipe.model)
+    """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says."""
+    device, limit, config = _card(recipe, gpu, vram)
     plan = make_plan(recipe, device, attention_rule(config))
-    limit = budget_bytes(recipe, plan) if vram is None else device.total_bytes
+    card = f"{device.name} ({limit / 2**30:.2f} GiB)"
     if what == "length":
         found = longest_that_fits(config, recipe, plan, limit)
-        return f"longest row that fits {limit / 2**30:.2f} GiB, one at a time: {found or 'none'}"
+        if not found:
+            return f"not even a row of {LENGTH_STEP} tokens fits {card}"
+        return f"data.max_length = {found} is the largest that fits {card}, one row at a time, every token scored"
     rows = largest_micro_batch(config, recipe, plan, limit, None)
-    return f"most rows of {plan.max_length} tokens that fit {limit / 2**30:.2f} GiB at once: {rows or 'none'}"
+    if not rows:
+        return f"not even one row of {plan.max_length} tokens fits {card}; qtune fit without --max says what would help"
+    return f"training.micro_batch_size = {rows}, {plan.max_length} tokens a row, is the largest power of two for {card}"
 
 
-def rewritten_recipe(text: str, found: Fitted) -> str:
-    """The recipe's text with what was found."""
+def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
+    """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget."""
+    device, config = device_for(gpu, vram), load_config(recipe.model)
+    given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
+    return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
+
+
+def fitted_text(resolved: Resolved, found: Fitted, target: Path) -> str:
+    """The recipe's text for the file `target`, with what was found and what --set changed; paths right from there."""
+    asked = _set_changes(resolved)
+    if target.parent.resolve() != resolved.folder.resolve():
+        data = resolved.recipe.data
+        for key in ("train", "validation", "test", "chat_template"):
+            value = getattr(data, key)
+            if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
+                asked["data", key] = moved
+    text = rewritten(resolved.text, asked, "")
     return rewritten(text, found.changes, f"to fit {found.budget_bytes / 2**30:.2f} GiB")
 
 
-def _shown(value: Any) -> str:
+def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
+    """What --set has put into the recipe, and as None what it has put out of it."""
+    changes: dict[KeyPath, Any] = {}
+    sources = {(str(path[0]), str(path[1])): origin.source for path, origin in resolved.origins.items()}
+    tables = resolved.recipe.model_dump(mode="json", exclude_none=True)
+    for table, key in sources:
+        if sources[table, key] == "--set":
+            changes[table, key] = tables[table][key]
+    given = tomllib.loads(resolved.text)
+    for table in {str(path[0]) for path in changes}:
+        for key in given.get(table, {}):
+            if sources.get((table, key)) not in ("recipe", "--set"):
+                changes[table, key] = None
+    return changes
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe writes it."""
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)

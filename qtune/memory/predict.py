@@ -63,7 +63,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     dtype = getattr(torch, plan.compute_dtype)
     network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
     if plan.embeddings == "host":
-        keep_embeddings_on_host(network)
+        keep_embeddings_on_host(network, "meta")
     with torch.device("meta"):  # nothing to initialise: only the shapes matter
         model = attach_adapter(network, recipe.adapter, plan)
     install_loss(model.get_base_model(), tile_bytes=plan.loss_tile_bytes)
@@ -143,11 +143,14 @@ class Prediction:
 POINTS = 240
 
 
-def summarize(traced: Traced) -> Prediction:
-    """The few numbers that tables, pictures and a fit need."""
+def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
+    """The few numbers that tables, pictures and a fit need.
+
+    loaded_whole: what belongs to the host is loaded to the card before it goes there (`model.is_stored_quantized`).
+    """
     history = traced.history
     by_phase = {phase: history.peak(phase) for phase in ("forward", "backward", "optimizer", "eval")}
-    if history.host_at_rest:
+    if loaded_whole and history.host_at_rest:
         by_phase["load"] = _loading(history)
     at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
     peak = max(by_phase.values(), key=lambda moment: moment.bytes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qtune.device import Device, present_device
 from qtune.errors import Problem, RunError
 from qtune.memory import cards
-from qtune.memory.budget import budget_bytes, choose_micro_batch
+from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cache import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
@@ -57,14 +57,14 @@ class Forecast:
 
 
 def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast:
-    """The plan of `qtune run`, `profile` and `check`: on a card the micro-batch follows from memory, by tracing.
+    """The plan of `qtune run`, `profile` and `check`: on a card what it leaves open follows from memory, by tracing.
 
     Raises:
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
     plan = make_plan(recipe, device, attention_rule(config))
-    if recipe.training.micro_batch_size == "auto" and device.kind == "cuda":
-        plan = choose_micro_batch(config, recipe, plan, rows.longest).plan
+    if device.kind == "cuda":
+        plan = settled(config, recipe, plan, rows.longest)
     prediction = predicted(config, recipe, plan, rows.longest)
     return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
 

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
     """`text` with `changes` of (table, key) -> value; keys that were not there come at the end of their table.
 
-    reason: a comment for those new keys.
+    None takes a key out. reason: a comment for new keys, if it is not empty.
     """
     document = tomlkit.parse(text)
     for (table, key), value in changes.items():
+        if value is None:
+            if key in document.get(str(table), {}):
+                document[str(table)].remove(str(key))
+            continue
         if table not in document:
             document.add(tomlkit.nl())
             document.add(str(table), tomlkit.table())
@@ -33,9 +37,10 @@ def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
             target[str(key)] = new
         else:
             item = tomlkit.item(value)
-            item.comment(reason)
+            if reason:
+                item.comment(reason)
             _append(target, str(key), item)
-    return tomlkit.dumps(document)
+    return tomlkit.dumps(document).rstrip("\n") + "\n"
 
 
 def _append(table: Table, key: str, item: Any) -> None:
