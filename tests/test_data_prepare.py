@@ -10,6 +10,7 @@ from chat_families import FAMILIES, tokenizer_of
 from qtune.data import encoding
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import prepare, survey
+from qtune.data.rows import Row
 from qtune.errors import DataError
 from qtune.recipe import Data, FileSource, HubSource
 
@@ -294,6 +295,20 @@ def test_workers_make_the_same_examples_as_one_process(folder, monkeypatch):
     monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda _: {0, 1})
     prepared = prepare(Data(train="rows.jsonl", validation=0.0), CHATML, folder, cache=folder / "other")
     assert list(prepared.examples["train"]) == alone
+
+
+def test_of_long_rows_fewer_are_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "CHARACTERS_WORTH_WORKERS", 5000)
+    read = []
+    rows = (read.append(number) or Row(f"{number}", {"messages": [{"content": "x" * 300}]}) for number in range(1000))
+    batches = encoding._batched(rows)
+    first, is_large = encoding._read_ahead(batches)
+    assert [len(batch) for batch in first] == [4, 4, 4, 4, 4]
+    assert is_large
+    assert len(read) == 20
+    assert sum(map(len, encoding._chain(first, batches))) == 1000
+    assert first == []
 
 
 def test_a_template_that_does_not_exist_is_named(folder):

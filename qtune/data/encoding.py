@@ -5,7 +5,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -19,8 +18,11 @@ from qtune.data.sources import Source
 from qtune.data.store import Stored, write_store
 
 BATCH_ROWS = 500
+# Where rows are long, a batch ends here: what is in memory at once is so much, however long they are.
+BATCH_CHARACTERS = 2**20
 # Starting a worker costs as much as this many rows (it imports transformers): below it, one process is quicker.
 ROWS_WORTH_WORKERS = 20_000
+CHARACTERS_WORTH_WORKERS = 2**23
 
 
 def encode_source(
@@ -28,12 +30,12 @@ def encode_source(
 ) -> Stored:
     """Makes the examples of a source and writes them to `folder`."""
     read = Progress()
-    rows = source.rows(read)
-    first = list(islice(rows, ROWS_WORTH_WORKERS))
-    is_large = len(first) == ROWS_WORTH_WORKERS
+    batches = _batched(source.rows(read))
+    first, is_large = _read_ahead(batches)
+    count = sum(map(len, first))
     workers = len(os.sched_getaffinity(0)) if is_large else 1
-    total = source.estimated_rows(len(first), read) if is_large else None
-    rows_in_words = f"about {total:,} rows" if total else f"{len(first):,} rows"
+    total = source.estimated_rows(count, read) if is_large else None
+    rows_in_words = f"about {total:,} rows" if total else f"{count:,} rows"
     with console.progress(f"tokenizing {source.name}, {rows_in_words}", total) as shown:
 
         def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -41,25 +43,54 @@ def encode_source(
                 shown.advance(batch.rows)
                 yield batch
 
-        every = _batched(_chain(first, rows))
+        every = _chain(first, batches)
         if workers == 1:
             encoder = RowEncoder(tokenizer, template, rules)
             return write_store(folder, counted(encoder(batch) for batch in every))
         return write_store(folder, counted(_in_parallel(every, tokenizer, template, rules, workers)))
 
 
-def _chain(first: list[Row | BadRow], rest: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-    """Yields the rows that were read ahead, forgetting them, then the others."""
+def _batched(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    batch: list[Row | BadRow] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += _characters(row.value if isinstance(row, Row) else row.message)
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: object) -> int:
+    """The length of all texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, inner))
+
+
+def _read_ahead(batches: Iterator[list[Row | BadRow]]) -> tuple[list[list[Row | BadRow]], bool]:
+    """The first batches, and whether they are worth workers; if not, they are all there are."""
+    first: list[list[Row | BadRow]] = []
+    rows = characters = 0
+    for batch in batches:
+        first.append(batch)
+        rows += len(batch)
+        characters += sum(_characters(row.value) for row in batch if isinstance(row, Row))
+        if rows >= ROWS_WORTH_WORKERS or characters >= CHARACTERS_WORTH_WORKERS:
+            return first, True
+    return first, False
+
+
+def _chain(first: list[list[Row | BadRow]], rest: Iterator[list[Row | BadRow]]) -> Iterator[list[Row | BadRow]]:
+    """Yields the batches that were read ahead, forgetting them, then the others."""
     waiting = deque(first)
     first.clear()
     while waiting:
         yield waiting.popleft()
     yield from rest
-
-
-def _batched(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
 
 
 def _in_parallel(
