@@ -207,15 +207,7 @@ def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path: Path) -> None:
 
 
 def test_llama_3_s_slowed_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    folder, file = made(tmp_path / "model", "llama", rope_parameters=rope)
+    folder, file = made(tmp_path / "model", "llama", rope_parameters=LLAMA3)
     config = AutoConfig.from_pretrained(folder)
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (torch.arange(0, 16, 2) / 16)

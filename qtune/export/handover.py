@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from qtune import console
 from qtune.errors import VerificationError
@@ -40,17 +40,18 @@ def hand_over(
     console.out(f"{file.name}: KL divergence {found.kl:.2e}, same likeliest token {found.top1:.2%} (read back)")
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
-    if window := ignored_window(AutoConfig.from_pretrained(folder)):
+    config = AutoConfig.from_pretrained(folder)
+    if window := ignored_window(config):
         console.say(
             f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
         )
-    _write_modelfile(folder, file, recipe, rows)
+    _write_modelfile(folder, file, config, recipe, rows)
     return file
 
 
-def _write_modelfile(folder: Path, file: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
+def _write_modelfile(folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[Row]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    vocabulary = gguf_vocabulary(folder, AutoConfig.from_pretrained(folder), tokenizer)
+    vocabulary = gguf_vocabulary(folder, config, tokenizer)
     generation = folder / "generation_config.json"
     made = modelfile_for(
         tokenizer,

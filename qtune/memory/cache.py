@@ -33,7 +33,7 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     """
     file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest)}.json"
     try:
-        return prediction_from_json(json.loads(file.read_text(encoding="utf-8")))
+        return _from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
     found = summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
@@ -84,7 +84,7 @@ def _own_code() -> str:
     return digest.hexdigest()
 
 
-def prediction_from_json(found: dict[str, Any]) -> Prediction:
+def _from_json(found: dict[str, Any]) -> Prediction:
     """A prediction from what `dataclasses.asdict` made of one."""
     moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
     phases = [(int(point), str(name)) for point, name in found["phases"]]

@@ -59,10 +59,6 @@ def quantization_constants(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         yield scale
 
 
-def _weight_device(module: Any) -> str:
-    return str(module.weight.device.type)
-
-
 def _weight_of(module: Any) -> torch.Tensor | None:
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
@@ -105,7 +101,7 @@ def adopt_model(ledger: Ledger, model: torch.nn.Module, *, cuda: bool = False) -
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if (host := host_weight(module)) is not None:
-            is_apart = cuda or host.device.type != _weight_device(module)
+            is_apart = cuda or host.device.type != module.weight.device.type
             ledger.adopt(host, HOST if is_apart else HEAD if module is head else EMBEDDINGS)
 
 
