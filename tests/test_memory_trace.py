@@ -51,9 +51,12 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     warm_up = Ledger()
     forward_backward(model, step, warm_up)
     update(model, step, optimizer, warm_up)
+    if step.accumulates:
+        forward_backward(model, step, warm_up)
     ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda=False))
     categories.adopt_model(ledger, model)
     categories.adopt_optimizer(ledger, optimizer)
+    categories.adopt_gradients(ledger, optimizer)
     handles = follow_modules(ledger, model)
     with ledger:
         forward_backward(model, step, ledger)
@@ -79,6 +82,22 @@ def test_traced_bytes_are_the_executed_ones(tmp_path, adapter, checkpointing):
         assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
 
 
+def test_gradients_of_earlier_micro_batches_are_alive_in_the_next(tmp_path):
+    config = tiny(layers=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    once = recipe_with(adapter={"kind": "lora", "rank": 32})
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 32}, training={"batch_size": 8})
+    plan, longest = make_plan(recipe, CPU), Longest(128, equal=True)
+    assert plan.accumulation_steps == 4
+    real = executed(str(tmp_path), recipe, plan, longest)
+    traced = predict(config, recipe, plan, longest).history
+    for phase in ("forward", "backward", "optimizer"):
+        assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
+    alone = predict(config, once, make_plan(once, CPU), longest).history
+    gradients = traced.peak("optimizer").alive[categories.GRADIENTS]
+    assert traced.peak("forward").bytes - alone.peak("forward").bytes == gradients > 0
+
+
 def layers_traced_and_stretched(config: PretrainedConfig, recipe: Recipe) -> tuple[History, History, int]:
     plan = make_plan(recipe, CARD)
     step = training_step(recipe, plan, Longest(recipe.data.max_length))
@@ -90,6 +109,7 @@ def layers_traced_and_stretched(config: PretrainedConfig, recipe: Recipe) -> tup
 STRETCHED = {
     "checkpointing": (tiny(layers=12), {}),
     "no checkpointing": (tiny(layers=12), {"training": {"gradient_checkpointing": False}}),
+    "accumulation": (tiny(layers=12), {"training": {"batch_size": 8}}),
     "tied embeddings": (tiny(layers=11, tie_word_embeddings=True), {"training": {"optimizer": "adamw-8bit"}}),
     "alternating layers": (
         Gemma2Config(

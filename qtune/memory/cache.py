@@ -58,7 +58,7 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
             device.kind, device.capability, plan.compute_dtype,
             plan.adapter_dtype, plan.attention, plan.micro_batch_size,
             plan.gradient_checkpointing, plan.optimizer, plan.max_length,
-            plan.embeddings, plan.activations, plan.loss_tile_bytes,
+            plan.embeddings, plan.activations, plan.loss_tile_bytes, plan.accumulation_steps > 1,
         ],
         "longest": None if longest is None else asdict(longest),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -86,6 +86,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         max_gradient_norm=recipe.training.max_gradient_norm,
         paged=plan.device.kind == "cuda" and plan.optimizer.startswith("paged"),
         activations="host" if plan.activations == "host" else "device",
+        accumulates=plan.accumulation_steps > 1,
         host_apart=plan.device.kind == "cuda",
         eval_batch=evaluated,
     )

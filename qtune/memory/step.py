@@ -58,6 +58,8 @@ class Step:
     """Whether the optimizer's larger states live in managed memory, which the allocator does not count."""
     activations: Literal["device", "host"] = "device"
     """Where what the backward needs waits for it."""
+    accumulates: bool = False
+    """Whether gradients of earlier micro-batches wait in memory."""
     host_apart: bool = False
     """Whether host memory is other memory than the device's: on a card, not on a CPU."""
     ends_after: Literal["forward", "step"] = "step"
@@ -128,7 +130,7 @@ def _activations(model: torch.nn.Module, step: Step, ledger: Ledger) -> Any:
     )
 
 
-def released(tensors: Iterable[torch.nn.Parameter]) -> None:
-    """Give every parameter a gradient without computing one: for a trace of the optimizer alone."""
-    for parameter in tensors:
+def give_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give every parameter a gradient without computing one."""
+    for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)

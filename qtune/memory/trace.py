@@ -19,7 +19,7 @@ from qtune.memory.as_cuda import CudaKernels, workspace
 from qtune.memory.history import History, history_of, join
 from qtune.memory.ledger import Ledger, backbone_of, follow_modules
 from qtune.memory.skeleton import give_storage
-from qtune.memory.step import evaluate, forward_backward, prepare, released, trained, update
+from qtune.memory.step import evaluate, forward_backward, give_gradients, prepare, trained, update
 from qtune.memory.stretch import depth_for, is_worth_it, stretch
 from qtune.memory.values import Values
 
@@ -98,7 +98,7 @@ class _Tracer:
         """The optimizer's phase of the second step, when its state exists."""
         with self._counting():
             optimizer = self._with_state()
-            released(trained(self.model))
+            give_gradients(trained(self.model))
             update(self.model, self.step, optimizer, self.ledger)
         return self._history({"optimizer"})
 
@@ -108,12 +108,15 @@ class _Tracer:
         with self._counting():
             if _updates(self.step):
                 optimizer = self._with_state()
+            if self.step.accumulates:
+                self.ledger.enter("first micro-batch")
+                give_gradients(trained(self.model))
+                self._adopt_gradients()
             handles = follow_modules(self.ledger, self.model)
             kept = forward_backward(self.model, self.step, self.ledger, backward=self.step.ends_after == "step")
+            self._adopt_gradients()
             for parameter in trained(self.model):
-                if parameter.grad is not None:
-                    self.ledger.adopt(parameter.grad, categories.GRADIENTS)
-                    parameter.grad = None
+                parameter.grad = None
             if self.step.eval_batch is not None:
                 evaluate(self.model, self.step, self.ledger)
             for handle in handles:
@@ -122,12 +125,17 @@ class _Tracer:
         del kept, optimizer
         return history
 
+    def _adopt_gradients(self) -> None:
+        for parameter in trained(self.model):
+            if parameter.grad is not None:
+                self.ledger.adopt(parameter.grad, categories.GRADIENTS)
+
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
         assert self.step.optimizer is not None
         optimizer = self.step.optimizer(trained(self.model))
         self.ledger.enter("first step")
-        released(trained(self.model))
+        give_gradients(trained(self.model))
         optimizer.step()
         categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
         optimizer.zero_grad(set_to_none=True)
