@@ -109,6 +109,17 @@ def memory_now(meter: Meter) -> tuple[int, int]:
     return now, max([now, *peaks])
 
 
+class Intervals(TrainerCallback):
+    """A checkpoint brings back the intervals of logging, evaluating and saving that it was made under.
+
+    transformers 5.23 reads them from there (`DefaultFlowCallback`) and only warns where the arguments say otherwise.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+        state.train_batch_size = args.per_device_train_batch_size
+
+
 class OptimizerPhase(TrainerCallback):
     """Tells the meter where the optimizer's phase begins and ends."""
 

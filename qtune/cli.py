@@ -129,23 +129,30 @@ def run(
     """Train a recipe into a new folder under runs/.
 
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
-    was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`.
+    was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
+    memory is spent and what is logged and saved; what would make another run is refused.
     """
     from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.resumption import resumed_recipe
     from qtune.run_dir import RunDir, newest_unfinished
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
         run_dir = RunDir.open(Path(target)) if Path(target).is_dir() else None
+        asked = list(changes or ())
         if run_dir is None:
-            resolved = load_recipe(find_recipe(target), changes or ())
+            resolved = load_recipe(find_recipe(target), asked)
             output = resolved.recipe.output
             run_dir = newest_unfinished(Path(output.directory), output.name or resolved.file.stem)
+            # These have said which run is meant.
+            asked = [one for one in asked if one.partition("=")[0].strip() not in ("output.directory", "output.name")]
         if run_dir is None:
             raise typer.BadParameter(f"{target} has no unfinished run")
+        if asked:
+            resumed_recipe(run_dir, asked)
         from qtune import train
 
-        console.out(f"{train.resume(run_dir).path}")
+        console.out(f"{train.resume(run_dir, asked, tuple(allow or ())).path}")
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     from qtune import train

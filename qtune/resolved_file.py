@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomlkit
+from tomlkit.items import Table
+
 from qtune.plan import Plan
 from qtune.recipe import KeyPath
 from qtune.recipe_file import Origin, Resolved, leaves, show_value
@@ -49,6 +52,19 @@ def resolved_text(resolved: Resolved, plan: Plan) -> str:
         why = f"{origin.source}: {origin.reason}" if origin.reason else origin.source
         lines.append(f"{key} = {_written(path, value, resolved)}  # {why}")
     return "\n".join(lines) + "\n"
+
+
+def written_origins(text: str) -> dict[KeyPath, Origin]:
+    """Where the values in the text of a resolved.toml came from, as their comments say."""
+    found: dict[KeyPath, Origin] = {}
+    for name, table in tomlkit.parse(text).items():
+        assert isinstance(table, Table), name
+        # The body, not items(), which hands out plain booleans without their comments.
+        for key, item in table.value.body:
+            if key is not None:
+                source, _, reason = item.trivia.comment.lstrip("# ").partition(": ")
+                found[name, key.key] = Origin(source, reason)
+    return found
 
 
 def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:

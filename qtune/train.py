@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +21,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qtune import console
 from qtune.adapter import attach_adapter, save_adapter
-from qtune.callbacks import CheckpointClock, Metrics, OptimizerPhase, StopOnSignal, forget_after, has_evaluation
+from qtune.callbacks import (
+    CheckpointClock,
+    Intervals,
+    Metrics,
+    OptimizerPhase,
+    StopOnSignal,
+    forget_after,
+    has_evaluation,
+)
 from qtune.console.training import TrainingDisplay
 from qtune.data.collate import collator_for
 from qtune.data.findings import gate
@@ -41,9 +49,10 @@ from qtune.model import attention_rule, base_folder, count_parameters, load_base
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
 from qtune.recipe import Lora, Recipe
-from qtune.recipe_file import Resolved, load_recipe
+from qtune.recipe_file import Resolved
 from qtune.report.page import write_report
 from qtune.resolved_file import resolved_text
+from qtune.resumption import resumed_recipe
 from qtune.run_dir import RunDir
 from qtune.trainer import (
     QloraTrainer,
@@ -97,19 +106,24 @@ def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
     return run_dir
 
 
-def resume(run_dir: RunDir) -> RunDir:
+def resume(run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] = ()) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
+
+    changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`).
 
     Raises:
         RunError: the run has already ended, or its rows are not what they were.
+        RecipeError: a change would make another run.
         InputError, WorkError, Interrupted: as `run`.
     """
     if run_dir.is_finished:
         raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
     # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
-    resolved = load_recipe(run_dir.resolved_file)
+    resolved = resumed_recipe(run_dir, changes).allowing(allow)
     inputs = _gather(resolved)
     _require_same_rows(inputs, run_dir)
+    if changes or allow:
+        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     remove_incomplete_checkpoints(run_dir.checkpoints)
     checkpoints = complete_checkpoints(run_dir.checkpoints)
     step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
@@ -337,7 +351,7 @@ def _make_trainer(
         validation=prepared.validation,
         collator=collator_for(prepared.packed, pad_id, plan.attention),
         lengths=prepared.lengths.tolist(),
-        callbacks=[metrics, stop, OptimizerPhase(metrics.meter), *clock],
+        callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
         note=metrics.note,
     )

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from qtune import train
 from qtune.adapter import STATE_FILE
 from qtune.callbacks import OptimizerPhase
-from qtune.errors import GateError, InputError, Interrupted, OutOfMemory, RunError, TrainingError
+from qtune.errors import GateError, InputError, Interrupted, OutOfMemory, RecipeError, RunError, TrainingError
 from qtune.memory.measure import Meter
 from qtune.memory.profile import read_run
 from qtune.recipe_file import load_recipe
+from qtune.resumption import resumed_recipe
 from qtune.run_dir import RunDir
 from qtune.trainer import QloraTrainer, complete_checkpoints
 
@@ -75,6 +76,10 @@ def assert_same_run(broken: RunDir, unbroken: RunDir) -> None:
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert torch.equal(ours[name], tensor), name
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
 
 
 def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -547,6 +552,86 @@ def test_rows_that_have_changed_cannot_be_gone_on_with(
     )
 
 
+def stopped_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> RunDir:
+    with monkeypatch.context() as patch:
+        kill_in_step(patch, step)
+        with pytest.raises(Killed):
+            run(recipe, "output.name=broken")
+    return latest_run(recipe)
+
+
+def test_a_run_goes_on_in_other_micro_batches_with_the_same_losses(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training=TWO_EPOCHS)
+    unbroken = run(recipe)
+    broken = stopped_run(recipe, monkeypatch, step=8)
+    tried = memory_for(monkeypatch, rows=1)
+    changes = ["training.micro_batch_size=1", "training.gradient_checkpointing=true", 'memory.loss_tile="1MiB"']
+    # Three steps a line, from step 7 on; a checkpoint after each, of which one is kept.
+    changes += ["training.log_every=3", "training.checkpoint_every=1", "training.keep_checkpoints=1"]
+    train.resume(broken, changes)
+
+    assert set(tried) == {1}  # nothing larger was even tried
+    seen = {record["step"]: record for record in records(broken, "train")}
+    assert sorted(seen) == [*range(1, 7), 9]
+    expected = [record["loss"] for record in records(unbroken, "train")]
+    assert [seen[step]["loss"] for step in range(1, 7)] == expected[:6]
+    assert seen[9]["loss"] == pytest.approx(sum(expected[6:9]) / 3, rel=1e-4)
+    assert [record["loss"] for record in records(broken, "eval")] == pytest.approx(
+        [record["loss"] for record in records(unbroken, "eval")], rel=1e-4
+    )
+    for name, tensor in final_state(unbroken).items():
+        torch.testing.assert_close(final_state(broken)[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+    assert [folder.name for folder in complete_checkpoints(broken.checkpoints)] == ["checkpoint-10"]
+    lines = broken.resolved_file.read_text().splitlines()
+    assert "micro_batch_size = 1  # --set: on resuming" in lines
+    assert "log_every = 3  # --set: on resuming" in lines
+    number = recipe.read_text().splitlines().index("batch_size = 4") + 1
+    assert f"batch_size = 4  # recipe: tiny.toml:{number}" in lines  # what did not change keeps its origin
+    assert load_recipe(broken.resolved_file).recipe.memory.loss_tile == "1MiB"
+
+
+def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = stopped_run(write_recipe(training=TWO_EPOCHS), monkeypatch, step=5)
+    before = {file.name: file.read_bytes() for file in broken.path.glob("*.*")}
+    may = (
+        "training.micro_batch_size, training.gradient_checkpointing, memory.budget, memory.embeddings, "
+        "memory.activations, memory.loss_tile, training.log_every, training.eval_every, training.checkpoint_every, "
+        "training.checkpoint_minutes, training.keep_checkpoints, training.trackers, data.allow, output.gguf"
+    )
+    with pytest.raises(RecipeError) as caught:
+        train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
+    assert str(caught.value) == "\n".join(
+        f"--set {key}: decides what is learned, so the rest would not be the same run; start a new one with: qtune run "
+        f"{broken.resolved_file} --set output.name=broken --set {key}=… (on resuming these may change: {may})"
+        for key in ("adapter.kind", "training.learning_rate")
+    )
+    assert {file.name: file.read_bytes() for file in broken.path.glob("*.*")} == before
+    # Said again as it was, a value changes nothing.
+    assert resumed_recipe(broken, ["training.learning_rate=1e-2"]) is not None
+    shown = run_qtune("run", "--resume", broken.path, "--set", "training.seed=1")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("error: --set training.seed: decides what is learned, so the rest")
+
+
+def test_another_budget_lets_the_micro_batch_follow_from_memory_again(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_build_model", killed)
+        with pytest.raises(Killed):
+            run(recipe)
+    broken = latest_run(recipe)
+    assert resumed_recipe(broken).recipe.training.micro_batch_size == 4
+    assert resumed_recipe(broken, ["memory.budget=8GiB"]).recipe.training.micro_batch_size == "auto"
+    kept = resumed_recipe(broken, ["memory.budget=8GiB", "training.micro_batch_size=1"])
+    assert kept.recipe.training.micro_batch_size == 1
+
+
 # --- in processes of their own -------------------------------------------------------------------------------------
 
 
@@ -580,7 +665,7 @@ def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRec
     assert interrupted.returncode == 130, messages
     assert f"go on with: qtune run --resume {broken.path}" in messages.replace("\n", " ")
 
-    finished = run_qtune("run", "--resume", recipe)
+    finished = run_qtune("run", "--resume", recipe, "--set", "training.keep_checkpoints=1")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{broken.path}\n"
     assert_same_run(broken, unbroken)
