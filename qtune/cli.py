@@ -390,18 +390,27 @@ def profile(
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of the longest row.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the step's timeline as SVG.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: a .svg or .png file.")
+    ] = None,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
 
     A recipe needs only the model's config.json. Its longest row is read from its data where that is possible; else it
     is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here.
     """
+    from qtune.report.drawing import require_writable
+
+    if timeline is not None:
+        require_writable(timeline, "--timeline")
+    if gpu is not None and vram is not None:
+        raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
     from qtune.console.memory import draw_measured, draw_profile
-    from qtune.memory import cards, pictures
+    from qtune.memory import cards
     from qtune.memory import profile as stage
     from qtune.quiet import quiet_loading
     from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.report.timeline import write_timeline
     from qtune.run_dir import RunDir
 
     quiet_loading()
@@ -411,10 +420,10 @@ def profile(
     resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
     found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
     console.out(draw_profile(found, cards.SIZES))
-    if svg is not None:
-        picture = pictures.timeline_svg(found.forecast.prediction, f"{found.recipe.model.base}: one training step")
-        svg.write_text(picture, encoding="utf-8")
-        console.say(f"timeline: {svg}")
+    if timeline is not None:
+        title = f"{found.recipe.model.base} on {found.forecast.plan.device.name}: one training step"
+        write_timeline(found.forecast.prediction, title, timeline)
+        console.say(f"timeline: {timeline}")
 
 
 @app.command(rich_help_panel="Prepare")

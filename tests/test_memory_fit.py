@@ -14,7 +14,6 @@ from qtune.memory.cards import card_named, size_in_bytes
 from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
 from qtune.memory.longest import Rows
 from qtune.memory.margin import Need
-from qtune.memory.pictures import timeline_svg
 from qtune.memory.predict import Longest, summarize
 from qtune.memory.rewrite import rewritten
 from qtune.plan import Plan, make_plan
@@ -328,13 +327,3 @@ shorter rows need less: --allow length"""
     assert stream.getvalue().splitlines()[-1] == (
         "fits 1.98 GiB with 1.98 GiB: training.gradient_checkpointing = true, training.micro_batch_size = 1"
     )
-
-
-def test_a_timeline_is_one_svg_that_names_every_category():
-    recipe = recipe_with()
-    found = summarize(predict(tiny(layers=2), recipe, make_plan(recipe, CARD)))
-    drawing = timeline_svg(found, "a <step>")
-    assert drawing.startswith("<svg ")
-    assert drawing.endswith("</svg>\n")
-    assert "a &lt;step&gt;" in drawing
-    assert all(name in drawing for name in found.peak.alive)

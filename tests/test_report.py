@@ -24,10 +24,9 @@ from qtune.model import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe import Model
 from qtune.recipe_file import load_recipe
-from qtune.report.charts import Series, line_chart, thinned, ticks
+from qtune.report.charts import Series, line_chart, size, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import page, write_report
-from qtune.report.proof import size
 from qtune.report.record import read_record, seconds_of
 from qtune.report.rows import pieces_of, rows_of
 from qtune.resolved_file import resolved_text

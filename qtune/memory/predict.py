@@ -136,12 +136,15 @@ class Prediction:
     layers_executed: int
     seconds: float
     timeline: dict[str, list[int]]
-    """Live bytes by category in POINTS equal stretches of the step, each stretch at its fullest tick."""
+    """Live bytes by category in POINTS stretches of the step, each stretch at its fullest tick."""
     phases: list[tuple[int, str]]
     """(first stretch, phase) of the timeline."""
 
 
 POINTS = 240
+LEAST = POINTS // 8
+"""Points of the shortest phase in a timeline: room for its name."""
+STEP_PHASES = ("forward", "backward", "optimizer", "eval")
 
 
 def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
@@ -150,7 +153,7 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
     loaded_whole: what belongs to the host is loaded to the card before it goes there (`model.is_stored_quantized`).
     """
     history = traced.history
-    by_phase = {phase: history.peak(phase) for phase in ("forward", "backward", "optimizer", "eval")}
+    by_phase = {phase: history.peak(phase) for phase in STEP_PHASES}
     if loaded_whole and history.host_at_rest:
         by_phase["load"] = _loading(history)
     at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
@@ -170,16 +173,30 @@ def _loading(history: History) -> Moment:
 
 
 def _timeline(history: History) -> tuple[dict[str, list[int]], list[tuple[int, str]]]:
-    total = history.total[1:]
-    edges = [1 + round(number * len(total) / POINTS) for number in range(POINTS + 1)]
-    chosen = [a + int(history.total[a:b].argmax()) for a, b in itertools.pairwise(edges) if b > a]
+    """Curves of POINTS points, the phases in the order of a training run (a trace has the optimizer last).
+
+    Points stand for equally many allocations each, but a phase has at least LEAST of them: an optimizer's few
+    allocations would be a line.
+    """
+    phase_of = [label.phase for label in history.labels]
+    ticks = {phase: [tick for tick, name in enumerate(phase_of) if name == phase] for phase in STEP_PHASES}
+    met = {phase: found for phase, found in ticks.items() if found}
+    total = sum(map(len, met.values()))
+    counts = {phase: max(LEAST, round(POINTS * len(found) / total)) for phase, found in met.items()}
+    longest = max(counts, key=lambda phase: counts[phase], default="")
+    if longest:
+        counts[longest] += POINTS - sum(counts.values())
+    chosen: list[int] = []
+    phases: list[tuple[int, str]] = []
+    for phase, found in met.items():
+        phases.append((len(chosen), phase))
+        edges = [round(number * len(found) / counts[phase]) for number in range(counts[phase] + 1)]
+        for start, stop in itertools.pairwise(edges):
+            start = min(start, len(found) - 1)
+            chosen.append(max(found[start : max(stop, start + 1)], key=lambda tick: int(history.total[tick])))
     curves = {
         name: [int(v) for v in history.bytes[row, chosen]]
         for row, name in enumerate(history.names)
         if name != categories.HOST
     }
-    phases: list[tuple[int, str]] = []
-    for point, tick in enumerate(chosen):
-        if not phases or phases[-1][1] != history.labels[tick].phase:
-            phases.append((point, history.labels[tick].phase))
     return curves, phases

@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
 MOST_POINTS = 400
 """More than the chart has room for; a longer series is drawn as means."""
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ def bars(rows: Sequence[tuple[str, float]], layout: Layout) -> Html:
         for name, value in rows
     ]
     return element("div", element("table", element("tbody", *lines)), class_="wide")
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that leaves a readable number."""
+    if count >= GIB / 10:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / (1 << 20):.1f} MiB" if count >= (1 << 20) / 10 else f"{count / (1 << 10):.1f} KiB"
 
 
 def finite(points: Sequence[Point]) -> list[Point]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from qtune.report.charts import bars
+from qtune.report.charts import bars, size
 from qtune.report.html import Html, details, element, table
 from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 
-GIB = 1 << 30
 SHOWN_ANSWERS = 10
 
 # Columns of the phases' table; one that was measured nowhere is left out.
@@ -21,13 +20,6 @@ PHASE_COLUMNS = {
 
 # Figures of closeness in verify.json, with their names and formats.
 CLOSENESS = {"kl": ("KL divergence, nats per token", ".2e"), "top1": ("same likeliest token", ".2%")}
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that leaves a readable number."""
-    if count >= GIB / 10:
-        return f"{count / GIB:.2f} GiB"
-    return f"{count / (1 << 20):.1f} MiB" if count >= (1 << 20) / 10 else f"{count / (1 << 10):.1f} KiB"
 
 
 def memory(measured: Json) -> Html:
