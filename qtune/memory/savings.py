@@ -45,7 +45,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     plain = Step(
         step.batch, logits_loss, _adamw, step.checkpointing, step.autocast, step.max_gradient_norm,
-        eval_batch=step.eval_batch,
+        accumulates=step.accumulates, eval_batch=step.eval_batch,
     )  # fmt: skip
     low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
     four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)
