@@ -182,7 +182,7 @@ class QloraTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have."""
-        self.meter.enter("forward", inputs["input_ids"])
+        self.meter.enter("forward", inputs["input_ids"], inputs.get("attention_mask"))
         is_offloading = self.activations == "host" and model.training
         with activations_on_host(model) if is_offloading else contextlib.nullcontext():
             outputs = model(**inputs | {"use_cache": False})
@@ -251,7 +251,7 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                self.meter.enter("eval", inputs["input_ids"])
+                self.meter.enter("eval", inputs["input_ids"], inputs.get("attention_mask"))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     outputs = self.model_wrapped(**self._prepare_inputs(inputs) | {"use_cache": False})
                 self.meter.scored(outputs.scored)

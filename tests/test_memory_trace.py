@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Trainer
 
 from qtune.adapter import attach_adapter
 from qtune.device import Device
@@ -15,7 +15,7 @@ from qtune.memory.history import History, history_of
 from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.skeleton import bare_model
-from qtune.memory.step import forward_backward, prepare, trained, update
+from qtune.memory.step import forward_backward, parameter_groups, prepare, update
 from qtune.memory.trace import layer_period, shortened, trace
 from qtune.model import load_base
 from qtune.plan import Plan, make_plan
@@ -47,7 +47,7 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     install_loss(model.get_base_model())
     step = training_step(recipe, plan, longest)
     prepare(model, step)
-    optimizer = step.optimizer(trained(model))
+    optimizer = step.optimizer(parameter_groups(model))
     warm_up = Ledger()
     forward_backward(model, step, warm_up)
     update(model, step, optimizer, warm_up)
@@ -96,6 +96,26 @@ def test_gradients_of_earlier_micro_batches_are_alive_in_the_next(tmp_path):
     alone = predict(config, once, make_plan(once, CPU), longest).history
     gradients = traced.peak("optimizer").alive[categories.GRADIENTS]
     assert traced.peak("forward").bytes - alone.peak("forward").bytes == gradients > 0
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_parameters_are_grouped_as_the_trainer_groups_them(adapter):
+    recipe = recipe_with(adapter=ADAPTERS[adapter], quantization={"kind": "none"})
+    model = build(tiny(attention_bias=True), recipe, make_plan(recipe, CPU))
+    model.requires_grad_(True)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    groups = [{id(p) for p in group["params"]} for group in parameter_groups(model)]
+    expected = [{id(p) for name, p in model.named_parameters() if (name in decayed) == kept} for kept in (True, False)]
+    assert groups == expected
+
+
+def test_a_first_token_is_scored_only_behind_virtual_ones():
+    scored = {}
+    for adapter, table in ADAPTERS.items():
+        recipe = recipe_with(adapter=table)
+        step = training_step(recipe, make_plan(recipe, CPU), Longest(128, evaluated=256))
+        scored[adapter] = step.batch.scored, step.eval_batch.scored
+    assert scored == {"lora": (2 * 127, 2 * 255), "p-tuning": (2 * 128, 2 * 256)}
 
 
 def layers_traced_and_stretched(config: PretrainedConfig, recipe: Recipe) -> tuple[History, History, int]:

@@ -64,7 +64,7 @@ class Meter:
         self._first_steps = {"forward": first_steps, "eval": first_steps}
         self._longest_steps = {"forward": longest_steps, "eval": longest_steps}
         self.largest: dict[str, dict[str, int]] = {}
-        """The largest batch that was measured in "forward" and in "eval": rows, length, scored."""
+        """The largest batch that was measured in "forward" and in "eval": rows, length, scored, padded (0 or 1)."""
         self._counted: dict[str, int] = {}
         self.batch: dict[str, int] | None = None
         self._ledger: Ledger | None = None
@@ -81,11 +81,15 @@ class Meter:
         self._model = model
         self._optimizer = optimizer or self._optimizer
 
-    def enter(self, phase: Phase, batch: torch.Tensor | None = None) -> None:
-        """The trainer begins `phase`; `batch` is the input_ids [rows, length] where a forward begins."""
+    def enter(self, phase: Phase, batch: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
+        """The trainer begins `phase`; `batch` is the input_ids [rows, length] where a forward begins.
+
+        mask: its attention mask; one without padding is not used, and takes no memory in attention.
+        """
         self._close_phase()
         if batch is not None:
-            self.batch = {"rows": batch.shape[0], "length": batch.shape[1]}
+            padded = mask is not None and not bool(mask.all())
+            self.batch = {"rows": batch.shape[0], "length": batch.shape[1], "padded": int(padded)}
         elif phase not in ("forward", "backward"):
             self.batch = None
         if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
@@ -98,7 +102,7 @@ class Meter:
         self.phase = phase
         if self.batch is not None and (self.cuda or self._ledger is not None) and phase in ("forward", "eval"):
             known = self.largest.get(phase)
-            if known is None or _positions(self.batch) > _positions(known):
+            if known is None or (_positions(self.batch), self.batch["padded"]) > (_positions(known), known["padded"]):
                 self.largest[phase] = self.batch
         self._since = time.perf_counter()
 

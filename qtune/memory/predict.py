@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
@@ -20,6 +20,7 @@ from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Batch, Step
 from qtune.memory.trace import Traced, trace
 from qtune.model import quantization_config
+from qtune.recipe import PromptTuning, PTuning
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,11 +75,15 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
     """What `QloraTrainer` does with a micro-batch, as a value."""
     rows = plan.micro_batch_size
     masked = recipe.data.packing or (rows > 1 and not longest.equal)
-    scored = None if longest.scored is None else rows * longest.scored
-    batch = Batch(rows, longest.length, masked, scored)
-    evaluated = batch if longest.evaluated is None else replace(batch, length=longest.evaluated)
+    # Nothing comes before a row's first token that could predict it, unless virtual tokens do.
+    unscored = 0 if isinstance(recipe.adapter, (PTuning, PromptTuning)) else 1
+
+    def batch(length: int) -> Batch:
+        each = length if longest.scored is None else min(longest.scored, length)
+        return Batch(rows, length, masked, rows * min(each, length - unscored))
+
     return Step(
-        batch=batch,
+        batch=batch(longest.length),
         loss=summed_loss,
         optimizer=optimizer_of(plan),
         checkpointing="non-reentrant" if plan.gradient_checkpointing else "none",
@@ -88,7 +93,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         activations="host" if plan.activations == "host" else "device",
         accumulates=plan.accumulation_steps > 1,
         host_apart=plan.device.kind == "cuda",
-        eval_batch=evaluated,
+        eval_batch=batch(longest.length if longest.evaluated is None else longest.evaluated),
     )
 
 

@@ -162,5 +162,6 @@ def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest
         return plan, Longest(plan.max_length)
     scored = train.get("scored")
     each = None if scored is None else -(-scored // train["rows"])
-    longest = Longest(train["length"], each, evaluated=held_out["length"] if held_out else None)
+    equal = not train.get("padded", True)
+    longest = Longest(train["length"], each, equal, evaluated=held_out["length"] if held_out else None)
     return replace(plan, micro_batch_size=train["rows"]), longest

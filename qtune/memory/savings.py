@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.memory.predict import Prediction
+    from qtune.memory.step import ParameterGroups
     from qtune.plan import Plan
     from qtune.recipe import Recipe
 
@@ -158,5 +159,5 @@ def upcast_unquantized(model: Any) -> None:
             module._parameters[name] = cast[id(parameter)]
 
 
-def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _adamw(parameters: ParameterGroups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)

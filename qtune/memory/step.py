@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers.trainer_pt_utils import get_parameter_names
 
 from qtune.host_storage import activations_on_host
 from qtune.memory import categories
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 """(model, batch of input_ids, labels, attention_mask) -> scalar."""
+
+
+ParameterGroups = list[dict[str, Any]]
+"""Parameter groups as torch.optim takes them."""
+
+_NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Names of parameters without weight decay (transformers 5.23, trainer.py, `get_decay_parameter_names`)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Step:
 
     batch: Batch
     loss: Loss
-    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None
+    optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None
     """None: no optimizer, the step ends with the backward."""
     checkpointing: Literal["none", "reentrant", "non-reentrant"]
     autocast: torch.dtype | None = None
@@ -76,8 +84,21 @@ def prepare(model: Any, step: Step) -> None:
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What the optimizer is given."""
+    """What the step changes."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(model: torch.nn.Module) -> ParameterGroups:
+    """What the optimizer is given: with and without weight decay, as `Trainer.create_optimizer` parts them.
+
+    An optimizer goes through its groups one after the other, so they decide which of its temporaries meet.
+    """
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NOT_DECAYED))
+    groups: tuple[list[torch.nn.Parameter], ...] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name not in decayed].append(parameter)
+    return [{"params": group} for group in groups if group]
 
 
 def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, backward: bool = True) -> Any:

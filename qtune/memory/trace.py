@@ -19,7 +19,7 @@ from qtune.memory.as_cuda import CudaKernels, workspace
 from qtune.memory.history import History, history_of, join
 from qtune.memory.ledger import Ledger, backbone_of, follow_modules
 from qtune.memory.skeleton import give_storage
-from qtune.memory.step import evaluate, forward_backward, give_gradients, prepare, trained, update
+from qtune.memory.step import evaluate, forward_backward, give_gradients, parameter_groups, prepare, trained, update
 from qtune.memory.stretch import depth_for, is_worth_it, stretch
 from qtune.memory.values import Values
 
@@ -105,7 +105,7 @@ class _Tracer:
     def body(self) -> History:
         """Forward, backward and evaluation of the second step."""
         optimizer: Any = None
-        with self._counting():
+        with self._counting() as values:
             if _updates(self.step):
                 optimizer = self._with_state()
             if self.step.accumulates:
@@ -118,6 +118,7 @@ class _Tracer:
             for parameter in trained(self.model):
                 parameter.grad = None
             if self.step.eval_batch is not None:
+                values.batch = self.step.eval_batch
                 evaluate(self.model, self.step, self.ledger)
             for handle in handles:
                 handle.remove()
@@ -133,7 +134,7 @@ class _Tracer:
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
         assert self.step.optimizer is not None
-        optimizer = self.step.optimizer(trained(self.model))
+        optimizer = self.step.optimizer(parameter_groups(self.model))
         self.ledger.enter("first step")
         give_gradients(trained(self.model))
         optimizer.step()
@@ -142,13 +143,11 @@ class _Tracer:
         return optimizer
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        batch = self.step.batch
-        positions = batch.rows * batch.length
-        values = Values(positions if batch.scored is None else batch.scored, batch.length)
+    def _counting(self) -> Iterator[Values]:
+        values = Values(self.step.batch)
         kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
         with self.mode, self.ledger, values, kernels, _rows_are_whole():
-            yield
+            yield values
 
     def _history(self, phases: set[str]) -> History:
         """These phases; of the loading only its last tick, when everything static is there."""

@@ -10,18 +10,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qtune.memory.step import Batch
+
 _aten = torch.ops.aten
 
 
 class Values(TorchDispatchMode):
     """Answers the few questions about data that decide shapes: how many positions are scored, is there padding.
 
-    scored: what `nonzero` over labels finds. length: what a position compares with (rope scaling by length).
+    `batch` is the one at work; a step changes it between training and evaluation.
     """
 
-    def __init__(self, scored: int, length: int) -> None:
+    def __init__(self, batch: Batch) -> None:
         super().__init__()
-        self.scored, self.length = scored, length
+        self.batch = batch
+
+    @property
+    def scored(self) -> int:
+        """What `nonzero` over labels finds."""
+        return self.batch.rows * self.batch.length if self.batch.scored is None else self.batch.scored
+
+    @property
+    def length(self) -> int:
+        """What a position compares with (rope scaling by length)."""
+        return self.batch.length
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

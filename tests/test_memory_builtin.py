@@ -1,0 +1,78 @@
+"""The built-in model, trained by `qtune run` under the ledger: what was traced is what its real steps took."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from qtune import train
+from qtune.device import present_device
+from qtune.memory.profile import read_run
+from qtune.model import load_base
+from qtune.plan import make_plan
+from qtune.recipe_file import load_recipe
+
+LENGTH = 64
+TABLES = {
+    "lora": 'kind = "lora"\nrank = 4\ntarget_modules = ["q_proj", "v_proj"]',
+    "p-tuning": 'kind = "p-tuning"\nvirtual_tokens = 8',
+}
+RECIPE = """
+[model]
+base = "builtin:smollm2-135m-instruct"
+[adapter]
+{adapter}
+[data]
+train = "rows.jsonl"
+format = "text"
+validation = 0
+max_length = {length}
+[training]
+steps = 2
+batch_size = 2
+micro_batch_size = 2
+gradient_checkpointing = {checkpointing}
+[output]
+directory = "{folder}/runs"
+"""
+
+
+def recipe_file(folder: Path, adapter: str, checkpointing: bool) -> Path:
+    """A recipe of rows that are all cut to `LENGTH` tokens."""
+    words = "It takes as many bytes as the trace has said. " * LENGTH
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"{number} {words}"}) + "\n" for number in range(4)))
+    file = folder / "recipe.toml"
+    given = {"length": LENGTH, "checkpointing": str(checkpointing).lower(), "folder": folder}
+    file.write_text(RECIPE.format(adapter=TABLES[adapter], **given))
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """The built-in model, quantized once for all of these runs."""
+    recipe = load_recipe(recipe_file(tmp_path_factory.mktemp("base"), "lora", False)).recipe
+    return load_base(recipe.model, recipe.quantization, make_plan(recipe, present_device()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("adapter", TABLES)
+def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
+    base: PreTrainedModel, tmp_path: Path, adapter: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_base", lambda *args: copy.deepcopy(base))
+    monkeypatch.setattr("qtune.memory.savings.ways", lambda *args: [])
+    monkeypatch.setattr("qtune.memory.cache.cache_folder", lambda: tmp_path)
+    found = read_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))
+    batch = found.measured["largest_batch"]["forward"]
+    assert (batch["rows"], batch["length"], batch["padded"]) == (2, LENGTH, 0)
+    assert found.prediction is not None
+    assert found.prediction.peak.bytes == pytest.approx(found.measured["peak_bytes"], rel=0.01)
+    for phase in ("forward", "backward", "optimizer"):
+        real = found.measured["phases"][phase]["tensor_peak_bytes"]
+        assert found.prediction.by_phase[phase].bytes == pytest.approx(real, rel=0.01), phase
+    real_at_peak = found.measured["at_peak"]["alive"]
+    for category, traced in found.prediction.peak.alive.items():
+        assert traced == pytest.approx(real_at_peak[category], rel=0.01, abs=16 * 1024), category
