@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, Problem
 from qtune.host_storage import refuse_trained_embeddings
 from qtune.plan import Plan
@@ -106,6 +107,8 @@ def attach_adapter(
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
             model = get_peft_model(network, peft_config(adapter), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         name = getattr(network.config, "_name_or_path", "") or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
     refuse_trained_embeddings(model)

@@ -121,7 +121,7 @@ class Intervals(TrainerCallback):
 
 
 class OptimizerPhase(TrainerCallback):
-    """Tells the meter where the optimizer's phase begins and ends."""
+    """Tells the meter which step begins, and where the optimizer's phase begins and ends."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -130,6 +130,9 @@ class OptimizerPhase(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.meter.watch(kwargs["model"], kwargs.get("optimizer"))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.meter.step = state.global_step + 1
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

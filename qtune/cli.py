@@ -406,6 +406,7 @@ def profile(
     if gpu is not None and vram is not None:
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
     from qtune.console.memory import draw_measured, draw_profile
+    from qtune.console.out_of_memory import failure_text
     from qtune.memory import cards
     from qtune.memory import profile as stage
     from qtune.quiet import quiet_loading
@@ -415,7 +416,10 @@ def profile(
 
     quiet_loading()
     if Path(target).is_dir():
-        console.out(draw_measured(stage.read_run(RunDir.open(Path(target)))))
+        seen = stage.read_run(RunDir.open(Path(target)))
+        console.out(draw_measured(seen))
+        if seen.failure is not None:
+            console.out(f"\n{failure_text(seen.failure)}")
         return
     resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
     found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)

@@ -6,6 +6,9 @@ from typing import Literal
 import psutil
 import torch
 
+from qtune.errors import OutOfMemory
+from qtune.holders import other_holders
+
 
 @dataclass(frozen=True)
 class Device:
@@ -29,14 +32,32 @@ class Device:
 
 
 def present_device() -> Device:
-    """The first CUDA device, or the CPU."""
+    """The first CUDA device, or the CPU.
+
+    Raises:
+        OutOfMemory: the card has no room even for the driver's own part of this process.
+    """
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info(0)
+        free, total = _card_memory()
         capability = torch.cuda.get_device_capability(0)
         # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
         return Device("cuda", torch.cuda.get_device_name(0), total, free, capability >= (8, 0), capability)
     memory = psutil.virtual_memory()
     return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, _cpu_has_bf16())
+
+
+def _card_memory() -> tuple[int, int]:
+    """(free, total) bytes; asking is the first thing that needs a CUDA context, a few hundred MiB on the card."""
+    try:
+        return torch.cuda.mem_get_info(0)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        card = torch.cuda.get_device_properties(0)
+        holders = ", ".join(f"{one.name} (pid {one.pid})" for one in other_holders(str(card.uuid)) or ())
+        who = f"it is held by {holders}" if holders else "nvidia-smi may show what holds it"
+        way_on = "free some, or choose another card with CUDA_VISIBLE_DEVICES"
+        raise OutOfMemory(f"{card.name} has no memory left to begin with; {who}: {way_on}") from error
 
 
 def _cpu_has_bf16() -> bool:

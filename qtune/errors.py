@@ -19,6 +19,10 @@ Anything else that reaches the user is a bug of ours and keeps its traceback.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtune.memory.measure import Failure
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,11 @@ class GateError(WorkError):
 
 
 class OutOfMemory(WorkError):  # noqa: N818  named as its users say it
-    """The work does not fit the device's memory."""
+    """The work does not fit the device's memory. `failure`: what a meter saw when it ran out, if one was running."""
+
+    def __init__(self, message: str, failure: "Failure | None" = None) -> None:
+        self.failure = failure
+        super().__init__(message)
 
 
 class TrainingError(WorkError):

@@ -1,5 +1,6 @@
 """Training, from a checked recipe to a run's folder; and on again from its last complete checkpoint."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from qtune.callbacks import (
     forget_after,
     has_evaluation,
 )
+from qtune.console.out_of_memory import failure_text
 from qtune.console.training import TrainingDisplay
 from qtune.data.collate import collator_for
 from qtune.data.findings import gate
@@ -39,11 +41,13 @@ from qtune.data.sources import find_sources
 from qtune.device import Device, is_out_of_memory, present_device
 from qtune.errors import InputError, Interrupted, OutOfMemory, Problem, RunError
 from qtune.export.gguf_file import refuse_unconvertible
+from qtune.holders import other_holders
 from qtune.initialization import start_from_activations, start_from_residual
 from qtune.lock import lock_of, rows_hash
 from qtune.loss import loss_agrees
 from qtune.memory.longest import Rows, longest_of
-from qtune.memory.measure import Meter
+from qtune.memory.measure import Failure, Meter
+from qtune.memory.out_of_memory import Report, first_report, with_offers
 from qtune.memory.profile import Forecast, forecast
 from qtune.model import attention_rule, base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
@@ -186,32 +190,65 @@ def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
 
 
 def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
-    recipe, plan = inputs.recipe, inputs.plan
-    meter = Meter(torch.device(plan.device.torch_name))
+    """Trains, or says why memory ran out and what would have fit."""
+    failure: Failure | None = None
+    try:
+        _load_and_train(inputs, run_dir, checkpoint, Meter(torch.device(inputs.plan.device.torch_name)))
+    except OutOfMemory as error:
+        log.debug("memory ran out", exc_info=True)
+        failure = error.failure
+        if failure is None:
+            raise
+    # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
+    if failure is not None:
+        raise OutOfMemory(failure_text(_explained(failure, inputs, run_dir).to_json()), failure)
+
+
+def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
+    recipe = inputs.recipe
     display = TrainingDisplay()
     metrics = Metrics(run_dir.metrics_file, display.show, meter)
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
-    meter.enter("load")
-    model, tiled = _build_model(inputs)
-    _write_lock(inputs, run_dir, model)
-    if _is_pissa(recipe):
-        model.save_pretrained(_initial_adapter(run_dir))
-    owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
-    trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
-    with display, stop.listening(), _measured(meter, inputs, run_dir), _no_bare_out_of_memory(meter, inputs, run_dir):
-        if checkpoint is not None and _is_last(checkpoint):
-            trainer.take_state_of(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step >= trainer.state.max_steps:
-            meter.enter("save")
-            require_finite(model, trainer.state.global_step)
-            _save(model, inputs, run_dir)
+    with _measured(meter, inputs, run_dir), _seeing_out_of_memory(meter):
+        meter.enter("load")
+        model, tiled = _build_model(inputs)
+        _write_lock(inputs, run_dir, model)
+        if _is_pissa(recipe):
+            model.save_pretrained(_initial_adapter(run_dir))
+        owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
+        trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
+        with display, stop.listening():
+            if checkpoint is not None and _is_last(checkpoint):
+                trainer.take_state_of(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.state.global_step >= trainer.state.max_steps:
+                meter.enter("save")
+                require_finite(model, trainer.state.global_step)
+                _save(model, inputs, run_dir)
     if not run_dir.is_finished:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
             f"go on with: qtune run --resume {run_dir.path}"
         )
+
+
+def _explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
+    """The report of a run whose memory ran out, kept in memory.json before and after what would have fit is traced."""
+    gc.collect()
+    others = None
+    if inputs.plan.device.kind == "cuda":
+        torch.cuda.empty_cache()
+        others = other_holders(str(torch.cuda.get_device_properties(0).uuid))
+    saved = complete_checkpoints(run_dir.checkpoints)
+    name = saved[-1].name if saved else None
+    report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
+    kept = run_dir.read_json(run_dir.memory_file)
+    run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
+    with console.progress("memory ran out; tracing what would have fit"):
+        report = with_offers(report, inputs.recipe, inputs.plan, longest_of(inputs.prepared), run_dir)
+    run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
+    return report
 
 
 def _is_last(checkpoint: Path) -> bool:
@@ -228,35 +265,20 @@ def _is_owed_evaluation(checkpoint: Path, inputs: Inputs, run_dir: RunDir) -> bo
 
 
 @contextmanager
-def _no_bare_out_of_memory(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
-    """Memory that runs out where no micro-batch can be split (evaluation, optimizer, save) is said, with the way on.
+def _seeing_out_of_memory(meter: Meter) -> Iterator[None]:
+    """Looks at what is alive as soon as memory has run out, wherever no micro-batch can be split.
 
     Raises:
-        OutOfMemory: with the phase and what was predicted for the whole step.
+        OutOfMemory: with what was seen.
     """
     try:
         yield
-    except OutOfMemory:
-        raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) and error.failure is not None:
             raise
-        said = str(error).strip().splitlines()
-        forecast = inputs.forecast
-        need = (
-            f"; the step was predicted to need {forecast.prediction.need.total_bytes / 2**30:.2f} GiB"
-            if forecast
-            else ""
-        )
-        saved = complete_checkpoints(run_dir.checkpoints)
-        go_on = (
-            f"go on from {saved[-1].name} with: qtune run --resume {run_dir.path}" if saved else "no step is saved yet"
-        )
-        reason = said[0] if said else type(error).__name__
-        raise OutOfMemory(
-            f"memory ran out in the {meter.phase or 'training'} phase: {reason}{need}\n"
-            f"qtune fit {inputs.resolved.file} shows which changes of the recipe would fit; {go_on}"
-        ) from error
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error), meter.failure(error.__cause__ or error)) from error
 
 
 @contextmanager

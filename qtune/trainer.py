@@ -25,7 +25,7 @@ from qtune.device import is_out_of_memory
 from qtune.errors import OutOfMemory, TrainingError
 from qtune.host_storage import activations_on_host
 from qtune.loss import install_loss
-from qtune.memory.measure import Meter
+from qtune.memory.measure import Failure, Meter
 from qtune.plan import Plan
 from qtune.recipe import Training
 from qtune.run_dir import RunDir
@@ -158,6 +158,7 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
+        self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._counts = {"tokens": 0, "scored": 0}
         self._since = time.perf_counter()
@@ -210,7 +211,9 @@ class QloraTrainer(SFTTrainer):
             rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
             if self.pieces >= rows:
                 longest = max(batch["input_ids"].shape[1] for batch in self._done_in_step)
-                raise OutOfMemory(f"one row of {longest} tokens does not fit the memory of {self.args.device}")
+                raise OutOfMemory(
+                    f"one row of {longest} tokens does not fit the memory of {self.args.device}", self._failure
+                )
             self.pieces = min(2 * self.pieces, rows)
             self._release_memory(model)
             # The losses of earlier micro-batches of this step are already counted; only the last one's is returned.
@@ -231,6 +234,7 @@ class QloraTrainer(SFTTrainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self._failure = self.meter.failure(error)
             return None
         return loss
 

@@ -1,6 +1,7 @@
 """What only a CUDA card can show. Run by tools/check_gpu.sh; skipped where torch sees no card."""
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -8,10 +9,14 @@ import sys
 import pytest
 import torch
 
+from qtune import train
+from qtune.errors import OutOfMemory
 from qtune.host_storage import activations_on_host
 from qtune.load_run import resolved_recipe
 from qtune.loss import streamed_cross_entropy, tiled_cross_entropy
+from qtune.recipe_file import find_recipe, load_recipe
 from qtune.run_dir import RunDir
+from qtune.trainer import QloraTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,6 +117,38 @@ def test_a_head_in_pinned_memory_scores_as_one_on_the_card():
         results.append((loss, correct, hidden.grad.clone()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_memory_that_runs_out_is_seen_with_what_is_alive_and_who_else_is_on_the_card(tmp_path, monkeypatch):
+    original = QloraTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        kept = original(self, *args, **kwargs)
+        torch.empty(2**44, dtype=torch.uint8, device="cuda")  # more than any card has
+        return kept
+
+    program = (
+        "import torch; held = torch.empty(2**28, dtype=torch.uint8, device='cuda'); print('held', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    gc.collect()
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+    try:
+        with pytest.raises(OutOfMemory, match=r"CUDA out of memory\. Tried to allocate 16384\.00 GiB\n"):
+            train.run(load_recipe(find_recipe("quickstart"), ["training.steps=1", f"output.directory={tmp_path}"]))
+    finally:
+        other.communicate("\n")
+    kept = json.loads((tmp_path / "quickstart" / "memory.json").read_text())
+    report = kept["failure"]
+    assert (report["wanted_bytes"], report["counted"], report["untraced"]) == (2**44, "tensor by tensor", "")
+    assert report["total_bytes"] == torch.cuda.mem_get_info()[1]
+    allocated = max(kept["measured"]["phases"][name]["allocated_peak_bytes"] for name in ("forward", "backward"))
+    assert 0.5 * allocated < sum(report["alive"].values()) < 1.05 * allocated
+    listed = {one["pid"]: one["bytes"] for one in report["others"] or ()}
+    if other.pid in listed:  # a container may hide it, or give it another number
+        assert listed[other.pid] > 2**28
 
 
 def test_the_export_is_the_model_that_was_trained_on_the_card(run_dir):

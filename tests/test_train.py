@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 from qtune import train
 from qtune.adapter import STATE_FILE
 from qtune.callbacks import OptimizerPhase
-from qtune.errors import GateError, InputError, Interrupted, OutOfMemory, RecipeError, RunError, TrainingError
-from qtune.memory.measure import Meter
+from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.memory.profile import read_run
 from qtune.recipe_file import load_recipe
 from qtune.resumption import resumed_recipe
@@ -281,39 +280,6 @@ def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
     assert split_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_one_row_that_does_not_fit_ends_the_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory_for(monkeypatch, rows=0)
-    with pytest.raises(OutOfMemory, match=r"^one row of \d+ tokens does not fit the memory of cpu$"):
-        run(write_recipe(training="steps = 1\nbatch_size = 2"))
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "phase", "kept"),
-    [
-        (Meter, "scored", "eval", "go on from checkpoint-1 with: qtune run --resume {run}"),
-        (torch.optim.AdamW, "step", "optimizer", "no step is saved yet"),
-        (train, "_save", "save", "go on from checkpoint-2 with: qtune run --resume {run}"),
-    ],
-)
-def test_memory_that_ends_where_nothing_can_be_split_is_said_with_the_phase_and_the_way_on(
-    owner: Any, name: str, phase: str, kept: str, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(caller: Any, *_: Any, **__: Any) -> None:
-        if isinstance(caller, Meter) and caller.phase != phase:
-            return  # training counts its labels there, too
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore than anybody reads.")
-
-    recipe = write_recipe(training="steps = 2\nbatch_size = 2\ncheckpoint_every = 1\neval_every = 2")
-    monkeypatch.setattr(owner, name, refuse)
-    with pytest.raises(OutOfMemory) as caught:
-        run(recipe)
-    folder = recipe.parent / "runs" / "tiny"
-    assert str(caught.value) == (
-        f"memory ran out in the {phase} phase: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
-        f"qtune fit {recipe} shows which changes of the recipe would fit; {kept.format(run=folder)}"
-    )
 
 
 # --- what must not go wrong silently -------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def fit(
         batch = plan.micro_batch_size * plan.accumulation_steps
         price = f"{batch} micro-batches make a step: the same gradient, a little slower"
         trials.append(Trial("training.micro_batch_size = 1", price, asked, need))
-    pending, more_was_kept = list(_levers(recipe, plan)), True
+    pending, more_was_kept = list(levers(recipe, plan)), True
     while pending and more_was_kept and not need.fits(budget):
         tried, pending, more_was_kept = pending, [], False
         for lever in tried:
@@ -179,7 +179,7 @@ def _cut(longest: Longest, length: int) -> Longest:
     return Longest(min(longest.length, length), scored, longest.equal, evaluated)
 
 
-def _levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
+def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
     if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
         yield Lever(

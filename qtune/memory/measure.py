@@ -8,14 +8,16 @@ The resident set is read at every change of phase.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
 
 from qtune.memory import categories, resident
-from qtune.memory.history import Moment, history_of
+from qtune.memory.history import Moment, history_of, in_order
 from qtune.memory.ledger import Ledger, follow_modules
 
 if TYPE_CHECKING:
@@ -45,6 +47,35 @@ class PhasePeaks:
     """The process's peak resident set."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What could be seen at the moment when memory ran out."""
+
+    phase: Phase
+    step: int
+    """The optimizer step at work or just done, from 1; 0 before the first."""
+    batch: dict[str, int] | None
+    """rows, length and, once the loss has seen them, scored of the batch at work; None outside a step."""
+    said: str
+    """The allocator's own words, up to the request."""
+    wanted_bytes: int
+    """The request that was refused; 0 if the allocator did not say."""
+    alive: dict[str, int]
+    """Bytes by category, as far as they can be told apart."""
+    counted: str
+    """How `alive` is known: by the ledger, by walking over the model and the optimizer, by the allocator."""
+    own_bytes: int
+    """What this process held: reserved by the allocator (CUDA), or resident (CPU)."""
+    free_bytes: int
+    total_bytes: int
+
+
+REST = "activations, logits and loss"
+"""On CUDA, without a ledger: what the allocator counts beyond what stays between steps."""
+LOADED = "what was loaded so far"
+"""On CUDA, before there is a model to walk over: all that the allocator counts."""
+
+
 class Meter:
     """Measures a run phase by phase; `result()` is the plain value that goes into memory.json."""
 
@@ -56,7 +87,7 @@ class Meter:
         self._snapshot = snapshot if device.type == "cuda" else None
         self.cuda = device.type == "cuda"
         self.phases: dict[str, PhasePeaks] = {}
-        self.phase: str | None = None
+        self.phase: Phase | None = None
         self._since = 0.0
         self._resets = resident.reset_peak()
         self._model: torch.nn.Module | None = None
@@ -67,6 +98,8 @@ class Meter:
         """The largest batch that was measured in "forward" and in "eval": rows, length, scored, padded (0 or 1)."""
         self._counted: dict[str, int] = {}
         self.batch: dict[str, int] | None = None
+        self.step = 0
+        """The optimizer step at work, from 1."""
         self._ledger: Ledger | None = None
         self._handles: list[Any] = []
         self._best: Moment | None = None
@@ -110,6 +143,34 @@ class Meter:
         """How many labelled tokens the batch at work has; the loss knows."""
         if self.batch is not None:
             self.batch["scored"] = count
+
+    def failure(self, error: BaseException) -> Failure:
+        """What is known now that memory has run out; to be asked while the tensors of the failed step are alive."""
+        phase = self.phase or "load"
+        alive: dict[str, int] = {}
+        counted = ""
+        if self._ledger is not None:
+            if self._optimizer is not None:
+                categories.adopt_gradients(self._ledger, self._optimizer)
+                categories.adopt_optimizer(self._ledger, self._optimizer)
+            # The fullest moment, not the last: autograd lets go of a failed backward's tensors at once.
+            history = history_of(self._ledger, self._checkpointing())
+            alive, counted = dict(history.peak(phase).alive or history.last().alive), "tensor by tensor"
+        elif self._model is not None:
+            static = self.static()
+            alive, counted = {name: static[name] for name in in_order(static)}, "what stays between steps"
+        if self.cuda:
+            free, total = torch.cuda.mem_get_info(self.device)
+            own = torch.cuda.memory_reserved(self.device)
+            rest = torch.cuda.max_memory_allocated(self.device) - sum(alive.values())
+            if self._ledger is None and rest > 0:
+                alive[REST if self._model is not None else LOADED] = rest
+                counted = f"{counted}; the rest by the allocator" if counted else "by the allocator"
+        else:
+            memory = psutil.virtual_memory()
+            free, total, own = memory.available, memory.total, psutil.Process().memory_info().rss
+        said, wanted = _request(error)
+        return Failure(phase, self.step, self.batch, said, wanted, alive, counted, own, free, total)
 
     def close(self) -> None:
         """The run is over (or failed): close the open phase and let go of the model."""
@@ -232,3 +293,16 @@ class Meter:
 
 def _positions(batch: dict[str, int]) -> int:
     return batch["rows"] * batch["length"]
+
+
+def _request(error: BaseException) -> tuple[str, int]:
+    """What an allocator said, up to the size that it refused, and that size in bytes; 0 if it named none.
+
+    CUDA: "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"; CPU: "… you tried to allocate 4096 bytes. …".
+    """
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    found = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
+    if found is None:
+        return first, 0
+    units = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    return found[0], int(float(found[1]) * units[found[2].lower()])

@@ -86,6 +86,8 @@ class Measured:
     measured: dict[str, Any]
     prediction: Prediction | None
     ways: list[Way]
+    failure: dict[str, Any] | None = None
+    """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
 
 
 def device_for(gpu: str | None, vram: str | None) -> Device:
@@ -141,7 +143,7 @@ def read_run(run_dir: RunDir) -> Measured:
     recipe = resolved_recipe(run_dir)
     device = present_device()
     if (device.kind == "cpu") != (found["device"] == "cpu"):
-        return Measured(found, None, [])
+        return Measured(found, None, [], known.get("failure"))
     config = load_config(recipe.model)
     plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
@@ -151,7 +153,7 @@ def read_run(run_dir: RunDir) -> Measured:
     ]
     known["predicted_for_measured"] = {phase: moment.bytes for phase, moment in prediction.by_phase.items()}
     run_dir.write_json(run_dir.memory_file, known)
-    return Measured(found, prediction, compared)
+    return Measured(found, prediction, compared, known.get("failure"))
 
 
 def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest]:
