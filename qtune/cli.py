@@ -349,16 +349,22 @@ def check(
 @app.command(rich_help_panel="Try")
 def report(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
+    trace: Annotated[
+        bool, typer.Option("--trace/--no-trace", help="First trace what its memory is compared with, if not yet known.")
+    ] = True,
 ) -> None:
     """Draw a run as one HTML page: curves, memory, rows with the trained tokens marked, answers, origins of values.
 
-    The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures.
+    The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures. What is
+    traced (the predicted step, what other ways of training would take, what each technique saves) is kept in the run.
     """
     from qtune.run_dir import RunDir
 
     run_dir = RunDir.open(target)
-    from qtune.report.page import write_report
+    from qtune.report.page import trace_memory, write_report
 
+    if trace:
+        trace_memory(run_dir)
     console.out(f"{write_report(run_dir)}")
 
 
@@ -397,7 +403,8 @@ def profile(
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
 
     A recipe needs only the model's config.json. Its longest row is read from its data where that is possible; else it
-    is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here.
+    is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here. What
+    is traced for a run is kept in its memory.json, from where `qtune report` draws it.
     """
     from qtune.report.drawing import require_writable
 
@@ -405,6 +412,10 @@ def profile(
         require_writable(timeline, "--timeline")
     if gpu is not None and vram is not None:
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
+    is_run = Path(target).is_dir()
+    others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
+    if is_run and (given := [option for option, value in others.items() if value]):
+        raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.console.memory import draw_measured, draw_profile
     from qtune.console.out_of_memory import failure_text
     from qtune.memory import cards
@@ -415,18 +426,20 @@ def profile(
     from qtune.run_dir import RunDir
 
     quiet_loading()
-    if Path(target).is_dir():
-        seen = stage.read_run(RunDir.open(Path(target)))
-        console.out(draw_measured(seen))
-        if seen.failure is not None:
-            console.out(f"\n{failure_text(seen.failure)}")
-        return
-    resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-    found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
-    console.out(draw_profile(found, cards.SIZES))
-    if timeline is not None:
-        title = f"{found.recipe.model.base} on {found.forecast.plan.device.name}: one training step"
-        write_timeline(found.forecast.prediction, title, timeline)
+    if is_run:
+        measured = stage.read_run(RunDir.open(Path(target)), savings=savings, explain=explain)
+        console.out(draw_measured(measured))
+        if measured.failure is not None:
+            console.out(f"\n{failure_text(measured.failure)}")
+        name, prediction = target, measured.prediction
+    else:
+        resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
+        found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
+        console.out(draw_profile(found, cards.SIZES))
+        prediction = found.forecast.prediction
+        name = f"{found.recipe.model.base} on {found.forecast.plan.device.name}"
+    if timeline is not None and prediction is not None:
+        write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
 
 

@@ -45,7 +45,13 @@ def lock_of(
         "training_rows_blake2b": rows,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "seed": recipe.training.seed,
-        "device": {"name": plan.device.name, "total_bytes": plan.device.total_bytes},
+        "device": {
+            "name": plan.device.name,
+            "kind": plan.device.kind,
+            "total_bytes": plan.device.total_bytes,
+            "bf16": plan.device.bf16,
+            "capability": plan.device.capability,
+        },
     }
 
 

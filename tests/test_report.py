@@ -24,7 +24,7 @@ from qtune.model import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe import Model
 from qtune.recipe_file import load_recipe
-from qtune.report.charts import Series, line_chart, size, thinned, ticks
+from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import page, write_report
 from qtune.report.record import read_record, seconds_of
@@ -238,16 +238,12 @@ def test_there_is_no_chart_without_points():
     assert line_chart("Loss", [Series("training", []), Series("validation", [(1.0, math.nan)])], str) is None
 
 
-def test_sizes_are_readable():
-    assert [size(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
-
-
 def test_the_page_is_whole_and_has_no_scripts_and_nothing_from_elsewhere(finished, drawn):
     """Page() has already checked that every element is closed."""
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & drawn.names
     attributes = {name for _, given in drawn.elements for name in given}
     assert not {name for name in attributes if name.startswith("on")} | ({"src", "href", "action"} & attributes)
-    assert not re.search(r"https?://|url\(|@import", finished.report.read_text(encoding="utf-8"))
+    assert not re.search(r"https?://|url\((?!#)|@import", finished.report.read_text(encoding="utf-8"))
 
 
 def test_a_policy_forbids_whatever_might_slip_through(drawn):
@@ -297,12 +293,6 @@ def test_wrong_answers_come_first(drawn):
 def test_an_export_that_was_not_verified_says_so_and_why(drawn):
     assert "model: ✗ not verified" in drawn.texts["h3"]
     assert PROOF["failures"] == drawn.texts["li"]
-
-
-def test_memory_shows_what_was_measured_and_leaves_out_what_was_not(drawn):
-    assert "The highest moment: 3.00 GiB (forward in loss)" in drawn.texts["h3"]
-    assert "tensors, peak" in drawn.texts["th"]
-    assert not {"allocated, peak", "process, peak"} & set(drawn.texts["th"])
 
 
 def test_every_resolved_value_is_there_with_its_origin(finished, drawn):

@@ -12,41 +12,64 @@ if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
+    from qtune.memory.savings import Way
     from qtune.recipe import Recipe
 
 GIB = 2**30
 MIB = 2**20
 BAR = 60
-# Distinct without color: each category has its own letter in the bar.
-LETTERS = "WwXxYQEHAGOCKRLDo"
+LETTERS = {
+    "base weights 4-bit": "4",
+    "base weights int8": "8",
+    "base weights fp16": "h",
+    "base weights bf16": "b",
+    "base weights fp32": "f",
+    "quantization constants": "q",
+    "embeddings": "E",
+    "head": "H",
+    "adapter": "A",
+    "gradients": "G",
+    "optimizer state": "S",
+    "checkpointed activations": "C",
+    "activations": "V",
+    "recomputed activations": "R",
+    "logits and loss": "L",
+    "dequantized workspace": "D",
+    "other": "o",
+}
+"""Each category's letter in the bar: it is read without colour, in a log file too."""
 
 
 def size(size_bytes: float) -> str:
-    """ "6.98 GiB", or MiB below a tenth of one."""
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / MIB:.1f} MiB"
+    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that."""
+    if size_bytes >= GIB / 10:
+        return f"{size_bytes / GIB:.2f} GiB"
+    return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / 1024:.1f} KiB"
 
 
 def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
-    """The whole answer to `qtune profile RECIPE`."""
+    """The whole answer to `qtune profile RECIPE`. A CPU's memory is no card's: nothing is said of cards then."""
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
-    title = (
-        f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak, "
-        f"{size(found.need.total_bytes)} needed"
-    )
+    is_card = plan.device.kind == "cuda"
+    needed = f", {size(found.need.total_bytes)} needed" if is_card else ""
+    title = f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak{needed}"
+    often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
     about = (
-        f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {plan.accumulation_steps} times a step; "
+        f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {often} a step; "
         f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}\n"
         f"length: {rows.known_from}"
     )
     parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
-    parts += [stacked_bar(found.peak.alive), Text(""), _need(found), Text("")]
+    parts += [stacked_bar(found.peak.alive), Text(""), _need(found, is_card=is_card), Text("")]
     parts.append(_phases(found))
     if profile.ways:
-        parts += [Text(""), _ways(profile, sizes)]
+        parts += [Text(""), _ways(profile, sizes if is_card else ())]
     if profile.attribution:
-        parts += [Text(""), _attribution(profile)]
+        parts += [Text(""), _attribution(profile.attribution, found.peak.bytes)]
     how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
     parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
+    if not is_card:
+        parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
     return Group(*parts)
 
 
@@ -58,34 +81,37 @@ def categories_table(alive: dict[str, int]) -> Table:
     table.add_column("share", justify="right")
     table.add_column("bar")
     total = sum(alive.values()) or 1
-    for letter, (name, value) in zip(LETTERS, alive.items(), strict=False):
+    for name, value in alive.items():
         blocks = round(20 * value / total)
-        table.add_row(f"{letter} {name}", size(value), f"{value / total:.1%}", "█" * blocks or "▏")
+        table.add_row(f"{letter_of(name)} {name}", size(value), f"{value / total:.1%}", "█" * blocks or "▏")
     table.add_row("total", size(total), "", "", style="bold")
     return table
+
+
+def letter_of(category: str) -> str:
+    """A category's letter; one that this version does not know is drawn as a point."""
+    return LETTERS.get(category, ".")
 
 
 def stacked_bar(alive: dict[str, int]) -> Text:
     """One line of letters, each category as wide as its share."""
     total = sum(alive.values()) or 1
     line, drawn, summed = "", 0, 0
-    for letter, value in zip(LETTERS, alive.values(), strict=False):
+    for name, value in alive.items():
         summed += value
         until = round(BAR * summed / total)
-        line += letter * (until - drawn)
+        line += letter_of(name) * (until - drawn)
         drawn = until
     return Text(f"[{line}]")
 
 
-def _need(found: "Prediction") -> Table:
+def _need(found: "Prediction", *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
-    table.add_row(
-        "driver and allocator",
-        size(found.need.driver_bytes),
-        "allowance: context 512 MiB, cuBLAS 33 MiB, 8 % of what comes and goes",
-    )
-    table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
+    if is_card:
+        allowance = "allowance: context 512 MiB, cuBLAS 33 MiB, 8 % of what comes and goes"
+        table.add_row("driver and allocator", size(found.need.driver_bytes), allowance)
+        table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
     if found.paged_bytes:
         table.add_row(
             "paged optimizer state", size(found.paged_bytes), "managed memory: moves to the host when the card is full"
@@ -108,26 +134,37 @@ def _phases(found: "Prediction") -> Table:
 
 
 def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
-    ours = profile.forecast.prediction.peak.bytes
+    """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
+    ours, whole = profile.forecast.prediction.peak.bytes, profile.ways[0].prediction.peak.bytes
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("way of training", "peak", "recipe saves", "fits cards of"):
-        table.add_column(name, justify="right" if name in ("peak", "recipe saves") else "left")
+    figures = ("peak", "share", "recipe saves")
+    for name in ("way of training", *figures, *(["fits cards of"] if sizes else [])):
+        table.add_column(name, justify="right" if name in figures else "left")
     for way in profile.ways:
-        need = way.prediction.need
-        fitting = [f"{gb}" for gb in sizes if need.fits(gb * GIB)]
-        cards = f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"
-        saved = f"{1 - ours / way.prediction.peak.bytes:.0%}" if way.name != "this recipe" else ""
-        table.add_row(way.name, size(way.prediction.peak.bytes), saved, cards)
+        peak = way.prediction.peak.bytes
+        saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
+        cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
+        table.add_row(way.name, size(peak), f"{peak / whole:.0%}", saved, *cards)
     return table
 
 
-def _attribution(profile: "Profile") -> Table:
-    ours = profile.forecast.prediction.peak.bytes
+def fitting_cards(needed_bytes: int, sizes: tuple[int, ...]) -> str:
+    """The cards of these GB classes that hold what is needed, margin included: "8 GB and more"."""
+    fitting = [gb for gb in sizes if needed_bytes <= gb * GIB]
+    return f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"
+
+
+def saved(without: int, ours: int) -> str:
+    """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
+    return size(without - ours) if without >= ours else f"costs {size(ours - without)}"
+
+
+def _attribution(attribution: "list[Way]", ours: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("technique", "saves", "without it"):
         table.add_column(name, justify="right" if name == "saves" else "left")
-    for way in sorted(profile.attribution, key=lambda way: -way.prediction.peak.bytes):
-        table.add_row(way.name, size(max(0, way.prediction.peak.bytes - ours)), way.how)
+    for way in sorted(attribution, key=lambda way: -way.prediction.peak.bytes):
+        table.add_row(way.name, saved(way.prediction.peak.bytes, ours), way.how)
     return table
 
 
@@ -154,6 +191,8 @@ def draw_measured(found: "Measured") -> RenderableType:
         parts += [Text(""), *_static(measured["static"])]
     if found.ways and measured["peak_bytes"]:
         parts += [Text(""), _saved(found)]
+    if found.attribution and found.prediction:
+        parts += [Text(""), _attribution(found.attribution, found.prediction.peak.bytes)]
     return Group(*parts)
 
 

@@ -10,15 +10,15 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtune.builtin import cache_folder
-from qtune.memory.history import Moment
-from qtune.memory.margin import Need
 from qtune.memory.predict import Longest, Prediction, predict, summarize
 from qtune.model import is_stored_quantized
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PretrainedConfig
 
     from qtune.plan import Plan
@@ -31,12 +31,31 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     Raises:
         ModelError: as `predict`.
     """
-    file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest)}.json"
+
+    def traced() -> Prediction:
+        return summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
+
+    return remembered(config, recipe, plan, longest, traced)
+
+
+def remembered(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None,
+    traced: Callable[[], Prediction],
+    way: str = "",
+) -> Prediction:
+    """What `traced` says; from the cache where it was asked before for the same recipe.
+
+    way: names what is traced where it is not the recipe's own step but another one that follows from it.
+    """
+    file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest, way)}.json"
     try:
-        return _from_json(json.loads(file.read_text(encoding="utf-8")))
+        return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
-    found = summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
+    found = traced()
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -45,7 +64,7 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     return found
 
 
-def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None) -> str:
+def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:
     """Everything that the bytes depend on, and this package's own code."""
     device = plan.device
     parts = {
@@ -63,6 +82,7 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
         "longest": None if longest is None else asdict(longest),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _own_code(),
+        "way": way,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -82,13 +102,3 @@ def _own_code() -> str:
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _from_json(found: dict[str, Any]) -> Prediction:
-    """A prediction from what `dataclasses.asdict` made of one."""
-    moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
-    phases = [(int(point), str(name)) for point, name in found["phases"]]
-    return Prediction(
-        **found
-        | {"peak": Moment(**found["peak"]), "by_phase": moments, "need": Need(**found["need"]), "phases": phases}
-    )

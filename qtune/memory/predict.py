@@ -145,6 +145,18 @@ class Prediction:
     phases: list[tuple[int, str]]
     """(first stretch, phase) of the timeline."""
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Prediction:
+        """A prediction from what `dataclasses.asdict` made of one.
+
+        Raises:
+            KeyError, TypeError: it is one of another version.
+        """
+        moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
+        phases = [(int(point), str(name)) for point, name in found["phases"]]
+        peak, need = Moment(**found["peak"]), Need(**found["need"])
+        return cls(**found | {"peak": peak, "by_phase": moments, "need": need, "phases": phases})
+
 
 POINTS = 240
 LEAST = POINTS // 8

@@ -81,11 +81,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's measurement and, on the kind of device that it ran on, the prediction for it and for the usual ways."""
+    """A run's measurement and, where its device is known, what is traced for it.
+
+    The step of the largest batch that it measured, the usual ways of training the same model on that batch, and the
+    step without each technique.
+    """
 
     measured: dict[str, Any]
     prediction: Prediction | None
     ways: list[Way]
+    attribution: list[Way]
     failure: dict[str, Any] | None = None
     """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
 
@@ -121,39 +126,78 @@ def profile(
     return Profile(recipe, found, compared, explained)
 
 
-def read_run(run_dir: RunDir) -> Measured:
-    """What a run measured, beside the traced step of its recipe and of the usual ways of training the same model.
+TRACED = ("traced", "ways", "attribution")
+"""Keys of memory.json that are traced after a run, not during it: on a CPU that would delay a short run noticeably."""
 
-    Predictions are for the kind of device that the run used; on another kind there are none. What is found is added to
-    the run's memory.json, each way with how its figure was obtained.
+
+def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
+    """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
+
+    The run's device need not be here: its lock tells what a trace must know of it.
 
     Raises:
         RunError: the run has no measurement (it was killed before its end).
+        ModelError: the base model's configuration is not to be had any more.
     """
     from qtune.load_run import resolved_recipe
-    from qtune.memory.savings import ways
+    from qtune.memory.savings import attribution, ways
 
+    known = _memory_of(run_dir)
+    found = known["measured"]
+    recipe, device = resolved_recipe(run_dir), _device_of(run_dir, found)
+    if device is None:
+        return Measured(found, None, [], [], known.get("failure"))
+    config = load_config(recipe.model)
+    plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
+    prediction = predicted(config, recipe, plan, longest)
+    batch = {"rows": plan.micro_batch_size, **asdict(longest), "is_measured": "forward" in found["largest_batch"]}
+    needed = prediction.need.total_bytes
+    known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    result = Measured(
+        found,
+        prediction,
+        ways(config, recipe, plan, longest) if savings else [],
+        attribution(config, recipe, plan, longest) if explain else [],
+        known.get("failure"),
+    )
+    for key, traced in (("ways", result.ways), ("attribution", result.attribution)):
+        if traced:
+            known[key] = [way.to_json() for way in traced]
+    run_dir.write_json(run_dir.memory_file, known)
+    return result
+
+
+def is_traced(run_dir: RunDir) -> bool:
+    """Whether nothing is left to trace for a run's memory.json, as far as there is a measurement to compare with."""
     try:
-        known = json.loads(run_dir.memory_file.read_text(encoding="utf-8"))
-        found = known["measured"]
+        known = _memory_of(run_dir)
+    except RunError:
+        return True
+    return all(key in known for key in TRACED) or _device_of(run_dir, known["measured"]) is None
+
+
+def _memory_of(run_dir: RunDir) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(run_dir.memory_file.read_text(encoding="utf-8"))
+        known["measured"]["device"]
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
             Problem(str(run_dir.memory_file), "has no measurement: the run did not reach its end")
         ) from error
-    recipe = resolved_recipe(run_dir)
-    device = present_device()
-    if (device.kind == "cpu") != (found["device"] == "cpu"):
-        return Measured(found, None, [], known.get("failure"))
-    config = load_config(recipe.model)
-    plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
-    prediction = predicted(config, recipe, plan, longest)
-    compared = ways(config, recipe, plan, longest)
-    known["ways"] = [
-        {"name": way.name, "how": f"traced: {way.how}", "peak_bytes": way.prediction.peak.bytes} for way in compared
-    ]
-    known["predicted_for_measured"] = {phase: moment.bytes for phase, moment in prediction.by_phase.items()}
-    run_dir.write_json(run_dir.memory_file, known)
-    return Measured(found, prediction, compared, known.get("failure"))
+    return known
+
+
+def _device_of(run_dir: RunDir, measured: dict[str, Any]) -> Device | None:
+    """The device of a run from its lock, empty; where an older lock does not tell, one of its kind that is here."""
+    try:
+        locked = run_dir.read_json(run_dir.lock_file)["device"]
+        total, capability = locked["total_bytes"], locked["capability"]
+        return Device(
+            locked["kind"], locked["name"], total, total, locked["bf16"], tuple(capability) if capability else None
+        )
+    except (RunError, KeyError, TypeError):
+        here = present_device()
+        return here if (here.kind == "cpu") == (measured["device"] == "cpu") else None
 
 
 def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest]:

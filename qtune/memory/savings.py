@@ -9,8 +9,9 @@ import torch
 
 from qtune.adapter import attach_adapter
 from qtune.loss import TILE_BYTES, install_loss
+from qtune.memory.cache import predicted, remembered
 from qtune.memory.fit import changed
-from qtune.memory.predict import Longest, build, predict, summarize, training_step
+from qtune.memory.predict import Longest, build, summarize, training_step
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Step
 from qtune.memory.trace import trace
@@ -36,6 +37,16 @@ class Way:
     name: str
     how: str
     prediction: Prediction
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in memory.json, with how its figures were obtained; sizes in bytes."""
+        prediction = self.prediction
+        return {
+            "name": self.name,
+            "how": f"traced: {self.how}",
+            "peak_bytes": prediction.peak.bytes,
+            "needed_bytes": prediction.need.total_bytes,
+        }
 
 
 def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
@@ -65,23 +76,19 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
         return made
 
-    def traced(made: Any) -> Prediction:
-        return summarize(trace(config, made, plain, cuda=cuda))
+    def way(name: str, how: str, made: Any) -> Way:
+        def traced() -> Prediction:
+            return summarize(trace(config, made, plain, cuda=cuda))
+
+        return Way(name, f"{how}, AdamW, whole logits", remembered(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
+    computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
     return [
-        Way(
-            "full fine-tuning, fp32",
-            f"fp32 weights, autocast to {word}, AdamW, whole logits",
-            traced(full(torch.float32)),
-        ),
-        Way(f"full fine-tuning, {word}", f"{word} weights and moments, AdamW, whole logits", traced(full(low))),
-        Way(f"{recipe.adapter.kind}, {word} base", "unquantized base, AdamW, whole logits", traced(adapted(False))),
-        Way(
-            "plain QLoRA script",
-            "NF4, k-bit preparation (everything else in fp32), AdamW, whole logits",
-            traced(adapted(True)),
-        ),
+        way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
+        way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
+        way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
+        way("plain QLoRA script", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
     ]
 
 
@@ -94,10 +101,16 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
             plan.micro_batch_size, "as in the recipe"
         )
-        found.append(Way(name, how, summarize(predict(config, other, other_plan, rows))))
-    step = training_step(recipe, plan, rows)
-    whole = trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
-    found.append(Way("tiled loss", "the logits of all labelled positions at once", summarize(whole)))
+        found.append(Way(name, how, predicted(config, other, other_plan, rows)))
+
+    def untiled() -> Prediction:
+        step = training_step(recipe, plan, rows)
+        return summarize(
+            trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
+        )
+
+    whole = remembered(config, recipe, plan, rows, untiled, "untiled")
+    found.append(Way("tiled loss", "the logits of all labelled positions at once", whole))
     return found
 
 

@@ -14,7 +14,6 @@ WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
 MOST_POINTS = 400
 """More than the chart has room for; a longer series is drawn as means."""
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,28 +53,6 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
     note = [element("span", "each point is the mean of several steps")] if thinning else []
     caption = element("figcaption", element("b", title), *names, *note)
     return element("figure", caption, picture)
-
-
-def bars(rows: Sequence[tuple[str, float]], layout: Layout) -> Html:
-    """One horizontal bar for each (name, value), with its figure."""
-    largest = max((value for _, value in rows), default=0.0) or 1.0
-    lines = [
-        element(
-            "tr",
-            element("td", name, class_="name"),
-            element("td", layout(value), class_="figure"),
-            element("td", _bar(value / largest), class_="bar"),
-        )
-        for name, value in rows
-    ]
-    return element("div", element("table", element("tbody", *lines)), class_="wide")
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that leaves a readable number."""
-    if count >= GIB / 10:
-        return f"{count / GIB:.2f} GiB"
-    return f"{count / (1 << 20):.1f} MiB" if count >= (1 << 20) / 10 else f"{count / (1 << 10):.1f} KiB"
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
@@ -135,6 +112,7 @@ def _key(series: Series) -> Html:
     )
 
 
-def _bar(share: float) -> Html:
+def bar(share: float) -> Html:
+    """A horizontal bar of that share of the width."""
     block = element("rect", x=0, y=0, width=max(0.5, 300 * share), height=12)
     return element("svg", block, viewBox="0 0 300 12", preserveAspectRatio="none", aria_hidden="true")

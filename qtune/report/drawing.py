@@ -123,15 +123,19 @@ class Drawing:
 _DASHES = {"solid": None, "dashed": "6 4", "dotted": "2 3"}
 
 
-def svg(drawing: Drawing) -> str:
-    """The drawing as one SVG element: no script, no font, no style sheet."""
+def svg(drawing: Drawing, *, alone: bool = True) -> str:
+    """The drawing as one SVG element: no script, no font, no style sheet.
+
+    alone: as a file of its own; inside HTML an SVG needs no namespace.
+    """
     hatched = [shape.look for shape in drawing.shapes if isinstance(shape, (Area, Box)) and shape.look.hatch]
     # An id is the same for the same look wherever it is drawn, so that pictures can share a page.
     ids = {look: f"hatch-{look.fill[1:]}-{look.hatch.encode().hex()}" for look in hatched}
+    namespace = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
     size = f'viewBox="0 0 {drawing.width} {drawing.height}" width="{drawing.width}" height="{drawing.height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="sans-serif">',
+            f'<svg{namespace} {size} role="img" font-family="sans-serif">',
             f"<title>{escape(drawing.title)}</title>",
             f"<defs>{''.join(_pattern(look, name) for look, name in ids.items())}</defs>",
             f'<rect width="{drawing.width}" height="{drawing.height}" style="fill:{PAPER}"/>',

@@ -8,7 +8,7 @@ VOID = ("meta", "br", "circle", "line", "path", "polyline", "rect")
 
 
 class Html(str):
-    """A piece of HTML. Made by `element` and `joined` only; everything that comes from a run is a plain str."""
+    """A piece of HTML. Made by `element` and `joined`, and of `drawing.svg`; what comes from a run is a plain str."""
 
     __slots__ = ()
 

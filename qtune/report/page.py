@@ -1,14 +1,20 @@
 """The page itself: all parts in one file, with a policy that forbids it to load or run anything."""
 
+import logging
 from pathlib import Path
 
-from qtune.errors import InputError
+from qtune import console
+from qtune.errors import InputError, QtuneError
+from qtune.memory.profile import is_traced, read_run
 from qtune.quiet import quiet_loading
 from qtune.report import proof, sections
 from qtune.report.html import Html, element, joined
+from qtune.report.memory import memory
 from qtune.report.record import Record, read_record
 from qtune.report.rows import ShownRows, rows_of
 from qtune.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 # The second wall behind escaping: even if a row's text became markup, a browser would neither run nor fetch it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -45,6 +51,23 @@ mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom:
 code { font-size: .9em; overflow-wrap: anywhere; } details { margin: .6rem 0; } summary { cursor: pointer; }
 @media print { pre { max-height: none; } body { max-width: none; } }
 """
+
+
+def trace_memory(run_dir: RunDir) -> None:
+    """Adds to the run's memory.json what is not there yet: the predicted step, the usual ways, each technique.
+
+    A trace that fails, or a base model that is gone, is said and stops no report.
+    """
+    if is_traced(run_dir):
+        return
+    quiet_loading()
+    try:
+        with console.progress("tracing the run's step, the usual ways of training and the step without each technique"):
+            read_run(run_dir, explain=True)
+    except Exception as error:
+        log.debug("the run's memory could not be traced", exc_info=True)
+        reason = str(error) if isinstance(error, QtuneError) else f"{type(error).__name__}: {error}"
+        console.say(f"memory is not predicted: {reason}")
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -97,8 +120,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
         parts.append(sections.section("Rows as the model sees them", sections.note(f"They cannot be shown: {rows}")))
     else:
         parts.append(sections.training_rows(rows))
-    if record.memory and "measured" in record.memory:
-        parts.append(proof.memory(record.memory["measured"]))
+    if record.memory:
+        parts.append(memory(record.memory, str(record.run_dir.path)))
     if record.exports:
         parts.append(proof.exports(record.exports))
     parts.append(sections.values(record))

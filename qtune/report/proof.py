@@ -1,48 +1,15 @@
-"""What was measured of a run, as parts of the page: memory, base against tuned, exported models."""
+"""What was measured of a run's results, as parts of the page: base against tuned, exported models."""
 
 from collections.abc import Sequence
 
-from qtune.report.charts import bars, size
 from qtune.report.html import Html, details, element, table
 from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 
 SHOWN_ANSWERS = 10
 
-# Columns of the phases' table; one that was measured nowhere is left out.
-PHASE_COLUMNS = {
-    "allocated_peak_bytes": "allocated, peak",
-    "reserved_peak_bytes": "reserved, peak",
-    "device_used_bytes": "card in use",
-    "tensor_peak_bytes": "tensors, peak",
-    "resident_peak_bytes": "process, peak",
-}
-
 # Figures of closeness in verify.json, with their names and formats.
 CLOSENESS = {"kl": ("KL divergence, nats per token", ".2e"), "top1": ("same likeliest token", ".2%")}
-
-
-def memory(measured: Json) -> Html:
-    """Peaks by phase, and what was alive at the highest."""
-    phases: dict[str, Json] = measured.get("phases", {})
-    columns = {key: name for key, name in PHASE_COLUMNS.items() if any(phase.get(key) for phase in phases.values())}
-    rows = [
-        (name, f"{phase['seconds']:,.1f}", *(size(phase[key]) if phase.get(key) else "–" for key in columns))
-        for name, phase in phases.items()
-    ]
-    drawn: list[Html] = [
-        paragraph(f"Measured on {measured.get('device', '?')}: {measured.get('method', '?')}."),
-        table(("phase", "seconds", *columns.values()), rows, figures=range(1, 2 + len(columns))),
-    ]
-    peak = measured.get("at_peak")
-    if peak:
-        where = " in ".join(part for part in (peak["phase"], peak["module"]) if part)
-        drawn.append(element("h3", f"The highest moment: {size(peak['bytes'])} ({where})"))
-        drawn.append(bars(list(peak["alive"].items()), size))
-    if measured.get("static"):
-        drawn.append(element("h3", f"What stays between steps: {size(sum(measured['static'].values()))}"))
-        drawn.append(bars(list(measured["static"].items()), size))
-    return section("Memory", *drawn)
 
 
 def evaluation(found: Json) -> Html:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
+from qtune.console.memory import size
 from qtune.memory import categories
-from qtune.report.charts import size, ticks
+from qtune.report.charts import ticks
 from qtune.report.drawing import (
     CHARACTER,
     DIM,
@@ -83,13 +84,19 @@ class Timeline:
 
     @classmethod
     def of(cls, prediction: Prediction) -> Timeline:
-        """The curves of a prediction. That a model is larger while it is loaded is no part of a step."""
-        highest = max(
-            (moment for phase, moment in prediction.by_phase.items() if phase != "load"),
-            key=lambda moment: moment.bytes,
-        )
-        where = f"{highest.phase}, {highest.module or 'outside the model'}"
-        return cls(prediction.timeline, prediction.phases, highest.alive, where)
+        """The curves of a prediction."""
+        return cls.from_json(asdict(prediction))
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Timeline:
+        """The curves of a prediction as it stands in memory.json.
+
+        That a model is larger while it is loaded is no part of a step.
+        """
+        moments = [moment for phase, moment in found["by_phase"].items() if phase != "load"]
+        highest = max(moments, key=lambda moment: int(moment["bytes"]))
+        where = f"{highest['phase']}, {highest['module'] or 'outside the model'}"
+        return cls(found["timeline"], [(first, phase) for first, phase in found["phases"]], highest["alive"], where)
 
 
 def write_timeline(prediction: Prediction, title: str, file: Path) -> None:

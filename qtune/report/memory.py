@@ -1,0 +1,161 @@
+"""A run's memory.json as a part of the page: predicted and measured, the timeline of a step, what it saves and why."""
+
+from collections.abc import Mapping
+
+from qtune.console.memory import fitting_cards, saved, size
+from qtune.console.out_of_memory import failure_text
+from qtune.memory.cards import SIZES
+from qtune.memory.history import in_order
+from qtune.report.charts import bar
+from qtune.report.drawing import svg
+from qtune.report.html import Html, element, table
+from qtune.report.record import Json
+from qtune.report.sections import paragraph, section
+from qtune.report.timeline import Timeline, timeline_drawing
+
+# Columns of the phases' table beside the predicted and the measured peak; one that was measured nowhere is left out.
+OTHER_COLUMNS = {
+    "reserved_peak_bytes": "reserved, peak",
+    "device_used_bytes": "card in use",
+    "resident_peak_bytes": "process, peak",
+}
+
+
+def memory(found: Json, run: str) -> Html:
+    """The whole part; `run` names the run's folder for the commands that would add to it."""
+    measured: Json = found.get("measured", {})
+    traced = found.get("traced") or found.get("predicted")
+    drawn = (
+        [paragraph(f"Measured on {measured.get('device', '?')}: {measured.get('method', '?')}.")] if measured else []
+    )
+    drawn.append(paragraph(_predicted_for(found, run)))
+    if found.get("failure"):
+        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(found["failure"]))]
+    drawn += _phases(measured, traced)
+    drawn += _at_peak(measured.get("at_peak"), (traced or {}).get("peak"))
+    if measured.get("static"):
+        drawn += _between_steps(measured["static"])
+    if traced:
+        drawn += _timeline(traced)
+    if found.get("ways") and found.get("traced"):
+        drawn += _savings(found["ways"], found["traced"], is_card=measured.get("device") != "cpu")
+    if found.get("attribution") and found.get("traced"):
+        drawn += _attribution(found["attribution"], found["traced"]["peak"]["bytes"])
+    return section("Memory", *drawn)
+
+
+def _predicted_for(found: Json, run: str) -> str:
+    """Which batch the prediction is for."""
+    if "traced" in found:
+        batch = found["traced"]["batch"]
+        which = "the largest batch that was measured" if batch["is_measured"] else "the largest batch that could come"
+        return (
+            f"Predicted: the same step on tensors without storage, for {which}, {batch['rows']} x {batch['length']} "
+            "tokens."
+        )
+    if "predicted" in found:
+        planned = found["predicted"]
+        return (
+            f"Predicted before the run for the largest batch that could come, {planned['micro_batch_size']} x "
+            f"{planned['longest']['length']} tokens; qtune report {run} predicts for the batch that was measured."
+        )
+    return f"Nothing is predicted here yet: qtune report {run} traces the step that was measured."
+
+
+def _phases(measured: Json, traced: Json | None) -> list[Html]:
+    """Predicted, measured and the error of each phase: what the allocator counted, on a CPU the tensors."""
+    phases: dict[str, Json] = measured.get("phases", {})
+    predicted: dict[str, Json] = traced["by_phase"] if traced else {}
+    key = "tensor_peak_bytes" if measured.get("device") == "cpu" else "allocated_peak_bytes"
+    others = {key: name for key, name in OTHER_COLUMNS.items() if any(phase.get(key) for phase in phases.values())}
+    rows = []
+    for name in dict.fromkeys([*phases, *predicted]):
+        phase, expected = phases.get(name, {}), predicted.get(name, {}).get("bytes")
+        seen = phase.get(key)
+        rows.append(
+            (
+                name,
+                f"{phase['seconds']:,.1f}" if phase else "",
+                size(expected) if expected else "",
+                size(seen) if seen else "–",
+                f"{expected / seen - 1:+.1%}" if expected and seen else "",
+                *(size(phase[other]) if phase.get(other) else "–" for other in others),
+            )
+        )
+    what = "tensors" if key == "tensor_peak_bytes" else "allocated"
+    head = ("phase", "seconds", f"{what}, predicted", f"{what}, measured", "error", *others.values())
+    return [table(head, rows, figures=range(1, len(head)))] if rows else []
+
+
+def _at_peak(measured: Json | None, predicted: Json | None) -> list[Html]:
+    """What is alive at the highest moment, the measured one beside the predicted one."""
+    moments = {word: moment for word, moment in (("measured", measured), ("predicted", predicted)) if moment}
+    if not moments:
+        return []
+    told = [f"{size(moment['bytes'])} {word} ({_where(moment)})" for word, moment in moments.items()]
+    parts: list[Mapping[str, int]] = [moment["alive"] for moment in moments.values()]
+    names = in_order({name for alive in parts for name in alive})
+    rows = [(name, *(size(alive[name]) if name in alive else "–" for alive in parts)) for name in names]
+    heights = [parts[0].get(name, 0) for name in names]
+    drawn = [
+        element(
+            "tr",
+            element("td", name, class_="name"),
+            *(element("td", figure, class_="figure") for figure in figures),
+            element("td", bar(height / (max(heights) or 1)), class_="bar"),
+        )
+        for (name, *figures), height in zip(rows, heights, strict=True)
+    ]
+    words = (element("th", word, class_="figure") for word in moments)
+    head = element("tr", element("th", "alive"), *words, element("th", next(iter(moments))))
+    return [
+        element("h3", f"The highest moment: {', '.join(told)}"),
+        element("div", element("table", element("thead", head), element("tbody", *drawn)), class_="wide"),
+    ]
+
+
+def _where(moment: Json) -> str:
+    return " in ".join(part for part in (moment["phase"], moment["module"]) if part)
+
+
+def _between_steps(static: Mapping[str, int]) -> list[Html]:
+    rows = [(name, size(value)) for name, value in static.items()]
+    return [
+        element("h3", f"What stays between steps: {size(sum(static.values()))}"),
+        table(("", "measured"), rows, figures=(1,)),
+    ]
+
+
+def _timeline(traced: Json) -> list[Html]:
+    drawing = timeline_drawing(Timeline.from_json(traced), "What is alive in one training step, as predicted")
+    return [element("figure", Html(svg(drawing, alone=False)), class_="wide")]
+
+
+def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
+    """The usual ways of training this model on this batch, and the run's own: GiB, shares, cards that fit."""
+    ours, whole = traced["peak"]["bytes"], ways[0]["peak_bytes"]
+    this: Json = {"name": "this run", "how": "", "peak_bytes": ours, "needed_bytes": traced["needed_bytes"]}
+    rows = []
+    for way in [*ways, this]:
+        peak = way["peak_bytes"]
+        cards = [fitting_cards(way["needed_bytes"], SIZES)] if is_card else []
+        figures = size(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
+        rows.append((way["name"], *figures, *cards, way["how"].removeprefix("traced: ")))
+    head = ("way of training", "peak", "share", "this run saves", *(["fits cards of"] if is_card else []), "how")
+    about = (
+        "The usual ways of training this model on the same batch, traced like the run itself. Shares are of full "
+        "fine-tuning."
+    )
+    margin = " A card fits where it also has room for what driver and allocator add." if is_card else ""
+    return [element("h3", "What it saves"), paragraph(about + margin), table(head, rows, figures=(1, 2, 3))]
+
+
+def _attribution(attribution: list[Json], ours: int) -> list[Html]:
+    """What each technique saves: the step without it, everything else unchanged."""
+    rows = [
+        (way["name"], saved(way["peak_bytes"], ours), size(way["peak_bytes"]), way["how"].removeprefix("traced: "))
+        for way in sorted(attribution, key=lambda way: -way["peak_bytes"])
+    ]
+    about = "One technique switched off at a time. The figures do not add up: each hides some of what another saves."
+    head = ("technique", "saves", "peak without it", "without it")
+    return [element("h3", "What each technique saves"), paragraph(about), table(head, rows, figures=(1, 2))]

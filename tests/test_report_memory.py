@@ -1,0 +1,235 @@
+"""The report's part on memory: predicted beside measured, one step drawn, what was saved; and where that comes from."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_memory_trace import CARD, recipe_with, tiny
+from test_report import MEASURED, Page
+
+from qtune import train
+from qtune.console.memory import fitting_cards, saved, size
+from qtune.memory import cache
+from qtune.memory.cards import SIZES
+from qtune.memory.longest import Rows
+from qtune.memory.predict import Longest, Prediction, predict, summarize
+from qtune.memory.profile import Forecast, is_traced, read_run
+from qtune.plan import make_plan
+from qtune.recipe_file import load_recipe
+from qtune.report import page as stage
+from qtune.report.memory import memory
+from qtune.report.page import trace_memory, write_report
+from qtune.run_dir import RunDir
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def prediction() -> Prediction:
+    recipe = recipe_with()
+    return summarize(predict(tiny(layers=2), recipe, make_plan(recipe, CARD)))
+
+
+@pytest.fixture(scope="module")
+def traced(prediction: Prediction) -> dict[str, Any]:
+    """memory.json's prediction for a batch of 2 x 97 tokens."""
+    batch = {"rows": 2, "length": 97, "is_measured": True}
+    found = {"device": "a card", "batch": batch, "needed_bytes": prediction.need.total_bytes, **asdict(prediction)}
+    return json.loads(json.dumps(found))
+
+
+def measured_on(device: str, **phases: dict[str, float]) -> dict[str, Any]:
+    return {"device": device, "method": "told", "peak_bytes": 0, "static": {}, "phases": phases, "largest_batch": {}}
+
+
+def drawn(found: dict[str, Any]) -> Page:
+    return Page(memory(found, "runs/mine"))
+
+
+def cells_after(page: Page, name: str, count: int) -> list[str]:
+    cells = page.texts["td"]
+    return cells[cells.index(name) + 1 : cells.index(name) + 1 + count]
+
+
+def test_sizes_are_readable() -> None:
+    assert [size(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
+
+
+def test_each_phase_has_predicted_measured_and_error(traced) -> None:
+    expected = traced["by_phase"]["forward"]["bytes"]
+    seen = round(expected / 1.25)
+    phase = {"seconds": 1.5, "allocated_peak_bytes": seen, "reserved_peak_bytes": 2 * seen}
+    page = drawn({"measured": measured_on("a card", forward=phase), "traced": traced})
+    assert cells_after(page, "forward", 5) == ["1.5", size(expected), size(seen), "+25.0%", size(2 * seen)]
+    assert page.texts["th"][:6] == [
+        "phase", "seconds", "allocated, predicted", "allocated, measured", "error", "reserved, peak",
+    ]  # fmt: skip
+    assert (
+        "Predicted: the same step on tensors without storage, for the largest batch that was measured, 2 x 97"
+        in page.text
+    )
+
+
+def test_on_a_cpu_tensors_are_compared_and_what_was_not_measured_is_left_out(traced) -> None:
+    page = drawn({"measured": MEASURED, "traced": traced})
+    assert {"tensors, predicted", "tensors, measured"} <= set(page.texts["th"])
+    assert not {"reserved, peak", "process, peak", "fits cards of"} & set(page.texts["th"])
+    assert cells_after(page, "eval", 4)[2:] == ["–", ""]
+
+
+def test_what_is_alive_at_the_peak_stands_side_by_side(traced) -> None:
+    page = drawn({"measured": MEASURED, "traced": traced})
+    peak = traced["peak"]
+    where = f"{peak['phase']} in {peak['module']}" if peak["module"] else peak["phase"]
+    assert (
+        f"The highest moment: 3.00 GiB measured (forward in loss), {size(peak['bytes'])} predicted ({where})"
+        in (page.texts["h3"])
+    )
+    alive = dict.fromkeys([*peak["alive"], *MEASURED["at_peak"]["alive"]])
+    for name in alive:
+        one, other = (moment["alive"].get(name) for moment in (MEASURED["at_peak"], peak))
+        assert cells_after(page, name, 2) == [size(one) if one else "–", size(other) if other else "–"]
+
+
+def test_a_step_is_drawn_inside_the_page(traced) -> None:
+    text = memory({"measured": MEASURED, "traced": traced}, "runs/mine")
+    page = Page(text)
+    living = [name for name, values in traced["timeline"].items() if any(values)]
+    assert len(page.texts["polygon"]) == len(living) > 5
+    assert {"forward", "backward", "optimizer", "eval"} <= set(page.texts["text"])
+    assert "xmlns" not in text
+
+
+def test_what_was_predicted_before_a_run_is_shown_as_that(prediction) -> None:
+    recipe = recipe_with()
+    forecast = Forecast(make_plan(recipe, CARD), Rows(Longest(128), "told"), prediction, 24 * GIB)
+    page = drawn({"measured": measured_on("a card"), "predicted": json.loads(json.dumps(forecast.to_json()))})
+    assert "Predicted before the run for the largest batch that could come, 2 x 128 tokens" in page.text
+    assert "qtune report runs/mine predicts for the batch that was measured" in page.text
+    assert len(page.texts["polygon"]) > 5
+
+
+def test_a_run_without_a_prediction_says_how_to_get_one() -> None:
+    page = drawn({"measured": MEASURED})
+    assert "Nothing is predicted here yet: qtune report runs/mine traces the step that was measured." in page.text
+    assert "svg" in page.names  # the bars
+    assert "polygon" not in page.names
+
+
+def way(name: str, peak: int, needed: int = 0) -> dict[str, Any]:
+    return {"name": name, "how": "traced: as said", "peak_bytes": peak, "needed_bytes": needed or peak}
+
+
+def test_savings_are_shares_of_full_fine_tuning_and_name_cards_on_a_card_only(traced) -> None:
+    peak = traced["peak"]["bytes"]
+    ways = [way("full", 8 * peak, 21 * GIB), way("plain script", 2 * peak, 90 * GIB)]
+    page = drawn({"measured": measured_on("a card"), "traced": traced, "ways": ways})
+    assert cells_after(page, "full", 5) == [size(8 * peak), "100%", "88%", "24 GB and more", "as said"]
+    assert cells_after(page, "plain script", 5) == [size(2 * peak), "25%", "50%", "none up to 80 GB", "as said"]
+    assert cells_after(page, "this run", 5) == [size(peak), "12%", "", "6 GB and more", ""]
+    on_cpu = drawn({"measured": MEASURED, "traced": traced, "ways": ways})
+    assert cells_after(on_cpu, "full", 4) == [size(8 * peak), "100%", "88%", "as said"]
+
+
+def test_a_card_fits_when_what_is_needed_is_at_most_its_memory() -> None:
+    assert fitting_cards(8 * GIB, SIZES) == "8 GB and more"
+    assert fitting_cards(8 * GIB + 1, SIZES) == "10 GB and more"
+    assert fitting_cards(80 * GIB + 1, SIZES) == "none up to 80 GB"
+
+
+def test_techniques_come_in_the_order_of_what_they_save_and_one_may_cost(traced) -> None:
+    peak = traced["peak"]["bytes"]
+    attribution = [way("costly", peak - (5 << 20)), way("much", peak + (2 << 30)), way("little", peak + (1 << 20))]
+    page = drawn({"measured": MEASURED, "traced": traced, "attribution": attribution})
+    assert cells_after(page, "much", 3) == ["2.00 GiB", size(peak + (2 << 30)), "as said"]
+    assert cells_after(page, "costly", 1) == ["costs 5.0 MiB"]
+    cells = page.texts["td"]
+    assert cells.index("much") < cells.index("little") < cells.index("costly")
+    assert (saved(3, 1), saved(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunDir:
+    """Two steps of the tiny model on the CPU, with rows of like length: the second has the optimizer's state too."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}, I say."}]}
+        for n in range(10, 34)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "mine.toml"
+    recipe.write_text(
+        f'[model]\nbase = "{tiny_model}"\n[quantization]\nminimum_share = 0.0\n[data]\ntrain = "rows.jsonl"\n'
+        "max_length = 128\nvalidation = 0.2\n[training]\nsteps = 2\nbatch_size = 2\nmicro_batch_size = 2\n"
+        f'[output]\ndirectory = "{folder / "runs"}"\n'
+    )
+    return train.run(load_recipe(recipe))
+
+
+def copy_of(run_dir: RunDir, folder: Path, name: str = "run") -> RunDir:
+    shutil.copytree(run_dir.path, folder / name)
+    return RunDir.open(folder / name)
+
+
+def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_run, tmp_path, monkeypatch) -> None:
+    assert set(a_run.read_json(a_run.memory_file)) == {"measured"}
+    run_dir = copy_of(a_run, tmp_path)
+    assert not is_traced(run_dir)
+    trace_memory(run_dir)
+    known = run_dir.read_json(run_dir.memory_file)
+    assert known["measured"] == a_run.read_json(a_run.memory_file)["measured"]
+    for phase in ("forward", "backward", "optimizer"):
+        seen = known["measured"]["phases"][phase]["tensor_peak_bytes"]
+        assert known["traced"]["by_phase"][phase]["bytes"] == pytest.approx(seen, rel=0.05), phase
+    assert [one["name"] for one in known["attribution"]] == ["nf4 weights", "double quantization", "tiled loss"]
+    assert len(known["ways"]) == 4
+    assert is_traced(run_dir)
+    monkeypatch.setattr(stage, "read_run", lambda *_, **__: pytest.fail("it is known"))
+    trace_memory(run_dir)
+    text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
+    assert "for the largest batch that was measured, 2 x" in text
+    assert {"full fine-tuning, fp32", "double quantization"} <= set(
+        Page(run_dir.report.read_text(encoding="utf-8")).texts["td"]
+    )
+
+
+def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch) -> None:
+    first = read_run(copy_of(a_run, tmp_path), explain=True)
+    monkeypatch.setattr(cache, "predict", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr("qtune.memory.savings.trace", lambda *_, **__: pytest.fail("traced again"))
+    assert read_run(RunDir.open(tmp_path / "run"), explain=True) == first
+
+
+def test_a_run_on_a_card_is_traced_for_that_card_wherever_it_is_read(a_run, tmp_path) -> None:
+    run_dir = copy_of(a_run, tmp_path)
+    lock = run_dir.read_json(run_dir.lock_file)
+    assert lock["device"]["kind"] == "cpu"
+    card = {"name": "a card", "kind": "cuda", "total_bytes": 8 * GIB, "bf16": True, "capability": [8, 6]}
+    run_dir.write_json(run_dir.lock_file, lock | {"device": card})
+    here = read_run(copy_of(a_run, tmp_path, "here"), savings=False).prediction
+    there = read_run(run_dir, savings=False).prediction
+    # On a card AdamW works on all parameters at once.
+    assert here is not None
+    assert there is not None
+    assert there.by_phase["optimizer"].bytes > here.by_phase["optimizer"].bytes
+    assert run_dir.read_json(run_dir.memory_file)["traced"]["device"] == "a card"
+
+
+def test_a_base_model_that_is_gone_is_said_and_the_report_is_written_all_the_same(a_run, tmp_path, capsys) -> None:
+    run_dir = copy_of(a_run, tmp_path)
+    text = run_dir.resolved_file.read_text()
+    base = next(line for line in text.splitlines() if line.startswith("base = "))
+    run_dir.write_text(run_dir.resolved_file, text.replace(base, f'base = "{tmp_path / "gone"}"'))
+    trace_memory(run_dir)
+    assert "memory is not predicted: " in capsys.readouterr().err
+    assert "Nothing is predicted here yet" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_a_run_that_has_only_begun_has_nothing_to_trace(tmp_path) -> None:
+    run_dir = RunDir.create(tmp_path, "begun", "")
+    assert is_traced(run_dir)
+    trace_memory(run_dir)
+    assert not run_dir.memory_file.exists()
