@@ -1,9 +1,8 @@
-"""The trace is the step that runs: a real one's bytes on the CPU, and deep models as if every layer were traced."""
+"""The trace is the step that runs: a real one's bytes on the CPU."""
 
-import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Trainer
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 
 from qtune.adapter import attach_adapter
 from qtune.device import Device
@@ -16,7 +15,6 @@ from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import forward_backward, parameter_groups, prepare, update
-from qtune.memory.trace import layer_period, shortened, trace
 from qtune.model import load_base
 from qtune.plan import Plan, make_plan
 from qtune.recipe import Recipe, parse_recipe
@@ -118,63 +116,6 @@ def test_a_first_token_is_scored_only_behind_virtual_ones():
     assert scored == {"lora": (2 * 127, 2 * 255), "p-tuning": (2 * 128, 2 * 256)}
 
 
-def layers_traced_and_stretched(config: PretrainedConfig, recipe: Recipe) -> tuple[History, History, int]:
-    plan = make_plan(recipe, CARD)
-    step = training_step(recipe, plan, Longest(recipe.data.max_length))
-    short = trace(config, lambda shape: build(shape, recipe, plan), step)
-    whole = trace(config, lambda shape: build(shape, recipe, plan), step, every_layer=True)
-    return short.history, whole.history, short.layers_executed
-
-
-STRETCHED = {
-    "checkpointing": (tiny(layers=12), {}),
-    "no checkpointing": (tiny(layers=12), {"training": {"gradient_checkpointing": False}}),
-    "accumulation": (tiny(layers=12), {"training": {"batch_size": 8}}),
-    "tied embeddings": (tiny(layers=11, tie_word_embeddings=True), {"training": {"optimizer": "adamw-8bit"}}),
-    "alternating layers": (
-        Gemma2Config(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=21, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=16, vocab_size=256, sliding_window=32,
-        ),
-        {"model": {"base": "tiny", "attention": "eager"}},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", STRETCHED)
-def test_a_stretched_history_is_that_of_tracing_every_layer(name):
-    config, tables = STRETCHED[name]
-    stretched, whole, executed_layers = layers_traced_and_stretched(config, recipe_with(**tables))
-    assert executed_layers < config.num_hidden_layers
-    assert stretched.names == whole.names
-    assert numpy.array_equal(stretched.bytes, whole.bytes)
-    assert stretched.labels == whole.labels
-
-
-def test_layers_of_unequal_size_are_traced_one_by_one(monkeypatch):
-    config = tiny(layers=12)
-
-    def uneven(shape, recipe, plan):
-        model = build(shape, recipe, plan)
-        first = model.get_base_model().model.layers[0].mlp
-        first.extra = torch.nn.Parameter(torch.empty(1024, device="meta"), requires_grad=False)
-        return model
-
-    monkeypatch.setattr("qtune.memory.predict.build", uneven)
-    recipe = recipe_with()
-    even_first = predict(config, recipe, make_plan(recipe, CARD))
-    assert even_first.layers_executed == 9  # a larger first layer is still the same first layer
-
-    def growing(shape, recipe, plan):
-        model = build(shape, recipe, plan)
-        for number, layer in enumerate(model.get_base_model().model.layers):
-            layer.mlp.extra = torch.nn.Parameter(torch.empty(512 * number**2, device="meta"), requires_grad=False)
-        return model
-
-    monkeypatch.setattr("qtune.memory.predict.build", growing)
-    assert predict(config, recipe, make_plan(recipe, CARD)).layers_executed == 12
-
-
 def test_categories_at_rest_are_what_a_count_by_hand_gives():
     recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
     alive = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history.at(0).alive
@@ -248,12 +189,6 @@ def test_bad_configurations_are_errors_with_a_reason():
     missing = recipe_with(adapter={"kind": "lora", "target_modules": ["no_such_layer"]})
     with pytest.raises(ModelError, match="no_such_layer"):
         predict(tiny(), missing, make_plan(missing, CARD))
-
-
-def test_a_period_is_read_from_the_layer_list():
-    gemma = STRETCHED["alternating layers"][0]
-    assert (layer_period(gemma), layer_period(tiny(layers=5))) == (2, 1)
-    assert shortened(gemma, 4).num_hidden_layers == len(shortened(gemma, 4).layer_types) == 4
 
 
 def test_a_bare_model_has_no_storage():

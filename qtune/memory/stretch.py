@@ -1,11 +1,11 @@
 """The history of a deep model from those of two shallow ones, where that is provably the same as tracing it.
 
-A model of L equal layers (or L / p equal groups of p layers) runs the same operations in each of them, so the bytes
-alive at a given operation of layer i are a + b i + c L: what every layer adds to the weights, what each layer already
-passed keeps for the backward, what each layer already differentiated has released. Two depths, n and n + p, give a, b
-and c for every single operation; nothing is fitted, the coefficients are differences of integers. Where the two
-shallow histories do not have this form (unequal layers, a pattern that the configuration does not show), `stretch`
-says so by returning None, and the caller traces every layer.
+A model of L equal layers (or groups of p layers, after some layers of their own at the front) runs the same operations
+in each of them, so the bytes alive at a given operation of layer i are a + b i + c L: what every layer adds to the
+weights, what each layer already passed keeps for the backward, what each layer already differentiated has released.
+Two depths, n and n + p, give a, b and c for every single operation; nothing is fitted, the coefficients are differences
+of integers. Which layers are equal is read from the whole model (`layers.py`). Where the two shallow histories do not
+have this form, `stretch` says so by returning None, and the caller traces every layer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy
 
 from qtune.memory.history import History, Label, in_order
+from qtune.memory.layers import depth_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-GROUPS = 4
-"""Groups of layers in the shallower trace: first, second, last but one, last. The deeper one has one more between."""
+    from qtune.memory.layers import Repetition
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Run:
     """Half-open: ticks first .. last - 1."""
 
 
-def stretch(short: History, longer: History, period: int, layers: int, container: str) -> History | None:
-    """History of `layers` layers from histories of n and n + period layers, n = GROUPS * period + layers % period.
+def stretch(short: History, longer: History, shape: Repetition, layers: int, container: str) -> History | None:
+    """History of `layers` layers from histories of n and n + period layers, n = depth_for(layers, shape).
 
     container: dotted name of the module list that holds the layers. None where the two do not fit the form.
     """
-    small = depth_for(layers, period)
+    small, period = depth_for(layers, shape), shape.period
     names = tuple(in_order({*short.names, *longer.names}))
     a, b = _aligned(short, names), _aligned(longer, names)
     runs_a, runs_b = _runs(short, container), _runs(longer, container)
     more = layers - small
-    if more % period or not runs_a or not _middle_is_affine(b, longer, runs_b, period, small + period):
+    if more % period or not runs_a or not _middle_is_affine(b, longer, runs_b, shape, small + period):
         return None
     paired = _paired(runs_a, runs_b, small, period)
     if paired is None:
@@ -62,16 +62,6 @@ def stretch(short: History, longer: History, period: int, layers: int, container
         labels += short.labels[run.first : run.last]
     blocks, labels = _with_middle([run for run, _ in paired], blocks, labels, period, small, more)
     return History(names, numpy.concatenate(blocks, axis=1), tuple(labels), short.paged)
-
-
-def depth_for(layers: int, period: int) -> int:
-    """Layers of the shallower of the two traces."""
-    return GROUPS * period + layers % period
-
-
-def is_worth_it(layers: int, period: int) -> bool:
-    """Whether two shallow traces are less work than one whole."""
-    return 2 * depth_for(layers, period) + period < layers
 
 
 def _aligned(history: History, names: tuple[str, ...]) -> NDArray[numpy.int64]:
@@ -121,8 +111,11 @@ def _same_work(history: History, run: Run, other: History, twin: Run) -> bool:
     return ops == [label.op for label in other.labels[twin.first : twin.last]]
 
 
-def _middle_is_affine(matrix: NDArray[numpy.int64], history: History, runs: list[Run], period: int, depth: int) -> bool:
+def _middle_is_affine(
+    matrix: NDArray[numpy.int64], history: History, runs: list[Run], shape: Repetition, depth: int
+) -> bool:
     """Whether the middle groups do the same work and differ by the same bytes from one to the next, at every tick."""
+    period = shape.period
     for visit in {run.visit for run in runs if run.layer is not None}:
         by_layer = {run.layer: run for run in runs if run.visit == visit and run.layer is not None}
         if (
@@ -130,7 +123,7 @@ def _middle_is_affine(matrix: NDArray[numpy.int64], history: History, runs: list
             or len(by_layer) != depth
         ):
             return False
-        for layer in range(period, depth - 3 * period):
+        for layer in range(shape.front + period, depth - 3 * period):
             first, second, third = (by_layer[layer + step * period] for step in range(3))
             if not (_same_work(history, first, history, second) and _same_work(history, second, history, third)):
                 return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,18 +13,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
+from qtune.errors import ModelError
 from qtune.memory import categories
 from qtune.memory.as_cuda import CudaKernels, workspace
 from qtune.memory.history import History, history_of, join
-from qtune.memory.ledger import Ledger, backbone_of, follow_modules
+from qtune.memory.layers import depth_for, layer_container, repetition, shortened, signatures
+from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.skeleton import give_storage
 from qtune.memory.step import evaluate, forward_backward, give_gradients, parameter_groups, prepare, trained, update
-from qtune.memory.stretch import depth_for, is_worth_it, stretch
+from qtune.memory.stretch import stretch
 from qtune.memory.values import Values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qtune.memory.layers import Repetition
     from qtune.memory.step import Step
 
 log = logging.getLogger(__name__)
@@ -54,23 +56,46 @@ def trace(
     """
     began = time.perf_counter()
     text = config.get_text_config()
-    layers, period = int(text.num_hidden_layers), layer_period(text)
-    optimizer_part = _Tracer(build(config), step, cuda).optimizer() if _updates(step) else None
-    body: History | None = None
-    executed = 0
-    if not every_layer and is_worth_it(layers, period):
-        shallow = depth_for(layers, period)
-        tracers = [_Tracer(build(shortened(config, depth)), step, cuda) for depth in (shallow, shallow + period)]
-        short, longer = (tracer.body() for tracer in tracers)
-        body = stretch(short, longer, period, layers, tracers[0].container)
-        executed = 2 * shallow + period
-        if body is not None and optimizer_part is not None and _static(body) != _static(optimizer_part):
-            log.debug("layers hold unequal parameters: tracing each of them")
-            body = None
+    layers = int(text.num_hidden_layers)
+    whole = _Tracer(build(config), step, cuda)
+    shape = None if every_layer else repetition(whole.model, text)
+    optimizer_part = whole.optimizer() if _updates(step) else None
+    body, executed = None, layers
+    if shape is not None:
+        depth = depth_for(layers, shape)
+        body, executed = _stretched(config, build, step, cuda, whole, shape), 2 * depth + shape.period
     if body is None:
-        body, executed = _Tracer(build(config), step, cuda).body(), layers
+        body, executed = whole.body(), layers
     history = body if optimizer_part is None else join([body, optimizer_part])
     return Traced(history, layers, executed, time.perf_counter() - began)
+
+
+def _stretched(
+    config: PretrainedConfig, build: Build, step: Step, cuda: bool, whole: _Tracer, shape: Repetition
+) -> History | None:
+    """The body of the step from two shallow traces; None where it cannot be shown that this is the same.
+
+    The shallow models must be made of the same layers as the front of the whole one, and what the stretched one holds
+    at rest must be what the whole one holds.
+    """
+    layers, real = int(config.get_text_config().num_hidden_layers), signatures(whole.model)
+    histories: list[History] = []
+    for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
+        try:
+            shallow = _Tracer(build(shortened(config, depth)), step, cuda)
+        except ModelError:
+            log.debug("no model with %d layers can be built", depth, exc_info=True)
+            return None
+        if signatures(shallow.model) != real[:depth]:
+            log.debug("with %d layers the model is made of others", depth)
+            return None
+        histories.append(shallow.body())
+    short, longer = histories
+    body = stretch(short, longer, shape, layers, whole.container)
+    if body is not None and _static(body) != whole.at_rest():
+        log.debug("layers hold unequal parameters")
+        return None
+    return body
 
 
 def _updates(step: Step) -> bool:
@@ -91,11 +116,24 @@ class _Tracer:
         give_storage(model, self.mode)
         prepare(model, step)
         self.container = layer_container(model)
-        self.ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda))
-        categories.adopt_model(self.ledger, model, cuda=cuda)
+        self.ledger = self._loaded()
+
+    def _loaded(self) -> Ledger:
+        """A ledger that knows the loaded model, and nothing else yet."""
+        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
+        categories.adopt_model(ledger, self.model, cuda=self.cuda)
+        return ledger
+
+    def at_rest(self) -> dict[str, int]:
+        """Bytes of the loaded model by category."""
+        found: dict[str, int] = {}
+        for life in self._loaded().lives:
+            found[life.category] = found.get(life.category, 0) + life.size
+        return found
 
     def optimizer(self) -> History:
         """The optimizer's phase of the second step, when its state exists."""
+        self.ledger = self._loaded()
         with self._counting():
             optimizer = self._with_state()
             give_gradients(trained(self.model))
@@ -104,6 +142,7 @@ class _Tracer:
 
     def body(self) -> History:
         """Forward, backward and evaluation of the second step."""
+        self.ledger = self._loaded()
         optimizer: Any = None
         with self._counting() as values:
             if _updates(self.step):
@@ -134,8 +173,8 @@ class _Tracer:
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
         assert self.step.optimizer is not None
-        optimizer = self.step.optimizer(parameter_groups(self.model))
         self.ledger.enter("first step")
+        optimizer = self.step.optimizer(parameter_groups(self.model))
         give_gradients(trained(self.model))
         optimizer.step()
         categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
@@ -167,32 +206,3 @@ def _rows_are_whole() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
-
-
-def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same architecture with fewer layers; lists with one entry for each layer are cut."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    full = text.num_hidden_layers
-    for name, value in vars(text).items():
-        if isinstance(value, (list, tuple)) and len(value) == full:
-            setattr(text, name, type(value)(value[:layers]))
-    text.num_hidden_layers = layers
-    return config
-
-
-def layer_period(text: PretrainedConfig) -> int:
-    """After how many layers the configuration's per-layer lists repeat (Gemma 3: five sliding, one full: 6)."""
-    layers = int(text.num_hidden_layers)
-    lists = [list(v) for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == layers]
-    for period in range(1, layers + 1):
-        if all(items[i] == items[i % period] for items in lists for i in range(layers)):
-            return period
-    return layers
-
-
-def layer_container(model: torch.nn.Module) -> str:
-    """Dotted name, inside the backbone, of the list that holds the layers: the longest one; empty if there is none."""
-    backbone = backbone_of(model) or model
-    lists = [(len(m), name) for name, m in backbone.named_modules() if isinstance(m, torch.nn.ModuleList) and name]
-    return max(lists, default=(0, ""))[1]
