@@ -23,6 +23,8 @@ from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
 from qtune.device import present_device
 from qtune.loss import install_loss
+from qtune.memory.longest import longest_of
+from qtune.memory.profile import Forecast, attempted
 from qtune.memory.skeleton import bare_model
 from qtune.model import attention_rule, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
@@ -74,6 +76,8 @@ class Check:
     batches: Batches
     samples: list[Sample]
     disk: Disk
+    memory: Forecast | str
+    """What a step will need; in words why, where that cannot be traced."""
     step_seconds: float | None
 
     @property
@@ -131,9 +135,19 @@ class Check:
             "batches": asdict(self.batches),
             "samples": [asdict(sample) for sample in self.samples],
             "disk": asdict(self.disk),
+            "memory": self._memory_json(),
             "step_seconds": self.step_seconds,
         }
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+    def _memory_json(self) -> dict[str, Any]:
+        """Without the timeline, which is for pictures."""
+        if isinstance(self.memory, str):
+            return {"untraced": self.memory}
+        found = self.memory.to_json()
+        return {name: value for name, value in found.items() if name not in ("phases", "timeline")} | {
+            "fits": self.memory.fits
+        }
 
 
 def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, timed: bool = False) -> Check:
@@ -148,6 +162,12 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     plan = make_plan(recipe, present_device(), attention_rule(config))
     prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
+    memory: Forecast | str = "there are no rows"
+    if len(prepared.train):
+        with console.progress("tracing a step"):
+            memory = attempted(config, recipe, plan.device, longest_of(prepared))
+    # On a card the micro-batch of the run follows from its memory.
+    plan = plan if isinstance(memory, str) else memory.plan
     return Check(
         resolved,
         plan,
@@ -158,6 +178,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
         batches_of(recipe, plan, prepared),
         samples_of(prepared.examples["train"], tokenizer, samples),
         disk_of(recipe, plan, config),
+        memory,
         step_seconds(recipe, plan, prepared, tokenizer) if timed and len(prepared.train) else None,
     )
 

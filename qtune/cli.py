@@ -330,7 +330,7 @@ def check(
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Look for everything that would spoil a run: rows, template, labels, lengths, disk. Nothing is trained.
+    """Look for everything that would spoil a run: rows, template, labels, lengths, memory, disk. Nothing is trained.
 
     The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
     """

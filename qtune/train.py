@@ -48,7 +48,7 @@ from qtune.loss import loss_agrees
 from qtune.memory.longest import Rows, longest_of
 from qtune.memory.measure import Failure, Meter
 from qtune.memory.out_of_memory import Report, first_report, with_offers
-from qtune.memory.profile import Forecast, forecast
+from qtune.memory.profile import Forecast, attempted
 from qtune.model import attention_rule, base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.quiet import quiet_loading
@@ -165,11 +165,9 @@ def _require_trackers(recipe: Recipe) -> None:
 
 def _predict(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | None:
     """What the run will need; a prediction that fails stops no run that may fit."""
-    try:
-        found = forecast(config, recipe, device, rows)
-    except Exception as error:
-        log.debug("the step could not be traced", exc_info=True)
-        console.say(f"memory could not be predicted ({type(error).__name__}); micro-batches shrink if they must")
+    found = attempted(config, recipe, device, rows)
+    if isinstance(found, str):
+        console.say(f"memory could not be predicted ({found}); micro-batches shrink if they must")
         return None
     if not found.fits:
         need, budget = found.prediction.need.total_bytes / 2**30, found.budget_bytes / 2**30

@@ -12,8 +12,17 @@ from qtune.check import Check, batches_of, check
 from qtune.cli import app
 from qtune.console.check import draw_check, draw_sample
 from qtune.data.figures import Piece, Sample, lengths_of
+from qtune.device import present_device
 from qtune.errors import DataError, GateError
+from qtune.memory.profile import profile
 from qtune.recipe_file import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def untraced(request, monkeypatch):
+    """Only what is about memory waits for a trace."""
+    if "memory" not in request.node.name:
+        monkeypatch.setattr("qtune.check.attempted", lambda *_: "not asked")
 
 
 def examined(recipe, **keys) -> Check:
@@ -117,6 +126,43 @@ def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
     count = count_parameters(model)
     assert result.disk.export_bytes == 2 * (count.total - count.trainable)
     assert result.disk.checkpoints_bytes == count.trainable * (3 * (8 + 8) + 4)
+
+
+def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe, monkeypatch):
+    recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 2")
+    result = examined(recipe)
+    resolved = load_recipe(recipe)
+    expected = profile(resolved, present_device(), savings=False).forecast.prediction
+    assert result.memory.prediction == expected
+
+    monkeypatch.setattr("qtune.memory.cache.predict", lambda *_: pytest.fail("traced again"))
+    again = examined(recipe)
+    value = json.loads(again.to_json())["memory"]
+    assert value["peak"]["bytes"] == expected.peak.bytes
+    assert value["needed_bytes"] == expected.need.total_bytes
+    assert value["fits"] is True
+    assert "timeline" not in value
+    length, budget = max(len(row["input_ids"]) for row in again.prepared.train), again.plan.device.free_bytes
+    peak, needed = expected.peak.bytes / 2**20, expected.need.total_bytes / 2**30
+    assert (
+        f" memory {peak:.1f} MiB at the peak of a step, traced ({expected.peak.phase}, 2 x {length} tokens); "
+        f"{needed:.2f} GiB with driver and allocator, of {budget / 2**30:.2f} GiB time "
+    ) in " ".join(screen(again).split())
+
+
+def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(write_recipe, monkeypatch):
+    recipe = write_recipe()
+    warning = "warning  memory: a step is predicted to need more than there is; qtune fit shows what would help"
+    assert warning in screen(check(load_recipe(recipe, ["memory.budget=100MiB"])))
+
+    def fails(*_):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr("qtune.memory.profile.predicted", fails)
+    result = examined(recipe)
+    assert "not known, the step could not be traced: RuntimeError: no such kernel\n" in screen(result)
+    assert json.loads(result.to_json())["memory"] == {"untraced": "RuntimeError: no such kernel"}
+    result.require()
 
 
 @pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning", "ia3"])

@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from qtune.console import table
+from qtune.console.memory import size
 from qtune.console.training import clock
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
             f"{batches.padding_grouped:.1%} of all positions, grouped by length within each step; "
             f"{batches.padding_shuffled:.1%} in random order",
         ),
+        ("memory", _memory(check)),
         ("time", _time(check)),
         (
             "disk",
@@ -137,6 +139,18 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
         ),
     ]
     yield table("Costs", ("what", "how much"), rows)
+
+
+def _memory(check: "Check") -> str:
+    found = check.memory
+    if isinstance(found, str):
+        return f"not known, the step could not be traced: {found}"
+    peak, need = found.prediction.peak, found.prediction.need
+    return (
+        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
+        f"{found.rows.longest.length} tokens); {size(need.total_bytes)} with driver and allocator, of "
+        f"{size(found.budget_bytes)}"
+    )
 
 
 def _time(check: "Check") -> str:
@@ -169,6 +183,9 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
     disk = check.disk
     if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:
         yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
+    if not isinstance(check.memory, str) and not check.memory.fits:
+        more = "  memory: a step is predicted to need more than there is; qtune fit shows what would help"
+        yield Text.assemble(("warning", "yellow"), more)
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":
         yield Text.assemble(

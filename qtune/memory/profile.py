@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from qtune.recipe import Recipe
     from qtune.recipe_file import Resolved
     from qtune.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
         plan = settled(config, recipe, plan, rows.longest)
     prediction = predicted(config, recipe, plan, rows.longest)
     return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
+
+
+def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | str:
+    """`forecast`; where the step cannot be traced, in words why: a run may fit all the same."""
+    try:
+        return forecast(config, recipe, device, rows)
+    except Exception as error:
+        log.debug("the step could not be traced", exc_info=True)
+        said = str(error).partition("\n")[0]
+        return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @dataclass(frozen=True)
