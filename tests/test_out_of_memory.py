@@ -17,6 +17,7 @@ from test_memory_trace import CPU
 from test_train import run
 
 from qtune import cli, train, trainer
+from qtune.console.memory import size
 from qtune.console.out_of_memory import failure_text
 from qtune.device import present_device
 from qtune.errors import ModelError, OutOfMemory, Problem
@@ -90,8 +91,8 @@ def by_hand(config: Any, recipe: Recipe, plan: Plan, longest: Longest) -> Predic
         "eval": rest + plan.micro_batch_size * GIB // 2,
     }
     moments = {
-        phase: Moment(size, phase, "", "", {categories.OPTIMIZER: state, categories.OTHER: size - state})
-        for phase, size in sizes.items()
+        phase: Moment(total, phase, "", "", {categories.OPTIMIZER: state, categories.OTHER: total - state})
+        for phase, total in sizes.items()
     }
     peak = max(moments.values(), key=lambda moment: moment.bytes)
     return Prediction(peak, moments, Need(peak.bytes, rest), 0, 0, 2, 2, 0.1, {}, [])
@@ -236,7 +237,7 @@ def test_the_whole_report_of(
         run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")
     report = run_dir.read_json(run_dir.memory_file)["failure"]
-    alive = ", ".join(f"{category} {size / MIB:.1f} MiB" for category, size in report["alive"].items())
+    alive = ", ".join(f"{category} {size(held)}" for category, held in report["alive"].items())
     assert str(caught.value) == "\n".join(lines).format(run=run_dir.path, alive=alive)
     assert caught.value.exit_code == 1
     assert failure_text(report) == str(caught.value)  # as `qtune profile RUN` shows it
@@ -313,7 +314,7 @@ def test_a_report_that_cannot_be_traced_says_why_and_everything_else(
     holders = [Holder(12, "python3", 3 * GIB), Holder(34, "", None)]
     first = first_report(failure, recipe, plan, RunDir(tmp_path / "my run"), "checkpoint-7", holders)
     report = with_offers(first, recipe, plan, Rows(Longest(64), "said"), RunDir(tmp_path / "my run"))
-    free, own, total = (f"{size / GIB:.2f}" for size in (failure.free_bytes, failure.own_bytes, failure.total_bytes))
+    free, own, total = (f"{one / GIB:.2f}" for one in (failure.free_bytes, failure.own_bytes, failure.total_bytes))
     assert failure_text(json.loads(json.dumps(report.to_json()))) == (
         "memory ran out while the model was loaded: MemoryError\n"
         f"{CPU.name}: {free} GiB of {total} GiB free, {own} GiB held by this run\n"
