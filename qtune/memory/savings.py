@@ -52,7 +52,7 @@ class Way:
 def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
     """The usual ways: full fine-tuning, 16-bit adapter, the plain QLoRA script; on the recipe's model, batch, length.
 
-    The baselines get gradient checkpointing wherever the recipe has it, and PyTorch's AdamW.
+    The baselines get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     plain = Step(
