@@ -21,7 +21,7 @@ BAR = 60
 LETTERS = {
     "base weights 4-bit": "4",
     "base weights int8": "8",
-    "base weights fp16": "h",
+    "base weights fp16": "6",
     "base weights bf16": "b",
     "base weights fp32": "f",
     "quantization constants": "q",
