@@ -125,6 +125,13 @@ def run(
         list[str] | None,
         typer.Option("--allow", metavar="FINDING", help="Train in spite of this finding of the gate. Repeatable."),
     ] = None,
+    snapshot: Annotated[
+        bool,
+        typer.Option(
+            "--memory-snapshot",
+            help="Keep the CUDA allocator's history of the first two steps for https://pytorch.org/memory_viz.",
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe into a new folder under runs/.
 
@@ -152,12 +159,12 @@ def run(
             resumed_recipe(run_dir, asked)
         from qtune import train
 
-        console.out(f"{train.resume(run_dir, asked, tuple(allow or ())).path}")
+        console.out(f"{train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot).path}")
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     from qtune import train
 
-    console.out(f"{train.run(resolved, tuple(allow or ())).path}")
+    console.out(f"{train.run(resolved, tuple(allow or ()), snapshot=snapshot).path}")
 
 
 @app.command(rich_help_panel="Use")

@@ -72,6 +72,11 @@ class RunDir:
         return self.path / "memory.json"
 
     @property
+    def snapshot_file(self) -> Path:
+        """The CUDA allocator's history of the first steps, where it was asked for; PyTorch's viewer reads it."""
+        return self.path / "memory_snapshot.pickle"
+
+    @property
     def eval_file(self) -> Path:
         """Base against tuned on held-out rows."""
         return self.path / "eval.json"

@@ -90,14 +90,18 @@ class Inputs:
         return self.resolved.recipe
 
 
-def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
+def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = False) -> RunDir:
     """Trains a recipe into a new run folder.
+
+    snapshot: of the CUDA allocator, beside the other files of the run.
 
     Raises:
         InputError: the recipe's data or model cannot be used.
         GateError: the data would train the wrong thing, and `allow` or [data] allow does not waive it.
         WorkError: training failed. Interrupted: the user stopped it; the state is saved.
     """
+    if snapshot:
+        _require_allocator()
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
     inputs = _gather(resolved)
@@ -105,12 +109,14 @@ def run(resolved: Resolved, allow: tuple[str, ...] = ()) -> RunDir:
     name = recipe.output.name or resolved.file.stem
     run_dir = RunDir.create(Path(recipe.output.directory), name, resolved.text)
     run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
-    _train(inputs, run_dir, checkpoint=None)
+    _train(inputs, run_dir, None, snapshot)
     write_report(run_dir)
     return run_dir
 
 
-def resume(run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] = ()) -> RunDir:
+def resume(
+    run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] = (), *, snapshot: bool = False
+) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
     changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`).
@@ -122,6 +128,8 @@ def resume(run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] 
     """
     if run_dir.is_finished:
         raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
+    if snapshot:
+        _require_allocator()
     # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
     resolved = resumed_recipe(run_dir, changes).allowing(allow)
     inputs = _gather(resolved)
@@ -133,7 +141,7 @@ def resume(run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] 
     step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
     console.say(f"resuming {run_dir.path} from step {step}")
     forget_after(run_dir.metrics_file, step)
-    _train(inputs, run_dir, checkpoints[-1] if checkpoints else None)
+    _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
     write_report(run_dir)
     return run_dir
 
@@ -153,6 +161,14 @@ def _gather(resolved: Resolved) -> Inputs:
     gate(inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings, recipe.data.allow)
     expected = _predict(config, recipe, plan.device, longest_of(prepared)) if plan.device.kind == "cuda" else None
     return Inputs(resolved, expected.plan if expected else plan, tokenizer, prepared, expected)
+
+
+def _require_allocator() -> None:
+    """A CPU's allocator keeps no history of what it gave away."""
+    device = present_device()
+    if device.kind != "cuda":
+        message = f"only a CUDA card's allocator can be asked for it, and this would run on {device.name}; leave it out"
+        raise InputError(Problem("--memory-snapshot", message))
 
 
 def _require_trackers(recipe: Recipe) -> None:
@@ -187,11 +203,12 @@ def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
         raise RunError(Problem(str(run_dir.path), message))
 
 
-def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> None:
+def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: bool) -> None:
     """Trains, or says why memory ran out and what would have fit."""
     failure: Failure | None = None
+    file = run_dir.snapshot_file if snapshot else None
     try:
-        _load_and_train(inputs, run_dir, checkpoint, Meter(torch.device(inputs.plan.device.torch_name)))
+        _load_and_train(inputs, run_dir, checkpoint, Meter(torch.device(inputs.plan.device.torch_name), snapshot=file))
     except OutOfMemory as error:
         log.debug("memory ran out", exc_info=True)
         failure = error.failure
@@ -287,6 +304,8 @@ def _measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
     finally:
         measured = meter.result()
         meter.close()
+        if meter.snapshot_written:
+            console.say(f"allocator snapshot: {meter.snapshot_written}")
         predicted = {"predicted": inputs.forecast.to_json()} if inputs.forecast else {}
         run_dir.write_json(run_dir.memory_file, {**predicted, "measured": measured})
 

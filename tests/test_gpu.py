@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import pickle
 import subprocess
 import sys
 
@@ -117,6 +118,18 @@ def test_a_head_in_pinned_memory_scores_as_one_on_the_card():
         results.append((loss, correct, hidden.grad.clone()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_a_snapshot_of_the_allocator_is_what_pytorchs_viewer_reads(tmp_path):
+    changes = ["--set", "training.steps=3", "--set", f"output.directory={tmp_path}"]
+    folder = RunDir(tmp_path / qtune("run", "quickstart", "--memory-snapshot", *changes))
+    # As torch.cuda._memory_viz, the viewer's command line, reads it.
+    with folder.snapshot_file.open("rb") as stream:
+        snapshot = pickle.load(stream)
+    assert snapshot["segments"]
+    allocated = [event for trace in snapshot["device_traces"] for event in trace if event["action"] == "alloc"]
+    assert len(allocated) > 1000
+    assert any("qtune" in frame["filename"] for event in allocated for frame in event["frames"])
 
 
 def test_memory_that_runs_out_is_seen_with_what_is_alive_and_who_else_is_on_the_card(tmp_path, monkeypatch):

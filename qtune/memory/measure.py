@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Phase = Literal["load", "forward", "backward", "optimizer", "eval", "save", "idle"]
 
+SNAPSHOT_STEPS = 2
+"""The optimizer's state exists from the second step on."""
 SNAPSHOT_ENTRIES = 200_000
 """Allocator events kept for a snapshot; two steps of a 7B model make fewer."""
 
@@ -82,9 +84,14 @@ class Meter:
     def __init__(
         self, device: torch.device, first_steps: int = 2, longest_steps: int = 3, snapshot: Path | None = None
     ) -> None:
-        """`snapshot`: a file for the CUDA allocator's history of the first steps (PyTorch's memory viewer reads it)."""
+        """`snapshot`: a file for the CUDA allocator's history up to the end of SNAPSHOT_STEPS steps, or of the run.
+
+        https://pytorch.org/memory_viz draws it (PyTorch docs, "Understanding CUDA Memory Usage").
+        """
         self.device = device
-        self._snapshot = snapshot if device.type == "cuda" else None
+        self._snapshot = snapshot
+        self.snapshot_written = ""
+        """In words, where it is or why it is not; empty until then."""
         self.cuda = device.type == "cuda"
         self.phases: dict[str, PhasePeaks] = {}
         self.phase: Phase | None = None
@@ -107,7 +114,7 @@ class Meter:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
         if self._snapshot is not None:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
 
     def watch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Whose tensors to name: call it once the model (and, when it exists, the optimizer) is built."""
@@ -176,6 +183,7 @@ class Meter:
         """The run is over (or failed): close the open phase and let go of the model."""
         self._close_phase()
         self._close_ledger()
+        self._write_snapshot()
         self.phase, self._model, self._optimizer = None, None, None
 
     def result(self) -> dict[str, Any]:
@@ -285,10 +293,19 @@ class Meter:
             seen.reserved_peak_bytes = max(seen.reserved_peak_bytes, torch.cuda.max_memory_reserved(self.device))
             seen.device_used_bytes = max(seen.device_used_bytes, total - free)
             torch.cuda.reset_peak_memory_stats(self.device)
-        if self._snapshot is not None and self.phase == "optimizer" and seen.visits == 2:
-            torch.cuda.memory._dump_snapshot(str(self._snapshot))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            self._snapshot = None
+        if self.phase == "optimizer" and seen.visits == SNAPSHOT_STEPS:
+            self._write_snapshot()
+
+    def _write_snapshot(self) -> None:
+        if self._snapshot is None:
+            return
+        file, self._snapshot = self._snapshot, None
+        try:
+            torch.cuda.memory._dump_snapshot(str(file))
+            self.snapshot_written = f"{file}; https://pytorch.org/memory_viz draws it"
+        except (OSError, RuntimeError) as error:  # a full disk ends no training for the sake of a picture
+            self.snapshot_written = f"could not be written: {error}"
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _positions(batch: dict[str, int]) -> int:
