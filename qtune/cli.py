@@ -485,8 +485,10 @@ def fit(
     if output is not None and output.exists() and not force:
         raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
     resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
-    from qtune.console.memory import draw_fit
+    from qtune.console.memory import draw_fit, refusal_text
     from qtune.memory import fit as stage
+    from qtune.memory.profile import refusal
+    from qtune.model import load_config
     from qtune.run_dir import write_atomically
 
     quiet_loading()
@@ -496,6 +498,8 @@ def fit(
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
     settled = {".".join(map(str, path)): stage.shown(value) for path, value in found.changes.items()}
     console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
+    if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
+        console.out(refusal_text(refused))
     if not found.fits:
         raise typer.Exit(1)
     if found.changes:

@@ -155,8 +155,8 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             raise OutOfMemory(message) from error
         raise _unreadable(model, error) from error
     network.requires_grad_(False)
-    if not stored and not isinstance(quantization, Unquantized):
-        _require_share(model, network, quantization.minimum_share)
+    if not stored and (problem := quantized_too_little(model.base, network, quantization)):
+        raise ModelError(problem)
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, plan.device.torch_name)
     return network
@@ -208,23 +208,27 @@ def _is_packed(parameter: torch.nn.Parameter) -> bool:
     return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
 
 
-def _require_share(model: Model, network: PreTrainedModel, minimum: float) -> None:
+def quantized_too_little(base: str, network: PreTrainedModel, quantization: Quantization) -> Problem | None:
+    """What is wrong where less of a model than `minimum_share` is quantized. A bare model on the meta device will do.
+
+    It is not for checkpoints that bring their own quantization: those are what they are.
+    """
+    if isinstance(quantization, Unquantized):
+        return None
     count = count_parameters(network)
     log.debug("%d of %d parameters quantized", count.quantized, count.total)
-    if count.quantized_share >= minimum:
-        return
+    if count.quantized_share >= quantization.minimum_share:
+        return None
     largest = max(
         ((name, p.numel()) for name, p in network.named_parameters() if not _is_packed(p)),
         key=lambda item: item[1],
     )
-    raise ModelError(
-        Problem(
-            model.base,
-            f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
-            f"quantization.minimum_share asks for {minimum:.0%}. The largest tensor left in {network.dtype} is "
-            f"{largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so fused experts "
-            "and embeddings stay. Lower quantization.minimum_share if the memory is there",
-        )
+    return Problem(
+        base,
+        f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
+        f"quantization.minimum_share asks for {quantization.minimum_share:.0%}. The largest tensor left in "
+        f"{network.dtype} is {largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so "
+        "fused experts and embeddings stay. Lower quantization.minimum_share if the memory is there",
     )
 
 

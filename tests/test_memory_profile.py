@@ -1,15 +1,20 @@
 """`qtune profile RECIPE`: the longest batch comes from the data where it can be read, and it says where from."""
 
 import json
+from io import StringIO
 
 import pytest
 import torch
 from conftest import ROWS, WriteRecipe
+from rich.console import Console
 from test_memory_trace import CPU
 
 from qtune import train
+from qtune.console.memory import draw_profile
 from qtune.data.prepare import prepare
 from qtune.device import is_out_of_memory
+from qtune.errors import ModelError
+from qtune.memory.cards import SIZES
 from qtune.memory.longest import longest_of, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import profile, read_run
@@ -67,6 +72,18 @@ def test_a_length_that_is_given_stands_for_the_data(write_recipe: WriteRecipe) -
     found = longest_rows(load_recipe(write_recipe()), 77)
     assert found.longest == Longest(77)
     assert found.known_from == "--length, every token scored"
+
+
+def test_a_model_that_a_run_would_refuse_is_profiled_and_that_is_said(write_recipe: WriteRecipe) -> None:
+    resolved = load_recipe(write_recipe(quantization="minimum_share = 0.9"))
+    found = profile(resolved, CPU, savings=False)
+    with pytest.raises(ModelError) as refused:
+        train.run(resolved)
+    assert str(found.refusal) == str(refused.value)
+    screen = StringIO()
+    Console(file=screen, width=900).print(draw_profile(found, SIZES))
+    assert f"qtune run would refuse this model: {refused.value}" in screen.getvalue()
+    assert profile(load_recipe(write_recipe()), CPU, savings=False).refusal is None
 
 
 def test_a_forecast_is_plain_json_and_adds_up(write_recipe: WriteRecipe) -> None:

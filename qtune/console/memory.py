@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from qtune.errors import Problem
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
@@ -68,9 +69,16 @@ def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
         parts += [Text(""), _attribution(profile.attribution, found.peak.bytes)]
     how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
     parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
+    if profile.refusal is not None:
+        parts += [Text(""), refusal_text(profile.refusal)]
     if not is_card:
         parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
     return Group(*parts)
+
+
+def refusal_text(refusal: "Problem") -> Text:
+    """That a run would not begin, whatever its memory."""
+    return Text.assemble(("qtune run would refuse this model: ", "bold"), str(refusal))
 
 
 def categories_table(alive: dict[str, int]) -> Table:

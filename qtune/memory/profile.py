@@ -7,6 +7,8 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qtune.device import Device, present_device
 from qtune.errors import Problem, RunError
 from qtune.memory import cards
@@ -14,7 +16,14 @@ from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cache import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.model import attention_rule, load_config
+from qtune.memory.skeleton import bare_model
+from qtune.model import (
+    attention_rule,
+    is_stored_quantized,
+    load_config,
+    quantization_config,
+    quantized_too_little,
+)
 from qtune.plan import make_plan
 
 if TYPE_CHECKING:
@@ -90,6 +99,8 @@ class Profile:
     forecast: Forecast
     ways: list[Way]
     attribution: list[Way]
+    refusal: Problem | None = None
+    """Why `qtune run` would not train this model, whatever its memory."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,16 @@ def profile(
     ours = Way("this recipe", "as `qtune run` does it", found.prediction)
     compared = [*ways(config, recipe, plan, longest), ours] if savings else []
     explained = attribution(config, recipe, plan, longest) if explain else []
-    return Profile(recipe, found, compared, explained)
+    return Profile(recipe, found, compared, explained, refusal(config, recipe, plan))
+
+
+def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:
+    """What `qtune run` would say once the weights are loaded, known before: too little of the model is quantized."""
+    if is_stored_quantized(config):
+        return None
+    dtype = getattr(torch, plan.compute_dtype)
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    return quantized_too_little(recipe.model.base, network, recipe.quantization)
 
 
 TRACED = ("traced", "ways", "attribution")
