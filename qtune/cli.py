@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from qtune import __version__, console
+from qtune.allocator import use_expandable_segments
 from qtune.errors import QtuneError
 from qtune.quiet import quiet_libraries
 
@@ -513,6 +514,7 @@ def fit(
 def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
+    use_expandable_segments()
     try:
         app()
     except QtuneError as error:

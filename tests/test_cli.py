@@ -114,6 +114,7 @@ def test_each_way_to_end_has_its_exit_code(
     monkeypatch.setattr("qtune.recipe_file.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == code
@@ -128,6 +129,7 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
     monkeypatch.setattr("qtune.recipe_file.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 

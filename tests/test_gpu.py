@@ -3,14 +3,18 @@
 import contextlib
 import gc
 import json
+import os
 import pickle
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from qtune import train
+from qtune.allocator import VARIABLES
 from qtune.errors import OutOfMemory
 from qtune.host_storage import activations_on_host
 from qtune.load_run import resolved_recipe
@@ -18,6 +22,8 @@ from qtune.loss import streamed_cross_entropy, tiled_cross_entropy
 from qtune.recipe_file import find_recipe, load_recipe
 from qtune.run_dir import RunDir
 from qtune.trainer import QloraTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,3 +172,39 @@ def test_memory_that_runs_out_is_seen_with_what_is_alive_and_who_else_is_on_the_
 
 def test_the_export_is_the_model_that_was_trained_on_the_card(run_dir):
     assert qtune("export", str(run_dir.path)) == str(run_dir.path / "model")
+
+
+PLAYED = """
+import random, torch
+rng, held = random.Random(0), []
+for _ in range(400):
+    if held and rng.random() < 0.5:
+        held.pop(rng.randrange(len(held)))
+    else:
+        held.append(torch.empty(int(2 ** rng.uniform(5, 26)), dtype=torch.uint8, device="cuda"))
+print(torch.cuda.memory_stats()["reserved_bytes.all.peak"])
+"""
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_the_allocator_reserves_what_the_simulated_one_does(expandable):
+    from caching_allocator import ExpandableSegments, FixedSegments
+
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": f"expandable_segments:{expandable}"}
+    done = subprocess.run([sys.executable, "-c", PLAYED], env=environment, capture_output=True, text=True, check=True)
+    rng, held = random.Random(0), []
+    allocator = ExpandableSegments() if expandable else FixedSegments()
+    for _ in range(400):
+        if held and rng.random() < 0.5:
+            allocator.free(held.pop(rng.randrange(len(held))))
+        else:
+            held.append(allocator.allocate(int(2 ** rng.uniform(5, 26))))
+    assert int(done.stdout) == allocator.peak
+
+
+def test_a_run_has_expandable_segments_where_nobody_chose_otherwise():
+    program = "from qtune.allocator import *; use_expandable_segments(); import torch; torch.zeros(1, device='cuda');"
+    program += "print(torch.cuda.memory.memory_snapshot()[0]['is_expandable'])"
+    unset = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", program], env=unset, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(sys.platform == "linux")

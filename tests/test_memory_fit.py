@@ -9,6 +9,7 @@ from test_memory_trace import CARD, predict, recipe_with, tiny
 
 from qtune.console.memory import draw_fit
 from qtune.errors import InputError, ModelError, Problem
+from qtune.memory import margin
 from qtune.memory.budget import largest_that_fits, settled
 from qtune.memory.cards import card_named, size_in_bytes
 from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
@@ -77,10 +78,12 @@ def test_sizes_are_binary():
         size_in_bytes("much")
 
 
-def test_what_lasts_does_not_fragment():
+@pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.14)])
+def test_what_lasts_does_not_fragment(monkeypatch, setting, share):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
     steady, moving = Need(GIB, GIB), Need(GIB, 0)
-    assert steady.driver_bytes == (512 + 33) * 2**20
-    assert moving.driver_bytes - steady.driver_bytes == int(0.08 * GIB)
+    assert steady.driver_bytes == (512 + 33 + 128) * 2**20
+    assert moving.driver_bytes - steady.driver_bytes == int(share * GIB)
     assert steady.fits(steady.total_bytes)
     assert not steady.fits(steady.total_bytes - 1)
 
@@ -126,7 +129,7 @@ def test_fit_takes_the_micro_batch_before_anything_that_costs_more(tmp_path, mon
 # --- the search, on a machine whose memory is a sum that can be done by head ----------------------------------------
 
 MIB = 2**20
-DRIVER = Need(0, 0).driver_bytes
+DRIVER = 545 * MIB  # context and cuBLAS, the allocator left out
 
 
 def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> SimpleNamespace:
@@ -147,6 +150,7 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
 
 @pytest.fixture
 def by_head(monkeypatch) -> None:
+    monkeypatch.setattr(margin, "SEGMENTS_BYTES", 0)
     for place in ("fit", "budget"):
         monkeypatch.setattr(f"qtune.memory.{place}.predicted", head_sum)
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from qtune.allocator import use_expandable_segments  # noqa: E402
 from qtune.memory.cache import LIBRARIES, predicted  # noqa: E402
 from qtune.memory.cards import SIZES, described  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
     target = parser.parse_args().write
+    use_expandable_segments()  # as the command does
     transformers_logging.set_verbosity_error()
     text = table()
     if target is None:

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtune.memory.margin import in_words
+
 if TYPE_CHECKING:
     from qtune.errors import Problem
     from qtune.memory.fit import Fitted
@@ -117,8 +119,7 @@ def _need(found: "Prediction", *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
     if is_card:
-        allowance = "allowance: context 512 MiB, cuBLAS 33 MiB, 8 % of what comes and goes"
-        table.add_row("driver and allocator", size(found.need.driver_bytes), allowance)
+        table.add_row("driver and allocator", size(found.need.driver_bytes), in_words())
         table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
     if found.paged_bytes:
         table.add_row(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.memory.layers import Repetition
+    from qtune.memory.ledger import Life
     from qtune.memory.step import Step
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,13 @@ def _stretched(
         log.debug("layers hold unequal parameters")
         return None
     return body
+
+
+def lives(config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True) -> list[Life]:
+    """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
+    tracer = _Tracer(build(config), step, cuda)
+    tracer.body()
+    return tracer.ledger.lives
 
 
 def _updates(step: Step) -> bool:
