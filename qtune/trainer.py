@@ -117,7 +117,7 @@ class QloraTrainer(SFTTrainer):
 
     Differs from SFTTrainer in five places: the loss is `qtune.loss`; the adapter keeps its dtype; evaluation is the
     exact mean over tokens; a checkpoint holds the whole trained state and counts only when it is complete; a
-    micro-batch that does not fit is split, with the same gradient as a result.
+    micro-batch that does not fit is split, with the same gradient as a result, and so is a batch of the evaluation.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class QloraTrainer(SFTTrainer):
         self.effective_batch = training.batch_size
         self.row_lengths = lengths
         self.note = note
-        self.pieces = 1
+        self.pieces = self.eval_pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
@@ -240,9 +240,7 @@ class QloraTrainer(SFTTrainer):
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release_cached_memory()
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -255,12 +253,7 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                self.meter.enter("eval", inputs["input_ids"], inputs.get("attention_mask"))
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    outputs = self.model_wrapped(**self._prepare_inputs(inputs) | {"use_cache": False})
-                self.meter.scored(outputs.scored)
-                sums = [float(outputs.loss), float(outputs.correct), outputs.scored]
-                totals += torch.tensor(sums, dtype=torch.float64)
+                totals += self._evaluated(inputs)
         self.meter.enter("idle")
         loss, correct, scored = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
         metrics = {
@@ -271,6 +264,28 @@ class QloraTrainer(SFTTrainer):
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated(self, batch: dict[str, Any]) -> Tensor:
+        """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs."""
+        sums: Tensor | None = None
+        while sums is None:
+            try:
+                sums = torch.stack([self._sums(piece) for piece in _split(batch, self.eval_pieces)]).sum(dim=0)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]):
+                    raise
+            if sums is None:
+                self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
+                _release_cached_memory()
+                self.note(f"out of memory: batches of the evaluation are now split into {self.eval_pieces}")
+        return sums
+
+    def _sums(self, batch: dict[str, Any]) -> Tensor:
+        self.meter.enter("eval", batch["input_ids"], batch.get("attention_mask"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**self._prepare_inputs(batch) | {"use_cache": False})
+        self.meter.scored(outputs.scored)
+        return torch.tensor([float(outputs.loss), float(outputs.correct), outputs.scored], dtype=torch.float64)
 
     # --- what is said ----------------------------------------------------------------------------------------------
 
@@ -351,6 +366,12 @@ def remove_incomplete_checkpoints(folder: Path) -> None:
         if not (path / STATE_FILE).is_file():
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _split(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:

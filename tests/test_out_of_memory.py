@@ -15,6 +15,7 @@ import torch
 from conftest import WriteRecipe
 from test_memory_trace import CPU
 from test_train import run
+from typer.testing import CliRunner
 
 from qtune import cli, train, trainer
 from qtune.console.memory import size
@@ -22,7 +23,7 @@ from qtune.console.out_of_memory import failure_text
 from qtune.device import present_device
 from qtune.errors import ModelError, OutOfMemory, Problem
 from qtune.holders import Holder, other_holders, parse_holders
-from qtune.memory import categories, out_of_memory
+from qtune.memory import categories, out_of_memory, profile
 from qtune.memory import remedies as stage
 from qtune.memory.history import Moment
 from qtune.memory.longest import Rows
@@ -153,19 +154,18 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
             f"no step is saved yet; with more memory free, as it was: {RESUME}",
         ],
     ),
-    "an evaluation": (
+    "an evaluation in which not even one row fits": (
         (Meter, "scored", refused_in_eval),
         5 * GIB,
         [
-            f"memory ran out in the evaluation after step 2, at 2 x 54 tokens: {REFUSED}",
+            f"memory ran out in the evaluation after step 2, at 1 x 50 tokens: {REFUSED}",
             "alive (tensor by tensor): {alive}",
-            prediction(2, "3.00", 4608 * MIB, TOO_LOW),
+            prediction(1, "2.50", 3584 * MIB, TOO_LOW),
             memory("5.00"),
             "would have fit, least harm first, each traced:",
-            f"  training.micro_batch_size = 1: 3.50 GiB at the peak, {needed(3584 * MIB, 2 * GIB)} needed; 2 "
-            "micro-batches make a step: the same gradient, a little slower",
-            f"    {RESUME} --set training.micro_batch_size=1",
-            *with_eight_bits(),
+            '  training.micro_batch_size = 1, training.optimizer = "adamw-8bit": 2.75 GiB at the peak, '
+            f"{needed(2816 * MIB, 1280 * MIB)} needed; {EIGHT_BITS}",
+            f"    {NEW} --set training.micro_batch_size=1 --set training.optimizer=adamw-8bit  {IS_NEW}",
             f"saved is checkpoint-1; with more memory free, as it was: {RESUME}",
         ],
     ),
@@ -376,6 +376,18 @@ def test_a_lever_that_is_not_possible_is_passed_over(tiny_model: Path, monkeypat
     monkeypatch.setattr(stage, "predicted", predicted)
     found = remedies(load_config(recipe.model), recipe, plan, Longest(64), 1, Room(16 * GIB, "backward", 1)).found
     assert [one.words for one in found] == ['training.optimizer = "adamw-8bit"', 'memory.loss_tile = "16MiB"']
+
+
+def test_the_profile_of_a_run_ends_with_its_report(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = Meter(torch.device("cpu")).failure(MemoryError())
+    recipe = recipe_for(tiny_model)
+    report = first_report(failure, recipe, make_plan(recipe, CPU), RunDir(Path("runs/x")), None, None).to_json()
+    measured = {"device": "cpu", "method": "by hand", "phases": {}, "static": {}, "peak_bytes": 0}
+    monkeypatch.setattr(RunDir, "open", lambda path: RunDir(path))
+    monkeypatch.setattr(profile, "read_run", lambda run_dir, **_: profile.Measured(measured, None, [], [], report))
+    shown = CliRunner().invoke(cli.app, ["profile", str(tiny_model)])
+    assert shown.exit_code == 0, shown.exception
+    assert shown.stdout.endswith(f"\n\n{failure_text(report)}\n")
 
 
 # --- what an allocator says, and who else is there -----------------------------------------------------------------

@@ -19,6 +19,7 @@ from qtune import train
 from qtune.adapter import STATE_FILE
 from qtune.callbacks import OptimizerPhase
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
+from qtune.memory.measure import Meter
 from qtune.memory.profile import read_run
 from qtune.recipe_file import load_recipe
 from qtune.resumption import resumed_recipe
@@ -280,6 +281,37 @@ def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
     assert split_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 4\neval_every = 1", data="").read_text()
+    file = write_recipe()
+    file.write_text(recipe.replace("validation = 0.1", "validation = 0.3"))
+    roomy = run(file)
+    original, tried = Meter.scored, []
+
+    def scored(self: Meter, count: int) -> None:
+        original(self, count)
+        if self.phase == "eval":
+            tried.append(self.batch["rows"])
+            if self.batch["rows"] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Meter, "scored", scored)
+    narrow = run(file)
+    rows = len(records(narrow, "eval")) * 7  # 0.3 of 22
+    assert tried == [4, 2] + [1] * rows
+    assert [record["message"] for record in records(narrow, "note")] == [
+        "out of memory: batches of the evaluation are now split into 2",
+        "out of memory: batches of the evaluation are now split into 4",
+    ]
+    for one, other in zip(records(narrow, "eval"), records(roomy, "eval"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["accuracy"] == other["accuracy"]
+    for name, tensor in final_state(roomy).items():
+        assert torch.equal(final_state(narrow)[name], tensor), name  # what training draws next is the same
 
 
 # --- what must not go wrong silently -------------------------------------------------------------------------------

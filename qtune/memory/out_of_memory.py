@@ -90,8 +90,8 @@ def first_report(
 def with_offers(report: Report, recipe: Recipe, plan: Plan, rows: Rows, run_dir: RunDir) -> Report:
     """The same with the failed step's prediction and what would have fit, by tracing; where that fails, why."""
     failure = report.failure
-    trained = failure.batch is not None and failure.phase in ("forward", "backward")
-    size = failure.batch["rows"] if failure.batch is not None and trained else plan.micro_batch_size
+    # In the forward, the backward and the evaluation, what does not fit has been split; elsewhere there is no batch.
+    size = failure.batch["rows"] if failure.batch is not None else plan.micro_batch_size
     room = Room(report.available_bytes, failure.phase, _short_bytes(failure))
     try:
         found = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room)
