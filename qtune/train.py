@@ -260,8 +260,11 @@ def _explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
     report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
     kept = run_dir.read_json(run_dir.memory_file)
     run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
-    with console.progress("memory ran out; tracing what would have fit"):
-        report = with_offers(report, inputs.recipe, inputs.plan, longest_of(inputs.prepared), run_dir)
+    with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
+        rows = longest_of(inputs.prepared)
+        report = with_offers(
+            report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
+        )
     run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
     return report
 

@@ -313,7 +313,7 @@ def test_a_report_that_cannot_be_traced_says_why_and_everything_else(
     failure = Meter(torch.device("cpu")).failure(MemoryError())
     holders = [Holder(12, "python3", 3 * GIB), Holder(34, "", None)]
     first = first_report(failure, recipe, plan, RunDir(tmp_path / "my run"), "checkpoint-7", holders)
-    report = with_offers(first, recipe, plan, Rows(Longest(64), "said"), RunDir(tmp_path / "my run"))
+    report = with_offers(first, recipe, plan, Rows(Longest(64), "said"), RunDir(tmp_path / "my run"), print)
     free, own, total = (f"{one / GIB:.2f}" for one in (failure.free_bytes, failure.own_bytes, failure.total_bytes))
     assert failure_text(json.loads(json.dumps(report.to_json()))) == (
         "memory ran out while the model was loaded: MemoryError\n"
@@ -363,6 +363,23 @@ def test_the_least_harmful_changes_come_first_and_only_those_that_save_enough(
         'training.optimizer = "adamw-8bit", memory.loss_tile = "16MiB"'
     ]
     assert found_for(monkeypatch, recipe, 2 * GIB, "backward") == []
+
+
+def test_a_run_that_has_begun_is_first_offered_what_it_can_go_on_with(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(tiny_model, batch_size=1, gradient_checkpointing=True)
+    plan, config = make_plan(recipe, CPU), load_config(recipe.model)
+    monkeypatch.setattr(stage, "predicted", by_hand)
+    told: list[str] = []
+    for is_begun, expected in (
+        (False, ['training.optimizer = "adamw-8bit"', 'memory.loss_tile = "16MiB"']),
+        (True, ['memory.loss_tile = "16MiB"', 'training.optimizer = "adamw-8bit"']),
+    ):
+        room = Room(16 * GIB, "backward", 1, is_begun)
+        found = remedies(config, recipe, plan, Longest(64), 1, room, told.append).found
+        assert [one.words for one in found] == expected
+    assert told[:2] == ["1 x 64 tokens", '1 x 64 tokens, training.optimizer = "adamw-8bit"']
 
 
 def test_a_lever_that_is_not_possible_is_passed_over(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from qtune.model import load_config
 from qtune.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from qtune.holders import Holder
     from qtune.memory.longest import Rows
@@ -87,14 +87,19 @@ def first_report(
     return Report(failure, plan.device.name, available, others, str(run_dir.path), saved)
 
 
-def with_offers(report: Report, recipe: Recipe, plan: Plan, rows: Rows, run_dir: RunDir) -> Report:
-    """The same with the failed step's prediction and what would have fit, by tracing; where that fails, why."""
+def with_offers(
+    report: Report, recipe: Recipe, plan: Plan, rows: Rows, run_dir: RunDir, tell: Callable[[str], None]
+) -> Report:
+    """The same with the failed step's prediction and what would have fit, by tracing; where that fails, why.
+
+    tell: hears what is traced next.
+    """
     failure = report.failure
     # In the forward, the backward and the evaluation, what does not fit has been split; elsewhere there is no batch.
     size = failure.batch["rows"] if failure.batch is not None else plan.micro_batch_size
-    room = Room(report.available_bytes, failure.phase, _short_bytes(failure))
+    room = Room(report.available_bytes, failure.phase, _short_bytes(failure), report.saved is not None)
     try:
-        found = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room)
+        found = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
     except KeyboardInterrupt:
         return replace(report, untraced="stopped")
     except Exception as error:

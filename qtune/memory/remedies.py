@@ -11,8 +11,11 @@ from qtune.memory.cache import predicted
 from qtune.memory.fit import Lever, changed, levers, shown
 from qtune.model import attention_rule
 from qtune.plan import make_plan
+from qtune.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PretrainedConfig
 
     from qtune.memory.predict import Longest, Prediction
@@ -34,6 +37,8 @@ class Room:
     phase: str
     short_bytes: int
     """By how much memory did not do; at least 1."""
+    is_begun: bool = False
+    """Whether steps are saved, which a change of what is learned would throw away."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +78,27 @@ def phase_bytes(prediction: Prediction, phase: str) -> int:
     return prediction.need.lasting_bytes - (state if phase == "load" else 0)
 
 
-def remedies(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest, rows: int, room: Room) -> Remedies:
+def remedies(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest,
+    rows: int,
+    room: Room,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Remedies:
     """Traces one change after the other, in the order in which `qtune fit` makes them, until WANTED of them would fit.
 
     First a smaller micro-batch. Then the levers, each alone; with single rows, where even those are too much without
-    one. Where too few levers are enough alone, those that save something are put together.
+    one. Where too few levers are enough alone, those that save something are put together. Of a run that has begun,
+    those levers come first with which it can go on.
 
-    rows: at once, when memory ran out.
+    rows: at once, when memory ran out. tell: hears what is traced next.
 
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
-    search = _Search(config, recipe, plan, longest, rows, room)
+    search = _Search(config, recipe, plan, longest, rows, room, tell)
     is_predicted_to_fit = search.failed.need.fits(room.available_bytes)
     size = rows
     # Fewer rows at once change nothing where memory ran out beside them, as in loading or saving.
@@ -94,7 +108,10 @@ def remedies(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Long
                 break
         else:
             size = rows if is_predicted_to_fit else 1
-    not_enough = [lever for lever in levers(recipe, plan) if search.wants(lever) and not search.tries(size, lever)]
+    pulled = list(levers(recipe, plan))
+    if room.is_begun:
+        pulled.sort(key=lambda lever: lever.key not in CHANGEABLE)
+    not_enough = [lever for lever in pulled if search.wants(lever) and not search.tries(size, lever)]
     together: list[Lever] = []
     least = search.failed.need.total_bytes
     for lever in not_enough:
@@ -108,7 +125,14 @@ class _Search:
     """Traces candidates, and keeps those that would have fit."""
 
     def __init__(
-        self, config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest, rows: int, room: Room
+        self,
+        config: PretrainedConfig,
+        recipe: Recipe,
+        plan: Plan,
+        longest: Longest,
+        rows: int,
+        room: Room,
+        tell: Callable[[str], None],
     ) -> None:
         # What the plan has settled is the recipe's now, so that a change of one value leaves the others alone.
         settled: dict[KeyPath, Any] = {
@@ -116,7 +140,7 @@ class _Search:
             ("training", "optimizer"): plan.optimizer,
             ("memory", "embeddings"): plan.embeddings,
         }
-        self.config, self.plan, self.longest, self.room = config, plan, longest, room
+        self.config, self.plan, self.longest, self.room, self.tell = config, plan, longest, room, tell
         self.recipe = changed(recipe, settled)
         self.batch = plan.micro_batch_size * plan.accumulation_steps
         self.failed = self.last = self._trace(rows)
@@ -150,6 +174,7 @@ class _Search:
         return True
 
     def _trace(self, size: int, *chosen: Lever) -> Prediction:
+        self.tell(", ".join([f"{size} x {self.longest.length} tokens", *(lever.words for lever in chosen)]))
         candidate = changed(self.recipe, {lever.key: lever.value for lever in chosen})
         plan = make_plan(candidate, self.plan.device, attention_rule(self.config)).with_micro_batch(size, "")
         return predicted(self.config, candidate, plan, self.longest)
