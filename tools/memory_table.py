@@ -1,13 +1,16 @@
 """Traces the README's memory table: python tools/memory_table.py [--write README.md]
 
 Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, gradient
-checkpointing, one row, every token scored) plus the allowance of qtune/memory/margin.py. Sizes of the models are those
-of their published config.json, written down here so that nothing is downloaded.
+checkpointing, one row, every token scored) plus the allowance of qtune/memory/margin.py; under each card stands the
+longest row of a doubling series that still fits it. Sizes of the models are those of their published config.json,
+written down here so that nothing is downloaded. What was traced before comes from the cache of predictions.
 """
 
 import argparse
 import importlib.metadata
 import sys
+import warnings
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,17 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.allocator import use_expandable_segments  # noqa: E402
 from qtune.memory.cache import LIBRARIES, predicted  # noqa: E402
-from qtune.memory.cards import SIZES, described  # noqa: E402
+from qtune.memory.cards import described  # noqa: E402
+from qtune.memory.margin import Need  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe import Recipe, parse_recipe  # noqa: E402
 
 GIB = 2**30
-LENGTHS = (1024, 4096)
+SHOWN = 2048
+"""Tokens of the row whose bytes are shown."""
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+CARDS = (6, 8, 12, 16, 24, 48, 80)
 BEGIN, END = "<!-- memory table: begin -->", "<!-- memory table: end -->"
 
 # (name, model type, hidden, layers, heads, key-value heads, head size, intermediate, vocabulary, tied embeddings)
@@ -71,21 +78,39 @@ def recipe_of(length: int) -> Recipe:
     return recipe
 
 
-def table() -> str:
-    heads = " | ".join(f"{length} tokens, traced + allowance | fits" for length in LENGTHS)
-    lines = [f"| model | {heads} |", "| --- |" + " ---: | --- |" * len(LENGTHS)]
-    for model in MODELS:
-        cells = [model[0]]
-        for length in LENGTHS:
-            recipe = recipe_of(length)
-            plan = make_plan(recipe, described(24))
-            need = predicted(config_of(model), recipe, plan, Longest(length)).need
-            card = next((f"{gb} GB" for gb in SIZES if need.fits(gb * GIB)), f"none up to {SIZES[-1]} GB")
-            cells += [f"{need.traced_bytes / GIB:.2f} + {need.driver_bytes / GIB:.2f} GiB", card]
-            print(model[0], length, cells[-2:], file=sys.stderr, flush=True)
-        lines.append("| " + " | ".join(cells) + " |")
+def need_of(model: tuple[Any, ...], length: int) -> Need:
+    recipe = recipe_of(length)
+    found = predicted(config_of(model), recipe, make_plan(recipe, described(24)), Longest(length))
+    print(f"{model[0]}, {length} tokens: {found.need.total_bytes / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    return found.need
+
+
+def row(model: tuple[Any, ...]) -> list[str]:
+    """The model's name, its need at SHOWN tokens, and under each card the longest of LENGTHS that fits."""
+    needs = {SHOWN: need_of(model, SHOWN)}
+
+    def needed(length: int) -> int:
+        if length not in needs:
+            needs[length] = need_of(model, length)
+        return needs[length].total_bytes
+
+    fitting = [bisect_right(LENGTHS, gb * GIB, key=needed) for gb in CARDS]  # need grows with length
+    shown = needs[SHOWN]
+    sizes = f"{shown.traced_bytes / GIB:.2f} + {shown.driver_bytes / GIB:.2f} GiB"
+    return [model[0], sizes, *(f"{LENGTHS[count - 1]:,}" if count else "–" for count in fitting)]
+
+
+def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
+    heads = ["model", f"{SHOWN:,} tokens: traced + allowance", *(f"{gb} GB" for gb in CARDS)]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    lines += [f"| {' | '.join(row(model))} |" for model in models]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    lines += ["", f"Traced by `tools/memory_table.py` without a GPU; {versions}."]
+    series = f"{LENGTHS[0]:,}, {LENGTHS[1]:,} … {LENGTHS[-1]:,}"
+    lines += [
+        "",
+        f"Under each card the longest row, of {series} tokens, that fits it with the allowance; – if none does.",
+        f"Traced by `tools/memory_table.py` without a GPU; {versions}.",
+    ]
     return "\n".join(lines)
 
 
@@ -95,12 +120,15 @@ def main() -> None:
     target = parser.parse_args().write
     use_expandable_segments()  # as the command does
     transformers_logging.set_verbosity_error()
+    warnings.simplefilter("ignore")  # peft 0.21 asks for an attribute by the name that transformers 5 has deprecated
     text = table()
     if target is None:
         print(text)
         return
-    before, rest = target.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
+    before, begin, rest = target.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{target} has no place for the table: put {BEGIN} and {END} where it belongs")
     target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
