@@ -412,7 +412,7 @@ def profile(
 
     A recipe needs only the model's config.json. Its longest row is read from its data where that is possible; else it
     is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here. What
-    is traced for a run is kept in its memory.json, from where `qtune report` draws it.
+    is traced for a run is kept in its memory.json, and its report shows it from then on.
     """
     from qtune.report.drawing import require_writable
 
@@ -435,11 +435,16 @@ def profile(
 
     quiet_loading()
     if is_run:
-        measured = stage.read_run(RunDir.open(Path(target)), savings=savings, explain=explain)
+        run_dir = RunDir.open(Path(target))
+        measured = stage.read_run(run_dir, savings=savings, explain=explain)
         console.out(draw_measured(measured))
         if measured.failure is not None:
             console.out(f"\n{failure_text(measured.failure)}")
         name, prediction = target, measured.prediction
+        if run_dir.report.is_file():
+            from qtune.report.page import write_report
+
+            write_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
         found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)

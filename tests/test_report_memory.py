@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 from test_report import MEASURED, Page
 
 from qtune import train
 from qtune.console.memory import fitting_cards, saved, size
+from qtune.console.out_of_memory import failure_text
 from qtune.memory import cache
 from qtune.memory.cards import SIZES
 from qtune.memory.longest import Rows
@@ -151,6 +153,17 @@ def test_techniques_come_in_the_order_of_what_they_save_and_one_may_cost(traced)
     assert (saved(3, 1), saved(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
 
 
+def test_memory_that_ran_out_is_told_as_the_command_told_it() -> None:
+    failure = {
+        "phase": "backward", "step": 3, "batch": None, "said": "no <b>room</b>", "alive": {}, "counted": "not known",
+        "predicted": None, "available_bytes": GIB, "device": "a card", "free_bytes": 0, "total_bytes": GIB,
+        "own_bytes": GIB, "others": [], "offers": [], "least_bytes": 0, "untraced": "", "saved": None, "run": "mine",
+    }  # fmt: skip
+    page = drawn({"measured": MEASURED, "failure": failure})
+    assert page.texts["pre"] == [failure_text(failure)]
+    assert "memory ran out in the backward pass of step 3: no <b>room</b>" in page.texts["pre"][0]
+
+
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunDir:
     """Two steps of the tiny model on the CPU, with rows of like length: the second has the optimizer's state too."""
@@ -201,6 +214,21 @@ def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch)
     monkeypatch.setattr(cache, "predict", lambda *_: pytest.fail("traced again"))
     monkeypatch.setattr("qtune.memory.savings.trace", lambda *_, **__: pytest.fail("traced again"))
     assert read_run(RunDir.open(tmp_path / "run"), explain=True) == first
+
+
+def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, tmp_path) -> None:
+    run_dir, picture = copy_of(a_run, tmp_path), tmp_path / "step.svg"
+    assert "Nothing is predicted here yet" in run_dir.report.read_text(encoding="utf-8")
+    done = run_qtune("profile", run_dir.path, "--no-savings", "--timeline", picture)
+    assert done.returncode == 0, done.stderr
+    assert "<polygon" in run_dir.report.read_text(encoding="utf-8")
+    assert picture.read_text(encoding="utf-8").startswith("<svg ")
+
+
+def test_a_run_is_not_planned_anew(a_run) -> None:
+    done = run_qtune("profile", a_run.path, "--gpu=T4", "--length=9", "--set=training.steps=1")
+    assert done.returncode == 2
+    assert "--set, --gpu, --length: a run is compared with its own step" in " ".join(done.stderr.split())
 
 
 def test_a_run_on_a_card_is_traced_for_that_card_wherever_it_is_read(a_run, tmp_path) -> None:

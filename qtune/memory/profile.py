@@ -183,7 +183,11 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
     config = load_config(recipe.model)
     plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
-    batch = {"rows": plan.micro_batch_size, **asdict(longest), "is_measured": "forward" in found["largest_batch"]}
+    batch = {
+        "rows": plan.micro_batch_size,
+        **asdict(longest),
+        "is_measured": "forward" in found.get("largest_batch", {}),
+    }
     needed = prediction.need.total_bytes
     known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
     result = Measured(
