@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from qtune.base_config import read_config
 from qtune.builtin import PREFIX, builtin_folder
 from qtune.device import is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem
@@ -68,10 +69,10 @@ def load_config(model: Model) -> PretrainedConfig:
     """The model's configuration; needs no weights.
 
     Raises:
-        ModelError: it cannot be found or read.
+        ModelError: it cannot be found or read, or nothing that qtune trains can be built from it.
     """
     try:
-        return AutoConfig.from_pretrained(base_folder(model), **_where(model))
+        return read_config(base_folder(model), **_where(model))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
 
@@ -82,6 +83,17 @@ def attention_rule(config: PretrainedConfig) -> tuple[str, str]:
     if kind is None or kind._supports_sdpa:  # code that comes with a model says itself what it supports
         return SDPA
     return "eager", f"{kind.__name__} cannot be given sdpa"
+
+
+def require_attention(attention: str) -> None:
+    """FlashAttention is a package of its own.
+
+    Raises:
+        ModelError: it is asked for and not installed.
+    """
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        message = '"flash_attention_2" needs the package flash-attn, which is not installed; pip install flash-attn, '
+        raise ModelError(Problem("model.attention", message + 'or use "sdpa"'))
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -126,6 +138,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         OutOfMemory: it does not fit the device.
         ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
     """
+    require_attention(plan.attention)
     dtype = getattr(torch, plan.compute_dtype)
     config = load_config(model)
     stored = is_stored_quantized(config)
@@ -148,7 +161,16 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
                 **({"quantization_config": ours} if ours else {}),
                 **_where(model),
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        AssertionError,
+        SafetensorError,
+        MemoryError,
+    ) as error:
         if is_out_of_memory(error):
             free = plan.device.free_bytes / 2**30
             message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"

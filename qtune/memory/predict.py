@@ -19,7 +19,7 @@ from qtune.memory.margin import Need
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Batch, Step
 from qtune.memory.trace import Traced, trace
-from qtune.model import quantization_config
+from qtune.model import quantization_config, require_attention
 from qtune.recipe import PromptTuning, PTuning
 
 if TYPE_CHECKING:
@@ -61,8 +61,11 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
 
 def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     """The model that a run trains, on the meta device: quantized, adapted, with our loss."""
+    require_attention(plan.attention)
     dtype = getattr(torch, plan.compute_dtype)
-    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    # PyTorch's own kernel keeps what the package's keeps: the output and the log-sum-exp of each row.
+    attention = "sdpa" if plan.attention.startswith("flash") else plan.attention
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), attention)
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, "meta")
     with torch.device("meta"):  # nothing to initialise: only the shapes matter

@@ -58,8 +58,9 @@ def bare_model(
                 quantizer.preprocess_model(model, dtype=dtype, device_map=None)
             pack(model, dtype)
             quantizer.postprocess_model(model)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        said = f"nothing is called {error}" if isinstance(error, KeyError) else str(error)
+        reason = said.strip().splitlines() or [type(error).__name__]
         raise ModelError(Problem(name, f"no model can be built from its config.json: {reason[0]}")) from error
     model.requires_grad_(False)
     return model
