@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from qtune.memory.values import CPU, WHERE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,6 +42,8 @@ class CudaKernels(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is WHERE:
+            return CPU
         kwargs = kwargs or {}
         if func is torch.autograd.backward:
             return self._backward(args[0], kwargs.get("grad_tensors"))

@@ -18,7 +18,7 @@ CUBLAS_BYTES = 33 * MIB
 
 SEGMENTS_BYTES = 128 * MIB
 EXPANDABLE_SHARE = 0.01
-FIXED_SHARE = 0.14
+FIXED_SHARE = 0.18
 """What the caching allocator must hold beyond the tensors: SEGMENTS_BYTES for pages and segments that are partly used,
 and a share of what comes and goes for gaps, far larger where segments cannot grow. Both bound what
 tools/simulate_allocator.py finds over steps of changing length, of models from 0.1B to 8B, and over published runs."""

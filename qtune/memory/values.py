@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 
+WHERE = torch.ops.prim.device.default
+"""The question for a tensor's device: two of three that a trace is asked. It is worth a short way."""
+CPU = torch.device("cpu")
+
 
 class Values(TorchDispatchMode):
     """Answers the few questions about data that decide shapes: how many positions are scored, is there padding.
@@ -38,6 +42,8 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is WHERE:
+            return CPU  # where every tensor of a trace is
         if func is _aten.nonzero.default:
             return torch.empty(min(self.scored, args[0].numel()), args[0].dim(), dtype=torch.long)
         if func is _aten._local_scalar_dense.default:
