@@ -31,9 +31,20 @@ def test_the_largest_size_within_the_limit_is_found(limit, largest):
 
 def test_a_guess_that_is_wrong_is_corrected_by_its_own_cost():
     steep = {1: 10, 2: 11, 4: 40, 8: 90}
-    gentle = {1: 10, 2: 40, 4: 41, 8: 42}
+    gentle = {1: 1000, 2: 1100, 4: 1290, 8: 1660}
     assert largest_that_fits([1, 2, 4, 8], steep.__getitem__, 20) == 2
-    assert largest_that_fits([1, 2, 4, 8], gentle.__getitem__, 45) == 8
+    assert largest_that_fits([1, 2, 4, 8], gentle.__getitem__, 1670) == 8
+
+
+def test_a_size_far_beyond_the_limit_is_not_traced():
+    asked = []
+
+    def cost(size: int) -> int:
+        asked.append(size)
+        return 1000 + 100 * size
+
+    assert largest_that_fits([1, 2, 4, 8, 16], cost, 1500) == 4
+    assert set(asked) == {1, 2, 4}
 
 
 @pytest.mark.parametrize("cost", [lambda n: n, lambda n: n * n // 100, lambda n: 10 * int(n**0.5)])
@@ -78,7 +89,7 @@ def test_sizes_are_binary():
         size_in_bytes("much")
 
 
-@pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.14)])
+@pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.18)])
 def test_what_lasts_does_not_fragment(monkeypatch, setting, share):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
     steady, moving = Need(GIB, GIB), Need(GIB, 0)

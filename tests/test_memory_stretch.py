@@ -151,6 +151,7 @@ def executed_layers(monkeypatch, change) -> int:
         return model
 
     monkeypatch.setattr("qtune.memory.predict.build", changed)
+    monkeypatch.setattr("qtune.memory.trace._built", {})  # what was built before, without the change
     recipe = recipe_with(adapter=P_TUNING)
     return predict(tiny(layers=12), recipe, make_plan(recipe, CARD)).layers_executed
 

@@ -1,5 +1,6 @@
 """The trace is the step that runs: a real one's bytes on the CPU."""
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
@@ -194,3 +195,18 @@ def test_bad_configurations_are_errors_with_a_reason():
 def test_a_bare_model_has_no_storage():
     model = bare_model(tiny(layers=1), torch.bfloat16, None, "sdpa")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
+    config = tiny(layers=12)
+    recipe = recipe_with(training={"batch_size": 8, "micro_batch_size": 1})
+    plan = make_plan(recipe, CARD)
+
+    def found(rows: int) -> History:
+        return predict(config, recipe, plan.with_micro_batch(rows, "a test"), Longest(128)).history
+
+    fresh = found(4)
+    found(1)
+    again = found(4)
+    assert numpy.array_equal(again.bytes, fresh.bytes)
+    assert again.labels == fresh.labels

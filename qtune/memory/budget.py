@@ -89,10 +89,15 @@ def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     return on_host.plan if on_host.need.total_bytes < on_card.need.total_bytes else on_card.plan
 
 
+NEARLY_STRAIGHT = 0.02
+"""How far memory over rows is trusted to be from a straight line, as a share of the limit."""
+
+
 def largest_that_fits(sizes: list[int], cost: Callable[[int], int], limit: int) -> int:
     """The largest of the ascending `sizes` whose cost is within `limit`; the first if none is.
 
     Cost grows with size, nearly in a straight line: two sizes give a guess, and the guess is checked by its own cost.
+    The next size is asked for only where the line through the guess comes near the limit.
     """
     first = cost(sizes[0])
     if first > limit or len(sizes) == 1:
@@ -103,6 +108,11 @@ def largest_that_fits(sizes: list[int], cost: Callable[[int], int], limit: int) 
     )
     while guess and cost(sizes[guess]) > limit:
         guess -= 1
-    while guess + 1 < len(sizes) and cost(sizes[guess + 1]) <= limit:
+
+    def comes_near(place: int) -> bool:
+        ahead = cost(sizes[guess]) + slope * (sizes[place] - sizes[guess])
+        return ahead <= (1 + NEARLY_STRAIGHT) * limit
+
+    while guess + 1 < len(sizes) and comes_near(guess + 1) and cost(sizes[guess + 1]) <= limit:
         guess += 1
     return sizes[guess]

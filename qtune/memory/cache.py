@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtune.builtin import cache_folder
-from qtune.memory.predict import Longest, Prediction, predict, summarize
+from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.model import is_stored_quantized
 
 if TYPE_CHECKING:
@@ -66,24 +66,15 @@ def remembered(
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:
     """Everything that the bytes depend on, and this package's own code."""
-    device = plan.device
     parts = {
-        "config": config.to_json_string(use_diff=False),
-        "quantization": recipe.quantization.model_dump(exclude={"minimum_share"}),
-        "adapter": recipe.adapter.model_dump(exclude={"alpha", "text"}),
+        "model": model_key(config, recipe, plan),
         "packing": recipe.data.packing,
-        "clip": recipe.training.max_gradient_norm,
-        "plan": [
-            device.kind, device.capability, plan.compute_dtype,
-            plan.adapter_dtype, plan.attention, plan.micro_batch_size,
-            plan.gradient_checkpointing, plan.optimizer, plan.max_length,
-            plan.embeddings, plan.activations, plan.loss_tile_bytes, plan.accumulation_steps > 1,
-        ],
+        "batch": [plan.micro_batch_size, plan.max_length, plan.accumulation_steps > 1],
         "longest": None if longest is None else asdict(longest),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _own_code(),
         "way": way,
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

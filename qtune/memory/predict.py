@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +56,34 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
-        return trace(config, lambda shape: build(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
+        made = functools.partial(build, recipe=recipe, plan=plan)
+        return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
     finally:
-        gc.collect()  # modules and their hooks are cycles; a fit traces dozens of models
+        collect()
+
+
+def collect() -> None:
+    """Modules and their hooks are cycles, and a fit traces dozens of models. What was imported is not looked at again:
+    freezing it makes a collection ten times faster."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.collect()
+
+
+def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
+    """Everything that a step's bytes depend on but its batches, as one text: equal for equal models."""
+    device = plan.device
+    parts = {
+        "config": config.to_json_string(use_diff=False),
+        "quantization": recipe.quantization.model_dump(exclude={"minimum_share"}),
+        "adapter": recipe.adapter.model_dump(exclude={"alpha", "text"}),
+        "clip": recipe.training.max_gradient_norm,
+        "plan": [
+            device.kind, device.capability, plan.compute_dtype, plan.adapter_dtype, plan.attention,
+            plan.gradient_checkpointing, plan.optimizer, plan.embeddings, plan.activations, plan.loss_tile_bytes,
+        ],
+    }  # fmt: skip
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:

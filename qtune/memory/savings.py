@@ -55,9 +55,11 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
     The baselines get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
+    validates_more = step.eval_batch is not None and step.eval_batch.length > step.batch.length
     plain = Step(
         step.batch, logits_loss, _adamw, step.checkpointing, step.autocast, step.max_gradient_norm,
-        accumulates=step.accumulates, eval_batch=step.eval_batch,
+        accumulates=step.accumulates,
+        eval_batch=step.eval_batch if validates_more else None,  # of training rows it holds less than their step
     )  # fmt: skip
     low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
     four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)

@@ -49,60 +49,83 @@ class Traced:
 
 
 def trace(
-    config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True, every_layer: bool = False
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    *,
+    cuda: bool = True,
+    every_layer: bool = False,
+    same_model: str | None = None,
 ) -> Traced:
     """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
 
     cuda: count as CUDA kernels do; otherwise as the CPU's. every_layer: never shorten a model of repeated layers.
+    same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
-    text = config.get_text_config()
-    layers = int(text.num_hidden_layers)
-    whole = _Tracer(build(config), step, cuda)
-    shape = None if every_layer else repetition(whole.model, text)
-    optimizer_part = whole.optimizer() if _updates(step) else None
-    body, executed = None, layers
-    if shape is not None:
-        depth = depth_for(layers, shape)
-        body, executed = _stretched(config, build, step, cuda, whole, shape), 2 * depth + shape.period
-    if body is None:
-        body, executed = whole.body(), layers
-    history = body if optimizer_part is None else join([body, optimizer_part])
-    return Traced(history, layers, executed, time.perf_counter() - began)
+    built = _built.get(same_model) if same_model is not None else None
+    if built is None:
+        _built.clear()
+        built = _Built(config, build, step, cuda, every_layer)
+        if same_model is not None:
+            _built[same_model] = built
+    body, executed = built.body(step)
+    history = body if built.optimizer_part is None else join([body, built.optimizer_part])
+    return Traced(history, built.layers, executed, time.perf_counter() - began)
 
 
-def _stretched(
+class _Built:
+    """The models of a trace: the whole one, and two shallow ones where its layers repeat; the optimizer's phase."""
+
+    def __init__(self, config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool) -> None:
+        self.layers = int(config.get_text_config().num_hidden_layers)
+        self.whole = _Tracer(build(config), step, cuda)
+        self.shape = None if every_layer else repetition(self.whole.model, config.get_text_config())
+        self.optimizer_part = self.whole.optimizer() if _updates(step) else None
+        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, self.whole, self.shape)
+
+    def body(self, step: Step) -> tuple[History, int]:
+        """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
+
+        The shallow traces count where it can be shown that they are the same: what the stretched model holds at rest
+        must be what the whole one holds.
+        """
+        if self.shape is not None and self.shallow:
+            short, longer = (tracer.body(step) for tracer in self.shallow)
+            body = stretch(short, longer, self.shape, self.layers, self.whole.container)
+            if body is not None and _static(body) == self.whole.at_rest():
+                return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
+            log.debug("layers hold unequal parameters")
+        return self.whole.body(step), self.layers
+
+
+_built: dict[str, _Built] = {}
+"""The last models that were built, by key: a search for the largest batch asks for the same ones again."""
+
+
+def _shallow(
     config: PretrainedConfig, build: Build, step: Step, cuda: bool, whole: _Tracer, shape: Repetition
-) -> History | None:
-    """The body of the step from two shallow traces; None where it cannot be shown that this is the same.
-
-    The shallow models must be made of the same layers as the front of the whole one, and what the stretched one holds
-    at rest must be what the whole one holds.
-    """
+) -> list[_Tracer]:
+    """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be."""
     layers, real = int(config.get_text_config().num_hidden_layers), signatures(whole.model)
-    histories: list[History] = []
+    found: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
             shallow = _Tracer(build(shortened(config, depth)), step, cuda)
         except ModelError:
             log.debug("no model with %d layers can be built", depth, exc_info=True)
-            return None
+            return []
         if signatures(shallow.model) != real[:depth]:
             log.debug("with %d layers the model is made of others", depth)
-            return None
-        histories.append(shallow.body())
-    short, longer = histories
-    body = stretch(short, longer, shape, layers, whole.container)
-    if body is not None and _static(body) != whole.at_rest():
-        log.debug("layers hold unequal parameters")
-        return None
-    return body
+            return []
+        found.append(shallow)
+    return found
 
 
 def lives(config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True) -> list[Life]:
     """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
     tracer = _Tracer(build(config), step, cuda)
-    tracer.body()
+    tracer.body(step)
     return tracer.ledger.lives
 
 
@@ -148,8 +171,9 @@ class _Tracer:
             update(self.model, self.step, optimizer, self.ledger)
         return self._history({"optimizer"})
 
-    def body(self) -> History:
-        """Forward, backward and evaluation of the second step."""
+    def body(self, step: Step) -> History:
+        """Forward, backward and evaluation of the second step, which differs from the built one only in its batches."""
+        self.step = step
         self.ledger = self._loaded()
         optimizer: Any = None
         with self._counting() as values:
