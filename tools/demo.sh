@@ -31,6 +31,6 @@ else
     qtune run recipes/quickstart.toml
 fi
 step eval qtune eval "$run"
-step profile qtune profile "$run"
+step profile qtune profile "$run" --no-savings
 step export qtune export "$run"
 step ask python tools/ask_exported.py "$run/model" recipes/data/quickstart_test.jsonl
