@@ -132,6 +132,32 @@ def test_categories_at_rest_are_what_a_count_by_hand_gives():
     )
 
 
+def test_what_belongs_to_nothing_else_is_the_buffers_at_rest():
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
+    alive = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history.at(0).alive
+    assert alive["other"] == 2 * 512  # the rotary frequencies and their original, 8 of them, each rounded up
+
+
+def test_the_workspace_is_the_largest_weight_dequantized_and_its_absmax_twice():
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
+    history = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history
+    most = history.bytes[history.names.index("dequantized workspace")].max()
+    assert most == 64 * 128 * 2 + 2 * (64 * 128 // 64) * 4
+
+
+def test_a_checkpointed_backward_recomputes_what_one_layer_would_have_kept():
+    def kept(layers: int) -> int:
+        recipe = recipe_with(training={"gradient_checkpointing": False})
+        found = kept_for_the_backward(predict(tiny(layers=layers), recipe, make_plan(recipe, CARD)).history)
+        return found["activations"]
+
+    recipe = recipe_with(training={"gradient_checkpointing": True})
+    history = predict(tiny(layers=2), recipe, make_plan(recipe, CARD)).history
+    recomputed = int(history.bytes[history.names.index("recomputed activations")].max())
+    one, hidden = kept(3) - kept(2), 2 * 128 * 64 * 2  # a layer's input is its checkpoint, and not computed again
+    assert one - hidden <= recomputed < 1.5 * one  # with what comes and goes while it is computed
+
+
 def test_adamw_keeps_eight_bytes_for_each_adapter_parameter():
     recipe = recipe_with(adapter={"kind": "lora", "rank": 4, "target_modules": ["q_proj"]})
     history = predict(tiny(layers=1), recipe, make_plan(recipe, CARD)).history
