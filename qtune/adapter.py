@@ -105,7 +105,10 @@ def attach_adapter(
         with warnings.catch_warnings():
             # peft 0.21 proposes weights without storage for EVA; the few bytes are not worth what may stay without.
             warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
-            model = get_peft_model(network, peft_config(adapter), autocast_adapter_dtype=True)
+            chosen = peft_config(adapter)
+            if isinstance(adapter, Lora) and adapter.target_modules == "all-linear":
+                chosen.exclude_modules = routers(network) or None
+            model = get_peft_model(network, chosen, autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -116,6 +119,19 @@ def attach_adapter(
     if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:
         _start_from_text(model, tokenizer, adapter.text)
     return model
+
+
+def routers(network: torch.nn.Module) -> list[str]:
+    """Names of linear layers whose class computes something else from its product: routers of experts, which return
+    scores and choices (Llama 4, Phi-3.5-MoE). An adapter would take their place and return the product."""
+    own = torch.nn.Linear.forward
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not own
+    ]
 
 
 def cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from export_models import tiny_base
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter import (
     STATE_FILE,
@@ -277,3 +277,29 @@ def test_a_state_of_another_adapter_is_refused(tiny_model: Path, tmp_path: Path)
         load_trained_state(attached(tiny_model, Lora(rank=4, target_modules=("v_proj",))), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [STATE_FILE]
     assert load_file(tmp_path / STATE_FILE)[name].shape == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "router"),
+    [
+        ("llama4_text", {"intermediate_size_mlp": 128, "head_dim": 16}, "feed_forward.router"),
+        ("phimoe", {}, "mlp.router"),
+    ],
+)
+def test_routers_keep_what_they_return_under_all_linear(family, sizes, router):
+    """peft would give them an adapter, whose forward returns one tensor where scores and choices are expected."""
+    config = AutoConfig.for_model(
+        family, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, num_local_experts=2, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    network = AutoModelForCausalLM.from_config(config)
+    given = {"model": {"base": "tiny"}, "data": {"train": "rows.jsonl"}, "adapter": {"kind": "lora", "rank": 4}}
+    recipe = parse_recipe(given)
+    plan = make_plan(recipe, CPU)
+    model = attach_adapter(network, recipe.adapter, plan)
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert any(name.endswith("self_attn.q_proj") for name in adapted)
+    assert not any(name.endswith(router) for name in adapted)
+    ids = torch.arange(16)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "q_proj.lora_B" in name)

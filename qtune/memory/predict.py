@@ -97,7 +97,9 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
         keep_embeddings_on_host(network, "meta")
     with torch.device("meta"):  # nothing to initialise: only the shapes matter
         model = attach_adapter(network, recipe.adapter, plan)
-    install_loss(model.get_base_model(), tile_bytes=plan.loss_tile_bytes)
+    base = model.get_base_model()
+    # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
+    install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
     return model
 
 
