@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer
 
 from qtune.adapter import attach_adapter
 from qtune.device import Device
@@ -16,7 +16,7 @@ from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import forward_backward, parameter_groups, prepare, update
-from qtune.model import load_base
+from qtune.model import attention_rule, load_base
 from qtune.plan import Plan, make_plan
 from qtune.recipe import Recipe, parse_recipe
 
@@ -236,3 +236,10 @@ def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
     again = found(4)
     assert numpy.array_equal(again.bytes, fresh.bytes)
     assert again.labels == fresh.labels
+
+
+def test_a_step_that_cannot_be_traced_says_so_and_that_a_run_may_work():
+    config = AutoConfig.for_model("rwkv", hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, vocab_size=256)
+    recipe = recipe_with(adapter={"kind": "lora", "rank": 4})
+    with pytest.raises(ModelError, match=r"rwkv cannot be traced without its weights: .* A run may"):
+        predict(config, recipe, make_plan(recipe, CARD, attention_rule(config)))

@@ -13,6 +13,7 @@ import bitsandbytes
 import torch
 
 from qtune.adapter import attach_adapter
+from qtune.errors import ModelError, Problem
 from qtune.host_storage import keep_embeddings_on_host
 from qtune.loss import install_loss
 from qtune.memory import categories
@@ -52,12 +53,19 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     longest: left out, a whole micro-batch of `max_length` tokens, all of them scored: the most that can come.
 
     Raises:
-        ModelError: no model can be built from the configuration, or the adapter does not fit it.
+        ModelError: no model can be built from the configuration, the adapter does not fit it, or the model's code asks
+            tensors without storage for what only weights can tell.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
         return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
+    except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (
+            f"a step of {config.model_type} cannot be traced without its weights: {first}. A run may work all the same"
+        )
+        raise ModelError(Problem(recipe.model.base, reason)) from error
     finally:
         collect()
 
