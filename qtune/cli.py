@@ -424,7 +424,7 @@ def profile(
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
-    from qtune.console.memory import draw_measured, draw_profile
+    from qtune.console.memory import draw_forecast, draw_measured, draw_savings
     from qtune.console.out_of_memory import failure_text
     from qtune.memory import cards
     from qtune.memory import profile as stage
@@ -447,8 +447,11 @@ def profile(
             write_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-        found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=savings, explain=explain)
-        console.out(draw_profile(found, cards.SIZES))
+        found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=False)
+        console.out(draw_forecast(found))
+        if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
+            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):
+                console.out(part)
         prediction = found.forecast.prediction
         name = f"{found.recipe.model.base} on {found.forecast.plan.device.name}"
     if timeline is not None and prediction is not None:

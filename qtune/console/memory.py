@@ -51,7 +51,12 @@ def size(size_bytes: float) -> str:
 
 
 def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
-    """The whole answer to `qtune profile RECIPE`. A CPU's memory is no card's: nothing is said of cards then."""
+    """The whole answer to `qtune profile RECIPE`."""
+    return Group(draw_forecast(profile), *draw_savings(profile, sizes))
+
+
+def draw_forecast(profile: "Profile") -> RenderableType:
+    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
     is_card = plan.device.kind == "cuda"
     needed = f", {size(found.need.total_bytes)} needed" if is_card else ""
@@ -65,10 +70,6 @@ def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
     parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
     parts += [stacked_bar(found.peak.alive), Text(""), _need(found, is_card=is_card), Text("")]
     parts.append(_phases(found))
-    if profile.ways:
-        parts += [Text(""), _ways(profile, sizes if is_card else ())]
-    if profile.attribution:
-        parts += [Text(""), _attribution(profile.attribution, found.peak.bytes)]
     how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
     parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
     if profile.refusal is not None:
@@ -76,6 +77,15 @@ def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
     if not is_card:
         parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
     return Group(*parts)
+
+
+def draw_savings(profile: "Profile", sizes: tuple[int, ...]) -> Iterator[RenderableType]:
+    """The usual ways beside the recipe, and what each technique saves, as far as they were traced."""
+    if profile.ways:
+        is_card = profile.forecast.plan.device.kind == "cuda"
+        yield from (Text(""), _ways(profile, sizes if is_card else ()))
+    if profile.attribution:
+        yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction.peak.bytes))
 
 
 def refusal_text(refusal: "Problem") -> Text:

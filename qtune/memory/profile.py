@@ -138,16 +138,25 @@ def profile(
     Raises:
         ModelError: the configuration cannot be read, or no model can be built from it.
     """
-    from qtune.memory.savings import Way, attribution, ways
-
     recipe = resolved.recipe
     config = load_config(recipe.model)
     found = forecast(config, recipe, device, longest_rows(resolved, length))
-    plan, longest = found.plan, found.rows.longest
-    ours = Way("this recipe", "as `qtune run` does it", found.prediction)
-    compared = [*ways(config, recipe, plan, longest), ours] if savings else []
-    explained = attribution(config, recipe, plan, longest) if explain else []
-    return Profile(recipe, found, compared, explained, refusal(config, recipe, plan))
+    alone = Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
+    return compared(alone, savings=savings, explain=explain)
+
+
+def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> Profile:
+    """A profile with the usual ways of training the same model, and with what each technique saves."""
+    from qtune.memory.savings import Way, attribution, ways
+
+    recipe, plan, longest = found.recipe, found.forecast.plan, found.forecast.rows.longest
+    config = load_config(recipe.model)
+    ours = Way("this recipe", "as `qtune run` does it", found.forecast.prediction)
+    return replace(
+        found,
+        ways=[*ways(config, recipe, plan, longest), ours] if savings else [],
+        attribution=attribution(config, recipe, plan, longest) if explain else [],
+    )
 
 
 def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:
