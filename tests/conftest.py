@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from qtune.allocator import VARIABLES
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def the_allocators_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets them for its process; a test that calls it in this one leaves them as they were."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
 
 ROWS = [
     {

@@ -7,13 +7,6 @@ import pytest
 from qtune.allocator import VARIABLES, has_expandable_segments, use_expandable_segments
 
 
-@pytest.fixture(autouse=True)
-def unset(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what is set here is taken back
-        monkeypatch.delenv(name)
-
-
 def test_segments_expand_on_linux_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     use_expandable_segments()
