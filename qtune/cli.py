@@ -447,7 +447,7 @@ def profile(
             write_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-        found = stage.profile(resolved, stage.device_for(gpu, vram), length, savings=False)
+        found = stage.profile(resolved, stage.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
             for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):

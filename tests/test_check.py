@@ -132,7 +132,7 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
     recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 2")
     result = examined(recipe)
     resolved = load_recipe(recipe)
-    expected = profile(resolved, present_device(), savings=False).forecast.prediction
+    expected = profile(resolved, present_device()).forecast.prediction
     assert result.memory.prediction == expected
 
     monkeypatch.setattr("qtune.memory.cache.predict", lambda *_: pytest.fail("traced again"))

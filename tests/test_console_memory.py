@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from test_memory_trace import CARD, CPU, recipe_with, tiny
 
-from qtune.console.memory import BAR, LETTERS, draw_profile, stacked_bar
+from qtune.console.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
 from qtune.device import Device
 from qtune.memory import categories
 from qtune.memory.cards import SIZES
@@ -40,7 +40,7 @@ def screen(device: Device, *, terminal: bool) -> str:
     profile = Profile(recipe, forecast, ways, [Way("nf4 weights", "the base in bf16", found)])
     stream = StringIO()
     console = Console(file=stream, width=80, force_terminal=terminal, no_color=True, highlight=False, markup=False)
-    console.print(draw_profile(profile, SIZES))
+    console.print(draw_forecast(profile), *draw_savings(profile, SIZES), sep="\n")
     return stream.getvalue()
 
 

@@ -63,7 +63,7 @@ def test_adamw_keeps_two_moments_of_the_parameter_and_a_step_count():
     ledger = Ledger()
     with ledger:
         layer(torch.ones(1, 64)).sum().backward()
-        adopt_gradients(ledger, optimizer)
+        adopt_gradients(ledger, layer.parameters())
         optimizer.step()
         adopt_optimizer(ledger, optimizer)
     sizes = {name: sum(life.size for life in ledger.lives if life.category == name) for name in (GRADIENTS, OPTIMIZER)}

@@ -10,11 +10,10 @@ from rich.console import Console
 from test_memory_trace import CPU
 
 from qtune import train
-from qtune.console.memory import draw_profile
+from qtune.console.memory import draw_forecast
 from qtune.data.prepare import prepare
 from qtune.device import is_out_of_memory
 from qtune.errors import ModelError
-from qtune.memory.cards import SIZES
 from qtune.memory.longest import longest_of, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import profile, read_run
@@ -63,7 +62,7 @@ def test_a_config_alone_is_enough(write_recipe: WriteRecipe, tiny_model, tmp_pat
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
     resolved = load_recipe(write_recipe(), [f"model.base={tmp_path / 'bare'}"])
-    found = profile(resolved, CPU, savings=False)
+    found = profile(resolved, CPU)
     assert found.forecast.rows.longest == Longest(128)
     assert found.forecast.rows.known_from.startswith("data.max_length, every token scored; the rows cannot be read: ")
 
@@ -76,18 +75,18 @@ def test_a_length_that_is_given_stands_for_the_data(write_recipe: WriteRecipe) -
 
 def test_a_model_that_a_run_would_refuse_is_profiled_and_that_is_said(write_recipe: WriteRecipe) -> None:
     resolved = load_recipe(write_recipe(quantization="minimum_share = 0.9"))
-    found = profile(resolved, CPU, savings=False)
+    found = profile(resolved, CPU)
     with pytest.raises(ModelError) as refused:
         train.run(resolved)
     assert str(found.refusal) == str(refused.value)
     screen = StringIO()
-    Console(file=screen, width=900).print(draw_profile(found, SIZES))
+    Console(file=screen, width=900).print(draw_forecast(found))
     assert f"qtune run would refuse this model: {refused.value}" in screen.getvalue()
-    assert profile(load_recipe(write_recipe()), CPU, savings=False).refusal is None
+    assert profile(load_recipe(write_recipe()), CPU).refusal is None
 
 
 def test_a_forecast_is_plain_json_and_adds_up(write_recipe: WriteRecipe) -> None:
-    found = profile(load_recipe(write_recipe()), CPU, savings=False).forecast
+    found = profile(load_recipe(write_recipe()), CPU).forecast
     kept = json.loads(json.dumps(found.to_json()))
     assert kept["peak"]["bytes"] == sum(kept["peak"]["alive"].values()) == found.prediction.peak.bytes
     assert kept["needed_bytes"] == found.prediction.need.total_bytes

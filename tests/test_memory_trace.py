@@ -15,7 +15,7 @@ from qtune.memory.history import History, history_of
 from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.skeleton import bare_model
-from qtune.memory.step import forward_backward, parameter_groups, prepare, update
+from qtune.memory.step import forward_backward, parameter_groups, prepare, trained, update
 from qtune.model import attention_rule, load_base
 from qtune.plan import Plan, make_plan
 from qtune.recipe import Recipe, parse_recipe
@@ -55,7 +55,7 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda=False))
     categories.adopt_model(ledger, model)
     categories.adopt_optimizer(ledger, optimizer)
-    categories.adopt_gradients(ledger, optimizer)
+    categories.adopt_gradients(ledger, trained(model))
     handles = follow_modules(ledger, model)
     with ledger:
         forward_backward(model, step, ledger)

@@ -50,11 +50,6 @@ def size(size_bytes: float) -> str:
     return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / 1024:.1f} KiB"
 
 
-def draw_profile(profile: "Profile", sizes: tuple[int, ...]) -> RenderableType:
-    """The whole answer to `qtune profile RECIPE`."""
-    return Group(draw_forecast(profile), *draw_savings(profile, sizes))
-
-
 def draw_forecast(profile: "Profile") -> RenderableType:
     """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows

@@ -10,7 +10,7 @@ from qtune.host_storage import host_weight
 from qtune.memory.ledger import LOSS_REGION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from qtune.memory.ledger import Ledger, Life
 
@@ -105,12 +105,11 @@ def adopt_model(ledger: Ledger, model: torch.nn.Module, *, cuda: bool = False) -
             ledger.adopt(host, HOST if is_apart else HEAD if module is head else EMBEDDINGS)
 
 
-def adopt_gradients(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+def adopt_gradients(ledger: Ledger, parameters: Iterable[torch.nn.Parameter]) -> None:
     """Say which storages are gradients; call it before the optimizer step, while they are alive."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                ledger.adopt(parameter.grad, GRADIENTS)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            ledger.adopt(parameter.grad, GRADIENTS)
 
 
 def adopt_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer, *, paged: bool = False) -> None:

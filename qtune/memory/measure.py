@@ -157,9 +157,7 @@ class Meter:
         alive: dict[str, int] = {}
         counted = ""
         if self._ledger is not None:
-            if self._optimizer is not None:
-                categories.adopt_gradients(self._ledger, self._optimizer)
-                categories.adopt_optimizer(self._ledger, self._optimizer)
+            self._adopt_training(self._ledger)
             # The fullest moment, not the last: autograd lets go of a failed backward's tensors at once.
             history = history_of(self._ledger, self._checkpointing())
             alive, counted = dict(history.peak(phase).alive or history.last().alive), "tensor by tensor"
@@ -235,8 +233,11 @@ class Meter:
     def _adopt_all(self, ledger: Ledger) -> None:
         if self._model is not None:
             categories.adopt_model(ledger, self._model)
-        if self._optimizer is not None:
-            categories.adopt_gradients(ledger, self._optimizer)
+        self._adopt_training(ledger)
+
+    def _adopt_training(self, ledger: Ledger) -> None:
+        if self._model is not None and self._optimizer is not None:
+            categories.adopt_gradients(ledger, self._model.parameters())
             categories.adopt_optimizer(ledger, self._optimizer)
 
     def _open_ledger(self, phase: str) -> None:
@@ -252,8 +253,8 @@ class Meter:
         """A step under the ledger goes from its first forward to the end of its optimizer step."""
         assert self._ledger is not None
         if phase in ("backward", "optimizer") or (phase == "forward" and self.phase == "backward"):
-            if phase == "optimizer" and self._optimizer is not None:
-                categories.adopt_gradients(self._ledger, self._optimizer)
+            if phase == "optimizer" and self._model is not None:
+                categories.adopt_gradients(self._ledger, self._model.parameters())
             self._ledger.enter(phase)
         else:
             self._close_ledger()

@@ -128,10 +128,8 @@ def device_for(gpu: str | None, vram: str | None) -> Device:
     return present_device()
 
 
-def profile(
-    resolved: Resolved, device: Device, length: int | None = None, *, savings: bool = True, explain: bool = False
-) -> Profile:
-    """Traces the recipe on `device`, and with `savings` the usual ways of training the same model.
+def profile(resolved: Resolved, device: Device, length: int | None = None) -> Profile:
+    """Traces the recipe's own step on `device`.
 
     length: of the longest row; left out, it is read from the recipe's data where that is possible.
 
@@ -141,8 +139,7 @@ def profile(
     recipe = resolved.recipe
     config = load_config(recipe.model)
     found = forecast(config, recipe, device, longest_rows(resolved, length))
-    alone = Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
-    return compared(alone, savings=savings, explain=explain)
+    return Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
 
 
 def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> Profile:

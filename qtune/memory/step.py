@@ -117,7 +117,7 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
 
 def update(model: torch.nn.Module, step: Step, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
     """Clipping and the optimizer's step; the gradients are freed."""
-    categories.adopt_gradients(ledger, optimizer)
+    categories.adopt_gradients(ledger, trained(model))
     ledger.enter("optimizer")
     if step.max_gradient_norm is not None:
         torch.nn.utils.clip_grad_norm_(trained(model), step.max_gradient_norm)

@@ -182,10 +182,10 @@ class _Tracer:
             if self.step.accumulates:
                 self.ledger.enter("first micro-batch")
                 give_gradients(trained(self.model))
-                self._adopt_gradients()
+                categories.adopt_gradients(self.ledger, trained(self.model))
             handles = follow_modules(self.ledger, self.model)
             kept = forward_backward(self.model, self.step, self.ledger, backward=self.step.ends_after == "step")
-            self._adopt_gradients()
+            categories.adopt_gradients(self.ledger, trained(self.model))
             for parameter in trained(self.model):
                 parameter.grad = None
             if self.step.eval_batch is not None:
@@ -196,11 +196,6 @@ class _Tracer:
         history = self._history({"forward", "backward", "eval"})
         del kept, optimizer
         return history
-
-    def _adopt_gradients(self) -> None:
-        for parameter in trained(self.model):
-            if parameter.grad is not None:
-                self.ledger.adopt(parameter.grad, categories.GRADIENTS)
 
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
