@@ -9,6 +9,7 @@ import typer
 from qtune import __version__, console
 from qtune.allocator import use_expandable_segments
 from qtune.errors import QtuneError
+from qtune.libraries import import_libraries
 from qtune.quiet import quiet_libraries
 
 app = typer.Typer(
@@ -158,11 +159,13 @@ def run(
             raise typer.BadParameter(f"{target} has no unfinished run")
         if asked:
             resumed_recipe(run_dir, asked)
+        import_libraries()
         from qtune import train
 
         console.out(f"{train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot).path}")
         return
     resolved = load_recipe(find_recipe(target), changes or ())
+    import_libraries()
     from qtune import train
 
     console.out(f"{train.run(resolved, tuple(allow or ()), snapshot=snapshot).path}")
@@ -235,6 +238,7 @@ def export(
         for other in others if asked.get(option, verify_only is not None) else ():
             if asked[other]:
                 raise typer.BadParameter(f"{option} and {other} cannot both be asked for: {others[other]}")
+    import_libraries()
     from qtune.export import export as stage
     from qtune.run_dir import RunDir
 
@@ -278,6 +282,7 @@ def evaluate(
 
     run_dir = RunDir.open(target)
     run_dir.finished_adapter()
+    import_libraries()
     from qtune import evaluate as stage
 
     evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
@@ -313,6 +318,7 @@ def chat(
 
     /help lists what can be typed besides questions; Ctrl-C stops an answer, Ctrl-D leaves. Lines may be piped in.
     """
+    import_libraries()
     from qtune import chat as stage
     from qtune.generate import Sampling
 
@@ -342,6 +348,7 @@ def check(
 
     The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
     """
+    import_libraries()
     from qtune import check as stage
     from qtune.console.check import draw_check
     from qtune.recipe_file import find_recipe, load_recipe
@@ -424,6 +431,7 @@ def profile(
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
+    import_libraries()
     from qtune.console.memory import draw_forecast, draw_measured, draw_savings
     from qtune.console.out_of_memory import failure_text
     from qtune.memory import cards
@@ -494,6 +502,7 @@ def fit(
     if output is not None and output.exists() and not force:
         raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
     resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
+    import_libraries()
     from qtune.console.memory import draw_fit, refusal_text
     from qtune.memory import fit as stage
     from qtune.memory.profile import refusal

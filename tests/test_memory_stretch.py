@@ -10,7 +10,7 @@ from test_memory_trace import CARD, recipe_with, tiny
 from transformers import AutoConfig, PretrainedConfig
 
 from qtune.memory.history import History
-from qtune.memory.layers import Repetition, repetition, shortened
+from qtune.memory.layers import Repetition, repetition, shortened, signatures
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.trace import trace
 from qtune.model import attention_rule
@@ -41,7 +41,7 @@ def model_of(config: PretrainedConfig) -> torch.nn.Module:
 
 
 def repeats(config: PretrainedConfig) -> Repetition | None:
-    return repetition(model_of(config), config.get_text_config())
+    return repetition(signatures(model_of(config)), config.get_text_config())
 
 
 LORA = {"kind": "lora", "rank": 4}
@@ -129,7 +129,7 @@ def test_one_layer_that_is_not_like_the_others_is_noticed_whatever_it_is():
     def changed(change) -> Repetition | None:
         model = model_of(config)
         change(model.get_base_model().model.layers[7])
-        return repetition(model, config)
+        return repetition(signatures(model), config)
 
     config = tiny(layers=12)
     assert changed(lambda layer: None) == Repetition(0, 1)

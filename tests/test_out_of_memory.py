@@ -122,7 +122,7 @@ def prediction(rows: int, here: str, peak_bytes: int, verdict: str) -> str:
 
 
 def memory(free: str) -> str:
-    return f"CPU, 1 threads: {free} GiB of 8.00 GiB free, 2.00 GiB held by this run"
+    return f"CPU, {torch.get_num_threads()} threads: {free} GiB of 8.00 GiB free, 2.00 GiB held by this run"
 
 
 def with_eight_bits() -> list[str]:

@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from qtune.memory.values import CPU, WHERE
+from qtune.memory.remembered import CPU, WHERE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Workspace = list[tuple[int, str]]
 """Temporary buffers of a kernel: bytes and a name."""
@@ -83,7 +83,7 @@ def _widened(arg: Any) -> Any:
     return arg
 
 
-def workspace(func: Any, args: tuple[Any, ...], cuda: bool) -> Workspace:
+def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
     """The buffers that a kernel takes for itself, alive beside its inputs and outputs."""
     name = func.__name__
     if name.startswith("gemm_4bit"):
@@ -93,7 +93,7 @@ def workspace(func: Any, args: tuple[Any, ...], cuda: bool) -> Workspace:
     return []
 
 
-def _four_bit_product(args: tuple[Any, ...], cuda: bool) -> Workspace:
+def _four_bit_product(args: Sequence[Any], cuda: bool) -> Workspace:
     """The dequantized weight and absmax of bitsandbytes 0.50's `_dequant_linear_fallback` (CUDA holds absmax twice).
 
     CUDA takes this way above 1536 rows; below, whether a fused kernel runs depends on the card, and this is the most.
@@ -105,7 +105,7 @@ def _four_bit_product(args: tuple[Any, ...], cuda: bool) -> Workspace:
     return buffers
 
 
-def _attention_backward(args: tuple[Any, ...]) -> Workspace:
+def _attention_backward(args: Sequence[Any]) -> Workspace:
     """PyTorch's flash attention backward (flash_api.cpp, mha_bwd): fp32 dq, row sums, and dk and dv for every head.
 
     query: [batch, heads, length, head_dim]. The memory-efficient kernel, taken when there is a mask, holds an fp32

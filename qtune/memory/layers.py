@@ -29,15 +29,14 @@ class Repetition:
     period: int
 
 
-def repetition(model: torch.nn.Module, text: PretrainedConfig) -> Repetition | None:
-    """How the layers of a model repeat; None where they do not.
+def repetition(found: list[Signature], text: PretrainedConfig) -> Repetition | None:
+    """How the layers of a model repeat, from their signatures; None where they do not.
 
     Two layers are the same when all of their modules are: class, shapes and types of the parameters, numbers and words
     that the modules keep (window, attention type, whether there are experts); and when the configuration's lists with
     one entry for each layer have the same for both. A number that counts the layers does not part them.
     """
     layers = int(text.num_hidden_layers)
-    found = signatures(model)
     if len(found) != layers:
         return None
     lists = [list(v) for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == layers]

@@ -8,7 +8,7 @@ from them in `history.py`, and what they are for in `categories.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 ROUNDING = 512
 """The CUDA caching allocator rounds each request up to 512 bytes (kMinBlockSize in c10/cuda/CUDACachingAllocator.h)."""
@@ -25,7 +25,7 @@ ROUNDING = 512
 LOSS_REGION = "loss"
 """`Life.module` of everything after the backbone: the head, the loss, and where the backward begins."""
 
-Workspace = Callable[[Any, tuple[Any, ...]], list[tuple[int, str]]]
+Workspace = Callable[[Any, Sequence[Any]], list[tuple[int, str]]]
 
 STILL_ALIVE = 2**62
 """`Life.died` of a storage that has not been freed."""
@@ -123,6 +123,11 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.record(func, args, out)
+        return out
+
+    def record(self, func: Any, args: Sequence[Any], out: Any) -> None:
+        """What an operation returned, and what its kernel took for itself."""
         if isinstance(out, torch.Tensor):
             self._enter(out, func.__name__)
         elif isinstance(out, (tuple, list)):
@@ -135,7 +140,6 @@ class Ledger(TorchDispatchMode):
                             self._enter(inner, func.__name__)
         if self.workspace is not None and (buffers := self.workspace(func, args)):
             self.pulse(buffers)
-        return out
 
     def _enter(self, tensor: torch.Tensor, op: str) -> int | None:
         """Row of the tensor's storage, new or known; None for tensors without one."""

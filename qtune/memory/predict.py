@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import json
 from dataclasses import dataclass
@@ -66,16 +65,6 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
             f"a step of {config.model_type} cannot be traced without its weights: {first}. A run may work all the same"
         )
         raise ModelError(Problem(recipe.model.base, reason)) from error
-    finally:
-        collect()
-
-
-def collect() -> None:
-    """Modules and their hooks are cycles, and a fit traces dozens of models. What was imported is not looked at again:
-    freezing it makes a collection ten times faster."""
-    if not gc.get_freeze_count():
-        gc.freeze()
-    gc.collect()
 
 
 def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
@@ -238,8 +227,8 @@ def _timeline(history: History) -> tuple[dict[str, list[int]], list[tuple[int, s
     phase_of = [label.phase for label in history.labels]
     ticks = {phase: [tick for tick, name in enumerate(phase_of) if name == phase] for phase in STEP_PHASES}
     met = {phase: found for phase, found in ticks.items() if found}
-    total = sum(map(len, met.values()))
-    counts = {phase: max(LEAST, round(POINTS * len(found) / total)) for phase, found in met.items()}
+    total, ticks_met = history.total.tolist(), sum(map(len, met.values()))
+    counts = {phase: max(LEAST, round(POINTS * len(found) / ticks_met)) for phase, found in met.items()}
     longest = max(counts, key=lambda phase: counts[phase], default="")
     if longest:
         counts[longest] += POINTS - sum(counts.values())
@@ -250,7 +239,7 @@ def _timeline(history: History) -> tuple[dict[str, list[int]], list[tuple[int, s
         edges = [round(number * len(found) / counts[phase]) for number in range(counts[phase] + 1)]
         for start, stop in itertools.pairwise(edges):
             start = min(start, len(found) - 1)
-            chosen.append(max(found[start : max(stop, start + 1)], key=lambda tick: int(history.total[tick])))
+            chosen.append(max(found[start : max(stop, start + 1)], key=total.__getitem__))
     curves = {
         name: [int(v) for v in history.bytes[row, chosen]]
         for row, name in enumerate(history.names)

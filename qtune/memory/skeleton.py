@@ -23,8 +23,9 @@ from qtune.errors import ModelError, Problem
 from qtune.host_storage import host_weight
 
 if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+    from qtune.memory.remembered import RememberingMode
 
 
 class Params4bit(FakeTensor):
@@ -136,7 +137,7 @@ def _pack_four_bit(module: Any, dtype: torch.dtype) -> None:
     module.quant_state = state
 
 
-def give_storage(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+def give_storage(model: torch.nn.Module, mode: RememberingMode) -> None:
     """Replace every meta tensor of a model by a fake one on the CPU device; tied tensors stay tied."""
     given: dict[int, Any] = {}
     kept: list[torch.Tensor] = []  # an id means its tensor only while that is alive
@@ -144,9 +145,9 @@ def give_storage(model: torch.nn.Module, mode: FakeTensorMode) -> None:
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in given:
             kept.append(tensor)
-            with mode:
-                plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                if isinstance(tensor, torch.nn.Parameter):
+            plain: Any = mode.new(tensor.shape, tensor.dtype, tensor.stride())
+            if isinstance(tensor, torch.nn.Parameter):
+                with mode:
                     plain = torch.nn.Parameter(plain, requires_grad=tensor.requires_grad)
             _carry_constants(tensor, plain, fake)
             given[id(tensor)] = plain

@@ -117,10 +117,11 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
 
 def update(model: torch.nn.Module, step: Step, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
     """Clipping and the optimizer's step; the gradients are freed."""
-    categories.adopt_gradients(ledger, trained(model))
+    parameters = trained(model)
+    categories.adopt_gradients(ledger, parameters)
     ledger.enter("optimizer")
     if step.max_gradient_norm is not None:
-        torch.nn.utils.clip_grad_norm_(trained(model), step.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, step.max_gradient_norm)
     optimizer.step()
     categories.adopt_optimizer(ledger, optimizer, paged=step.paged)
     optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from qtune.errors import ModelError
+from qtune.libraries import freeze_once, no_collection
 from qtune.memory import categories
 from qtune.memory.as_cuda import CudaKernels, workspace
 from qtune.memory.history import History, history_of, join
 from qtune.memory.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.ledger import Ledger, follow_modules
+from qtune.memory.remembered import RememberingMode
 from qtune.memory.skeleton import give_storage
 from qtune.memory.step import evaluate, forward_backward, give_gradients, parameter_groups, prepare, trained, update
 from qtune.memory.stretch import stretch
@@ -27,7 +29,7 @@ from qtune.memory.values import Values
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from qtune.memory.layers import Repetition
+    from qtune.memory.layers import Repetition, Signature
     from qtune.memory.ledger import Life
     from qtune.memory.step import Step
 
@@ -63,6 +65,18 @@ def trace(
     same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
+    freeze_once()
+    try:
+        with no_collection():
+            history, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
+    finally:
+        gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
+    return Traced(history, layers, executed, time.perf_counter() - began)
+
+
+def _traced(
+    config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool, same_model: str | None
+) -> tuple[History, int, int]:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
@@ -71,7 +85,7 @@ def trace(
             _built[same_model] = built
     body, executed = built.body(step)
     history = body if built.optimizer_part is None else join([body, built.optimizer_part])
-    return Traced(history, built.layers, executed, time.perf_counter() - began)
+    return history, built.layers, executed
 
 
 class _Built:
@@ -80,9 +94,10 @@ class _Built:
     def __init__(self, config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self.whole = _Tracer(build(config), step, cuda)
-        self.shape = None if every_layer else repetition(self.whole.model, config.get_text_config())
+        real = [] if every_layer else signatures(self.whole.model)
+        self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
-        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, self.whole, self.shape)
+        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, real, self.shape)
 
     def body(self, step: Step) -> tuple[History, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
@@ -93,7 +108,7 @@ class _Built:
         if self.shape is not None and self.shallow:
             short, longer = (tracer.body(step) for tracer in self.shallow)
             body = stretch(short, longer, self.shape, self.layers, self.whole.container)
-            if body is not None and _static(body) == self.whole.at_rest():
+            if body is not None and _static(body) == self.whole.at_rest:
                 return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
             log.debug("layers hold unequal parameters")
         return self.whole.body(step), self.layers
@@ -104,10 +119,13 @@ _built: dict[str, _Built] = {}
 
 
 def _shallow(
-    config: PretrainedConfig, build: Build, step: Step, cuda: bool, whole: _Tracer, shape: Repetition
+    config: PretrainedConfig, build: Build, step: Step, cuda: bool, real: list[Signature], shape: Repetition
 ) -> list[_Tracer]:
-    """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be."""
-    layers, real = int(config.get_text_config().num_hidden_layers), signatures(whole.model)
+    """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be.
+
+    real: what the layers of the whole one are made of.
+    """
+    layers = len(real)
     found: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
@@ -138,16 +156,26 @@ def _static(history: History) -> dict[str, int]:
     return {name: int(size) for name, size in zip(history.names, history.bytes[:, 0], strict=True) if size}
 
 
+def _by_category(ledger: Ledger) -> dict[str, int]:
+    """Bytes of a loaded model by category, from a ledger that knows nothing else."""
+    found: dict[str, int] = {}
+    for life in ledger.lives:
+        found[life.category] = found.get(life.category, 0) + life.size
+    return found
+
+
 class _Tracer:
     """One model under one ledger."""
 
     def __init__(self, model: torch.nn.Module, step: Step, cuda: bool) -> None:
         self.model, self.step, self.cuda = model, step, cuda
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = RememberingMode()
         give_storage(model, self.mode)
         prepare(model, step)
         self.container = layer_container(model)
+        self.trained = trained(model)
         self.ledger = self._loaded()
+        self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
         """A ledger that knows the loaded model, and nothing else yet."""
@@ -155,19 +183,12 @@ class _Tracer:
         categories.adopt_model(ledger, self.model, cuda=self.cuda)
         return ledger
 
-    def at_rest(self) -> dict[str, int]:
-        """Bytes of the loaded model by category."""
-        found: dict[str, int] = {}
-        for life in self._loaded().lives:
-            found[life.category] = found.get(life.category, 0) + life.size
-        return found
-
     def optimizer(self) -> History:
         """The optimizer's phase of the second step, when its state exists."""
         self.ledger = self._loaded()
         with self._counting():
             optimizer = self._with_state()
-            give_gradients(trained(self.model))
+            give_gradients(self.trained)
             update(self.model, self.step, optimizer, self.ledger)
         return self._history({"optimizer"})
 
@@ -181,12 +202,12 @@ class _Tracer:
                 optimizer = self._with_state()
             if self.step.accumulates:
                 self.ledger.enter("first micro-batch")
-                give_gradients(trained(self.model))
-                categories.adopt_gradients(self.ledger, trained(self.model))
+                give_gradients(self.trained)
+                categories.adopt_gradients(self.ledger, self.trained)
             handles = follow_modules(self.ledger, self.model)
             kept = forward_backward(self.model, self.step, self.ledger, backward=self.step.ends_after == "step")
-            categories.adopt_gradients(self.ledger, trained(self.model))
-            for parameter in trained(self.model):
+            categories.adopt_gradients(self.ledger, self.trained)
+            for parameter in self.trained:
                 parameter.grad = None
             if self.step.eval_batch is not None:
                 values.batch = self.step.eval_batch
@@ -202,7 +223,7 @@ class _Tracer:
         assert self.step.optimizer is not None
         self.ledger.enter("first step")
         optimizer = self.step.optimizer(parameter_groups(self.model))
-        give_gradients(trained(self.model))
+        give_gradients(self.trained)
         optimizer.step()
         categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
         optimizer.zero_grad(set_to_none=True)
@@ -210,9 +231,9 @@ class _Tracer:
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[Values]:
-        values = Values(self.step.batch)
+        values = Values(self.step.batch, self.mode)
         kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
-        with self.mode, self.ledger, values, kernels, _rows_are_whole():
+        with self.mode.watched(values.answer, self.ledger.record), kernels, _rows_are_whole():
             yield values
 
     def _history(self, phases: set[str]) -> History:
