@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from qtune.loss import TILE_BYTES, install_loss
 from qtune.memory.cache import predicted, remembered
 from qtune.memory.fit import changed
 from qtune.memory.predict import Longest, build, summarize, training_step
+from qtune.memory.side_by_side import side_by_side
 from qtune.memory.skeleton import bare_model
 from qtune.memory.step import Step
 from qtune.memory.trace import trace
@@ -20,7 +22,7 @@ from qtune.plan import make_plan
 from qtune.recipe import FourBit, Lora, Unquantized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PretrainedConfig
 
@@ -78,32 +80,35 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
         return made
 
-    def way(name: str, how: str, made: Any) -> Way:
+    def way(name: str, how: str, made: Any) -> Callable[[], Way]:
         def traced() -> Prediction:
             return summarize(trace(config, made, plain, cuda=cuda))
 
-        return Way(name, f"{how}, AdamW, whole logits", remembered(config, recipe, plan, longest, traced, name))
+        said = f"{how}, AdamW, whole logits"
+        return lambda: Way(name, said, remembered(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
     computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
-    return [
-        way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
-        way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
-        way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
-        way("plain QLoRA script", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
-    ]
+    return side_by_side(
+        [
+            way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
+            way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
+            way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
+            way("plain QLoRA script", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
+        ]
+    )
 
 
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
     """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
     rows = longest or Longest(plan.max_length)
     recipe = changed(recipe, {("memory", "embeddings"): plan.embeddings})  # as memory chose it, in every variant
-    found: list[Way] = []
-    for name, how, other in _switched_off(recipe, plan):
+
+    def without(name: str, how: str, other: Recipe) -> Way:
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
             plan.micro_batch_size, "as in the recipe"
         )
-        found.append(Way(name, how, predicted(config, other, other_plan, rows)))
+        return Way(name, how, predicted(config, other, other_plan, rows))
 
     def untiled() -> Prediction:
         step = training_step(recipe, plan, rows)
@@ -111,9 +116,12 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
             trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
         )
 
-    whole = remembered(config, recipe, plan, rows, untiled, "untiled")
-    found.append(Way("tiled loss", "the logits of all labelled positions at once", whole))
-    return found
+    def whole_logits() -> Way:
+        whole = remembered(config, recipe, plan, rows, untiled, "untiled")
+        return Way("tiled loss", "the logits of all labelled positions at once", whole)
+
+    off = [functools.partial(without, *variant) for variant in _switched_off(recipe, plan)]
+    return side_by_side([*off, whole_logits])
 
 
 def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe]]:
