@@ -12,7 +12,7 @@ from qtune.memory.side_by_side import side_by_side
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(module, "_may_fork", lambda: True)
+    monkeypatch.setattr(module, "may_fork", lambda: True)
 
 
 def numbered(count: int) -> list:
@@ -28,7 +28,7 @@ def test_results_come_in_the_order_of_the_tasks_every_other_one_from_a_second_pr
 
 
 def test_where_forking_is_not_safe_everything_is_done_here(monkeypatch):
-    monkeypatch.setattr(module, "_may_fork", lambda: False)
+    monkeypatch.setattr(module, "may_fork", lambda: False)
     assert {process for _, process in side_by_side(numbered(4))} == {os.getpid()}
 
 

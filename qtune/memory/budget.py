@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtune.errors import ModelError
 from qtune.memory.cache import predicted
 from qtune.memory.cards import size_in_bytes
+from qtune.memory.side_by_side import may_fork, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,9 +56,12 @@ def choose_micro_batch(
     batch = plan.micro_batch_size * plan.accumulation_steps
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
 
+    @functools.cache
     def need(size: int) -> Need:
         return predicted(config, recipe, plan.with_micro_batch(size, ""), longest).need
 
+    if len(sizes) > 1 and may_fork():  # the second size is nearly always asked for, and costs no time there
+        side_by_side([functools.partial(need, size) for size in sizes[:2]])  # the cache of predictions keeps it
     size = largest_that_fits(sizes, lambda candidate: need(candidate).total_bytes, limit)
     found = need(size)
     words = f"{found.total_bytes / GIB:.2f} GiB traced and margin, of {limit / GIB:.2f} GiB"

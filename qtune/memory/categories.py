@@ -91,18 +91,23 @@ def static_tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, str]]
     yield from ((buffer, OTHER) for buffer in model.buffers())
 
 
-def adopt_model(ledger: Ledger, model: torch.nn.Module, *, cuda: bool = False) -> None:
-    """Enter everything that a loaded model holds.
+def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tuple[torch.Tensor, str]]:
+    """Everything that a loaded model holds, with its category.
 
     cuda: a weight in host memory is beside the card, wherever its stand-in was traced; on a CPU it is memory like any.
     """
-    for tensor, category in static_tensors(model):
-        ledger.adopt(tensor, category)
+    yield from static_tensors(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if (host := host_weight(module)) is not None:
             is_apart = cuda or host.device.type != module.weight.device.type
-            ledger.adopt(host, HOST if is_apart else HEAD if module is head else EMBEDDINGS)
+            yield host, HOST if is_apart else HEAD if module is head else EMBEDDINGS
+
+
+def adopt_model(ledger: Ledger, model: torch.nn.Module) -> None:
+    """Enter everything that a loaded model holds."""
+    for tensor, category in loaded_tensors(model):
+        ledger.adopt(tensor, category)
 
 
 def adopt_gradients(ledger: Ledger, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -31,7 +31,7 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     Linux, while CUDA is not in use. What that process cannot do, for whatever reason, is done here; so an error is
     raised here, like any other.
     """
-    if len(tasks) < 2 or not _may_fork():
+    if len(tasks) < 2 or not may_fork():
         return [task() for task in tasks]
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -55,7 +55,8 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     return [(own, others)[number % 2][number // 2] for number in range(len(tasks))]
 
 
-def _may_fork() -> bool:
+def may_fork() -> bool:
+    """Whether a second process is safe and has a core to itself."""
     return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_initialized()
 
 

@@ -174,13 +174,16 @@ class _Tracer:
         prepare(model, step)
         self.container = layer_container(model)
         self.trained = trained(model)
+        self.groups = parameter_groups(model)
+        self.held = list(categories.loaded_tensors(model, cuda=cuda))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
         """A ledger that knows the loaded model, and nothing else yet."""
         ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
-        categories.adopt_model(ledger, self.model, cuda=self.cuda)
+        for tensor, category in self.held:
+            ledger.adopt(tensor, category)
         return ledger
 
     def optimizer(self) -> History:
@@ -222,7 +225,7 @@ class _Tracer:
         """An optimizer after its first step."""
         assert self.step.optimizer is not None
         self.ledger.enter("first step")
-        optimizer = self.step.optimizer(parameter_groups(self.model))
+        optimizer = self.step.optimizer([dict(group) for group in self.groups])
         give_gradients(self.trained)
         optimizer.step()
         categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
