@@ -13,25 +13,25 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.adapter import attach_adapter
-from qtune.builtin import cache_folder
+from qtune.adapter.attach import attach_adapter
 from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import collator_for
 from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
-from qtune.device import present_device
-from qtune.loss import install_loss
+from qtune.device.present import present_device
 from qtune.memory.longest import longest_of
 from qtune.memory.profile import Forecast, attempted
-from qtune.memory.skeleton import bare_model
-from qtune.model import attention_rule, count_parameters, load_base, load_config, load_tokenizer
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.builtin import cache_folder
+from qtune.model.load import attention_rule, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.quiet import quiet_loading
-from qtune.recipe import Data, Recipe
-from qtune.recipe_file import Resolved, show_value
-from qtune.resolved_file import settled_values
+from qtune.recipe.file import Resolved, show_value
+from qtune.recipe.schema import Data, Recipe
+from qtune.run.resolved import settled_values
+from qtune.startup.quiet import quiet_loading
 
 # bf16 or fp16: what an export writes for each parameter.
 EXPORT_BYTES = 2

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from qtune import __version__, console
-from qtune.allocator import use_expandable_segments
 from qtune.errors import QtuneError
-from qtune.libraries import import_libraries
-from qtune.quiet import quiet_libraries
+from qtune.startup.allocator import use_expandable_segments
+from qtune.startup.imports import import_libraries
+from qtune.startup.quiet import quiet_libraries
 
 app = typer.Typer(
     name="qtune",
@@ -141,9 +141,9 @@ def run(
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
     memory is spent and what is logged and saved; what would make another run is refused.
     """
-    from qtune.recipe_file import find_recipe, load_recipe
-    from qtune.resumption import resumed_recipe
-    from qtune.run_dir import RunDir, newest_unfinished
+    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.run.folder import RunDir, newest_unfinished
+    from qtune.run.resumption import resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
@@ -160,13 +160,13 @@ def run(
         if asked:
             resumed_recipe(run_dir, asked)
         import_libraries()
-        from qtune import train
+        from qtune.training import train
 
         console.out(f"{train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot).path}")
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
-    from qtune import train
+    from qtune.training import train
 
     console.out(f"{train.run(resolved, tuple(allow or ()), snapshot=snapshot).path}")
 
@@ -240,7 +240,7 @@ def export(
                 raise typer.BadParameter(f"{option} and {other} cannot both be asked for: {others[other]}")
     import_libraries()
     from qtune.export import export as stage
-    from qtune.run_dir import RunDir
+    from qtune.run.folder import RunDir
 
     opened = None if run is None else RunDir.open(run)
     if verify_only is not None:
@@ -278,12 +278,12 @@ def evaluate(
     Loss, share of tokens and of whole answers that are right, and answers side by side. The rows are the recipe's
     data.test, else its validation rows. Everything is written to RUN/eval.json.
     """
-    from qtune.run_dir import RunDir
+    from qtune.run.folder import RunDir
 
     run_dir = RunDir.open(target)
     run_dir.finished_adapter()
     import_libraries()
-    from qtune import evaluate as stage
+    from qtune.tuned import evaluate as stage
 
     evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
     if as_json:
@@ -319,8 +319,8 @@ def chat(
     /help lists what can be typed besides questions; Ctrl-C stops an answer, Ctrl-D leaves. Lines may be piped in.
     """
     import_libraries()
-    from qtune import chat as stage
-    from qtune.generate import Sampling
+    from qtune.tuned import chat as stage
+    from qtune.tuned.generate import Sampling
 
     session = stage.open_session(target, adapter=adapter)
     session.sampling, session.max_new_tokens = Sampling(temperature, top_p, seed), max_new_tokens
@@ -350,8 +350,8 @@ def check(
     """
     import_libraries()
     from qtune import check as stage
-    from qtune.console.check import draw_check
-    from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.screens.check import draw_check
 
     result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
     if as_json:
@@ -373,7 +373,7 @@ def report(
     The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures. What is
     traced (the predicted step, what other ways of training would take, what each technique saves) is kept in the run.
     """
-    from qtune.run_dir import RunDir
+    from qtune.run.folder import RunDir
 
     run_dir = RunDir.open(target)
     from qtune.report.page import trace_memory, write_report
@@ -432,14 +432,14 @@ def profile(
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     import_libraries()
-    from qtune.console.memory import draw_forecast, draw_measured, draw_savings
-    from qtune.console.out_of_memory import failure_text
-    from qtune.memory import cards
+    from qtune.device import cards
     from qtune.memory import profile as stage
-    from qtune.quiet import quiet_loading
-    from qtune.recipe_file import find_recipe, load_recipe
+    from qtune.memory.measured.failure_text import failure_text
+    from qtune.recipe.file import find_recipe, load_recipe
     from qtune.report.timeline import write_timeline
-    from qtune.run_dir import RunDir
+    from qtune.run.folder import RunDir
+    from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
+    from qtune.startup.quiet import quiet_loading
 
     quiet_loading()
     if is_run:
@@ -490,8 +490,8 @@ def fit(
     without --output it goes beside the old one as NAME.fit.toml. Exit code 1: nothing fits; the smallest budget that
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
-    from qtune.quiet import quiet_loading
-    from qtune.recipe_file import find_recipe, load_recipe, shipped_recipes
+    from qtune.recipe.file import find_recipe, load_recipe, shipped_recipes
+    from qtune.startup.quiet import quiet_loading
 
     if largest not in (None, "length", "batch"):
         raise typer.BadParameter("--max is length or batch")
@@ -503,11 +503,11 @@ def fit(
         raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
     resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
     import_libraries()
-    from qtune.console.memory import draw_fit, refusal_text
     from qtune.memory import fit as stage
     from qtune.memory.profile import refusal
-    from qtune.model import load_config
-    from qtune.run_dir import write_atomically
+    from qtune.model.load import load_config
+    from qtune.run.folder import write_atomically
+    from qtune.screens.memory import draw_fit, refusal_text
 
     quiet_loading()
     if largest is not None:

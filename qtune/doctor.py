@@ -15,10 +15,10 @@ import torch
 from packaging.requirements import Requirement
 
 from qtune import __version__, console
-from qtune.builtin import BUILTIN_MODELS, cache_folder, is_complete
-from qtune.device import Device, present_device
+from qtune.device.present import Device, present_device
+from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
-from qtune.recipe import Recipe, parse_recipe
+from qtune.recipe.schema import Recipe, parse_recipe
 
 GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.

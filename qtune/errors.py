@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qtune.memory.measure import Failure
+    from qtune.memory.measured.meter import Failure
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import Any, get_args
 
 from qtune.errors import Problem, RecipeError
 from qtune.plan import LEARNING_RATES
-from qtune.recipe import (
+from qtune.recipe.file import check_recipe, shipped_recipes, show_value
+from qtune.recipe.lines import toml_lines
+from qtune.recipe.schema import (
     IA3,
     Adapter,
     Data,
@@ -30,9 +32,7 @@ from qtune.recipe import (
     Training,
     kinds_of,
 )
-from qtune.recipe_file import check_recipe, shipped_recipes, show_value
-from qtune.run_dir import write_atomically
-from qtune.toml_lines import toml_lines
+from qtune.run.folder import write_atomically
 
 LINE_LENGTH = 118
 ADAPTERS: dict[str, type[Table]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}

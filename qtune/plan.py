@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qtune.memory.cards import size_in_bytes
-from qtune.recipe import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
+from qtune.device.cards import size_in_bytes
+from qtune.recipe.schema import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
 
 if TYPE_CHECKING:
-    from qtune.device import Device
+    from qtune.device.present import Device
 
 # Tokens of one micro-batch where nothing better is known: enough to keep two cores or a small card busy.
 TOKENS_PER_MICRO_BATCH = 4096

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qtune.allocator import VARIABLES
+from qtune.startup.allocator import VARIABLES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -16,18 +16,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qtune.adapter import attach_adapter, save_adapter
-from qtune.device import present_device
+from qtune.adapter.attach import attach_adapter, save_adapter
+from qtune.device.present import present_device
 from qtune.export.adapter_weights import open_adapter
 from qtune.export.basis import Basis
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import empty_model, layout_of
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
-from qtune.export.side_files import copy_side_files, merged_config, write_json
-from qtune.load_run import resolved_recipe
-from qtune.model import load_base
+from qtune.export.model_files import copy_side_files, merged_config, write_json
+from qtune.model.checkpoint import Checkpoint
+from qtune.model.load import load_base
 from qtune.plan import make_plan
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
+from qtune.tuned.load import resolved_recipe
 
 SHAPE = {
     "hidden_size": 64,

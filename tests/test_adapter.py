@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qtune.adapter import (
+from qtune.adapter.attach import (
     STATE_FILE,
     attach_adapter,
     load_adapter,
@@ -20,13 +20,13 @@ from qtune.adapter import (
     save_trained_state,
     trained_state,
 )
-from qtune.device import Device
+from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.initialization import start_from_activations, start_from_residual
-from qtune.loss import install_loss
-from qtune.model import load_base
+from qtune.model.load import load_base
+from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe import (
+from qtune.recipe.schema import (
     IA3,
     Adapter,
     FourBit,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qtune.allocator import VARIABLES, has_expandable_segments, use_expandable_segments
+from qtune.startup.allocator import VARIABLES, has_expandable_segments, use_expandable_segments
 
 
 def test_segments_expand_on_linux_alone(monkeypatch):

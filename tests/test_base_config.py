@@ -12,12 +12,12 @@ from test_memory_trace import CARD, recipe_with, tiny
 from transformers import AutoConfig
 
 from qtune import cli
-from qtune.base_config import read_config
 from qtune.errors import ModelError
 from qtune.memory.predict import Longest, predict
-from qtune.model import load_base, load_config
+from qtune.model.config import read_config
+from qtune.model.load import load_base, load_config
 from qtune.plan import make_plan
-from qtune.recipe import Model, Unquantized
+from qtune.recipe.schema import Model, Unquantized
 
 GOOD = json.loads(tiny().to_json_string(use_diff=False))
 WHOLE = "must be a whole number above 0"
@@ -180,7 +180,7 @@ def test_flash_attention_needs_its_package(tmp_path: Path, monkeypatch: pytest.M
         'model.attention: "flash_attention_2" needs the package flash-attn, which is not installed; '
         'pip install flash-attn, or use "sdpa"'
     )
-    monkeypatch.setattr("qtune.model.find_spec", lambda name: None)
+    monkeypatch.setattr("qtune.model.load.find_spec", lambda name: None)
     for step in (
         lambda: predict(config, recipe, plan),
         lambda: load_base(recipe.model, Unquantized(kind="none"), plan),
@@ -189,7 +189,7 @@ def test_flash_attention_needs_its_package(tmp_path: Path, monkeypatch: pytest.M
             step()
         assert str(caught.value) == said
     # Where it is installed, the step is traced with PyTorch's kernel, which keeps the same.
-    monkeypatch.setattr("qtune.model.find_spec", lambda name: "here")
+    monkeypatch.setattr("qtune.model.load.find_spec", lambda name: "here")
     same = recipe_with(model={"base": str(tmp_path)})
     traced = [predict(config, given, make_plan(given, CARD), Longest(32)).history for given in (recipe, same)]
     assert traced[0].peak() == traced[1].peak()

@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtune import builtin
-from qtune.builtin import SMOLLM2, Builtin, builtin_folder, cache_folder, cached_folder
 from qtune.errors import ModelError
+from qtune.model import builtin
+from qtune.model.builtin import SMOLLM2, Builtin, builtin_folder, cache_folder, cached_folder
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 2, 96, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -219,7 +219,7 @@ def test_processes_that_start_together_make_it_once_and_agree(tmp_path, tiny):
     program = (
         "import shutil, sys, time\n"
         "from pathlib import Path\n"
-        "from qtune import builtin\n"
+        "from qtune.model import builtin\n"
         "def convert(model, gguf, folder):\n"
         "    time.sleep(1)\n"
         "    folder.mkdir()\n"

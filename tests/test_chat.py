@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune import chat as stage
-from qtune.adapter import save_adapter
-from qtune.builtin import builtin_folder
-from qtune.chat import Session, chat, command, context_length, open_session, typed_lines
+from qtune.adapter.attach import save_adapter
 from qtune.errors import DataError, ModelError, RunError
-from qtune.generate import find_ends, generate
-from qtune.run_dir import RunDir
+from qtune.model.builtin import builtin_folder
+from qtune.run.folder import RunDir
+from qtune.tuned import chat as stage
+from qtune.tuned.chat import Session, chat, command, context_length, open_session, typed_lines
+from qtune.tuned.generate import find_ends, generate
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from qtune.check import Check, batches_of, check
 from qtune.cli import app
-from qtune.console.check import draw_check, draw_sample
 from qtune.data.figures import Piece, Sample, lengths_of
-from qtune.device import present_device
+from qtune.device.present import present_device
 from qtune.errors import DataError, GateError
 from qtune.memory.profile import profile
-from qtune.recipe_file import load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.screens.check import draw_check, draw_sample
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +117,8 @@ def test_json_holds_what_the_screen_shows(write_recipe):
 
 
 def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
-    from qtune.adapter import attach_adapter
-    from qtune.model import count_parameters, load_base
+    from qtune.adapter.attach import attach_adapter
+    from qtune.model.load import count_parameters, load_base
 
     result = examined(write_recipe())
     recipe = result.resolved.recipe
@@ -135,7 +135,7 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
     expected = profile(resolved, present_device()).forecast.prediction
     assert result.memory.prediction == expected
 
-    monkeypatch.setattr("qtune.memory.cache.predict", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr("qtune.memory.cached.predict", lambda *_: pytest.fail("traced again"))
     again = examined(recipe)
     value = json.loads(again.to_json())["memory"]
     assert value["peak"]["bytes"] == expected.peak.bytes

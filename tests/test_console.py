@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from qtune import console
-from qtune.console import training
-from qtune.console.training import TrainingDisplay, clock, plain_line
+from qtune.training import display as training
+from qtune.training.display import TrainingDisplay, clock, plain_line
 
 TRAIN = {
     "kind": "train",

@@ -7,15 +7,15 @@ import pytest
 from rich.console import Console
 from test_memory_trace import CARD, CPU, recipe_with, tiny
 
-from qtune.console.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
-from qtune.device import Device
-from qtune.memory import categories
-from qtune.memory.cards import SIZES
+from qtune.device.cards import SIZES
+from qtune.device.present import Device
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, predict, summarize
 from qtune.memory.profile import Forecast, Profile
 from qtune.memory.savings import Way
+from qtune.memory.tracing import categories
 from qtune.plan import make_plan
+from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
 
 
 def test_every_category_has_a_letter_of_its_own() -> None:

@@ -12,7 +12,7 @@ from qtune.data.masks import IGNORED
 from qtune.data.prepare import prepare, survey
 from qtune.data.rows import Row
 from qtune.errors import DataError
-from qtune.recipe import Data, FileSource, HubSource
+from qtune.recipe.schema import Data, FileSource, HubSource
 
 CHATML = tokenizer_of(FAMILIES["chatml"])
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qtune import train
-from qtune.recipe_file import load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.training import train
 
 PACKED = 9
 """Rows of 128 tokens that hold the 22 rows of conftest."""

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from qtune import doctor
-from qtune.device import Device, present_device
+from qtune.device.present import Device, present_device
 from qtune.doctor import (
     Finding,
     choice_findings,

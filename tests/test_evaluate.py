@@ -11,14 +11,14 @@ from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune import evaluate as stage
-from qtune.adapter import save_adapter
-from qtune.builtin import builtin_folder
+from qtune.adapter.attach import save_adapter
 from qtune.errors import DataError, RunError
-from qtune.evaluate import evaluate, show, spread
-from qtune.generate import generate
-from qtune.load_run import load_run
-from qtune.run_dir import RunDir
+from qtune.model.builtin import builtin_folder
+from qtune.run.folder import RunDir
+from qtune.tuned import evaluate as stage
+from qtune.tuned.evaluate import evaluate, show, spread
+from qtune.tuned.generate import generate
+from qtune.tuned.load import load_run
 
 RECIPE = """\
 [model]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.errors import InputError
 from qtune.export.export import Options, export_run, verify_only
-from qtune.load_run import load_run, load_untuned
+from qtune.tuned.load import load_run, load_untuned
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

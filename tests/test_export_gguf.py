@@ -15,15 +15,15 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qtune import train
-from qtune.chat import open_session
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
-from qtune.export.gguf_families import extra_tensors, family_of, ignored_window
-from qtune.export.gguf_file import GgufType, write_gguf
-from qtune.export.gguf_tokenizer import vocabulary_of
-from qtune.export.gguf_verify import verify_gguf
-from qtune.recipe_file import check_recipe
+from qtune.export.gguf.families import extra_tensors, family_of, ignored_window
+from qtune.export.gguf.file import GgufType, write_gguf
+from qtune.export.gguf.verify import verify_gguf
+from qtune.export.gguf.vocabulary import vocabulary_of
+from qtune.recipe.file import check_recipe
+from qtune.training import train
+from qtune.tuned.chat import open_session
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -323,8 +323,8 @@ def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(int(tensor.data_offset))
         stream.write(bytes(int(tensor.n_bytes)))
-    from qtune.export.held_out import rows_for
-    from qtune.export.source import open_source
+    from qtune.export.opened_run import open_source
+    from qtune.export.verify.rows import rows_for
 
     proof = verify_gguf(folder, file, "f16", rows_for(open_source(run)).rows, ())
     assert any("KL divergence" in failure for failure in proof.failures)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtune.export.go_template import GoTemplateError, evaluate, quoted
+from qtune.export.gguf.go_template import GoTemplateError, evaluate, quoted
 
 VALUES = {
     "System": "S",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from export_models import QUESTIONS, tiny_run
 
-from qtune.export.held_out import GENERAL, probes, rows_for
-from qtune.export.source import open_source
+from qtune.export.opened_run import open_source
+from qtune.export.verify.rows import GENERAL, probes, rows_for
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -91,7 +91,7 @@ import torch
 from qtune.export import staged
 from qtune.export.export import Options, export_run
 from qtune.errors import ExportError, InputError
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
 
 torch.set_num_threads(1)
 disk = Path(sys.argv[2])

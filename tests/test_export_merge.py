@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qtune.errors import ExportError, RunError
 from qtune.export.basis import Basis
-from qtune.export.checkpoint import Checkpoint
+from qtune.model.checkpoint import Checkpoint
 
 pytestmark = [
     # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.

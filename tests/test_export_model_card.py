@@ -9,9 +9,9 @@ import pytest
 from export_models import tiny_run
 
 from qtune.export.export import Options, export_run
-from qtune.generate import find_ends, generate
-from qtune.load_run import load_run
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
+from qtune.tuned.generate import find_ends, generate
+from qtune.tuned.load import load_run
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

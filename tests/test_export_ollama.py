@@ -8,8 +8,8 @@ from export_models import tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
-from qtune.export.held_out import probes
-from qtune.export.ollama import Modelfile, NoModelfile, modelfile_for, ollama_prompt
+from qtune.export.gguf.modelfile import Modelfile, NoModelfile, modelfile_for, ollama_prompt
+from qtune.export.verify.rows import probes
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PROVEN = [

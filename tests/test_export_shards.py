@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from qtune.errors import ExportError, ModelError
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.shards import Planned, plan_shards, write_shards
+from qtune.model.checkpoint import Checkpoint
 
 TENSORS = {
     "a": torch.randn(5, 3, dtype=torch.float32).half(),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qtune.export.side_files import copy_side_files, merged_config
+from qtune.export.model_files import copy_side_files, merged_config
 
 
 def folder(path: Path, **files: str) -> Path:

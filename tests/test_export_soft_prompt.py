@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qtune.data.conversation import Conversation
 from qtune.export.export import Options, export_run
-from qtune.export.held_out import rendered_ids
-from qtune.load_run import load_run
-from qtune.run_dir import RunDir
+from qtune.export.verify.rows import rendered_ids
+from qtune.run.folder import RunDir
+from qtune.tuned.load import load_run
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import ModelError, VerificationError
 from qtune.export.export import Options, export_run, prove
-from qtune.export.held_out import rows_for
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
-from qtune.export.source import Source, open_source
-from qtune.export.verify import verify
-from qtune.run_dir import RunDir
+from qtune.export.opened_run import Source, open_source
+from qtune.export.verify.rows import rows_for
+from qtune.export.verify.verify import verify
+from qtune.run.folder import RunDir
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

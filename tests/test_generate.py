@@ -13,8 +13,8 @@ from peft import (
 )
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune.builtin import builtin_folder
-from qtune.generate import Ends, Sampling, batches_of, find_ends, generate, stream
+from qtune.model.builtin import builtin_folder
+from qtune.tuned.generate import Ends, Sampling, batches_of, find_ends, generate, stream
 
 VOCABULARY, PAD = 96, 0
 NEVER = Ends(stop=(), pad=PAD)

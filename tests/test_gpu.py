@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtune import train
-from qtune.allocator import VARIABLES
 from qtune.errors import OutOfMemory
-from qtune.host_storage import activations_on_host
-from qtune.load_run import resolved_recipe
-from qtune.loss import streamed_cross_entropy, tiled_cross_entropy
-from qtune.recipe_file import find_recipe, load_recipe
-from qtune.run_dir import RunDir
-from qtune.trainer import QloraTrainer
+from qtune.model.host import activations_on_host
+from qtune.model.loss import streamed_cross_entropy, tiled_cross_entropy
+from qtune.recipe.file import find_recipe, load_recipe
+from qtune.run.folder import RunDir
+from qtune.startup.allocator import VARIABLES
+from qtune.training import train
+from qtune.training.trainer import QloraTrainer
+from qtune.tuned.load import resolved_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -203,7 +203,9 @@ def test_the_allocator_reserves_what_the_simulated_one_does(expandable):
 
 
 def test_a_run_has_expandable_segments_where_nobody_chose_otherwise():
-    program = "from qtune.allocator import *; use_expandable_segments(); import torch; torch.zeros(1, device='cuda');"
+    program = (
+        "from qtune.startup.allocator import *; use_expandable_segments(); import torch; torch.zeros(1, device='cuda');"
+    )
     program += "print(torch.cuda.memory.memory_snapshot()[0]['is_expandable'])"
     unset = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", program], env=unset, capture_output=True, text=True, check=True)

@@ -15,24 +15,24 @@ from test_memory_trace import CARD, CPU, executed, recipe_with
 from test_memory_trace import tiny as tiny_config
 from transformers import AutoModelForCausalLM
 
-from qtune import host_storage
-from qtune.adapter import attach_adapter
-from qtune.device import Device
+from qtune.adapter.attach import attach_adapter
+from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.evaluate import evaluate
 from qtune.export.export import Options, export_run
-from qtune.host_storage import activations_on_host, host_weight, keep_embeddings_on_host
-from qtune.loss import install_loss, loss_agrees
-from qtune.memory import categories
-from qtune.memory.history import History
-from qtune.memory.ledger import LOSS_REGION
 from qtune.memory.predict import Longest, predict
-from qtune.model import count_parameters, load_base
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.history import History
+from qtune.memory.tracing.ledger import LOSS_REGION
+from qtune.model import host as host_storage
+from qtune.model.host import activations_on_host, host_weight, keep_embeddings_on_host
+from qtune.model.load import count_parameters, load_base
+from qtune.model.loss import install_loss, loss_agrees
 from qtune.plan import make_plan
-from qtune.recipe import EightBit, FourBit, Model, Unquantized
-from qtune.recipe_file import load_recipe
-from qtune.run_dir import RunDir
-from qtune.train import resume, run
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import EightBit, FourBit, Model, Unquantized
+from qtune.run.folder import RunDir
+from qtune.training.train import resume, run
+from qtune.tuned.evaluate import evaluate
 
 FAMILIES = {
     "llama": {},
@@ -144,7 +144,7 @@ def test_a_card_never_holds_them_even_while_loading(tied: bool, quantization, tm
         places.append(options["device_map"])
         return loader(*args, **options)
 
-    monkeypatch.setattr("qtune.model.AutoModelForCausalLM.from_pretrained", spy)
+    monkeypatch.setattr("qtune.model.load.AutoModelForCausalLM.from_pretrained", spy)
     network = load_base(given, quantization, plan)
     assert places == [{"": "cpu:0", "model.embed_tokens": "cpu", "lm_head": "cpu"}]
     assert not any(hasattr(module, "_hf_hook") for module in network.modules())
@@ -273,7 +273,7 @@ def test_traced_bytes_are_the_executed_ones(tmp_path, tied: bool, monkeypatch) -
     config = tiny_config(layers=2, tie_word_embeddings=tied)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     every = functools.partial(activations_on_host, smallest_bytes=0)
-    monkeypatch.setattr("qtune.memory.step.activations_on_host", every)
+    monkeypatch.setattr("qtune.memory.tracing.step.activations_on_host", every)
     memory = {"embeddings": "host", "activations": "host"}
     recipe = recipe_with(memory=memory, training={"gradient_checkpointing": True})
     plan, longest = make_plan(recipe, CPU), Longest(128, equal=True)
@@ -301,7 +301,7 @@ HOST = ('memory.embeddings="host"', 'memory.activations="host"', 'memory.loss_ti
 def test_a_run_with_everything_on_the_host_is_the_same_run_and_its_export_the_same_model(write_recipe, monkeypatch):
     left: list[torch.Tensor] = []
     every = functools.partial(activations_on_host, left=left.append, smallest_bytes=0)
-    monkeypatch.setattr("qtune.trainer.activations_on_host", every)
+    monkeypatch.setattr("qtune.training.trainer.activations_on_host", every)
     recipe = write_recipe(training="batch_size = 4\nsteps = 4\ngradient_checkpointing = true\ncheckpoint_every = 2")
     plain = ended(recipe)
     assert not left

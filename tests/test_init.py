@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator
 from qtune.errors import RecipeError
 from qtune.init import ADAPTERS, copied_recipe, new_recipe, recipe_schema, shipped_summaries, write_recipe
 from qtune.plan import LEARNING_RATES
-from qtune.recipe import Lora, Recipe, parse_recipe
-from qtune.recipe_file import load_recipe, shipped_recipes
+from qtune.recipe.file import load_recipe, shipped_recipes
+from qtune.recipe.schema import Lora, Recipe, parse_recipe
 
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"

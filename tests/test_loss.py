@@ -6,8 +6,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qtune import loss as module
-from qtune.loss import (
+from qtune.model import loss as module
+from qtune.model.loss import (
     IGNORED,
     LogitRule,
     install_loss,

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from qtune import train
-from qtune.device import present_device
+from qtune.device.present import present_device
 from qtune.memory.profile import read_run
-from qtune.model import load_base
+from qtune.model.load import load_base
 from qtune.plan import make_plan
-from qtune.recipe_file import load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.training import train
 
 LENGTH = 64
 TABLES = {
@@ -64,7 +64,7 @@ def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
 ) -> None:
     monkeypatch.setattr(train, "load_base", lambda *args: copy.deepcopy(base))
     monkeypatch.setattr("qtune.memory.savings.ways", lambda *args: [])
-    monkeypatch.setattr("qtune.memory.cache.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("qtune.memory.cached.cache_folder", lambda: tmp_path)
     found = read_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))
     batch = found.measured["largest_batch"]["forward"]
     assert (batch["rows"], batch["length"], batch["padded"]) == (2, LENGTH, 0)

@@ -6,8 +6,8 @@ from test_memory_trace import CARD, CPU, executed, recipe_with
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qtune.memory.predict import Longest, predict
-from qtune.memory.skeleton import bare_model
-from qtune.model import attention_rule, load_base, quantization_config
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.load import attention_rule, load_base, quantization_config
 from qtune.plan import make_plan
 
 # peft 0.21 looks for Mixtral's experts among the modules, where transformers 5 has fused parameters.

@@ -7,19 +7,19 @@ import pytest
 from rich.console import Console
 from test_memory_trace import CARD, predict, recipe_with, tiny
 
-from qtune.console.memory import draw_fit
+from qtune.device.cards import card_named, size_in_bytes
 from qtune.errors import InputError, ModelError, Problem
-from qtune.memory import margin
+from qtune.memory import allowance as margin
+from qtune.memory.allowance import Need
 from qtune.memory.budget import largest_that_fits, settled
-from qtune.memory.cards import card_named, size_in_bytes
 from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
 from qtune.memory.longest import Rows
-from qtune.memory.margin import Need
 from qtune.memory.predict import Longest, summarize
-from qtune.memory.rewrite import rewritten
 from qtune.plan import Plan, make_plan
-from qtune.recipe import Recipe
-from qtune.recipe_file import check_recipe
+from qtune.recipe.file import check_recipe
+from qtune.recipe.schema import Recipe
+from qtune.recipe.text import rewritten
+from qtune.screens.memory import draw_fit
 
 GIB = 2**30
 

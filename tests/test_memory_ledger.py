@@ -2,9 +2,9 @@
 
 import torch
 
-from qtune.memory.categories import GRADIENTS, OPTIMIZER, adopt_gradients, adopt_optimizer
-from qtune.memory.history import history_of
-from qtune.memory.ledger import Ledger, follow_modules
+from qtune.memory.tracing.categories import GRADIENTS, OPTIMIZER, adopt_gradients, adopt_optimizer
+from qtune.memory.tracing.history import history_of
+from qtune.memory.tracing.ledger import Ledger, follow_modules
 
 KIB = 1024
 

@@ -9,12 +9,12 @@ from conftest import WriteRecipe
 from test_train import Killed, kill_in_step, run
 from typer.testing import CliRunner
 
-from qtune import train
 from qtune.cli import app
 from qtune.errors import InputError
-from qtune.memory.measure import SNAPSHOT_ENTRIES, Meter
-from qtune.recipe_file import load_recipe
-from qtune.run_dir import RunDir
+from qtune.memory.measured.meter import SNAPSHOT_ENTRIES, Meter
+from qtune.recipe.file import load_recipe
+from qtune.run.folder import RunDir
+from qtune.training import train
 
 
 class Allocator:

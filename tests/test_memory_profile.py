@@ -9,16 +9,16 @@ from conftest import ROWS, WriteRecipe
 from rich.console import Console
 from test_memory_trace import CPU
 
-from qtune import train
-from qtune.console.memory import draw_forecast
 from qtune.data.prepare import prepare
-from qtune.device import is_out_of_memory
+from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError
 from qtune.memory.longest import longest_of, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import profile, read_run
-from qtune.model import load_tokenizer
-from qtune.recipe_file import load_recipe
+from qtune.model.load import load_tokenizer
+from qtune.recipe.file import load_recipe
+from qtune.screens.memory import draw_forecast
+from qtune.training import train
 
 
 def tokens_of(row: dict, tokenizer) -> int:

@@ -6,10 +6,11 @@ from test_memory_stretch import ROUTED, WINDOWED, config_of
 from test_memory_trace import CARD, recipe_with, tiny
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qtune.memory import remembered, trace
 from qtune.memory.predict import Longest, predict
-from qtune.memory.remembered import RememberingMode
-from qtune.model import attention_rule
+from qtune.memory.tracing import fake_tensors as remembered
+from qtune.memory.tracing import trace
+from qtune.memory.tracing.fake_tensors import RememberingMode
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 
 EXPERTS = {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 32}

@@ -3,11 +3,11 @@
 import pytest
 from test_memory_trace import CARD, recipe_with, tiny
 
-from qtune.memory.cache import predicted
+from qtune.memory.cached import predicted
 from qtune.memory.predict import Longest, Prediction
 from qtune.memory.savings import Way, attribution, ways
 from qtune.plan import Plan, make_plan
-from qtune.recipe import Recipe
+from qtune.recipe.schema import Recipe
 
 LENGTH = Longest(128, equal=True)
 LINEAR = [64 * 64, 32 * 64, 32 * 64, 64 * 64, 128 * 64, 128 * 64, 128 * 64]

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from qtune.memory import side_by_side as module
-from qtune.memory.side_by_side import side_by_side
+from qtune.memory.tracing import in_parallel as module
+from qtune.memory.tracing.in_parallel import side_by_side
 
 
 @pytest.fixture(autouse=True)

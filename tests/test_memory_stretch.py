@@ -9,13 +9,13 @@ from test_memory_families import GROUPED, HIDDEN
 from test_memory_trace import CARD, recipe_with, tiny
 from transformers import AutoConfig, PretrainedConfig
 
-from qtune.memory.history import History
-from qtune.memory.layers import Repetition, repetition, shortened, signatures
 from qtune.memory.predict import Longest, build, predict, training_step
-from qtune.memory.trace import trace
-from qtune.model import attention_rule
+from qtune.memory.tracing.history import History
+from qtune.memory.tracing.layers import Repetition, repetition, shortened, signatures
+from qtune.memory.tracing.trace import trace
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
-from qtune.recipe import Recipe
+from qtune.recipe.schema import Recipe
 
 # peft 0.21 looks for the experts among the modules, where transformers 5 has fused parameters.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
@@ -151,7 +151,7 @@ def executed_layers(monkeypatch, change) -> int:
         return model
 
     monkeypatch.setattr("qtune.memory.predict.build", changed)
-    monkeypatch.setattr("qtune.memory.trace._built", {})  # what was built before, without the change
+    monkeypatch.setattr("qtune.memory.tracing.trace._built", {})  # what was built before, without the change
     recipe = recipe_with(adapter=P_TUNING)
     return predict(tiny(layers=12), recipe, make_plan(recipe, CARD)).layers_executed
 

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from qtune.memory.margin import Need
-from qtune.memory.skeleton import bare_model
-from qtune.model import count_parameters
+from qtune.memory.allowance import Need
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.load import count_parameters
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

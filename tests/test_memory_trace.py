@@ -5,20 +5,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer
 
-from qtune.adapter import attach_adapter
-from qtune.device import Device
+from qtune.adapter.attach import attach_adapter
+from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.loss import install_loss
-from qtune.memory import categories
-from qtune.memory.as_cuda import workspace
-from qtune.memory.history import History, history_of
-from qtune.memory.ledger import Ledger, follow_modules
 from qtune.memory.predict import Longest, build, predict, training_step
-from qtune.memory.skeleton import bare_model
-from qtune.memory.step import forward_backward, parameter_groups, prepare, trained, update
-from qtune.model import attention_rule, load_base
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.cuda import workspace
+from qtune.memory.tracing.history import History, history_of
+from qtune.memory.tracing.ledger import Ledger, follow_modules
+from qtune.memory.tracing.step import forward_backward, parameter_groups, prepare, trained, update
+from qtune.model.load import attention_rule, load_base
+from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe import Recipe, parse_recipe
+from qtune.recipe.schema import Recipe, parse_recipe
 
 CPU = Device("cpu", "a processor", 8 * 2**30, 8 * 2**30, bf16=False)
 CARD = Device("cuda", "a card", 24 * 2**30, 24 * 2**30, bf16=True, capability=(8, 9))

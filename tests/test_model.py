@@ -11,13 +11,13 @@ import torch
 from export_models import tiny_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from qtune.adapter import attach_adapter
-from qtune.device import Device
+from qtune.adapter.attach import attach_adapter
+from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.loss import install_loss
-from qtune.model import ParameterCount, base_folder, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.load import ParameterCount, base_folder, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe import EightBit, FourBit, Lora, Model, Quantization, Recipe, Unquantized, parse_recipe
+from qtune.recipe.schema import EightBit, FourBit, Lora, Model, Quantization, Recipe, Unquantized, parse_recipe
 
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 QUANTIZATIONS = {

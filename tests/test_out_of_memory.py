@@ -17,27 +17,30 @@ from test_memory_trace import CPU
 from test_train import run
 from typer.testing import CliRunner
 
-from qtune import cli, train, trainer
-from qtune.console.memory import size
-from qtune.console.out_of_memory import failure_text
-from qtune.device import present_device
+from qtune import cli
+from qtune.device.present import present_device
+from qtune.device.processes import Holder, other_holders, parse_holders
 from qtune.errors import ModelError, OutOfMemory, Problem
-from qtune.holders import Holder, other_holders, parse_holders
-from qtune.memory import categories, out_of_memory, profile
+from qtune.memory import profile
 from qtune.memory import remedies as stage
-from qtune.memory.history import Moment
+from qtune.memory.allowance import Need
 from qtune.memory.longest import Rows
-from qtune.memory.margin import Need
-from qtune.memory.measure import Meter
-from qtune.memory.out_of_memory import first_report, with_offers
+from qtune.memory.measured import out_of_memory
+from qtune.memory.measured.failure_text import failure_text
+from qtune.memory.measured.meter import Meter
+from qtune.memory.measured.out_of_memory import first_report, with_offers
 from qtune.memory.predict import Longest, Prediction
 from qtune.memory.remedies import Room, remedies
-from qtune.model import load_config
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.history import Moment
+from qtune.model.load import load_config
 from qtune.plan import Plan, make_plan
-from qtune.recipe import Recipe, parse_recipe
-from qtune.recipe_file import load_recipe
-from qtune.run_dir import RunDir
-from qtune.trainer import QloraTrainer
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.run.folder import RunDir
+from qtune.screens.memory import size
+from qtune.training import train, trainer
+from qtune.training.trainer import QloraTrainer
 
 GIB, MIB = 2**30, 2**20
 
@@ -428,7 +431,7 @@ junk
 
 
 def test_other_processes_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtune.holders._name", lambda pid: "Xorg" if pid == 77 else "")
+    monkeypatch.setattr("qtune.device.processes._name", lambda pid: "Xorg" if pid == 77 else "")
     holders = [Holder(1234, "python3", 5120 * MIB), Holder(77, "Xorg", 12 * MIB)]
     assert parse_holders(LISTED, own_pid=2**22 + 1) == holders
     assert parse_holders(LISTED, own_pid=1234)[1].bytes is None

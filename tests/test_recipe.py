@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import qtune
-from qtune.recipe import (
+from qtune.recipe.schema import (
     DEFAULT_KINDS,
     Adapter,
     Fault,

@@ -10,16 +10,16 @@ import pytest
 import tomlkit
 from chat_families import FAMILIES, tokenizer_of
 
-from qtune.builtin import builtin_folder
 from qtune.data.findings import gate
 from qtune.data.inspection import inspect
 from qtune.data.prepare import prepare
-from qtune.device import Device
-from qtune.model import load_tokenizer
+from qtune.device.present import Device
+from qtune.model.builtin import builtin_folder
+from qtune.model.load import load_tokenizer
 from qtune.plan import LEARNING_RATES, make_plan
-from qtune.recipe import Lora, Model, PromptTuning, PTuning
-from qtune.recipe_file import load_recipe, shipped_recipes
-from qtune.resolved_file import resolved_text
+from qtune.recipe.file import load_recipe, shipped_recipes
+from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning
+from qtune.run.resolved import resolved_text
 
 GIB = 1 << 30
 CPU = Device("cpu", "CPU, 2 threads", 16 * GIB, 12 * GIB, bf16=False)

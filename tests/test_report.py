@@ -15,22 +15,22 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qtune.builtin import builtin_folder
 from qtune.data.prepare import prepare
-from qtune.device import Device
+from qtune.device.present import Device
 from qtune.errors import RunError
-from qtune.lock import rows_hash
-from qtune.model import load_tokenizer
+from qtune.model.builtin import builtin_folder
+from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
-from qtune.recipe import Model
-from qtune.recipe_file import load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Model
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import page, write_report
 from qtune.report.record import read_record, seconds_of
 from qtune.report.rows import pieces_of, rows_of
-from qtune.resolved_file import resolved_text
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
+from qtune.run.lock import rows_hash
+from qtune.run.resolved import resolved_text
 
 CPU = Device("cpu", "CPU, 2 threads", 16 << 30, 12 << 30, bf16=False)
 ATTACK = "<script>alert('in')</script><img src=x onerror=alert(1)> & \"quotes\""

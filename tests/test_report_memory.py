@@ -11,20 +11,20 @@ from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 from test_report import MEASURED, Page
 
-from qtune import train
-from qtune.console.memory import fitting_cards, saved, size
-from qtune.console.out_of_memory import failure_text
-from qtune.memory import cache
-from qtune.memory.cards import SIZES
+from qtune.device.cards import SIZES
+from qtune.memory import cached as cache
 from qtune.memory.longest import Rows
+from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.predict import Longest, Prediction, predict, summarize
 from qtune.memory.profile import Forecast, is_traced, read_run
 from qtune.plan import make_plan
-from qtune.recipe_file import load_recipe
+from qtune.recipe.file import load_recipe
 from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
+from qtune.screens.memory import fitting_cards, saved, size
+from qtune.training import train
 
 GIB = 1 << 30
 

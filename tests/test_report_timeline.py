@@ -9,8 +9,8 @@ import pytest
 from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 
-from qtune.memory import categories
 from qtune.memory.predict import LEAST, POINTS, Prediction, predict, summarize
+from qtune.memory.tracing import categories
 from qtune.plan import make_plan
 from qtune.report import drawing, timeline
 from qtune.report.drawing import Area, Box, Drawing, Look, Words, svg, write_picture

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qtune.device import Device
+from qtune.device.present import Device
 from qtune.plan import make_plan
-from qtune.recipe_file import Resolved, check_recipe, leaves
-from qtune.resolved_file import resolved_text, settled_values
+from qtune.recipe.file import Resolved, check_recipe, leaves
+from qtune.run.resolved import resolved_text, settled_values
 
 CARD = Device("cuda", "RTX 2080", 8 * 2**30, 7 * 2**30, bf16=False, capability=(7, 5))
 OTHER_CARD = Device("cuda", "RTX 4090", 24 * 2**30, 23 * 2**30, bf16=True, capability=(8, 9))

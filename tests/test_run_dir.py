@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RunError
-from qtune.run_dir import RunDir, newest_unfinished, write_atomically
+from qtune.run.folder import RunDir, newest_unfinished, write_atomically
 
 
 def started(directory: Path, name: str) -> RunDir:

@@ -8,7 +8,7 @@ import tomlkit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtune.toml_lines import line_of, toml_lines
+from qtune.recipe.lines import line_of, toml_lines
 
 
 def paths_of(value: Any, path: tuple = ()) -> set[tuple]:

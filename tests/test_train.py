@@ -15,16 +15,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qtune import train
-from qtune.adapter import STATE_FILE
-from qtune.callbacks import OptimizerPhase
+from qtune.adapter.attach import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
-from qtune.memory.measure import Meter
+from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import read_run
-from qtune.recipe_file import load_recipe
-from qtune.resumption import resumed_recipe
-from qtune.run_dir import RunDir
-from qtune.trainer import QloraTrainer, complete_checkpoints
+from qtune.recipe.file import load_recipe
+from qtune.run.folder import RunDir
+from qtune.run.resumption import resumed_recipe
+from qtune.training import train
+from qtune.training.callbacks import OptimizerPhase
+from qtune.training.trainer import QloraTrainer, complete_checkpoints
 
 ADAPTERS = {
     "lora": 'kind = "lora"\nrank = 4\ndropout = 0.1',
@@ -460,7 +460,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(
             raise Killed
         original_state(model, folder)
 
-    from qtune import trainer
+    from qtune.training import trainer
 
     original_state = trainer.save_trained_state
     with monkeypatch.context() as patch:

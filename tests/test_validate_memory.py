@@ -24,8 +24,8 @@ from memory_record import (  # noqa: E402
 )
 from old_transformers import as_in  # noqa: E402
 
-from qtune.memory import categories  # noqa: E402
-from qtune.memory.trace import trace  # noqa: E402
+from qtune.memory.tracing import categories  # noqa: E402
+from qtune.memory.tracing.trace import trace  # noqa: E402
 
 ROWS, LENGTH, VOCAB = 2, 64, 4096
 TINY = {

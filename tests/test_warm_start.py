@@ -6,16 +6,16 @@ import pytest
 import torch
 from export_models import tiny_run
 
-from qtune.adapter import attach_adapter, trained_state
-from qtune.device import present_device
+from qtune.adapter.attach import attach_adapter, trained_state
+from qtune.adapter.from_run import start_from
+from qtune.device.present import present_device
 from qtune.errors import RecipeError, RunError
-from qtune.load_run import resolved_recipe
-from qtune.model import load_base
+from qtune.model.load import load_base
 from qtune.plan import make_plan
-from qtune.recipe import Recipe
-from qtune.recipe_file import check_recipe
-from qtune.run_dir import RunDir
-from qtune.warm_start import start_from
+from qtune.recipe.file import check_recipe
+from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+from qtune.tuned.load import resolved_recipe
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -25,17 +25,17 @@ import torch
 from make_docstring_data import make_rows
 from trl import SFTConfig, SFTTrainer
 
-from qtune.adapter import attach_adapter, cast_adapter
+from qtune.adapter.attach import attach_adapter, cast_adapter
 from qtune.data.batches import StepSampler
 from qtune.data.collate import PackedCollator, PaddedCollator
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
-from qtune.device import present_device
-from qtune.loss import install_loss
-from qtune.model import load_base, load_tokenizer
+from qtune.device.present import present_device
+from qtune.model.load import load_base, load_tokenizer
+from qtune.model.loss import install_loss
 from qtune.plan import make_plan
-from qtune.quiet import quiet_libraries, quiet_loading
-from qtune.recipe import Recipe, parse_recipe
+from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.startup.quiet import quiet_libraries, quiet_loading
 
 BATCH, MICRO_BATCH = 16, 4
 

@@ -101,7 +101,7 @@ def child(worker: str, run: Path, folder: Path, gib: float) -> tuple[float, floa
 def work(worker: str, run: Path, folder: Path, gib: float) -> None:
     """One step, in its own process."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from qtune.quiet import quiet_libraries
+    from qtune.startup.quiet import quiet_libraries
 
     quiet_libraries()
     if worker == "make":
@@ -118,8 +118,8 @@ def places(run: Path) -> tuple[Path, Path]:
     """The base folder and the adapter folder of a run, or of a synthetic one."""
     if (run / "base").is_dir():
         return run / "base", run / "adapter"
-    from qtune.export.source import open_source
-    from qtune.run_dir import RunDir
+    from qtune.export.opened_run import open_source
+    from qtune.run.folder import RunDir
 
     source = open_source(RunDir.open(run))
     return source.base, source.adapter
@@ -130,10 +130,10 @@ def our_way(base: Path, adapter: Path, output: Path, weights: str) -> None:
 
     from qtune.export.adapter_weights import open_adapter
     from qtune.export.basis import Basis
-    from qtune.export.checkpoint import Checkpoint
     from qtune.export.layout import empty_model, layout_of
     from qtune.export.merge import plan_merge, write_merge
-    from qtune.export.side_files import copy_side_files, merged_config, write_json
+    from qtune.export.model_files import copy_side_files, merged_config, write_json
+    from qtune.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(base)
     layout = layout_of(empty_model(base), list(checkpoint.tensors))
@@ -202,12 +202,12 @@ def compare(run: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qtune.export.closeness import ClosenessMeter, PerplexityMeter
-    from qtune.export.held_out import rows_for
-    from qtune.export.logits import logits_of
-    from qtune.export.source import open_source
-    from qtune.load_run import load_run
-    from qtune.run_dir import RunDir
+    from qtune.export.opened_run import open_source
+    from qtune.export.verify.closeness import ClosenessMeter, PerplexityMeter
+    from qtune.export.verify.logits import logits_of
+    from qtune.export.verify.rows import rows_for
+    from qtune.run.folder import RunDir
+    from qtune.tuned.load import load_run
 
     source = open_source(RunDir.open(run))
     rows = rows_for(source).rows

@@ -105,9 +105,9 @@ def prepare_and_inspect(folder: Path) -> None:
     """What a run does with its rows before anything is trained."""
     from qtune.data.inspection import inspect
     from qtune.data.prepare import prepare
-    from qtune.model import load_config, load_tokenizer
-    from qtune.quiet import quiet_libraries, quiet_loading
-    from qtune.recipe import Recipe, parse_recipe
+    from qtune.model.load import load_config, load_tokenizer
+    from qtune.recipe.schema import Recipe, parse_recipe
+    from qtune.startup.quiet import quiet_libraries, quiet_loading
 
     quiet_libraries()
     quiet_loading()

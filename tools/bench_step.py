@@ -18,16 +18,16 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from qtune.adapter import attach_adapter, cast_adapter
+from qtune.adapter.attach import attach_adapter, cast_adapter
 from qtune.data.collate import PaddedCollator
-from qtune.device import present_device
-from qtune.memory.measure import Meter
-from qtune.model import load_base, load_tokenizer
+from qtune.device.present import present_device
+from qtune.memory.measured.meter import Meter
+from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import make_plan
-from qtune.quiet import quiet_libraries, quiet_loading
-from qtune.recipe import parse_recipe
-from qtune.run_dir import RunDir
-from qtune.trainer import QloraTrainer, sft_config
+from qtune.recipe.schema import parse_recipe
+from qtune.run.folder import RunDir
+from qtune.startup.quiet import quiet_libraries, quiet_loading
+from qtune.training.trainer import QloraTrainer, sft_config
 
 ROWS, LENGTH = 2, 256
 TEXT = Path(__file__).parent.parent / "README.md"

@@ -33,9 +33,9 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.optimization import Adafactor
 
 from qtune.memory.savings import upcast_unquantized
-from qtune.memory.skeleton import bare_model
-from qtune.memory.step import Batch, Step
-from qtune.model import attention_rule
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.step import Batch, Step
+from qtune.model.load import attention_rule
 
 GIB = 2**30
 UNITS = {"bytes": 1, "mib": 2**20, "gib": GIB, "mb": 10**6, "gb": 10**9}

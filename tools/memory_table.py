@@ -20,13 +20,13 @@ sys.path.insert(0, str(ROOT))
 from transformers import AutoConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from qtune.allocator import use_expandable_segments  # noqa: E402
-from qtune.memory.cache import LIBRARIES, predicted  # noqa: E402
-from qtune.memory.cards import described  # noqa: E402
-from qtune.memory.margin import Need  # noqa: E402
+from qtune.device.cards import described  # noqa: E402
+from qtune.memory.allowance import Need  # noqa: E402
+from qtune.memory.cached import LIBRARIES, predicted  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 
 GIB = 2**30
 SHOWN = 2048

@@ -29,14 +29,14 @@ from memory_table import MODELS, config_of  # noqa: E402
 from old_transformers import as_in  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from qtune.memory import categories  # noqa: E402
-from qtune.memory.cards import described  # noqa: E402
-from qtune.memory.ledger import Life  # noqa: E402
-from qtune.memory.margin import allowance  # noqa: E402
+from qtune.device.cards import described  # noqa: E402
+from qtune.memory.allowance import allowance  # noqa: E402
 from qtune.memory.predict import Longest, build, training_step  # noqa: E402
-from qtune.memory.trace import lives  # noqa: E402
+from qtune.memory.tracing import categories  # noqa: E402
+from qtune.memory.tracing.ledger import Life  # noqa: E402
+from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
 
 GIB = 2**30
 LENGTHS = (1.0, 0.6, 0.85, 0.45, 1.0, 0.7)

@@ -24,9 +24,9 @@ from memory_record import GIB, Build, CannotBuildError, build_of, measured_gib  
 from old_transformers import as_in  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from qtune.memory import categories  # noqa: E402
-from qtune.memory.skeleton import bare_model  # noqa: E402
-from qtune.memory.trace import trace  # noqa: E402
+from qtune.memory.tracing import categories  # noqa: E402
+from qtune.memory.tracing.bare_model import bare_model  # noqa: E402
+from qtune.memory.tracing.trace import trace  # noqa: E402
 
 
 @dataclass(frozen=True)

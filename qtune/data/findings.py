@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from qtune.errors import GateError
-from qtune.recipe import Waivable
+from qtune.recipe.schema import Waivable
 
 Level = Literal["error", "warning"]
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from qtune.data.findings import LISTED, Finding, found
 from qtune.data.prepare import Prepared
-from qtune.recipe import Data
+from qtune.recipe.schema import Data
 
 # Thresholds under which a repetition is ordinary: a classifier repeats its labels, a helper says hello.
 SAME_ANSWER_SHARE = 0.5

@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from qtune.data.files import DataFile, Progress, data_files
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem
-from qtune.recipe import Data, FileSource, HubSource
+from qtune.recipe.schema import Data, FileSource, HubSource
 
 HUB = "hub:"
 

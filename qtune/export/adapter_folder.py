@@ -5,8 +5,8 @@ from pathlib import Path
 
 from qtune.export.adapter_weights import CONFIG, WEIGHTS
 from qtune.export.model_card import adapter_card
-from qtune.export.side_files import write_json
-from qtune.export.source import Source
+from qtune.export.model_files import write_json
+from qtune.export.opened_run import Source
 from qtune.export.staged import staged_folder
 
 # Keys that peft's config has for its own book-keeping, and that may hold paths of this computer.

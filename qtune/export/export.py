@@ -12,19 +12,19 @@ from peft import PeftType
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
-from qtune.export.gguf_file import GgufType, refuse_unconvertible
-from qtune.export.handover import hand_over
-from qtune.export.held_out import rows_for
+from qtune.export.gguf.file import GgufType, refuse_unconvertible
+from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
 from qtune.export.model_card import write_card
+from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
 from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
-from qtune.export.source import Source, open_source
-from qtune.export.verify import Verification, verify
-from qtune.model import load_config
-from qtune.quiet import quiet_loading
-from qtune.run_dir import RunDir
+from qtune.export.verify.rows import rows_for
+from qtune.export.verify.verify import Verification, verify
+from qtune.model.load import load_config
+from qtune.run.folder import RunDir
+from qtune.startup.quiet import quiet_loading
 
 MERGED = {PeftType.LORA, PeftType.IA3}
 

@@ -12,9 +12,9 @@ import torch
 from qtune.errors import ExportError, Problem, RunError
 from qtune.export.adapter_weights import AdapterWeights, Update, updated
 from qtune.export.basis import Basis, as_stored, as_trained
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import Layout
 from qtune.export.shards import SHARD_BYTES, Planned, plan_shards, write_shards
+from qtune.model.checkpoint import Checkpoint
 
 # Which weights the adapter is added to: those that training saw, or those of the base checkpoint.
 Weights = Literal["dequantized", "original"]

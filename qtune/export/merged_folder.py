@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.template import Renderer
 from qtune.export.adapter_weights import open_adapter
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.model_card import write_card
-from qtune.export.side_files import copy_side_files, merged_config, write_json
+from qtune.export.model_files import copy_side_files, merged_config, write_json
+from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
-from qtune.export.source import Source
 from qtune.export.staged import staged_folder
+from qtune.model.checkpoint import Checkpoint
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
 VERIFICATION = "verify.json"

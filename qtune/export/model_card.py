@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from peft import PeftType
 
-from qtune.export.source import Source
+from qtune.export.opened_run import Source
 
 if TYPE_CHECKING:
-    from qtune.export.verify import Verification
+    from qtune.export.verify.verify import Verification
 
 SNIPPET = """\
 ```python

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 
 from qtune.errors import ExportError
-from qtune.export.checkpoint import DTYPES, INDEX, SINGLE
+from qtune.model.checkpoint import DTYPES, INDEX, SINGLE
 
 # Small enough to resume a broken download, large enough that a 70B model is not hundreds of files.
 SHARD_BYTES = 4 * 2**30

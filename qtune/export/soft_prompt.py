@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import Problem, RunError
 from qtune.export.adapter_weights import WEIGHTS, AdapterWeights, Update
-from qtune.export.checkpoint import Checkpoint
 from qtune.export.layout import Layout, empty_model, layout_of, refuse_foreign_quantization
 from qtune.export.merge import Merge, Weights, plan_merge
-from qtune.export.source import Source
+from qtune.export.opened_run import Source
+from qtune.model.checkpoint import Checkpoint
 
 BAKED = {PeftType.P_TUNING, PeftType.PROMPT_TUNING}
 

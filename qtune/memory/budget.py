@@ -6,20 +6,20 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtune.device.cards import size_in_bytes
 from qtune.errors import ModelError
-from qtune.memory.cache import predicted
-from qtune.memory.cards import size_in_bytes
-from qtune.memory.side_by_side import may_fork, side_by_side
+from qtune.memory.cached import predicted
+from qtune.memory.tracing.in_parallel import may_fork, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PretrainedConfig
 
-    from qtune.memory.margin import Need
+    from qtune.memory.allowance import Need
     from qtune.memory.predict import Longest
     from qtune.plan import Plan
-    from qtune.recipe import Recipe
+    from qtune.recipe.schema import Recipe
 
 GIB = 2**30
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.errors import ModelError
 from qtune.memory.budget import budget_bytes, choose_micro_batch, largest_that_fits
-from qtune.memory.cache import predicted
+from qtune.memory.cached import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import device_for
-from qtune.memory.rewrite import rewritten
-from qtune.model import attention_rule, load_config
+from qtune.model.load import attention_rule, load_config
 from qtune.plan import make_plan
-from qtune.recipe import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
-from qtune.resolved_file import absolute_paths
+from qtune.recipe.schema import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
+from qtune.recipe.text import rewritten
+from qtune.run.resolved import absolute_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from qtune.device import Device
-    from qtune.memory.margin import Need
+    from qtune.device.present import Device
+    from qtune.memory.allowance import Need
     from qtune.plan import Plan
-    from qtune.recipe_file import Resolved
+    from qtune.recipe.file import Resolved
 
 LENGTH_STEP = 64
 """Lengths are tried in multiples of this."""

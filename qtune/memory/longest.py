@@ -11,13 +11,13 @@ from qtune.data.masks import IGNORED
 from qtune.data.prepare import survey
 from qtune.errors import InputError
 from qtune.memory.predict import Longest
-from qtune.model import load_tokenizer
+from qtune.model.load import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from qtune.data.prepare import Prepared
-    from qtune.recipe_file import Resolved
+    from qtune.recipe.file import Resolved
 
 
 @dataclass(frozen=True)

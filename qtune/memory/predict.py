@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import torch
 
-from qtune.adapter import attach_adapter
+from qtune.adapter.attach import attach_adapter
 from qtune.errors import ModelError, Problem
-from qtune.host_storage import keep_embeddings_on_host
-from qtune.loss import install_loss
-from qtune.memory import categories
-from qtune.memory.history import Moment
-from qtune.memory.margin import Need
-from qtune.memory.skeleton import bare_model
-from qtune.memory.step import Batch, Step
-from qtune.memory.trace import Traced, trace
-from qtune.model import quantization_config, require_attention
-from qtune.recipe import PromptTuning, PTuning
+from qtune.memory.allowance import Need
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.history import Moment
+from qtune.memory.tracing.step import Batch, Step
+from qtune.memory.tracing.trace import Traced, trace
+from qtune.model.host import keep_embeddings_on_host
+from qtune.model.load import quantization_config, require_attention
+from qtune.model.loss import install_loss
+from qtune.recipe.schema import PromptTuning, PTuning
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from qtune.memory.history import History
+    from qtune.memory.tracing.history import History
     from qtune.plan import Plan
-    from qtune.recipe import Recipe
+    from qtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

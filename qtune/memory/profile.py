@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qtune.device import Device, present_device
+from qtune.device import cards
+from qtune.device.present import Device, present_device
 from qtune.errors import Problem, RunError
-from qtune.memory import cards
 from qtune.memory.budget import budget_bytes, settled
-from qtune.memory.cache import predicted
+from qtune.memory.cached import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.memory.skeleton import bare_model
-from qtune.model import (
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.load import (
     attention_rule,
     is_stored_quantized,
     load_config,
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.savings import Way
     from qtune.plan import Plan
-    from qtune.recipe import Recipe
-    from qtune.recipe_file import Resolved
-    from qtune.run_dir import RunDir
+    from qtune.recipe.file import Resolved
+    from qtune.recipe.schema import Recipe
+    from qtune.run.folder import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,8 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         RunError: the run has no measurement (it was killed before its end).
         ModelError: the base model's configuration is not to be had any more.
     """
-    from qtune.load_run import resolved_recipe
     from qtune.memory.savings import attribution, ways
+    from qtune.tuned.load import resolved_recipe
 
     known = _memory_of(run_dir)
     found = known["measured"]

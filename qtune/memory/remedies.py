@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError
-from qtune.memory import categories
-from qtune.memory.cache import predicted
+from qtune.memory.cached import predicted
 from qtune.memory.fit import Lever, changed, levers, shown
-from qtune.model import attention_rule
+from qtune.memory.tracing import categories
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
-from qtune.resumption import CHANGEABLE
+from qtune.run.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qtune.memory.predict import Longest, Prediction
     from qtune.plan import Plan
-    from qtune.recipe import KeyPath, Recipe
+    from qtune.recipe.schema import KeyPath, Recipe
 
 WANTED = 2
 """So many remedies are looked for."""

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qtune.adapter import attach_adapter
-from qtune.loss import TILE_BYTES, install_loss
-from qtune.memory.cache import predicted, remembered
+from qtune.adapter.attach import attach_adapter
+from qtune.memory.cached import predicted, remembered
 from qtune.memory.fit import changed
 from qtune.memory.predict import Longest, build, summarize, training_step
-from qtune.memory.side_by_side import side_by_side
-from qtune.memory.skeleton import bare_model
-from qtune.memory.step import Step
-from qtune.memory.trace import trace
-from qtune.model import attention_rule, quantization_config
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.in_parallel import side_by_side
+from qtune.memory.tracing.step import Step
+from qtune.memory.tracing.trace import trace
+from qtune.model.load import attention_rule, quantization_config
+from qtune.model.loss import TILE_BYTES, install_loss
 from qtune.plan import make_plan
-from qtune.recipe import FourBit, Lora, Unquantized
+from qtune.recipe.schema import FourBit, Lora, Unquantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.memory.predict import Prediction
-    from qtune.memory.step import ParameterGroups
+    from qtune.memory.tracing.step import ParameterGroups
     from qtune.plan import Plan
-    from qtune.recipe import Recipe
+    from qtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

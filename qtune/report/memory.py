@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 
-from qtune.console.memory import fitting_cards, saved, size
-from qtune.console.out_of_memory import failure_text
-from qtune.memory.cards import SIZES
-from qtune.memory.history import in_order
+from qtune.device.cards import SIZES
+from qtune.memory.measured.failure_text import failure_text
+from qtune.memory.tracing.history import in_order
 from qtune.report.charts import bar
 from qtune.report.drawing import svg
 from qtune.report.html import Html, element, table
 from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 from qtune.report.timeline import Timeline, timeline_drawing
+from qtune.screens.memory import fitting_cards, saved, size
 
 # Columns of the phases' table beside the predicted and the measured peak; one that was measured nowhere is left out.
 OTHER_COLUMNS = {

@@ -6,13 +6,13 @@ from pathlib import Path
 from qtune import console
 from qtune.errors import InputError, QtuneError
 from qtune.memory.profile import is_traced, read_run
-from qtune.quiet import quiet_loading
-from qtune.report import proof, sections
+from qtune.report import results, sections
 from qtune.report.html import Html, element, joined
 from qtune.report.memory import memory
 from qtune.report.record import Record, read_record
 from qtune.report.rows import ShownRows, rows_of
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
+from qtune.startup.quiet import quiet_loading
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def page(record: Record, rows: ShownRows | str) -> Html:
 def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     parts = []
     if record.evaluation:
-        parts.append(proof.evaluation(record.evaluation))
+        parts.append(results.evaluation(record.evaluation))
     parts.append(sections.curves(record))
     if isinstance(rows, str):
         parts.append(sections.section("Rows as the model sees them", sections.note(f"They cannot be shown: {rows}")))
@@ -123,7 +123,7 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     if record.memory:
         parts.append(memory(record.memory, str(record.run_dir.path)))
     if record.exports:
-        parts.append(proof.exports(record.exports))
+        parts.append(results.exports(record.exports))
     parts.append(sections.values(record))
     if record.lock:
         parts.append(sections.versions(record.lock))

@@ -8,7 +8,7 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Table as TomlTable
 
-from qtune.run_dir import RunDir
+from qtune.run.folder import RunDir
 
 Json = dict[str, Any]
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
-from qtune.lock import rows_hash
-from qtune.model import load_tokenizer
+from qtune.model.load import load_tokenizer
 from qtune.plan import virtual_tokens
-from qtune.recipe_file import load_recipe
-from qtune.run_dir import RunDir
+from qtune.recipe.file import load_recipe
+from qtune.run.folder import RunDir
+from qtune.run.lock import rows_hash
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from qtune.console.training import clock
 from qtune.report.charts import Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Json, Record
 from qtune.report.rows import ShownRow, ShownRows
+from qtune.training.display import clock
 
 GIB = 1 << 30
 LONGEST_PIECE = 8000

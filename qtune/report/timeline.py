@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qtune.console.memory import size
-from qtune.memory import categories
+from qtune.memory.tracing import categories
 from qtune.report.charts import ticks
 from qtune.report.drawing import (
     CHARACTER,
@@ -24,6 +23,7 @@ from qtune.report.drawing import (
     Words,
     write_picture,
 )
+from qtune.screens.memory import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,0 +1,186 @@
+"""Graphics cards by name: what their memory holds and whether they compute in bfloat16."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qtune.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from qtune.device.present import Device
+
+GIB = 2**30
+
+SIZES = (6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
+"""GB classes of cards that the savings table asks about."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as its maker sells it. NVIDIA's GB of card memory are GiB."""
+
+    name: str
+    gib: int
+    capability: tuple[int, int]
+    """CUDA compute capability (developer.nvidia.com/cuda-gpus); bfloat16 products came with 8.0."""
+
+    def device(self) -> Device:
+        """The card as an empty device: all its memory free but what the driver takes."""
+        from qtune.device.present import Device
+
+        total = self.gib * GIB
+        return Device("cuda", self.name, total, total, self.capability >= (8, 0), self.capability)
+
+
+CARDS = (
+    Card("GTX 1060", 6, (6, 1)),
+    Card("GTX 1070", 8, (6, 1)),
+    Card("GTX 1080", 8, (6, 1)),
+    Card("GTX 1080 Ti", 11, (6, 1)),
+    Card("GTX 1660", 6, (7, 5)),
+    Card("GTX 1660 Super", 6, (7, 5)),
+    Card("GTX 1660 Ti", 6, (7, 5)),
+    Card("RTX 2060", 6, (7, 5)),
+    Card("RTX 2060 12GB", 12, (7, 5)),
+    Card("RTX 2060 Super", 8, (7, 5)),
+    Card("RTX 2070", 8, (7, 5)),
+    Card("RTX 2070 Super", 8, (7, 5)),
+    Card("RTX 2080", 8, (7, 5)),
+    Card("RTX 2080 Super", 8, (7, 5)),
+    Card("RTX 2080 Ti", 11, (7, 5)),
+    Card("TITAN RTX", 24, (7, 5)),
+    Card("RTX 3050", 8, (8, 6)),
+    Card("RTX 3050 6GB", 6, (8, 6)),
+    Card("RTX 3060", 12, (8, 6)),
+    Card("RTX 3060 8GB", 8, (8, 6)),
+    Card("RTX 3060 Ti", 8, (8, 6)),
+    Card("RTX 3070", 8, (8, 6)),
+    Card("RTX 3070 Ti", 8, (8, 6)),
+    Card("RTX 3080", 10, (8, 6)),
+    Card("RTX 3080 12GB", 12, (8, 6)),
+    Card("RTX 3080 Ti", 12, (8, 6)),
+    Card("RTX 3090", 24, (8, 6)),
+    Card("RTX 3090 Ti", 24, (8, 6)),
+    Card("RTX 4060", 8, (8, 9)),
+    Card("RTX 4060 Ti", 8, (8, 9)),
+    Card("RTX 4060 Ti 16GB", 16, (8, 9)),
+    Card("RTX 4070", 12, (8, 9)),
+    Card("RTX 4070 Super", 12, (8, 9)),
+    Card("RTX 4070 Ti", 12, (8, 9)),
+    Card("RTX 4070 Ti Super", 16, (8, 9)),
+    Card("RTX 4080", 16, (8, 9)),
+    Card("RTX 4080 Super", 16, (8, 9)),
+    Card("RTX 4090", 24, (8, 9)),
+    Card("RTX 5050", 8, (12, 0)),
+    Card("RTX 5060", 8, (12, 0)),
+    Card("RTX 5060 Ti", 8, (12, 0)),
+    Card("RTX 5060 Ti 16GB", 16, (12, 0)),
+    Card("RTX 5070", 12, (12, 0)),
+    Card("RTX 5070 Ti", 16, (12, 0)),
+    Card("RTX 5080", 16, (12, 0)),
+    Card("RTX 5090", 32, (12, 0)),
+    Card("RTX 3050 Laptop", 4, (8, 6)),
+    Card("RTX 3060 Laptop", 6, (8, 6)),
+    Card("RTX 3070 Laptop", 8, (8, 6)),
+    Card("RTX 3080 Laptop", 8, (8, 6)),
+    Card("RTX 3080 Laptop 16GB", 16, (8, 6)),
+    Card("RTX 4050 Laptop", 6, (8, 9)),
+    Card("RTX 4060 Laptop", 8, (8, 9)),
+    Card("RTX 4070 Laptop", 8, (8, 9)),
+    Card("RTX 4080 Laptop", 12, (8, 9)),
+    Card("RTX 4090 Laptop", 16, (8, 9)),
+    Card("RTX 5060 Laptop", 8, (12, 0)),
+    Card("RTX 5070 Laptop", 8, (12, 0)),
+    Card("RTX 5070 Ti Laptop", 12, (12, 0)),
+    Card("RTX 5080 Laptop", 16, (12, 0)),
+    Card("RTX 5090 Laptop", 24, (12, 0)),
+    Card("RTX A2000", 6, (8, 6)),
+    Card("RTX A2000 12GB", 12, (8, 6)),
+    Card("RTX A4000", 16, (8, 6)),
+    Card("RTX A4500", 20, (8, 6)),
+    Card("RTX A5000", 24, (8, 6)),
+    Card("RTX A6000", 48, (8, 6)),
+    Card("RTX 2000 Ada", 16, (8, 9)),
+    Card("RTX 4000 Ada", 20, (8, 9)),
+    Card("RTX 5000 Ada", 32, (8, 9)),
+    Card("RTX 6000 Ada", 48, (8, 9)),
+    Card("RTX PRO 6000", 96, (12, 0)),
+    Card("P100", 16, (6, 0)),
+    Card("V100", 16, (7, 0)),
+    Card("V100 32GB", 32, (7, 0)),
+    Card("T4", 16, (7, 5)),
+    Card("A10", 24, (8, 6)),
+    Card("A30", 24, (8, 0)),
+    Card("A40", 48, (8, 6)),
+    Card("L4", 24, (8, 9)),
+    Card("L40", 48, (8, 9)),
+    Card("L40S", 48, (8, 9)),
+    Card("A100", 40, (8, 0)),
+    Card("A100 80GB", 80, (8, 0)),
+    Card("H100", 80, (9, 0)),
+    Card("H100 NVL", 94, (9, 0)),
+    Card("H200", 141, (9, 0)),
+    Card("B200", 180, (10, 0)),
+)
+"""Where a maker sells one name with several sizes, the name alone is the smaller one that is common."""
+
+
+def card_named(name: str) -> Card:
+    """The card that `name` means: case, "NVIDIA GeForce" and a memory size that agrees do not matter.
+
+    Raises:
+        InputError: no such card; names the nearest.
+    """
+    wanted, gib = _parts(name)
+    named = [card for card in CARDS if _parts(card.name)[0] == wanted]
+    found = [card for card in named if gib in (None, card.gib)]
+    if found:
+        exact = [card for card in found if _parts(card.name)[1] == gib]
+        return (exact or found)[0]
+    if named:
+        sizes = " or ".join(str(card.gib) for card in named)
+        raise InputError(
+            Problem("--gpu", f"{name!r}: a {named[0].name} has {sizes} GB. Or give its memory: --vram 12GiB")
+        )
+    near = difflib.get_close_matches(name, [card.name for card in CARDS], n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}" if near else f"; known are {', '.join(card.name for card in CARDS)}"
+    raise InputError(Problem("--gpu", f"{name!r} is not in the table of cards{hint}. Or give its memory: --vram 12GiB"))
+
+
+def described(gib: float) -> Device:
+    """A card of which only the memory is known: taken to be one of today's, with bfloat16."""
+    from qtune.device.present import Device
+
+    return Device("cuda", f"a card with {gib:g} GiB", int(gib * GIB), int(gib * GIB), True, (8, 9))
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size as recipes and --vram write it: "8GiB", "8 GB", "512MiB", "8". Sizes are binary.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise InputError(Problem("--vram", f"{text!r} is not a size; write it as 8GiB or 512MiB"))
+    unit = 2**20 if (match[2] or "g").startswith("m") else GIB
+    return int(float(match[1]) * unit)
+
+
+# What torch and shops put around a card's name.
+_AROUND = re.compile(r"nvidia|geforce|tesla|graphics|\b(?:gpu|pcie|sxm\d?|hbm\d?e?|generation)\b|-")
+
+
+def _parts(name: str) -> tuple[str, int | None]:
+    """A name as it is compared, without its memory, and that in GB: "RTX3060 12 GB" is ("rtx 3060", 12)."""
+    lowered = " ".join(_AROUND.sub(" ", name.lower()).split())
+    lowered = re.sub(r"^([rg]tx)(?=\d)", r"\1 ", lowered)
+    lowered = re.sub(r"^(?=[2-5]0\d0\b)", "rtx ", lowered)
+    lowered = re.sub(r"^(?=1[06]\d0\b)", "gtx ", lowered)
+    lowered = re.sub(r"^(?=a\d000\b)", "rtx ", lowered)
+    size = re.search(r"\b(\d+)\s*gi?b\b", lowered)
+    bare = re.sub(r"\b\d+\s*gi?b\b", " ", lowered)
+    return " ".join(bare.split()), int(size[1]) if size else None

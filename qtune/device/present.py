@@ -1,0 +1,79 @@
+"""The device that training runs on, as a value: the one that is here, or a card that is only described."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+from qtune.device.processes import other_holders
+from qtune.errors import OutOfMemory
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of dtypes and of the micro-batch depends on.
+
+    `name` is the card's own name; `torch_name` what torch calls it. `bf16` says whether bfloat16 products run on
+    hardware. `capability` is CUDA's compute capability, None on a CPU.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+    bf16: bool
+    capability: tuple[int, int] | None = None
+
+    @property
+    def torch_name(self) -> str:
+        """ "cuda:0" or "cpu". One process drives one device, which CUDA_VISIBLE_DEVICES selects."""
+        return "cuda:0" if self.kind == "cuda" else "cpu"
+
+
+def present_device() -> Device:
+    """The first CUDA device, or the CPU.
+
+    Raises:
+        OutOfMemory: the card has no room even for the driver's own part of this process.
+    """
+    if torch.cuda.is_available():
+        free, total = _card_memory()
+        capability = torch.cuda.get_device_capability(0)
+        # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
+        return Device("cuda", torch.cuda.get_device_name(0), total, free, capability >= (8, 0), capability)
+    memory = psutil.virtual_memory()
+    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, _cpu_has_bf16())
+
+
+def _card_memory() -> tuple[int, int]:
+    """(free, total) bytes; asking is the first thing that needs a CUDA context, a few hundred MiB on the card."""
+    try:
+        return torch.cuda.mem_get_info(0)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        card = torch.cuda.get_device_properties(0)
+        holders = ", ".join(f"{one.name} (pid {one.pid})" for one in other_holders(str(card.uuid)) or ())
+        who = f"it is held by {holders}" if holders else "nvidia-smi may show what holds it"
+        way_on = "free some, or choose another card with CUDA_VISIBLE_DEVICES"
+        raise OutOfMemory(f"{card.name} has no memory left to begin with; {who}: {way_on}") from error
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether oneDNN has bfloat16 kernels for this processor (AVX-512 or newer; elsewhere they are emulated)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the card or in the host.
+
+    PyTorch has a class for its CUDA allocator's refusals. The CPU's allocator raises a plain RuntimeError
+    ("DefaultCPUAllocator: can't allocate memory", c10/core/impl/alloc_cpu.cpp), the driver's own calls one with
+    "CUDA error: out of memory", and cuBLAS, when it finds no room for a handle, CUBLAS_STATUS_ALLOC_FAILED.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)

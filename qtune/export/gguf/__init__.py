@@ -1,0 +1,1 @@
+"""A merged folder as one GGUF file, and what Ollama needs beside it."""

@@ -1,0 +1,66 @@
+"""An exported folder -> the files that llama.cpp and Ollama take, proven against the folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from qtune import console
+from qtune.errors import VerificationError
+from qtune.export.gguf.families import ignored_window
+from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
+from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
+from qtune.export.gguf.verify import verify_gguf
+from qtune.export.merged_folder import VERIFICATION
+from qtune.export.model_files import write_json
+from qtune.export.staged import refuse_small_disk
+from qtune.export.verify.rows import Row, probes
+from qtune.recipe.schema import Recipe
+
+
+def hand_over(
+    folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[Row], virtual: Sequence[int]
+) -> Path:
+    """Writes NAME-KIND.gguf into an exported folder, and a Modelfile where the template allows one; returns the file.
+
+    Raises ModelError for a model that has no GGUF here, ExportError when a value does not fit, VerificationError when
+    what is read back is not what was written; verify.json keeps the figures.
+    """
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    refuse_small_disk(folder, weights)
+    file = folder / f"{name}-{kind}.gguf"
+    with console.progress(f"writing {file.name} (MiB)", round(weights / 2**20)) as bar:
+        write_gguf(folder, file, kind, lambda nbytes: bar.advance(nbytes / 2**20))
+    proof = verify_gguf(folder, file, kind, rows, virtual)
+    noted = json.loads((folder / VERIFICATION).read_text(encoding="utf-8")) if (folder / VERIFICATION).exists() else {}
+    write_json(folder / VERIFICATION, {**noted, "gguf": {**noted.get("gguf", {}), kind: asdict(proof)}})
+    found = proof.closeness
+    console.out(f"{file.name}: KL divergence {found.kl:.2e}, same likeliest token {found.top1:.2%} (read back)")
+    if proof.failures:
+        raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
+    config = AutoConfig.from_pretrained(folder)
+    if window := ignored_window(config):
+        console.say(
+            f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
+        )
+    _write_modelfile(folder, file, config, recipe, rows)
+    return file
+
+
+def _write_modelfile(folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[Row]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = gguf_vocabulary(folder, config, tokenizer)
+    generation = folder / "generation_config.json"
+    made = modelfile_for(
+        tokenizer,
+        probes(rows),
+        system=recipe.data.system_prompt,
+        adds_bos=vocabulary.adds_bos,
+        generation=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},
+    )
+    if isinstance(made, NoModelfile):
+        console.say(f"no Modelfile for Ollama: {made.reason}")
+    else:
+        write_modelfile(folder, made, file.name)

@@ -1,0 +1,1 @@
+"""An exported folder against the model that was trained."""

@@ -1,0 +1,108 @@
+"""The rows that an export is checked on: held out from training, or general ones where a run has none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.conversation import Conversation
+from qtune.data.template import Renderer
+from qtune.device.present import present_device
+from qtune.errors import DataError
+from qtune.export.layout import empty_model
+from qtune.export.opened_run import Source
+from qtune.plan import make_plan
+from qtune.tuned.evaluate import held_out_rows, spread
+from qtune.tuned.load import LoadedRun
+
+# Positions compared in each row; more of one row says little more.
+LONGEST = 512
+
+GENERAL = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Write one sentence about the sea.", "The sea keeps the light of the day long after the sun is gone."),
+    ("How do I sort a list in Python?", "Call sorted(values) for a new list, or values.sort() to sort it in place."),
+    ("Translate to German: good morning", "Guten Morgen"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as ids [length] with labels [length] (-100: not scored), and as messages where it has any."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    conversation: Conversation | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows, and in words where they come from."""
+
+    origin: str
+    rows: tuple[Row, ...]
+
+
+def rows_for(source: Source, count: int = 32) -> Rows:
+    """At most `count` of a run's held-out rows, spread over all."""
+    plan = make_plan(source.recipe, present_device())
+    # Only the recipe and the tokenizer are read; the network on the meta device takes no memory.
+    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    run = LoadedRun(source.run, source.recipe, plan, source.tokenizer, network)
+    try:
+        name, examples = held_out_rows(run, None)
+    except DataError:
+        return Rows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
+    chosen = examples.select(spread(len(examples), count))
+    return Rows(name, tuple(_row(example) for example in chosen))
+
+
+def general_rows(source: Source) -> list[Row]:
+    """Short conversations that any model can be asked, rendered as the run would."""
+    renderer = Renderer.of(source.tokenizer, source.template.text)
+    rows = []
+    for question, answer in GENERAL:
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        conversation = Conversation(messages, place="general")
+        prompt, whole = renderer.prompt(conversation), renderer.render(messages)
+        ids = encode(source.tokenizer, whole)
+        prompted = len(encode(source.tokenizer, prompt))
+        rows.append(Row(ids, (-100,) * prompted + ids[prompted:], conversation))
+    return rows
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> tuple[int, ...]:
+    """The ids of a rendered conversation, which holds its special tokens already."""
+    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def rendered_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, *, generation_prompt: bool
+) -> tuple[int, ...]:
+    """A conversation's ids with a tokenizer and template; with a generation prompt, without its last answer."""
+    renderer = Renderer.of(tokenizer, template)
+    if generation_prompt:
+        return encode(tokenizer, renderer.prompt(conversation))
+    return encode(tokenizer, renderer.render(conversation.messages, conversation.tools))
+
+
+def probes(rows: Sequence[Row]) -> list[Conversation]:
+    """Conversations whose rendering must survive an export: those of the rows, a system text, several turns."""
+    several = Conversation(
+        (
+            {"role": "user", "content": "Name a colour."},
+            {"role": "assistant", "content": "Blue."},
+            {"role": "user", "content": 'Another, please.\nOnly one word: Straße, 颜色, "it\'s".'},
+            {"role": "assistant", "content": "Green."},
+        ),
+        place="several turns",
+    )
+    with_system = Conversation(({"role": "system", "content": "You are brief."}, *several.messages), place="system")
+    own = [row.conversation for row in rows if row.conversation is not None and not row.conversation.is_document]
+    return [*own[:8], several, with_system]
+
+
+def _row(example: dict[str, Any]) -> Row:
+    conversation = Conversation.from_json(example["conversation"], example["place"])
+    return Row(tuple(example["input_ids"][:LONGEST]), tuple(example["labels"][:LONGEST]), conversation)

@@ -1,0 +1,240 @@
+"""The proof: an exported folder, loaded as a user would, against the live model that was trained."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.device.present import present_device
+from qtune.errors import ModelError, VerificationError
+from qtune.export.merge import Merge, Weights
+from qtune.export.merged_folder import VERIFICATION, mark_unverified
+from qtune.export.model_files import write_json
+from qtune.export.opened_run import Source
+from qtune.export.verify.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
+from qtune.export.verify.differences import differing_tensors
+from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
+from qtune.export.verify.models import Exported, Models, load_exported, load_models, too_large
+from qtune.export.verify.rows import Row, Rows, probes, rendered_ids
+from qtune.plan import make_plan
+from qtune.tuned.generate import find_ends, generate
+
+ANSWERS = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out request and the greedy answers to it."""
+
+    request: str
+    trained: str
+    exported: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What verify.json holds. An export is verified when `failures` is empty."""
+
+    verified: bool
+    failures: tuple[str, ...]
+    weights: str
+    rows: int
+    rows_from: str
+    exported: Closeness
+    """The exported model against its reference: the trained 4-bit model, or the adapter on the original weights."""
+    bare_base: Closeness
+    """The base without the adapter against the same reference: what losing the adapter would cost."""
+    cost: dict[str, Closeness]
+    """By basis, that basis with the adapter against the model that was trained."""
+    limits: Limits
+    perplexity: dict[str, float]
+    """Of the scored tokens: "trained", "exported", "bare base"."""
+    answers: tuple[Answer, ...]
+    answers_equal: int
+    compute_dtype: str
+    streamed: bool
+    """Whether the models were too large for the memory and read module by module; no answers are generated then."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@dataclass
+class Measured:
+    """What the rows gave, filled by `measure`."""
+
+    exported: ClosenessMeter = field(default_factory=ClosenessMeter)
+    bare: ClosenessMeter = field(default_factory=ClosenessMeter)
+    against_trained: ClosenessMeter = field(default_factory=ClosenessMeter)
+    other_weights: ClosenessMeter = field(default_factory=ClosenessMeter)
+    perplexity: dict[str, PerplexityMeter] = field(
+        default_factory=lambda: {name: PerplexityMeter() for name in ("trained", "exported", "bare base")}
+    )
+
+
+def verify(
+    source: Source,
+    folder: Path,
+    held_out: Rows,
+    weights: Weights = "dequantized",
+    *,
+    merge: Merge | None = None,
+    virtual_ids: Sequence[int] = (),
+    compare_bases: bool = False,
+    streamed: bool | None = None,
+) -> Verification:
+    """Compares an exported folder with the live model, writes verify.json into it and returns the result.
+
+    `virtual_ids` are the ids that an exported soft prompt puts before every conversation. With `merge`, a failure names
+    the tensors that are not as that merge makes them. With `compare_bases`, the cost of the original weights is
+    measured as well. `streamed` models stay on the disk and are read module by module; None decides by the memory.
+
+    Raises VerificationError, after writing verify.json, when the folder cannot be loaded.
+    """
+    began = time.monotonic()
+    plan = make_plan(source.recipe, present_device())
+    rows = held_out.rows
+    try:
+        streamed = too_large(folder, plan) if streamed is None else streamed
+        exported = load_exported(folder, source, plan, streamed=streamed)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
+        reason = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        mark_unverified(folder, reason)
+        raise VerificationError(f"{folder}: {reason}") from error
+    models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
+    failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
+    measured = Measured()
+    with console.progress("comparing with the trained model, rows", len(rows)) as bar:
+        for group in _groups(rows, models):
+            measure(measured, group, virtual_ids, models)
+            bar.advance(len(group))
+    closeness, effect = measured.exported.result(), measured.bare.result()
+    allowed = limits([_stored_dtype(folder), getattr(torch, plan.compute_dtype)], effect.kl)
+    answers = () if streamed else _answers(source, models, rows[:ANSWERS], virtual_ids)
+    found = shortfalls(closeness, allowed)
+    if found and merge is not None:
+        found += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
+    failures += found
+    cost: dict[str, Closeness] = {weights: measured.against_trained.result()}
+    if models.other_weights is not None:
+        cost["original"] = measured.other_weights.result()
+    verification = Verification(
+        verified=not failures,
+        failures=tuple(failures),
+        weights=weights,
+        rows=len(rows),
+        rows_from=held_out.origin,
+        exported=closeness,
+        bare_base=effect,
+        cost=cost,
+        limits=allowed,
+        perplexity={name: meter.result() for name, meter in measured.perplexity.items()},
+        answers=answers,
+        answers_equal=sum(answer.trained == answer.exported for answer in answers),
+        compute_dtype=plan.compute_dtype,
+        streamed=streamed,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    write_json(folder / VERIFICATION, verification.to_json())
+    return verification
+
+
+def loading_failures(exported: Exported) -> list[str]:
+    """Tensors that a loader had to invent, to leave out or to reshape, and a quantization that came along."""
+    failures = [
+        f"{kind.replace('_', ' ')} when loading: {', '.join(names[:5])}" for kind, names in exported.misfits.items()
+    ]
+    if getattr(exported.model.config, "quantization_config", None) is not None:
+        failures.append("config.json still has a quantization_config")
+    return failures
+
+
+def rendering_failures(
+    source: Source, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], virtual_ids: Sequence[int]
+) -> list[str]:
+    """Conversations that the exported tokenizer and template turn into other ids than training did."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return ["the chat template is lost"]
+    failures = []
+    for conversation in probes(rows):
+        for asks in (False, True):
+            try:
+                expected = rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=asks)
+            except ValueError:
+                continue  # the trained template refuses it, a system message for example
+            found = rendered_ids(tokenizer, template, conversation, generation_prompt=asks)
+            if found != (*virtual_ids, *expected):
+                failures.append(f"the chat template renders {conversation.place!r} to other tokens than training did")
+                break
+    return failures
+
+
+def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models) -> None:
+    """Adds rows to all meters."""
+
+    def of(model: PreTrainedModel | PeftModel, before: Sequence[int] = ()) -> list[Tensor]:
+        made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
+        return [logits[len(before) :] for logits in made]
+
+    trained = of(models.trained)
+    reference = trained if models.reference is models.trained else of(models.reference)
+    exported = of(models.exported.model, virtual_ids)
+    with models.trained.disable_adapter():
+        bare = of(models.trained)
+    for index, row in enumerate(rows):
+        measured.exported.add(reference[index], exported[index])
+        measured.bare.add(reference[index], bare[index])
+        measured.against_trained.add(trained[index], exported[index])
+        labels = torch.tensor(row.labels)
+        for name, logits in (("trained", trained), ("exported", exported), ("bare base", bare)):
+            measured.perplexity[name].add(logits[index], labels)
+    if models.other_weights is not None:
+        for expected, found in zip(trained, of(models.other_weights), strict=True):
+            measured.other_weights.add(expected, found)
+
+
+def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
+    """As many rows at a time as their logits allow."""
+    vocabulary = models.exported.model.config.get_text_config().vocab_size
+    limit = STREAMED_GROUP_BYTES if models.streamed else GROUP_BYTES
+    while rows:
+        count = rows_that_fit([row.ids for row in rows], vocabulary, limit)
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def _answers(source: Source, models: Models, rows: Sequence[Row], virtual_ids: Sequence[int]) -> tuple[Answer, ...]:
+    """Greedy answers of both to the same requests, up to 32 tokens."""
+    asked = [row.conversation for row in rows if row.conversation and not row.conversation.is_document]
+    if not asked:
+        return ()
+    prompts = [
+        rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=True)
+        for conversation in asked
+    ]
+    ends = find_ends(models.trained, source.tokenizer)
+    made: list[list[str]] = []
+    for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
+        given = [(*before, *prompt) for prompt in prompts]
+        answers = generate(model, given, [32] * len(given), ends)
+        made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
+    requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
+    return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

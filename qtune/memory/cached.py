@@ -1,0 +1,92 @@
+"""Predictions remembered on disk: the same model, recipe, device and libraries give the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
+from qtune.model.builtin import cache_folder
+from qtune.model.load import is_stored_quantized
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PretrainedConfig
+
+    from qtune.plan import Plan
+    from qtune.recipe.schema import Recipe
+
+
+def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Prediction:
+    """`predict`, summarized; from the cache where it has been traced before.
+
+    Raises:
+        ModelError: as `predict`.
+    """
+
+    def traced() -> Prediction:
+        return summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
+
+    return remembered(config, recipe, plan, longest, traced)
+
+
+def remembered(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None,
+    traced: Callable[[], Prediction],
+    way: str = "",
+) -> Prediction:
+    """What `traced` says; from the cache where it was asked before for the same recipe.
+
+    way: names what is traced where it is not the recipe's own step but another one that follows from it.
+    """
+    file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest, way)}.json"
+    try:
+        return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or of another version: trace it
+    found = traced()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(asdict(found), stream)
+    Path(temporary).replace(file)
+    return found
+
+
+def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:
+    """Everything that the bytes depend on, and this package's own code."""
+    parts = {
+        "model": model_key(config, recipe, plan),
+        "packing": recipe.data.packing,
+        "batch": [plan.micro_batch_size, plan.max_length, plan.accumulation_steps > 1],
+        "longest": None if longest is None else asdict(longest),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "code": _own_code(),
+        "way": way,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@functools.cache
+def _own_code() -> str:
+    """Hash of the sources that a prediction runs through."""
+    rooms = (Path(__file__).parents[1] / name for name in ("memory", "adapter", "model"))
+    files = [file for room in rooms for file in room.rglob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

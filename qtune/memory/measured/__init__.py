@@ -1,0 +1,1 @@
+"""What a run really needed, and what was alive when memory ran out."""

@@ -1,0 +1,1 @@
+"""One training step on tensors without storage, every byte counted."""

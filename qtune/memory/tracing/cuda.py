@@ -1,0 +1,125 @@
+"""What CUDA does otherwise than the CPU kernels that a trace runs on, as far as it changes memory.
+
+Each difference is in the source of the library that is named beside it. Nothing here is fitted to a measurement.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from qtune.memory.tracing.fake_tensors import CPU, WHERE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Workspace = list[tuple[int, str]]
+"""Temporary buffers of a kernel: bytes and a name."""
+
+# CUDA autocast runs these in fp32; CPU autocast leaves them alone (torch docs, "CUDA Ops that can autocast to float32";
+# aten/src/ATen/autocast_mode.h, AT_FORALL_FP32). Only those that causal LMs call.
+_FP32_UNDER_AUTOCAST: frozenset[Any] = frozenset(
+    {
+        functional.layer_norm, torch.layer_norm, functional.group_norm, functional.softmax, torch.softmax,
+        torch.Tensor.softmax, functional.log_softmax, torch.log_softmax, functional.cross_entropy,
+        functional.nll_loss, functional.softplus, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt,
+        torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log, torch.sum, torch.Tensor.sum,
+        torch.cumsum, torch.Tensor.cumsum, torch.prod, torch.Tensor.prod, torch.norm, torch.Tensor.norm,
+    }
+)  # fmt: skip
+
+_FLASH_ROUNDING = 128
+"""Rows of the fp32 gradient accumulator are padded to blocks of 128 (flash_api.cpp, mha_bwd)."""
+
+
+class CudaKernels(TorchFunctionMode):
+    """While tracing: dropout with a bool mask, attention without a stored mask, fp32 operations under autocast."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is WHERE:
+            return CPU
+        kwargs = kwargs or {}
+        if func is torch.autograd.backward:
+            return self._backward(args[0], kwargs.get("grad_tensors"))
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}  # CUDA's kernels keep a seed; the CPU's would take the math path
+        if func in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
+            args = tuple(_widened(arg) for arg in args)
+        return func(*args, **kwargs)
+
+    def _backward(self, loss: torch.Tensor | tuple[torch.Tensor, ...], gradients: Any = None) -> None:
+        """A mode is suspended inside its own handler, and torch 2.13 hands the backward to it (autograd/__init__.py):
+        what checkpointing recomputes there would not be CUDA's. So the engine is started with the mode back on."""
+        outputs = (loss,) if isinstance(loss, torch.Tensor) else tuple(loss)
+        given = (None,) * len(outputs) if gradients is None else gradients
+        seeds = tuple(
+            torch.ones_like(output) if seed is None and output.requires_grad else seed
+            for output, seed in zip(outputs, given, strict=True)
+        )
+        with self:
+            torch.autograd.graph._engine_run_backward(
+                outputs, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
+
+    @staticmethod
+    def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if p == 0 or not training:
+            return x
+        # aten/src/ATen/native/Dropout.cpp: the fused kernel keeps a mask of one byte for each element.
+        return torch.native_dropout(x, p, True)[0]
+
+
+def _widened(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor) and arg.dtype in (torch.bfloat16, torch.float16):
+        return arg.float()
+    return arg
+
+
+def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
+    """The buffers that a kernel takes for itself, alive beside its inputs and outputs."""
+    name = func.__name__
+    if name.startswith("gemm_4bit"):
+        return _four_bit_product(args, cuda)
+    if cuda and name.startswith("_scaled_dot_product_flash_attention_for_cpu_backward"):
+        return _attention_backward(args)
+    return []
+
+
+def _four_bit_product(args: Sequence[Any], cuda: bool) -> Workspace:
+    """The dequantized weight and absmax of bitsandbytes 0.50's `_dequant_linear_fallback` (CUDA holds absmax twice).
+
+    CUDA takes this way above 1536 rows; below, whether a fused kernel runs depends on the card, and this is the most.
+    """
+    x, _, shape = args[:3]
+    buffers = [(prod(shape) * x.element_size(), "dequantize_4bit (inside gemm_4bit)")]
+    if len(args) > 7 and args[7] is not None:
+        buffers += [(args[7].numel() * 4, "dequantize absmax (inside gemm_4bit)")] * (2 if cuda else 1)
+    return buffers
+
+
+def _attention_backward(args: Sequence[Any]) -> Workspace:
+    """PyTorch's flash attention backward (flash_api.cpp, mha_bwd): fp32 dq, row sums, and dk and dv for every head.
+
+    query: [batch, heads, length, head_dim]. The memory-efficient kernel, taken when there is a mask, holds an fp32
+    accumulator of the same size (mem_eff_attention/kernel_backward.h, workspace_size).
+    """
+    query, key = args[1], args[2]
+    batch, heads, length, head_dim = query.shape
+    rows = -(-length // _FLASH_ROUNDING) * _FLASH_ROUNDING
+    wide = -(-head_dim // 32) * 32
+    found = [
+        (batch * heads * rows * wide * 4, "dq accumulator (inside attention backward)"),
+        (batch * heads * rows * 4, "row sums (inside attention backward)"),
+    ]
+    if key.shape[1] != heads:
+        each = batch * key.shape[2] * heads * head_dim * key.element_size()
+        found.append((2 * each, "expanded dk and dv (inside attention backward)"))
+    return found

@@ -1,0 +1,267 @@
+"""The prediction: one training step executed on tensors without storage, from a configuration alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import masking_utils
+
+from qtune.errors import ModelError
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.answers import Values
+from qtune.memory.tracing.bare_model import give_storage
+from qtune.memory.tracing.cuda import CudaKernels, workspace
+from qtune.memory.tracing.fake_tensors import RememberingMode
+from qtune.memory.tracing.history import History, history_of, join
+from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
+from qtune.memory.tracing.ledger import Ledger, follow_modules
+from qtune.memory.tracing.repeated_layers import stretch
+from qtune.memory.tracing.step import (
+    evaluate,
+    forward_backward,
+    give_gradients,
+    parameter_groups,
+    prepare,
+    trained,
+    update,
+)
+from qtune.startup.imports import freeze_once, no_collection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qtune.memory.tracing.layers import Repetition, Signature
+    from qtune.memory.tracing.ledger import Life
+    from qtune.memory.tracing.step import Step
+
+log = logging.getLogger(__name__)
+
+Build = Callable[["PretrainedConfig"], torch.nn.Module]
+"""Configuration -> the model on the meta device, adapter attached."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace found."""
+
+    history: History
+    layers: int
+    layers_executed: int
+    """Fewer than `layers` where the rest was proved to repeat."""
+    seconds: float
+
+
+def trace(
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    *,
+    cuda: bool = True,
+    every_layer: bool = False,
+    same_model: str | None = None,
+) -> Traced:
+    """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
+
+    cuda: count as CUDA kernels do; otherwise as the CPU's. every_layer: never shorten a model of repeated layers.
+    same_model: a key of everything but the batches; what the last trace with that key built is used again.
+    """
+    began = time.perf_counter()
+    freeze_once()
+    try:
+        with no_collection():
+            history, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
+    finally:
+        gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
+    return Traced(history, layers, executed, time.perf_counter() - began)
+
+
+def _traced(
+    config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool, same_model: str | None
+) -> tuple[History, int, int]:
+    built = _built.get(same_model) if same_model is not None else None
+    if built is None:
+        _built.clear()
+        built = _Built(config, build, step, cuda, every_layer)
+        if same_model is not None:
+            _built[same_model] = built
+    body, executed = built.body(step)
+    history = body if built.optimizer_part is None else join([body, built.optimizer_part])
+    return history, built.layers, executed
+
+
+class _Built:
+    """The models of a trace: the whole one, and two shallow ones where its layers repeat; the optimizer's phase."""
+
+    def __init__(self, config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool) -> None:
+        self.layers = int(config.get_text_config().num_hidden_layers)
+        self.whole = _Tracer(build(config), step, cuda)
+        real = [] if every_layer else signatures(self.whole.model)
+        self.shape = repetition(real, config.get_text_config())
+        self.optimizer_part = self.whole.optimizer() if _updates(step) else None
+        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, real, self.shape)
+
+    def body(self, step: Step) -> tuple[History, int]:
+        """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
+
+        The shallow traces count where it can be shown that they are the same: what the stretched model holds at rest
+        must be what the whole one holds.
+        """
+        if self.shape is not None and self.shallow:
+            short, longer = (tracer.body(step) for tracer in self.shallow)
+            body = stretch(short, longer, self.shape, self.layers, self.whole.container)
+            if body is not None and _static(body) == self.whole.at_rest:
+                return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
+            log.debug("layers hold unequal parameters")
+        return self.whole.body(step), self.layers
+
+
+_built: dict[str, _Built] = {}
+"""The last models that were built, by key: a search for the largest batch asks for the same ones again."""
+
+
+def _shallow(
+    config: PretrainedConfig, build: Build, step: Step, cuda: bool, real: list[Signature], shape: Repetition
+) -> list[_Tracer]:
+    """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be.
+
+    real: what the layers of the whole one are made of.
+    """
+    layers = len(real)
+    found: list[_Tracer] = []
+    for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
+        try:
+            shallow = _Tracer(build(shortened(config, depth)), step, cuda)
+        except ModelError:
+            log.debug("no model with %d layers can be built", depth, exc_info=True)
+            return []
+        if signatures(shallow.model) != real[:depth]:
+            log.debug("with %d layers the model is made of others", depth)
+            return []
+        found.append(shallow)
+    return found
+
+
+def lives(config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True) -> list[Life]:
+    """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
+    tracer = _Tracer(build(config), step, cuda)
+    tracer.body(step)
+    return tracer.ledger.lives
+
+
+def _updates(step: Step) -> bool:
+    return step.optimizer is not None and step.ends_after == "step"
+
+
+def _static(history: History) -> dict[str, int]:
+    """Bytes of the loaded model by category: the history's first tick."""
+    return {name: int(size) for name, size in zip(history.names, history.bytes[:, 0], strict=True) if size}
+
+
+def _by_category(ledger: Ledger) -> dict[str, int]:
+    """Bytes of a loaded model by category, from a ledger that knows nothing else."""
+    found: dict[str, int] = {}
+    for life in ledger.lives:
+        found[life.category] = found.get(life.category, 0) + life.size
+    return found
+
+
+class _Tracer:
+    """One model under one ledger."""
+
+    def __init__(self, model: torch.nn.Module, step: Step, cuda: bool) -> None:
+        self.model, self.step, self.cuda = model, step, cuda
+        self.mode = RememberingMode()
+        give_storage(model, self.mode)
+        prepare(model, step)
+        self.container = layer_container(model)
+        self.trained = trained(model)
+        self.groups = parameter_groups(model)
+        self.held = list(categories.loaded_tensors(model, cuda=cuda))
+        self.ledger = self._loaded()
+        self.at_rest = _by_category(self.ledger)
+
+    def _loaded(self) -> Ledger:
+        """A ledger that knows the loaded model, and nothing else yet."""
+        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
+        for tensor, category in self.held:
+            ledger.adopt(tensor, category)
+        return ledger
+
+    def optimizer(self) -> History:
+        """The optimizer's phase of the second step, when its state exists."""
+        self.ledger = self._loaded()
+        with self._counting():
+            optimizer = self._with_state()
+            give_gradients(self.trained)
+            update(self.model, self.step, optimizer, self.ledger)
+        return self._history({"optimizer"})
+
+    def body(self, step: Step) -> History:
+        """Forward, backward and evaluation of the second step, which differs from the built one only in its batches."""
+        self.step = step
+        self.ledger = self._loaded()
+        optimizer: Any = None
+        with self._counting() as values:
+            if _updates(self.step):
+                optimizer = self._with_state()
+            if self.step.accumulates:
+                self.ledger.enter("first micro-batch")
+                give_gradients(self.trained)
+                categories.adopt_gradients(self.ledger, self.trained)
+            handles = follow_modules(self.ledger, self.model)
+            kept = forward_backward(self.model, self.step, self.ledger, backward=self.step.ends_after == "step")
+            categories.adopt_gradients(self.ledger, self.trained)
+            for parameter in self.trained:
+                parameter.grad = None
+            if self.step.eval_batch is not None:
+                values.batch = self.step.eval_batch
+                evaluate(self.model, self.step, self.ledger)
+            for handle in handles:
+                handle.remove()
+        history = self._history({"forward", "backward", "eval"})
+        del kept, optimizer
+        return history
+
+    def _with_state(self) -> Any:
+        """An optimizer after its first step."""
+        assert self.step.optimizer is not None
+        self.ledger.enter("first step")
+        optimizer = self.step.optimizer([dict(group) for group in self.groups])
+        give_gradients(self.trained)
+        optimizer.step()
+        categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
+        optimizer.zero_grad(set_to_none=True)
+        return optimizer
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[Values]:
+        values = Values(self.step.batch, self.mode)
+        kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
+        with self.mode.watched(values.answer, self.ledger.record), kernels, _rows_are_whole():
+            yield values
+
+    def _history(self, phases: set[str]) -> History:
+        """These phases; of the loading only its last tick, when everything static is there."""
+        whole = history_of(self.ledger, self.step.checkpointing != "none")
+        loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
+        return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
+
+
+@contextlib.contextmanager
+def _rows_are_whole() -> Iterator[None]:
+    """Without an attention mask, transformers looks into the position ids for packed rows, and takes ids that it cannot
+    see into for packed ones (5.23, masking_utils.py, `find_packed_sequence_indices`). A step that has packed rows is
+    traced with a mask, so here there are none."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

@@ -1,0 +1,1 @@
+"""The base model: found, loaded in 4 bits, frozen and small."""

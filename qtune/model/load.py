@@ -1,0 +1,271 @@
+"""The base model: found, loaded in 4 bits, and counted in real parameters."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from qtune.device.present import is_out_of_memory
+from qtune.errors import ModelError, OutOfMemory, Problem
+from qtune.model.builtin import PREFIX, builtin_folder
+from qtune.model.config import read_config
+from qtune.model.from_gguf import gguf_folder
+from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.plan import SDPA, Plan
+from qtune.recipe.schema import EightBit, FourBit, Model, Quantization, Unquantized
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters as the model's author counts them: a packed 4-bit weight counts each of its values."""
+
+    total: int
+    quantized: int
+    trainable: int
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the base model's parameters that is stored quantized."""
+        return self.quantized / max(1, self.total - self.trainable)
+
+
+def base_folder(model: Model) -> str:
+    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
+
+    Raises:
+        ModelError: a built-in model or a GGUF file cannot be had.
+    """
+    if model.base.startswith(PREFIX):
+        return str(builtin_folder(model.base.removeprefix(PREFIX)))
+    path = Path(model.base).expanduser()
+    if path.suffix == ".gguf":
+        return str(gguf_folder(path))
+    if path.is_file() and path.name == "config.json":
+        return str(path.parent)
+    return str(path) if path.is_dir() else model.base
+
+
+def load_config(model: Model) -> PretrainedConfig:
+    """The model's configuration; needs no weights.
+
+    Raises:
+        ModelError: it cannot be found or read, or nothing that qtune trains can be built from it.
+    """
+    try:
+        return read_config(base_folder(model), **_where(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model, error) from error
+
+
+def attention_rule(config: PretrainedConfig) -> tuple[str, str]:
+    """What `model.attention = "auto"` means for this model, and why: sdpa where the model's class can be given it."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or kind._supports_sdpa:  # code that comes with a model says itself what it supports
+        return SDPA
+    return "eager", f"{kind.__name__} cannot be given sdpa"
+
+
+def require_attention(attention: str) -> None:
+    """FlashAttention is a package of its own.
+
+    Raises:
+        ModelError: it is asked for and not installed.
+    """
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        message = '"flash_attention_2" needs the package flash-attn, which is not installed; pip install flash-attn, '
+        raise ModelError(Problem("model.attention", message + 'or use "sdpa"'))
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token in any case: labels are built before padding, so any token will do.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_folder(model), **_where(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' words for our quantization."""
+    match quantization:
+        case FourBit():
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.kind,
+                bnb_4bit_use_double_quant=quantization.double_quantization,
+                bnb_4bit_compute_dtype=compute_dtype,
+                bnb_4bit_quant_storage=torch.uint8,
+            )
+        case EightBit():
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case Unquantized():
+            return None
+
+
+def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
+    """The frozen base model on the plan's device, its embeddings and head in host memory where the plan says so.
+
+    A checkpoint that is already quantized is loaded as it is. Nothing is cast up afterwards: peft's k-bit preparation
+    would turn embeddings, norms and head into fp32.
+
+    Raises:
+        OutOfMemory: it does not fit the device.
+        ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
+    """
+    require_attention(plan.attention)
+    dtype = getattr(torch, plan.compute_dtype)
+    config = load_config(model)
+    stored = is_stored_quantized(config)
+    ours = None if stored else quantization_config(quantization, dtype)
+    places = {"": plan.device.torch_name}
+    if plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
+        places |= dict.fromkeys(embedding_names(config), "cpu")
+        if ours is not None:
+            # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
+            ours.llm_int8_enable_fp32_cpu_offload = True
+    try:
+        with _without_hooks():
+            network = AutoModelForCausalLM.from_pretrained(
+                base_folder(model),
+                dtype=dtype,
+                attn_implementation=plan.attention,
+                device_map=places,
+                use_safetensors=True,
+                # Even a None would hide the quantization that a checkpoint brings along.
+                **({"quantization_config": ours} if ours else {}),
+                **_where(model),
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        AssertionError,
+        SafetensorError,
+        MemoryError,
+    ) as error:
+        if is_out_of_memory(error):
+            free = plan.device.free_bytes / 2**30
+            message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"
+            raise OutOfMemory(message) from error
+        raise _unreadable(model, error) from error
+    network.requires_grad_(False)
+    if not stored and (problem := quantized_too_little(model.base, network, quantization)):
+        raise ModelError(problem)
+    if plan.embeddings == "host":
+        keep_embeddings_on_host(network, plan.device.torch_name)
+    return network
+
+
+def is_stored_quantized(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint brings its own quantization. Its quantizer decides where it can be loaded to: it is loaded
+    whole, and what belongs to the host moves there afterwards."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def embedding_names(config: PretrainedConfig) -> list[str]:
+    """Names of the modules that `keep_embeddings_on_host` moves, in the model of this configuration."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    moved = modules_for_the_host(model)
+    return [name for name, module in model.named_modules() if module in moved]
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Weights are loaded to two places, and used in our own way from there.
+
+    transformers (5.23, modeling_utils.py, `from_pretrained`) gives such a model accelerate's hooks, which would carry
+    the weights over whole before each use. There is no option against it.
+    """
+    loading: Any = modeling_utils
+    original = loading.accelerate_dispatch
+    loading.accelerate_dispatch = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        loading.accelerate_dispatch = original
+
+
+def count_parameters(network: torch.nn.Module) -> ParameterCount:
+    """Counts every parameter once (tied weights are one), packed ones by the shape they stand for."""
+    total = quantized = trainable = 0
+    for parameter in network.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = prod(state.shape) if state is not None else parameter.numel()
+        total += count
+        quantized += count if _is_packed(parameter) else 0
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(total, quantized, trainable)
+
+
+def _is_packed(parameter: torch.nn.Parameter) -> bool:
+    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
+
+
+def quantized_too_little(base: str, network: PreTrainedModel, quantization: Quantization) -> Problem | None:
+    """What is wrong where less of a model than `minimum_share` is quantized. A bare model on the meta device will do.
+
+    It is not for checkpoints that bring their own quantization: those are what they are.
+    """
+    if isinstance(quantization, Unquantized):
+        return None
+    count = count_parameters(network)
+    log.debug("%d of %d parameters quantized", count.quantized, count.total)
+    if count.quantized_share >= quantization.minimum_share:
+        return None
+    largest = max(
+        ((name, p.numel()) for name, p in network.named_parameters() if not _is_packed(p)),
+        key=lambda item: item[1],
+    )
+    return Problem(
+        base,
+        f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
+        f"quantization.minimum_share asks for {quantization.minimum_share:.0%}. The largest tensor left in "
+        f"{network.dtype} is {largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so "
+        "fused experts and embeddings stay. Lower quantization.minimum_share if the memory is there",
+    )
+
+
+def _where(model: Model) -> dict[str, Any]:
+    return (
+        {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        if model.revision
+        else {"trust_remote_code": model.trust_remote_code}
+    )
+
+
+def _unreadable(model: Model, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
+        return ModelError(Problem(model.base, advice))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    return ModelError(Problem(model.base, f"cannot be loaded: {reason}"))

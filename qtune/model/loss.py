@@ -1,0 +1,332 @@
+"""The training loss: cross-entropy over the labelled positions alone, without ever holding the logits.
+
+The head is applied in tiles of rows, and each tile's gradient is computed at once while its logits exist, so that
+nothing of size [labelled, vocab] is kept and nothing is computed twice. The idea of fusing head and loss is that of
+Cut Your Losses (arXiv:2411.09009, section 4) and Liger Kernel (arXiv:2410.10989, section 3.2).
+
+A head in host memory is applied in blocks of vocabulary rows instead, so that each row crosses the bus twice for a
+micro-batch and not once for each tile of rows.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from qtune.model.host import host_weight, on_card
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+IGNORED = -100
+"""Label of a position that is not scored."""
+
+TILE_BYTES = 64 * 2**20
+"""Size of one tile of fp32 logits, where nothing else is asked for: [memory] loss_tile."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a causal LM with `install_loss` returns when it is given labels.
+
+    loss: scalar fp32, the SUM of the negative log-likelihoods, so that the caller chooses the mean's denominator.
+    correct: scalar, labelled positions whose most likely token is the label.
+    scored: number of labelled positions.
+    """
+
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+    scored: int | None = None
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model family does to the head's output: logits = cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def logit_rule(config: PretrainedConfig) -> LogitRule:
+    """The rule of a model family, from its configuration (Gemma caps; Cohere, Falcon-H1 and Granite scale)."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale *= getattr(text, name, None) or 1.0
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor:
+        scale = scale * divisor if text.model_type == "hyperclovax" else scale / divisor
+    return LogitRule(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """Indices, into the flattened [batch, length], of the positions whose NEXT token is scored.
+
+    labels: [batch, length], aligned with the input ids. A row's last position predicts nothing.
+    """
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return (following.flatten() != IGNORED).nonzero().flatten()
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """(hidden [n, hidden], head [vocab, hidden], bias [vocab] or None, labels [n]) -> (summed NLL, correct)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, tile_bytes // (4 * weight.shape[0]))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            target = labels[start : start + rows].unsqueeze(1)
+            logits = functional.linear(part, weight, bias).to(exact)
+            capped_slope = _apply_rule(logits, rule, want_slope=want_hidden or want_weight or want_bias)
+            correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            loss += (normalizer - logits.gather(1, target)).sum()
+            if not (want_hidden or want_weight or want_bias):
+                continue
+            # d NLL / d logits = softmax - onehot, written over the logits.
+            slope = logits.sub_(normalizer).exp_()
+            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+            if capped_slope is not None:
+                slope *= capped_slope
+            if rule.scale != 1.0:
+                slope *= rule.scale
+            slope_low = slope.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope_low, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += slope_low.t() @ part
+            if grad_bias is not None:
+                grad_bias += slope.sum(dim=0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(correct)
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scaled_hidden = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
+        scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.dtypes[0])
+        scaled_bias = None if grad_bias is None else (grad_bias * grad_loss).to(ctx.dtypes[1])
+        return scaled_hidden, scaled_weight, scaled_bias, None, None, None
+
+
+class _StreamedCrossEntropy(torch.autograd.Function):
+    """As `_TiledCrossEntropy`, for a frozen head in host memory; tiles are [n, rows of the vocabulary].
+
+    A first pass over the vocabulary finds each position's normalizer (Milakov & Gimelshein, arXiv:1805.02867: the
+    running maximum and the sum relative to it), its label's logit and its likeliest token; a second one the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
+    ) -> tuple[Tensor, Tensor]:
+        vocabulary, width = weight.shape
+        # Neither the block of weights nor its fp32 logits are larger than a tile.
+        rows = max(1, tile_bytes // max(4 * hidden.shape[0], width * weight.element_size()))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        pieces = [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
+        found = _Running.start(hidden.shape[0], exact, hidden.device)
+        for piece in pieces:
+            block = on_card(weight[piece], hidden.device)
+            logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+            del block  # or the next one would come beside it
+            _apply_rule(logits, rule, want_slope=False)
+            found.take(logits, labels, piece)
+            del logits
+        normalizer = found.normalizer()
+        loss = (normalizer - found.target).sum()
+        correct = (found.likeliest == labels).sum()
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad = torch.zeros_like(hidden, dtype=exact)
+            for piece in pieces:
+                block = on_card(weight[piece], hidden.device)
+                logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+                grad += _slope(logits, normalizer, labels, piece, rule).to(weight.dtype) @ block
+                del block, logits
+            grad_hidden = grad.to(hidden.dtype)
+        ctx.save_for_backward(grad_hidden)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        scaled = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
+        return scaled, None, None, None, None, None
+
+
+@dataclass
+class _Running:
+    """What is known of each position [n] after some blocks of the vocabulary."""
+
+    maximum: Tensor
+    total: Tensor
+    """Sum of exp(logit - maximum)."""
+    target: Tensor
+    """Logit of the label, once its block has come."""
+    likeliest: Tensor
+
+    @classmethod
+    def start(cls, positions: int, dtype: torch.dtype, device: torch.device) -> "_Running":
+        """Before the first block."""
+        nothing = torch.zeros(positions, dtype=dtype, device=device)
+        lowest = torch.full_like(nothing, -torch.inf)
+        return cls(lowest, nothing, nothing.clone(), torch.zeros(positions, dtype=torch.long, device=device))
+
+    def take(self, logits: Tensor, labels: Tensor, piece: slice) -> None:
+        """Adds a block of logits [n, rows], which is overwritten."""
+        best, place = logits.max(dim=1)
+        self.likeliest = torch.where(best > self.maximum, place + piece.start, self.likeliest)
+        inside, local = _in_block(labels, piece)
+        self.target = torch.where(inside, logits.gather(1, local.unsqueeze(1)).squeeze(1), self.target)
+        highest = torch.maximum(self.maximum, best)
+        self.total = self.total * (self.maximum - highest).exp() + logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
+        self.maximum = highest
+
+    def normalizer(self) -> Tensor:
+        """[n]: the log of the sum of all exponentials."""
+        return self.maximum + self.total.log()
+
+
+def _in_block(labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+    """Which labels lie in a block of the vocabulary, and their places in it (0 for the others)."""
+    inside = (labels >= piece.start) & (labels < piece.stop)
+    return inside, torch.where(inside, labels - piece.start, 0)
+
+
+def _slope(logits: Tensor, normalizer: Tensor, labels: Tensor, piece: slice, rule: LogitRule) -> Tensor:
+    """d NLL / d logits of a block, before the family's rule was applied to them; written over `logits`."""
+    capped_slope = _apply_rule(logits, rule, want_slope=True)
+    slope = logits.sub_(normalizer.unsqueeze(1)).exp_()
+    inside, local = _in_block(labels, piece)
+    slope.scatter_add_(1, local.unsqueeze(1), -inside.to(slope.dtype).unsqueeze(1))
+    if capped_slope is not None:
+        slope *= capped_slope
+    if rule.scale != 1.0:
+        slope *= rule.scale
+    return slope
+
+
+def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor | None:
+    """Applies a family's rule in place; returns d capped / d logits where there is a cap."""
+    if rule.scale != 1.0:
+        logits *= rule.scale
+    if rule.cap is None:
+        return None
+    logits.div_(rule.cap).tanh_()
+    slope = 1 - logits.square() if want_slope else None
+    logits.mul_(rule.cap)
+    return slope
+
+
+def tiled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rule: LogitRule = LogitRule(),
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood (scalar, fp32 or wider) and number of correct predictions (int64 scalar).
+
+    hidden: [n, hidden]; weight: [vocab, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored.
+    Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`.
+    """
+    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
+    return loss, correct
+
+
+def streamed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rule: LogitRule = LogitRule(),
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """`tiled_cross_entropy` for a frozen head in host memory, which comes to `hidden`'s device block by block.
+
+    Memory there above the inputs: a block of the head, its logits in fp32 and in the head's dtype, and a gradient like
+    `hidden` in fp32.
+    """
+    loss, correct = _StreamedCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
+    return loss, correct
+
+
+def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int = TILE_BYTES) -> None:
+    """Makes `model(..., labels=…)` return a ScoredOutput; calls without labels are as they were.
+
+    model: the bare causal LM, not its peft wrapper (soft prompts put their own -100 labels in front and come through).
+    tiled=False materialises the model's own logits: the fallback for a family whose head does more than `logit_rule`
+    knows, and the reference that `loss_agrees` compares with. tile_bytes: of the fp32 logits that exist at once.
+    """
+    original: Callable[..., Any] = getattr(model, "_qtune_original_forward", model.forward)
+    model._qtune_original_forward = original  # type: ignore[assignment]
+    rule = logit_rule(model.config)
+
+    # The signature stays the model's own: generate() checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return original(*args, **kwargs)
+        positions = scored_positions(labels)
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()[positions]
+        if not tiled:
+            logits = original(*args, **kwargs).logits.flatten(0, 1)[positions].float()
+            return ScoredOutput(
+                loss=functional.cross_entropy(logits, targets, reduction="sum"),
+                correct=(logits.argmax(dim=1) == targets).sum(),
+                scored=len(targets),
+            )
+        hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[positions]
+        head = self.get_output_embeddings()
+        # Under autocast the head would be cast to 16 bits; without it a 16-bit head decides the products' dtype.
+        hidden = hidden.to(head.weight.dtype)
+        if (streamed := host_weight(head)) is not None:
+            loss, correct = streamed_cross_entropy(hidden, streamed, head.bias, targets, rule, tile_bytes)
+        else:
+            loss, correct = tiled_cross_entropy(hidden, head.weight, head.bias, targets, rule, tile_bytes)
+        return ScoredOutput(loss=loss, correct=correct, scored=len(targets))
+
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def loss_agrees(model: PreTrainedModel, ids: Tensor, tolerance: float = 0.01) -> bool:
+    """Whether the tiled loss equals the loss from the model's own logits on `ids` [1, length], up to rounding.
+
+    The difference is taken relative to the loss; 0.01 is above 16-bit rounding and far below any forgotten scale.
+    """
+    head = model.get_output_embeddings()
+    # A quantized head's weight is packed: only the head itself can multiply with it.
+    if not isinstance(head, nn.Linear) or head.weight.shape != (head.out_features, head.in_features):
+        return False
+    model.eval()
+    losses = []
+    for tiled in (False, True):
+        install_loss(model, tiled=tiled)
+        try:
+            losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss))
+        except AttributeError:  # no backbone that can be run apart from the head
+            return False
+    own, ours = losses
+    return abs(ours - own) <= tolerance * max(abs(own), 1e-6)

@@ -1,0 +1,1 @@
+"""TOML text -> Recipe, or every error at once."""

@@ -1,0 +1,275 @@
+"""A recipe file and `--set` changes -> a checked recipe whose every value knows where it came from.
+
+Everything that is wrong is reported at once, each problem with its file and line, key, value and what would be right.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from qtune.errors import Problem, RecipeError
+from qtune.recipe.lines import line_of, toml_lines
+from qtune.recipe.schema import DEFAULT_KINDS, Fault, FileSource, KeyPath, Recipe, Waivable, parse_recipe
+
+# The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
+_SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: "recipe", "--set", "default" or a rule, with the place or the reason."""
+
+    source: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked recipe, its origins by key path, and the file it was read from."""
+
+    recipe: Recipe
+    origins: Mapping[KeyPath, Origin]
+    file: Path
+    text: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative data paths of the recipe start from."""
+        return self.file.parent
+
+    def allowing(self, findings: Sequence[str]) -> "Resolved":
+        """The same recipe that waives more findings of the gate.
+
+        Raises:
+            RecipeError: a name is no finding that can be waived.
+        """
+        wrong = [name for name in findings if name not in get_args(Waivable)]
+        if wrong:
+            known = ", ".join(get_args(Waivable))
+            raise RecipeError([Problem(f"--allow {name}", f"no finding that can be waived: {known}") for name in wrong])
+        allowed = tuple(dict.fromkeys([*self.recipe.data.allow, *findings]))
+        if allowed == self.recipe.data.allow:
+            return self
+        data = self.recipe.data.model_copy(update={"allow": allowed})
+        origins = {**self.origins, ("data", "allow"): Origin("--allow")}
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}), origins=origins)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with qtune, by name."""
+    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file that `name` means: a path, or the name of a recipe that comes with qtune.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
+    """Reads and checks a recipe, changed by `--set` texts such as "training.learning_rate=1e-4".
+
+    need_rows: whether data files that are not there are an error; memory can be predicted without them.
+
+    Raises:
+        RecipeError: with every problem of the file and of the changes.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except OSError as error:
+        raise RecipeError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from error
+    return check_recipe(text, path, overrides, need_rows=need_rows)
+
+
+def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
+    """`load_recipe` on a text; `path` is what errors name and what relative data paths start from."""
+    tables = _parse_toml(text, path)
+    changes, problems = _parse_overrides(overrides)
+    # A kind first: it clears its table, and must not clear what another change has put there.
+    for keys in sorted(changes, key=lambda keys: keys[-1] != "kind"):
+        problems.extend(_apply(tables, keys, changes[keys]))
+    # One of two ways to say the same thing: the one that is set replaces the one in the file.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if ("training", one) in changes and ("training", other) not in changes:
+            tables["training"].pop(other, None)
+    lines = toml_lines(text)
+    outcome = parse_recipe(tables)
+    faults = outcome if isinstance(outcome, list) else list(_missing_files(outcome, path.parent, need_rows=need_rows))
+    if faults or isinstance(outcome, list):
+        faults = sorted(faults, key=lambda fault: line_of(lines, fault.path))
+        problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
+    if problems or isinstance(outcome, list):
+        raise RecipeError(problems)
+    return Resolved(outcome, _origins(outcome, tables, changes, lines, path), path, text)
+
+
+def _parse_toml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = str(error)
+        place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
+        line = int(place[1]) if place and place[1] else text.count("\n") + 1
+        reason = message[: place.start()].strip() if place else message
+        raise RecipeError(Problem(f"{path}:{line}", f"not valid TOML: {reason}")) from error
+
+
+def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list[Problem]]:
+    changes: dict[KeyPath, Any] = {}
+    problems: list[Problem] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        keys = tuple(part.strip() for part in key.split("."))
+        if not equals or len(keys) < 2 or not all(keys):
+            problems.append(Problem(f"--set {override}", "must look like table.key=value"))
+        else:
+            changes[keys] = _toml_value(value.strip())
+    return changes, problems
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none: shells eat the quotes of strings."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Problem]:
+    table = tables
+    for key in keys[:-1]:
+        inner = table.setdefault(str(key), {})
+        if not isinstance(inner, dict):
+            yield Problem(f"--set {'.'.join(map(str, keys))}", f"{key} is not a table")
+            return
+        table = inner
+    # Another kind of adapter or quantization is another table: the keys of the old kind would only be errors.
+    if keys[-1] == "kind" and keys[0] in DEFAULT_KINDS and table.get("kind", DEFAULT_KINDS[str(keys[0])]) != value:
+        table.clear()
+    table[str(keys[-1])] = value
+
+
+def _missing_files(recipe: Recipe, folder: Path, *, need_rows: bool) -> Iterator[Fault]:
+    base = recipe.model.base
+    if base.endswith(".gguf") or base.startswith((".", "/", "~")):
+        if not Path(base).expanduser().exists():
+            yield Fault(("model", "base"), "no such file or folder")
+    elif base.count("/") > 1 and not Path(base).exists():
+        yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
+    earlier = recipe.adapter.start_from
+    if earlier is not None and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
+        yield Fault(("adapter", "start_from"), "is not a finished run")
+    for key in ("train", "validation", "test") if need_rows else ():
+        yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
+
+
+def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]:
+    """Files and folders that are not there; patterns and hub datasets are looked up when they are read."""
+    if isinstance(given, tuple):
+        for index, source in enumerate(given):
+            yield from _missing_sources(source, (*path, index), folder)
+        return
+    name = given.path if isinstance(given, FileSource) else given
+    is_file = isinstance(name, str) and not name.startswith("hub:") and not any(mark in name for mark in "*?[")
+    if is_file and not (folder / Path(name).expanduser()).exists():
+        key = (*path, "path") if isinstance(given, FileSource) else path
+        yield Fault(key, f"no such file or folder in {folder}")
+
+
+def _problem(
+    fault: Fault, tables: Mapping[str, Any], changes: Mapping[KeyPath, Any], lines: Mapping[KeyPath, int], path: Path
+) -> Problem:
+    key = ".".join(str(part) for part in fault.path)
+    value: Any = tables
+    for part in fault.path:
+        if isinstance(value, dict):
+            value = value.get(part, _ABSENT)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+    shown = "" if value is _ABSENT or isinstance(value, dict) else f" = {show_value(value)}"
+    changed = next(
+        (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
+    )
+    place = "--set" if changed else f"{path}:{line_of(lines, fault.path)}"
+    return Problem(place, f"{key}{shown}: {fault.message}")
+
+
+_ABSENT = object()
+
+
+def show_value(value: Any) -> str:
+    """A value as TOML would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return (
+            f"{{ {', '.join(f'{_key(key)} = {show_value(inner)}' for key, inner in value.items())} }}"
+            if value
+            else "{}"
+        )
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
+
+
+def _key(name: str) -> str:
+    """A bare key where TOML allows it, a quoted one elsewhere."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else show_value(name)
+
+
+def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every key of a recipe with its value, in the schema's order."""
+    for name in type(table).model_fields:
+        value = getattr(table, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _origins(
+    recipe: Recipe,
+    tables: Mapping[str, Any],
+    changes: Mapping[KeyPath, Any],
+    lines: Mapping[KeyPath, int],
+    path: Path,
+) -> dict[KeyPath, Origin]:
+    origins: dict[KeyPath, Origin] = {}
+    for keys, _ in leaves(recipe):
+        if any(changed[: len(keys)] == keys for changed in changes):
+            origins[keys] = Origin("--set")
+        elif keys in lines and _has(tables, keys):
+            origins[keys] = Origin("recipe", f"{path.name}:{lines[keys]}")
+        else:
+            origins[keys] = Origin("default")
+    return origins
+
+
+def _has(tables: Any, keys: KeyPath) -> bool:
+    for key in keys:
+        if not isinstance(tables, dict) or key not in tables:
+            return False
+        tables = tables[key]
+    return True

@@ -1,0 +1,1 @@
+"""A run's folder: its files, each with its writer and its reader."""

@@ -1,0 +1,195 @@
+"""The screen of `qtune check`."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from qtune.console import table
+from qtune.screens.memory import size
+from qtune.training.display import clock
+
+if TYPE_CHECKING:
+    from qtune.check import Check
+    from qtune.data.figures import Lengths, Sample
+
+# Rows are shown up to here; the middle of longer ones is left out.
+SHOWN_CHARACTERS = 1500
+BAR = 24
+
+
+def draw_check(check: "Check") -> RenderableType:
+    """The examination from the recipe to the verdict."""
+    return Group(*_with_gaps([*_recipe(check), *_rows(check), *_samples(check), *_costs(check), *_findings(check)]))
+
+
+def _with_gaps(parts: list[RenderableType]) -> Iterator[RenderableType]:
+    for number, part in enumerate(parts):
+        if number:
+            yield Text()
+        yield part
+
+
+def _recipe(check: "Check") -> Iterator[RenderableType]:
+    yield table(f"{check.resolved.file}", ("key", "value", "from"), check.values)
+
+
+def _rows(check: "Check") -> Iterator[RenderableType]:
+    prepared = check.prepared
+    sources = [
+        (
+            source.split,
+            source.name,
+            source.row_format,
+            f"{source.weight:g}",
+            f"{source.stored.rows:,}",
+            f"{source.stored.bad_count:,}",
+            f"{source.stored.dropped_count:,}",
+        )
+        for source in prepared.sources
+    ]
+    columns = ("split", "source", "rows are", "weight", "rows", "bad", "dropped")
+    yield table("Data", columns, sources, right=(3, 4, 5, 6))
+    ending = f"its turns end with {prepared.end_of_turn}" if prepared.end_of_turn else "its turns have no end token"
+    yield Text(f"Chat template: {prepared.template.origin}; {ending}")
+    splits = [
+        (
+            split.name,
+            f"{split.examples:,}",
+            f"{split.tokens:,}",
+            f"{split.scored:,}",
+            f"{split.scored / max(1, split.tokens):.0%}",
+        )
+        for split in check.splits
+    ]
+    yield table("Tokens", ("split", "examples", "tokens", "scored", "share"), splits, right=(1, 2, 3, 4))
+    for split in check.splits[:1]:
+        for name, lengths in (("prompt", split.prompt), ("answer", split.answer), ("whole row", split.total)):
+            yield _histogram(f"{name} tokens", lengths)
+
+
+def _histogram(title: str, lengths: "Lengths") -> RenderableType:
+    most = max(1, *lengths.counts)
+    drawn = Text.assemble(
+        (title, "bold"),
+        f": {lengths.smallest} to {lengths.largest}, median {lengths.median}, 95 % up to {lengths.p95}\n",
+    )
+    width = len(f"{lengths.edges[-1] - 1}")
+    for start, end, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
+        bar = "█" * -(-count * BAR // most)
+        drawn.append(f"  {start:>{width}} to {end - 1:>{width}}  ", style="dim")
+        drawn.append(f"{bar:<{BAR}}", style="cyan")
+        drawn.append(f"  {count:,}\n")
+    drawn.right_crop(1)
+    return drawn
+
+
+def _samples(check: "Check") -> Iterator[RenderableType]:
+    if check.samples:
+        yield Text.assemble(
+            ("Rows as the model sees them", "bold"), ": ", ("⟦scored⟧", "green"), ", ", ("special tokens", "magenta")
+        )
+    for sample in check.samples:
+        heading = Text(f"{sample.place}, {sample.tokens} tokens", style="dim")
+        yield Group(heading, Padding(draw_sample(sample), (0, 0, 0, 2), expand=False))
+
+
+def draw_sample(sample: "Sample") -> Text:
+    """A row with its scored tokens between ⟦ and ⟧, also where there are no colours."""
+    drawn = Text()
+    inside = False
+    for piece in sample.pieces:
+        if piece.scored != inside:
+            drawn.append("⟦" if piece.scored else "⟧", style="bold green")
+            inside = piece.scored
+        colour = "magenta" if piece.special else "green" if piece.scored else ""
+        drawn.append(piece.text, style=f"underline {colour}".strip() if piece.scored and piece.special else colour)
+    if inside:
+        drawn.append("⟧", style="bold green")
+    if len(drawn) <= SHOWN_CHARACTERS:
+        return drawn
+    half = SHOWN_CHARACTERS // 2
+    left_out = Text(f"\n… {len(drawn) - 2 * half:,} characters …\n", style="dim")
+    return Text.assemble(drawn[:half], left_out, drawn[-half:])
+
+
+def _costs(check: "Check") -> Iterator[RenderableType]:
+    batches, disk = check.batches, check.disk
+    tokens = int(check.prepared.lengths.sum())
+    rows = [
+        ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
+        (
+            "steps",
+            f"{batches.steps:,} of {batches.batch_size} rows in micro-batches of {batches.micro_batch_size}; "
+            f"{batches.steps_per_epoch:,} in an epoch",
+        ),
+        (
+            "padding",
+            f"{batches.padding_grouped:.1%} of all positions, grouped by length within each step; "
+            f"{batches.padding_shuffled:.1%} in random order",
+        ),
+        ("memory", _memory(check)),
+        ("time", _time(check)),
+        (
+            "disk",
+            f"checkpoints {_size(disk.checkpoints_bytes)}, a merged export {_size(disk.export_bytes)}; "
+            f"free {_size(disk.free_bytes)}; the token cache holds {_size(disk.cache_bytes)}",
+        ),
+    ]
+    yield table("Costs", ("what", "how much"), rows)
+
+
+def _memory(check: "Check") -> str:
+    found = check.memory
+    if isinstance(found, str):
+        return f"not known, the step could not be traced: {found}"
+    peak, need = found.prediction.peak, found.prediction.need
+    return (
+        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
+        f"{found.rows.longest.length} tokens); {size(need.total_bytes)} with driver and allocator, of "
+        f"{size(found.budget_bytes)}"
+    )
+
+
+def _time(check: "Check") -> str:
+    if check.step_seconds is None:
+        return "not measured; qtune check --time loads the model and runs a few micro-batches"
+    total = check.step_seconds * check.batches.steps
+    return f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches"
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} GiB"
+
+
+def _findings(check: "Check") -> Iterator[RenderableType]:
+    stopping = check.stopping
+    for finding in check.findings:
+        waived = finding.level == "error" and finding not in stopping
+        word, colour = {"error": ("error", "bold red"), "warning": ("warning", "yellow")}[finding.level]
+        head = Text.assemble(
+            ("allowed" if waived else word, "dim" if waived else colour), f"  {finding.kind}: {finding.sentence}"
+        )
+        more = f" and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
+        if finding.places:
+            head.append(f"\n         at {', '.join(finding.places)}{more}")
+        yield head
+    disk = check.disk
+    if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:
+        yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
+    if not isinstance(check.memory, str) and not check.memory.fits:
+        more = "  memory: a step is predicted to need more than there is; qtune fit shows what would help"
+        yield Text.assemble(("warning", "yellow"), more)
+    bad = sum(source.stored.bad_count for source in check.prepared.sources)
+    if bad and check.data.on_bad_row == "error":
+        yield Text.assemble(
+            ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below"
+        )
+    elif not stopping:
+        yield Text.assemble(("ok", "bold green"), "  nothing stands in the way of a run")

@@ -1,0 +1,269 @@
+"""How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qtune.memory.allowance import in_words
+
+if TYPE_CHECKING:
+    from qtune.errors import Problem
+    from qtune.memory.fit import Fitted
+    from qtune.memory.predict import Prediction
+    from qtune.memory.profile import Measured, Profile
+    from qtune.memory.savings import Way
+    from qtune.recipe.schema import Recipe
+
+GIB = 2**30
+MIB = 2**20
+BAR = 60
+LETTERS = {
+    "base weights 4-bit": "4",
+    "base weights int8": "8",
+    "base weights fp16": "6",
+    "base weights bf16": "b",
+    "base weights fp32": "f",
+    "quantization constants": "q",
+    "embeddings": "E",
+    "head": "H",
+    "adapter": "A",
+    "gradients": "G",
+    "optimizer state": "S",
+    "checkpointed activations": "C",
+    "activations": "V",
+    "recomputed activations": "R",
+    "logits and loss": "L",
+    "dequantized workspace": "D",
+    "other": "o",
+}
+"""Each category's letter in the bar: it is read without colour, in a log file too."""
+
+
+def size(size_bytes: float) -> str:
+    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that."""
+    if size_bytes >= GIB / 10:
+        return f"{size_bytes / GIB:.2f} GiB"
+    return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / 1024:.1f} KiB"
+
+
+def draw_forecast(profile: "Profile") -> RenderableType:
+    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
+    found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
+    is_card = plan.device.kind == "cuda"
+    needed = f", {size(found.need.total_bytes)} needed" if is_card else ""
+    title = f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak{needed}"
+    often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
+    about = (
+        f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {often} a step; "
+        f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}\n"
+        f"length: {rows.known_from}"
+    )
+    parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
+    parts += [stacked_bar(found.peak.alive), Text(""), _need(found, is_card=is_card), Text("")]
+    parts.append(_phases(found))
+    how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
+    parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
+    if profile.refusal is not None:
+        parts += [Text(""), refusal_text(profile.refusal)]
+    if not is_card:
+        parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
+    return Group(*parts)
+
+
+def draw_savings(profile: "Profile", sizes: tuple[int, ...]) -> Iterator[RenderableType]:
+    """The usual ways beside the recipe, and what each technique saves, as far as they were traced."""
+    if profile.ways:
+        is_card = profile.forecast.plan.device.kind == "cuda"
+        yield from (Text(""), _ways(profile, sizes if is_card else ()))
+    if profile.attribution:
+        yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction.peak.bytes))
+
+
+def refusal_text(refusal: "Problem") -> Text:
+    """That a run would not begin, whatever its memory."""
+    return Text.assemble(("qtune run would refuse this model: ", "bold"), str(refusal))
+
+
+def categories_table(alive: dict[str, int]) -> Table:
+    """Bytes alive at one moment by category."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("at the peak")
+    table.add_column("size", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("bar")
+    total = sum(alive.values()) or 1
+    for name, value in alive.items():
+        blocks = round(20 * value / total)
+        table.add_row(f"{letter_of(name)} {name}", size(value), f"{value / total:.1%}", "█" * blocks or "▏")
+    table.add_row("total", size(total), "", "", style="bold")
+    return table
+
+
+def letter_of(category: str) -> str:
+    """A category's letter; one that this version does not know is drawn as a point."""
+    return LETTERS.get(category, ".")
+
+
+def stacked_bar(alive: dict[str, int]) -> Text:
+    """One line of letters, each category as wide as its share."""
+    total = sum(alive.values()) or 1
+    line, drawn, summed = "", 0, 0
+    for name, value in alive.items():
+        summed += value
+        until = round(BAR * summed / total)
+        line += letter_of(name) * (until - drawn)
+        drawn = until
+    return Text(f"[{line}]")
+
+
+def _need(found: "Prediction", *, is_card: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
+    if is_card:
+        table.add_row("driver and allocator", size(found.need.driver_bytes), in_words())
+        table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
+    if found.paged_bytes:
+        table.add_row(
+            "paged optimizer state", size(found.paged_bytes), "managed memory: moves to the host when the card is full"
+        )
+    if found.host_bytes:
+        table.add_row(
+            "in host memory", size(found.host_bytes), "pinned; the host's allocator rounds up to a power of two"
+        )
+    return table
+
+
+def _phases(found: "Prediction") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("phase")
+    table.add_column("peak", justify="right")
+    table.add_column("where")
+    for phase, moment in found.by_phase.items():
+        table.add_row(phase, size(moment.bytes), moment.module or moment.op)
+    return table
+
+
+def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
+    """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
+    ours, whole = profile.forecast.prediction.peak.bytes, profile.ways[0].prediction.peak.bytes
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    figures = ("peak", "share", "recipe saves")
+    for name in ("way of training", *figures, *(["fits cards of"] if sizes else [])):
+        table.add_column(name, justify="right" if name in figures else "left")
+    for way in profile.ways:
+        peak = way.prediction.peak.bytes
+        saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
+        cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
+        table.add_row(way.name, size(peak), f"{peak / whole:.0%}", saved, *cards)
+    return table
+
+
+def fitting_cards(needed_bytes: int, sizes: tuple[int, ...]) -> str:
+    """The cards of these GB classes that hold what is needed, margin included: "8 GB and more"."""
+    fitting = [gb for gb in sizes if needed_bytes <= gb * GIB]
+    return f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"
+
+
+def saved(without: int, ours: int) -> str:
+    """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
+    return size(without - ours) if without >= ours else f"costs {size(ours - without)}"
+
+
+def _attribution(attribution: "list[Way]", ours: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("technique", "saves", "without it"):
+        table.add_column(name, justify="right" if name == "saves" else "left")
+    for way in sorted(attribution, key=lambda way: -way.prediction.peak.bytes):
+        table.add_row(way.name, saved(way.prediction.peak.bytes, ours), way.how)
+    return table
+
+
+def draw_measured(found: "Measured") -> RenderableType:
+    """The answer to `qtune profile RUN`: predicted, measured and the difference by phase; what stays between steps."""
+    measured = found.measured
+    cuda = measured["device"] != "cpu"
+    key = "allocated_peak_bytes" if cuda else "tensor_peak_bytes"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    other = "reserved" if cuda else "resident (RSS)"
+    for name in ("phase", "predicted", "measured", "error", other):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, peaks in measured["phases"].items():
+        expected = found.prediction.by_phase.get(phase) if found.prediction else None
+        seen = peaks[key]
+        error = f"{expected.bytes / seen - 1:+.1%}" if expected and seen else ""
+        beside = peaks["reserved_peak_bytes"] if cuda else peaks["resident_peak_bytes"]
+        table.add_row(phase, size(expected.bytes) if expected else "", size(seen) if seen else "", error, size(beside))
+    parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
+    if "at_peak" in measured:
+        alive = measured["at_peak"]["alive"]
+        parts += [Text(""), categories_table(alive), stacked_bar(alive)]
+    if measured["static"]:
+        parts += [Text(""), *_static(measured["static"])]
+    if found.ways and measured["peak_bytes"]:
+        parts += [Text(""), _saved(found)]
+    if found.attribution and found.prediction:
+        parts += [Text(""), _attribution(found.attribution, found.prediction.peak.bytes)]
+    return Group(*parts)
+
+
+def _saved(found: "Measured") -> Table:
+    """The measured peak against the usual ways of training the same model on the same batch."""
+    ours = found.measured["peak_bytes"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("the same step in other ways", "traced peak", "this run saves", "how"):
+        table.add_column(name, justify="right" if name in ("traced peak", "this run saves") else "left")
+    for way in found.ways:
+        peak = way.prediction.peak.bytes
+        table.add_row(way.name, size(peak), f"{1 - ours / peak:.0%}", way.how)
+    return table
+
+
+def _static(static: dict[str, int]) -> Iterator[RenderableType]:
+    yield Text("what stays between steps: " + ", ".join(f"{name} {size(value)}" for name, value in static.items()))
+
+
+def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, length_is_allowed: bool) -> RenderableType:
+    """What was asked, every step of the search, and how it ended."""
+    plan = found.plan
+    needed = f"{found.asked_rows} x {found.rows.longest.length} tokens at once need {size(found.asked.total_bytes)}"
+    parts: list[RenderableType] = [
+        Text(f"{recipe.model.base} on {plan.device.name}, {size(found.budget_bytes)}", style="bold"),
+        Text(f"as it is, {needed}: {'that fits' if not found.trials else 'too much'}"),
+        Text(f"length: {found.rows.known_from}"),
+    ]
+    if found.trials:
+        parts += [Text(""), _trials(found)]
+    if found.fits and not found.trials:
+        ended = f"fits {size(found.budget_bytes)} as it is"
+    elif found.fits:
+        ended = f"fits {size(found.budget_bytes)} with {size(found.need.total_bytes)}: " + ", ".join(
+            f"{key} = {value}" for key, value in changes.items()
+        )
+    else:
+        smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
+        ended = (
+            f"does not fit {size(found.budget_bytes)}; with all that saves, the smallest budget that would do is "
+            f"{smallest:.2f} GiB"
+        )
+        if not length_is_allowed:
+            ended += "\nshorter rows need less: --allow length"
+    return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _trials(found: "Fitted") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("change", "a row needs", "and then", "", "price"):
+        table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
+    for trial in found.trials:
+        before, after = size(trial.before.total_bytes), size(trial.need.total_bytes)
+        if trial.verdict == "kept":
+            mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
+            table.add_row(trial.what, before, after, mark, trial.why)
+        else:
+            reason = trial.why if trial.verdict == "not possible" else "left as it was"
+            table.add_row(trial.what, before, after, trial.verdict, reason, style="dim")
+    return table

@@ -1,0 +1,1 @@
+"""What must happen before torch is imported."""

@@ -1,0 +1,389 @@
+"""SFTTrainer and what is ours in the step: the loss, phases of memory, exact state, micro-batches that shrink."""
+
+import contextlib
+import gc
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTConfig, SFTTrainer
+
+from qtune.adapter.attach import STATE_FILE, cast_adapter, load_trained_state, save_trained_state, trained_state
+from qtune.data.batches import StepSampler
+from qtune.device.present import is_out_of_memory
+from qtune.errors import OutOfMemory, TrainingError
+from qtune.memory.measured.meter import Failure, Meter
+from qtune.model.host import activations_on_host
+from qtune.model.loss import install_loss
+from qtune.plan import Plan
+from qtune.recipe.schema import Training
+from qtune.run.folder import RunDir
+from qtune.training.callbacks import AFTER_DIVERGENCE
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
+"""Our names -> transformers' (transformers.training_args.OptimizerNames)."""
+
+
+def sft_config(
+    training: Training, plan: Plan, run_dir: RunDir, *, has_validation: bool, evaluate_first: bool = False
+) -> SFTConfig:
+    """TRL's words for the plan. Every default of TRL or transformers that matters is spelled out here.
+
+    evaluate_first: the checkpoint that training goes on from is still owed its evaluation.
+    """
+    every_epoch = training.checkpoint_every == "epoch"
+    eval_every = training.eval_every if has_validation else "never"
+    return SFTConfig(
+        output_dir=str(run_dir.checkpoints),
+        run_name=run_dir.path.name,
+        # Time: the effective batch, and its end.
+        per_device_train_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.accumulation_steps,
+        num_train_epochs=training.epochs,
+        max_steps=training.steps or -1,
+        # The optimization.
+        optim=OPTIMIZERS[plan.optimizer],
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_gradient_norm,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        average_tokens_across_devices=True,
+        seed=training.seed,
+        data_seed=training.seed,
+        # The device.
+        use_cpu=plan.device.kind == "cpu",
+        bf16=plan.compute_dtype == "bfloat16",
+        fp16=plan.loss_scaling,
+        tf32=None,
+        activation_checkpointing=plan.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        activation_offloading=False,
+        use_liger_kernel=False,
+        # Rows are tokenized, masked, cut and packed by qtune.data.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        completion_only_loss=False,
+        assistant_only_loss=False,
+        loss_type="nll",
+        # The router of a mixture of experts is frozen, so balancing it would only add a term without a gradient.
+        router_aux_loss_coef=0.0,
+        remove_unused_columns=False,
+        dataloader_pin_memory=plan.device.kind == "cuda",
+        dataloader_drop_last=False,
+        # What is said and kept.
+        logging_strategy="steps",
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=list(training.trackers) or "none",
+        eval_strategy={"never": "no", "epoch": "epoch"}.get(str(eval_every), "steps"),
+        eval_steps=eval_every if isinstance(eval_every, int) else None,
+        eval_on_start=evaluate_first,
+        prediction_loss_only=True,
+        save_strategy="epoch" if every_epoch else "steps",
+        save_steps=500 if every_epoch else training.checkpoint_every,
+        # Old checkpoints are removed by `_save_checkpoint` below, after the new one is complete.
+        save_total_limit=None,
+        save_only_model=False,
+        push_to_hub=False,
+    )
+
+
+class QloraTrainer(SFTTrainer):
+    """One training run. Built for a PeftModel on one device per process.
+
+    Differs from SFTTrainer in five places: the loss is `qtune.loss`; the adapter keeps its dtype; evaluation is the
+    exact mean over tokens; a checkpoint holds the whole trained state and counts only when it is complete; a
+    micro-batch that does not fit is split, with the same gradient as a result, and so is a batch of the evaluation.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        config: SFTConfig,
+        plan: Plan,
+        training: Training,
+        meter: Meter,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset,
+        validation: Dataset | None,
+        collator: Any,
+        lengths: list[int],
+        callbacks: list[TrainerCallback],
+        tiled_loss: bool,
+        note: Callable[[str], None],
+    ) -> None:
+        """`note` hears, in a sentence, what the user should know of a step."""
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
+        cast_adapter(model, getattr(torch, plan.adapter_dtype))
+        install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        self.activations = plan.activations
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
+        self.meter = meter
+        self.keep_checkpoints = training.keep_checkpoints
+        self.effective_batch = training.batch_size
+        self.row_lengths = lengths
+        self.note = note
+        self.pieces = self.eval_pieces = 1
+        self._done_in_step: list[dict[str, Any]] = []
+        self._failure: Failure | None = None
+        self._correct: Tensor | None = None
+        self._counts = {"tokens": 0, "scored": 0}
+        self._since = time.perf_counter()
+
+    # --- order of rows ---------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Counts the tokens of a step while they are still on the CPU, where counting costs no synchronization."""
+        batches, scored = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            self._counts["tokens"] += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        self._done_in_step = []
+        return batches, scored
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have."""
+        self.meter.enter("forward", inputs["input_ids"], inputs.get("attention_mask"))
+        is_offloading = self.activations == "host" and model.training
+        with activations_on_host(model) if is_offloading else contextlib.nullcontext():
+            outputs = model(**inputs | {"use_cache": False})
+        self.meter.scored(outputs.scored)
+        if model.training:
+            self._counts["scored"] += outputs.scored
+            self._correct = outputs.correct if self._correct is None else self._correct + outputs.correct
+        count = outputs.scored if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
+        self.meter.enter("backward")
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch, in as many pieces as memory needs.
+
+        When a piece does not fit, the gradient of the step so far is dropped and its micro-batches are run again in
+        smaller pieces. The gradient is a sum over rows, so the optimization does not change.
+
+        Raises:
+            OutOfMemory: a single row does not fit.
+        """
+        self._done_in_step.append(inputs)
+        loss = self._try_pieces(model, [inputs], num_items_in_batch)
+        while loss is None:
+            rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
+            if self.pieces >= rows:
+                longest = max(batch["input_ids"].shape[1] for batch in self._done_in_step)
+                raise OutOfMemory(
+                    f"one row of {longest} tokens does not fit the memory of {self.args.device}", self._failure
+                )
+            self.pieces = min(2 * self.pieces, rows)
+            self._release_memory(model)
+            # The losses of earlier micro-batches of this step are already counted; only the last one's is returned.
+            loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
+            if loss is not None:
+                self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
+        return loss
+
+    def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:
+        """The loss of the last of `batches`, all of them backpropagated; None when memory ran out."""
+        loss: Tensor | None = None
+        try:
+            for batch in batches:
+                loss = None
+                for piece in _split(batch, self.pieces):
+                    part = super().training_step(model, piece, num_items_in_batch)
+                    loss = part if loss is None else loss + part
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._failure = self.meter.failure(error)
+            return None
+        return loss
+
+    def _release_memory(self, model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        _release_cached_memory()
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)
+        # A data loader draws a seed when it starts; measuring must not change what training draws next.
+        with torch.random.fork_rng(devices=[]):
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                totals += self._evaluated(inputs)
+        self.meter.enter("idle")
+        loss, correct, scored = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(1, scored),
+            f"{metric_key_prefix}_accuracy": correct / max(1, scored),
+        }
+        self.model.train()
+        self.log(dict(metrics))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluated(self, batch: dict[str, Any]) -> Tensor:
+        """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs."""
+        sums: Tensor | None = None
+        while sums is None:
+            try:
+                sums = torch.stack([self._sums(piece) for piece in _split(batch, self.eval_pieces)]).sum(dim=0)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]):
+                    raise
+            if sums is None:
+                self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
+                _release_cached_memory()
+                self.note(f"out of memory: batches of the evaluation are now split into {self.eval_pieces}")
+        return sums
+
+    def _sums(self, batch: dict[str, Any]) -> Tensor:
+        self.meter.enter("eval", batch["input_ids"], batch.get("attention_mask"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**self._prepare_inputs(batch) | {"use_cache": False})
+        self.meter.scored(outputs.scored)
+        return torch.tensor([float(outputs.loss), float(outputs.correct), outputs.scored], dtype=torch.float64)
+
+    # --- what is said ----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a training record what only the step knows: accuracy and tokens per second."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._counts["tokens"] / max(1e-9, now - self._since)
+            if self._counts["scored"] and self._correct is not None:
+                logs["accuracy"] = float(self._correct) / self._counts["scored"]
+            self._correct, self._counts, self._since = None, {"tokens": 0, "scored": 0}, now
+        super().log(logs, start_time)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
+        require_finite(self.model, self.state.global_step)
+        self.meter.enter("save")
+        began = time.perf_counter()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
+        self.model.eval()
+        try:
+            # Past SFTTrainer, whose only addition is a model card in every checkpoint.
+            super(SFTTrainer, self)._save_checkpoint(model, trial)
+            save_trained_state(self.model, folder)
+        # A full disk: the writers of Python, safetensors and torch each say it in their own way.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
+            kept = complete_checkpoints(folder.parent)
+            where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
+            ) from error
+        self.model.train()
+        for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+        # Saving is not training: it does not count against tokens per second.
+        self._since += time.perf_counter() - began
+        self.meter.enter("idle")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
+        load_trained_state(self.model, Path(resume_from_checkpoint))
+
+    def take_state_of(self, checkpoint: Path) -> None:
+        """Stands where a run's last checkpoint stands, where there is no step left to take."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.eval_on_start:
+            self.evaluate()
+
+
+def require_finite(model: PeftModel, step: int) -> None:
+    """Refuses to save what can only be thrown away: one NaN in a weight makes every later loss NaN.
+
+    Raises:
+        TrainingError: a trained weight is infinite or no number.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
+        raise TrainingError(
+            f"a trained weight is not a finite number at step {step}: training has diverged. {AFTER_DIVERGENCE}"
+        )
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Removes what a killed save has left."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / STATE_FILE).is_file():
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _split(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:
+    """A micro-batch as up to `pieces` smaller ones, each cut to its own longest row; what is no tensor stays."""
+    rows = len(batch["input_ids"])
+    if pieces == 1 or rows == 1:
+        return [batch]
+    size = -(-rows // pieces)
+    return [_trimmed(batch, slice(start, start + size)) for start in range(0, rows, size)]
+
+
+def _trimmed(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    mask = batch.get("attention_mask")
+    length = int(mask[rows].sum(dim=1).max()) if mask is not None else batch["input_ids"].shape[1]
+    return {key: value[rows, :length] if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,1 @@
+"""A finished run in memory: generating, evaluating, talking."""

@@ -1,0 +1,193 @@
+"""`qtune chat`: talk to a run, an exported model or a base model; streamed, with history, adapter on or off."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.conversation import Conversation, RowError
+from qtune.data.template import prompt_ids
+from qtune.device.present import present_device
+from qtune.errors import DataError, ModelError, Problem
+from qtune.model.load import base_folder, load_tokenizer
+from qtune.plan import compute_dtype_rule
+from qtune.recipe.schema import Model
+from qtune.run.folder import RunDir
+from qtune.startup.quiet import quiet_loading
+from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
+from qtune.tuned.load import load_run, load_untuned
+
+HELP = """\
+/adapter on|off   answer with or without the adapter
+/system TEXT      set the system message and start anew; without TEXT, none
+/reset            forget the conversation
+/help             this list
+/exit             leave (or Ctrl-D)"""
+
+Turn = dict[str, str]
+
+
+@dataclass
+class Session:
+    """A model to talk to, and what has been said so far."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    ends: Ends
+    sampling: Sampling = GREEDY
+    max_new_tokens: int = 512
+    system: str | None = None
+    adapter_is_on: bool = True
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter to switch."""
+        return isinstance(self.model, PeftModel)
+
+    def ask(self, text: str, on_text: Callable[[str], None]) -> str:
+        """The model's answer to `text`, streamed to `on_text` and kept in the history.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or the question alone fills the context.
+        """
+        asked = [*self.turns, {"role": "user", "content": text}]
+        prompt, asked = self._fitted(asked)
+        with self._switched():
+            made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
+        answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+        self.turns = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _fitted(self, turns: list[Turn]) -> tuple[list[int], list[Turn]]:
+        """The prompt, and the turns in it: the oldest are forgotten when question and answer would not fit."""
+        room = context_length(self.model) - self.max_new_tokens
+        while True:
+            prompt = self._prompt(turns)
+            if len(prompt) <= room or len(turns) == 1:
+                break
+            turns = turns[2:]
+        if len(prompt) > room:
+            message = f"is {len(prompt)} tokens long; {room} are left beside {self.max_new_tokens} for the answer"
+            raise DataError(Problem("the message", message))
+        return prompt, turns
+
+    def _prompt(self, turns: list[Turn]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        # The conversation type ends with the answer that is asked for; nothing reads it here.
+        wanted = {"role": "assistant", "content": ""}
+        try:
+            return prompt_ids(self.tokenizer, Conversation((*system, *turns, wanted)))
+        except RowError as error:
+            raise DataError(Problem("the message", str(error))) from error
+
+    def _switched(self) -> AbstractContextManager[None]:
+        if isinstance(self.model, PeftModel) and not self.adapter_is_on:
+            switched: AbstractContextManager[None] = self.model.disable_adapter()
+            return switched
+        return nullcontext()
+
+
+def context_length(model: PreTrainedModel | PeftModel) -> int:
+    """Positions that the model was made for, less those that a soft prompt takes."""
+    virtual = 0
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        virtual = int(model.active_peft_config.num_virtual_tokens)
+    text_config = model.config.get_text_config()
+    return int(getattr(text_config, "max_position_embeddings", None) or 4096) - virtual
+
+
+def open_session(target: str, *, adapter: bool = True) -> Session:
+    """A session with a run's folder, or with anything that `model.base` of a recipe may name.
+
+    Raises:
+        RunError, ModelError: it is neither, or cannot be loaded.
+    """
+    path = Path(target)
+    looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
+    is_run = (path / "resolved.toml").is_file()
+    if not is_run and (path.exists() or not looks_like_a_path):
+        return _plain_session(target)
+    run_dir = RunDir.open(path)
+    run = load_run(run_dir) if adapter else load_untuned(run_dir)
+    ends = find_ends(run.model, run.tokenizer)
+    return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt)
+
+
+def _plain_session(target: str) -> Session:
+    """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
+    quiet_loading()
+    named, device = Model(base=target), present_device()
+    tokenizer = load_tokenizer(named)
+    dtype, _ = compute_dtype_rule(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_folder(named),
+            dtype=getattr(torch, dtype),
+            device_map={"": device.torch_name},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(Problem(target, f"cannot be loaded: {str(error).splitlines()[0]}")) from error
+    return Session(model.eval(), tokenizer, find_ends(model, tokenizer))
+
+
+def chat(session: Session, lines: Iterator[str]) -> None:
+    """Answers each line on stdout until the lines or the user end; Ctrl-C stops an answer, not the conversation."""
+    for line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        if text.startswith("/"):
+            if text.split()[0] in ("/exit", "/quit"):
+                return
+            console.say(command(session, text))
+            continue
+        try:
+            session.ask(text, console.out_raw)
+        except KeyboardInterrupt:
+            console.say("\nstopped; this question is forgotten")
+        except DataError as error:
+            console.say_error(str(error))
+        console.out_raw("\n")
+
+
+def command(session: Session, text: str) -> str:
+    """Obeys a line that starts with "/" and says what it did."""
+    match text.split(maxsplit=1):
+        case ["/reset"]:
+            session.turns = []
+            return "conversation forgotten"
+        case ["/adapter", ("on" | "off") as state]:
+            if not session.has_adapter:
+                return "there is no adapter to switch"
+            session.adapter_is_on = state == "on"
+            return f"adapter {state}"
+        case ["/system", prompt]:
+            session.system, session.turns = prompt, []
+            return "system message set, conversation forgotten"
+        case ["/system"]:
+            session.system, session.turns = None, []
+            return "no system message, conversation forgotten"
+        case _:
+            return HELP
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, until Ctrl-D; Ctrl-C at the prompt leaves too."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives input() a line editor and history, where the platform has it
+    while True:
+        try:
+            yield input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            console.out_raw("\n" if prompt else "")
+            return

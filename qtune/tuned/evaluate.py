@@ -1,0 +1,226 @@
+"""Base model against tuned model on held-out rows: loss, exact match, and their answers side by side.
+
+Every row is asked as the model saw it in training: the prompt is what stands before the last scored answer, and the
+answer that is expected is that answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.collate import PaddedCollator
+from qtune.data.conversation import Conversation
+from qtune.data.prepare import prepare
+from qtune.errors import DataError, Problem
+from qtune.model.loss import IGNORED, install_loss, loss_agrees
+from qtune.run.folder import RunDir
+from qtune.tuned.generate import Ends, batches_of, find_ends, generate
+from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
+
+TOKENS_PER_BATCH = 4096
+# Room behind the expected answer: enough to see that an answer goes on where it should have ended.
+EXTRA_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out row: ids [prompt], the ids and text that are expected, and where it comes from."""
+
+    place: str
+    request: str
+    prompt: tuple[int, ...]
+    expected_ids: tuple[int, ...]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one model does on the rows.
+
+    loss: mean negative log-likelihood of a scored token, in nats. token_accuracy: share of scored tokens that were the
+    likeliest. exact_match: share of answers equal to the expected one; None for raw text, which asks nothing.
+    """
+
+    loss: float
+    token_accuracy: float
+    exact_match: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row and the greedy answers to it, without white space around them."""
+
+    place: str
+    request: str
+    expected: str
+    base: str
+    tuned: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the tuned model gave the expected answer."""
+        return self.tuned == self.expected
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of both models on the same rows."""
+
+    run: str
+    source: str
+    rows: int
+    rows_held_out: int
+    scored_tokens: int
+    answers_cut: int
+    """Rows whose expected answer is longer than what was generated, so that they cannot match."""
+    base: Score
+    tuned: Score
+    comparisons: tuple[Comparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written to eval.json."""
+        return asdict(self)
+
+
+def evaluate(
+    run_dir: RunDir, *, rows: int = 100, data_file: Path | None = None, max_new_tokens: int = 512
+) -> Evaluation:
+    """Asks both models `rows` held-out rows, spread evenly over all of them, and writes eval.json into the run.
+
+    The base model is asked before the adapter is attached, so that nothing of it can be left on.
+
+    Raises:
+        RunError: the run has not ended. DataError: there are no held-out rows, or they cannot be used.
+    """
+    run_dir.finished_adapter()
+    run = load_untuned(run_dir)
+    source, held_out = held_out_rows(run, data_file)
+    examples = held_out.select(spread(len(held_out), rows))
+    ends = find_ends(run.model, run.tokenizer)
+    questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
+    limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
+    install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
+
+    def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
+        with console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples)) as shown:
+            loss, accuracy = mean_loss(model, examples, ends.pad, shown)
+            prompts = [question.prompt for question in questions]
+            made = generate(model, prompts, limits, ends, on_rows=shown.advance)
+        answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
+        right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
+        return Score(loss, accuracy, sum(right) / len(right) if right else None), answers
+
+    base, base_answers = ask(run.model, "base")
+    run = with_adapter(run)
+    tuned, tuned_answers = ask(run.model, "tuned")
+    evaluation = Evaluation(
+        run=str(run_dir.path),
+        source=source,
+        rows=len(examples),
+        rows_held_out=len(held_out),
+        scored_tokens=sum(examples["scored"]),
+        answers_cut=sum(len(question.expected_ids) > max_new_tokens for question in questions),
+        base=base,
+        tuned=tuned,
+        comparisons=tuple(
+            Comparison(question.place, question.request, question.expected, before, after)
+            for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
+        ),
+    )
+    run_dir.write_json(run_dir.eval_file, evaluation.to_json())
+    return evaluation
+
+
+def held_out_rows(run: LoadedRun, data_file: Path | None) -> tuple[str, Dataset]:
+    """The source in words, and its rows: the file, else the recipe's test rows, else its validation rows.
+
+    Raises:
+        DataError: the recipe sets no rows aside, or they cannot be read.
+    """
+    data = run.recipe.data
+    given = str(data_file.resolve()) if data_file else data.test if data.test is not None else data.validation
+    if not isinstance(given, float):
+        # Only these rows are read; the training rows may be gone by now.
+        alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
+        name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
+        return name, prepare(alone, run.tokenizer, run.run_dir.path).examples["train"]
+    prepared = prepare(data, run.tokenizer, run.run_dir.path, seed=run.recipe.training.seed)
+    if prepared.held_out is None:
+        raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
+    return "validation rows", prepared.examples[prepared.held_out]
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """`wanted` row numbers spread evenly over all of them, in order."""
+    count = min(available, wanted)
+    return [number * available // count for number in range(count)]
+
+
+def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:
+    """The row's last scored answer and what stands before it; None for raw text, which has no question."""
+    ids, labels = row["input_ids"], row["labels"]
+    end = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    start = end
+    while start > 0 and labels[start - 1] != IGNORED:
+        start -= 1
+    if start == 0:
+        return None
+    expected = [token for token in ids[start:end] if token not in ends.stop]
+    conversation = Conversation.from_json(row["conversation"], row["place"])
+    asked = [message for message in conversation.prompt if message["role"] == "user"]
+    request = str(asked[-1].get("content") or "") if asked else ""
+    return Question(row["place"], request, tuple(ids[:start]), tuple(expected), _text(tokenizer, expected))
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> str:
+    """An answer as compared and shown; an ellipsis says that it was stopped at its limit."""
+    return _text(tokenizer, ids) + ("…" if len(ids) == limit else "")
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel | PeftModel, examples: Dataset, pad: int, shown: console.Bar
+) -> tuple[float, float]:
+    """Mean negative log-likelihood of the scored tokens, in nats, and the share of them that was the likeliest."""
+    collate = PaddedCollator(pad)
+    loss, correct, scored = 0.0, 0, 0
+    for rows in batches_of([(length, 0) for length in examples["length"]], TOKENS_PER_BATCH):
+        batch = collate([{key: examples[row][key] for key in ("input_ids", "labels")} for row in rows])
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
+        loss, correct, scored = loss + float(output.loss), correct + int(output.correct), scored + int(output.scored)
+        shown.advance(len(rows))
+    return loss / max(1, scored), correct / max(1, scored)
+
+
+def show(evaluation: Evaluation, shown: int = 5) -> None:
+    """Prints the scores and `shown` rows, the wrong ones first."""
+    rows = (
+        f"{evaluation.rows} of {evaluation.rows_held_out} {evaluation.source}, {evaluation.scored_tokens} scored tokens"
+    )
+    scores = [
+        ["loss, nats per token", *(f"{score.loss:.4f}" for score in (evaluation.base, evaluation.tuned))],
+        ["tokens right", *(f"{score.token_accuracy:.1%}" for score in (evaluation.base, evaluation.tuned))],
+    ]
+    if evaluation.base.exact_match is not None:
+        exact = (evaluation.base.exact_match, evaluation.tuned.exact_match or 0.0)
+        scores.append(["answers exactly right", *(f"{share:.1%}" for share in exact)])
+    console.out(console.table(rows, ["", "base", "tuned"], scores, right=(1, 2)))
+    if evaluation.answers_cut:
+        console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
+    chosen = sorted(evaluation.comparisons, key=lambda row: row.is_right)[:shown]
+    if chosen:
+        cells = [[row.request, row.expected, row.base, f"{'✓' if row.is_right else '✗'} {row.tuned}"] for row in chosen]
+        console.out("")
+        console.out(console.table("Answers, wrong ones first", ["request", "expected", "base", "tuned"], cells))

@@ -1,0 +1,80 @@
+"""A run's folder -> its base model, tokenizer and adapter, put together as they were trained."""
+
+import tomllib
+from dataclasses import dataclass, replace
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune.adapter.attach import load_adapter
+from qtune.data.template import choose_template
+from qtune.device.present import Device, present_device
+from qtune.errors import Problem, RunError
+from qtune.model.load import load_base, load_tokenizer
+from qtune.plan import Plan, make_plan
+from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.run.folder import RunDir
+from qtune.startup.quiet import quiet_loading
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run in memory; `tokenizer` has the chat template of the run."""
+
+    run_dir: RunDir
+    recipe: Recipe
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | PeftModel
+
+
+def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
+    """The run's base model without its adapter, quantized and in the dtypes that it was trained with.
+
+    Raises:
+        RunError, ModelError: the run's files or its base model cannot be read.
+    """
+    quiet_loading()
+    recipe = resolved_recipe(run_dir)
+    plan = make_plan(recipe, device or present_device())
+    tokenizer = load_tokenizer(recipe.model)
+    tokenizer.chat_template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
+    network = load_base(recipe.model, recipe.quantization, plan)
+    return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
+
+
+def resolved_recipe(run_dir: RunDir) -> Recipe:
+    """The run's recipe with every value; unlike `load_recipe` it does not ask for the training rows, which may be gone.
+
+    Raises:
+        RunError: the file cannot be read, or is not a recipe of this version.
+    """
+    file = run_dir.resolved_file
+    try:
+        outcome = parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
+    if isinstance(outcome, list):
+        raise RunError([Problem(str(file), f"{'.'.join(map(str, fault.path))}: {fault.message}") for fault in outcome])
+    return outcome
+
+
+def with_adapter(untuned: LoadedRun) -> LoadedRun:
+    """The same run with its adapter on the base model (which is changed in place).
+
+    Raises:
+        RunError: training has not ended.
+    """
+    folder = untuned.run_dir.finished_adapter()
+    assert not isinstance(untuned.model, PeftModel)
+    return replace(untuned, model=load_adapter(untuned.model, folder).eval())
+
+
+def load_run(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
+    """The base model with the trained adapter.
+
+    Raises:
+        RunError, ModelError: the run has not ended, or its files or base model cannot be read.
+    """
+    run_dir.finished_adapter()
+    return with_adapter(load_untuned(run_dir, device))
