@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from qtune import __version__, console
 from qtune.device.present import Device, present_device
+from qtune.errors import first_line
 from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
@@ -111,7 +112,7 @@ def quantization_finding(device: Device) -> Finding:
         codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
     except (RuntimeError, OSError, AttributeError) as failure:
-        reason = str(failure).splitlines()[0]
+        reason = first_line(failure)
         return Finding(
             "device", "NF4", reason, "problem", "reinstall bitsandbytes for this device: pip install -U bitsandbytes"
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
 from qtune.plan import Plan
 from qtune.recipe.schema import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
@@ -113,7 +113,7 @@ def attach_adapter(
         if is_out_of_memory(error):
             raise
         name = getattr(network.config, "_name_or_path", "") or type(network).__name__
-        raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
+        raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))
     if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.export.adapter_weights import read_config
 from qtune.export.basis import Basis
 from qtune.model.load import base_folder, load_tokenizer
@@ -95,5 +95,4 @@ def local_base(model: Model) -> Path:
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {reason}")) from error
+        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -12,7 +12,7 @@ import bitsandbytes
 import torch
 
 from qtune.adapter.attach import attach_adapter
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.memory.allowance import Need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
@@ -60,10 +60,8 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
         made = functools.partial(build, recipe=recipe, plan=plan)
         return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = (
-            f"a step of {config.model_type} cannot be traced without its weights: {first}. A run may work all the same"
-        )
+        reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
+        reason += ". A run may work all the same"
         raise ModelError(Problem(recipe.model.base, reason)) from error
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qtune.device import cards
 from qtune.device.present import Device, present_device
-from qtune.errors import Problem, RunError
+from qtune.errors import Problem, RunError, first_line
 from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
 from qtune.memory.longest import Rows, longest_rows
@@ -87,8 +87,8 @@ def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Ro
         return forecast(config, recipe, device, rows)
     except Exception as error:
         log.debug("the step could not be traced", exc_info=True)
-        said = str(error).partition("\n")[0]
-        return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        name, said = type(error).__name__, first_line(error)
+        return name if said == name else f"{name}: {said}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import cache_folder, convert
 
 
@@ -35,7 +35,7 @@ def gguf_folder(file: Path) -> Path:
         (work / "model").rename(folder)
     # What transformers 5.23 raises depends on where the file stops being GGUF.
     except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {error}")) from error
+        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
     except OSError:
         # Another process was faster: a folder that is there is complete, for it came by a rename.
         if not folder.is_dir():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.device.present import present_device
-from qtune.errors import ModelError, VerificationError
+from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
 from qtune.export.merged_folder import VERIFICATION, mark_unverified
 from qtune.export.model_files import write_json
@@ -109,7 +109,7 @@ def verify(
         streamed = too_large(folder, plan) if streamed is None else streamed
         exported = load_exported(folder, source, plan, streamed=streamed)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
-        reason = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        reason = f"cannot be loaded: {first_line(error)}"
         mark_unverified(folder, reason)
         raise VerificationError(f"{folder}: {reason}") from error
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
