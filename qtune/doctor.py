@@ -19,7 +19,7 @@ from qtune.device.present import Device, present_device
 from qtune.errors import first_line
 from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.schema import parse_recipe
 
 GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
@@ -124,7 +124,6 @@ def quantization_finding(device: Device) -> Finding:
 def choice_findings(device: Device) -> Iterator[Finding]:
     """What a recipe that leaves everything open gets here, each with its reason."""
     recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
-    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, device)
     chosen: Mapping[tuple[str | int, ...], object] = {
         ("quantization", "compute_dtype"): plan.compute_dtype,

@@ -35,7 +35,6 @@ from qtune.recipe.schema import (
     PrefixTuning,
     PromptTuning,
     PTuning,
-    Recipe,
     Unquantized,
     parse_recipe,
 )
@@ -69,9 +68,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def plan_for(dtype: str = "float32") -> Plan:
-    outcome = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
-    assert isinstance(outcome, Recipe)
-    return make_plan(outcome, CPU)
+    recipe = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
+    return make_plan(recipe, CPU)
 
 
 def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized: bool = True) -> PeftModel:

@@ -329,9 +329,7 @@ def test_a_report_that_cannot_be_traced_says_why_and_everything_else(
 
 def recipe_for(tiny_model: Path, **training: Any) -> Recipe:
     tables = {"model": {"base": str(tiny_model)}, "data": {"train": "rows.jsonl"}, "training": training}
-    found = parse_recipe(tables)
-    assert isinstance(found, Recipe)
-    return found
+    return parse_recipe(tables)
 
 
 def found_for(

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftType
 
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
@@ -19,14 +18,12 @@ from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_m
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
-from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
+from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import Verification, verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
-
-MERGED = {PeftType.LORA, PeftType.IA3}
 
 PREFIX_NOTE = (
     "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
@@ -65,9 +62,10 @@ def write_export(run: RunDir, options: Options) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     source = open_source(run)
-    if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
+    is_alone = source.recipe.adapter.export == "alone"
+    if is_alone and not options.adapter_only:
         console.say(PREFIX_NOTE)
-    if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
+    if options.adapter_only or is_alone:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -75,7 +73,7 @@ def write_export(run: RunDir, options: Options) -> Path:
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
     write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
@@ -101,7 +99,7 @@ def verify_only(folder: Path, run: RunDir | None) -> Path:
     quiet_loading()
     run = run or _run_around(folder)
     source = open_source(run)
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     return prove(source, folder, verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids))
 

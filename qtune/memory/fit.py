@@ -14,7 +14,7 @@ from qtune.memory.predict import Longest
 from qtune.memory.profile import device_for
 from qtune.model.load import attention_rule, load_config
 from qtune.plan import make_plan
-from qtune.recipe.schema import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
+from qtune.recipe.schema import FourBit, KeyPath, Recipe, parse_recipe
 from qtune.recipe.text import rewritten
 from qtune.run.resolved import absolute_paths
 
@@ -181,7 +181,7 @@ def _cut(longest: Longest, length: int) -> Longest:
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
+    if not plan.gradient_checkpointing and recipe.adapter.checkpointable:
         yield Lever(
             ("training", "gradient_checkpointing"),
             True,
@@ -270,16 +270,17 @@ def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, bu
 
 
 def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:
-    """A recipe with other values, checked like any other."""
+    """A recipe with other values, checked like any other.
+
+    Raises:
+        Faulty: they do not go together.
+    """
     tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     for name in ("quantization", "adapter"):
         tables[name] = getattr(recipe, name).model_dump(mode="json", exclude_none=True)
     for (table, key), value in changes.items():
         tables.setdefault(str(table), {})[str(key)] = value
-    result = parse_recipe(tables)
-    if isinstance(result, list):
-        raise ValueError("; ".join(f"{fault.path}: {fault.message}" for fault in result))
-    return result
+    return parse_recipe(tables)
 
 
 def fit_recipe(resolved: Resolved, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:

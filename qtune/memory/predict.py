@@ -22,7 +22,6 @@ from qtune.memory.tracing.trace import Traced, trace
 from qtune.model.host import keep_embeddings_on_host
 from qtune.model.load import quantization_config, require_attention
 from qtune.model.loss import install_loss
-from qtune.recipe.schema import PromptTuning, PTuning
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -103,7 +102,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
     rows = plan.micro_batch_size
     masked = recipe.data.packing or (rows > 1 and not longest.equal)
     # Nothing comes before a row's first token that could predict it, unless virtual tokens do.
-    unscored = 0 if isinstance(recipe.adapter, (PTuning, PromptTuning)) else 1
+    unscored = 0 if recipe.adapter.predicts_first_token else 1
 
     def batch(length: int) -> Batch:
         each = length if longest.scored is None else min(longest.scored, length)

@@ -8,9 +8,10 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -19,6 +20,7 @@ from pydantic import (
     Tag,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 
@@ -28,6 +30,17 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+def _not_empty(size: str) -> str:
+    """A number below 1 MiB is a slip of the pen."""
+    number, unit = float(size[:-3]), size[-3:]
+    if number * (1024 if unit == "GiB" else 1) < 1:
+        raise PydanticCustomError("size", 'must be at least "1MiB"')
+    return size
+
+
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$"), AfterValidator(_not_empty)]
 
 
 class Table(BaseModel):
@@ -85,8 +98,43 @@ class Unquantized(Table):
 Quantization = FourBit | EightBit | Unquantized
 
 
-class Lora(Table):
+class AdapterTable(Table):
+    """What every kind of adapter has: two keys, and the facts of its kind that the stages ask for."""
+
+    in_words: ClassVar[str]
+    """As a model card names it."""
+    export: ClassVar[Literal["merge", "bake", "alone"]]
+    """How it leaves its run: merged into the weights, baked into the vocabulary, or as an adapter beside its base."""
+    auto_learning_rate: ClassVar[tuple[float, str]]
+    """What training.learning_rate = "auto" means, and why."""
+    checkpointable: ClassVar[bool] = True
+    """Whether activations can be computed again in the backward pass."""
+    predicts_first_token: ClassVar[bool] = False
+    """Whether something of it stands before a row's first token, so that this one can be scored too."""
+    first_keys: ClassVar[tuple[str, ...]] = ("kind",)
+    """The keys worth a first look, which a new recipe shows."""
+
+    kind: str
+    """Which kind of adapter: each is a table of its own."""
+    dtype: Auto | Dtype = "auto"
+    """Type of what is trained; "auto" is float32, so that small updates are not rounded away."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions that it takes before every row; 0 where it is no soft prompt."""
+        return int(getattr(self, "virtual_tokens", 0))
+
+
+class Lora(AdapterTable):
     """LoRA: h = W x + (alpha / rank) B A x. Hu et al. 2021 (arXiv:2106.09685), section 4.1."""
+
+    in_words = "a LoRA adapter"
+    export = "merge"
+    auto_learning_rate = (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)")
+    first_keys = ("kind", "rank", "alpha", "target_modules")
 
     kind: Literal["lora"] = "lora"
     """Low-rank updates next to the linear layers."""
@@ -105,15 +153,16 @@ class Lora(Table):
     initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
     """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from
     activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PTuning(Table):
+class PTuning(AdapterTable):
     """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
+
+    in_words = "a soft prompt (p-tuning)"
+    export = "bake"
+    auto_learning_rate = (5e-3, "prompt encoders need a rate well above LoRA's")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "encoder")
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
@@ -127,15 +176,16 @@ class PTuning(Table):
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the encoder's weights; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PromptTuning(Table):
+class PromptTuning(AdapterTable):
     """Virtual tokens trained directly. Lester et al. 2021 (arXiv:2104.08691), section 2."""
+
+    in_words = "a soft prompt (prompt tuning)"
+    export = "bake"
+    auto_learning_rate = (3e-2, "free vectors, and few of them, need a large rate")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "initialization")
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
@@ -145,15 +195,16 @@ class PromptTuning(Table):
     """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
     text: str | None = Field(default=None, min_length=1)
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the vectors; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PrefixTuning(Table):
+class PrefixTuning(AdapterTable):
     """Trained keys and values before every layer's own. Li & Liang 2021 (arXiv:2101.00190), section 4."""
+
+    in_words = "a prefix (prefix tuning)"
+    export = "alone"
+    auto_learning_rate = (1e-2, "free vectors, and few of them, need a large rate")
+    checkpointable = False  # its keys and values are handed over in the cache, which checkpointing turns off
+    first_keys = ("kind", "virtual_tokens", "projection")
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
@@ -163,15 +214,14 @@ class PrefixTuning(Table):
     """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
     encoder_hidden_size: PositiveInt | None = None
     """Width of that MLP; left out, the model's hidden size."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the prefix; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class IA3(Table):
+class IA3(AdapterTable):
     """Trained scales on keys, values and feed-forward activations. Liu et al. 2022 (arXiv:2205.05638), section 3.3."""
+
+    in_words = "an IA3 adapter"
+    export = "merge"
+    auto_learning_rate = (5e-3, "scales start at 1 and have far to go (arXiv:2205.05638, section 3.3, uses 3e-3)")
 
     kind: Literal["ia3"]
     """Learned scales, the smallest adapter."""
@@ -179,15 +229,9 @@ class IA3(Table):
     """Layers whose output (or input, if feed-forward) is scaled; left out, peft's list for the model family."""
     feedforward_modules: Names | None = None
     """Which of them are feed-forward layers, scaled at their input."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the scales; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
 Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
-SoftPrompt = PTuning | PromptTuning | PrefixTuning
 
 
 RowFormat = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "question-answer", "text"]
@@ -342,7 +386,7 @@ class Training(Table):
 class Memory(Table):
     """What the device may spend."""
 
-    budget: Auto | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$")] = "auto"
+    budget: Auto | Size = "auto"
     """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
     embeddings: Auto | Literal["device", "host"] = "auto"
     """Where the frozen embeddings and LM head are. "host": rows are looked up there, and the head crosses the bus in
@@ -351,7 +395,7 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
-    loss_tile: Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?\s?(GiB|MiB)$")] = "64MiB"
+    loss_tile: Size = "64MiB"
     """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
 
 
@@ -385,12 +429,24 @@ class Fault(NamedTuple):
     message: str
 
 
+class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory is of memory
+    """Tables that are no recipe. `faults`: everything that is wrong with them."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in self.faults))
+
+
 # A table that leaves its kind out means this one; pydantic cannot pick a union member without it.
 DEFAULT_KINDS = {"quantization": "nf4", "adapter": "lora"}
 
 
-def parse_recipe(tables: Mapping[str, Any]) -> Recipe | list[Fault]:
-    """The recipe that TOML `tables` describe, or everything that is wrong with them."""
+def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe that TOML `tables` describe.
+
+    Raises:
+        Faulty: with everything that is wrong with them.
+    """
     filled = dict(tables)
     for name, kind in DEFAULT_KINDS.items():
         if isinstance(filled.get(name), dict):
@@ -399,19 +455,46 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe | list[Fault]:
         # Through JSON: strict validation of Python values would refuse TOML arrays for tuples.
         recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
     except ValidationError as error:
-        return _faults(error, filled)
-    return list(_conflicts(recipe)) or recipe
+        faults = _faults(error, filled)
+        raise Faulty([*faults, *_conflicts_of_the_rest(filled, faults)]) from error
+    if faults := list(_conflicts(recipe)):
+        raise Faulty(faults)
+    return recipe
+
+
+def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
+    """Conflicts in the tables without a fault, where those can be told without the others."""
+    faulty = {str(fault.path[0]) for fault in faults}
+    if faulty & {"model", "quantization", "adapter"} or any(len(fault.path) < 2 for fault in faults):
+        return []  # what they are decides what goes with them
+    without = {
+        name: {key: value for key, value in table.items() if not any(fault.path[:2] == (name, key) for fault in faults)}
+        if isinstance(table, dict)
+        else table
+        for name, table in tables.items()
+    }
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(without, default=str))
+    except ValidationError:  # a key that is required
+        return []
+    return [fault for fault in _conflicts(recipe) if fault.path[0] not in faulty]
 
 
 def _conflicts(recipe: Recipe) -> Iterator[Fault]:
     """Pairs of values that cannot work together, each with its reason."""
     adapter, training = recipe.adapter, recipe.training
     quantized = not isinstance(recipe.quantization, Unquantized)
-    if isinstance(adapter, PrefixTuning) and training.gradient_checkpointing is True:
+    if not adapter.checkpointable and training.gradient_checkpointing is True:
         yield Fault(
             ("training", "gradient_checkpointing"),
-            "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; "
+            f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
             'use false or "auto"',
+        )
+    if adapter.export == "alone" and recipe.output.gguf is not None:
+        yield Fault(
+            ("output", "gguf"),
+            f"a GGUF file holds a whole model, and {adapter.kind} cannot be put into one; its adapter is exported "
+            "alone. Remove the key",
         )
     if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
         yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
@@ -447,7 +530,7 @@ def _conflicts(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
-    if recipe.data.packing and isinstance(adapter, SoftPrompt):
+    if recipe.data.packing and adapter.prompt_length:
         yield Fault(
             ("data", "packing"),
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "

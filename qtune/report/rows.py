@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
 from qtune.model.load import load_tokenizer
-from qtune.plan import virtual_tokens
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import rows_hash
@@ -58,7 +57,7 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
         tuple(_chosen(prepared, tokenizer)),
         len(prepared.examples["train"]),
         0 if validation is None else len(validation),
-        virtual_tokens(recipe),
+        recipe.adapter.prompt_length,
         prepared.template.origin,
         trained_on is not None and rows_hash(prepared) != trained_on,
     )

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtune.adapter.attach import load_adapter
 from qtune.data.template import choose_template
 from qtune.device.present import Device, present_device
-from qtune.errors import Problem, RunError
+from qtune.errors import Problem, RunError, first_line
 from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.schema import Faulty, Recipe, parse_recipe
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 
@@ -51,12 +51,12 @@ def resolved_recipe(run_dir: RunDir) -> Recipe:
     """
     file = run_dir.resolved_file
     try:
-        outcome = parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")))
+        return parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")))
+    except Faulty as error:
+        keys = [(".".join(map(str, fault.path)), fault.message) for fault in error.faults]
+        raise RunError([Problem(str(file), f"{key}: {message}") for key, message in keys]) from error
     except (OSError, ValueError) as error:
-        raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-    if isinstance(outcome, list):
-        raise RunError([Problem(str(file), f"{'.'.join(map(str, fault.path))}: {fault.message}") for fault in outcome])
-    return outcome
+        raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
 
 
 def with_adapter(untuned: LoadedRun) -> LoadedRun:
