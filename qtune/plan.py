@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qtune.device.cards import size_in_bytes
 from qtune.recipe.schema import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
+from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         max_length=recipe.data.max_length,
         embeddings=str(settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place"))),
         activations=recipe.memory.activations,
-        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile),
+        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
         reasons=reasons,
     )
 

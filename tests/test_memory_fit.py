@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from test_memory_trace import CARD, predict, recipe_with, tiny
 
-from qtune.device.cards import card_named, size_in_bytes
+from qtune.device.cards import card_named
 from qtune.errors import InputError, ModelError, Problem
 from qtune.memory import allowance as margin
 from qtune.memory.allowance import Need
@@ -20,6 +20,7 @@ from qtune.recipe.file import check_recipe
 from qtune.recipe.schema import Recipe
 from qtune.recipe.text import rewritten
 from qtune.screens.memory import draw_fit
+from qtune.sizes import size_in_bytes
 
 GIB = 2**30
 
@@ -84,9 +85,9 @@ def test_a_card_computes_in_bfloat16_from_ampere_on():
 
 
 def test_sizes_are_binary():
-    assert size_in_bytes("8GiB") == size_in_bytes("8 GB") == size_in_bytes("8192MiB") == 8 * GIB
+    assert {size_in_bytes(text, "--vram") for text in ("8GiB", "8 GB", "8192MiB", "8")} == {8 * GIB}
     with pytest.raises(InputError, match="'much' is not a size"):
-        size_in_bytes("much")
+        size_in_bytes("much", "--vram")
 
 
 @pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.18)])

@@ -19,6 +19,7 @@ from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
 from qtune.model.checkpoint import Checkpoint
+from qtune.sizes import MIB
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
 VERIFICATION = "verify.json"
@@ -49,8 +50,8 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
     """
     with staged_folder(target.output, merge.nbytes, force=target.force) as work:
-        with console.progress("merging (MiB)", round(merge.nbytes / 2**20)) as bar:
-            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / 2**20))
+        with console.progress("merging (MiB)", round(merge.nbytes / MIB)) as bar:
+            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / MIB))
         copy_side_files(source.base, source.adapter, work)
         notes = {} if prompt is None else {CONFIG_KEY: prompt.note}
         write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
