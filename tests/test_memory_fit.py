@@ -12,13 +12,13 @@ from qtune.errors import InputError, ModelError, Problem
 from qtune.memory import allowance as margin
 from qtune.memory.allowance import Need
 from qtune.memory.budget import largest_that_fits, settled
-from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
+from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, summarize
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import check_recipe
 from qtune.recipe.schema import Recipe
-from qtune.recipe.text import rewritten
+from qtune.recipe.text import rewritten, show_value
 from qtune.screens.memory import draw_fit
 from qtune.sizes import size_in_bytes
 
@@ -336,7 +336,7 @@ does not fit 1.57 GiB; with all that saves, the smallest budget that would do is
 shorter rows need less: --allow length"""
     )
     found, stream = fitted(1480), StringIO()
-    changes = {".".join(map(str, path)): shown(value) for path, value in found.changes.items()}
+    changes = {".".join(map(str, path)): show_value(value) for path, value in found.changes.items()}
     Console(file=stream, width=110, highlight=False).print(
         draw_fit(found, recipe_with(), changes, length_is_allowed=True)
     )
