@@ -18,11 +18,9 @@ from qtune.export.model_files import copy_side_files, merged_config, write_json
 from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
+from qtune.export.verification import mark_unverified
 from qtune.model.checkpoint import Checkpoint
 from qtune.sizes import MIB
-
-# The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
-VERIFICATION = "verify.json"
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,6 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
         mark_unverified(work, "not compared with the trained model")
         write_card(source, work, None, name=target.output.name)
     return target.output
-
-
-def mark_unverified(folder: Path, reason: str) -> None:
-    """Notes in a folder that nothing was proven about it."""
-    write_json(folder / VERIFICATION, {"verified": False, "failures": [reason]})
 
 
 def write_template(work: Path, text: str) -> None:

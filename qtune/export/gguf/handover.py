@@ -13,9 +13,9 @@ from qtune.export.gguf.families import ignored_window
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
-from qtune.export.merged_folder import VERIFICATION
 from qtune.export.model_files import write_json
 from qtune.export.staged import refuse_small_disk
+from qtune.export.verification import VERIFICATION
 from qtune.export.verify.rows import Row, probes
 from qtune.recipe.schema import Recipe
 from qtune.sizes import MIB
