@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.attach import attach_adapter
+from qtune.cache import cache_folder
 from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import collator_for
 from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
@@ -21,15 +22,16 @@ from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
 from qtune.device.present import present_device
+from qtune.memory.forecast import Forecast, attempted
 from qtune.memory.longest import longest_of
-from qtune.memory.profile import Forecast, attempted
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.model.builtin import cache_folder
-from qtune.model.load import attention_rule, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.load import attention_rule, load_base, load_config, load_tokenizer
 from qtune.model.loss import install_loss
+from qtune.model.quantization import count_parameters
 from qtune.plan import Plan, make_plan
-from qtune.recipe.file import Resolved, show_value
+from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Data, Recipe
+from qtune.recipe.text import show_value
 from qtune.run.resolved import settled_values
 from qtune.startup.quiet import quiet_loading
 

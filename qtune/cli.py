@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,10 @@ from qtune.errors import QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from qtune.run.folder import RunDir
+
 
 app = typer.Typer(
     name="qtune",
@@ -141,7 +145,8 @@ def run(
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
     memory is spent and what is logged and saved; what would make another run is refused.
     """
-    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir, newest_unfinished
     from qtune.run.resumption import resumed_recipe
 
@@ -162,13 +167,21 @@ def run(
         import_libraries()
         from qtune.training import train
 
-        console.out(f"{train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot).path}")
+        _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot))
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
     from qtune.training import train
 
-    console.out(f"{train.run(resolved, tuple(allow or ()), snapshot=snapshot).path}")
+    _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot))
+
+
+def _end_run(run_dir: "RunDir") -> None:
+    """Writes the report of a run that has ended, and prints its folder."""
+    from qtune.report.page import write_report
+
+    write_report(run_dir)
+    console.out(f"{run_dir.path}")
 
 
 @app.command(rich_help_panel="Use")
@@ -283,13 +296,14 @@ def evaluate(
     run_dir = RunDir.open(target)
     run_dir.finished_adapter()
     import_libraries()
+    from qtune.screens import evaluation as evaluation_screen
     from qtune.tuned import evaluate as stage
 
     evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
     if as_json:
         console.out_json(evaluation.to_json())
     else:
-        stage.show(evaluation, shown)
+        evaluation_screen.show(evaluation, shown)
 
 
 @app.command(rich_help_panel="Try")
@@ -350,7 +364,8 @@ def check(
     """
     import_libraries()
     from qtune import check as stage
-    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
 
     result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
@@ -392,12 +407,13 @@ def doctor(
     Ends with exit code 1 if something stands in the way of training.
     """
     from qtune import doctor as stage
+    from qtune.screens import doctor as doctor_screen
 
     findings = stage.examine(Path("runs"))
     if as_json:
         console.out_json(stage.to_json(findings))
     else:
-        stage.show(findings)
+        doctor_screen.show(findings)
     if stage.has_problems(findings):
         raise typer.Exit(1)
 
@@ -435,7 +451,8 @@ def profile(
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
     from qtune.report.timeline import write_timeline
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
@@ -455,7 +472,7 @@ def profile(
             write_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-        found = stage.profile(resolved, stage.device_for(gpu, vram), length)
+        found = stage.profile(resolved, cards.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
             for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):
@@ -490,7 +507,8 @@ def fit(
     without --output it goes beside the old one as NAME.fit.toml. Exit code 1: nothing fits; the smallest budget that
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
-    from qtune.recipe.file import find_recipe, load_recipe, shipped_recipes
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe, shipped_recipes
     from qtune.startup.quiet import quiet_loading
 
     if largest not in (None, "length", "batch"):
@@ -504,17 +522,18 @@ def fit(
     resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
     import_libraries()
     from qtune.memory import fit as stage
-    from qtune.memory.profile import refusal
+    from qtune.memory.forecast import refusal
     from qtune.model.load import load_config
-    from qtune.run.folder import write_atomically
+    from qtune.recipe.text import show_value
     from qtune.screens.memory import draw_fit, refusal_text
+    from qtune.whole import write_text
 
     quiet_loading()
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
-    settled = {".".join(map(str, path)): stage.shown(value) for path, value in found.changes.items()}
+    settled = {".".join(map(str, path)): show_value(value) for path, value in found.changes.items()}
     console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
     if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
         console.out(refusal_text(refused))
@@ -524,7 +543,7 @@ def fit(
         is_shipped = resolved.file in shipped_recipes().values()
         beside = resolved.file.with_suffix(".fit.toml")
         target = output or (Path(beside.name) if is_shipped else beside)
-        write_atomically(target, stage.fitted_text(resolved, found, target))
+        write_text(target, stage.fitted_text(resolved, found, target))
         console.say(f"written: {target}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qtune.errors import Problem, RecipeError
-from qtune.recipe.file import check_recipe, shipped_recipes, show_value
+from qtune.recipe.file import check_recipe
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
     Adapter,
@@ -27,7 +27,9 @@ from qtune.recipe.schema import (
     Training,
     kinds_of,
 )
-from qtune.run.folder import write_atomically
+from qtune.recipe.shipped import shipped_recipes
+from qtune.recipe.text import show_value
+from qtune.whole import write_text
 
 LINE_LENGTH = 118
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
@@ -122,7 +124,7 @@ def write_recipe(text: str, file: Path, *, force: bool) -> None:
     if file.exists() and not force:
         raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
     try:
-        write_atomically(file, text)
+        write_text(file, text)
     except OSError as error:
         raise RecipeError(Problem(str(file), f"cannot be written: {error.strerror}")) from error
 

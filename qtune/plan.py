@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from qtune.device.cards import size_in_bytes
 from qtune.recipe.schema import Auto, KeyPath, Recipe
+from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -101,7 +101,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         max_length=recipe.data.max_length,
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
-        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile),
+        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
         reasons=reasons,
     )
 

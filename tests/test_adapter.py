@@ -11,33 +11,23 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qtune.adapter.attach import (
+from qtune.adapter.attach import attach_adapter
+from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.adapter.state import (
     STATE_FILE,
-    attach_adapter,
     load_adapter,
     load_trained_state,
     save_adapter,
     save_trained_state,
     trained_state,
 )
-from qtune.adapter.starts import start_from_activations, start_from_residual
 from qtune.device.present import Device
 from qtune.errors import ModelError
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import (
-    IA3,
-    Adapter,
-    FourBit,
-    Lora,
-    Model,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    Unquantized,
-    parse_recipe,
-)
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import IA3, Adapter, FourBit, Lora, Model, PrefixTuning, PromptTuning, PTuning, Unquantized
 
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 IDS = torch.arange(3, 35).reshape(2, 16)

@@ -18,9 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtune.cache import cache_folder
 from qtune.errors import ModelError
 from qtune.model import builtin
-from qtune.model.builtin import SMOLLM2, Builtin, builtin_folder, cache_folder, cached_folder
+from qtune.model.builtin import SMOLLM2, Builtin, builtin_folder, cached_folder
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 2, 96, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune.adapter.attach import save_adapter
+from qtune.adapter.state import save_adapter
 from qtune.errors import DataError, ModelError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir

@@ -118,7 +118,8 @@ def test_json_holds_what_the_screen_shows(write_recipe):
 
 def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
     from qtune.adapter.attach import attach_adapter
-    from qtune.model.load import count_parameters, load_base
+    from qtune.model.load import load_base
+    from qtune.model.quantization import count_parameters
 
     result = examined(write_recipe())
     recipe = result.resolved.recipe
@@ -158,7 +159,7 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     def fails(*_):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("qtune.memory.profile.predicted", fails)
+    monkeypatch.setattr("qtune.memory.forecast.predicted", fails)
     result = examined(recipe)
     assert "not known, the step could not be traced: RuntimeError: no such kernel\n" in screen(result)
     assert json.loads(result.to_json())["memory"] == {"untraced": "RuntimeError: no such kernel"}

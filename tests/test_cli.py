@@ -113,7 +113,7 @@ def test_each_way_to_end_has_its_exit_code(
     def fail(_: str) -> None:
         raise error
 
-    monkeypatch.setattr("qtune.recipe.file.find_recipe", fail)
+    monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
@@ -128,7 +128,7 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
     def fail(_: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qtune.recipe.file.find_recipe", fail)
+    monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)

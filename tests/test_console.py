@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from qtune import console
+from qtune.console import clock
 from qtune.training import display as training
-from qtune.training.display import TrainingDisplay, clock, plain_line
+from qtune.training.display import TrainingDisplay, plain_line
 
 TRAIN = {
     "kind": "train",

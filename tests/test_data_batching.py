@@ -19,7 +19,8 @@ from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import PackedCollator, PaddedCollator, collator_for
 from qtune.data.masks import IGNORED
 from qtune.data.packing import best_fit, pack
-from qtune.recipe.schema import Fault, Faulty, parse_recipe
+from qtune.recipe.faults import Fault, Faulty
+from qtune.recipe.parse import parse_recipe
 
 VOCABULARY = 50
 SIZES = {

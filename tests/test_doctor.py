@@ -22,10 +22,10 @@ from qtune.doctor import (
     examine,
     has_problems,
     quantization_finding,
-    show,
     to_json,
     version_finding,
 )
+from qtune.screens.doctor import show
 
 GIB = 2**30
 Usage = namedtuple("Usage", ["total", "used", "free"])

@@ -16,12 +16,13 @@ import torch
 from qtune.errors import OutOfMemory
 from qtune.model.host import activations_on_host
 from qtune.model.loss import streamed_cross_entropy, tiled_cross_entropy
-from qtune.recipe.file import find_recipe, load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.recipe.shipped import find_recipe
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.startup.allocator import VARIABLES
 from qtune.training import train
 from qtune.training.trainer import QloraTrainer
-from qtune.tuned.load import resolved_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 

@@ -25,8 +25,9 @@ from qtune.memory.tracing.history import History
 from qtune.memory.tracing.ledger import LOSS_REGION
 from qtune.model import host as host_storage
 from qtune.model.host import activations_on_host, host_weight, keep_embeddings_on_host
-from qtune.model.load import count_parameters, load_base
+from qtune.model.load import load_base
 from qtune.model.loss import install_loss, loss_agrees
+from qtune.model.quantization import count_parameters
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Unquantized

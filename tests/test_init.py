@@ -13,8 +13,11 @@ from jsonschema import Draft202012Validator
 
 from qtune.errors import RecipeError
 from qtune.init import ADAPTERS, copied_recipe, new_recipe, recipe_schema, shipped_summaries, write_recipe
-from qtune.recipe.file import load_recipe, shipped_recipes
-from qtune.recipe.schema import Faulty, Lora, Recipe, parse_recipe
+from qtune.recipe.faults import Faulty
+from qtune.recipe.file import load_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Lora, Recipe
+from qtune.recipe.shipped import shipped_recipes
 
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"

@@ -18,7 +18,8 @@ from qtune.memory.tracing.step import forward_backward, parameter_groups, prepar
 from qtune.model.load import attention_rule, load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 
 CPU = Device("cpu", "a processor", 8 * 2**30, 8 * 2**30, bf16=False)
 CARD = Device("cuda", "a card", 24 * 2**30, 24 * 2**30, bf16=True, capability=(8, 9))

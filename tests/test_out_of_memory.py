@@ -36,7 +36,8 @@ from qtune.memory.tracing.history import Moment
 from qtune.model.load import load_config
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import load_recipe
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
 from qtune.screens.memory import size
 from qtune.training import train, trainer

@@ -7,7 +7,8 @@ import torch
 
 from qtune.device.present import Device, present_device
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 
 GIB = 2**30
 AMPERE = Device("cuda", "RTX 3060", 12 * GIB, 11 * GIB, bf16=True, capability=(8, 6))

@@ -8,19 +8,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import qtune
-from qtune.recipe.schema import (
-    DEFAULT_KINDS,
-    Adapter,
-    Fault,
-    Faulty,
-    FileSource,
-    HubSource,
-    Quantization,
-    Recipe,
-    Table,
-    kinds_of,
-    parse_recipe,
-)
+from qtune.recipe.faults import Fault, Faulty
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import DEFAULT_KINDS, Adapter, FileSource, HubSource, Quantization, Recipe, Table, kinds_of
 
 SMALLEST = {"model": {"base": "org/model"}, "data": {"train": "rows.jsonl"}}
 

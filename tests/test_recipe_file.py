@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RecipeError
-from qtune.recipe.file import Origin, Resolved, check_recipe, find_recipe, load_recipe, shipped_recipes
+from qtune.recipe.file import Origin, Resolved, check_recipe, load_recipe
 from qtune.recipe.schema import Lora, PTuning, Unquantized
+from qtune.recipe.shipped import find_recipe, shipped_recipes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
 

@@ -17,8 +17,9 @@ from qtune.device.present import Device
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
-from qtune.recipe.file import load_recipe, shipped_recipes
+from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning
+from qtune.recipe.shipped import shipped_recipes
 from qtune.run.resolved import resolved_text
 
 GIB = 1 << 30

@@ -11,22 +11,21 @@ from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 from test_report import MEASURED, Page
 
-from qtune.device.cards import SIZES
+from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory import cached as cache
+from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.predict import Longest, Prediction, predict, summarize
-from qtune.memory.profile import Forecast, is_traced, read_run
+from qtune.memory.profile import is_traced, read_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
-from qtune.screens.memory import fitting_cards, saved, size
+from qtune.sizes import GIB, saving_text, size_text
 from qtune.training import train
-
-GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def cells_after(page: Page, name: str, count: int) -> list[str]:
 
 
 def test_sizes_are_readable() -> None:
-    assert [size(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
+    assert [size_text(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
 
 
 def test_each_phase_has_predicted_measured_and_error(traced) -> None:
@@ -65,7 +64,13 @@ def test_each_phase_has_predicted_measured_and_error(traced) -> None:
     seen = round(expected / 1.25)
     phase = {"seconds": 1.5, "allocated_peak_bytes": seen, "reserved_peak_bytes": 2 * seen}
     page = drawn({"measured": measured_on("a card", forward=phase), "traced": traced})
-    assert cells_after(page, "forward", 5) == ["1.5", size(expected), size(seen), "+25.0%", size(2 * seen)]
+    assert cells_after(page, "forward", 5) == [
+        "1.5",
+        size_text(expected),
+        size_text(seen),
+        "+25.0%",
+        size_text(2 * seen),
+    ]
     assert page.texts["th"][:6] == [
         "phase", "seconds", "allocated, predicted", "allocated, measured", "error", "reserved, peak",
     ]  # fmt: skip
@@ -87,13 +92,13 @@ def test_what_is_alive_at_the_peak_stands_side_by_side(traced) -> None:
     peak = traced["peak"]
     where = f"{peak['phase']} in {peak['module']}" if peak["module"] else peak["phase"]
     assert (
-        f"The highest moment: 3.00 GiB measured (forward in loss), {size(peak['bytes'])} predicted ({where})"
+        f"The highest moment: 3.00 GiB measured (forward in loss), {size_text(peak['bytes'])} predicted ({where})"
         in (page.texts["h3"])
     )
     alive = dict.fromkeys([*peak["alive"], *MEASURED["at_peak"]["alive"]])
     for name in alive:
         one, other = (moment["alive"].get(name) for moment in (MEASURED["at_peak"], peak))
-        assert cells_after(page, name, 2) == [size(one) if one else "–", size(other) if other else "–"]
+        assert cells_after(page, name, 2) == [size_text(one) if one else "–", size_text(other) if other else "–"]
 
 
 def test_a_step_is_drawn_inside_the_page(traced) -> None:
@@ -129,11 +134,11 @@ def test_savings_are_shares_of_full_fine_tuning_and_name_cards_on_a_card_only(tr
     peak = traced["peak"]["bytes"]
     ways = [way("full", 8 * peak, 21 * GIB), way("plain script", 2 * peak, 90 * GIB)]
     page = drawn({"measured": measured_on("a card"), "traced": traced, "ways": ways})
-    assert cells_after(page, "full", 5) == [size(8 * peak), "100%", "88%", "24 GB and more", "as said"]
-    assert cells_after(page, "plain script", 5) == [size(2 * peak), "25%", "50%", "none up to 80 GB", "as said"]
-    assert cells_after(page, "this run", 5) == [size(peak), "12%", "", "6 GB and more", ""]
+    assert cells_after(page, "full", 5) == [size_text(8 * peak), "100%", "88%", "24 GB and more", "as said"]
+    assert cells_after(page, "plain script", 5) == [size_text(2 * peak), "25%", "50%", "none up to 80 GB", "as said"]
+    assert cells_after(page, "this run", 5) == [size_text(peak), "12%", "", "6 GB and more", ""]
     on_cpu = drawn({"measured": MEASURED, "traced": traced, "ways": ways})
-    assert cells_after(on_cpu, "full", 4) == [size(8 * peak), "100%", "88%", "as said"]
+    assert cells_after(on_cpu, "full", 4) == [size_text(8 * peak), "100%", "88%", "as said"]
 
 
 def test_a_card_fits_when_what_is_needed_is_at_most_its_memory() -> None:
@@ -146,11 +151,11 @@ def test_techniques_come_in_the_order_of_what_they_save_and_one_may_cost(traced)
     peak = traced["peak"]["bytes"]
     attribution = [way("costly", peak - (5 << 20)), way("much", peak + (2 << 30)), way("little", peak + (1 << 20))]
     page = drawn({"measured": MEASURED, "traced": traced, "attribution": attribution})
-    assert cells_after(page, "much", 3) == ["2.00 GiB", size(peak + (2 << 30)), "as said"]
+    assert cells_after(page, "much", 3) == ["2.00 GiB", size_text(peak + (2 << 30)), "as said"]
     assert cells_after(page, "costly", 1) == ["costs 5.0 MiB"]
     cells = page.texts["td"]
     assert cells.index("much") < cells.index("little") < cells.index("costly")
-    assert (saved(3, 1), saved(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
+    assert (saving_text(3, 1), saving_text(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
 
 
 def test_memory_that_ran_out_is_told_as_the_command_told_it() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RunError
-from qtune.run.folder import RunDir, newest_unfinished, write_atomically
+from qtune.run.folder import RunDir, newest_unfinished
+from qtune.whole import write_text
 
 
 def started(directory: Path, name: str) -> RunDir:
@@ -51,14 +52,14 @@ def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "deep" / "values.json"
-    write_atomically(file, "old")
+    write_text(file, "old")
 
     def broken(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(file, "new and longer")
+        write_text(file, "new and longer")
     assert file.read_text() == "old"
     assert [entry.name for entry in file.parent.iterdir()] == ["values.json"]
 

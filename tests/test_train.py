@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qtune.adapter.attach import STATE_FILE
+from qtune.adapter.state import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import read_run
@@ -24,7 +24,8 @@ from qtune.run.folder import RunDir
 from qtune.run.resumption import resumed_recipe
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
-from qtune.training.trainer import QloraTrainer, complete_checkpoints
+from qtune.training.checkpoints import complete_checkpoints
+from qtune.training.trainer import QloraTrainer
 
 ADAPTERS = {
     "lora": 'kind = "lora"\nrank = 4\ndropout = 0.1',

@@ -6,8 +6,9 @@ import pytest
 import torch
 from export_models import tiny_run
 
-from qtune.adapter.attach import attach_adapter, trained_state
+from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import start_from
+from qtune.adapter.state import trained_state
 from qtune.device.present import present_device
 from qtune.errors import RecipeError, RunError
 from qtune.model.load import load_base
@@ -15,7 +16,7 @@ from qtune.plan import make_plan
 from qtune.recipe.file import check_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.tuned.load import resolved_recipe
+from qtune.run.resolved import resolved_recipe
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

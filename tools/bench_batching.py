@@ -34,7 +34,8 @@ from qtune.device.present import present_device
 from qtune.model.load import load_base, load_tokenizer
 from qtune.model.loss import install_loss
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.startup.quiet import quiet_libraries, quiet_loading
 
 BATCH, MICRO_BATCH = 16, 4

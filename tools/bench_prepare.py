@@ -106,7 +106,7 @@ def prepare_and_inspect(folder: Path) -> None:
     from qtune.data.inspection import inspect
     from qtune.data.prepare import prepare
     from qtune.model.load import load_config, load_tokenizer
-    from qtune.recipe.schema import parse_recipe
+    from qtune.recipe.parse import parse_recipe
     from qtune.startup.quiet import quiet_libraries, quiet_loading
 
     quiet_libraries()

@@ -25,7 +25,8 @@ from qtune.memory.allowance import Need  # noqa: E402
 from qtune.memory.cached import LIBRARIES, predicted  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 
 GIB = 2**30

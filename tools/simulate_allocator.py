@@ -36,7 +36,7 @@ from qtune.memory.tracing import categories  # noqa: E402
 from qtune.memory.tracing.ledger import Life  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.schema import parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
 
 GIB = 2**30
 LENGTHS = (1.0, 0.6, 0.85, 0.45, 1.0, 0.7)

@@ -1,94 +1,17 @@
-"""Adapters: a recipe's table -> peft's configuration, attached to the base model; their whole state on disk."""
+"""A fresh adapter onto the frozen base, in its own dtype."""
 
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
-from peft import (
-    EvaConfig,
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptEncoderReparameterizationType,
-    PromptTuningConfig,
-    PromptTuningInit,
-    get_peft_model,
-)
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qtune.adapter.peft_config import peft_config
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
 from qtune.plan import Plan
-from qtune.recipe.schema import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
-
-STATE_FILE = "trained_state.safetensors"
-"""Every trained tensor under its module's name. peft's own file has no prompt encoder, only what it computed."""
-
-LSTM_LAYERS = 2
-"""Layers of the p-tuning LSTM where the recipe gives none; the paper's encoder (arXiv:2103.10385, section 3.2)."""
-
-
-def peft_config(adapter: Adapter) -> PeftConfig:
-    """peft's words for our adapter. Defaults of peft that matter are spelled out: they move between versions."""
-    match adapter:
-        case Lora():
-            return LoraConfig(
-                task_type="CAUSAL_LM",
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                lora_dropout=adapter.dropout,
-                target_modules=adapter.target_modules
-                if isinstance(adapter.target_modules, str)
-                else list(adapter.target_modules),
-                use_rslora=adapter.rslora,
-                use_dora=adapter.dora,
-                # LoftQ starts from zero and is filled in afterwards, when the base is there to compare with.
-                init_lora_weights=True if adapter.initialization in ("default", "loftq") else adapter.initialization,
-                # rho = 1: every layer keeps the rank of the recipe, so that its memory is the one that was predicted.
-                eva_config=EvaConfig(rho=1.0) if adapter.initialization == "eva" else None,
-                bias="none",
-            )
-        case PTuning():
-            is_lstm = adapter.encoder == "lstm"
-            return PromptEncoderConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=adapter.virtual_tokens,
-                encoder_reparameterization_type=PromptEncoderReparameterizationType.LSTM
-                if is_lstm
-                else PromptEncoderReparameterizationType.MLP,
-                encoder_hidden_size=adapter.encoder_hidden_size,
-                # peft warns when the MLP is given another number of layers than its fixed ones, and ignores it.
-                encoder_num_layers=(adapter.encoder_layers or LSTM_LAYERS) if is_lstm else 2,
-                encoder_dropout=adapter.encoder_dropout,
-            )
-        case PromptTuning():
-            # A text start is filled in afterwards: peft would want the tokenizer's path in the saved configuration.
-            sample = adapter.initialization == "vocabulary"
-            return PromptTuningConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=adapter.virtual_tokens,
-                prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB if sample else PromptTuningInit.RANDOM,
-            )
-        case PrefixTuning():
-            return PrefixTuningConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=adapter.virtual_tokens,
-                prefix_projection=adapter.projection,
-                encoder_hidden_size=adapter.encoder_hidden_size,
-            )
-        case IA3():
-            given: dict[str, Any] = {}
-            if adapter.target_modules is not None:
-                given["target_modules"] = list(adapter.target_modules)
-                given["feedforward_modules"] = list(adapter.feedforward_modules or ())
-            return IA3Config(task_type="CAUSAL_LM", **given)
+from qtune.recipe.schema import Adapter, Lora, PromptTuning
 
 
 def attach_adapter(
@@ -150,65 +73,3 @@ def _start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text:
         raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
     fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
     vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
-
-
-def trained_state(model: PeftModel) -> dict[str, Tensor]:
-    """Every trained tensor by its name in the model, prompt encoder included. No copies."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def save_trained_state(model: PeftModel, folder: Path) -> None:
-    """Writes `trained_state` whole or not at all."""
-    state = {name: tensor.contiguous() for name, tensor in trained_state(model).items()}
-    temporary = folder / f".{STATE_FILE}"
-    save_file(state, temporary)
-    temporary.replace(folder / STATE_FILE)
-
-
-@torch.no_grad()
-def load_trained_state(model: PeftModel, folder: Path) -> None:
-    """Puts a saved state into a model with the same adapter attached, bit for bit.
-
-    Raises:
-        ModelError: the file is missing, or its tensors are not those of this adapter.
-    """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise ModelError(Problem(str(file), "no such file: the adapter's state is not complete"))
-    saved, here = load_file(file), trained_state(model)
-    if saved.keys() != here.keys():
-        odd = ", ".join(sorted(saved.keys() ^ here.keys())[:3])
-        raise ModelError(Problem(str(file), f"is of another adapter than the recipe's: {odd}"))
-    for name, tensor in saved.items():
-        if tensor.shape != here[name].shape:
-            raise ModelError(
-                Problem(str(file), f"{name} is {list(tensor.shape)}, the recipe makes it {list(here[name].shape)}")
-            )
-        here[name].copy_(tensor)
-
-
-def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
-    """peft's format, which every peft user can load, and the full state beside it, which training can go on from.
-
-    initial: PiSSA's adapter before training. Its base was rewritten, so what is saved is the difference, a LoRA of
-    twice the rank on the original base (arXiv:2404.02948, appendix C), and no state: that would belong to the rewritten
-    base.
-    """
-    if initial is not None:
-        with warnings.catch_warnings():
-            # peft 0.21 loads the initial adapter beside the trained one for the difference, and warns of its own doing.
-            warnings.filterwarnings("ignore", "PiSSA changes the base weights of the model")
-            model.save_pretrained(
-                folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial)
-            )
-        return
-    model.eval()  # peft saves what a prompt encoder computes, which must not be what its dropout leaves of it
-    model.save_pretrained(folder, safe_serialization=True)
-    save_trained_state(model, folder)
-
-
-def load_adapter(network: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base model with a saved adapter on it, frozen, in the dtype it was saved in."""
-    model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=False)
-    model.requires_grad_(False)  # peft leaves soft prompts trainable
-    return model

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from qtune.adapter.attach import load_trained_state
+from qtune.adapter.state import load_trained_state
 from qtune.errors import Problem, RunError
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.tuned.load import resolved_recipe
+from qtune.run.resolved import resolved_recipe
 
 # What may differ between the two runs: everything else decides what the saved tensors mean.
 FREE = {"start_from", "initialization", "text", "dropout", "encoder_dropout", "dtype"}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from qtune.sizes import MIB
+
 SECONDS = 10
 """nvidia-smi answers within a second or two; a driver that hangs must not hold up a report."""
 
@@ -53,7 +55,7 @@ def parse_holders(listed: str, own_pid: int) -> list[Holder]:
         pid, used = int(row[0]), row[-1].strip()
         # A name may have commas of its own; "[N/A]" and "[Insufficient Permissions]" are no sizes.
         name = _name(pid) or Path(",".join(row[1:-1]).strip()).name
-        found.append(Holder(pid, name, int(used) * 2**20 if used.isdigit() else None))
+        found.append(Holder(pid, name, int(used) * MIB if used.isdigit() else None))
     return sorted(found, key=lambda holder: -(holder.bytes or 0))
 
 

@@ -14,11 +14,12 @@ from qtune.export.adapter_folder import write_adapter
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
-from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
+from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
+from qtune.export.verification import VERIFICATION
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import Verification, verify
 from qtune.model.load import load_config

@@ -18,10 +18,9 @@ from qtune.export.model_files import copy_side_files, merged_config, write_json
 from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
+from qtune.export.verification import mark_unverified
 from qtune.model.checkpoint import Checkpoint
-
-# The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
-VERIFICATION = "verify.json"
+from qtune.sizes import MIB
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
     """
     with staged_folder(target.output, merge.nbytes, force=target.force) as work:
-        with console.progress("merging (MiB)", round(merge.nbytes / 2**20)) as bar:
-            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / 2**20))
+        with console.progress("merging (MiB)", round(merge.nbytes / MIB)) as bar:
+            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / MIB))
         copy_side_files(source.base, source.adapter, work)
         notes = {} if prompt is None else {CONFIG_KEY: prompt.note}
         write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
@@ -65,11 +64,6 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
         mark_unverified(work, "not compared with the trained model")
         write_card(source, work, None, name=target.output.name)
     return target.output
-
-
-def mark_unverified(folder: Path, reason: str) -> None:
-    """Notes in a folder that nothing was proven about it."""
-    write_json(folder / VERIFICATION, {"verified": False, "failures": [reason]})
 
 
 def write_template(work: Path, text: str) -> None:

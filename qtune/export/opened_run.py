@@ -20,7 +20,7 @@ from qtune.model.load import base_folder, load_tokenizer
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import FourBit, Model, Recipe
 from qtune.run.folder import RunDir
-from qtune.tuned.load import resolved_recipe
+from qtune.run.resolved import resolved_recipe
 
 # What a merge or a loader may need from the hub; weights in other formats stay there.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]

@@ -6,15 +6,14 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
-from qtune.model.builtin import cache_folder
-from qtune.model.load import is_stored_quantized
+from qtune.model.quantization import is_stored_quantized
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,11 +55,7 @@ def remembered(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
     found = traced()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(asdict(found), stream)
-    Path(temporary).replace(file)
+    write_text(file, json.dumps(asdict(found)))
     return found
 
 

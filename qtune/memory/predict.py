@@ -20,8 +20,9 @@ from qtune.memory.tracing.history import Moment
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.model.host import keep_embeddings_on_host
-from qtune.model.load import quantization_config, require_attention
+from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
+from qtune.model.quantization import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

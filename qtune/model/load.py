@@ -1,21 +1,16 @@
-"""The base model: found, loaded in 4 bits, and counted in real parameters."""
+"""The base model and its tokenizer: found, and loaded as the plan says."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,24 +24,10 @@ from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.plan import SDPA, Plan
-from qtune.recipe.schema import EightBit, FourBit, Model, Quantization, Unquantized
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters as the model's author counts them: a packed 4-bit weight counts each of its values."""
-
-    total: int
-    quantized: int
-    trainable: int
-
-    @property
-    def quantized_share(self) -> float:
-        """Share of the base model's parameters that is stored quantized."""
-        return self.quantized / max(1, self.total - self.trainable)
+from qtune.recipe.schema import Model, Quantization
+from qtune.sizes import GIB
 
 
 def base_folder(model: Model) -> str:
@@ -111,23 +92,6 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' words for our quantization."""
-    match quantization:
-        case FourBit():
-            return BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.kind,
-                bnb_4bit_use_double_quant=quantization.double_quantization,
-                bnb_4bit_compute_dtype=compute_dtype,
-                bnb_4bit_quant_storage=torch.uint8,
-            )
-        case EightBit():
-            return BitsAndBytesConfig(load_in_8bit=True)
-        case Unquantized():
-            return None
-
-
 def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
     """The frozen base model on the plan's device, its embeddings and head in host memory where the plan says so.
 
@@ -172,7 +136,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         MemoryError,
     ) as error:
         if is_out_of_memory(error):
-            free = plan.device.free_bytes / 2**30
+            free = plan.device.free_bytes / GIB
             message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"
             raise OutOfMemory(message) from error
         raise _unreadable(model, error) from error
@@ -182,12 +146,6 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, plan.device.torch_name)
     return network
-
-
-def is_stored_quantized(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint brings its own quantization. Its quantizer decides where it can be loaded to: it is loaded
-    whole, and what belongs to the host moves there afterwards."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 def embedding_names(config: PretrainedConfig) -> list[str]:
@@ -212,46 +170,6 @@ def _without_hooks() -> Iterator[None]:
         yield
     finally:
         loading.accelerate_dispatch = original
-
-
-def count_parameters(network: torch.nn.Module) -> ParameterCount:
-    """Counts every parameter once (tied weights are one), packed ones by the shape they stand for."""
-    total = quantized = trainable = 0
-    for parameter in network.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = prod(state.shape) if state is not None else parameter.numel()
-        total += count
-        quantized += count if _is_packed(parameter) else 0
-        trainable += count if parameter.requires_grad else 0
-    return ParameterCount(total, quantized, trainable)
-
-
-def _is_packed(parameter: torch.nn.Parameter) -> bool:
-    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
-
-
-def quantized_too_little(base: str, network: PreTrainedModel, quantization: Quantization) -> Problem | None:
-    """What is wrong where less of a model than `minimum_share` is quantized. A bare model on the meta device will do.
-
-    It is not for checkpoints that bring their own quantization: those are what they are.
-    """
-    if isinstance(quantization, Unquantized):
-        return None
-    count = count_parameters(network)
-    log.debug("%d of %d parameters quantized", count.quantized, count.total)
-    if count.quantized_share >= quantization.minimum_share:
-        return None
-    largest = max(
-        ((name, p.numel()) for name, p in network.named_parameters() if not _is_packed(p)),
-        key=lambda item: item[1],
-    )
-    return Problem(
-        base,
-        f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
-        f"quantization.minimum_share asks for {quantization.minimum_share:.0%}. The largest tensor left in "
-        f"{network.dtype} is {largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so "
-        "fused experts and embeddings stay. Lower quantization.minimum_share if the memory is there",
-    )
 
 
 def _where(model: Model) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from qtune.model.host import host_weight, on_card
+from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that is not scored."""
 
-TILE_BYTES = 64 * 2**20
+TILE_BYTES = 64 * MIB
 """Size of one tile of fp32 logits, where nothing else is asked for: [memory] loss_tile."""
 
 

@@ -3,7 +3,6 @@
 Everything that is wrong is reported at once, each problem with its file and line, key, value and what would be right.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from qtune.errors import Problem, RecipeError
+from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
-from qtune.recipe.schema import DEFAULT_KINDS, Fault, Faulty, KeyPath, Recipe, Waivable, parse_recipe
-
-# The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
-_SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe, Waivable
+from qtune.recipe.text import show_value
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,6 @@ class Resolved:
         data = self.recipe.data.model_copy(update={"allow": allowed})
         origins = {**self.origins, ("data", "allow"): Origin("--allow")}
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}), origins=origins)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with qtune, by name."""
-    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file that `name` means: a path, or the name of a recipe that comes with qtune.
-
-    Raises:
-        RecipeError: there is neither.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
@@ -230,29 +208,6 @@ def _problem(
 
 
 _ABSENT = object()
-
-
-def show_value(value: Any) -> str:
-    """A value as TOML would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(show_value, value))}]"
-    if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True)
-    if isinstance(value, dict):
-        return (
-            f"{{ {', '.join(f'{_key(key)} = {show_value(inner)}' for key, inner in value.items())} }}"
-            if value
-            else "{}"
-        )
-    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
-
-
-def _key(name: str) -> str:
-    """A bare key where TOML allows it, a quoted one elsewhere."""
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else show_value(name)
 
 
 def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

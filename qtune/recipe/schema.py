@@ -1,14 +1,11 @@
-"""The recipe: the tables and keys of a TOML file as immutable values, and every rule that they must keep.
+"""The recipe: the tables and keys of a TOML file as immutable values.
 
 The schema is the single source: defaults and docstrings stand here once; help, errors, `qtune init` and the JSON
-Schema take them from here. Reading files and naming lines is `recipe_file.py`'s job.
+Schema take them from here. What must hold between two values is in `rules.py`.
 """
 
-import difflib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +15,6 @@ from pydantic import (
     Field,
     PositiveInt,
     Tag,
-    ValidationError,
 )
 from pydantic_core import PydanticCustomError
 
@@ -422,212 +418,8 @@ class Recipe(Table):
     output: Output = Field(default_factory=Output)
 
 
-class Fault(NamedTuple):
-    """Something wrong with one key: where it is in the recipe and what would be right."""
-
-    path: KeyPath
-    message: str
-
-
-class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory is of memory
-    """Tables that are no recipe. `faults`: everything that is wrong with them."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in self.faults))
-
-
 # A table that leaves its kind out means this one; pydantic cannot pick a union member without it.
 DEFAULT_KINDS = {"quantization": "nf4", "adapter": "lora"}
-
-
-def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
-    """The recipe that TOML `tables` describe.
-
-    Raises:
-        Faulty: with everything that is wrong with them.
-    """
-    filled = dict(tables)
-    for name, kind in DEFAULT_KINDS.items():
-        if isinstance(filled.get(name), dict):
-            filled[name] = {"kind": kind, **filled[name]}
-    try:
-        # Through JSON: strict validation of Python values would refuse TOML arrays for tuples.
-        recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
-    except ValidationError as error:
-        faults = _faults(error, filled)
-        raise Faulty([*faults, *_conflicts_of_the_rest(filled, faults)]) from error
-    if faults := list(_conflicts(recipe)):
-        raise Faulty(faults)
-    return recipe
-
-
-def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
-    """Conflicts in the tables without a fault, where those can be told without the others."""
-    faulty = {str(fault.path[0]) for fault in faults}
-    if faulty & {"model", "quantization", "adapter"} or any(len(fault.path) < 2 for fault in faults):
-        return []  # what they are decides what goes with them
-    without = {
-        name: {key: value for key, value in table.items() if not any(fault.path[:2] == (name, key) for fault in faults)}
-        if isinstance(table, dict)
-        else table
-        for name, table in tables.items()
-    }
-    try:
-        recipe = Recipe.model_validate_json(json.dumps(without, default=str))
-    except ValidationError:  # a key that is required
-        return []
-    return [fault for fault in _conflicts(recipe) if fault.path[0] not in faulty]
-
-
-def _conflicts(recipe: Recipe) -> Iterator[Fault]:
-    """Pairs of values that cannot work together, each with its reason."""
-    adapter, training = recipe.adapter, recipe.training
-    quantized = not isinstance(recipe.quantization, Unquantized)
-    if not adapter.checkpointable and training.gradient_checkpointing is True:
-        yield Fault(
-            ("training", "gradient_checkpointing"),
-            f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
-            'use false or "auto"',
-        )
-    if adapter.export == "alone" and recipe.output.gguf is not None:
-        yield Fault(
-            ("output", "gguf"),
-            f"a GGUF file holds a whole model, and {adapter.kind} cannot be put into one; its adapter is exported "
-            "alone. Remove the key",
-        )
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
-        yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_dropout:
-        yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
-    if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
-        yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
-    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
-        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
-    if isinstance(adapter, Lora):
-        if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
-            yield Fault(
-                ("adapter", "target_modules"),
-                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; "
-                "remove lm_head",
-            )
-        if adapter.initialization == "pissa" and quantized:
-            yield Fault(
-                ("adapter", "initialization"),
-                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be "
-                'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
-            )
-        if adapter.initialization == "loftq" and not isinstance(recipe.quantization, FourBit):
-            yield Fault(
-                ("adapter", "initialization"),
-                'LoftQ corrects the error of a 4-bit base; use it with [quantization] kind = "nf4" or "fp4"',
-            )
-        if adapter.rslora and adapter.initialization == "pissa":
-            yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
-        if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
-            yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
-        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
-    if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
-        yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
-    if recipe.data.packing and adapter.prompt_length:
-        yield Fault(
-            ("data", "packing"),
-            "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
-            f"the positions that keep documents apart; not with {adapter.kind}",
-        )
-    if training.steps is not None and "epochs" in training.model_fields_set:
-        yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
-    if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
-        yield Fault(
-            ("training", "micro_batch_size"),
-            f"batch_size = {training.batch_size} must be a whole number of micro-batches",
-        )
-
-
-def _faults(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
-    """pydantic's errors with our paths and words; the branches of a union become one fault."""
-    found: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        if detail["type"] == "union_tag_invalid":
-            detail["loc"] = (*detail["loc"], "kind")
-        path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
-        found.setdefault(path, []).append(_in_our_words(path, detail))
-    # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
-    branches = {path[:length] for path in found for length in range(len(path))}
-    return [Fault(path, _joined(messages)) for path, messages in found.items() if path not in branches]
-
-
-def _joined(messages: Sequence[str]) -> str:
-    """One sentence for the branches of a union: "must be a or b"."""
-    first, *others = dict.fromkeys(messages)
-    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-
-
-def _real_path(location: Sequence[str | int], tables: Mapping[str, Any], *, keep_last: bool) -> KeyPath:
-    """Drops what pydantic adds to a location: union tags and the names of union branches."""
-    path: list[str | int] = []
-    value: Any = tables
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(value, Mapping) and (part in value or (is_last and keep_last)):
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "extra_forbidden":
-            where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
-            return f"no such key in {where}{_nearest(str(path[-1]), _known_keys(detail['loc']))}"
-        case "missing":
-            return "is required and missing"
-        case "literal_error" | "union_tag_invalid":
-            choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
-            *others, last = (f'"{choice}"' for choice in choices)
-            expected = f"{', '.join(others)} or {last}" if others else last
-            word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-            return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
-        case "string_too_short" | "too_short":
-            return "must not be empty"
-        case "string_pattern_mismatch":
-            return f"must look like {_pattern_in_words(path)}"
-        case _:
-            return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
-
-
-def _pattern_in_words(path: KeyPath) -> str:
-    if path in (("memory", "budget"), ("memory", "loss_tile")):
-        return '"8GiB" or "512MiB"'
-    return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
-
-
-def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known and list_known else ""
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys of the table that a location (pydantic's, with its union tags) is in."""
-    tagged: dict[str | int, type[BaseModel]] = {"file source": FileSource, "hub source": HubSource}
-    for union in (Quantization, Adapter):
-        tagged |= {kind: table for table in get_args(union) for kind in kinds_of(table)}
-    *tables, _ = location
-    if not tables:
-        return list(Recipe.model_fields)
-    for tag in reversed(tables):
-        if tag in tagged:
-            return list(tagged[tag].model_fields)
-    table = Recipe.model_fields[str(tables[0])].annotation
-    return list(table.model_fields) if isinstance(table, type) and issubclass(table, BaseModel) else []
 
 
 def kinds_of(table: type[Table]) -> tuple[str, ...]:

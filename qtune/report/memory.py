@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qtune.device.cards import SIZES
+from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.tracing.history import in_order
 from qtune.report.charts import bar
@@ -11,7 +11,7 @@ from qtune.report.html import Html, element, table
 from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 from qtune.report.timeline import Timeline, timeline_drawing
-from qtune.screens.memory import fitting_cards, saved, size
+from qtune.sizes import saving_text, size_text
 
 # Columns of the phases' table beside the predicted and the measured peak; one that was measured nowhere is left out.
 OTHER_COLUMNS = {
@@ -76,10 +76,10 @@ def _phases(measured: Json, traced: Json | None) -> list[Html]:
             (
                 name,
                 f"{phase['seconds']:,.1f}" if phase else "",
-                size(expected) if expected else "",
-                size(seen) if seen else "–",
+                size_text(expected) if expected else "",
+                size_text(seen) if seen else "–",
                 f"{expected / seen - 1:+.1%}" if expected and seen else "",
-                *(size(phase[other]) if phase.get(other) else "–" for other in others),
+                *(size_text(phase[other]) if phase.get(other) else "–" for other in others),
             )
         )
     what = "tensors" if key == "tensor_peak_bytes" else "allocated"
@@ -92,10 +92,10 @@ def _at_peak(measured: Json | None, predicted: Json | None) -> list[Html]:
     moments = {word: moment for word, moment in (("measured", measured), ("predicted", predicted)) if moment}
     if not moments:
         return []
-    told = [f"{size(moment['bytes'])} {word} ({_where(moment)})" for word, moment in moments.items()]
+    told = [f"{size_text(moment['bytes'])} {word} ({_where(moment)})" for word, moment in moments.items()]
     parts: list[Mapping[str, int]] = [moment["alive"] for moment in moments.values()]
     names = in_order({name for alive in parts for name in alive})
-    rows = [(name, *(size(alive[name]) if name in alive else "–" for alive in parts)) for name in names]
+    rows = [(name, *(size_text(alive[name]) if name in alive else "–" for alive in parts)) for name in names]
     heights = [parts[0].get(name, 0) for name in names]
     drawn = [
         element(
@@ -119,9 +119,9 @@ def _where(moment: Json) -> str:
 
 
 def _between_steps(static: Mapping[str, int]) -> list[Html]:
-    rows = [(name, size(value)) for name, value in static.items()]
+    rows = [(name, size_text(value)) for name, value in static.items()]
     return [
-        element("h3", f"What stays between steps: {size(sum(static.values()))}"),
+        element("h3", f"What stays between steps: {size_text(sum(static.values()))}"),
         table(("", "measured"), rows, figures=(1,)),
     ]
 
@@ -139,7 +139,7 @@ def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
     for way in [*ways, this]:
         peak = way["peak_bytes"]
         cards = [fitting_cards(way["needed_bytes"], SIZES)] if is_card else []
-        figures = size(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
+        figures = size_text(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
         rows.append((way["name"], *figures, *cards, way["how"].removeprefix("traced: ")))
     head = ("way of training", "peak", "share", "this run saves", *(["fits cards of"] if is_card else []), "how")
     about = (
@@ -153,7 +153,12 @@ def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
 def _attribution(attribution: list[Json], ours: int) -> list[Html]:
     """What each technique saves: the step without it, everything else unchanged."""
     rows = [
-        (way["name"], saved(way["peak_bytes"], ours), size(way["peak_bytes"]), way["how"].removeprefix("traced: "))
+        (
+            way["name"],
+            saving_text(way["peak_bytes"], ours),
+            size_text(way["peak_bytes"]),
+            way["how"].removeprefix("traced: "),
+        )
         for way in sorted(attribution, key=lambda way: -way["peak_bytes"])
     ]
     about = "One technique switched off at a time. The figures do not add up: each hides some of what another saves."

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
+from qtune.console import clock
 from qtune.report.charts import Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Json, Record
 from qtune.report.rows import ShownRow, ShownRows
-from qtune.training.display import clock
+from qtune.sizes import GIB
 
-GIB = 1 << 30
 LONGEST_PIECE = 8000
 """Characters of a piece of a row that are shown; one row may be a whole book."""
 

@@ -1,13 +1,12 @@
 """A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtune import whole
 from qtune.errors import Problem, RunError
 
 
@@ -115,11 +114,11 @@ class RunDir:
 
     def write_text(self, file: Path, text: str) -> None:
         """Writes a file of the run whole or not at all."""
-        write_atomically(file, text)
+        whole.write_text(file, text)
 
     def write_json(self, file: Path, value: Any) -> None:
         """Writes a JSON file of the run whole or not at all."""
-        write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        whole.write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, file: Path) -> Any:
         """A JSON file of the run.
@@ -131,22 +130,6 @@ class RunDir:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes to a temporary name in the same folder, then renames: a reader sees the old text or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def newest_unfinished(directory: Path, name: str) -> RunDir | None:

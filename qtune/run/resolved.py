@@ -1,14 +1,20 @@
 """resolved.toml: a recipe with every value that a run used, each with its origin beside it; a recipe itself."""
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
 from tomlkit.items import Table
 
+from qtune.errors import Problem, RunError, first_line
 from qtune.plan import Plan
-from qtune.recipe.file import Origin, Resolved, leaves, show_value
-from qtune.recipe.schema import KeyPath
+from qtune.recipe.faults import Faulty
+from qtune.recipe.file import Origin, Resolved, leaves
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import KeyPath, Recipe
+from qtune.recipe.text import show_value
+from qtune.run.folder import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,3 +95,19 @@ def absolute_paths(value: Any, folder: Path) -> Any:
         is_pattern = any(character in value for character in "*?[")
         return str(path.absolute()) if is_pattern or path.exists() else value
     return value
+
+
+def resolved_recipe(run_dir: RunDir) -> Recipe:
+    """The run's recipe with every value; unlike `load_recipe` it does not ask for the training rows, which may be gone.
+
+    Raises:
+        RunError: the file cannot be read, or is not a recipe of this version.
+    """
+    file = run_dir.resolved_file
+    try:
+        return parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")))
+    except Faulty as error:
+        keys = [(".".join(map(str, fault.path)), fault.message) for fault in error.faults]
+        raise RunError([Problem(str(file), f"{key}: {message}") for key, message in keys]) from error
+    except (OSError, ValueError) as error:
+        raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error

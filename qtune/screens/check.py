@@ -7,9 +7,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from qtune.console import table
-from qtune.screens.memory import size
-from qtune.training.display import clock
+from qtune.console import clock, table
+from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
@@ -134,8 +133,8 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
         ("time", _time(check)),
         (
             "disk",
-            f"checkpoints {_size(disk.checkpoints_bytes)}, a merged export {_size(disk.export_bytes)}; "
-            f"free {_size(disk.free_bytes)}; the token cache holds {_size(disk.cache_bytes)}",
+            f"checkpoints {size_text(disk.checkpoints_bytes)}, a merged export {size_text(disk.export_bytes)}; "
+            f"free {size_text(disk.free_bytes)}; the token cache holds {size_text(disk.cache_bytes)}",
         ),
     ]
     yield table("Costs", ("what", "how much"), rows)
@@ -147,9 +146,9 @@ def _memory(check: "Check") -> str:
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
     return (
-        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
-        f"{found.rows.longest.length} tokens); {size(need.total_bytes)} with driver and allocator, of "
-        f"{size(found.budget_bytes)}"
+        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
+        f"{found.rows.longest.length} tokens); {size_text(need.total_bytes)} with driver and allocator, of "
+        f"{size_text(found.budget_bytes)}"
     )
 
 
@@ -158,14 +157,6 @@ def _time(check: "Check") -> str:
         return "not measured; qtune check --time loads the model and runs a few micro-batches"
     total = check.step_seconds * check.batches.steps
     return f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
 
 
 def _findings(check: "Check") -> Iterator[RenderableType]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.run.folder import write_atomically
+from qtune.whole import write_text
 
 AFTER_DIVERGENCE = "Lower training.learning_rate or raise training.warmup, and go on from the last checkpoint"
 
@@ -83,7 +83,7 @@ def forget_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     records = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
-    write_atomically(file, "".join(line + "\n" for line in records))
+    write_text(file, "".join(line + "\n" for line in records))
 
 
 def has_evaluation(file: Path, step: int) -> bool:

@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qtune.console import live_console, say
+from qtune.console import clock, live_console, say
+from qtune.sizes import GIB
 
 Record = Mapping[str, Any]
 
@@ -100,7 +101,7 @@ def _figures(record: Record) -> dict[str, str]:
     }
     figures = {label: layout.format(record[key]) for key, (label, layout) in formats.items() if key in record}
     if "memory_bytes" in record:
-        now, peak = record["memory_bytes"] / 2**30, record["memory_peak_bytes"] / 2**30
+        now, peak = record["memory_bytes"] / GIB, record["memory_peak_bytes"] / GIB
         figures["memory"] = f"{now:.2f} GiB, peak {peak:.2f}"
     return figures
 
@@ -112,12 +113,3 @@ def plain_line(record: Record, seconds_left: float | None) -> str:
     figures = "  ".join(f"{name} {value}" for name, value in _figures(record).items())
     left = f"  {clock(seconds_left)} left" if seconds_left is not None else ""
     return f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.2f}  {figures}{left}"
-
-
-def clock(seconds: float | None) -> str:
-    """ "1:23:45", "2:05", or "–" while it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

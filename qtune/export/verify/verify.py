@@ -17,9 +17,9 @@ from qtune import console
 from qtune.device.present import present_device
 from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
-from qtune.export.merged_folder import VERIFICATION, mark_unverified
 from qtune.export.model_files import write_json
 from qtune.export.opened_run import Source
+from qtune.export.verification import VERIFICATION, mark_unverified
 from qtune.export.verify.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit

@@ -7,19 +7,19 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qtune.device.cards import size_in_bytes
 from qtune.errors import first_line
-from qtune.memory.fit import shown
 from qtune.memory.remedies import Room, phase_bytes, remedies
 from qtune.model.load import load_config
+from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE
+from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from qtune.device.processes import Holder
+    from qtune.errors import Failure
     from qtune.memory.longest import Rows
-    from qtune.memory.measured.meter import Failure
     from qtune.plan import Plan
     from qtune.recipe.schema import KeyPath, Recipe
     from qtune.run.folder import RunDir
@@ -84,7 +84,7 @@ def first_report(
     """What is known at once."""
     available = failure.free_bytes + failure.own_bytes
     if recipe.memory.budget != "auto":
-        available = min(available, size_in_bytes(recipe.memory.budget))
+        available = min(available, size_in_bytes(recipe.memory.budget, "memory.budget"))
     return Report(failure, plan.device.name, available, others, str(run_dir.path), saved)
 
 
@@ -127,7 +127,7 @@ def _short_bytes(failure: Failure) -> int:
 def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, bool]:
     """The command that goes on with a run and other values, and whether it has to be a new run."""
     words = [
-        f"{'.'.join(map(str, key))}={value if isinstance(value, str) else shown(value)}"
+        f"{'.'.join(map(str, key))}={value if isinstance(value, str) else show_value(value)}"
         for key, value in changes.items()
     ]
     is_new_run = any(key not in CHANGEABLE for key in changes)
