@@ -1,6 +1,5 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,9 +18,9 @@ from qtune.export.model_card import write_card
 from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
-from qtune.export.verification import VERIFICATION
+from qtune.export.verification import Verification, read_proof
 from qtune.export.verify.rows import rows_for
-from qtune.export.verify.verify import Verification, verify
+from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
@@ -91,7 +90,7 @@ def write_export(run: RunDir, options: Options) -> Path:
         )
         prove(source, target.output, verification)
     if gguf is not None and rows is not None:
-        hand_over(target.output, run.path.name, gguf, source.recipe, rows.rows, ids)
+        hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 
@@ -138,9 +137,7 @@ def show(verification: Verification) -> None:
 
 def _weights_of(folder: Path) -> Weights:
     """The basis that an earlier verification noted; the default where there was none."""
-    file = folder / VERIFICATION
-    noted = json.loads(file.read_text(encoding="utf-8")).get("weights") if file.exists() else None
-    return "original" if noted == "original" else "dequantized"
+    return "original" if read_proof(folder).weights == "original" else "dequantized"
 
 
 def _run_around(folder: Path) -> RunDir:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qtune.export.opened_run import Source
 
 if TYPE_CHECKING:
-    from qtune.export.verify.verify import Verification
+    from qtune.export.verification import Verification
 
 SNIPPET = """\
 ```python

@@ -1,9 +1,7 @@
 """A run's folder -> everything that an export starts from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -43,13 +41,6 @@ class Source:
     def base_name(self) -> str:
         """The base as the user knows it: a hub id, a built-in name, a path."""
         return self.recipe.model.base
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        """What the run noted about its surroundings; empty when it noted nothing."""
-        file = self.run.lock_file
-        locked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return locked
 
 
 def open_source(run: RunDir, adapter: Path | None = None) -> Source:

@@ -27,6 +27,11 @@ class Origin:
     source: str
     reason: str = ""
 
+    @property
+    def in_words(self) -> str:
+        """As resolved.toml says it: "rule: no bfloat16 on this card"."""
+        return f"{self.source}: {self.reason}" if self.reason else self.source
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -41,6 +46,11 @@ class Resolved:
     def folder(self) -> Path:
         """The folder that relative data paths of the recipe start from."""
         return self.file.parent
+
+    @property
+    def run_name(self) -> str:
+        """What its runs are called: output.name, else the recipe's file name."""
+        return self.recipe.output.name or self.file.stem
 
     def allowing(self, findings: Sequence[str]) -> "Resolved":
         """The same recipe that waives more findings of the gate.

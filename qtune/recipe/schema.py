@@ -4,6 +4,7 @@ The schema is the single source: defaults and docstrings stand here once; help, 
 Schema take them from here. What must hold between two values is in `rules.py`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -395,12 +396,20 @@ class Memory(Table):
     """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
 
 
+RUN_NAME = r"^[\w][\w.+-]*$"
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a run can be called so: a folder's name without spaces and signs that shells take for their own."""
+    return re.fullmatch(RUN_NAME, text) is not None
+
+
 class Output(Table):
     """Where the run goes."""
 
     directory: str = Field(default="runs", min_length=1)
     """Folder of runs, from the folder in which qtune is called."""
-    name: str | None = Field(default=None, pattern=r"^[\w][\w.+-]*$")
+    name: str | None = Field(default=None, pattern=RUN_NAME)
     """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
     gguf: Literal["f16", "bf16", "q8_0"] | None = None
     """Type of a GGUF file that `qtune export` also writes; a model that can have none is refused before training."""

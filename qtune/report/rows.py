@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
 from qtune.model.load import load_tokenizer
-from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import rows_hash
+from qtune.run.resolved import read_resolved
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
     Raises:
         InputError: the rows or the tokenizer are no longer where the run found them.
     """
-    resolved = load_recipe(run_dir.resolved_file)
+    resolved = read_resolved(run_dir)
     recipe = resolved.recipe
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)

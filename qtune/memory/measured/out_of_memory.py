@@ -132,7 +132,7 @@ def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, b
     ]
     is_new_run = any(key not in CHANGEABLE for key in changes)
     if is_new_run:
-        words = [f"output.name={run_dir.path.name}", *words]
+        words = [f"output.name={run_dir.name}", *words]
         start = ["qtune", "run", str(run_dir.resolved_file)]
     else:
         start = ["qtune", "run", "--resume", str(run_dir.path)]
