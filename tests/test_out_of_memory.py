@@ -39,7 +39,7 @@ from qtune.recipe.file import load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.screens.memory import size
+from qtune.sizes import size_text
 from qtune.training import train, trainer
 from qtune.training.trainer import QloraTrainer
 
@@ -241,7 +241,7 @@ def test_the_whole_report_of(
         run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")
     report = run_dir.read_json(run_dir.memory_file)["failure"]
-    alive = ", ".join(f"{category} {size(held)}" for category, held in report["alive"].items())
+    alive = ", ".join(f"{category} {size_text(held)}" for category, held in report["alive"].items())
     assert str(caught.value) == "\n".join(lines).format(run=run_dir.path, alive=alive)
     assert caught.value.exit_code == 1
     assert failure_text(report) == str(caught.value)  # as `qtune profile RUN` shows it
