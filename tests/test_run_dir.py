@@ -9,7 +9,6 @@ import pytest
 
 from qtune.errors import RunError
 from qtune.run.folder import RunDir, newest_unfinished
-from qtune.whole import write_text
 
 
 def started(directory: Path, name: str) -> RunDir:
@@ -48,20 +47,6 @@ def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
     assert str(caught.value) == f"{run.path}: has no adapter yet; finish it with: qtune run --resume {run.path}"
     finish(run)
     assert run.finished_adapter() == run.adapter
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "deep" / "values.json"
-    write_text(file, "old")
-
-    def broken(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(file, "new and longer")
-    assert file.read_text() == "old"
-    assert [entry.name for entry in file.parent.iterdir()] == ["values.json"]
 
 
 def test_json_keeps_its_letters_and_a_broken_file_is_named(tmp_path: Path) -> None:
