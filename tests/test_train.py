@@ -621,7 +621,7 @@ def test_another_budget_lets_the_micro_batch_follow_from_memory_again(
 ) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 4")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_build_model", killed)
+        patch.setattr(train, "build_model", killed)
         with pytest.raises(Killed):
             run(recipe)
     broken = latest_run(recipe)
