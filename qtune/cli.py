@@ -427,7 +427,7 @@ def profile(
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[
-        Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: a .svg or .png file.")
+        Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: an .svg file.")
     ] = None,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.

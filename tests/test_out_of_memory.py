@@ -39,8 +39,8 @@ from qtune.recipe.file import load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.screens.memory import size
-from qtune.training import train, trainer
+from qtune.sizes import size_text
+from qtune.training import build, train, trainer
 from qtune.training.trainer import QloraTrainer
 
 GIB, MIB = 2**30, 2**20
@@ -187,7 +187,7 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
         ],
     ),
     "loading": (
-        (train, "load_base", refuse),
+        (build, "load_base", refuse),
         GIB // 4,
         [
             f"memory ran out while the model was loaded: {REFUSED}",
@@ -241,7 +241,7 @@ def test_the_whole_report_of(
         run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")
     report = json.loads(run_dir.memory_file.read_text())["failure"]
-    alive = ", ".join(f"{category} {size(held)}" for category, held in report["alive"].items())
+    alive = ", ".join(f"{category} {size_text(held)}" for category, held in report["alive"].items())
     assert str(caught.value) == "\n".join(lines).format(run=run_dir.path, alive=alive)
     assert caught.value.exit_code == 1
     assert failure_text(report) == str(caught.value)  # as `qtune profile RUN` shows it
@@ -259,7 +259,7 @@ def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_wa
 ) -> None:
     recipe = write_recipe(training=TRAINING)
     loaded: list[weakref.ref[Any]] = []
-    load, search = train.load_base, out_of_memory.remedies
+    load, search = build.load_base, out_of_memory.remedies
 
     def load_base(*arguments: Any) -> Any:
         network = load(*arguments)
@@ -270,7 +270,7 @@ def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_wa
         assert [network() for network in loaded] == [None]
         return search(*arguments)
 
-    monkeypatch.setattr(train, "load_base", load_base)
+    monkeypatch.setattr(build, "load_base", load_base)
     monkeypatch.setattr(out_of_memory, "remedies", searched)
     with monkeypatch.context() as patch:
         patch.setattr(QloraTrainer, "compute_loss", computed_and_refused(QloraTrainer.compute_loss))

@@ -15,7 +15,6 @@ from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import newest_unfinished
-from qtune.whole import write_text
 
 CPU = Device("cpu", "CPU", 8 << 30, 6 << 30, bf16=False)
 
@@ -56,20 +55,6 @@ def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
     assert str(caught.value) == f"{run.path}: has no adapter yet; finish it with: qtune run --resume {run.path}"
     finish(run)
     assert run.finished_adapter() == run.adapter
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "deep" / "values.json"
-    write_text(file, "old")
-
-    def broken(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(file, "new and longer")
-    assert file.read_text() == "old"
-    assert [entry.name for entry in file.parent.iterdir()] == ["values.json"]
 
 
 def test_the_newest_unfinished_run_of_a_name_is_found(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def attach_adapter(
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        name = getattr(network.config, "_name_or_path", "") or type(network).__name__
+        name = network.config.name_or_path or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))

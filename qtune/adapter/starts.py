@@ -9,9 +9,8 @@ import bitsandbytes as bnb
 import torch
 from datasets import Dataset
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import initialize_lora_eva_weights
 from safetensors import safe_open
 from torch import Tensor
 

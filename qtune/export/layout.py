@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
 
@@ -95,9 +95,8 @@ def _parameters(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, str
 
 def with_4_bit_layers(model: PreTrainedModel) -> set[str]:
     """Replaces the layers that bitsandbytes quantizes by default; returns the names of their weights."""
-    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
-    quantizer.pre_quantized = False
-    quantizer._process_model_before_weight_loading(model, device_map=None)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
     return {name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)}
 
 

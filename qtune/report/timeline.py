@@ -21,9 +21,10 @@ from qtune.report.drawing import (
     Look,
     Shape,
     Words,
-    write_picture,
+    svg,
 )
 from qtune.sizes import GIB, MIB, size_text
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -100,8 +101,8 @@ class Timeline:
 
 
 def write_timeline(prediction: Prediction, title: str, file: Path) -> None:
-    """Writes the picture of a prediction as .svg or .png."""
-    write_picture(timeline_drawing(Timeline.of(prediction), title), file)
+    """Writes the picture of a prediction as an SVG file."""
+    write_text(file, svg(timeline_drawing(Timeline.of(prediction), title)))
 
 
 def timeline_drawing(timeline: Timeline, title: str) -> Drawing:

@@ -229,8 +229,7 @@ class QloraTrainer(SFTTrainer):
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
         self.model.eval()
         try:
-            # Past SFTTrainer, whose only addition is a model card in every checkpoint.
-            super(SFTTrainer, self)._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
         # A full disk: the writers of Python, safetensors and torch each say it in their own way.
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -248,6 +247,9 @@ class QloraTrainer(SFTTrainer):
         # Saving is not training: it does not count against tokens per second.
         self._since += time.perf_counter() - began
         self.meter.enter("idle")
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
