@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.adapter.starts import start_from_activations, start_from_residual, start_from_text
 from qtune.adapter.state import (
     STATE_FILE,
     load_adapter,
@@ -68,7 +68,10 @@ def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized:
     network = load_base(Model(base=str(base)), quantization, plan)
     install_loss(network)
     torch.manual_seed(0)
-    return attach_adapter(network, adapter, plan, AutoTokenizer.from_pretrained(base))
+    model = attach_adapter(network, adapter, plan)
+    if isinstance(adapter, PromptTuning) and adapter.text is not None:
+        start_from_text(model, AutoTokenizer.from_pretrained(base), adapter.text)
+    return model
 
 
 def loss_of(model: PeftModel) -> torch.Tensor:

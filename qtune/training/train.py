@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from qtune import console
+from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter
 from qtune.data.sources import find_sources
 from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
@@ -20,7 +21,7 @@ from qtune.run.lock import lock_of, read_lock, rows_hash, write_lock
 from qtune.run.metrics import forget_after
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
-from qtune.training.build import build_model, initial_adapter, is_pissa, make_trainer
+from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
     complete_checkpoints,
@@ -116,8 +117,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         meter.enter("load")
         model, tiled = build_model(inputs)
         _write_lock(inputs, run_dir, model, step_of(checkpoint) if checkpoint else 0)
-        if is_pissa(recipe):
-            model.save_pretrained(initial_adapter(run_dir))
+        initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
         with display, stop.listening():
@@ -128,7 +128,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step)
-                _save(model, inputs, run_dir)
+                _save(model, inputs, run_dir, initial)
     if not run_dir.is_finished:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
@@ -153,8 +153,8 @@ def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel, step: int) ->
     write_lock(run_dir, now if begun is None else begun.resumed_as(now, step))
 
 
-def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir) -> None:
+def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
     with whole(run_dir.adapter) as partial:
-        save_adapter(model, partial, initial_adapter(run_dir) if is_pissa(inputs.recipe) else None)
+        save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
