@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
@@ -25,9 +26,9 @@ from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 
-PREFIX_NOTE = (
-    "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
-    "exported alone; its README.md has the lines that load it."
+ALONE_NOTE = (
+    "No plain checkpoint can hold what {kind} trains. The adapter is exported alone; its README.md has the lines that "
+    "load it."
 )
 
 
@@ -44,6 +45,8 @@ class Options:
     gguf: GgufType | None = None
     compare_bases: bool = False
     push_to: str | None = None
+    given: frozenset[str] = frozenset()
+    """Options as they were written on a command line (`export.conflicts`)."""
 
 
 def export_run(run: RunDir, options: Options) -> Path:
@@ -64,7 +67,8 @@ def write_export(run: RunDir, options: Options) -> Path:
     source = open_source(run)
     is_alone = source.recipe.adapter.export == "alone"
     if is_alone and not options.adapter_only:
-        console.say(PREFIX_NOTE)
+        refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
+        console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
     if options.adapter_only or is_alone:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     gguf = options.gguf or source.recipe.output.gguf
@@ -92,6 +96,18 @@ def write_export(run: RunDir, options: Options) -> Path:
     if gguf is not None and rows is not None:
         hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
+
+
+def _asked(options: Options) -> set[str]:
+    """What a caller asked of the whole model, by the names of the command line."""
+    asked = {
+        "--gguf": options.gguf is not None,
+        "--compare-bases": options.compare_bases,
+        "--base": options.weights == "original",
+        "--dtype": options.dtype != "float16",
+        "--no-verify": not options.verify,
+    }
+    return {option for option, is_asked in asked.items() if is_asked}
 
 
 def verify_only(folder: Path, run: RunDir | None) -> Path:
