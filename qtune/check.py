@@ -224,7 +224,7 @@ def disk_of(recipe: Recipe, plan: Plan, config: PretrainedConfig) -> Disk:
 def step_seconds(recipe: Recipe, plan: Plan, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> float:
     """Seconds of a step, from the speed of a few micro-batches of it (the optimizer's share is left out)."""
     with console.progress("timing a step"):
-        model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan, tokenizer)
+        model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
         install_loss(model.get_base_model(), tile_bytes=plan.loss_tile_bytes)
         collate = collator_for(prepared.packed, int(str(tokenizer.pad_token_id)), plan.attention)
         order = StepSampler(prepared.lengths, recipe.training.batch_size, recipe.training.seed).order()

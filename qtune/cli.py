@@ -147,8 +147,8 @@ def run(
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.run.folder import RunDir, newest_unfinished
-    from qtune.run.resumption import resumed_recipe
+    from qtune.run.folder import RunDir
+    from qtune.run.resumption import newest_unfinished, resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
@@ -156,8 +156,7 @@ def run(
         asked = list(changes or ())
         if run_dir is None:
             resolved = load_recipe(find_recipe(target), asked)
-            output = resolved.recipe.output
-            run_dir = newest_unfinished(Path(output.directory), output.name or resolved.file.stem)
+            run_dir = newest_unfinished(Path(resolved.recipe.output.directory), resolved.run_name)
             # These have said which run is meant.
             asked = [one for one in asked if one.partition("=")[0].strip() not in ("output.directory", "output.name")]
         if run_dir is None:
@@ -178,9 +177,9 @@ def run(
 
 def _end_run(run_dir: "RunDir") -> None:
     """Writes the report of a run that has ended, and prints its folder."""
-    from qtune.report.page import write_report
+    from qtune.report.page import attempt_report
 
-    write_report(run_dir)
+    attempt_report(run_dir)
     console.out(f"{run_dir.path}")
 
 
@@ -467,9 +466,9 @@ def profile(
             console.out(f"\n{failure_text(measured.failure)}")
         name, prediction = target, measured.prediction
         if run_dir.report.is_file():
-            from qtune.report.page import write_report
+            from qtune.report.page import attempt_report
 
-            write_report(run_dir)
+            attempt_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
         found = stage.profile(resolved, cards.device_for(gpu, vram), length)

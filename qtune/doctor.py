@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 from qtune import __version__
 from qtune.cache import cache_folder
 from qtune.device.present import Device, present_device
+from qtune.errors import first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import Recipe
 from qtune.sizes import GIB, MIB
 
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
@@ -113,7 +113,7 @@ def quantization_finding(device: Device) -> Finding:
         codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
     except (RuntimeError, OSError, AttributeError) as failure:
-        reason = str(failure).splitlines()[0]
+        reason = first_line(failure)
         return Finding(
             "device", "NF4", reason, "problem", "reinstall bitsandbytes for this device: pip install -U bitsandbytes"
         )
@@ -125,7 +125,6 @@ def quantization_finding(device: Device) -> Finding:
 def choice_findings(device: Device) -> Iterator[Finding]:
     """What a recipe that leaves everything open gets here, each with its reason."""
     recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
-    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, device)
     chosen: Mapping[tuple[str | int, ...], object] = {
         ("quantization", "compute_dtype"): plan.compute_dtype,

@@ -37,6 +37,20 @@ class Problem:
         return f"{self.place}: {self.message}" if self.place else self.message
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line: its first line that is not empty, else the name of its class."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """`first_line` of libraries that say where they failed before they say how."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
 class QtuneError(Exception):
     """A failure with a message that is meant for the user."""
 

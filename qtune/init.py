@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qtune.errors import Problem, RecipeError
-from qtune.plan import LEARNING_RATES
 from qtune.recipe.file import check_recipe
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
-    IA3,
     Adapter,
+    AdapterTable,
     Data,
     FourBit,
     KeyPath,
-    Lora,
     Memory,
     Model,
     Output,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
     Recipe,
     Table,
     Training,
@@ -37,7 +32,7 @@ from qtune.recipe.text import show_value
 from qtune.whole import write_text
 
 LINE_LENGTH = 118
-ADAPTERS: dict[str, type[Table]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
 )
@@ -46,11 +41,6 @@ QUANTIZATIONS = tuple(
 SHOWN: dict[type[Table], tuple[str, ...]] = {
     Model: ("base",),
     FourBit: ("kind", "double_quantization"),
-    Lora: ("kind", "rank", "alpha", "target_modules"),
-    PTuning: ("kind", "virtual_tokens", "encoder"),
-    PromptTuning: ("kind", "virtual_tokens", "initialization"),
-    PrefixTuning: ("kind", "virtual_tokens", "projection"),
-    IA3: ("kind",),
     Data: ("train", "validation", "max_length"),
     Training: ("epochs", "batch_size", "learning_rate"),
     Memory: ("budget",),
@@ -67,7 +57,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     if adapter not in ADAPTERS:
         raise RecipeError(Problem("--adapter", f"{adapter}: no such kind{_nearest(adapter, ADAPTERS)}"))
     table = ADAPTERS[adapter]
-    rate, _ = LEARNING_RATES[table]
+    rate, _ = table.auto_learning_rate
     given: dict[KeyPath, Any] = {
         ("model", "base"): base,
         ("data", "train"): _path_from(data, file),
@@ -89,7 +79,8 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():
-        lines += ["", f"[{name}]", *(line for key in SHOWN[schema] for line in _key_lines(name, schema, key, given))]
+        keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
+        lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
     return _checked("\n".join(lines) + "\n", file)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.adapter.starts import start_from_activations, start_from_residual, start_from_text
 from qtune.adapter.state import (
     STATE_FILE,
     load_adapter,
@@ -27,18 +27,7 @@ from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import (
-    IA3,
-    Adapter,
-    FourBit,
-    Lora,
-    Model,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    Recipe,
-    Unquantized,
-)
+from qtune.recipe.schema import IA3, Adapter, FourBit, Lora, Model, PrefixTuning, PromptTuning, PTuning, Unquantized
 
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -69,9 +58,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def plan_for(dtype: str = "float32") -> Plan:
-    outcome = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
-    assert isinstance(outcome, Recipe)
-    return make_plan(outcome, CPU)
+    recipe = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
+    return make_plan(recipe, CPU)
 
 
 def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized: bool = True) -> PeftModel:
@@ -80,7 +68,10 @@ def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized:
     network = load_base(Model(base=str(base)), quantization, plan)
     install_loss(network)
     torch.manual_seed(0)
-    return attach_adapter(network, adapter, plan, AutoTokenizer.from_pretrained(base))
+    model = attach_adapter(network, adapter, plan)
+    if isinstance(adapter, PromptTuning) and adapter.text is not None:
+        start_from_text(model, AutoTokenizer.from_pretrained(base), adapter.text)
+    return model
 
 
 def loss_of(model: PeftModel) -> torch.Tensor:

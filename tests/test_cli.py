@@ -75,8 +75,10 @@ def test_a_wrong_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: P
         ["run", str(recipe), "--set", "adapter.alhpa=1"],
     )
     assert (code, out, heavy) == (2, "", [])
-    # Unknown keys first: what is not a recipe has no files to look for.
-    assert err == f"error: {recipe}:6: adapter.rnak = 8: no such key in [adapter]; did you mean 'rank'?\n"
+    assert err == (
+        f'error: {recipe}:4: data.train = "none.jsonl": no such file or folder in {tmp_path}\n'
+        f"{recipe}:6: adapter.rnak = 8: no such key in [adapter]; did you mean 'rank'?\n"
+    )
     assert missing[0] == 2
     assert missing[2].startswith(f"error: {tmp_path}/none.toml: no such file, nor a recipe that comes with qtune (")
     assert "--set: adapter.alhpa = 1: no such key in [adapter]; did you mean 'alpha'?" in change[2]

@@ -19,7 +19,7 @@ from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import PackedCollator, PaddedCollator, collator_for
 from qtune.data.masks import IGNORED
 from qtune.data.packing import best_fit, pack
-from qtune.recipe.faults import Fault
+from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.parse import parse_recipe
 
 VOCABULARY = 50
@@ -152,13 +152,15 @@ def test_a_soft_prompt_in_packed_rows_would_be_wrong_without_an_error(tmp_path):
 @pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning"])
 def test_packing_is_refused_for_soft_prompts_with_the_reason(kind):
     tables = {"model": {"base": "x"}, "adapter": {"kind": kind}, "data": {"train": "x", "packing": True}}
-    assert parse_recipe(tables) == [
+    with pytest.raises(Faulty) as refused:
+        parse_recipe(tables)
+    assert refused.value.faults == (
         Fault(
             ("data", "packing"),
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {kind}",
-        )
-    ]
+        ),
+    )
 
 
 def test_positions_restart_at_each_document_and_padding_is_one_of_its_own():

@@ -26,9 +26,7 @@ def by_file(case):
 
 
 def data_table(**keys) -> Data:
-    recipe = parse_recipe({"model": {"base": "none"}, "data": {"validation": 0, **keys}})
-    assert not isinstance(recipe, list), recipe
-    return recipe.data
+    return parse_recipe({"model": {"base": "none"}, "data": {"validation": 0, **keys}}).data
 
 
 def test_every_broken_file_is_expected_to_be_caught():

@@ -35,9 +35,7 @@ def recipe_with(**tables) -> Recipe:
     given["training"] = {"batch_size": 2, "micro_batch_size": 2}
     for name, table in tables.items():
         given[name] = {**given.get(name, {}), **table}
-    recipe = parse_recipe(given)
-    assert isinstance(recipe, Recipe), recipe
-    return recipe
+    return parse_recipe(given)
 
 
 def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> History:

@@ -240,7 +240,7 @@ def test_the_whole_report_of(
     with pytest.raises(OutOfMemory) as caught:
         run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")
-    report = run_dir.read_json(run_dir.memory_file)["failure"]
+    report = json.loads(run_dir.memory_file.read_text())["failure"]
     alive = ", ".join(f"{category} {size_text(held)}" for category, held in report["alive"].items())
     assert str(caught.value) == "\n".join(lines).format(run=run_dir.path, alive=alive)
     assert caught.value.exit_code == 1
@@ -278,7 +278,7 @@ def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_wa
         with pytest.raises(OutOfMemory):
             run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")
-    report = run_dir.read_json(run_dir.memory_file)["failure"]
+    report = json.loads(run_dir.memory_file.read_text())["failure"]
     assert report["untraced"] == ""
     first = report["offers"][0]
     assert first["change"] == "training.micro_batch_size = 1, training.gradient_checkpointing = true"
@@ -293,7 +293,7 @@ def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_wa
     assert run_dir.is_finished
     resolved = load_recipe(run_dir.resolved_file).recipe
     assert (resolved.training.micro_batch_size, resolved.training.gradient_checkpointing) == (1, True)
-    assert "failure" not in run_dir.read_json(run_dir.memory_file)
+    assert "failure" not in json.loads(run_dir.memory_file.read_text())
     capsys.readouterr()
 
 
@@ -330,9 +330,7 @@ def test_a_report_that_cannot_be_traced_says_why_and_everything_else(
 
 def recipe_for(tiny_model: Path, **training: Any) -> Recipe:
     tables = {"model": {"base": str(tiny_model)}, "data": {"train": "rows.jsonl"}, "training": training}
-    found = parse_recipe(tables)
-    assert isinstance(found, Recipe)
-    return found
+    return parse_recipe(tables)
 
 
 def found_for(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
+from qtune.run.lock import LockedDevice, read_lock, write_lock
+from qtune.run.memory import RunMemory
+from qtune.run.records import record_of
 from qtune.sizes import GIB, saving_text, size_text
 from qtune.training import train
 
@@ -47,7 +50,7 @@ def measured_on(device: str, **phases: dict[str, float]) -> dict[str, Any]:
 
 
 def drawn(found: dict[str, Any]) -> Page:
-    return Page(memory(found, "runs/mine"))
+    return Page(memory(record_of(RunMemory, found), "runs/mine"))
 
 
 def cells_after(page: Page, name: str, count: int) -> list[str]:
@@ -102,7 +105,7 @@ def test_what_is_alive_at_the_peak_stands_side_by_side(traced) -> None:
 
 
 def test_a_step_is_drawn_inside_the_page(traced) -> None:
-    text = memory({"measured": MEASURED, "traced": traced}, "runs/mine")
+    text = memory(RunMemory(measured=MEASURED, traced=traced), "runs/mine")
     page = Page(text)
     living = [name for name, values in traced["timeline"].items() if any(values)]
     assert len(page.texts["polygon"]) == len(living) > 5
@@ -193,12 +196,12 @@ def copy_of(run_dir: RunDir, folder: Path, name: str = "run") -> RunDir:
 
 
 def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_run, tmp_path, monkeypatch) -> None:
-    assert set(a_run.read_json(a_run.memory_file)) == {"measured"}
+    assert set(json.loads(a_run.memory_file.read_text())) == {"measured"}
     run_dir = copy_of(a_run, tmp_path)
     assert not is_traced(run_dir)
     trace_memory(run_dir)
-    known = run_dir.read_json(run_dir.memory_file)
-    assert known["measured"] == a_run.read_json(a_run.memory_file)["measured"]
+    known = json.loads(run_dir.memory_file.read_text())
+    assert known["measured"] == json.loads(a_run.memory_file.read_text())["measured"]
     for phase in ("forward", "backward", "optimizer"):
         seen = known["measured"]["phases"][phase]["tensor_peak_bytes"]
         assert known["traced"]["by_phase"][phase]["bytes"] == pytest.approx(seen, rel=0.05), phase
@@ -223,6 +226,7 @@ def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch)
 
 def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, tmp_path) -> None:
     run_dir, picture = copy_of(a_run, tmp_path), tmp_path / "step.svg"
+    write_report(run_dir)
     assert "Nothing is predicted here yet" in run_dir.report.read_text(encoding="utf-8")
     done = run_qtune("profile", run_dir.path, "--no-savings", "--timeline", picture)
     assert done.returncode == 0, done.stderr
@@ -238,17 +242,17 @@ def test_a_run_is_not_planned_anew(a_run) -> None:
 
 def test_a_run_on_a_card_is_traced_for_that_card_wherever_it_is_read(a_run, tmp_path) -> None:
     run_dir = copy_of(a_run, tmp_path)
-    lock = run_dir.read_json(run_dir.lock_file)
-    assert lock["device"]["kind"] == "cpu"
-    card = {"name": "a card", "kind": "cuda", "total_bytes": 8 * GIB, "bf16": True, "capability": [8, 6]}
-    run_dir.write_json(run_dir.lock_file, lock | {"device": card})
+    lock = read_lock(run_dir)
+    assert lock is not None
+    assert lock.device.kind == "cpu"
+    write_lock(run_dir, replace(lock, device=LockedDevice("a card", "cuda", 8 * GIB, True, (8, 6))))
     here = read_run(copy_of(a_run, tmp_path, "here"), savings=False).prediction
     there = read_run(run_dir, savings=False).prediction
     # On a card AdamW works on all parameters at once.
     assert here is not None
     assert there is not None
     assert there.by_phase["optimizer"].bytes > here.by_phase["optimizer"].bytes
-    assert run_dir.read_json(run_dir.memory_file)["traced"]["device"] == "a card"
+    assert json.loads(run_dir.memory_file.read_text())["traced"]["device"] == "a card"
 
 
 def test_a_base_model_that_is_gone_is_said_and_the_report_is_written_all_the_same(a_run, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from qtune.adapter.state import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import read_run
-from qtune.recipe.file import load_recipe
+from qtune.recipe.file import Origin, load_recipe
 from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock
+from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
@@ -112,7 +115,6 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
         "memory.json",
         "checkpoints",
         "adapter",
-        "report.html",
     }
     assert finished.recipe_file.read_text() == recipe.read_text()
     # Of the checkpoints after steps 3, 6, 9 and the last one, two are kept.
@@ -400,6 +402,49 @@ def test_a_finding_that_was_waived_stays_waived_when_the_run_goes_on(
             # micro_batch_size 1: two micro-batches in each step
             run(recipe, "training.micro_batch_size=1", allow=("control-token", "answer-changed", "label-text"))
     assert train.resume(latest_run(recipe)).is_finished
+
+
+def test_who_decided_what_stays_known_when_a_run_goes_on_with_a_waiver(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 2")
+    stopped = stopped_run(recipe, monkeypatch, 3)
+    before = {value.path: value for value in read_values(stopped)}
+    assert before["training", "steps"].origin == Origin("recipe", "tiny.toml:14")
+    train.resume(stopped, allow=("too-long",))
+    after = {value.path: value for value in read_values(stopped)}
+    assert after.pop(("data", "allow")).origin == Origin("--allow")
+    before.pop(("data", "allow"))
+    assert after == before
+
+
+def test_a_value_that_is_set_to_what_it_is_keeps_its_origin(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 2")
+    stopped = stopped_run(recipe, monkeypatch, 3)
+    before = {value.path: value.origin for value in read_values(stopped)}
+    train.resume(stopped, ["training.micro_batch_size=1", "training.log_every=2"])
+    after = {value.path: value.origin for value in read_values(stopped)}
+    assert after == before | {("training", "log_every"): Origin("--set", "on resuming")}
+
+
+def test_the_lock_of_a_resumed_run_says_under_which_versions_each_part_was_trained(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 2")
+    stopped = stopped_run(recipe, monkeypatch, 3)
+    begun = read_lock(stopped)
+    assert begun is not None
+    assert begun.resumed == ()
+    monkeypatch.setattr("qtune.run.lock.version", lambda package: "9.9" if package == "torch" else "1.0")
+    train.resume(stopped)
+    lock = read_lock(stopped)
+    assert lock is not None
+    assert replace(lock, resumed=()) == begun
+    (part,) = lock.resumed
+    assert (part.from_step, part.packages["torch"]) == (2, "9.9")
+    assert lock.packages["torch"] == begun.packages["torch"]
 
 
 # --- stopping and going on -----------------------------------------------------------------------------------------

@@ -131,9 +131,7 @@ def _used(batch: Batch) -> int:
 def _recipe(max_length: int, *, packing: bool) -> Recipe:
     data = {"train": "rows.jsonl", "validation": 0, "max_length": max_length, "on_long_row": "drop", "packing": packing}
     training = {"batch_size": BATCH, "micro_batch_size": MICRO_BATCH, "gradient_checkpointing": False}
-    recipe = parse_recipe({"model": {"base": "builtin:smollm2-135m-instruct"}, "data": data, "training": training})
-    assert isinstance(recipe, Recipe), recipe
-    return recipe
+    return parse_recipe({"model": {"base": "builtin:smollm2-135m-instruct"}, "data": data, "training": training})
 
 
 def _model(recipe: Recipe):

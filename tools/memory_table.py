@@ -68,15 +68,13 @@ def config_of(model: tuple[Any, ...]) -> Any:
 
 
 def recipe_of(length: int) -> Recipe:
-    recipe = parse_recipe(
+    return parse_recipe(
         {
             "model": {"base": "traced"},
             "data": {"train": "rows.jsonl", "max_length": length},
             "training": {"batch_size": 16, "micro_batch_size": 1, "gradient_checkpointing": True},
         }
     )
-    assert isinstance(recipe, Recipe)
-    return recipe
 
 
 def need_of(model: tuple[Any, ...], length: int) -> Need:

@@ -37,7 +37,6 @@ from qtune.memory.tracing.ledger import Life  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
-from qtune.recipe.schema import Recipe  # noqa: E402
 
 GIB = 2**30
 LENGTHS = (1.0, 0.6, 0.85, 0.45, 1.0, 0.7)
@@ -67,7 +66,6 @@ def steps_of(model: tuple[Any, ...], name: str) -> Steps:
             "training": {"batch_size": 4, "micro_batch_size": 2, **SETTINGS[name]},
         }
     )
-    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, described(24))
     config = config_of(model)
     step = training_step(recipe, plan, Longest(length))

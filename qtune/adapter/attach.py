@@ -4,22 +4,19 @@ import warnings
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
 from qtune.adapter.peft_config import peft_config
 from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
 from qtune.plan import Plan
-from qtune.recipe.schema import Adapter, Lora, PromptTuning
+from qtune.recipe.schema import Adapter, Lora
 
 
-def attach_adapter(
-    network: PreTrainedModel, adapter: Adapter, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PeftModel:
-    """Puts a fresh adapter on the frozen base, its weights in `plan.adapter_dtype`.
-
-    `tokenizer` is needed for a prompt that starts from a text.
+def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> PeftModel:
+    """Puts a fresh adapter on the frozen base, its weights in `plan.adapter_dtype`; `starts.start` goes on from there.
 
     Raises:
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
@@ -36,12 +33,28 @@ def attach_adapter(
         if is_out_of_memory(error):
             raise
         name = network.config.name_or_path or type(network).__name__
-        raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
+        raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
+    _refuse_trained_head(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))
-    if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:
-        _start_from_text(model, tokenizer, adapter.text)
     return model
+
+
+def _refuse_trained_head(model: PeftModel) -> None:
+    """The tiled loss reads the head's weight, whatever the head is called and whatever stands around it.
+
+    Raises:
+        ModelError: there is an adapter on the head.
+    """
+    base = model.get_base_model()
+    head: torch.nn.Module | None = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in base.named_modules() if module is head)
+        message = (
+            f"{name} is the model's LM head, whose weight the loss reads directly, so an adapter on it would not be "
+            f"trained; remove {name.rpartition('.')[2]}"
+        )
+        raise ModelError(Problem("adapter.target_modules", message))
 
 
 def routers(network: torch.nn.Module) -> list[str]:
@@ -62,14 +75,3 @@ def cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-
-
-@torch.no_grad()
-def _start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
-    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
-    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
-    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))

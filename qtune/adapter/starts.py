@@ -1,7 +1,8 @@
-"""Starts of LoRA that need more than random numbers: the base's own weights (LoftQ) or the data (EVA)."""
+"""Where an adapter starts: at random, from a text, from the base's weights, from the data, or where a run has ended."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,70 @@ from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.adapter.from_run import earlier_adapter
+from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.errors import ModelError, Problem
+from qtune.model.load import base_folder
+from qtune.recipe.schema import Lora, PromptTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a start may be made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    micro_batch_size: int
+
+
+def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
+    """Gives a freshly attached adapter the start that the recipe asks for, where peft has not given it on attaching.
+
+    Raises:
+        ModelError: the base's weights, or the text, are not what the start needs.
+        RunError: the run that it starts from is not one of the same base and adapter.
+    """
+    match recipe.adapter:
+        case PromptTuning(text=str() as text):
+            start_from_text(model, material.tokenizer, text)
+        case Lora(initialization="eva"):
+            pad = material.tokenizer.pad_token_id
+            assert isinstance(pad, int)
+            start_from_activations(model, material.train, pad, material.micro_batch_size)
+        case Lora(initialization="loftq"):
+            start_from_residual(model, base_folder(recipe.model), recipe.model.revision)
+    if (folder := earlier_adapter(recipe)) is not None:
+        load_trained_state(model, folder)
+
+
+def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
+    """Keeps the adapter's start in `folder` where the trained one is saved as the difference to it; else None.
+
+    PiSSA moves part of the base's weights into the adapter, the same part in every process of a run, for it depends on
+    those weights alone.
+    """
+    if not (isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "pissa"):
+        return None
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
+    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
+    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
+    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
 
 
 def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_batch_size: int) -> None:

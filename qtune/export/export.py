@@ -1,13 +1,11 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftType
 
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
@@ -19,15 +17,13 @@ from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
-from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
-from qtune.export.verification import VERIFICATION
+from qtune.export.soft_prompt import open_baking, open_soft_prompt
+from qtune.export.verification import Verification, read_proof
 from qtune.export.verify.rows import rows_for
-from qtune.export.verify.verify import Verification, verify
+from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
-
-MERGED = {PeftType.LORA, PeftType.IA3}
 
 PREFIX_NOTE = (
     "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
@@ -66,9 +62,10 @@ def write_export(run: RunDir, options: Options) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     source = open_source(run)
-    if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
+    is_alone = source.recipe.adapter.export == "alone"
+    if is_alone and not options.adapter_only:
         console.say(PREFIX_NOTE)
-    if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
+    if options.adapter_only or is_alone:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -76,7 +73,7 @@ def write_export(run: RunDir, options: Options) -> Path:
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
     write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
@@ -93,7 +90,7 @@ def write_export(run: RunDir, options: Options) -> Path:
         )
         prove(source, target.output, verification)
     if gguf is not None and rows is not None:
-        hand_over(target.output, run.path.name, gguf, source.recipe, rows.rows, ids)
+        hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 
@@ -102,7 +99,7 @@ def verify_only(folder: Path, run: RunDir | None) -> Path:
     quiet_loading()
     run = run or _run_around(folder)
     source = open_source(run)
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     return prove(source, folder, verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids))
 
@@ -140,9 +137,7 @@ def show(verification: Verification) -> None:
 
 def _weights_of(folder: Path) -> Weights:
     """The basis that an earlier verification noted; the default where there was none."""
-    file = folder / VERIFICATION
-    noted = json.loads(file.read_text(encoding="utf-8")).get("weights") if file.exists() else None
-    return "original" if noted == "original" else "dequantized"
+    return "original" if read_proof(folder).weights == "original" else "dequantized"
 
 
 def _run_around(folder: Path) -> RunDir:

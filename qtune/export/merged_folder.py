@@ -61,7 +61,7 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
             generation["suppress_tokens"] = list(prompt.ids)
         write_json(work / "generation_config.json", generation)
         # Until the proof is there; an export that is stopped before it leaves a whole model that says so.
-        mark_unverified(work, "not compared with the trained model")
+        mark_unverified(work, "not compared with the trained model", target.weights)
         write_card(source, work, None, name=target.output.name)
     return target.output
 

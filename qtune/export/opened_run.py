@@ -1,9 +1,7 @@
 """A run's folder -> everything that an export starts from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.export.adapter_weights import read_config
 from qtune.export.basis import Basis
 from qtune.model.load import base_folder, load_tokenizer
@@ -43,13 +41,6 @@ class Source:
     def base_name(self) -> str:
         """The base as the user knows it: a hub id, a built-in name, a path."""
         return self.recipe.model.base
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        """What the run noted about its surroundings; empty when it noted nothing."""
-        file = self.run.lock_file
-        locked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return locked
 
 
 def open_source(run: RunDir, adapter: Path | None = None) -> Source:
@@ -95,5 +86,4 @@ def local_base(model: Model) -> Path:
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {reason}")) from error
+        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from qtune.errors import ExportError
+from qtune.errors import ExportError, first_line
 
 
 def push(folder: Path, repository: str, api: HfApi, *, private: bool = True) -> str:
@@ -19,5 +19,5 @@ def push(folder: Path, repository: str, api: HfApi, *, private: bool = True) -> 
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by qtune")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"{repository}: could not be uploaded: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{repository}: could not be uploaded: {first_line(error)}") from error
     return str(address)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftType
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +15,6 @@ from qtune.export.layout import Layout, empty_model, layout_of, refuse_foreign_q
 from qtune.export.merge import Merge, Weights, plan_merge
 from qtune.export.opened_run import Source
 from qtune.model.checkpoint import Checkpoint
-
-BAKED = {PeftType.P_TUNING, PeftType.PROMPT_TUNING}
 
 # Kept in config.json, for readers of the file; no loader needs it.
 CONFIG_KEY = "qtune_soft_prompt"

@@ -15,7 +15,7 @@ from qtune.memory.predict import Longest
 from qtune.model.load import attention_rule, load_config
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
-from qtune.recipe.schema import FourBit, KeyPath, PrefixTuning, Recipe
+from qtune.recipe.schema import FourBit, KeyPath, Recipe
 from qtune.recipe.text import rewritten, show_value
 from qtune.run.resolved import absolute_paths
 from qtune.sizes import MIB, gib_text
@@ -183,7 +183,7 @@ def _cut(longest: Longest, length: int) -> Longest:
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
+    if not plan.gradient_checkpointing and recipe.adapter.checkpointable:
         yield Lever(
             ("training", "gradient_checkpointing"),
             True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtune.errors import first_line
 from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
 from qtune.memory.tracing.bare_model import bare_model
@@ -77,8 +78,8 @@ def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Ro
         return forecast(config, recipe, device, rows)
     except Exception as error:
         log.debug("the step could not be traced", exc_info=True)
-        said = str(error).partition("\n")[0]
-        return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        name, said = type(error).__name__, first_line(error)
+        return name if said == name else f"{name}: {said}"
 
 
 def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,9 @@ from qtune.model.load import (
     load_config,
 )
 from qtune.plan import make_plan
+from qtune.run.lock import LockedDevice, read_lock
+from qtune.run.memory import RunMemory, measured_memory, write_memory
+from qtune.run.resolved import resolved_recipe
 
 if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
@@ -83,10 +85,6 @@ def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> 
     )
 
 
-TRACED = ("traced", "ways", "attribution")
-"""Keys of memory.json that are traced after a run, not during it: on a CPU that would delay a short run noticeably."""
-
-
 def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
     """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
 
@@ -97,13 +95,12 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         ModelError: the base model's configuration is not to be had any more.
     """
     from qtune.memory.savings import attribution, ways
-    from qtune.run.resolved import resolved_recipe
 
-    known = _memory_of(run_dir)
-    found = known["measured"]
-    recipe, device = resolved_recipe(run_dir), _device_of(run_dir, found)
+    memory = measured_memory(run_dir)
+    found = memory.measured or {}
+    recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
-        return Measured(found, None, [], [], known.get("failure"))
+        return Measured(found, None, [], [], memory.failure)
     config = load_config(recipe.model)
     plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
@@ -113,52 +110,46 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         "is_measured": "forward" in found.get("largest_batch", {}),
     }
     needed = prediction.need.total_bytes
-    known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
     result = Measured(
         found,
         prediction,
         ways(config, recipe, plan, longest) if savings else [],
         attribution(config, recipe, plan, longest) if explain else [],
-        known.get("failure"),
+        memory.failure,
     )
-    for key, traced in (("ways", result.ways), ("attribution", result.attribution)):
-        if traced:
-            known[key] = [way.to_json() for way in traced]
-    run_dir.write_json(run_dir.memory_file, known)
+    # What was traced before and is not asked for now stays.
+    told = RunMemory(
+        memory.predicted,
+        memory.measured,
+        memory.failure,
+        traced,
+        tuple(way.to_json() for way in result.ways) or memory.ways,
+        tuple(way.to_json() for way in result.attribution) or memory.attribution,
+    )
+    write_memory(run_dir, told)
     return result
 
 
 def is_traced(run_dir: RunDir) -> bool:
     """Whether nothing is left to trace for a run's memory.json, as far as there is a measurement to compare with."""
     try:
-        known = _memory_of(run_dir)
+        memory = measured_memory(run_dir)
     except RunError:
         return True
-    return all(key in known for key in TRACED) or _device_of(run_dir, known["measured"]) is None
+    return memory.is_traced or _device_of(run_dir, memory) is None
 
 
-def _memory_of(run_dir: RunDir) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(run_dir.memory_file.read_text(encoding="utf-8"))
-        known["measured"]["device"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            Problem(str(run_dir.memory_file), "has no measurement: the run did not reach its end")
-        ) from error
-    return known
-
-
-def _device_of(run_dir: RunDir, measured: dict[str, Any]) -> Device | None:
+def _device_of(run_dir: RunDir, memory: RunMemory) -> Device | None:
     """The device of a run from its lock, empty; where an older lock does not tell, one of its kind that is here."""
-    try:
-        locked = run_dir.read_json(run_dir.lock_file)["device"]
-        total, capability = locked["total_bytes"], locked["capability"]
-        return Device(
-            locked["kind"], locked["name"], total, total, locked["bf16"], tuple(capability) if capability else None
-        )
-    except (RunError, KeyError, TypeError):
-        here = present_device()
-        return here if (here.kind == "cpu") == (measured["device"] == "cpu") else None
+    lock = read_lock(run_dir)
+    device = lock.last_device if lock is not None else LockedDevice()
+    if device.kind is not None and device.total_bytes is not None and device.bf16 is not None:
+        total, capability = device.total_bytes, device.capability
+        two = (capability[0], capability[1]) if capability else None
+        return Device(device.kind, device.name, total, total, device.bf16, two)
+    here = present_device()
+    return here if (here.kind == "cpu") == ((memory.measured or {}).get("device") == "cpu") else None
 
 
 def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qtune import console
 from qtune.cache import cache_folder
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import convert
 from qtune.whole import whole
 
@@ -37,7 +37,7 @@ def gguf_folder(file: Path) -> Path:
             convert(_alone(file, Path(alone)), partial)
     # What transformers 5.23 raises depends on where the file stops being GGUF.
     except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {error}")) from error
+        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
     return folder
 
 

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, OutOfMemory, Problem
+from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.from_gguf import gguf_folder
@@ -184,6 +184,4 @@ def _unreadable(model: Model, error: Exception) -> ModelError:
     if "trust_remote_code" in str(error):
         advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
         return ModelError(Problem(model.base, advice))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return ModelError(Problem(model.base, f"cannot be loaded: {reason}"))
+    return ModelError(Problem(model.base, f"cannot be loaded: {first_line(error)}"))

@@ -17,6 +17,14 @@ class Fault(NamedTuple):
     message: str
 
 
+class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory is of memory
+    """Tables that are no recipe. `faults`: everything that is wrong with them."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in self.faults))
+
+
 def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
     """pydantic's errors with our paths and words; the branches of a union become one fault."""
     found: dict[KeyPath, list[str]] = {}

@@ -3,18 +3,24 @@
 from collections.abc import Iterator
 
 from qtune.recipe.faults import Fault
-from qtune.recipe.schema import IA3, FourBit, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt, Unquantized
+from qtune.recipe.schema import IA3, FourBit, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, Unquantized
 
 
 def conflicts(recipe: Recipe) -> Iterator[Fault]:
     """Pairs of values that cannot work together, each with its reason."""
     adapter, training = recipe.adapter, recipe.training
     quantized = not isinstance(recipe.quantization, Unquantized)
-    if isinstance(adapter, PrefixTuning) and training.gradient_checkpointing is True:
+    if not adapter.checkpointable and training.gradient_checkpointing is True:
         yield Fault(
             ("training", "gradient_checkpointing"),
-            "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; "
+            f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
             'use false or "auto"',
+        )
+    if adapter.export == "alone" and recipe.output.gguf is not None:
+        yield Fault(
+            ("output", "gguf"),
+            f"a GGUF file holds a whole model, and {adapter.kind} cannot be put into one; its adapter is exported "
+            "alone. Remove the key",
         )
     if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
         yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
@@ -50,7 +56,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
-    if recipe.data.packing and isinstance(adapter, SoftPrompt):
+    if recipe.data.packing and adapter.prompt_length:
         yield Fault(
             ("data", "packing"),
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "

@@ -4,10 +4,12 @@ The schema is the single source: defaults and docstrings stand here once; help, 
 Schema take them from here. What must hold between two values is in `rules.py`.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -15,6 +17,7 @@ from pydantic import (
     PositiveInt,
     Tag,
 )
+from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 
@@ -24,6 +27,17 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+def _not_empty(size: str) -> str:
+    """A number below 1 MiB is a slip of the pen."""
+    number, unit = float(size[:-3]), size[-3:]
+    if number * (1024 if unit == "GiB" else 1) < 1:
+        raise PydanticCustomError("size", 'must be at least "1MiB"')
+    return size
+
+
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$"), AfterValidator(_not_empty)]
 
 
 class Table(BaseModel):
@@ -81,8 +95,43 @@ class Unquantized(Table):
 Quantization = FourBit | EightBit | Unquantized
 
 
-class Lora(Table):
+class AdapterTable(Table):
+    """What every kind of adapter has: two keys, and the facts of its kind that the stages ask for."""
+
+    in_words: ClassVar[str]
+    """As a model card names it."""
+    export: ClassVar[Literal["merge", "bake", "alone"]]
+    """How it leaves its run: merged into the weights, baked into the vocabulary, or as an adapter beside its base."""
+    auto_learning_rate: ClassVar[tuple[float, str]]
+    """What training.learning_rate = "auto" means, and why."""
+    checkpointable: ClassVar[bool] = True
+    """Whether activations can be computed again in the backward pass."""
+    predicts_first_token: ClassVar[bool] = False
+    """Whether something of it stands before a row's first token, so that this one can be scored too."""
+    first_keys: ClassVar[tuple[str, ...]] = ("kind",)
+    """The keys worth a first look, which a new recipe shows."""
+
+    kind: str
+    """Which kind of adapter: each is a table of its own."""
+    dtype: Auto | Dtype = "auto"
+    """Type of what is trained; "auto" is float32, so that small updates are not rounded away."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions that it takes before every row; 0 where it is no soft prompt."""
+        return int(getattr(self, "virtual_tokens", 0))
+
+
+class Lora(AdapterTable):
     """LoRA: h = W x + (alpha / rank) B A x. Hu et al. 2021 (arXiv:2106.09685), section 4.1."""
+
+    in_words = "a LoRA adapter"
+    export = "merge"
+    auto_learning_rate = (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)")
+    first_keys = ("kind", "rank", "alpha", "target_modules")
 
     kind: Literal["lora"] = "lora"
     """Low-rank updates next to the linear layers."""
@@ -101,15 +150,16 @@ class Lora(Table):
     initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
     """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from
     activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PTuning(Table):
+class PTuning(AdapterTable):
     """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
+
+    in_words = "a soft prompt (p-tuning)"
+    export = "bake"
+    auto_learning_rate = (5e-3, "prompt encoders need a rate well above LoRA's")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "encoder")
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
@@ -123,15 +173,16 @@ class PTuning(Table):
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the encoder's weights; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PromptTuning(Table):
+class PromptTuning(AdapterTable):
     """Virtual tokens trained directly. Lester et al. 2021 (arXiv:2104.08691), section 2."""
+
+    in_words = "a soft prompt (prompt tuning)"
+    export = "bake"
+    auto_learning_rate = (3e-2, "free vectors, and few of them, need a large rate")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "initialization")
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
@@ -141,15 +192,16 @@ class PromptTuning(Table):
     """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
     text: str | None = Field(default=None, min_length=1)
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the vectors; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PrefixTuning(Table):
+class PrefixTuning(AdapterTable):
     """Trained keys and values before every layer's own. Li & Liang 2021 (arXiv:2101.00190), section 4."""
+
+    in_words = "a prefix (prefix tuning)"
+    export = "alone"
+    auto_learning_rate = (1e-2, "free vectors, and few of them, need a large rate")
+    checkpointable = False  # its keys and values are handed over in the cache, which checkpointing turns off
+    first_keys = ("kind", "virtual_tokens", "projection")
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
@@ -159,15 +211,14 @@ class PrefixTuning(Table):
     """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
     encoder_hidden_size: PositiveInt | None = None
     """Width of that MLP; left out, the model's hidden size."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the prefix; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class IA3(Table):
+class IA3(AdapterTable):
     """Trained scales on keys, values and feed-forward activations. Liu et al. 2022 (arXiv:2205.05638), section 3.3."""
+
+    in_words = "an IA3 adapter"
+    export = "merge"
+    auto_learning_rate = (5e-3, "scales start at 1 and have far to go (arXiv:2205.05638, section 3.3, uses 3e-3)")
 
     kind: Literal["ia3"]
     """Learned scales, the smallest adapter."""
@@ -175,15 +226,9 @@ class IA3(Table):
     """Layers whose output (or input, if feed-forward) is scaled; left out, peft's list for the model family."""
     feedforward_modules: Names | None = None
     """Which of them are feed-forward layers, scaled at their input."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the scales; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
 Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
-SoftPrompt = PTuning | PromptTuning | PrefixTuning
 
 
 RowFormat = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "question-answer", "text"]
@@ -338,7 +383,7 @@ class Training(Table):
 class Memory(Table):
     """What the device may spend."""
 
-    budget: Auto | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$")] = "auto"
+    budget: Auto | Size = "auto"
     """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
     embeddings: Auto | Literal["device", "host"] = "auto"
     """Where the frozen embeddings and LM head are. "host": rows are looked up there, and the head crosses the bus in
@@ -347,8 +392,16 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
-    loss_tile: Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?\s?(GiB|MiB)$")] = "64MiB"
+    loss_tile: Size = "64MiB"
     """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
+
+
+RUN_NAME = r"^[\w][\w.+-]*$"
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a run can be called so: a folder's name without spaces and signs that shells take for their own."""
+    return re.fullmatch(RUN_NAME, text) is not None
 
 
 class Output(Table):
@@ -356,7 +409,7 @@ class Output(Table):
 
     directory: str = Field(default="runs", min_length=1)
     """Folder of runs, from the folder in which qtune is called."""
-    name: str | None = Field(default=None, pattern=r"^[\w][\w.+-]*$")
+    name: str | None = Field(default=None, pattern=RUN_NAME)
     """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
     gguf: Literal["f16", "bf16", "q8_0"] | None = None
     """Type of a GGUF file that `qtune export` also writes; a model that can have none is refused before training."""

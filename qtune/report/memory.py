@@ -1,6 +1,7 @@
 """A run's memory.json as a part of the page: predicted and measured, the timeline of a step, what it saves and why."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory.measured.failure_text import failure_text
@@ -8,10 +9,12 @@ from qtune.memory.tracing.history import in_order
 from qtune.report.charts import bar
 from qtune.report.drawing import svg
 from qtune.report.html import Html, element, table
-from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 from qtune.report.timeline import Timeline, timeline_drawing
+from qtune.run.memory import RunMemory
 from qtune.sizes import saving_text, size_text
+
+Json = Mapping[str, Any]
 
 # Columns of the phases' table beside the predicted and the measured peak; one that was measured nowhere is left out.
 OTHER_COLUMNS = {
@@ -21,40 +24,40 @@ OTHER_COLUMNS = {
 }
 
 
-def memory(found: Json, run: str) -> Html:
+def memory(found: RunMemory, run: str) -> Html:
     """The whole part; `run` names the run's folder for the commands that would add to it."""
-    measured: Json = found.get("measured", {})
-    traced = found.get("traced") or found.get("predicted")
+    measured: Json = found.measured or {}
+    traced = found.traced or found.predicted
     drawn = (
         [paragraph(f"Measured on {measured.get('device', '?')}: {measured.get('method', '?')}.")] if measured else []
     )
     drawn.append(paragraph(_predicted_for(found, run)))
-    if found.get("failure"):
-        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(found["failure"]))]
+    if found.failure:
+        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(found.failure))]
     drawn += _phases(measured, traced)
     drawn += _at_peak(measured.get("at_peak"), (traced or {}).get("peak"))
     if measured.get("static"):
         drawn += _between_steps(measured["static"])
     if traced:
         drawn += _timeline(traced)
-    if found.get("ways") and found.get("traced"):
-        drawn += _savings(found["ways"], found["traced"], is_card=measured.get("device") != "cpu")
-    if found.get("attribution") and found.get("traced"):
-        drawn += _attribution(found["attribution"], found["traced"]["peak"]["bytes"])
+    if found.ways and found.traced:
+        drawn += _savings(found.ways, found.traced, is_card=measured.get("device") != "cpu")
+    if found.attribution and found.traced:
+        drawn += _attribution(found.attribution, found.traced["peak"]["bytes"])
     return section("Memory", *drawn)
 
 
-def _predicted_for(found: Json, run: str) -> str:
+def _predicted_for(found: RunMemory, run: str) -> str:
     """Which batch the prediction is for."""
-    if "traced" in found:
-        batch = found["traced"]["batch"]
+    if found.traced:
+        batch = found.traced["batch"]
         which = "the largest batch that was measured" if batch["is_measured"] else "the largest batch that could come"
         return (
             f"Predicted: the same step on tensors without storage, for {which}, {batch['rows']} x {batch['length']} "
             "tokens."
         )
-    if "predicted" in found:
-        planned = found["predicted"]
+    if found.predicted:
+        planned = found.predicted
         return (
             f"Predicted before the run for the largest batch that could come, {planned['micro_batch_size']} x "
             f"{planned['longest']['length']} tokens; qtune report {run} predicts for the batch that was measured."
@@ -131,7 +134,7 @@ def _timeline(traced: Json) -> list[Html]:
     return [element("figure", Html(svg(drawing, alone=False)), class_="wide")]
 
 
-def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
+def _savings(ways: Sequence[Json], traced: Json, *, is_card: bool) -> list[Html]:
     """The usual ways of training this model on this batch, and the run's own: GiB, shares, cards that fit."""
     ours, whole = traced["peak"]["bytes"], ways[0]["peak_bytes"]
     this: Json = {"name": "this run", "how": "", "peak_bytes": ours, "needed_bytes": traced["needed_bytes"]}
@@ -150,7 +153,7 @@ def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
     return [element("h3", "What it saves"), paragraph(about + margin), table(head, rows, figures=(1, 2, 3))]
 
 
-def _attribution(attribution: list[Json], ours: int) -> list[Html]:
+def _attribution(attribution: Sequence[Json], ours: int) -> list[Html]:
     """What each technique saves: the step without it, everything else unchanged."""
     rows = [
         (

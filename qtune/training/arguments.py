@@ -26,7 +26,7 @@ def sft_config(
     eval_every = training.eval_every if has_validation else "never"
     return SFTConfig(
         output_dir=str(run_dir.checkpoints),
-        run_name=run_dir.path.name,
+        run_name=run_dir.name,
         # Time: the effective batch, and its end.
         per_device_train_batch_size=plan.micro_batch_size,
         per_device_eval_batch_size=plan.micro_batch_size,

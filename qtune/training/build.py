@@ -1,21 +1,16 @@
 """Base, adapter and loss -> the trainer of a run."""
 
-from pathlib import Path
-
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from qtune import console
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.from_run import start_from
-from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.adapter.starts import Material, start
 from qtune.data.collate import collator_for
-from qtune.export.gguf.file import refuse_unconvertible
-from qtune.model.load import base_folder, load_base, load_config
+from qtune.model.load import load_base
 from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
-from qtune.recipe.schema import Lora, Recipe
 from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, StopOnSignal
@@ -29,8 +24,6 @@ CHECKED_TOKENS = 64
 def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
     recipe, plan = inputs.recipe, inputs.plan
-    if recipe.output.gguf is not None:
-        refuse_unconvertible(load_config(recipe.model), inputs.tokenizer, recipe.model.base)
     with console.progress(f"loading {recipe.model.base}"):
         network = load_base(recipe.model, recipe.quantization, plan)
     row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
@@ -40,23 +33,10 @@ def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
             f"{type(network).__name__} computes its logits in its own way: they are kept whole, which costs memory"
         )
     set_seed(recipe.training.seed)
-    model = attach_adapter(network, recipe.adapter, plan, inputs.tokenizer)
-    if isinstance(recipe.adapter, Lora):
-        _finish_lora(model, recipe.adapter, inputs)
-    start_from(model, recipe)
+    model = attach_adapter(network, recipe.adapter, plan)
+    start(model, recipe, Material(inputs.tokenizer, inputs.prepared.train, plan.micro_batch_size))
     introduce(network, model, inputs)
     return model, tiled
-
-
-def _finish_lora(model: PeftModel, adapter: Lora, inputs: Inputs) -> None:
-    recipe = inputs.recipe
-    if adapter.initialization == "eva":
-        assert inputs.tokenizer.pad_token_id is not None
-        start_from_activations(
-            model, inputs.prepared.train, int(inputs.tokenizer.pad_token_id), inputs.plan.micro_batch_size
-        )
-    elif adapter.initialization == "loftq":
-        start_from_residual(model, base_folder(recipe.model), recipe.model.revision)
 
 
 def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> None:
@@ -115,12 +95,3 @@ def make_trainer(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
     return trainer
-
-
-def is_pissa(recipe: Recipe) -> bool:
-    return isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "pissa"
-
-
-def initial_adapter(run_dir: RunDir) -> Path:
-    """PiSSA's start, the same in every process of a run: it depends on the base's weights alone."""
-    return run_dir.checkpoints / "initial"

@@ -12,7 +12,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import TrainingError
 from qtune.run.folder import RunDir
-from qtune.training.callbacks import AFTER_DIVERGENCE, has_evaluation
+from qtune.run.metrics import has_evaluation
+from qtune.training.callbacks import AFTER_DIVERGENCE
 from qtune.training.inputs import Inputs
 
 
@@ -31,7 +32,12 @@ def require_finite(model: PeftModel, step: int) -> None:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def remove_incomplete_checkpoints(folder: Path) -> None:

@@ -19,7 +19,7 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.run.lock import rows_hash
+from qtune.run.lock import read_lock, rows_hash
 from qtune.sizes import GIB
 from qtune.startup.quiet import quiet_loading
 
@@ -88,9 +88,8 @@ def _predict(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
 
 
 def require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
-    if not run_dir.lock_file.is_file():
-        return
-    if run_dir.read_json(run_dir.lock_file).get("training_rows_blake2b") != rows_hash(inputs.prepared):
+    lock = read_lock(run_dir)
+    if lock is not None and lock.training_rows_blake2b != rows_hash(inputs.prepared):
         message = (
             "the training rows are not those that the run began with, so the rest would not be the same run; put the "
             "data back as it was, or begin again with qtune run"

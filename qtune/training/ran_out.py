@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from qtune.memory.longest import longest_of
 from qtune.memory.measured.meter import Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
 from qtune.run.folder import RunDir
+from qtune.run.memory import RunMemory, read_memory, write_memory
 from qtune.training.checkpoints import complete_checkpoints
 from qtune.training.inputs import Inputs
 
@@ -28,14 +30,14 @@ def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
     saved = complete_checkpoints(run_dir.checkpoints)
     name = saved[-1].name if saved else None
     report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
-    kept = run_dir.read_json(run_dir.memory_file)
-    run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
+    kept = read_memory(run_dir) or RunMemory()
+    write_memory(run_dir, replace(kept, failure=report.to_json()))
     with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
         rows = longest_of(inputs.prepared)
         report = with_offers(
             report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
         )
-    run_dir.write_json(run_dir.memory_file, kept | {"failure": report.to_json()})
+    write_memory(run_dir, replace(kept, failure=report.to_json()))
     return report
 
 
@@ -66,5 +68,5 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
         meter.close()
         if meter.snapshot_written:
             console.say(f"allocator snapshot: {meter.snapshot_written}")
-        predicted = {"predicted": inputs.forecast.to_json()} if inputs.forecast else {}
-        run_dir.write_json(run_dir.memory_file, {**predicted, "measured": measured})
+        predicted = inputs.forecast.to_json() if inputs.forecast else None
+        write_memory(run_dir, RunMemory(predicted, measured))

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from qtune import console
+from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter
 from qtune.data.sources import find_sources
 from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
@@ -16,21 +17,19 @@ from qtune.memory.measured.meter import Meter
 from qtune.model.load import base_folder
 from qtune.recipe.file import Resolved
 from qtune.run.folder import RunDir
-from qtune.run.lock import lock_of, rows_hash
+from qtune.run.lock import lock_of, read_lock, rows_hash, write_lock
+from qtune.run.metrics import forget_after
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
-from qtune.training.build import build_model, initial_adapter, is_pissa, make_trainer
-from qtune.training.callbacks import (
-    Metrics,
-    StopOnSignal,
-    forget_after,
-)
+from qtune.training.build import build_model, make_trainer
+from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
     complete_checkpoints,
     is_last,
     is_owed_evaluation,
     remove_incomplete_checkpoints,
     require_finite,
+    step_of,
 )
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, gather, require_allocator, require_same_rows
@@ -56,8 +55,7 @@ def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = Fal
     resolved = resolved.allowing(allow)
     inputs = gather(resolved)
     recipe = inputs.recipe
-    name = recipe.output.name or resolved.file.stem
-    run_dir = RunDir.create(Path(recipe.output.directory), name, resolved.text)
+    run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
     run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     _train(inputs, run_dir, None, snapshot)
     return run_dir
@@ -87,7 +85,7 @@ def resume(
         run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     remove_incomplete_checkpoints(run_dir.checkpoints)
     checkpoints = complete_checkpoints(run_dir.checkpoints)
-    step = int(checkpoints[-1].name.removeprefix("checkpoint-")) if checkpoints else 0
+    step = step_of(checkpoints[-1]) if checkpoints else 0
     console.say(f"resuming {run_dir.path} from step {step}")
     forget_after(run_dir.metrics_file, step)
     _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
@@ -118,9 +116,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
         model, tiled = build_model(inputs)
-        _write_lock(inputs, run_dir, model)
-        if is_pissa(recipe):
-            model.save_pretrained(initial_adapter(run_dir))
+        _write_lock(inputs, run_dir, model, step_of(checkpoint) if checkpoint else 0)
+        initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
         with display, stop.listening():
@@ -131,7 +128,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step)
-                _save(model, inputs, run_dir)
+                _save(model, inputs, run_dir, initial)
     if not run_dir.is_finished:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
@@ -139,7 +136,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         )
 
 
-def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel) -> None:
+def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel, step: int) -> None:
+    """What the run depends on; of a run that goes on after `step`, what it began with stays beside it."""
     data = inputs.recipe.data
     given = [data.train, data.validation, data.test]
     sources = [
@@ -150,12 +148,13 @@ def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel) -> None:
     ]
     commit = getattr(model.get_base_model().config, "_commit_hash", None)
     base, template = base_folder(inputs.recipe.model), inputs.prepared.template.text
-    lock = lock_of(inputs.recipe, inputs.plan, base, commit, sources, rows_hash(inputs.prepared), template)
-    run_dir.write_json(run_dir.lock_file, lock)
+    now = lock_of(inputs.recipe, inputs.plan, base, commit, sources, rows_hash(inputs.prepared), template)
+    begun = read_lock(run_dir)
+    write_lock(run_dir, now if begun is None else begun.resumed_as(now, step))
 
 
-def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir) -> None:
+def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
     with whole(run_dir.adapter) as partial:
-        save_adapter(model, partial, initial_adapter(run_dir) if is_pissa(inputs.recipe) else None)
+        save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)

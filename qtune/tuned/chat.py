@@ -14,7 +14,7 @@ from qtune import console
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.template import prompt_ids
 from qtune.device.present import present_device
-from qtune.errors import DataError, ModelError, Problem
+from qtune.errors import DataError, ModelError, Problem, first_line
 from qtune.model.load import base_folder, load_tokenizer
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import Model
@@ -135,7 +135,7 @@ def _plain_session(target: str) -> Session:
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(Problem(target, f"cannot be loaded: {str(error).splitlines()[0]}")) from error
+        raise ModelError(Problem(target, f"cannot be loaded: {first_line(error)}")) from error
     return Session(model.eval(), tokenizer, find_ends(model, tokenizer))
 
 

@@ -5,7 +5,7 @@ answer that is expected is that answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qtune.data.prepare import prepare
 from qtune.errors import DataError, Problem
 from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
+from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 
@@ -86,7 +87,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
-        return asdict(self)
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 def evaluate(
@@ -135,8 +137,17 @@ def evaluate(
             for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
         ),
     )
-    run_dir.write_json(run_dir.eval_file, evaluation.to_json())
+    write_record(run_dir.eval_file, evaluation)
     return evaluation
+
+
+def read_evaluation(run_dir: RunDir) -> Evaluation | None:
+    """RUN/eval.json, as the last `evaluate` has written it; None where there was none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return read_record(run_dir.eval_file, Evaluation)
 
 
 def held_out_rows(run: LoadedRun, data_file: Path | None) -> tuple[str, Dataset]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from qtune.errors import Failure, Phase
+from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.history import Moment, history_of, in_order
@@ -297,7 +297,7 @@ def _request(error: BaseException) -> tuple[str, int]:
 
     CUDA: "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"; CPU: "… you tried to allocate 4096 bytes. …".
     """
-    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    first = first_line(error)
     found = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
     if found is None:
         return first, 0

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qtune.errors import first_line
 from qtune.memory.remedies import Room, phase_bytes, remedies
 from qtune.model.load import load_config
 from qtune.recipe.text import show_value
@@ -105,7 +106,7 @@ def with_offers(
     except Exception as error:
         # Whatever it is, the report of the first failure must not be lost to a second one.
         log.debug("the step could not be traced", exc_info=True)
-        return replace(report, untraced=f"{type(error).__name__}: {_first_line(error)}")
+        return replace(report, untraced=f"{type(error).__name__}: {first_line(error)}")
     need = found.failed.need
     expected = Predicted(
         size, rows.longest.length, phase_bytes(found.failed, failure.phase), need.traced_bytes, need.total_bytes
@@ -115,10 +116,6 @@ def with_offers(
         for one in found.found
     )
     return replace(report, predicted=expected, offers=offers, least_bytes=found.least_bytes)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _short_bytes(failure: Failure) -> int:
@@ -135,7 +132,7 @@ def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, b
     ]
     is_new_run = any(key not in CHANGEABLE for key in changes)
     if is_new_run:
-        words = [f"output.name={run_dir.path.name}", *words]
+        words = [f"output.name={run_dir.name}", *words]
         start = ["qtune", "run", str(run_dir.resolved_file)]
     else:
         start = ["qtune", "run", "--resume", str(run_dir.path)]

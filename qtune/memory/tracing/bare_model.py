@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import host_weight
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def bare_model(
             pack(model, dtype)
             quantizer.postprocess_model(model)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        said = f"nothing is called {error}" if isinstance(error, KeyError) else str(error)
-        reason = said.strip().splitlines() or [type(error).__name__]
-        raise ModelError(Problem(name, f"no model can be built from its config.json: {reason[0]}")) from error
+        reason = f"nothing is called {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ModelError(Problem(name, f"no model can be built from its config.json: {reason}")) from error
     model.requires_grad_(False)
     return model
 
