@@ -432,7 +432,7 @@ def a_soft_prompt_says_whether_it_is_off() -> None:
 
 @borrowed(
     "peft", "prompt_encoder", "prompt_tokens",
-    files=("adapter/attach.py", "memory/tracing/bare_model.py"),
+    files=("adapter/starts.py", "memory/tracing/bare_model.py"),
 )  # fmt: skip
 def the_vectors_of_a_soft_prompt_are_in_its_encoder() -> None:
     model = adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

@@ -63,7 +63,7 @@ def recipe_and_plan() -> tuple[Recipe, Plan]:
 @contextlib.contextmanager
 def every_layer() -> Iterator[None]:
     """Layers that repeat are executed all the same (`layers.py`, `repeated_layers.py`)."""
-    with mock.patch.object(trace, "signatures", lambda model: []):
+    with mock.patch.object(trace, "signatures", return_value=[]):
         yield
 
 
@@ -77,7 +77,7 @@ def nothing_remembered() -> Iterator[None]:
         self.cache_enabled = True
 
     with (
-        mock.patch.object(fake_tensors, "_key", lambda *_: None),
+        mock.patch.object(fake_tensors, "_key", return_value=None),
         mock.patch.object(fake_tensors.RememberingMode, "__init__", with_its_own_cache),
     ):
         yield
@@ -86,7 +86,7 @@ def nothing_remembered() -> Iterator[None]:
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """No second process (`in_parallel.py`)."""
-    with mock.patch.object(in_parallel, "may_fork", lambda: False):
+    with mock.patch.object(in_parallel, "may_fork", return_value=False):
         yield
 
 
