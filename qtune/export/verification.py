@@ -44,9 +44,13 @@ class Verification:
     answers: tuple[Answer, ...]
     answers_equal: int
     compute_dtype: str
+    """What the live model computes in; "int8 products" where its products round their inputs to 8 bits."""
     streamed: bool
     """Whether the models were too large for the memory and read module by module; no answers are generated then."""
     seconds: float
+    live: Closeness | None = None
+    """The live model, computing as it was trained (16-bit activations, int8 products), against its exact self: noise
+    of that precision, and none of the export's. None where it computes in float32, or is streamed."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def _figures(found: Verification) -> list[Html]:
     ]
     drawn = [
         paragraph(
-            f"Compared on {found.rows} {found.rows_from}, computed in {found.compute_dtype}; merged into the "
-            f"{found.weights} weights."
+            f"Compared on {found.rows} {found.rows_from}, computed in float32; merged into the "
+            f"{found.weights} weights.{_noise(found)}"
         ),
         table(("", "exported", "base without adapter", "limit"), measured, figures=(1, 2, 3)),
     ]
@@ -70,3 +70,10 @@ def _figures(found: Verification) -> list[Html]:
         head = ("request", "trained model", "exported model")
         drawn.append(details("Its answers", table(head, answers, class_="answers")))
     return drawn
+
+
+def _noise(found: Verification) -> str:
+    """What the precision of training does to the trained model itself, where that was measured."""
+    if found.live is None:
+        return ""
+    return f" Computing with {found.compute_dtype} alone changes the trained model by a KL of {found.live.kl:.2e}."

@@ -79,7 +79,7 @@ def resume(
         require_allocator()
     # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
     resolved = resumed_recipe(run_dir, changes).allowing(allow)
-    inputs = gather(resolved)
+    inputs = gather(resolved, run_dir)
     require_same_rows(inputs, run_dir)
     if changes or allow:
         run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
