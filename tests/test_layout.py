@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qtune"
 
 ROOMS = (
-    "startup",
     "errors",
+    "startup",
     "console",
     "cache",
     "sizes",
