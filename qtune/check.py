@@ -180,15 +180,15 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     Raises:
         InputError: the model or a data source cannot be found. Bad rows and findings do not raise: see `require`.
     """
-    found = examine(resolved.allowing(allow), traced=True)
-    recipe, prepared = resolved.recipe, found.prepared
-    is_timed = timed and not found.refusals
+    preflight = examine(resolved.allowing(allow), traced=True)
+    recipe, prepared = resolved.recipe, preflight.prepared
+    is_timed = timed and not preflight.refusals
     return Check(
-        found,
-        [split_figures(split) for split in found.inspection.splits.values()],
-        batches_of(recipe, found.plan, prepared),
-        samples_of(prepared.examples["train"], found.tokenizer, samples),
-        step_seconds(found) if is_timed else None,
+        preflight,
+        [split_figures(split) for split in preflight.inspection.splits.values()],
+        batches_of(recipe, preflight.plan, prepared),
+        samples_of(prepared.examples["train"], preflight.tokenizer, samples),
+        step_seconds(preflight) if is_timed else None,
     )
 
 
@@ -210,13 +210,13 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
     )
 
 
-def step_seconds(found: Preflight) -> float:
+def step_seconds(preflight: Preflight) -> float:
     """Seconds of a step: the run's own trainer takes a few small ones, whose speed is that of the large.
 
     Raises:
         OutOfMemory: not even one row fits, so that a run would not either.
     """
-    plan, recipe = found.plan, found.resolved.recipe
+    plan, recipe = preflight.plan, preflight.resolved.recipe
     accumulation = min(TIMED_ACCUMULATION, plan.accumulation_steps)
     changes = {
         "steps": TIMED_STEPS, "batch_size": accumulation * plan.micro_batch_size, "log_every": 1,
@@ -224,11 +224,11 @@ def step_seconds(found: Preflight) -> float:
     }  # fmt: skip
     short = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
     inputs = Inputs(
-        replace(found.resolved, recipe=short),
+        replace(preflight.resolved, recipe=short),
         replace(plan, accumulation_steps=accumulation),
-        found.tokenizer,
-        found.prepared,
-        found.forecast if isinstance(found.forecast, Forecast) else None,
+        preflight.tokenizer,
+        preflight.prepared,
+        preflight.forecast if isinstance(preflight.forecast, Forecast) else None,
     )
     console.say(f"timing {TIMED_STEPS} steps of {changes['batch_size']} rows")
     with tempfile.TemporaryDirectory() as folder:
@@ -241,5 +241,5 @@ def step_seconds(found: Preflight) -> float:
         records = read_metrics(run_dir.metrics_file)
     # The first step is slower: memory is taken and kernels are chosen.
     speeds = [record.tokens_per_second for record in records if isinstance(record, TrainRecord) and record.step > 1]
-    tokens = float(found.prepared.lengths.mean()) * recipe.training.batch_size
+    tokens = float(preflight.prepared.lengths.mean()) * recipe.training.batch_size
     return tokens * sum(1 / speed for speed in speeds) / len(speeds)

@@ -1,6 +1,6 @@
 """`qtune init`: a commented recipe for a model and a data file, a copy of a shipped one, or the schema for editors.
 
-Nothing is described here: every comment is a docstring of `recipe.py`, every default is the schema's.
+Nothing is described here: every comment is a docstring of `recipe/schema.py`, every default is the schema's.
 """
 
 import difflib

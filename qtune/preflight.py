@@ -89,15 +89,15 @@ class Preflight:
     @property
     def warnings(self) -> list[str]:
         """What a run does not stop for, and may come to regret; a sentence each."""
-        found = self.forecast
+        forecast = self.forecast
         said = []
-        if isinstance(found, str) and self.plan.device.kind == "cuda":
-            said.append(f"memory: could not be predicted ({found}); micro-batches shrink if they must")
-        if isinstance(found, Forecast) and not found.fits:
-            need = gib_text(found.prediction.need.total_bytes)
-            rows = found.plan.micro_batch_size
+        if isinstance(forecast, str) and self.plan.device.kind == "cuda":
+            said.append(f"memory: could not be predicted ({forecast}); micro-batches shrink if they must")
+        if isinstance(forecast, Forecast) and not forecast.fits:
+            need = gib_text(forecast.prediction.need.total_bytes)
+            rows = forecast.plan.micro_batch_size
             what = "one row is" if rows == 1 else f"{rows} rows are"
-            budget = gib_text(found.budget_bytes)
+            budget = gib_text(forecast.budget_bytes)
             said.append(f"memory: {what} predicted to need {need} of {budget}; qtune fit shows what would help")
         if self.disk is not None and not self.disk.is_enough:
             needed = self.disk.checkpoints_bytes + self.disk.export_bytes

@@ -26,6 +26,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 
 import qtune
 from qtune.memory.tracing.fake_tensors import RememberingMode
+from qtune.startup.safe_bitsandbytes import wrong_kernels
 
 PACKAGE = Path(qtune.__file__).parent
 
@@ -155,12 +156,6 @@ def questions_for_values_have_the_names_that_are_answered() -> None:
     ]  # fmt: skip
 
 
-@borrowed("torch", "_is_mkldnn_bf16_supported", files=("device/present.py",))
-def onednn_says_whether_a_processor_has_bfloat16() -> None:
-    """No public way: torch.backends.cpu names the vector width, not the type."""
-    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (True, False)
-
-
 @borrowed("torch", "_record_memory_history", "_dump_snapshot", files=("memory/measured/meter.py",))
 def the_allocators_history_can_be_kept() -> None:
     """PyTorch's documentation gives these private names as the way ("Understanding CUDA Memory Usage")."""
@@ -172,7 +167,7 @@ def the_allocators_history_can_be_kept() -> None:
     "torch", "_parameters", "_buffers",
     files=(
         "memory/tracing/bare_model.py", "memory/tracing/layers.py", "memory/savings.py", "model/host.py",
-        "export/verify/streamed.py",
+        "export/verify/streamed.py", "export/verify/exact.py",
     ),
 )  # fmt: skip
 def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
@@ -432,7 +427,7 @@ def a_soft_prompt_says_whether_it_is_off() -> None:
 
 @borrowed(
     "peft", "prompt_encoder", "prompt_tokens",
-    files=("adapter/attach.py", "memory/tracing/bare_model.py"),
+    files=("adapter/starts.py", "memory/tracing/bare_model.py"),
 )  # fmt: skip
 def the_vectors_of_a_soft_prompt_are_in_its_encoder() -> None:
     model = adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -481,13 +476,6 @@ def an_int8_weight_carries_its_row_scales() -> None:
     assert hasattr(weight, "has_fp16_weights")
 
 
-@borrowed("bitsandbytes", "compute_type_is_set", files=("export/verify/streamed.py",))
-def a_layer_can_be_told_its_compute_type() -> None:
-    layer = bnb.nn.Linear4bit(64, 64)
-    assert layer.compute_type_is_set is False
-    assert bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float16).compute_type_is_set is True
-
-
 @borrowed(
     "bitsandbytes", "quantize_4bit", "dequantize_4bit", "dequantize_blockwise", "int8_vectorwise_quant",
     "int8_mixed_scaled_mm", "gemm_4bit",
@@ -505,6 +493,13 @@ def operations_have_the_arguments_that_are_given_and_read() -> None:
     for name, expected in arguments.items():
         schema = getattr(torch.ops.bitsandbytes, name).default._schema
         assert [argument.name for argument in schema.arguments][: len(expected)] == expected, name
+
+
+@borrowed("bitsandbytes", "support_avx512bf16_for_cpu", files=("startup/safe_bitsandbytes.py",))
+def its_traps_on_cpus_are_avoided() -> None:
+    """Each has a probe of its own there, which `qtune doctor` asks too."""
+    assert wrong_kernels() == []
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu is False
 
 
 @borrowed("bitsandbytes", "_four_bit_round_trip", files=("export/basis.py",))

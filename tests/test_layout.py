@@ -4,6 +4,7 @@ All imports count: those under TYPE_CHECKING and inside functions too, for a typ
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qtune"
 
 ROOMS = (
-    "startup",
     "errors",
+    "startup",
     "console",
     "cache",
     "sizes",
@@ -41,7 +42,7 @@ ROOMS = (
     "cli",
     "__main__",
 )
-"""From the ground up: a room imports from those before it alone. README.md's tree has the same order."""
+"""From the ground up: a room imports from those before it alone."""
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
@@ -246,3 +247,15 @@ def test_what_answers_at_once_imports_nothing_heavy(room: str) -> None:
     held = [module for module in modules(PACKAGE) if module == room or module.startswith(f"{room}.")]
     assert held, f"{room} is no room any more"
     assert [way for module in held for way in heavy_imports(PACKAGE, module)] == []
+
+
+def test_the_readme_shows_every_room_in_this_order() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("    qtune/\n")[2].partition("\n\n")[0]
+    shown = [room for room, _ in re.findall(r"^ {6}(\w+)(/|\.py) +\S", tree, re.MULTILINE)]
+    outer = [room for room in ROOMS if "." not in room and room != "__main__"]
+    assert shown == [room for room in outer if any((PACKAGE / name).exists() for name in (room, f"{room}.py"))]
+
+
+def test_every_file_of_the_package_is_on_a_floor() -> None:
+    assert [module for module in modules(PACKAGE) if not room_of(module, ROOMS)] == []

@@ -1,4 +1,4 @@
-"""How much of a card PyTorch's allocator takes for a step beyond its tensors: the source of the shares in margin.py.
+"""How much of a card PyTorch's allocator takes for a step beyond its tensors: where allowance.py has its shares from.
 
     python tools/simulate_allocator.py [--only NAME,NAME]
 

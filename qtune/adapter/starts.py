@@ -134,11 +134,11 @@ def _weight_files(base: str, revision: str | None) -> dict[str, Path]:
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {tensor: folder / file for tensor, file in names.items()}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
-    return found
+            files.update(dict.fromkeys(tensors.keys(), file))
+    return files
 
 
 def _tensor(files: dict[str, Path], name: str, base: str) -> Tensor:

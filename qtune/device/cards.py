@@ -135,10 +135,10 @@ def card_named(name: str) -> Card:
     """
     wanted, gib = _parts(name)
     named = [card for card in CARDS if _parts(card.name)[0] == wanted]
-    found = [card for card in named if gib in (None, card.gib)]
-    if found:
-        exact = [card for card in found if _parts(card.name)[1] == gib]
-        return (exact or found)[0]
+    fitting = [card for card in named if gib in (None, card.gib)]
+    if fitting:
+        exact = [card for card in fitting if _parts(card.name)[1] == gib]
+        return (exact or fitting)[0]
     if named:
         sizes = " or ".join(str(card.gib) for card in named)
         raise InputError(

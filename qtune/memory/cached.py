@@ -54,9 +54,9 @@ def remembered(
         return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
-    found = traced()
-    write_text(file, json.dumps(asdict(found)))
-    return found
+    prediction = traced()
+    write_text(file, json.dumps(asdict(prediction)))
+    return prediction
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

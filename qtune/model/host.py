@@ -75,8 +75,8 @@ def keep_embeddings_on_host(model: PreTrainedModel, device: str | torch.device) 
 
 def host_weight(module: Any) -> Tensor | None:
     """The weight [vocab, hidden] that a module keeps in host memory; None for any other module."""
-    found = getattr(module, "host_weight", None)
-    return found if isinstance(found, Tensor) else None
+    weight = getattr(module, "host_weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def refuse_trained_embeddings(model: PeftModel) -> None:

@@ -27,15 +27,15 @@ class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory i
 
 def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
     """pydantic's errors with our paths and words; the branches of a union become one fault."""
-    found: dict[KeyPath, list[str]] = {}
+    messages_of: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "union_tag_invalid":
             detail["loc"] = (*detail["loc"], "kind")
         path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
-        found.setdefault(path, []).append(_in_our_words(path, detail))
+        messages_of.setdefault(path, []).append(_in_our_words(path, detail))
     # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
-    branches = {path[:length] for path in found for length in range(len(path))}
-    return [Fault(path, _joined(messages)) for path, messages in found.items() if path not in branches]
+    branches = {path[:length] for path in messages_of for length in range(len(path))}
+    return [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
 
 
 def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:

@@ -24,40 +24,40 @@ OTHER_COLUMNS = {
 }
 
 
-def memory(found: RunMemory, run: str) -> Html:
+def memory(record: RunMemory, run: str) -> Html:
     """The whole part; `run` names the run's folder for the commands that would add to it."""
-    measured: Json = found.measured or {}
-    traced = found.traced or found.predicted
+    measured: Json = record.measured or {}
+    traced = record.traced or record.predicted
     drawn = (
         [paragraph(f"Measured on {measured.get('device', '?')}: {measured.get('method', '?')}.")] if measured else []
     )
-    drawn.append(paragraph(_predicted_for(found, run)))
-    if found.failure:
-        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(found.failure))]
+    drawn.append(paragraph(_predicted_for(record, run)))
+    if record.failure:
+        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(record.failure))]
     drawn += _phases(measured, traced)
     drawn += _at_peak(measured.get("at_peak"), (traced or {}).get("peak"))
     if measured.get("static"):
         drawn += _between_steps(measured["static"])
     if traced:
         drawn += _timeline(traced)
-    if found.ways and found.traced:
-        drawn += _savings(found.ways, found.traced, is_card=measured.get("device") != "cpu")
-    if found.attribution and found.traced:
-        drawn += _attribution(found.attribution, found.traced["peak"]["bytes"])
+    if record.ways and record.traced:
+        drawn += _savings(record.ways, record.traced, is_card=measured.get("device") != "cpu")
+    if record.attribution and record.traced:
+        drawn += _attribution(record.attribution, record.traced["peak"]["bytes"])
     return section("Memory", *drawn)
 
 
-def _predicted_for(found: RunMemory, run: str) -> str:
+def _predicted_for(record: RunMemory, run: str) -> str:
     """Which batch the prediction is for."""
-    if found.traced:
-        batch = found.traced["batch"]
+    if record.traced:
+        batch = record.traced["batch"]
         which = "the largest batch that was measured" if batch["is_measured"] else "the largest batch that could come"
         return (
             f"Predicted: the same step on tensors without storage, for {which}, {batch['rows']} x {batch['length']} "
             "tokens."
         )
-    if found.predicted:
-        planned = found.predicted
+    if record.predicted:
+        planned = record.predicted
         return (
             f"Predicted before the run for the largest batch that could come, {planned['micro_batch_size']} x "
             f"{planned['longest']['length']} tokens; qtune report {run} predicts for the batch that was measured."

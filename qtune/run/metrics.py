@@ -123,11 +123,11 @@ def _numbered(file: Path) -> list[tuple[str, Metric]]:
     except OSError as error:
         raise RunError(Problem(str(file), f"cannot be read: {error.strerror}")) from error
     whole, _, cut = text.rpartition("\n")
-    found = [(line, _record_in(line, f"{file}:{number}")) for number, line in enumerate(whole.split("\n"), 1) if line]
+    records = [(line, _record_in(line, f"{file}:{number}")) for number, line in enumerate(whole.split("\n"), 1) if line]
     if cut:
         with suppress(RunError):  # the process was killed while it wrote
-            found.append((cut, _record_in(cut, str(file))))
-    return found
+            records.append((cut, _record_in(cut, str(file))))
+    return records
 
 
 def _record_in(line: str, place: str) -> Metric:

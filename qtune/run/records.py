@@ -70,14 +70,14 @@ def record_of(kind: type[Record], values: Any, place: str = "") -> Record:
     if not isinstance(values, Mapping):
         raise NotARecord(f"{place or kind.__name__}: is {_shown(values)}, not an object")
     hints = get_type_hints(kind)
-    found = {}
+    values_of = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = f"{place}.{field.name}" if place else field.name
         if field.name in values:
-            found[field.name] = _value_of(hints[field.name], values[field.name], name)
+            values_of[field.name] = _value_of(hints[field.name], values[field.name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise NotARecord(f"{name}: is missing")
-    return kind(**found)
+    return kind(**values_of)
 
 
 def _value_of(hint: Any, value: Any, place: str) -> Any:

@@ -110,7 +110,7 @@ def read_values(run_dir: RunDir) -> tuple[WrittenValue, ...]:
     Raises:
         RunError: the file cannot be read.
     """
-    found = []
+    written = []
     for name, table in _parsed(run_dir, tomlkit.parse).items():
         if not isinstance(table, Table):
             raise RunError(Problem(str(run_dir.resolved_file), f"cannot be read: {name} is not a table"))
@@ -118,8 +118,8 @@ def read_values(run_dir: RunDir) -> tuple[WrittenValue, ...]:
         for key, item in table.value.body:
             if key is not None:
                 source, _, reason = item.trivia.comment.lstrip("# ").partition(": ")
-                found.append(WrittenValue((name, key.key), item.as_string(), Origin(source, reason)))
-    return tuple(found)
+                written.append(WrittenValue((name, key.key), item.as_string(), Origin(source, reason)))
+    return tuple(written)
 
 
 def read_resolved(run_dir: RunDir, changes: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:

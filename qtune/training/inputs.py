@@ -42,12 +42,12 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
     Raises:
         InputError, GateError: something stops it.
     """
-    found = examine(resolved, folder=run_dir.path if run_dir else None)
-    found.require()
-    for warning in found.warnings:
+    preflight = examine(resolved, folder=run_dir.path if run_dir else None)
+    preflight.require()
+    for warning in preflight.warnings:
         console.say(warning)
-    forecast = found.forecast if isinstance(found.forecast, Forecast) else None
-    return Inputs(resolved, found.plan, found.tokenizer, found.prepared, forecast)
+    forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
+    return Inputs(resolved, preflight.plan, preflight.tokenizer, preflight.prepared, forecast)
 
 
 def require_allocator() -> None:

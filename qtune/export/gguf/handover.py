@@ -34,8 +34,8 @@ def hand_over(
         write_gguf(folder, file, kind, lambda nbytes: bar.advance(nbytes / MIB))
     proof = verify_gguf(folder, file, kind, rows, virtual)
     add_gguf(folder, proof)
-    found = proof.closeness
-    console.out(f"{file.name}: KL divergence {found.kl:.2e}, same likeliest token {found.top1:.2%} (read back)")
+    closeness = proof.closeness
+    console.out(f"{file.name}: KL divergence {closeness.kl:.2e}, same likeliest token {closeness.top1:.2%} (read back)")
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
     config = AutoConfig.from_pretrained(folder)

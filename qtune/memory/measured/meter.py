@@ -170,7 +170,7 @@ class Meter:
         peaks = [p.allocated_peak_bytes if self.cuda else p.tensor_peak_bytes for p in self.phases.values()]
         counted = "tensor by tensor in chosen steps"
         method = f"the allocator's statistics; {counted}" if self.cuda else f"{counted}; resident set of the process"
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
             "method": method,
             "resident_by_phase": self._resets,
@@ -180,17 +180,17 @@ class Meter:
             "largest_batch": self.largest,
         }
         if self._best is not None:
-            found["at_peak"] = asdict(self._best)
-        return found
+            result["at_peak"] = asdict(self._best)
+        return result
 
     def static(self) -> dict[str, int]:
         """Bytes that stay between steps, by category: weights by dtype, constants, adapter, gradients, optimizer."""
         ledger = Ledger(device=self.device.type)
         self._adopt_all(ledger)
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for life in ledger.lives:
-            found[life.category] = found.get(life.category, 0) + life.size
-        return found
+            sizes[life.category] = sizes.get(life.category, 0) + life.size
+        return sizes
 
     def _wanted(self, kind: Phase) -> bool:
         """Whether the step that begins is to be counted: one of the first, or larger than any counted so far."""
@@ -298,8 +298,8 @@ def _request(error: BaseException) -> tuple[str, int]:
     CUDA: "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"; CPU: "… you tried to allocate 4096 bytes. …".
     """
     first = first_line(error)
-    found = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
-    if found is None:
+    request = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
+    if request is None:
         return first, 0
     units = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
-    return found[0], int(float(found[1]) * units[found[2].lower()])
+    return request[0], int(float(request[1]) * units[request[2].lower()])

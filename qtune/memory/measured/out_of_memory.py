@@ -100,22 +100,22 @@ def with_offers(
     size = failure.batch["rows"] if failure.batch is not None else plan.micro_batch_size
     room = Room(report.available_bytes, failure.phase, _short_bytes(failure), report.saved is not None)
     try:
-        found = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
+        search = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
     except KeyboardInterrupt:
         return replace(report, untraced="stopped")
     except Exception as error:
         # Whatever it is, the report of the first failure must not be lost to a second one.
         log.debug("the step could not be traced", exc_info=True)
         return replace(report, untraced=f"{type(error).__name__}: {first_line(error)}")
-    need = found.failed.need
+    need = search.failed.need
     expected = Predicted(
-        size, rows.longest.length, phase_bytes(found.failed, failure.phase), need.traced_bytes, need.total_bytes
+        size, rows.longest.length, phase_bytes(search.failed, failure.phase), need.traced_bytes, need.total_bytes
     )
     offers = tuple(
         Offer(one.words, one.why, one.peak_bytes, one.needed_bytes, *command_for(run_dir, one.changes))
-        for one in found.found
+        for one in search.found
     )
-    return replace(report, predicted=expected, offers=offers, least_bytes=found.least_bytes)
+    return replace(report, predicted=expected, offers=offers, least_bytes=search.least_bytes)
 
 
 def _short_bytes(failure: Failure) -> int:
