@@ -545,3 +545,12 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say_error("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if "torch" not in sys.modules:
+            raise
+        from qtune.device.present import is_out_of_memory, memory_ran_out
+
+        if not is_out_of_memory(error):
+            raise
+        console.say_error(str(memory_ran_out(error, "Close what else takes memory, or use a larger device")))
+        sys.exit(1)

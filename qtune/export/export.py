@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import HfApi
 
 from qtune import console
+from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
 from qtune.export.conflicts import refuse_whole
@@ -25,6 +26,11 @@ from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
+
+LATER = (
+    "{folder} is whole, and not compared with the trained model; where more memory is free: qtune export {run} "
+    "--verify-only {folder}"
+)
 
 ALONE_NOTE = (
     "No plain checkpoint can hold what {kind} trains. The adapter is exported alone; its README.md has the lines that "
@@ -79,22 +85,25 @@ def write_export(run: RunDir, options: Options) -> Path:
     )
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
-    write_merged(source, merge, target, prompt)
+    with one_sentence("A merge holds the largest tensor several times over; close what else takes memory"):
+        write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
-        verification = verify(
-            source,
-            target.output,
-            rows,
-            options.weights,
-            merge=merge,
-            virtual_ids=ids,
-            compare_bases=options.compare_bases,
-        )
+        with one_sentence(LATER.format(folder=target.output, run=run.path)):
+            verification = verify(
+                source,
+                target.output,
+                rows,
+                options.weights,
+                merge=merge,
+                virtual_ids=ids,
+                compare_bases=options.compare_bases,
+            )
         prove(source, target.output, verification)
     if gguf is not None and rows is not None:
-        hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
+        with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
+            hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 
@@ -117,7 +126,9 @@ def verify_only(folder: Path, run: RunDir | None) -> Path:
     source = open_source(run)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
-    return prove(source, folder, verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids))
+    with one_sentence(LATER.format(folder=folder, run=run.path)):
+        verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
+    return prove(source, folder, verification)
 
 
 def prove(source: Source, folder: Path, verification: Verification) -> Path:
