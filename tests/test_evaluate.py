@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_models import tiny_run
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
