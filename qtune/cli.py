@@ -253,10 +253,11 @@ def export(
     import_libraries()
     from qtune.export import export as stage
     from qtune.run.folder import RunDir
+    from qtune.screens import export as screen
 
     opened = None if run is None else RunDir.open(run)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened)}")
+        console.out(f"{stage.verify_only(verify_only, opened, screen.show)}")
         return
     if opened is None:
         raise typer.BadParameter("name a run")
@@ -271,7 +272,7 @@ def export(
         compare_bases=compare_bases,
         push_to=push_to,
     )
-    console.out(f"{stage.export_run(opened, options)}")
+    console.out(f"{stage.export_run(opened, options, screen.show)}")
 
 
 @app.command(name="eval", rich_help_panel="Try")
