@@ -109,6 +109,7 @@ def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     assert json.loads((folder / "verify.json").read_text()) == {
         "verified": False,
         "failures": ["not compared with the trained model"],
+        "weights": "dequantized",
     }
     assert verify_only(folder, None) == folder
     assert json.loads((folder / "verify.json").read_text())["verified"] is True
