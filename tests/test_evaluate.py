@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.state import save_adapter
+from qtune.data.held_out import spread
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
-from qtune.tuned.evaluate import evaluate, spread
+from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 
