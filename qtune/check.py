@@ -15,6 +15,7 @@ from qtune.data.batches import StepSampler, padding_share
 from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
 from qtune.data.findings import Finding
 from qtune.data.prepare import Prepared
+from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
 from qtune.memory.forecast import Forecast
 from qtune.memory.measured.meter import Meter
@@ -188,7 +189,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
         [split_figures(split) for split in preflight.inspection.splits.values()],
         batches_of(recipe, preflight.plan, prepared),
         samples_of(prepared.examples["train"], preflight.tokenizer, samples),
-        step_seconds(preflight) if is_timed else None,
+        _timed(preflight) if is_timed else None,
     )
 
 
@@ -208,6 +209,11 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
         padding_share(lengths[grouped], plan.micro_batch_size),
         prepared.packed,
     )
+
+
+def _timed(preflight: Preflight) -> float:
+    with one_sentence(f"A run would not fit either; qtune fit {preflight.resolved.file} shows what would help"):
+        return step_seconds(preflight)
 
 
 def step_seconds(preflight: Preflight) -> float:

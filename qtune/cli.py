@@ -34,23 +34,6 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
 
-# Options of `qtune export` of which one would be ignored, and why.
-EXPORT_CONFLICTS = {
-    "--no-verify": {
-        "--push-to-hub": "only a model that was verified is uploaded",
-        "--compare-bases": "the bases are compared while verifying",
-    },
-    "--adapter-only": {
-        "--gguf": "a GGUF file holds a whole model",
-        "--compare-bases": "nothing is merged",
-    },
-    "--compare-bases": {"--base original": "an export into the original weights tells what they cost anyway"},
-    "--verify-only": dict.fromkeys(
-        ("--adapter-only", "--no-verify", "--compare-bases", "--gguf", "--push-to-hub", "--output", "--force"),
-        "nothing is written but the figures",
-    ),
-}
-
 
 def _version(value: bool) -> None:
     if value:
@@ -185,6 +168,7 @@ def _end_run(run_dir: "RunDir") -> None:
 
 @app.command(rich_help_panel="Use")
 def export(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="A run's folder; may be left out with --verify-only.")
     ] = None,
@@ -236,20 +220,10 @@ def export(
     with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
     card. A model that fails is kept, marked as unverified, and the exit code is 1.
     """
-    asked = {
-        "--adapter-only": adapter_only,
-        "--no-verify": not verify,
-        "--compare-bases": compare_bases,
-        "--gguf": gguf is not None,
-        "--push-to-hub": push_to is not None,
-        "--base original": base == "original",
-        "--output": output is not None,
-        "--force": force,
-    }
-    for option, others in EXPORT_CONFLICTS.items():
-        for other in others if asked.get(option, verify_only is not None) else ():
-            if asked[other]:
-                raise typer.BadParameter(f"{option} and {other} cannot both be asked for: {others[other]}")
+    from qtune.export.conflicts import refuse_conflicts
+
+    given = _given(context)
+    refuse_conflicts(given)
     import_libraries()
     from qtune.export import export as stage
     from qtune.run.folder import RunDir
@@ -271,8 +245,21 @@ def export(
         gguf=gguf,
         compare_bases=compare_bases,
         push_to=push_to,
+        given=given,
     )
     console.out(f"{stage.export_run(opened, options, screen.show)}")
+
+
+def _given(context: typer.Context) -> frozenset[str]:
+    """The options that were written on the command line, by their names; a switch by the side that was chosen."""
+    found: set[str] = set()
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        source = context.get_parameter_source(name)
+        if option.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
+            written = option.secondary_opts if value is False and option.secondary_opts else option.opts
+            found |= {written[0], f"{written[0]} {value}"}
+    return frozenset(found)
 
 
 @app.command(name="eval", rich_help_panel="Try")
@@ -559,3 +546,12 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say_error("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if "torch" not in sys.modules:
+            raise
+        from qtune.device.present import is_out_of_memory, memory_ran_out
+
+        if not is_out_of_memory(error):
+            raise
+        console.say_error(str(memory_ran_out(error, "Close what else takes memory, or use a larger device")))
+        sys.exit(1)

@@ -37,9 +37,10 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import FourBit, Recipe
 from qtune.sizes import gib_text, size_text
 from qtune.startup.quiet import quiet_loading
+from qtune.startup.safe_bitsandbytes import require_right_kernels
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
         raise together(asked.refusals)
     plan = make_plan(recipe, device, attention_rule(config))
     asked.of(require_attention, plan.attention)
+    if device.kind == "cpu" and isinstance(recipe.quantization, FourBit):
+        asked.of(require_right_kernels)
     if recipe.output.gguf is not None:
         asked.of(refuse_unconvertible, config, tokenizer, recipe.model.base)
     count = _examined_model(config, recipe, plan, asked)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_models import tiny_run
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -276,3 +277,20 @@ def test_the_command_refuses_what_is_no_run(tmp_path):
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
+
+
+def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, data='on_long_row = "cut-right"')
+    rows = [("word " * 200, "Lost."), ("Name a colour.", "Blue.")]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
+        for asked, answer in rows
+    ]
+    both, lost = tmp_path / "both.jsonl", tmp_path / "lost.jsonl"
+    both.write_text("\n".join(lines))
+    lost.write_text(lines[0])
+    found = evaluate(run, data_file=both, max_new_tokens=4)
+    assert (found.rows, len(found.comparisons)) == (2, 1)
+    assert found.comparisons[0].request == "Name a colour."
+    with pytest.raises(DataError, match="none of the rows that were taken has an answer left to measure on"):
+        evaluate(run, data_file=lost)

@@ -9,8 +9,10 @@ import torch
 from huggingface_hub import HfApi
 
 from qtune import console
+from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
@@ -26,9 +28,14 @@ from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 
-PREFIX_NOTE = (
-    "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
-    "exported alone; its README.md has the lines that load it."
+LATER = (
+    "{folder} is whole, and not compared with the trained model; where more memory is free: qtune export {run} "
+    "--verify-only {folder}"
+)
+
+ALONE_NOTE = (
+    "No plain checkpoint can hold what {kind} trains. The adapter is exported alone; its README.md has the lines that "
+    "load it."
 )
 
 
@@ -53,6 +60,8 @@ class Options:
     gguf: GgufType | None = None
     compare_bases: bool = False
     push_to: str | None = None
+    given: frozenset[str] = frozenset()
+    """Options as they were written on a command line (`export.conflicts`)."""
 
 
 def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
@@ -73,7 +82,8 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     source = open_source(run)
     is_alone = source.recipe.adapter.export == "alone"
     if is_alone and not options.adapter_only:
-        console.say(PREFIX_NOTE)
+        refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
+        console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
     if options.adapter_only or is_alone:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     gguf = options.gguf or source.recipe.output.gguf
@@ -84,23 +94,38 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     )
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
-    write_merged(source, merge, target, prompt)
+    with one_sentence("A merge holds the largest tensor several times over; close what else takes memory"):
+        write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
-        verification = verify(
-            source,
-            target.output,
-            rows,
-            options.weights,
-            merge=merge,
-            virtual_ids=ids,
-            compare_bases=options.compare_bases,
-        )
+        with one_sentence(LATER.format(folder=target.output, run=run.path)):
+            verification = verify(
+                source,
+                target.output,
+                rows,
+                options.weights,
+                merge=merge,
+                virtual_ids=ids,
+                compare_bases=options.compare_bases,
+            )
         prove(source, target.output, verification, show)
     if gguf is not None and rows is not None:
-        hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
+        with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
+            hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
+
+
+def _asked(options: Options) -> set[str]:
+    """What a caller asked of the whole model, by the names of the command line."""
+    asked = {
+        "--gguf": options.gguf is not None,
+        "--compare-bases": options.compare_bases,
+        "--base": options.weights == "original",
+        "--dtype": options.dtype != "float16",
+        "--no-verify": not options.verify,
+    }
+    return {option for option, is_asked in asked.items() if is_asked}
 
 
 def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
@@ -110,7 +135,8 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     source = open_source(run)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
-    verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
+    with one_sentence(LATER.format(folder=folder, run=run.path)):
+        verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
     return prove(source, folder, verification, show)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.template import Renderer
 from qtune.export.adapter_weights import open_adapter
-from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
+from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.model_card import write_card
 from qtune.export.model_files import copy_side_files, merged_config, write_json
@@ -19,7 +19,6 @@ from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
 from qtune.export.verification import mark_unverified
-from qtune.model.checkpoint import Checkpoint
 from qtune.sizes import MIB
 
 
@@ -35,9 +34,7 @@ class Target:
 
 def open_merge(source: Source, target: Target) -> Merge:
     """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
-    refuse_foreign_quantization(source.base)
-    checkpoint = Checkpoint.open(source.base)
-    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    checkpoint, network = open_base(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     layout = layout_of(network, list(checkpoint.tensors))
     return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, target.weights, target.dtype)
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,9 @@ def remembered(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
     prediction = traced()
-    write_text(file, json.dumps(asdict(prediction)))
+    # A prediction that cannot be kept, in a cache that is full or another user's, is traced again the next time.
+    with suppress(OSError):
+        write_text(file, json.dumps(asdict(prediction)))
     return prediction
 
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from qtune import console
-from qtune.cache import cache_folder
+from qtune.cache import cache_folder, not_writable
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import convert
 from qtune.whole import whole
@@ -38,6 +38,8 @@ def gguf_folder(file: Path) -> Path:
     # What transformers 5.23 raises depends on where the file stops being GGUF.
     except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
         raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
+    except OSError as error:
+        raise not_writable(folder.parent, error) from error
     return folder
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qtune.device.present import is_out_of_memory
+from qtune.device.present import Device, is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
@@ -27,7 +27,7 @@ from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
-from qtune.sizes import GIB
+from qtune.sizes import gib_text
 from qtune.startup.safe_bitsandbytes import require_right_kernels
 
 
@@ -93,6 +93,31 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError, MemoryError,
+)  # fmt: skip
+"""What transformers, safetensors and bitsandbytes raise over weights that are not there, damaged or too large."""
+
+
+def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model as its author stored it, unquantized, on a device.
+
+    Raises:
+        OutOfMemory: it does not fit the device. ModelError: it cannot be found or read.
+    """
+    try:
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base_folder(model),
+            dtype=dtype,
+            device_map={"": device.torch_name},
+            use_safetensors=True,
+            **_where(model),
+        )
+    except LOADING_ERRORS as error:
+        raise _not_loaded(model, error, device) from error
+    return network.eval()
+
+
 def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
     """The frozen base model on the plan's device, its embeddings and head in host memory where the plan says so.
 
@@ -129,21 +154,8 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
                 **({"quantization_config": ours} if ours else {}),
                 **_where(model),
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        AssertionError,
-        SafetensorError,
-        MemoryError,
-    ) as error:
-        if is_out_of_memory(error):
-            free = plan.device.free_bytes / GIB
-            message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"
-            raise OutOfMemory(message) from error
-        raise _unreadable(model, error) from error
+    except LOADING_ERRORS as error:
+        raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
     if not stored and (problem := quantized_too_little(model.base, network, quantization)):
         raise ModelError(problem)
@@ -182,6 +194,12 @@ def _where(model: Model) -> dict[str, Any]:
         if model.revision
         else {"trust_remote_code": model.trust_remote_code}
     )
+
+
+def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory | ModelError:
+    if is_out_of_memory(error):
+        return OutOfMemory(f"{model.base} does not fit {device.name}, which had {gib_text(device.free_bytes)} free")
+    return _unreadable(model, error)
 
 
 def _unreadable(model: Model, error: Exception) -> ModelError:

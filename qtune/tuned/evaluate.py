@@ -18,6 +18,8 @@ from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
+from qtune.device.present import one_sentence
+from qtune.errors import DataError, Problem
 from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
@@ -27,6 +29,7 @@ from qtune.tuned.load import load_untuned, with_adapter
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
 EXTRA_TOKENS = 8
+SHORTER = "A smaller --max-new-tokens leaves more room; --data names other, shorter rows"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def evaluate(
     run = load_untuned(run_dir)
     source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
     examples = held_out.select(spread(len(held_out), rows))
+    if not sum(examples["scored"]):
+        raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
     limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
@@ -111,7 +116,8 @@ def evaluate(
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
-        with console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples)) as shown:
+        rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
+        with one_sentence(SHORTER), rows_twice as shown:
             loss, accuracy = mean_loss(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
@@ -150,9 +156,13 @@ def read_evaluation(run_dir: RunDir) -> Evaluation | None:
 
 
 def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:
-    """The row's last scored answer and what stands before it; None for raw text, which has no question."""
+    """The row's last scored answer and what stands before it; None for raw text, which has no question, and for rows of
+    which nothing is scored."""
     ids, labels = row["input_ids"], row["labels"]
-    end = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    scored = [position for position, label in enumerate(labels) if label != IGNORED]
+    if not scored:  # its answer was cut away
+        return None
+    end = scored[-1] + 1
     start = end
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.device.present import present_device
+from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
 from qtune.export.opened_run import Source
@@ -71,6 +71,8 @@ def verify(
         streamed = too_large(folder, plan) if streamed is None else streamed
         exported = load_exported(folder, source, plan, streamed=streamed)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
+        if is_out_of_memory(error):  # which says nothing about the folder
+            raise
         reason = f"cannot be loaded: {first_line(error)}"
         mark_unverified(folder, reason)
         raise VerificationError(f"{folder}: {reason}") from error

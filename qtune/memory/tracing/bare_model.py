@@ -51,7 +51,13 @@ def bare_model(
     name = getattr(config, "_name_or_path", "") or config.model_type
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                # Said in any case: transformers asks a person where nothing is said.
+                trust_remote_code=is_trusted(config),
+            )
         keep_in_fp32(model, dtype)
         if (chosen := stored or quantization) is not None:
             quantizer = AutoHfQuantizer.from_config(chosen, pre_quantized=bool(stored))
@@ -64,6 +70,11 @@ def bare_model(
         raise ModelError(Problem(name, f"no model can be built from its config.json: {reason}")) from error
     model.requires_grad_(False)
     return model
+
+
+def is_trusted(config: PretrainedConfig) -> bool:
+    """Whether code that came with the model has run to read its configuration, which the recipe has allowed."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
