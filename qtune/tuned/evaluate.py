@@ -25,6 +25,7 @@ from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
+from qtune.tuned.precision import as_trained
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -117,7 +118,7 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown:
+        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
             loss, accuracy = mean_loss(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
