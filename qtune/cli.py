@@ -227,10 +227,11 @@ def export(
     import_libraries()
     from qtune.export import export as stage
     from qtune.run.folder import RunDir
+    from qtune.screens import export as screen
 
     opened = None if run is None else RunDir.open(run)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened)}")
+        console.out(f"{stage.verify_only(verify_only, opened, screen.show)}")
         return
     if opened is None:
         raise typer.BadParameter("name a run")
@@ -246,7 +247,7 @@ def export(
         push_to=push_to,
         given=given,
     )
-    console.out(f"{stage.export_run(opened, options)}")
+    console.out(f"{stage.export_run(opened, options, screen.show)}")
 
 
 def _given(context: typer.Context) -> frozenset[str]:

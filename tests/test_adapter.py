@@ -23,6 +23,7 @@ from qtune.adapter.state import (
 )
 from qtune.device.present import Device
 from qtune.errors import ModelError
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
@@ -190,7 +191,7 @@ def weight_errors(model: PeftModel, base: Path) -> list[tuple[float, float]]:
 def test_loftq_starts_nearer_to_the_original_weights_than_the_4_bit_base(tiny_model: Path, kind: str) -> None:
     network = load_base(Model(base=str(tiny_model)), FourBit(kind=kind, minimum_share=0.0), plan_for())
     model = attach_adapter(network, Lora(rank=8, initialization="loftq"), plan_for())
-    start_from_residual(model, str(tiny_model), None)
+    start_from_residual(model, Checkpoint.open(tiny_model))
     errors = weight_errors(model, tiny_model)
     assert len(errors) == 14
     for without, with_adapter in errors:
@@ -202,7 +203,7 @@ def test_loftq_says_which_weight_it_does_not_find(tiny_model: Path, tmp_path: Pa
     save_file({"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     model = attached(tiny_model, Lora(rank=2, initialization="loftq"))
     with pytest.raises(ModelError) as caught:
-        start_from_residual(model, str(tmp_path), None)
+        start_from_residual(model, Checkpoint.open(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: LoftQ needs the unquantized model.layers.0.self_attn.q_proj.weight, which the checkpoint has not "
         "by that name"

@@ -205,6 +205,7 @@ def test_the_real_model_remembers_what_was_said(capsys):
     assert "Paris" in session.ask("Name the city that you just mentioned.", lambda _: None)
 
 
+@pytest.mark.slow
 def test_one_shot_prints_the_answer_alone():
     command_line = [sys.executable, "-m", "qtune", "chat", "builtin:smollm2-135m-instruct"]
     done = subprocess.run(

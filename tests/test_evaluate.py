@@ -13,12 +13,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.state import save_adapter
+from qtune.data.held_out import spread
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
-from qtune.tuned.evaluate import evaluate, spread
+from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 
@@ -104,6 +105,7 @@ def by_hand(run_dir: RunDir, questions: list[str], answers: list[str], *, tuned:
     return nll / count, [tokenizer.decode(ids).strip() for ids in made]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model, adapter):
     run_dir = make_run(tmp_path, tiny_model, adapter)
@@ -118,6 +120,7 @@ def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model,
     assert [one.request for one in evaluation.comparisons] == questions
 
 
+@pytest.mark.slow
 def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
     texts = {"base": ["It is a", " It is b\n", "It is c.", "It is d, and so on and on for ever"] + ["It is"] * 4}
@@ -158,6 +161,7 @@ def test_rows_are_spread_evenly():
     assert spread(1000, 4) == [0, 250, 500, 750]
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_the_batches(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
     together = evaluate(run_dir)
@@ -263,6 +267,7 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_writes(tmp_path, tiny_model):
     run_dir = make_run(tmp_path, tiny_model)
     command_line = [sys.executable, "-m", "qtune", "eval", str(tmp_path), "--rows", "2", "--json"]

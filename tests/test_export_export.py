@@ -14,6 +14,7 @@ from qtune.export.export import Options, export_run, verify_only
 from qtune.export.verification import read_proof
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
+from qtune.screens.export import show
 from qtune.tuned.load import load_run, load_untuned
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path)
-    folder = export_run(run, Options())
+    folder = export_run(run, Options(), show)
     assert folder == run.path / "model"
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",

@@ -122,6 +122,7 @@ def test_a_rewritten_recipe_keeps_comments_order_and_formatting():
     assert text == RECIPE.replace("max_length = 1024", "max_length = 512") + "micro_batch_size = 2 # to fit 8 GiB\n"
 
 
+@pytest.mark.slow
 def test_fit_takes_the_micro_batch_before_anything_that_costs_more(tmp_path, monkeypatch):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
     config = tiny(layers=2)

@@ -56,6 +56,7 @@ def test_a_snapshot_ends_with_the_second_step_or_with_the_run(tmp_path: Path, mo
     assert len(allocator.asked) == 6
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_snapshot_beside_its_other_files(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

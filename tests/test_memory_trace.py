@@ -75,6 +75,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", OTHERS)
 def test_traced_bytes_of_every_kind_of_adapter_are_the_executed_ones(tmp_path, adapter):
     config = tiny(layers=3)
@@ -166,6 +167,7 @@ def test_the_workspace_is_the_largest_weight_dequantized_and_its_absmax_twice():
     assert most == 64 * 128 * 2 + 2 * (64 * 128 // 64) * 4
 
 
+@pytest.mark.slow
 def test_a_checkpointed_backward_recomputes_what_one_layer_would_have_kept():
     def kept(layers: int) -> int:
         recipe = recipe_with(training={"gradient_checkpointing": False})
@@ -244,6 +246,7 @@ def test_a_bare_model_has_no_storage():
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
     config = tiny(layers=12)
     recipe = recipe_with(training={"batch_size": 8, "micro_batch_size": 1})
@@ -259,6 +262,7 @@ def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
     assert again.labels == fresh.labels
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_traced_says_so_and_that_a_run_may_work():
     config = AutoConfig.for_model("rwkv", hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, vocab_size=256)
     recipe = recipe_with(adapter={"kind": "lora", "rank": 4})

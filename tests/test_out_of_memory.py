@@ -228,6 +228,7 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_whole_report_of(
     name: str, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, computer: Callable[[int], None]
@@ -254,6 +255,7 @@ def test_the_whole_report_of(
 # --- what would have fit -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_was_told(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -467,6 +467,7 @@ def test_a_new_report_replaces_the_old_one_whole(finished, tmp_path):
     assert set(copy.path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_page_is(tmp_path):
     run_dir = make_run(tmp_path)
     command = [sys.executable, "-m", "qtune", "report"]

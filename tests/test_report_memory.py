@@ -195,6 +195,7 @@ def copy_of(run_dir: RunDir, folder: Path, name: str = "run") -> RunDir:
     return RunDir.open(folder / name)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_run, tmp_path, monkeypatch) -> None:
     assert set(json.loads(a_run.memory_file.read_text())) == {"measured"}
     run_dir = copy_of(a_run, tmp_path)
@@ -224,6 +225,7 @@ def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch)
     assert read_run(RunDir.open(tmp_path / "run"), explain=True) == first
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, tmp_path) -> None:
     run_dir, picture = copy_of(a_run, tmp_path), tmp_path / "step.svg"
     write_report(run_dir)

@@ -141,6 +141,7 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
     assert not torch.allclose(PeftModel.from_pretrained(base, str(finished.adapter))(ids).logits, before, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_second_run_gets_a_name_of_its_own_and_the_same_result(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(training=TWO_EPOCHS + "\ncheckpoint_every = 'epoch'".replace("checkpoint_every", "# "))
     first, second = run(recipe, "training.steps=2"), run(recipe, "training.steps=2")
@@ -148,6 +149,7 @@ def test_a_second_run_gets_a_name_of_its_own_and_the_same_result(write_recipe: W
     assert_same_run(second, first)
 
 
+@pytest.mark.slow
 def test_resolved_toml_repeats_the_run(write_recipe: WriteRecipe) -> None:
     first = run(write_recipe(training=TWO_EPOCHS), "training.steps=2", "training.seed=7")
     again = run(first.resolved_file, "output.name=again")
@@ -212,6 +214,7 @@ def first_gradient(recipe: Path, monkeypatch: pytest.MonkeyPatch, *changes: str)
     return records(finished, "train")[0]["loss"], gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "p-tuning-mlp"])
 def test_the_gradient_of_a_batch_does_not_depend_on_its_micro_batches(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -242,6 +245,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     return tried
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_not_fit_is_split_and_nothing_else_changes(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +269,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_nothing_else_changes(
     ]
 
 
+@pytest.mark.slow
 def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +291,7 @@ def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
         torch.testing.assert_close(split_gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +385,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(write
     assert not (recipe.parent / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_run_keeps_what_the_usual_ways_would_take(write_recipe: WriteRecipe) -> None:
     run_dir = run(write_recipe(training="steps = 2"))
     found = read_run(run_dir)
@@ -390,6 +397,7 @@ def test_a_profile_of_a_run_keeps_what_the_usual_ways_would_take(write_recipe: W
     assert all(way["peak_bytes"] > 0 and way["how"].startswith("traced: ") for way in kept["ways"])
 
 
+@pytest.mark.slow
 def test_a_finding_that_was_waived_stays_waived_when_the_run_goes_on(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +426,7 @@ def test_who_decided_what_stays_known_when_a_run_goes_on_with_a_waiver(
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_value_that_is_set_to_what_it_is_keeps_its_origin(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +438,7 @@ def test_a_value_that_is_set_to_what_it_is_keeps_its_origin(
     assert after == before | {("training", "log_every"): Origin("--set", "on resuming")}
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_resumed_run_says_under_which_versions_each_part_was_trained(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +460,7 @@ def test_the_lock_of_a_resumed_run_says_under_which_versions_each_part_was_train
 # --- stopping and going on -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_killed_run_goes_on_exactly(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS)
@@ -464,6 +475,7 @@ def test_a_killed_run_goes_on_exactly(write_recipe: WriteRecipe, monkeypatch: py
     assert_same_run(broken, unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,6 +489,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(
     assert_same_run(train.resume(latest_run(recipe)), unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_makes_up_for_it(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,6 +506,7 @@ def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_mak
     assert_same_run(train.resume(latest_run(recipe)), unbroken)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_does_not_count(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +543,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(
     assert_same_run(train.resume(broken), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 10], ids=["in an epoch", "at the end of an epoch", "at the last step"])
 def test_ctrl_c_saves_and_says_how_to_go_on(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, step: int
@@ -604,6 +619,7 @@ def stopped_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Run
     return latest_run(recipe)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_micro_batches_with_the_same_losses(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -688,6 +704,7 @@ def wait_for_step(process, metrics: Path, step: int) -> None:
     pytest.fail(f"ended too early:\n{process.communicate()[1]}")
 
 
+@pytest.mark.slow
 def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(
         adapter=ADAPTERS["p-tuning-lstm"],

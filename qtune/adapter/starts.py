@@ -1,7 +1,5 @@
 """Where an adapter starts: at random, from a text, from the base's weights, from the data, or where a run has ended."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,8 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
@@ -21,7 +16,8 @@ from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.errors import ModelError, Problem
-from qtune.model.load import base_folder
+from qtune.model.checkpoint import Checkpoint
+from qtune.model.local import local_base
 from qtune.recipe.schema import Lora, PromptTuning, Recipe
 
 EVA_ROWS = 256
@@ -52,7 +48,7 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
             assert isinstance(pad, int)
             start_from_activations(model, material.train, pad, material.micro_batch_size)
         case Lora(initialization="loftq"):
-            start_from_residual(model, base_folder(recipe.model), recipe.model.revision)
+            start_from_residual(model, Checkpoint.open(local_base(recipe.model)))
     if (folder := earlier_adapter(recipe)) is not None:
         load_trained_state(model, folder)
 
@@ -97,16 +93,15 @@ def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_
 
 
 @torch.no_grad()
-def start_from_residual(model: PeftModel, base: str, revision: str | None) -> None:
+def start_from_residual(model: PeftModel, base: Checkpoint) -> None:
     """LoftQ with one alternation: scale * B A is the best rank-r approximation of W - dequantized(NF4(W)).
 
     arXiv:2310.08659, algorithm 1 with T = 1. The 4-bit base stays as it is; only A and B are set. peft's own version
     needs CUDA and leaves the scale out (peft 0.21, loftq_utils.py).
 
     Raises:
-        ModelError: the base's weights are not there as safetensors, or have other names than the loaded model's.
+        ModelError: the base's weights have other names than the loaded model's.
     """
-    files = _weight_files(base, revision)
     layers = [
         (name, module)
         for name, module in model.get_base_model().named_modules()
@@ -115,7 +110,7 @@ def start_from_residual(model: PeftModel, base: str, revision: str | None) -> No
     with console.progress("LoftQ: decomposing the quantization error", len(layers)) as bar:
         for name, module in layers:
             packed = module.get_base_layer().weight
-            original = _tensor(files, f"{name}.weight", base).to(packed.device, torch.float32)
+            original = base.read(_stored_name(base, f"{name}.weight")).to(packed.device, torch.float32)
             error = original - bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
             for adapter, rank in module.r.items():
                 left, values, right = torch.linalg.svd(error, full_matrices=False)
@@ -125,31 +120,10 @@ def start_from_residual(model: PeftModel, base: str, revision: str | None) -> No
             bar.advance()
 
 
-def _weight_files(base: str, revision: str | None) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a folder or a cached hub model."""
-    folder = Path(base)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {tensor: folder / file for tensor, file in names.items()}
-    files: dict[str, Path] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            files.update(dict.fromkeys(tensors.keys(), file))
-    return files
-
-
-def _tensor(files: dict[str, Path], name: str, base: str) -> Tensor:
-    for candidate in _spellings(name):
-        if candidate in files:
-            with safe_open(files[candidate], framework="pt") as tensors:
-                return tensors.get_tensor(candidate)
-    raise ModelError(Problem(base, f"LoftQ needs the unquantized {name}, which the checkpoint has not by that name"))
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """Some checkpoints were saved from the bare backbone, whose names lack "model."."""
-    yield name
-    yield name.partition(".")[2]
+def _stored_name(base: Checkpoint, name: str) -> str:
+    """The name of a tensor; some checkpoints were saved from the bare backbone, whose names lack "model."."""
+    for spelling in (name, name.partition(".")[2]):
+        if spelling in base.tensors:
+            return spelling
+    message = f"LoftQ needs the unquantized {name}, which the checkpoint has not by that name"
+    raise ModelError(Problem(str(base.folder), message))

@@ -1,5 +1,6 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,14 @@ ALONE_NOTE = (
 )
 
 
+Show = Callable[[Verification], None]
+"""Told the figures of a verification as soon as they are there, good or not."""
+
+
+def _unseen(verification: Verification) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for."""
@@ -55,19 +64,19 @@ class Options:
     """Options as they were written on a command line (`export.conflicts`)."""
 
 
-def export_run(run: RunDir, options: Options) -> Path:
+def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """Writes the export of a run, uploads it where a repository is named, and returns its folder.
 
     Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
     is not the trained one; that folder stays, its verify.json and model card say so, and it is not uploaded.
     """
-    folder = write_export(run, options)
+    folder = write_export(run, options, show)
     if options.push_to is not None:
         console.say(f"uploaded to {push(folder, options.push_to, HfApi())}")
     return folder
 
 
-def write_export(run: RunDir, options: Options) -> Path:
+def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     source = open_source(run)
@@ -100,7 +109,7 @@ def write_export(run: RunDir, options: Options) -> Path:
                 virtual_ids=ids,
                 compare_bases=options.compare_bases,
             )
-        prove(source, target.output, verification)
+        prove(source, target.output, verification, show)
     if gguf is not None and rows is not None:
         with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
             hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
@@ -119,7 +128,7 @@ def _asked(options: Options) -> set[str]:
     return {option for option, is_asked in asked.items() if is_asked}
 
 
-def verify_only(folder: Path, run: RunDir | None) -> Path:
+def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or _run_around(folder)
@@ -128,10 +137,10 @@ def verify_only(folder: Path, run: RunDir | None) -> Path:
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):
         verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
-    return prove(source, folder, verification)
+    return prove(source, folder, verification, show)
 
 
-def prove(source: Source, folder: Path, verification: Verification) -> Path:
+def prove(source: Source, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
     """Writes the card, shows the figures; VerificationError when they are not good enough."""
     write_card(source, folder, verification)
     show(verification)
@@ -139,30 +148,6 @@ def prove(source: Source, folder: Path, verification: Verification) -> Path:
         lines = "\n".join(f"  {failure}" for failure in verification.failures[:20])
         raise VerificationError(f"{folder} is not the trained model; it is kept, marked as unverified\n{lines}")
     return folder
-
-
-def show(verification: Verification) -> None:
-    """Prints the figures of a verification."""
-    exported, bare = verification.exported, verification.bare_base
-    rows = [
-        ["KL divergence, nats per token", f"{exported.kl:.2e}", f"{bare.kl:.2e}", f"≤ {verification.limits.kl:.2e}"],
-        ["same likeliest token", f"{exported.top1:.2%}", f"{bare.top1:.2%}", f"≥ {verification.limits.top1:.1%}"],
-        ["largest logit gap", f"{exported.gap:.3g}", f"{bare.gap:.3g}", ""],
-        ["perplexity", *(f"{verification.perplexity[name]:.4g}" for name in ("exported", "bare base")), ""],
-    ]
-    title = f"Against the trained model (perplexity {verification.perplexity['trained']:.4g})"
-    title += f", {verification.rows} {verification.rows_from}, {exported.tokens} tokens"
-    console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
-    for weights, cost in verification.cost.items():
-        if len(verification.cost) > 1 or cost != exported:
-            console.out(f"merged into the {weights} weights: KL {cost.kl:.2e}, same likeliest token {cost.top1:.2%}")
-    if (live := verification.live) is not None:
-        console.out(
-            f"compared in float32; computing with {verification.compute_dtype} alone changes the trained model by KL "
-            f"{live.kl:.2e}, same likeliest token {live.top1:.2%}"
-        )
-    if verification.answers:
-        console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
 
 
 def _weights_of(folder: Path) -> Weights:

@@ -4,24 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
-from qtune.errors import ModelError, Problem, first_line
 from qtune.export.adapter_weights import read_config
 from qtune.export.basis import Basis
-from qtune.model.load import base_folder, load_tokenizer
+from qtune.model.load import load_tokenizer
+from qtune.model.local import local_base
 from qtune.plan import compute_dtype_rule
-from qtune.recipe.schema import FourBit, Model, Recipe
+from qtune.recipe.schema import FourBit, Recipe
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
-
-# What a merge or a loader may need from the hub; weights in other formats stay there.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -73,17 +68,3 @@ def basis_of(recipe: Recipe) -> Basis:
     dtype: torch.dtype = getattr(torch, compute_dtype_rule(present_device())[0] if name == "auto" else name)
     double = isinstance(quantization, FourBit) and quantization.double_quantization
     return Basis(quantization.kind, double, load_dtype=dtype, compute_dtype=dtype)
-
-
-def local_base(model: Model) -> Path:
-    """The base model's folder on this disk; a hub id is downloaded unless it is in the hub's cache.
-
-    Raises ModelError when it cannot be had.
-    """
-    base = Path(base_folder(model))
-    if base.is_dir():
-        return base
-    try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

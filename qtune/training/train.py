@@ -1,4 +1,15 @@
-"""Training, from a checked recipe to a run's folder; and on again from its last complete checkpoint."""
+"""What happens on `qtune run`, stage by stage; and on again from a run's last complete checkpoint.
+
+recipe     TOML and --set -> Resolved, every value with its origin; given by the command     recipe/file.py
+inputs     all that can stop a run before a weight is read: plan, rows, gate, memory          preflight.py
+folder     runs/NAME, with the recipe as given and as resolved                                run/folder.py
+model      the base in 4 bits, a fresh adapter on it, how that starts                         training/build.py
+lock       versions, base, rows: what the run depends on                                      run/lock.py
+trainer    TRL's, with our loss, order of rows, metrics and checkpoints                       training/trainer.py
+steps      until the last one or Ctrl-C; where memory runs out it is said what would have fit training/ran_out.py
+adapter    saved whole: its presence is what makes a run finished                             adapter/state.py
+report     one page, written by the command after the run                                     report/page.py
+"""
 
 import logging
 from collections.abc import Sequence

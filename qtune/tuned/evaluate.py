@@ -17,14 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
-from qtune.data.prepare import prepare
+from qtune.data.held_out import held_out_rows, spread
 from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
 from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
-from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
+from qtune.tuned.load import load_untuned, with_adapter
+from qtune.tuned.precision import as_trained
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -105,7 +106,7 @@ def evaluate(
     """
     run_dir.finished_adapter()
     run = load_untuned(run_dir)
-    source, held_out = held_out_rows(run, data_file)
+    source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
     examples = held_out.select(spread(len(held_out), rows))
     if not sum(examples["scored"]):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
@@ -117,7 +118,7 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown:
+        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
             loss, accuracy = mean_loss(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
@@ -153,31 +154,6 @@ def read_evaluation(run_dir: RunDir) -> Evaluation | None:
         RunError: it is damaged.
     """
     return read_record(run_dir.eval_file, Evaluation)
-
-
-def held_out_rows(run: LoadedRun, data_file: Path | None) -> tuple[str, Dataset]:
-    """The source in words, and its rows: the file, else the recipe's test rows, else its validation rows.
-
-    Raises:
-        DataError: the recipe sets no rows aside, or they cannot be read.
-    """
-    data = run.recipe.data
-    given = str(data_file.resolve()) if data_file else data.test if data.test is not None else data.validation
-    if not isinstance(given, float):
-        # Only these rows are read; the training rows may be gone by now.
-        alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
-        name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
-        return name, prepare(alone, run.tokenizer, run.run_dir.path).examples["train"]
-    prepared = prepare(data, run.tokenizer, run.run_dir.path, seed=run.recipe.training.seed)
-    if prepared.held_out is None:
-        raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
-    return "validation rows", prepared.examples[prepared.held_out]
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """`wanted` row numbers spread evenly over all of them, in order."""
-    count = min(available, wanted)
-    return [number * available // count for number in range(count)]
 
 
 def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:
