@@ -7,19 +7,20 @@ import pytest
 from rich.console import Console
 from test_memory_trace import CARD, predict, recipe_with, tiny
 
-from qtune.device.cards import card_named, size_in_bytes
+from qtune.device.cards import card_named
 from qtune.errors import InputError, ModelError, Problem
 from qtune.memory import allowance as margin
 from qtune.memory.allowance import Need
 from qtune.memory.budget import largest_that_fits, settled
-from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
+from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, summarize
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import check_recipe
 from qtune.recipe.schema import Recipe
-from qtune.recipe.text import rewritten
+from qtune.recipe.text import rewritten, show_value
 from qtune.screens.memory import draw_fit
+from qtune.sizes import size_in_bytes
 
 GIB = 2**30
 
@@ -84,9 +85,9 @@ def test_a_card_computes_in_bfloat16_from_ampere_on():
 
 
 def test_sizes_are_binary():
-    assert size_in_bytes("8GiB") == size_in_bytes("8 GB") == size_in_bytes("8192MiB") == 8 * GIB
+    assert {size_in_bytes(text, "--vram") for text in ("8GiB", "8 GB", "8192MiB", "8")} == {8 * GIB}
     with pytest.raises(InputError, match="'much' is not a size"):
-        size_in_bytes("much")
+        size_in_bytes("much", "--vram")
 
 
 @pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.18)])
@@ -116,6 +117,7 @@ def test_a_rewritten_recipe_keeps_comments_order_and_formatting():
     assert text == RECIPE.replace("max_length = 1024", "max_length = 512") + "micro_batch_size = 2 # to fit 8 GiB\n"
 
 
+@pytest.mark.slow
 def test_fit_takes_the_micro_batch_before_anything_that_costs_more(tmp_path, monkeypatch):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
     config = tiny(layers=2)
@@ -335,7 +337,7 @@ does not fit 1.57 GiB; with all that saves, the smallest budget that would do is
 shorter rows need less: --allow length"""
     )
     found, stream = fitted(1480), StringIO()
-    changes = {".".join(map(str, path)): shown(value) for path, value in found.changes.items()}
+    changes = {".".join(map(str, path)): show_value(value) for path, value in found.changes.items()}
     Console(file=stream, width=110, highlight=False).print(
         draw_fit(found, recipe_with(), changes, length_is_allowed=True)
     )

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from qtune.adapter.attach import attach_adapter
 from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.model.load import ParameterCount, base_folder, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.load import base_folder, load_base, load_config, load_tokenizer
 from qtune.model.loss import install_loss
+from qtune.model.quantization import ParameterCount, count_parameters
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import EightBit, FourBit, Lora, Model, Quantization, Recipe, Unquantized, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import EightBit, FourBit, Lora, Model, Quantization, Unquantized
 
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 QUANTIZATIONS = {
@@ -30,9 +32,8 @@ QUANTIZATIONS = {
 
 
 def plan_for(quantization: Quantization | None = None) -> Plan:
-    outcome = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}})
-    assert isinstance(outcome, Recipe)
-    return make_plan(outcome.model_copy(update={"quantization": quantization or FourBit()}), CPU)
+    recipe = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}})
+    return make_plan(recipe.model_copy(update={"quantization": quantization or FourBit()}), CPU)
 
 
 def load(base: Path, quantization: Quantization):

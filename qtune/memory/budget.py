@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qtune.device.cards import size_in_bytes
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
 from qtune.memory.tracing.in_parallel import may_fork, side_by_side
+from qtune.sizes import GIB, gib_text, size_in_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Longest
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Chosen:
 def budget_bytes(recipe: Recipe, plan: Plan) -> int:
     """[memory] budget in bytes; "auto" is what the device has free."""
     budget = recipe.memory.budget
-    return plan.device.free_bytes if budget == "auto" else size_in_bytes(budget)
+    return plan.device.free_bytes if budget == "auto" else size_in_bytes(budget, "memory.budget")
 
 
 def choose_micro_batch(
@@ -64,7 +62,7 @@ def choose_micro_batch(
         side_by_side([functools.partial(need, size) for size in sizes[:2]])  # the cache of predictions keeps it
     size = largest_that_fits(sizes, lambda candidate: need(candidate).total_bytes, limit)
     found = need(size)
-    words = f"{found.total_bytes / GIB:.2f} GiB traced and margin, of {limit / GIB:.2f} GiB"
+    words = f"{gib_text(found.total_bytes)} traced and margin, of {gib_text(limit)}"
     return Chosen(plan.with_micro_batch(size, f"the largest that fits: {words}"), found, limit)
 
 

@@ -6,17 +6,19 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from qtune.device.cards import device_for
 from qtune.errors import ModelError
 from qtune.memory.budget import budget_bytes, choose_micro_batch, largest_that_fits
 from qtune.memory.cached import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.memory.profile import device_for
 from qtune.model.load import attention_rule, load_config
 from qtune.plan import make_plan
-from qtune.recipe.schema import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
-from qtune.recipe.text import rewritten
+from qtune.recipe.parse import changed
+from qtune.recipe.schema import FourBit, KeyPath, Recipe
+from qtune.recipe.text import rewritten, show_value
 from qtune.run.resolved import absolute_paths
+from qtune.sizes import MIB, gib_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,7 +89,7 @@ class Lever:
     @property
     def words(self) -> str:
         """The change as a recipe says it."""
-        return f"{'.'.join(map(str, self.key))} = {shown(self.value)}"
+        return f"{'.'.join(map(str, self.key))} = {show_value(self.value)}"
 
 
 def fit(
@@ -181,7 +183,7 @@ def _cut(longest: Longest, length: int) -> Longest:
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
+    if not plan.gradient_checkpointing and recipe.adapter.checkpointable:
         yield Lever(
             ("training", "gradient_checkpointing"),
             True,
@@ -197,7 +199,7 @@ def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
         )
     if isinstance(recipe.quantization, FourBit) and not recipe.quantization.double_quantization:
         yield Lever(("quantization", "double_quantization"), True, "no loss of quality was measured (arXiv:2305.14314)")
-    if plan.loss_tile_bytes > SMALL_TILE_MIB * 2**20:
+    if plan.loss_tile_bytes > SMALL_TILE_MIB * MIB:
         yield Lever(("memory", "loss_tile"), f"{SMALL_TILE_MIB}MiB", "smaller matrix products in the loss, same result")
     if plan.device.kind == "cuda" and plan.embeddings == "device":
         yield Lever(
@@ -269,19 +271,6 @@ def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, bu
     return size if cost(size) <= budget else 0
 
 
-def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:
-    """A recipe with other values, checked like any other."""
-    tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    for name in ("quantization", "adapter"):
-        tables[name] = getattr(recipe, name).model_dump(mode="json", exclude_none=True)
-    for (table, key), value in changes.items():
-        tables.setdefault(str(table), {})[str(key)] = value
-    result = parse_recipe(tables)
-    if isinstance(result, list):
-        raise ValueError("; ".join(f"{fault.path}: {fault.message}" for fault in result))
-    return result
-
-
 def fit_recipe(resolved: Resolved, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:
     """`qtune fit`: for the card that is named, that has this much memory, or that is here.
 
@@ -297,7 +286,7 @@ def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) 
     """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says."""
     device, limit, config = _card(recipe, gpu, vram)
     plan = make_plan(recipe, device, attention_rule(config))
-    card = f"{device.name} ({limit / 2**30:.2f} GiB)"
+    card = f"{device.name} ({gib_text(limit)})"
     if what == "length":
         found = longest_that_fits(config, recipe, plan, limit)
         if not found:
@@ -326,7 +315,7 @@ def fitted_text(resolved: Resolved, found: Fitted, target: Path) -> str:
             if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
                 asked["data", key] = moved
     text = rewritten(resolved.text, asked, "")
-    return rewritten(text, found.changes, f"to fit {found.budget_bytes / 2**30:.2f} GiB")
+    return rewritten(text, found.changes, f"to fit {gib_text(found.budget_bytes)}")
 
 
 def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
@@ -343,8 +332,3 @@ def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
             if sources.get((table, key)) not in ("recipe", "--set"):
                 changes[table, key] = None
     return changes
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe writes it."""
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)

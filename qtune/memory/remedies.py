@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
-from qtune.memory.fit import Lever, changed, levers, shown
+from qtune.memory.fit import Lever, levers
 from qtune.memory.tracing import categories
 from qtune.model.load import attention_rule
 from qtune.plan import make_plan
+from qtune.recipe.parse import changed
+from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Remedy:
     @property
     def words(self) -> str:
         """The change as a recipe says it."""
-        return ", ".join(f"{'.'.join(map(str, key))} = {shown(value)}" for key, value in self.changes.items())
+        return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in self.changes.items())
 
 
 @dataclass(frozen=True)
