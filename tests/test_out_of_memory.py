@@ -21,8 +21,8 @@ from qtune import cli
 from qtune.device.present import present_device
 from qtune.device.processes import Holder, other_holders, parse_holders
 from qtune.errors import ModelError, OutOfMemory, Problem
+from qtune.memory import budget as stage
 from qtune.memory import profile
-from qtune.memory import remedies as stage
 from qtune.memory.allowance import Need
 from qtune.memory.longest import Rows
 from qtune.memory.measured import out_of_memory
