@@ -221,8 +221,8 @@ def first_gradient(recipe: Path, monkeypatch: pytest.MonkeyPatch, *changes: str)
 ROUNDING = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 5e-2)}
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("kind", ["lora", "p-tuning-mlp"])
 def test_the_gradient_of_a_batch_does_not_depend_on_its_micro_batches(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
