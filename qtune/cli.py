@@ -486,7 +486,7 @@ def fit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
 
@@ -504,14 +504,20 @@ def fit(
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
-    if output is not None and output.exists() and not force:
-        raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
-    resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
+    others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
+    if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
+        raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
+    file = find_recipe(recipe)
+    resolved = load_recipe(file, changes or (), need_rows=False)
+    # A shipped recipe's place is not the user's.
+    beside = file.with_suffix(".fit.toml")
+    target = output or (Path(beside.name) if file in shipped_recipes().values() else beside)
+    if largest is None and target.exists() and not force:
+        raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
     import_libraries()
     from qtune.memory import fit as stage
     from qtune.memory.forecast import refusal
     from qtune.model.load import load_config
-    from qtune.recipe.text import show_value
     from qtune.screens.memory import draw_fit, refusal_text
     from qtune.whole import write_text
 
@@ -520,18 +526,16 @@ def fit(
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
-    settled = {".".join(map(str, path)): show_value(value) for path, value in found.changes.items()}
-    console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
+    console.out(draw_fit(found, resolved.recipe, length_is_allowed=bool(allow)))
     if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
         console.out(refusal_text(refused))
     if not found.fits:
         raise typer.Exit(1)
-    if found.changes:
-        is_shipped = resolved.file in shipped_recipes().values()
-        beside = resolved.file.with_suffix(".fit.toml")
-        target = output or (Path(beside.name) if is_shipped else beside)
+    if found.changes or output is not None:
         write_text(target, stage.fitted_text(resolved, found, target))
-        console.say(f"written: {target}")
+        console.say(f"written: {target}{'' if found.changes else ', unchanged'}")
+    else:
+        console.say("nothing to change, so nothing is written")
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def test_json_holds_what_the_screen_shows(write_recipe):
             "dropped": 0,
         }
     ]
-    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:7"} in value["values"]
+    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:8"} in value["values"]
 
 
 def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):

@@ -28,6 +28,7 @@ RECIPE = """\
 base = "{model}"
 [quantization]
 kind = "none"
+compute_dtype = "float32"
 [adapter]
 kind = "{adapter}"
 [data]

@@ -26,7 +26,7 @@ ADAPTER_SNIPPET = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
-base = AutoModelForCausalLM.from_pretrained("{base}", device_map="auto"{quantization})
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}", device_map="auto"{quantization})
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 messages = [{{"role": "user", "content": "Hello"}}]
@@ -55,10 +55,9 @@ def write_card(source: Source, folder: Path, verification: "Verification | None"
 def adapter_card(source: Source) -> str:
     """The card of an adapter alone, with the lines that load it onto the base as it was trained."""
     quantization, config_import, words = "", "", source.recipe.adapter.in_words
-    kind = source.basis.kind
+    kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
     if kind in ("nf4", "fp4"):
         config_import = ", BitsAndBytesConfig"
-        dtype = str(source.basis.compute_dtype).removeprefix("torch.")
         quantization = (
             ", quantization_config=BitsAndBytesConfig(\n"
             f'    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_compute_dtype="{dtype}",\n'
@@ -73,7 +72,7 @@ def adapter_card(source: Source) -> str:
         _front_matter(source, "peft"),
         f"# {words[0].upper()}{words[1:]} for {source.base_name}\n",
         ADAPTER_SNIPPET.format(
-            base=source.base_name, folder=".", config_import=config_import, quantization=quantization
+            base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
         _how_trained(source),
     ]

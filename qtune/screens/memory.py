@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.device.cards import fitting_cards
 from qtune.memory.allowance import in_words
+from qtune.recipe.text import show_value
 from qtune.sizes import GIB, saving_text, size_text
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Way
-    from qtune.recipe.schema import Recipe
+    from qtune.recipe.schema import KeyPath, Recipe
 
 BAR = 60
 LETTERS = {
@@ -218,25 +219,23 @@ def _static(static: dict[str, int]) -> Iterator[RenderableType]:
     yield Text("what stays between steps: " + ", ".join(f"{name} {size_text(value)}" for name, value in static.items()))
 
 
-def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, length_is_allowed: bool) -> RenderableType:
-    """What was asked, every step of the search, and how it ended."""
+def draw_fit(found: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
+    """What was asked, every step of the search, how it ended, and what `qtune run` then settles by itself."""
     plan = found.plan
-    needed = (
-        f"{found.asked_rows} x {found.rows.longest.length} tokens at once need {size_text(found.asked.total_bytes)}"
-    )
+    asked = found.asked
+    needed = f"{asked.rows} x {found.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
+    changes, own = _assignments(found.changes), _assignments(found.left)
     parts: list[RenderableType] = [
         Text(f"{recipe.model.base} on {plan.device.name}, {size_text(found.budget_bytes)}", style="bold"),
-        Text(f"as it is, {needed}: {'that fits' if not found.trials else 'too much'}"),
+        Text(f"as qtune run would do it, {needed}: {'that fits' if asked.is_enough else 'too much'}"),
         Text(f"length: {found.rows.known_from}"),
     ]
     if found.trials:
         parts += [Text(""), _trials(found)]
-    if found.fits and not found.trials:
+    if asked.is_enough:
         ended = f"fits {size_text(found.budget_bytes)} as it is"
     elif found.fits:
-        ended = f"fits {size_text(found.budget_bytes)} with {size_text(found.need.total_bytes)}: " + ", ".join(
-            f"{key} = {value}" for key, value in changes.items()
-        )
+        ended = f"fits {size_text(found.budget_bytes)} with {size_text(found.need.total_bytes)}: {changes}"
     else:
         smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
         ended = (
@@ -245,7 +244,14 @@ def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, leng
         )
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
+    if own and found.fits:
+        ended += f"\nqtune run settles by itself: {own}"
     return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _assignments(values: "dict[KeyPath, Any]") -> str:
+    """Keys and values as a recipe writes them."""
+    return ", ".join(f"{'.'.join(map(str, path))} = {show_value(value)}" for path, value in values.items())
 
 
 def _trials(found: "Fitted") -> Table:
