@@ -163,6 +163,7 @@ def extra(count: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(count, device="meta"), requires_grad=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "executed"),
     [

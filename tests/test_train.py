@@ -159,6 +159,7 @@ def test_resolved_toml_repeats_the_run(write_recipe: WriteRecipe) -> None:
     assert_same_run(again, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(write_recipe: WriteRecipe, schedule: str) -> None:
     training = f'steps = 5\nbatch_size = 1\nlearning_rate = 1e-2\nwarmup = 0.4\nschedule = "{schedule}"'
