@@ -1,6 +1,5 @@
 """`qtune check`: everything that can be wrong before a run, found without training."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -138,7 +137,7 @@ class Check:
             "memory": self._memory_json(),
             "step_seconds": self.step_seconds,
         }
-        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        return console.json_text(value)
 
     def _memory_json(self) -> dict[str, Any]:
         """Without the timeline, which is for pictures."""
