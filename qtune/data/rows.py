@@ -35,6 +35,8 @@ class BadRow:
     place: str
     message: str
     ends_file: bool = False
+    advice: str = ""
+    """What a recipe could do about rows like this one."""
 
 
 def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row | BadRow]:

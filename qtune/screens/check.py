@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from qtune.console import table
+from qtune.control_characters import visible
 from qtune.screens.memory import size
 from qtune.training.display import clock
 
@@ -93,6 +94,8 @@ def _samples(check: "Check") -> Iterator[RenderableType]:
         )
     for sample in check.samples:
         heading = Text(f"{sample.place}, {sample.tokens} tokens", style="dim")
+        lost = f"; not used: {', '.join(sample.unused)}" if sample.unused else ""
+        heading.append(lost, style="yellow")
         yield Group(heading, Padding(draw_sample(sample), (0, 0, 0, 2), expand=False))
 
 
@@ -105,7 +108,9 @@ def draw_sample(sample: "Sample") -> Text:
             drawn.append("⟦" if piece.scored else "⟧", style="bold green")
             inside = piece.scored
         colour = "magenta" if piece.special else "green" if piece.scored else ""
-        drawn.append(piece.text, style=f"underline {colour}".strip() if piece.scored and piece.special else colour)
+        drawn.append(
+            visible(piece.text), style=f"underline {colour}".strip() if piece.scored and piece.special else colour
+        )
     if inside:
         drawn.append("⟧", style="bold green")
     if len(drawn) <= SHOWN_CHARACTERS:
@@ -179,6 +184,7 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
         more = f" and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
         if finding.places:
             head.append(f"\n         at {', '.join(finding.places)}{more}")
+        head.append(f"\n         {finding.advice}", style="dim")
         yield head
     disk = check.disk
     if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:

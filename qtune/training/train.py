@@ -25,7 +25,7 @@ from qtune.adapter.attach import attach_adapter, save_adapter
 from qtune.adapter.from_run import start_from
 from qtune.adapter.starts import start_from_activations, start_from_residual
 from qtune.data.collate import collator_for
-from qtune.data.findings import gate
+from qtune.data.findings import gate, said_before_a_run
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
@@ -157,8 +157,11 @@ def _gather(resolved: Resolved) -> Inputs:
     plan = make_plan(recipe, present_device(), attention_rule(config))
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
-    tokenizer.chat_template = prepared.template.text
-    gate(inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings, recipe.data.allow)
+    tokenizer.chat_template = prepared.template.of_tokenizer
+    findings = inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings
+    gate(findings, recipe.data.allow)
+    for sentence in said_before_a_run(findings):
+        console.say(sentence)
     expected = _predict(config, recipe, plan.device, longest_of(prepared)) if plan.device.kind == "cuda" else None
     return Inputs(resolved, expected.plan if expected else plan, tokenizer, prepared, expected)
 

@@ -38,7 +38,7 @@ def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
     recipe = resolved_recipe(run_dir)
     plan = make_plan(recipe, device or present_device())
     tokenizer = load_tokenizer(recipe.model)
-    tokenizer.chat_template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
+    tokenizer.chat_template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).of_tokenizer
     network = load_base(recipe.model, recipe.quantization, plan)
     return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
 
