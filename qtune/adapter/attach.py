@@ -1,6 +1,8 @@
 """Adapters: a recipe's table -> peft's configuration, attached to the base model; their whole state on disk."""
 
+import difflib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem
@@ -101,6 +104,9 @@ def attach_adapter(
     Raises:
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
     """
+    name = getattr(network.config, "_name_or_path", "") or type(network).__name__
+    if problems := list(unmatched_names(network, adapter)):
+        raise ModelError([Problem(name, problem) for problem in problems])
     try:
         with warnings.catch_warnings():
             # peft 0.21 proposes weights without storage for EVA; the few bytes are not worth what may stay without.
@@ -112,13 +118,40 @@ def attach_adapter(
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        name = getattr(network.config, "_name_or_path", "") or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {str(error).splitlines()[0]}")) from error
     refuse_trained_embeddings(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))
     if isinstance(adapter, PromptTuning) and adapter.text is not None and tokenizer is not None:
         _start_from_text(model, tokenizer, adapter.text)
     return model
+
+
+def unmatched_names(network: torch.nn.Module, adapter: Adapter) -> Iterator[str]:
+    """What is wrong with names that the recipe gives to modules: those that this model does not have.
+
+    peft (0.21, tuners/tuners_utils.py) is content when any of them matches: a name matches the end of a module's.
+    """
+    modules = [name for name, _ in network.named_modules()]
+    for key in ("target_modules", "feedforward_modules"):
+        names = getattr(adapter, key, None)
+        for name in names if isinstance(names, tuple) else ():
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                yield f"adapter.{key}: no module is called {name!r}{_nearest_module(network, name)}"
+    if isinstance(adapter, IA3):
+        for name in sorted({*(adapter.feedforward_modules or ())} - {*(adapter.target_modules or ())}):
+            yield f"adapter.feedforward_modules: {name!r} is not among target_modules, so that it would not be scaled"
+
+
+def _nearest_module(network: torch.nn.Module, name: str) -> str:
+    """The last words of the layers' names: what a recipe would say."""
+    layers = [
+        module
+        for module, layer in network.named_modules()
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not network
+    ]
+    known = list(dict.fromkeys(module.rpartition(".")[2] for module in layers))
+    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; this model's layers are {', '.join(known)}"
 
 
 def routers(network: torch.nn.Module) -> list[str]:

@@ -15,29 +15,40 @@ def template_advice(
     kind: str, conversation: Conversation, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Which templates of the tokenizer, or built-in ones, print a conversation without this finding."""
-    own = tokenizer.chat_template
-    named = own if isinstance(own, dict) else {}
     used = template.for_tools(conversation.tools)
-    good = [
-        f'"{name}"'
-        for name, text in {**named, **BUILT_IN}.items()
-        if text != used and kind not in _findings(conversation, text, tokenizer)
+    losses = {name: _losses(conversation, text, tokenizer) for name, text in _others(tokenizer).items() if text != used}
+    good = [name for name, lost in losses.items() if not lost] or [
+        name for name, lost in losses.items() if kind not in lost
     ]
-    what = template.origin.partition(":")[0]
+    what = f"the template is {template.origin.partition(':')[0]}"
     if not good:
-        return f"{what} is at fault, and so would each built-in one be; set chat_template to a file that prints it"
-    return f"{what} is at fault; [data] chat_template = {' or '.join(good)} would not"
+        return f"{what}; no built-in one is better here, so set chat_template to a file that prints it"
+    return f"{what}; {' or '.join(good)} would print it"
 
 
-def _findings(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _others(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The templates that could take its place, by what a recipe would say.
+
+    A model that was tuned with a template of its own is not offered one for base models.
+    """
+    own = tokenizer.chat_template
+    offered = {"chatml": BUILT_IN["chatml"]} if own is not None else BUILT_IN
+    named = own if isinstance(own, dict) else {}
+    others = {f'[data] chat_template = "{name}"': text for name, text in {**named, **offered}.items()}
+    return {"no chat_template (the tokenizer's own)": own, **others} if isinstance(own, str) else others
+
+
+def _losses(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The losses of a conversation under a template; all of them where it cannot be rendered."""
     try:
         renderer = Renderer.of(tokenizer, text)
         examples = render_examples(renderer, conversation, "all-answers", "split")
     except RowError:
         return set(LOSSES)
+    if renderer.end_of_turn is None:
+        return set(LOSSES)  # made for tokens that this tokenizer does not have
     changes = {change_of(turn.answer, one.text[turn.start : turn.end]) for one in examples for turn in one.turns}
-    return RenderGate(renderer).lost(examples).notes | {change for change in changes if change}
+    return RenderGate(renderer).lost(examples).notes | ({"answer-changed"} & changes)
 
 
 def end_of_turn_advice(template: ChatTemplate) -> str:

@@ -15,7 +15,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, RowError
-from qtune.data.formats import renamed, replaced, to_conversation
+from qtune.data.formats import COLUMNS as SHAPES
+from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation
 from qtune.data.lengths import fit, windows
 from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
 from qtune.data.order import OutOfOrder
@@ -69,6 +70,8 @@ class RowRules:
     max_length: int
     on_long_row: str
     on_turn_order: str = "error"
+    is_detected: bool = False
+    """Whether row_format was recognized by the first rows, so that others may have another shape."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ class Batch:
     unused: Counter[str] = field(default_factory=Counter)
     rows_with_unused: int = 0
     mapped: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
 
 
 class RowEncoder:
@@ -139,8 +143,10 @@ class RowEncoder:
         rules = self.rules
         self.batch.mapped.update(ours for ours, theirs in rules.columns.items() if theirs in row.value)
         value = renamed(row.value, rules.columns)
+        row_format = self._format_of(value)
+        self.batch.shapes[row_format] += 1
         conversation = to_conversation(
-            value, rules.row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
+            value, row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
         )
         unused = dict.fromkeys([*replaced(row.value, rules.columns), *conversation.unused])
         if conversation.is_document:
@@ -155,6 +161,13 @@ class RowEncoder:
         return [
             replace(one, conversation=replace(one.conversation, unused=tuple(unused), notes=notes)) for one in rendered
         ]
+
+    def _format_of(self, value: RawRow) -> str:
+        """The source's shape, or the row's own where the shape was recognized and this row has another."""
+        given = self.rules.row_format
+        if not self.rules.is_detected or all(key in value for key in SHAPES[given]):
+            return given
+        return detect_format(value) or given
 
     def _count(self, unused: Iterable[str]) -> None:
         names = list(unused)

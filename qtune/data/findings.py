@@ -69,7 +69,7 @@ KINDS = {
     ),
     "unused": Kind(
         "warning",
-        "has columns or keys that nothing reads",
+        "the row has columns or keys that are not used",
         "map them with columns if they matter, else they may stay",
     ),
     "padded-nulls": Kind(

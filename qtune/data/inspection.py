@@ -123,8 +123,8 @@ def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:
             places = list(stored.out_of_order)
             yield found("out-of-order", source.split, stored.out_of_order_count, stored.rows, places)
         if stored.unused:
-            detail = ", ".join(f"{name}: {count:,}" for name, count in stored.unused.items())
-            yield found("unused", source.split, stored.rows_with_unused, stored.rows, [source.name], detail)
+            names = ", ".join(f"{name} in {count:,}" for name, count in stored.unused.items())
+            yield found("unused", source.split, stored.rows_with_unused, stored.rows, detail=f"{source.name}: {names}")
 
 
 def _of_notes(split: Columns, data: Data, prepared: Prepared) -> Iterable[Finding]:

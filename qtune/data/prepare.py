@@ -114,9 +114,9 @@ def survey(
         if len(chosen):
             examples["validation"] = train.select(chosen)
     else:
-        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder))
+        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
     if data.test is not None:
-        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder))
+        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder, "test"))
     weighted = examples["train"].select(weighted_rows(weights, seed))
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (
@@ -198,6 +198,7 @@ class _Maker:
             data.max_length,
             data.on_long_row,
             data.on_turn_order,
+            source.row_format == "auto",
         )
 
 

@@ -46,6 +46,8 @@ class Stored:
     rows_with_unused: int = 0
     mapped: Mapping[str, int] = field(default_factory=dict)
     """Our names of the recipe's `columns`, with the number of rows that have the column."""
+    shapes: Mapping[str, int] = field(default_factory=dict)
+    """Shapes of rows, with the number of rows that have each."""
 
     @property
     def examples(self) -> Dataset:
@@ -78,6 +80,7 @@ def open_store(folder: Path) -> Stored | None:
         about["unused"],
         about["rows_with_unused"],
         about["mapped"],
+        about["shapes"],
     )
 
 
@@ -121,6 +124,7 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
         out_of_order_count = rows_with_unused = 0
         unused: Counter[str] = Counter()
         mapped: Counter[str] = Counter()
+        shapes: Counter[str] = Counter()
         with pa.OSFile(str(temporary / "examples.arrow"), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
             for batch in batches:
                 writer.write_batch(batch.examples)
@@ -135,6 +139,7 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
                 out_of_order.extend(batch.out_of_order[: LISTED - len(out_of_order)])
                 unused.update(batch.unused)
                 mapped.update(batch.mapped)
+                shapes.update(batch.shapes)
                 rows_with_unused += batch.rows_with_unused
         about = {
             "rows": rows,
@@ -147,6 +152,7 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
             "unused": dict(unused.most_common()),
             "rows_with_unused": rows_with_unused,
             "mapped": mapped,
+            "shapes": dict(shapes.most_common()),
         }
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     stored = open_store(folder)
