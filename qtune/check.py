@@ -1,5 +1,6 @@
 """`qtune check`: everything that can be wrong before a run, found without training."""
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from qtune.memory.longest import longest_of
 from qtune.memory.profile import Forecast, attempted
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.builtin import cache_folder
-from qtune.model.load import attention_rule, count_parameters, load_base, load_config, load_tokenizer
+from qtune.model.folder import require_weights
+from qtune.model.load import attention_rule, base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved, show_value
@@ -158,6 +160,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     quiet_loading()
     recipe = resolved.recipe
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    require_weights(base_folder(recipe.model))
     plan = make_plan(recipe, present_device(), attention_rule(config))
     prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
@@ -191,7 +194,8 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
     return Batches(
         len(lengths),
         per_epoch,
-        training.steps or round(training.epochs * per_epoch),
+        # A part of an epoch is rounded up, as transformers does.
+        training.steps or math.ceil(training.epochs * per_epoch),
         training.batch_size,
         plan.micro_batch_size,
         padding_share(lengths[shuffled], plan.micro_batch_size),

@@ -105,8 +105,8 @@ def attach_adapter(
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
     """
     name = getattr(network.config, "_name_or_path", "") or type(network).__name__
-    if problems := list(unmatched_names(network, adapter)):
-        raise ModelError([Problem(name, problem) for problem in problems])
+    if problems := list(unmatched_names(network, adapter, name)):
+        raise ModelError(problems)
     try:
         with warnings.catch_warnings():
             # peft 0.21 proposes weights without storage for EVA; the few bytes are not worth what may stay without.
@@ -126,8 +126,8 @@ def attach_adapter(
     return model
 
 
-def unmatched_names(network: torch.nn.Module, adapter: Adapter) -> Iterator[str]:
-    """What is wrong with names that the recipe gives to modules: those that this model does not have.
+def unmatched_names(network: torch.nn.Module, adapter: Adapter, model: str) -> Iterator[Problem]:
+    """The names that the recipe gives to modules and that this model, called `model` in words, does not have.
 
     peft (0.21, tuners/tuners_utils.py) is content when any of them matches: a name matches the end of a module's.
     """
@@ -136,10 +136,12 @@ def unmatched_names(network: torch.nn.Module, adapter: Adapter) -> Iterator[str]
         names = getattr(adapter, key, None)
         for name in names if isinstance(names, tuple) else ():
             if not any(module == name or module.endswith(f".{name}") for module in modules):
-                yield f"adapter.{key}: no module is called {name!r}{_nearest_module(network, name)}"
+                message = f"{name!r}: no module of {model} is called so{_nearest_module(network, name)}"
+                yield Problem(f"adapter.{key}", message)
     if isinstance(adapter, IA3):
         for name in sorted({*(adapter.feedforward_modules or ())} - {*(adapter.target_modules or ())}):
-            yield f"adapter.feedforward_modules: {name!r} is not among target_modules, so that it would not be scaled"
+            message = f"{name!r}: is not among target_modules, so that it would not be scaled"
+            yield Problem("adapter.feedforward_modules", message)
 
 
 def _nearest_module(network: torch.nn.Module, name: str) -> str:

@@ -81,7 +81,12 @@ def _columns(name: str, examples: Dataset) -> Columns:
 
 
 def _findings(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
-    findings = [*_of_template(prepared), *_of_vocabulary(prepared, vocabulary), *_of_sources(prepared, data)]
+    findings = [
+        *_of_template(prepared),
+        *_of_vocabulary(prepared, vocabulary),
+        *_needed_outside(prepared, vocabulary),
+        *_of_sources(prepared, data),
+    ]
     train = splits["train"]
     if 0 < len(train) < FEW_ROWS:
         findings.append(found("few-rows", "train", len(train), len(train)))
@@ -109,6 +114,16 @@ def _of_vocabulary(prepared: Prepared, vocabulary: int) -> Iterable[Finding]:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     detail = f"{max(outside.values()) + 1} against {vocabulary}; {shown} {'has' if len(names) == 1 else 'have'} none"
     yield found("tokens-without-embedding", "", 0, 0, detail=detail)
+
+
+def _needed_outside(prepared: Prepared, vocabulary: int) -> Iterable[Finding]:
+    """Tokens that are in every batch or answer, whatever the rows hold."""
+    ids = prepared.tokenizer.get_vocab()
+    needed = {"the padding": prepared.tokenizer.pad_token, "the end of turn": prepared.end_of_turn}
+    for what, token in needed.items():
+        if token is not None and ids.get(str(token), 0) >= vocabulary:
+            detail = f"{what}, {token}, is token {ids[str(token)]}; the model has {vocabulary}"
+            yield found("out-of-vocabulary", "", 0, 0, detail=detail)
 
 
 def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,12 @@ from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.run.folder import write_atomically
 
-AFTER_DIVERGENCE = "Lower training.learning_rate or raise training.warmup, and go on from the last checkpoint"
+
+def after_divergence(checkpoints: Sequence[Path]) -> str:
+    """What to do about it; a checkpoint to go on from is named only where there is one."""
+    advice = "Lower training.learning_rate or raise training.warmup, and begin again"
+    return f"{advice}; {checkpoints[-1]} was saved before" if checkpoints else advice
+
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -30,10 +35,12 @@ class Metrics(TrainerCallback):
     memory_peak_bytes), "eval" (loss, accuracy) or "note" (message); and step, steps, epoch, seconds since the start.
     """
 
-    def __init__(self, file: Path, show: Show, meter: Meter) -> None:
+    def __init__(self, file: Path, show: Show, meter: Meter, checkpoints: Callable[[], Sequence[Path]] = tuple) -> None:
+        """`checkpoints` are those that are complete, oldest first, whenever it is called."""
         self.file = file
         self.show = show
         self.meter = meter
+        self.checkpoints = checkpoints
         self.began = time.monotonic()
 
     def note(self, message: str) -> None:
@@ -64,7 +71,8 @@ class Metrics(TrainerCallback):
             )
             if not math.isfinite(logs["loss"]):
                 raise TrainingError(
-                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. {AFTER_DIVERGENCE}"
+                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. "
+                    f"{after_divergence(self.checkpoints())}"
                 )
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -84,6 +92,12 @@ def forget_after(file: Path, step: int) -> None:
         return
     records = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
     write_atomically(file, "".join(line + "\n" for line in records))
+
+
+def training_losses(file: Path) -> list[float]:
+    """The finite training losses of a metrics file in their order."""
+    records = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    return [record["loss"] for record in records if record["kind"] == "train" and record["loss"] is not None]
 
 
 def has_evaluation(file: Path, step: int) -> bool:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtune import console
-from qtune.adapter.attach import attach_adapter, save_adapter
+from qtune.adapter.attach import attach_adapter, save_adapter, trained_state
 from qtune.adapter.from_run import start_from
 from qtune.adapter.starts import start_from_activations, start_from_residual
 from qtune.data.collate import collator_for
@@ -38,6 +38,7 @@ from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Failure, Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
 from qtune.memory.profile import Forecast, attempted
+from qtune.model.folder import require_weights
 from qtune.model.load import attention_rule, base_folder, count_parameters, load_base, load_config, load_tokenizer
 from qtune.model.loss import loss_agrees
 from qtune.plan import Plan, make_plan
@@ -57,8 +58,10 @@ from qtune.training.callbacks import (
     StopOnSignal,
     forget_after,
     has_evaluation,
+    training_losses,
 )
 from qtune.training.display import TrainingDisplay
+from qtune.training.outcome import Losses, require_change, rise_of
 from qtune.training.trainer import (
     QloraTrainer,
     complete_checkpoints,
@@ -154,6 +157,7 @@ def _gather(resolved: Resolved) -> Inputs:
     recipe = resolved.recipe
     _require_trackers(recipe)
     config = load_config(recipe.model)
+    require_weights(base_folder(recipe.model))
     plan = make_plan(recipe, present_device(), attention_rule(config))
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
@@ -225,7 +229,7 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: b
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
     display = TrainingDisplay()
-    metrics = Metrics(run_dir.metrics_file, display.show, meter)
+    metrics = Metrics(run_dir.metrics_file, display.show, meter, lambda: complete_checkpoints(run_dir.checkpoints))
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with _measured(meter, inputs, run_dir), _seeing_out_of_memory(meter):
         meter.enter("load")
@@ -235,6 +239,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             model.save_pretrained(_initial_adapter(run_dir))
         owed = checkpoint is not None and _is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = _make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
+        before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and _is_last(checkpoint):
                 trainer.take_state_of(checkpoint)
@@ -242,7 +247,12 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
-                require_finite(model, trainer.state.global_step)
+                require_finite(model, trainer.state.global_step, run_dir.checkpoints)
+                if before:
+                    require_change(before, trained_state(model))
+                losses = Losses(training_losses(run_dir.metrics_file))
+                if rise := rise_of(losses, model.config.get_text_config().vocab_size):
+                    metrics.note(rise)
                 _save(model, inputs, run_dir)
     if not run_dir.is_finished:
         raise Interrupted(

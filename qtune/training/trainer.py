@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +29,8 @@ from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
-from qtune.training.callbacks import AFTER_DIVERGENCE
+from qtune.training.callbacks import after_divergence
+from qtune.training.schedule import schedule_of
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -60,7 +62,7 @@ def sft_config(
         # The optimization.
         optim=OPTIMIZERS[plan.optimizer],
         learning_rate=plan.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+        # A share of the steps; `QloraTrainer.create_scheduler` reads it.
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_gradient_norm,
@@ -151,6 +153,7 @@ class QloraTrainer(SFTTrainer):
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
+        self.schedule = training.schedule
         self.meter = meter
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
@@ -167,6 +170,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule in torch's words, which a checkpoint keeps and brings back like transformers' own."""
+        if self.lr_scheduler is None:
+            factor = schedule_of(self.schedule, self.args.warmup_steps, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -303,7 +316,7 @@ class QloraTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         began = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -342,15 +355,18 @@ class QloraTrainer(SFTTrainer):
             self.evaluate()
 
 
-def require_finite(model: PeftModel, step: int) -> None:
+def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
     """Refuses to save what can only be thrown away: one NaN in a weight makes every later loss NaN.
+
+    `checkpoints` is the folder of those that were saved before.
 
     Raises:
         TrainingError: a trained weight is infinite or no number.
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
         raise TrainingError(
-            f"a trained weight is not a finite number at step {step}: training has diverged. {AFTER_DIVERGENCE}"
+            f"a trained weight is not a finite number at step {step}: training has diverged. "
+            f"{after_divergence(complete_checkpoints(checkpoints))}"
         )
 
 

@@ -22,6 +22,7 @@ from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
+from qtune.tuned.vocabulary import require_embeddings
 
 HELP = """\
 /adapter on|off   answer with or without the adapter
@@ -59,6 +60,7 @@ class Session:
         """
         asked = [*self.turns, {"role": "user", "content": text}]
         prompt, asked = self._fitted(asked)
+        require_embeddings(self.model, self.tokenizer, prompt, "the message")
         with self._switched():
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()

@@ -23,6 +23,7 @@ from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
+from qtune.tuned.vocabulary import require_embeddings
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -103,6 +104,8 @@ def evaluate(
     run = load_untuned(run_dir)
     source, held_out = held_out_rows(run, data_file)
     examples = held_out.select(spread(len(held_out), rows))
+    for row in examples:
+        require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
     limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
@@ -165,9 +168,9 @@ def spread(available: int, wanted: int) -> list[int]:
 
 
 def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:
-    """The row's last scored answer and what stands before it; None for raw text, which has no question."""
+    """The row's last scored answer and what stands before it; None for raw text, and where the answer was cut away."""
     ids, labels = row["input_ids"], row["labels"]
-    end = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    end = max((position for position, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     start = end
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1
