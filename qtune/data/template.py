@@ -244,6 +244,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the tokenizer's template for conversations without tools."""
+    return choose_template(None, tokenizer, Path()).text
+
+
 def template_key(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
     """What two preparations must share so that the same conversation becomes the same ids."""
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)

@@ -12,6 +12,7 @@ from peft import PeftType
 from qtune import console
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.asked import require_same_questions
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
@@ -68,7 +69,9 @@ def write_export(run: RunDir, options: Options) -> Path:
     if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
         console.say(PREFIX_NOTE)
     if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
-        return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        folder = write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        require_same_questions(source, folder)
+        return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
@@ -79,6 +82,7 @@ def write_export(run: RunDir, options: Options) -> Path:
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
     write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
+    require_same_questions(source, target.output, ids)
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
         verification = verify(

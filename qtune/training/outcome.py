@@ -43,7 +43,7 @@ def rise_of(losses: Losses, vocabulary: int) -> str | None:
         return None
     sentence = f"the loss ended above its start: {losses.start:.3g} -> {losses.end:.3g}"
     guess = math.log(vocabulary)
-    if losses.end >= guess:
+    if losses.end >= 0.99 * guess:
         return f"{sentence}; guessing among all {vocabulary:,} tokens gives {guess:.3g}. {LOWER_RATE}"
     return f"{sentence}; a lower training.learning_rate or more steps may help"
 

@@ -24,6 +24,7 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter, save_adapter, trained_state
 from qtune.adapter.from_run import start_from
 from qtune.adapter.starts import start_from_activations, start_from_residual
+from qtune.data.asking import asking_template
 from qtune.data.collate import collator_for
 from qtune.data.findings import gate, said_before_a_run
 from qtune.data.inspection import inspect
@@ -161,7 +162,8 @@ def _gather(resolved: Resolved) -> Inputs:
     plan = make_plan(recipe, present_device(), attention_rule(config))
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
-    tokenizer.chat_template = prepared.template.of_tokenizer
+    # What is saved beside the adapter asks as training does.
+    tokenizer.chat_template = asking_template(prepared.template, recipe.data).of_tokenizer
     findings = inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings
     gate(findings, recipe.data.allow)
     for sentence in said_before_a_run(findings):
