@@ -36,7 +36,7 @@ TOOLS = (
 @pytest.fixture(autouse=True)
 def untraced(monkeypatch):
     """Nothing here is about memory."""
-    monkeypatch.setattr("qtune.check.attempted", lambda *_: "not asked")
+    monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "not asked")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_all_templates_of_a_tokenizer_are_exported(tmp_path, two_templates):
 def test_a_name_of_a_module_that_matches_nothing_is_refused_with_the_nearest(tmp_path, base):
     file = recipe_for(tmp_path, base, "colours.jsonl", extra='[adapter]\ntarget_modules = ["q_proj", "v_porj"]')
     with pytest.raises(ModelError, match=r"'v_porj': no module of .* is called so; did you mean 'v_proj'\?"):
-        check(load_recipe(file))
+        check(load_recipe(file)).require()
 
 
 def test_more_tokens_than_embeddings_are_noticed_and_a_typed_one_is_one_error(tmp_path, tmp_path_factory):
@@ -249,7 +249,7 @@ def test_weights_that_are_a_pointer_are_said(tmp_path, tmp_path_factory):
     file = pointer / "model.safetensors"
     file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 269060280\n")
     with pytest.raises(ModelError) as caught:
-        examined(tmp_path, pointer, "colours.jsonl")
+        examined(tmp_path, pointer, "colours.jsonl").require()
     assert str(caught.value) == f"{file}: {ADVICE}"
 
 

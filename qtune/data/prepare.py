@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from qtune.cache import cache_folder
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.conversation import Conversation
 from qtune.data.encoding import encode_source
@@ -25,7 +26,6 @@ from qtune.data.sources import Source, find_sources
 from qtune.data.store import Stored, open_store, remove_unused, store_key
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
-from qtune.model.builtin import cache_folder
 from qtune.recipe.schema import Data
 
 TRAINED = ["input_ids", "labels"]
@@ -81,20 +81,34 @@ class Prepared:
 
 
 def prepare(
-    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int = 42,
+    cache: Path | None = None,
+    split: str = "train",
 ) -> Prepared:
     """Reads, renders and tokenizes every source; relative paths start at `folder`.
+
+    `split` is what data.train means of a folder that holds several splits.
 
     Raises:
         DataError: a source is missing, or rows are bad and the recipe does not skip them.
     """
-    prepared = survey(data, tokenizer, folder, seed=seed, cache=cache)
+    prepared = survey(data, tokenizer, folder, seed=seed, cache=cache, split=split)
     refuse_bad_rows(prepared, data)
     return prepared
 
 
 def survey(
-    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int = 42,
+    cache: Path | None = None,
+    split: str = "train",
 ) -> Prepared:
     """`prepare` that goes on over bad rows, so that a check can report everything at once.
 
@@ -105,7 +119,7 @@ def survey(
     cache = cache or cache_folder() / "examples"
     remove_unused(cache)
     maker = _Maker(data, tokenizer, template, cache)
-    train, weights = maker.split("train", find_sources(data.train, data, folder))
+    train, weights = maker.split("train", find_sources(data.train, data, folder, split))
     examples = {"train": train}
     if isinstance(data.validation, float):
         chosen = rows_set_aside(train, data.validation, seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtune.errors import TrainingError
+from qtune.run.metrics import Metric, TrainRecord
 
 # The start and the end of a run are means of this share of its steps each: one batch is easier than another.
 SHARE = 0.1
@@ -35,6 +36,11 @@ class Losses:
 
     def _mean(self, values: Sequence[float]) -> float:
         return sum(values) / len(values)
+
+
+def training_losses(records: Sequence[Metric]) -> list[float]:
+    """The finite training losses among the records of a run, in their order."""
+    return [record.loss for record in records if isinstance(record, TrainRecord) and record.is_finite]
 
 
 def rise_of(losses: Losses, vocabulary: int) -> str | None:
