@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
+from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
 from memory_record import build_of  # noqa: E402
 from memory_table import MODELS, config_of  # noqa: E402
 from old_transformers import as_in  # noqa: E402

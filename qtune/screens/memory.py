@@ -8,8 +8,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtune.memory.allowance import in_words
-
 if TYPE_CHECKING:
     from qtune.errors import Problem
     from qtune.memory.fit import Fitted
@@ -124,7 +122,7 @@ def _need(found: "Prediction", *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
     if is_card:
-        table.add_row("driver and allocator", size(found.need.driver_bytes), in_words())
+        table.add_row("driver and allocator", size(found.need.driver_bytes), found.need.words)
         table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
     if found.paged_bytes:
         table.add_row(

@@ -112,7 +112,7 @@ class Ledger(TorchDispatchMode):
             self.lives[row].category = category
 
     def pulse(self, buffers: list[tuple[int, str]]) -> range:
-        """Temporary buffers inside one kernel, alive together and, until `end_pulse`, beside its outputs; their rows."""
+        """Buffers inside one kernel, alive together and, until `end_pulse`, beside its outputs: their rows."""
         first = self.tick
         recomputed = self.depth > 0 and self.phase == "backward"
         for nbytes, op in buffers:

@@ -7,16 +7,18 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import masking_utils
 
 from qtune.errors import ModelError
+from qtune.memory.allowance import workspace_bytes
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
+from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
 from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace
 from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
@@ -24,6 +26,7 @@ from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
+from qtune.memory.tracing.reserved import reserved_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
@@ -33,6 +36,7 @@ from qtune.memory.tracing.step import (
     trained,
     update,
 )
+from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
 
 if TYPE_CHECKING:
@@ -58,6 +62,10 @@ class Traced:
     layers_executed: int
     """Fewer than `layers` where the rest was proved to repeat."""
     seconds: float
+    card: Capability | None
+    """As whose it was counted; None: the CPU's."""
+    reserved_bytes: int
+    """The most that the allocator takes from the card; 0 without one."""
 
 
 def trace(
@@ -78,10 +86,10 @@ def trace(
     freeze_once()
     try:
         with no_collection():
-            history, layers, executed = _traced(config, build, step, card, every_layer, same_model)
+            found = _traced(config, build, step, card, every_layer, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
-    return Traced(history, layers, executed, time.perf_counter() - began)
+    return replace(found, seconds=time.perf_counter() - began)
 
 
 def _traced(
@@ -91,7 +99,7 @@ def _traced(
     card: Capability | None,
     every_layer: bool,
     same_model: str | None,
-) -> tuple[History, int, int]:
+) -> Traced:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
@@ -100,7 +108,7 @@ def _traced(
             _built[same_model] = built
     body, executed = built.body(step)
     history = body if built.optimizer_part is None else join([body, built.optimizer_part])
-    return history, built.layers, executed
+    return Traced(history, built.layers, executed, 0.0, card, built.reserved(card))
 
 
 class _Built:
@@ -111,9 +119,11 @@ class _Built:
     ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self.whole = _Tracer(build(config), step, card)
-        real = [] if every_layer else signatures(self.whole.model)
+        # The allocator of a card is played with every single tensor, so there every layer is executed.
+        real = [] if every_layer or card is not None else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
+        self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
         self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
 
     def body(self, step: Step) -> tuple[History, int]:
@@ -129,6 +139,13 @@ class _Built:
                 return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
             log.debug("layers hold unequal parameters")
         return self.whole.body(step), self.layers
+
+    def reserved(self, card: Capability | None) -> int:
+        """What a card's allocator takes for the step whose body was traced last."""
+        if card is None:
+            return 0
+        allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
+        return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
 
 
 _built: dict[str, _Built] = {}
