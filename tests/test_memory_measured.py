@@ -69,9 +69,7 @@ def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
         batch = batch | {"padded": 0}
     config, recipe, plan, longest = prepared(run, batch)
     step = training_step(recipe, plan, longest)
-    if (
-        categories.OPTIMIZER not in MEASURED[run.name]["ledger"]["alive"]
-    ):  # it saw the first step
+    if categories.OPTIMIZER not in MEASURED[run.name]["ledger"]["alive"]:  # it saw the first step
         step = replace(step, optimizer=None)
     return trace(config, lambda shape: build(shape, recipe, plan), replace(step, eval_batch=None), card=CARD.capability)
 
