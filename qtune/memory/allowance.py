@@ -78,12 +78,6 @@ class Need:
             return "fits"
         return "too close to say" if self.least_bytes <= free_bytes else "does not fit"
 
-    @property
-    def words(self) -> str:
-        """What `driver_bytes` is made of, in words."""
-        parts = (("context", self.context_bytes), ("cuBLAS", self.workspace_bytes), ("gaps", self.gap_bytes))
-        return "allowance: " + ", ".join(f"{name} {round(size / MIB)} MiB" for name, size in parts)
-
 
 def card_need(
     traced_bytes: int, lasting_bytes: int, quantized_bytes: int, reserved_bytes: int, card: Capability
