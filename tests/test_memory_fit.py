@@ -312,27 +312,27 @@ def test_the_screen_shows_every_step_with_its_price() -> None:
         lines
         == """\
 tiny on a card, 1.57 GiB
-as it is, 2 x 128 tokens at once need 2.66 GiB: too much
+as it is, 2 x 128 tokens at once need 2.66 GiB: does not fit
 length: data.max_length, every token scored
 
 change                              a row needs  and then                 price
-training.micro_batch_size = 1          2.66 GiB  2.27 GiB  too much       8 micro-batches make a step: the
+training.micro_batch_size = 1          2.66 GiB  2.27 GiB  does not fit   8 micro-batches make a step: the
                                                                           same gradient, a little slower
-training.gradient_checkpointing =      2.27 GiB  1.98 GiB  too much       the forward is computed twice: a
+training.gradient_checkpointing =      2.27 GiB  1.98 GiB  does not fit   the forward is computed twice: a
 true                                                                      third more time, same result
-training.optimizer = "adamw-8bit"      1.98 GiB  1.92 GiB  too much       8-bit moments: results as with 32
+training.optimizer = "adamw-8bit"      1.98 GiB  1.92 GiB  does not fit   8-bit moments: results as with 32
                                                                           bits (arXiv:2110.02861)
-memory.embeddings = "host"             1.92 GiB  1.67 GiB  too much       the head crosses the bus twice a
+memory.embeddings = "host"             1.92 GiB  1.67 GiB  does not fit   the head crosses the bus twice a
                                                                           micro-batch, same result; slower
                                                                           answers
-memory.activations = "host"            1.67 GiB  1.65 GiB  too much       activations cross the bus out and
+memory.activations = "host"            1.67 GiB  1.65 GiB  does not fit   activations cross the bus out and
                                                                           back, same result
-memory.loss_tile = "16MiB"             1.65 GiB  1.60 GiB  too much       smaller matrix products in the
+memory.loss_tile = "16MiB"             1.65 GiB  1.60 GiB  does not fit   smaller matrix products in the
                                                                           loss, same result
 training.optimizer =                   1.60 GiB  1.60 GiB  saves nothing  left as it was
 "paged-adamw-8bit"
 
-does not fit 1.57 GiB; with all that saves, the smallest budget that would do is 1.60 GiB
+does not fit 1.57 GiB; with all that saves, the smallest budget that would surely do is 1.60 GiB
 shorter rows need less: --allow length"""
     )
     found, stream = fitted(1480), StringIO()

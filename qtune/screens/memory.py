@@ -10,6 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from qtune.errors import Problem
+    from qtune.memory.allowance import Verdict
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
@@ -249,12 +250,17 @@ def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, leng
     else:
         smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
         ended = (
-            f"{found.need.verdict(found.budget_bytes)}: {size(found.budget_bytes)}; with all that saves, the smallest "
-            f"budget that would surely do is {smallest:.2f} GiB"
+            f"{_against(found.need.verdict(found.budget_bytes), size(found.budget_bytes))}; with all that saves, the "
+            f"smallest budget that would surely do is {smallest:.2f} GiB"
         )
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
     return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _against(verdict: "Verdict", budget: str) -> str:
+    """ "does not fit 8.00 GiB", or "8.00 GiB is too close to say"."""
+    return f"{budget} is too close to say" if verdict == "too close to say" else f"{verdict} {budget}"
 
 
 def _trials(found: "Fitted") -> Table:
