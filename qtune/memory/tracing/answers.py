@@ -48,6 +48,13 @@ class Values:
     def _nonzero(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new((min(self.scored, x.numel()), x.dim()), torch.long)
 
+    def _chosen(self, x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Any:
+        """x where a mask says so, which is where labels are: [scored, ...]."""
+        masks = [index for index in indices if index is not None and index.dtype is torch.bool]
+        if len(masks) != 1 or indices[0] is not masks[0] or len(indices) > 1:
+            return NotImplemented
+        return self.mode.new((min(self.scored, masks[0].numel()), *x.shape[masks[0].dim() :]), x.dtype)
+
     def _constant(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new(x.shape, x.dtype, x.stride())
 
@@ -86,6 +93,7 @@ class Values:
 
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.nonzero.default: Values._nonzero,
+    torch.ops.aten.index.Tensor: Values._chosen,
     torch.ops.aten.lift_fresh.default: Values._constant,
     torch.ops.aten._local_scalar_dense.default: Values._scalar,
     torch.ops.aten._grouped_mm.default: Values._grouped_product,
