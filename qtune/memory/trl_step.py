@@ -19,7 +19,7 @@ from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.device_state import Question, answered_as_on_a_card
 from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
-from qtune.model.load import quantization_config
+from qtune.model.quantization import quantization_config
 from qtune.recipe.schema import Unquantized
 
 if TYPE_CHECKING:
