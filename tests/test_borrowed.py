@@ -450,7 +450,32 @@ def a_packed_weight_is_recognized_by_the_name_of_its_class() -> None:
     assert '__name__ == "Params4bit"' in inspect.getsource(importlib.import_module("peft.peft_model"))
 
 
+@borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))
+def attention_can_be_computed_without_a_fused_kernel() -> None:
+    """What a card without flash attention for shared keys falls back to; the public function chooses by itself."""
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    found = torch.ops.aten._scaled_dot_product_attention_math(query, key, key, is_causal=True, enable_gqa=True)[0]
+    expected = nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+
+
+@borrowed("transformers", "_can_use_grouped_mm", files=("memory/tracing/device_state.py",))
+def experts_are_multiplied_in_groups_where_the_card_can() -> None:
+    from transformers.integrations import moe
+
+    assert parameters_of(moe._can_use_grouped_mm) == ["input", "weight", "offs"]
+
+
 # --- bitsandbytes --------------------------------------------------------------------------------------------------
+
+
+@borrowed(
+    "bitsandbytes", "bitsandbytes.autograd._functions", "MatMul8bitFp", files=("memory/tracing/device_state.py",)
+)
+def int8_layers_train_by_another_function_on_a_cpu() -> None:
+    from bitsandbytes.autograd import _functions
+
+    assert parameters_of(_functions.MatMul8bitFp.forward) == parameters_of(_functions.MatMul8bitLt.forward)
 
 
 @borrowed(

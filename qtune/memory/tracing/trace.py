@@ -14,7 +14,6 @@ import torch
 from transformers import masking_utils
 
 from qtune.errors import ModelError
-from qtune.memory.allowance import workspace_bytes
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
@@ -26,7 +25,7 @@ from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
-from qtune.memory.tracing.reserved import reserved_bytes
+from qtune.memory.tracing.reserved import reserved_bytes, workspace_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
