@@ -67,7 +67,7 @@ class RowRules:
 
 
 @dataclass
-class Batch:
+class EncodedBatch:
     """Examples as an Arrow batch with COLUMNS, and what became of the other rows."""
 
     examples: pa.RecordBatch
@@ -84,7 +84,7 @@ class RowEncoder:
         self.renderer = Renderer.of(tokenizer, template)
         self.encoder = Encoder(self.renderer)
 
-    def __call__(self, rows: Sequence[Row | BadRow]) -> Batch:
+    def __call__(self, rows: Sequence[Row | BadRow]) -> EncodedBatch:
         bad: list[BadRow] = []
         dropped: list[str] = []
         # Rendered texts wait here to be tokenized together; documents need nothing rendered.
@@ -109,7 +109,7 @@ class RowEncoder:
                 dropped.append(one.conversation.place)
             else:
                 examples.append(fitted)
-        return Batch(_columns(examples), bad, dropped, len(rows))
+        return EncodedBatch(_columns(examples), bad, dropped, len(rows))
 
     def _read(self, row: Row) -> Sequence[Rendered | Encoded]:
         rules = self.rules
