@@ -63,7 +63,7 @@ class Import(NamedTuple):
 
 def modules(package: Path) -> dict[str, Path]:
     """The modules of a package by their dotted names below it; folders of modules are no modules themselves."""
-    files = [file for file in package.rglob("*.py") if file.name != "__init__.py"]
+    files = sorted(file for file in package.rglob("*.py") if file.name != "__init__.py")
     return {".".join(file.relative_to(package).with_suffix("").parts): file for file in files}
 
 
