@@ -251,8 +251,24 @@ def test_pissa_is_saved_for_the_original_base(tmp_path: Path) -> None:
 
 
 def test_a_target_that_the_model_does_not_have_is_an_error_of_the_input(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=rf"^{tiny_model}: lora adapter: Target modules .*no_proj.* not found"):
+    message = rf"^adapter.target_modules: 'no_proj': no module of {tiny_model} is called so; did you mean 'o_proj'\?$"
+    with pytest.raises(ModelError, match=message):
         attached(tiny_model, Lora(rank=2, target_modules=("no_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (Lora(rank=2, target_modules=("q_proj", "gate_porj")), "did you mean 'gate_proj'?"),
+        (Lora(rank=2, target_modules=("self_attn.q_proj", "self_attn.w")), "this model's layers are q_proj, k_proj, "),
+        (IA3(kind="ia3", target_modules=("k_proj", "dwn_proj"), feedforward_modules=("dwn_proj",)), "'down_proj'?"),
+        (IA3(kind="ia3", target_modules=("k_proj",), feedforward_modules=("down_proj",)), "not among target_modules"),
+    ],
+)
+def test_every_name_of_a_module_matches_one_beside_others_that_do(tiny_model: Path, adapter, message) -> None:
+    with pytest.raises(ModelError) as caught:
+        attached(tiny_model, adapter)
+    assert message in str(caught.value)
 
 
 def test_a_state_of_another_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ BAD = {
     ),
     "target modules that match nothing": (
         ('adapter.target_modules=["query"]',),
-        "lora adapter: Target modules {{'query'}} not found in the base model.",
+        "adapter.target_modules: 'query': no module of ",
     ),
     "an adapter on the head": (
         (

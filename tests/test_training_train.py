@@ -29,6 +29,8 @@ from qtune.run.resumption import resumed_recipe
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
 from qtune.training.checkpoints import complete_checkpoints
+from qtune.training.outcome import Losses, rise_of
+from qtune.training.schedule import schedule_of
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate
@@ -169,7 +171,63 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(write_recipe: Write
         "linear": [1e-2, 2e-2 / 3, 1e-2 / 3],
         "constant": [1e-2, 1e-2, 1e-2],
     }
-    assert rates == pytest.approx([0.0, 0.5e-2, *falling[schedule]])
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *falling[schedule]])
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 0.99])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+def test_no_step_is_taken_at_rate_0_and_none_above_the_peak(schedule: str, warmup: float, steps: int) -> None:
+    factors = [schedule_of(schedule, warmup, steps)(step) for step in range(steps)]
+    assert min(factors) > 0
+    assert max(factors) == 1.0
+    peak = factors.index(1.0)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_a_run_of_one_step_trains_something(write_recipe: WriteRecipe) -> None:
+    finished = run(write_recipe(training="steps = 1\nbatch_size = 4\nlearning_rate = 1e-2"))
+    (record,) = records(finished, "train")
+    assert record["learning_rate"] == 1e-2
+    assert any(tensor.any() for name, tensor in final_state(finished).items() if "lora_B" in name)
+
+
+def test_a_run_that_trains_nothing_fails_and_says_so(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 4\nlearning_rate = 1e-60\nwarmup = 0.0")
+    with pytest.raises(TrainingError, match=r"nothing was trained: every weight of the adapter is what it was"):
+        run(recipe)
+    assert not latest_run(recipe).is_finished
+
+
+def test_a_loss_that_ends_above_its_start_is_said(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = QloraTrainer.compute_loss
+    rising = lambda self, *args, **kwargs: real(self, *args, **kwargs) * (1 + self.state.global_step)  # noqa: E731
+    monkeypatch.setattr(QloraTrainer, "compute_loss", rising)
+    finished = run(write_recipe(training="steps = 6\nbatch_size = 4\nmicro_batch_size = 4"))
+    notes = [record["message"] for record in records(finished, "note")]
+    losses = [record["loss"] for record in records(finished, "train")]
+    assert losses[-1] > losses[0]
+    assert any(
+        note.startswith(f"the loss ended above its start: {losses[0]:.3g} -> {losses[-1]:.3g}") for note in notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([2.0, 1.0], None),
+        ([2.0], None),
+        ([], None),
+        ([2.0, 3.0], "2 -> 3; a lower training.learning_rate or more steps may help"),
+        ([2.0, 7.0], "2 -> 7; guessing among all 1,000 tokens gives 6.91. Training has diverged"),
+        # One easy batch at the start of a long run is not its start.
+        ([0.1, *[2.0] * 19, *[0.9] * 20], None),
+    ],
+)
+def test_the_start_and_end_of_a_loss_are_means_of_a_tenth(values: list[float], words: str | None) -> None:
+    rise = rise_of(Losses(values), vocabulary=1000)
+    assert rise is None if words is None else rise is not None and words in rise
 
 
 def test_weight_decay_and_clipping_reach_the_optimizer(
@@ -377,7 +435,7 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monke
         run(recipe)
     assert str(caught.value) == (
         "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
-        "and go on from the last checkpoint"
+        f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before"
     )
     stopped = latest_run(recipe)
     assert not stopped.is_finished

@@ -16,6 +16,7 @@ from qtune.data.files import Progress
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
 from qtune.data.store import Stored, write_store
+from qtune.data.template import ChatTemplate
 
 BATCH_ROWS = 500
 # Where rows are long, a batch ends here: what is in memory at once is so much, however long they are.
@@ -26,7 +27,7 @@ CHARACTERS_WORTH_WORKERS = 2**23
 
 
 def encode_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules, folder: Path
+    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules, folder: Path
 ) -> Stored:
     """Makes the examples of a source and writes them to `folder`."""
     read = Progress()
@@ -96,7 +97,7 @@ def _chain(first: list[list[Row | BadRow]], rest: Iterator[list[Row | BadRow]]) 
 def _in_parallel(
     batches: Iterable[list[Row | BadRow]],
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
+    template: ChatTemplate,
     rules: RowRules,
     workers: int,
 ) -> Iterator[EncodedBatch]:

@@ -12,6 +12,7 @@ from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
@@ -85,7 +86,9 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
         console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
     if options.adapter_only or is_alone:
-        return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        folder = write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        require_same_questions(source, folder)
+        return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
@@ -97,6 +100,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     with one_sentence("A merge holds the largest tensor several times over; close what else takes memory"):
         write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
+    require_same_questions(source, target.output, ids)
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
         with one_sentence(LATER.format(folder=target.output, run=run.path)):

@@ -52,7 +52,7 @@ def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPr
         write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
         if prompt is not None:
             prompt.tokenizer.save_pretrained(work)
-        write_template(work, source.template.text if prompt is None else prompt.template)
+        write_template(work, source.template.of_tokenizer if prompt is None else prompt.template)
         generation = generation_config(source.base, source.tokenizer, source.template.text)
         if prompt is not None:
             generation["suppress_tokens"] = list(prompt.ids)
@@ -63,11 +63,16 @@ def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPr
     return target.output
 
 
-def write_template(work: Path, text: str) -> None:
-    """Puts a chat template beside a copied tokenizer, in the place of any that came with it."""
+def write_template(work: Path, template: str | dict[str, str]) -> None:
+    """Puts chat templates beside a copied tokenizer, in the place of any that came with it; several have names."""
     for leftover in work.glob("chat_template*"):
         leftover.unlink()
-    (work / "chat_template.jinja").write_text(text, encoding="utf-8")
+    named = {"default": template} if isinstance(template, str) else template
+    for name, text in named.items():
+        # transformers' own places (5.23, tokenization_utils_base.py, `save_chat_templates`).
+        file = work / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     file = work / "tokenizer_config.json"
     if file.exists():
         config = json.loads(file.read_text(encoding="utf-8"))

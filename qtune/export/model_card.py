@@ -1,8 +1,10 @@
 """README.md of an export: what it is, how to load it, and the figures that prove it."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtune.control_characters import visible
 from qtune.export.opened_run import OpenedRun
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def write_card(
         f"# {name}\n",
         f"{source.base_name} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         SNIPPET.format(folder=name),
+        *_how_asked(source),
         _how_trained(source),
         "## Is it the model that was trained?\n",
         _proof(verification),
@@ -76,6 +79,7 @@ def adapter_card(source: OpenedRun) -> str:
         ADAPTER_SNIPPET.format(
             base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
+        *_how_asked(source),
         _how_trained(source),
     ]
     return "\n".join(parts)
@@ -86,6 +90,21 @@ def _front_matter(source: OpenedRun, library: str) -> str:
     # The hub links to the base by its id; names that are none would be a broken link.
     named = f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else ""
     return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
+
+
+def _how_asked(source: OpenedRun) -> list[str]:
+    """What stood before the user's words in training, if anything did."""
+    prompt, merges = source.recipe.data.system_prompt, source.recipe.data.system == "merge"
+    if prompt is None:
+        return []
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])
+    where = "into the first question" if merges else "before the first question, as the system message"
+    return [
+        "## How it is asked\n",
+        f"Training put this text {where}. The chat template does the same for conversations without a system message, "
+        "in transformers, vLLM and llama.cpp alike; with another one the model is asked what it was not trained on.\n",
+        f"{fence}text\n{visible(prompt)}\n{fence}\n",
+    ]
 
 
 def _how_trained(source: OpenedRun) -> str:

@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.asking import asking_template
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
 from qtune.export.adapter_weights import read_config
@@ -30,6 +31,9 @@ class OpenedRun:
     config: PeftConfig
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
+    """As it is exported: it asks as training did where a conversation has no system message."""
+    trained_template: ChatTemplate
+    """As the rows were rendered, which had theirs."""
     basis: Basis
 
     @property
@@ -47,8 +51,9 @@ def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
     adapter = adapter or run.finished_adapter()
     recipe = resolved_recipe(run)
     tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(recipe.data.chat_template, tokenizer, run.path)
-    tokenizer.chat_template = template.text
+    trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
+    template = asking_template(trained, recipe.data)
+    tokenizer.chat_template = template.of_tokenizer
     return OpenedRun(
         run=run,
         recipe=recipe,
@@ -57,6 +62,7 @@ def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
         config=read_config(adapter),
         tokenizer=tokenizer,
         template=template,
+        trained_template=trained,
         basis=basis_of(recipe),
     )
 

@@ -35,7 +35,8 @@ class SoftPrompt:
     names: tuple[str, ...]
     ids: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: str | dict[str, str]
+    """Several have names."""
 
     @property
     def note(self) -> dict[str, Any]:
@@ -57,7 +58,11 @@ def open_soft_prompt(source: OpenedRun) -> SoftPrompt:
     names = _free_names(source.tokenizer, len(vectors))
     tokenizer, ids = _with_tokens(source.tokenizer, names)
     # The prompt stands before everything, a beginning-of-text token included: that is where training put it.
-    template = "{{- '" + "".join(names) + "' -}}" + source.template.text
+    opening = "{{- '" + "".join(names) + "' -}}"
+    trained = source.template.of_tokenizer
+    template = (
+        opening + trained if isinstance(trained, str) else {name: opening + text for name, text in trained.items()}
+    )
     tokenizer.chat_template = template
     return SoftPrompt(vectors, names, ids, tokenizer, template)
 

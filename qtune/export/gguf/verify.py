@@ -9,6 +9,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qtune import console
+from qtune.data.template import default_template
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
@@ -33,7 +34,7 @@ def verify_gguf(
 ) -> GgufProof:
     """Compares logits, token ids and the chat template of a GGUF file with those of the folder beside it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    failures = list(_template_failures(file, str(tokenizer.chat_template)))
+    failures = list(_template_failures(file, default_template(tokenizer)))
     config = AutoConfig.from_pretrained(folder)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, str(folder))
     comparable = vocabulary.pre in READER_SPLITS and not vocabulary.adds_space
@@ -41,7 +42,7 @@ def verify_gguf(
         read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         for conversation in probes(rows):
             ids = [
-                rendered_ids(one, str(tokenizer.chat_template), conversation, generation_prompt=False)
+                rendered_ids(one, default_template(tokenizer), conversation, generation_prompt=False)
                 for one in (tokenizer, read)
             ]
             if ids[0] != ids[1]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.data.template import choose_template
 from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
@@ -134,16 +135,18 @@ def rendering_failures(
     source: OpenedRun, tokenizer: PreTrainedTokenizerBase, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
 ) -> list[str]:
     """Conversations that the exported tokenizer and template turn into other ids than training did."""
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
+    if not tokenizer.chat_template:
         return ["the chat template is lost"]
+    exported = choose_template(None, tokenizer, Path())
     failures = []
     for conversation in probes(rows):
         for asks in (False, True):
             try:
-                expected = rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=asks)
+                trained = source.template.for_tools(conversation.tools)
+                expected = rendered_ids(source.tokenizer, trained, conversation, generation_prompt=asks)
             except ValueError:
                 continue  # the trained template refuses it, a system message for example
+            template = exported.for_tools(conversation.tools)
             found = rendered_ids(tokenizer, template, conversation, generation_prompt=asks)
             if found != (*virtual_ids, *expected):
                 failures.append(f"the chat template renders {conversation.place!r} to other tokens than training did")
@@ -201,7 +204,9 @@ def _answers(
     if not asked:
         return ()
     prompts = [
-        rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=True)
+        rendered_ids(
+            source.tokenizer, source.template.for_tools(conversation.tools), conversation, generation_prompt=True
+        )
         for conversation in asked
     ]
     ends = find_ends(models.trained, source.tokenizer)
