@@ -179,6 +179,29 @@ def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
     assert layer.scale is scale
 
 
+@borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))
+def plain_attention_can_be_asked_for_and_returns_its_weights() -> None:
+    """The public choice of a kernel is a global setting, and gives the weights away to nobody."""
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    out, weights = torch.ops.aten._scaled_dot_product_attention_math(q, k, k, is_causal=True, enable_gqa=True)
+    expected = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    assert weights.shape == (1, 4, 3, 3)
+
+
+@borrowed(
+    "transformers", "_can_use_grouped_mm", "bitsandbytes.autograd._functions", "MatMul8bitFp", "MatMul8bitLt",
+    files=("memory/tracing/device_state.py",),
+)  # fmt: skip
+def questions_about_the_device_are_asked_by_these_names() -> None:
+    from bitsandbytes.autograd import _functions
+    from transformers.integrations import moe
+
+    assert len(parameters_of(moe._can_use_grouped_mm)) == 3
+    assert {"MatMul8bitFp", "MatMul8bitLt"} <= set(vars(_functions))
+    assert "MatMul8bitFp" in inspect.getsource(_functions.matmul)
+
+
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
@@ -450,32 +473,7 @@ def a_packed_weight_is_recognized_by_the_name_of_its_class() -> None:
     assert '__name__ == "Params4bit"' in inspect.getsource(importlib.import_module("peft.peft_model"))
 
 
-@borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))
-def attention_can_be_computed_without_a_fused_kernel() -> None:
-    """What a card without flash attention for shared keys falls back to; the public function chooses by itself."""
-    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    found = torch.ops.aten._scaled_dot_product_attention_math(query, key, key, is_causal=True, enable_gqa=True)[0]
-    expected = nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(found, expected)
-
-
-@borrowed("transformers", "_can_use_grouped_mm", files=("memory/tracing/device_state.py",))
-def experts_are_multiplied_in_groups_where_the_card_can() -> None:
-    from transformers.integrations import moe
-
-    assert parameters_of(moe._can_use_grouped_mm) == ["input", "weight", "offs"]
-
-
 # --- bitsandbytes --------------------------------------------------------------------------------------------------
-
-
-@borrowed(
-    "bitsandbytes", "bitsandbytes.autograd._functions", "MatMul8bitFp", files=("memory/tracing/device_state.py",)
-)
-def int8_layers_train_by_another_function_on_a_cpu() -> None:
-    from bitsandbytes.autograd import _functions
-
-    assert parameters_of(_functions.MatMul8bitFp.forward) == parameters_of(_functions.MatMul8bitLt.forward)
 
 
 @borrowed(

@@ -350,8 +350,8 @@ def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(int(tensor.data_offset))
         stream.write(bytes(int(tensor.n_bytes)))
-    from qtune.export.opened_run import open_source
+    from qtune.export.opened_run import open_for_export
     from qtune.export.verify.rows import rows_for
 
-    proof = verify_gguf(folder, file, "f16", rows_for(open_source(run)).rows, ())
+    proof = verify_gguf(folder, file, "f16", rows_for(open_for_export(run)).rows, ())
     assert any("KL divergence" in failure for failure in proof.failures)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
-from test_report import MEASURED, Page
+from test_report_page import MEASURED, Page
 
 from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory import cached as cache

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.data import worker
-from qtune.data.examples import Batch, RowEncoder, RowRules
+from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
 from qtune.data.files import Progress
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
@@ -39,7 +39,7 @@ def encode_source(
     rows_in_words = f"about {total:,} rows" if total else f"{count:,} rows"
     with console.progress(f"tokenizing {source.name}, {rows_in_words}", total) as shown:
 
-        def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        def counted(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
             for batch in batches:
                 shown.advance(batch.rows)
                 yield batch
@@ -100,14 +100,14 @@ def _in_parallel(
     template: ChatTemplate,
     rules: RowRules,
     workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[EncodedBatch]:
     """The batches in order, at most four per worker under way."""
     # Forking this process, whose tokenizer has threads, could deadlock. The fork server has none, and imports the
     # libraries once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qtune.data.worker"])
     with ProcessPoolExecutor(workers, context, worker.start, (tokenizer, template, rules)) as pool:
-        under_way: deque[Future[Batch]] = deque()
+        under_way: deque[Future[EncodedBatch]] = deque()
         for batch in batches:
             under_way.append(pool.submit(worker.encode, batch))
             if len(under_way) >= 4 * workers:

@@ -75,7 +75,7 @@ class RowRules:
 
 
 @dataclass
-class Batch:
+class EncodedBatch:
     """Examples as an Arrow batch with COLUMNS, and what became of the other rows.
 
     `unused` counts, for each column or key that nothing reads, the rows that have it; `mapped` those that have each
@@ -104,10 +104,10 @@ class RowEncoder:
         # Rows with tools may have a template of their own.
         with_tools = template.for_tools(["a tool"])
         self.tool_gate = self.gate if with_tools == template.text else RenderGate(Renderer.of(tokenizer, with_tools))
-        self.batch = Batch(_columns([]))
+        self.batch = EncodedBatch(_columns([]))
 
-    def __call__(self, rows: Sequence[Row | BadRow]) -> Batch:
-        self.batch = batch = Batch(_columns([]), rows=len(rows))
+    def __call__(self, rows: Sequence[Row | BadRow]) -> EncodedBatch:
+        self.batch = batch = EncodedBatch(_columns([]), rows=len(rows))
         bad, dropped = batch.bad, batch.dropped
         # Rendered texts wait here to be tokenized together; documents need nothing rendered.
         waiting: list[Rendered | Encoded] = []

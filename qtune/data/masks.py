@@ -22,7 +22,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScoredTurn:
     """A scored answer as characters [start, end) of the rendered text."""
 
     start: int
@@ -43,7 +43,7 @@ class Rendered:
 
     conversation: Conversation
     text: str
-    turns: tuple[Turn, ...]
+    turns: tuple[ScoredTurn, ...]
     rewritten: bool = False
     """Whether the template renders an earlier turn differently once there are later ones."""
 
@@ -99,7 +99,7 @@ def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str
     return [Rendered(conversation, whole, tuple(turns[index] for index in kept), rewritten=True)]
 
 
-def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> Turn:
+def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> ScoredTurn:
     """Finds the answer of message `index` in `text`, the rendering that ends with it."""
     answer = str(conversation.messages[index].get("content") or "")
     prompt = renderer.render(conversation.messages[:index], conversation.tools, generation_prompt=True)
@@ -109,7 +109,7 @@ def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str)
         found = text.rfind(answer.strip()) if answer.strip() else -1
         start = min(start, found) if found >= 0 else start
     end, has_end = _end_of_turn(renderer, text, start)
-    return Turn(start, end, answer, has_end, continues, index)
+    return ScoredTurn(start, end, answer, has_end, continues, index)
 
 
 def _end_of_turn(renderer: Renderer, text: str, start: int) -> tuple[int, bool]:
@@ -222,7 +222,7 @@ class Encoder:
             token_start += len(encoding)
         return Tokens(parts)
 
-    def _turn_notes(self, turn: Turn, text: str, ids: list[int]) -> set[str]:
+    def _turn_notes(self, turn: ScoredTurn, text: str, ids: list[int]) -> set[str]:
         notes = set()
         span = text[turn.start : turn.end]
         said_before = span.partition(turn.answer.strip())[0].strip() if turn.answer.strip() else ""

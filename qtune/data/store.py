@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qtune.cache import FULL, mark_used, not_writable
-from qtune.data.examples import COLUMNS, Batch, RowRules
+from qtune.data.examples import COLUMNS, EncodedBatch, RowRules
 from qtune.data.rows import BadRow
 
 # Raised when the code that makes examples changes what it makes.
@@ -122,7 +122,7 @@ def remove_unused(cache: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
+def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
     """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
     with written_whole(folder) as temporary:
         temporary.mkdir()

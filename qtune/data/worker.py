@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.examples import Batch, RowEncoder, RowRules
+from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
 from qtune.data.rows import BadRow, Row
 from qtune.data.template import ChatTemplate
 
@@ -19,6 +19,6 @@ def start(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: Row
     _encoder[:] = [RowEncoder(tokenizer, template, rules)]
 
 
-def encode(rows: Sequence[Row | BadRow]) -> Batch:
+def encode(rows: Sequence[Row | BadRow]) -> EncodedBatch:
     """The examples of some rows."""
     return _encoder[0](rows)

@@ -8,12 +8,12 @@ from qtune.data.conversation import Conversation
 from qtune.data.formats import to_conversation
 from qtune.data.template import Renderer
 from qtune.errors import ExportError
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 
 QUESTIONS = ("Hello", "What is 2 + 2?")
 
 
-def as_trained(source: Source, *questions: str) -> Conversation:
+def as_trained(source: OpenedRun, *questions: str) -> Conversation:
     """Questions and answers in turn, as a row of the run's data would become them; the last answer is asked for."""
     turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(questions)]
     data = source.recipe.data
@@ -21,14 +21,14 @@ def as_trained(source: Source, *questions: str) -> Conversation:
     return to_conversation(row, "messages", "a question", data.system, data.system_prompt)
 
 
-def asked_in_training(source: Source, *questions: str) -> list[int]:
+def asked_in_training(source: OpenedRun, *questions: str) -> list[int]:
     """The ids that the run's own rows put before an answer to `questions`."""
     renderer = Renderer.of(source.tokenizer, source.trained_template.text)
     text = renderer.prompt(as_trained(source, *questions))
     return list(source.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def require_same_questions(source: Source, folder: Path, virtual_ids: tuple[int, ...] = ()) -> None:
+def require_same_questions(source: OpenedRun, folder: Path, virtual_ids: tuple[int, ...] = ()) -> None:
     """Asks the folder's own tokenizer as the model card does.
 
     Raises:

@@ -19,7 +19,7 @@ from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
-from qtune.export.opened_run import Source, open_source
+from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.push import push
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, read_proof
@@ -80,7 +80,7 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
 def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
-    source = open_source(run)
+    source = open_for_export(run)
     is_alone = source.recipe.adapter.export == "alone"
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
@@ -136,7 +136,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or _run_around(folder)
-    source = open_source(run)
+    source = open_for_export(run)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):
@@ -144,7 +144,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     return prove(source, folder, verification, show)
 
 
-def prove(source: Source, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
+def prove(source: OpenedRun, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
     """Writes the card, shows the figures; VerificationError when they are not good enough."""
     write_card(source, folder, verification)
     show(verification)

@@ -15,7 +15,7 @@ from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.model_card import write_card
 from qtune.export.model_files import copy_side_files, merged_config, write_json
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
 from qtune.export.verification import mark_unverified
@@ -32,14 +32,14 @@ class Target:
     force: bool = False
 
 
-def open_merge(source: Source, target: Target) -> Merge:
+def open_merge(source: OpenedRun, target: Target) -> Merge:
     """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
     checkpoint, network = open_base(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     layout = layout_of(network, list(checkpoint.tensors))
     return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, target.weights, target.dtype)
 
 
-def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
+def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
     """Writes the model; the folder appears under its name when it is complete.
 
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.

@@ -21,7 +21,7 @@ from qtune.run.resolved import resolved_recipe
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedRun:
     """A finished run, opened for export. No weights are read yet."""
 
     run: RunDir
@@ -42,7 +42,7 @@ class Source:
         return self.recipe.model.base
 
 
-def open_source(run: RunDir, adapter: Path | None = None) -> Source:
+def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
     """Opens a run for export; `adapter` names another of its adapters, a checkpoint for example.
 
     Raises RunError when training has not ended or its files are not readable, ModelError when the base model cannot be
@@ -54,7 +54,7 @@ def open_source(run: RunDir, adapter: Path | None = None) -> Source:
     trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
     template = asking_template(trained, recipe.data)
     tokenizer.chat_template = template.of_tokenizer
-    return Source(
+    return OpenedRun(
         run=run,
         recipe=recipe,
         base=local_base(recipe.model),

@@ -13,7 +13,7 @@ from qtune.errors import Problem, RunError
 from qtune.export.adapter_weights import WEIGHTS, AdapterWeights, Update
 from qtune.export.layout import Layout, layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.model.checkpoint import Checkpoint
 
 # Kept in config.json, for readers of the file; no loader needs it.
@@ -44,7 +44,7 @@ class SoftPrompt:
         return {"tokens": list(self.names), "ids": list(self.ids), "head": HEAD_NOTE}
 
 
-def open_soft_prompt(source: Source) -> SoftPrompt:
+def open_soft_prompt(source: OpenedRun) -> SoftPrompt:
     """Reads the vectors and gives each a token.
 
     peft saves what the prompt encoder computed, so the encoder itself is not needed.
@@ -67,7 +67,7 @@ def open_soft_prompt(source: Source) -> SoftPrompt:
     return SoftPrompt(vectors, names, ids, tokenizer, template)
 
 
-def open_baking(source: Source, prompt: SoftPrompt, weights: Weights, dtype: torch.dtype) -> Merge:
+def open_baking(source: OpenedRun, prompt: SoftPrompt, weights: Weights, dtype: torch.dtype) -> Merge:
     """A merge that changes nothing but the vocabulary, on the basis that the prompt was trained on.
 
     Raises RunError, ModelError when the checkpoint has other tensors with a row for each token, or cannot be merged.

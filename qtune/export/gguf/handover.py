@@ -14,13 +14,13 @@ from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
-from qtune.export.verify.rows import Row, probes
+from qtune.export.verify.rows import CheckedRow, probes
 from qtune.recipe.schema import Recipe
 from qtune.sizes import MIB
 
 
 def hand_over(
-    folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[Row], virtual: Sequence[int]
+    folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[CheckedRow], virtual: Sequence[int]
 ) -> Path:
     """Writes NAME-KIND.gguf into an exported folder, and a Modelfile where the template allows one; returns the file.
 
@@ -47,7 +47,9 @@ def hand_over(
     return file
 
 
-def _write_modelfile(folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[Row]) -> None:
+def _write_modelfile(
+    folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[CheckedRow]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = gguf_vocabulary(folder, config, tokenizer)
     generation = folder / "generation_config.json"

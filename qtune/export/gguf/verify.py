@@ -15,7 +15,7 @@ from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
 from qtune.export.verify.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.verify.logits import logits_of
-from qtune.export.verify.rows import Row, probes, rendered_ids
+from qtune.export.verify.rows import CheckedRow, probes, rendered_ids
 
 LIMITS = {
     "f16": Limits(KL_LIMITS[torch.float16], TOP1_LIMITS[torch.float16], "float16 rounding, with a tenfold margin"),
@@ -29,7 +29,9 @@ LIMITS = {
 READER_SPLITS = {"default", "gpt-2", "llama-bpe", "qwen2", "tekken"}
 
 
-def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], virtual: Sequence[int]) -> GgufProof:
+def verify_gguf(
+    folder: Path, file: Path, kind: GgufType, rows: Sequence[CheckedRow], virtual: Sequence[int]
+) -> GgufProof:
     """Compares logits, token ids and the chat template of a GGUF file with those of the folder beside it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     failures = list(_template_failures(file, default_template(tokenizer)))
@@ -50,7 +52,7 @@ def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], v
     return GgufProof(file.name, kind, closeness, comparable, (*failures, *shortfalls(closeness, LIMITS[kind])))
 
 
-def _compare(folder: Path, file: Path, rows: Sequence[Row], virtual: Sequence[int]) -> Closeness:
+def _compare(folder: Path, file: Path, rows: Sequence[CheckedRow], virtual: Sequence[int]) -> Closeness:
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     read: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,

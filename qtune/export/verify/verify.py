@@ -17,13 +17,13 @@ from qtune.data.template import choose_template
 from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.verification import Answer, Verification, mark_unverified, write_verification
 from qtune.export.verify.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
-from qtune.export.verify.rows import Row, Rows, probes, rendered_ids
+from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
 from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.precision import as_trained
@@ -32,7 +32,7 @@ ANSWERS = 3
 
 
 @dataclass
-class Measured:
+class _Measured:
     """What the rows gave, filled by `measure`."""
 
     exported: ClosenessMeter = field(default_factory=ClosenessMeter)
@@ -46,9 +46,9 @@ class Measured:
 
 
 def verify(
-    source: Source,
+    source: OpenedRun,
     folder: Path,
-    held_out: Rows,
+    held_out: CheckedRows,
     weights: Weights = "dequantized",
     *,
     merge: Merge | None = None,
@@ -80,7 +80,7 @@ def verify(
         raise VerificationError(f"{folder}: {reason}") from error
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
     failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
-    measured = Measured()
+    measured = _Measured()
     noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
         for group in _groups(rows, models):
@@ -132,7 +132,7 @@ def loading_failures(exported: Exported) -> list[str]:
 
 
 def rendering_failures(
-    source: Source, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], virtual_ids: Sequence[int]
+    source: OpenedRun, tokenizer: PreTrainedTokenizerBase, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
 ) -> list[str]:
     """Conversations that the exported tokenizer and template turn into other ids than training did."""
     if not tokenizer.chat_template:
@@ -155,7 +155,7 @@ def rendering_failures(
 
 
 def measure(
-    measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
+    measured: _Measured, rows: Sequence[CheckedRow], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
 ) -> None:
     """Adds rows to all meters; to that of the live model with the plan by which it computes, if that is not exact."""
 
@@ -186,7 +186,7 @@ def measure(
             meter.add(expected, found)
 
 
-def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
+def _groups(rows: Sequence[CheckedRow], models: Models) -> Iterator[Sequence[CheckedRow]]:
     """As many rows at a time as their logits allow."""
     vocabulary = models.exported.model.config.get_text_config().vocab_size
     limit = STREAMED_GROUP_BYTES if models.streamed else GROUP_BYTES
@@ -196,7 +196,9 @@ def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
         rows = rows[count:]
 
 
-def _answers(source: Source, models: Models, rows: Sequence[Row], virtual_ids: Sequence[int]) -> tuple[Answer, ...]:
+def _answers(
+    source: OpenedRun, models: Models, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
+) -> tuple[Answer, ...]:
     """Greedy answers of both to the same requests, up to 32 tokens."""
     asked = [row.conversation for row in rows if row.conversation and not row.conversation.is_document]
     if not asked:

@@ -17,25 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments, Place
-    from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.ledger import Life
-
-WORKSPACE_BYTES = 32 * 2**20
-OLDER_WORKSPACE_BYTES = 8320 * 1024
-"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
-(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
-The peak of the allocator was two of 32 MiB above the tensors in every run."""
 
 STEPS = 3
 """The optimizer's state comes after the first; the third finds the places that the second has left."""
 
 BEFORE_QUANTIZATION = {"base weights 4-bit": 4, "base weights int8": 2}
 """Bytes of a weight in 16 bits, as it is loaded, for each that it has afterwards."""
-
-
-def workspace_bytes(card: Capability) -> int:
-    """One cuBLAS workspace on a card of this capability."""
-    return WORKSPACE_BYTES if card >= (9, 0) else OLDER_WORKSPACE_BYTES
 
 
 def reserved_bytes(

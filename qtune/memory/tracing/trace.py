@@ -18,14 +18,14 @@ from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
 from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
-from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace
+from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace, workspace_bytes
 from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
 from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
-from qtune.memory.tracing.reserved import reserved_bytes, workspace_bytes
+from qtune.memory.tracing.reserved import reserved_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,

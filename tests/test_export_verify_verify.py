@@ -14,7 +14,7 @@ from qtune.errors import VerificationError
 from qtune.export.export import Options, export_run, prove
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
-from qtune.export.opened_run import Source, open_source
+from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.soft_prompt import open_soft_prompt
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
@@ -43,7 +43,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def again(source: Source, folder: Path, weights: str = "dequantized", scale: float = 1.0) -> None:
+def again(source: OpenedRun, folder: Path, weights: str = "dequantized", scale: float = 1.0) -> None:
     """The weights of another merge in place of the right ones."""
     merge = open_merge(source, Target(folder, torch.float16, weights))  # type: ignore[arg-type]
     from dataclasses import replace
@@ -54,19 +54,19 @@ def again(source: Source, folder: Path, weights: str = "dequantized", scale: flo
     write_merge(replace(merge, adapter=replace(merge.adapter, updates=updates)), folder, lambda _: None)
 
 
-def adapter_dropped(source: Source, folder: Path) -> None:
+def adapter_dropped(source: OpenedRun, folder: Path) -> None:
     again(source, folder, scale=0)
 
 
-def wrong_scale(source: Source, folder: Path) -> None:
+def wrong_scale(source: OpenedRun, folder: Path) -> None:
     again(source, folder, scale=0.5)
 
 
-def wrong_basis(source: Source, folder: Path) -> None:
+def wrong_basis(source: OpenedRun, folder: Path) -> None:
     again(source, folder, weights="original")
 
 
-def one_layer_swapped(source: Source, folder: Path) -> None:
+def one_layer_swapped(source: OpenedRun, folder: Path) -> None:
     def swap(tensors: dict[str, torch.Tensor]) -> None:
         first, second = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1))
         tensors[first], tensors[second] = tensors[second], tensors[first]
@@ -74,11 +74,11 @@ def one_layer_swapped(source: Source, folder: Path) -> None:
     edit_weights(folder, swap)
 
 
-def one_weight_lost(source: Source, folder: Path) -> None:
+def one_weight_lost(source: OpenedRun, folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
 
-def tied_head_untied(source: Source, folder: Path) -> None:
+def tied_head_untied(source: OpenedRun, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     edit_weights(
@@ -87,21 +87,21 @@ def tied_head_untied(source: Source, folder: Path) -> None:
     )
 
 
-def template_lost(source: Source, folder: Path) -> None:
+def template_lost(source: OpenedRun, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
-def template_changed(source: Source, folder: Path) -> None:
+def template_changed(source: OpenedRun, folder: Path) -> None:
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("message['content'] +", "message['content'] + ' ' +"))
 
 
-def shard_truncated(source: Source, folder: Path) -> None:
+def shard_truncated(source: OpenedRun, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def config_changed(source: Source, folder: Path) -> None:
+def config_changed(source: OpenedRun, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 500.0
     (folder / "config.json").write_text(json.dumps(config))
@@ -124,11 +124,11 @@ BREAKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
 def test_a_broken_export_is_caught(
-    break_it: Callable[[Source, Path], None], run: RunDir, good: Path, tmp_path: Path
+    break_it: Callable[[OpenedRun, Path], None], run: RunDir, good: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
-    source = open_source(run)
+    source = open_for_export(run)
     break_it(source, folder)
     with pytest.raises(VerificationError) as caught:
         prove(
@@ -144,7 +144,7 @@ def test_a_broken_export_is_caught(
 def test_the_same_folder_unbroken_passes(run: RunDir, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
-    source = open_source(run)
+    source = open_for_export(run)
     verification = verify(source, folder, rows_for(source))
     assert prove(source, folder, verification) == folder
     assert verification.failures == ()
@@ -153,7 +153,7 @@ def test_the_same_folder_unbroken_passes(run: RunDir, good: Path, tmp_path: Path
 def test_a_failed_export_is_marked_in_its_card(run: RunDir, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
-    source = open_source(run)
+    source = open_for_export(run)
     adapter_dropped(source, folder)
     with pytest.raises(VerificationError, match="is not the trained model; it is kept, marked as unverified"):
         prove(source, folder, verify(source, folder, rows_for(source)))
@@ -167,7 +167,7 @@ def test_models_too_large_for_the_memory_are_compared_module_by_module(
 ) -> None:
     """The figures are those of whole models; nothing of the comparison differs but where the weights wait."""
     folder = good
-    source = open_source(run)
+    source = open_for_export(run)
     if weights == "original":
         folder = tmp_path / "model"
         shutil.copytree(good, folder)
@@ -186,7 +186,7 @@ def test_models_too_large_for_the_memory_are_compared_module_by_module(
 def test_a_broken_export_is_caught_module_by_module_too(run: RunDir, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(good, folder)
-    source = open_source(run)
+    source = open_for_export(run)
     adapter_dropped(source, folder)
     found = verify(source, folder, rows_for(source), streamed=True)
     assert not found.verified
@@ -207,7 +207,7 @@ def test_every_adapter_and_base_is_compared_module_by_module_with_the_figures_of
     adapter: str, kind: str, dtype: str, tmp_path: Path
 ) -> None:
     quantization = f'kind = "{kind}"\ncompute_dtype = "{dtype}"\nminimum_share = 0.0'
-    source = open_source(tiny_run(tmp_path, adapter, quantization=quantization))
+    source = open_for_export(tiny_run(tmp_path, adapter, quantization=quantization))
     folder = export_run(source.run, Options(verify=False))
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
@@ -220,7 +220,7 @@ def test_every_adapter_and_base_is_compared_module_by_module_with_the_figures_of
 
 
 def test_the_noise_of_the_live_model_is_shown_beside_and_is_none_of_the_exports(run: RunDir, good: Path) -> None:
-    source = open_source(run)
+    source = open_for_export(run)
     verification = verify(source, good, rows_for(source))
     if verification.compute_dtype == "float32":
         assert verification.live is None
@@ -242,6 +242,6 @@ def test_an_adapter_that_changes_nothing_is_exported_from_every_compute_dtype(dt
 
 
 def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good: Path) -> None:
-    source = open_source(run)
+    source = open_for_export(run)
     cost = verify(source, good, rows_for(source), compare_bases=True).cost
     assert cost["original"].kl > 10 * cost["dequantized"].kl

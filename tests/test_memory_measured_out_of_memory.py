@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import WriteRecipe
 from test_memory_trace import CPU
-from test_train import run
+from test_training_train import run
 from typer.testing import CliRunner
 
 from qtune import cli
@@ -276,7 +276,7 @@ def test_the_failed_run_is_let_go_before_anything_is_traced_and_goes_on_as_it_wa
     monkeypatch.setattr(out_of_memory, "remedies", searched)
     with monkeypatch.context() as patch:
         patch.setattr(QloraTrainer, "compute_loss", computed_and_refused(QloraTrainer.compute_loss))
-        patch.setattr("test_out_of_memory.SAID", "CUDA out of memory. Tried to allocate 1.00 KiB.")
+        patch.setattr("test_memory_measured_out_of_memory.SAID", "CUDA out of memory. Tried to allocate 1.00 KiB.")
         with pytest.raises(OutOfMemory):
             run(recipe)
     run_dir = RunDir(recipe.parent / "runs" / "tiny")

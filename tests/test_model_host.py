@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loss import some_batch, tiny
 from test_memory_trace import CARD, CPU, executed, recipe_with
 from test_memory_trace import tiny as tiny_config
+from test_model_loss import some_batch, tiny
 from transformers import AutoModelForCausalLM
 
 from qtune.adapter.attach import attach_adapter

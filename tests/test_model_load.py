@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(tiny_model: P
 
 
 def test_a_gguf_file_is_a_base_and_is_made_into_a_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_builtin import write_gguf
+    from test_model_builtin import write_gguf
 
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "tiny.gguf"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from export_models import QUESTIONS, tiny_run
 
-from qtune.export.opened_run import open_source
+from qtune.export.opened_run import open_for_export
 from qtune.export.verify.rows import GENERAL, probes, rows_for
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 
 def test_rows_are_the_validation_rows_of_the_run(tmp_path: Path) -> None:
-    source = open_source(tiny_run(tmp_path))
+    source = open_for_export(tiny_run(tmp_path))
     found = rows_for(source)
     assert found.origin == "validation rows"
     assert len(found.rows) == len(QUESTIONS) // 2
@@ -28,7 +28,7 @@ def test_a_run_without_held_out_rows_is_checked_on_general_conversations(tmp_pat
     run = tiny_run(tmp_path)
     text = run.resolved_file.read_text().replace("validation = 0.5", "validation = 0.0")
     run.write_text(run.resolved_file, text)
-    found = rows_for(open_source(run))
+    found = rows_for(open_for_export(run))
     assert found.origin == "general conversations (the run has no held-out rows)"
     assert [row.conversation.answer for row in found.rows if row.conversation] == [answer for _, answer in GENERAL]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WriteRecipe
-from test_train import Killed, kill_in_step, run
+from test_training_train import Killed, kill_in_step, run
 from typer.testing import CliRunner
 
 from qtune.cli import app

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_memory_stretch import ROUTED, WINDOWED, config_of
 from test_memory_trace import CARD, recipe_with, tiny
+from test_memory_tracing_repeated_layers import ROUTED, WINDOWED, config_of
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qtune.memory.predict import Longest, predict

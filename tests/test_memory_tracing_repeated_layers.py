@@ -8,8 +8,8 @@ import itertools
 import numpy
 import pytest
 import torch
-from test_memory_families import GROUPED, HIDDEN
 from test_memory_trace import CPU, recipe_with, tiny
+from test_memory_tracing_families import GROUPED, HIDDEN
 from transformers import AutoConfig, PretrainedConfig
 
 from qtune.memory.predict import Longest, build, predict, training_step
