@@ -101,7 +101,8 @@ class Preflight:
             rows = forecast.plan.micro_batch_size
             what = "one row is" if rows == 1 else f"{rows} rows are"
             budget = gib_text(forecast.budget_bytes)
-            said.append(f"memory: {what} predicted to need {need} of {budget}; qtune fit shows what would help")
+            close = ", too close to say" if forecast.verdict == "too close to say" else ""
+            said.append(f"memory: {what} predicted to need {need} of {budget}{close}; qtune fit shows what would help")
         if self.disk is not None and not self.disk.is_enough:
             needed = self.disk.checkpoints_bytes + self.disk.export_bytes
             said.append(

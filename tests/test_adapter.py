@@ -101,6 +101,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 # --- every kind and option -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_it_learns_and_comes_back_bit_for_bit(tiny_model: Path, tmp_path: Path, name: str) -> None:
     adapter = ADAPTERS[name]

@@ -233,7 +233,7 @@ def a_quantizer_replaces_the_layers_before_weights_are_there() -> None:
     quantizer.postprocess_model(model)
 
 
-@borrowed("transformers", "_get_dtype_plan", files=("export/layout.py", "memory/tracing/bare_model.py"))
+@borrowed("transformers", "_get_dtype_plan", files=("model/kept_precision.py",))
 def a_model_says_what_it_keeps_in_fp32() -> None:
     with torch.device("meta"):
         llama = LlamaForCausalLM(tiny_config())

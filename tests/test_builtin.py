@@ -161,6 +161,7 @@ def test_weights_are_the_dequantized_ones_rounded_to_fp16(converted, tiny):
         assert torch.equal(module.weight, torch.from_numpy(tiny[2][name]).half()), name
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_normal_model_folder_with_its_tokenizer_and_template(converted):
     tokenizer = AutoTokenizer.from_pretrained(converted)
     model = AutoModelForCausalLM.from_pretrained(converted)
@@ -180,6 +181,7 @@ def test_only_the_finished_folder_and_the_lock_stay_in_the_cache(converted):
     assert sorted(path.name for path in converted.parent.iterdir()) == [".tiny.lock", "tiny"]
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_made_again(tmp_path, tiny, monkeypatch):
     conversions = copy_instead_of_converting(monkeypatch)
     folder = cached_folder(tiny[0], tmp_path)
@@ -189,6 +191,7 @@ def test_a_damaged_folder_is_made_again(tmp_path, tiny, monkeypatch):
     assert (folder / "model.safetensors").stat().st_size == tiny[0].gguf_bytes
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_older_conversion_is_made_again(tmp_path, tiny, monkeypatch):
     conversions = copy_instead_of_converting(monkeypatch)
     cached_folder(tiny[0], tmp_path)
@@ -333,6 +336,7 @@ def test_the_real_model_has_its_published_shape(smollm2):
     ]
 
 
+@pytest.mark.slow
 def test_the_real_model_knows_the_capital_of_france(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

@@ -197,6 +197,7 @@ def test_piped_lines_are_read_to_their_end_without_a_prompt(monkeypatch, capsys)
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_real_model_remembers_what_was_said(capsys):
     session = open_session("builtin:smollm2-135m-instruct")
     assert session.ends == find_ends(session.model, session.tokenizer)

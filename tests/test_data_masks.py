@@ -316,6 +316,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 plain_texts = texts.filter(lambda text: not re.search(r"<|\[|\]|｜|think|tool", text))
 
 
+@pytest.mark.slow
 @EVERY_FAMILY
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -39,6 +39,7 @@ def test_there_are_several_thousand_rows_of_very_different_length(rows):
     assert lengths[-len(lengths) // 100] > 1000
 
 
+@pytest.mark.slow
 def test_no_question_is_asked_twice_and_no_answer_is_empty(rows):
     assert len({question for question, _ in rows}) == len(rows)
     assert all(answer == answer.strip() and len(answer) >= 20 for _, answer in rows)

@@ -24,6 +24,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=some_ids(), use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_16_bits_computes_as_its_float32_copy(family: str, dtype: torch.dtype, tmp_path: Path) -> None:

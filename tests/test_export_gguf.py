@@ -62,6 +62,7 @@ def gap(folder: Path, file: Path, **settings: Any) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GAPS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
 def test_logits_survive_the_way_into_a_gguf_file_and_back(family: str, kind: GgufType, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
 def test_a_broken_export_is_caught(
     break_it: Callable[[Source, Path], None], run: RunDir, good: Path, tmp_path: Path
@@ -159,6 +160,7 @@ def test_a_failed_export_is_marked_in_its_card(run: RunDir, good: Path, tmp_path
     assert "**NOT VERIFIED" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["dequantized", "original"])
 def test_models_too_large_for_the_memory_are_compared_module_by_module(
     weights: Weights, run: RunDir, good: Path, tmp_path: Path
@@ -191,6 +193,7 @@ def test_a_broken_export_is_caught_module_by_module_too(run: RunDir, good: Path,
     assert found.exported.kl == pytest.approx(found.bare_base.kl, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "kind", "dtype"),
     [
@@ -226,6 +229,7 @@ def test_the_noise_of_the_live_model_is_shown_beside_and_is_none_of_the_exports(
         assert verification.live.kl > verification.exported.kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_adapter_that_changes_nothing_is_exported_from_every_compute_dtype(dtype: str, tmp_path: Path) -> None:
     """A run of one step at rate 0, or one that is stopped early, is a right export of an unchanged model."""

@@ -86,6 +86,7 @@ def test_a_batch_gives_what_the_adapters_own_forward_gives(kind):
     assert together == [by_forward(model, prompt, 8) for prompt in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_batch_size_changes_nothing(kind):
     model, prompts = adapted(kind), some_prompts()

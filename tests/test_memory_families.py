@@ -36,6 +36,7 @@ def config_of(family: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, **FAMILIES[family])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointed_steps_of_a_family_take_the_traced_bytes(tmp_path, family):
     config = config_of(family)
@@ -49,6 +50,7 @@ def test_checkpointed_steps_of_a_family_take_the_traced_bytes(tmp_path, family):
         assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "phi", "gpt_neox", "gemma2", "mixtral"])
 def test_a_checkpointed_step_can_be_traced_as_on_a_card(family):
     config = config_of(family)

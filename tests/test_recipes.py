@@ -122,6 +122,7 @@ def tokenizer():
     return load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
 
 
+@pytest.mark.slow
 @every_recipe
 def test_every_row_is_used_and_fits_the_recipes_length(file, tokenizer, tmp_path):
     """With the built-in tokenizer, whose 49152 tokens are fewer, and so its rows longer, than most models'."""
@@ -134,6 +135,7 @@ def test_every_row_is_used_and_fits_the_recipes_length(file, tokenizer, tmp_path
     assert prepared.lengths.max() <= 0.9 * resolved.recipe.data.max_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family"),
     [

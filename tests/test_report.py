@@ -402,6 +402,7 @@ def test_the_time_of_every_part_of_a_resumed_run_counts():
 ODD = [math.nan, math.inf, -math.inf]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("key", ["loss", "gradient_norm", "accuracy", "learning_rate"])
 def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):

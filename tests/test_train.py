@@ -161,6 +161,7 @@ def test_resolved_toml_repeats_the_run(write_recipe: WriteRecipe) -> None:
     assert_same_run(again, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(write_recipe: WriteRecipe, schedule: str) -> None:
     training = f'steps = 5\nbatch_size = 1\nlearning_rate = 1e-2\nwarmup = 0.4\nschedule = "{schedule}"'
@@ -279,8 +280,8 @@ def first_gradient(recipe: Path, monkeypatch: pytest.MonkeyPatch, *changes: str)
 ROUNDING = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 5e-2)}
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("kind", ["lora", "p-tuning-mlp"])
 def test_the_gradient_of_a_batch_does_not_depend_on_its_micro_batches(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str

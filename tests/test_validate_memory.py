@@ -54,6 +54,7 @@ SCORED = ROWS * (LENGTH - 1) * VOCAB
 ALL = ROWS * LENGTH * VOCAB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "software", "expected"),
     [

@@ -35,8 +35,8 @@ LATER = (
 )
 
 ALONE_NOTE = (
-    "No plain checkpoint can hold what {kind} trains. The adapter is exported alone; its README.md has the lines that "
-    "load it."
+    "What {kind} trains stands where no plain checkpoint can hold it. The adapter is exported alone; its README.md has "
+    "the lines that load it."
 )
 
 

@@ -179,10 +179,11 @@ def _memory(check: "Check") -> str:
     if isinstance(found, str):
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
+    batch = f"{found.plan.micro_batch_size} x {found.rows.longest.length} tokens"
+    beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
-        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
-        f"{found.rows.longest.length} tokens); {size_text(need.total_bytes)} with driver and allocator, of "
-        f"{size_text(found.budget_bytes)}"
+        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
+        f"{size_text(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
     )
 
 
