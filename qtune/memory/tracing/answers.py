@@ -42,6 +42,16 @@ class Values:
     def _nonzero(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new((min(self.scored, x.numel()), x.dim()), torch.long)
 
+    def _selected(self, x: torch.Tensor, places: Sequence[torch.Tensor | None], *_: Any) -> Any:
+        """x[mask]: the scored positions of x [*mask's shape, ...]; with indices the result is a matter of shapes."""
+        mask = places[0]
+        if mask is None or mask.dtype is not torch.bool:
+            return NotImplemented
+        return self.mode.new((min(self.scored, mask.numel()), *x.shape[mask.dim() :]), x.dtype)
+
+    def _masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.mode.new((min(self.scored, mask.numel()),), x.dtype)
+
     def _constant(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new(x.shape, x.dtype, x.stride())
 
@@ -75,6 +85,8 @@ class Values:
 
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.nonzero.default: Values._nonzero,
+    torch.ops.aten.index.Tensor: Values._selected,
+    torch.ops.aten.masked_select.default: Values._masked_select,
     torch.ops.aten.lift_fresh.default: Values._constant,
     torch.ops.aten._local_scalar_dense.default: Values._scalar,
     torch.ops.aten._grouped_mm.default: Values._grouped_product,

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from qtune.memory.tracing.step import (
     trained,
     update,
 )
+from qtune.memory.tracing.work import Work, place_of, stretched, work_of
 from qtune.startup.imports import freeze_once, no_collection
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Traced:
     """What a trace found."""
 
     history: History
+    work: Work
+    """What one micro-batch, one step of the optimizer and one batch of an evaluation give the device to do."""
     layers: int
     layers_executed: int
     """Fewer than `layers` where the rest was proved to repeat."""
@@ -76,24 +80,26 @@ def trace(
     freeze_once()
     try:
         with no_collection():
-            history, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
+            history, work, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
-    return Traced(history, layers, executed, time.perf_counter() - began)
+    return Traced(history, work, layers, executed, time.perf_counter() - began)
 
 
 def _traced(
     config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool, same_model: str | None
-) -> tuple[History, int, int]:
+) -> tuple[History, Work, int, int]:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
         built = _Built(config, build, step, cuda, every_layer)
         if same_model is not None:
             _built[same_model] = built
-    body, executed = built.body(step)
-    history = body if built.optimizer_part is None else join([body, built.optimizer_part])
-    return history, built.layers, executed
+    body, work, executed = built.body(step)
+    if built.optimizer_part is None:
+        return body, work, built.layers, executed
+    history, update_work = built.optimizer_part
+    return join([body, history]), work + update_work, built.layers, executed
 
 
 class _Built:
@@ -107,19 +113,21 @@ class _Built:
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
         self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, real, self.shape)
 
-    def body(self, step: Step) -> tuple[History, int]:
+    def body(self, step: Step) -> tuple[History, Work, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
 
         The shallow traces count where it can be shown that they are the same: what the stretched model holds at rest
         must be what the whole one holds.
         """
         if self.shape is not None and self.shallow:
-            short, longer = (tracer.body(step) for tracer in self.shallow)
+            (short, work), (longer, more) = (tracer.body(step) for tracer in self.shallow)
             body = stretch(short, longer, self.shape, self.layers, self.whole.container)
             if body is not None and _static(body) == self.whole.at_rest:
-                return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
+                depth = depth_for(self.layers, self.shape)
+                groups = (self.layers - depth) // self.shape.period
+                return body, stretched(work, more, groups), 2 * depth + self.shape.period
             log.debug("layers hold unequal parameters")
-        return self.whole.body(step), self.layers
+        return *self.whole.body(step), self.layers
 
 
 _built: dict[str, _Built] = {}
@@ -188,22 +196,23 @@ class _Tracer:
         self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
-        """A ledger that knows the loaded model, and nothing else yet."""
+        """A ledger that knows the loaded model, and nothing else yet; no work is done."""
+        self.work: Work = Counter()
         ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
         for tensor, category in self.held:
             ledger.adopt(tensor, category)
         return ledger
 
-    def optimizer(self) -> History:
+    def optimizer(self) -> tuple[History, Work]:
         """The optimizer's phase of the second step, when its state exists."""
         self.ledger = self._loaded()
         with self._counting():
             optimizer = self._with_state()
             give_gradients(self.trained)
-            update(self.model, self.step, optimizer, self.ledger)
-        return self._history({"optimizer"})
+            update(self.model, self.step, optimizer, self.ledger, foreach=self.cuda or None)
+        return self._history({"optimizer"}), self._work({"optimizer"})
 
-    def body(self, step: Step) -> History:
+    def body(self, step: Step) -> tuple[History, Work]:
         """Forward, backward and evaluation of the second step, which differs from the built one only in its batches."""
         self.step = step
         self.ledger = self._loaded()
@@ -225,9 +234,10 @@ class _Tracer:
                 evaluate(self.model, self.step, self.ledger)
             for handle in handles:
                 handle.remove()
-        history = self._history({"forward", "backward", "eval"})
+        phases = {"forward", "backward", "eval"}
+        history = self._history(phases)
         del kept, optimizer
-        return history
+        return history, self._work(phases)
 
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
@@ -244,14 +254,35 @@ class _Tracer:
     def _counting(self) -> Iterator[Values]:
         values = Values(self.step.batch, self.mode)
         kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
-        with self.mode.watched(values.answer, self.ledger.record), kernels, _rows_are_whole():
+        autocast = _autocast_is_asked_of_cuda() if self.cuda else contextlib.nullcontext()
+        with self.mode.watched(values.answer, self._record), kernels, autocast, _rows_are_whole():
             yield values
+
+    def _record(self, func: Any, args: Sequence[Any], out: Any) -> None:
+        self.ledger.record(func, args, out)
+        for kernel in work_of(func, args, out, cuda=self.cuda):
+            self.work[place_of(self.ledger), kernel] += 1
+
+    def _work(self, phases: set[str]) -> Work:
+        return Counter({key: count for key, count in self.work.items() if key[0].phase in phases})
 
     def _history(self, phases: set[str]) -> History:
         """These phases; of the loading only its last tick, when everything static is there."""
         whole = history_of(self.ledger, self.step.checkpointing != "none")
         loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
         return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
+
+
+@contextlib.contextmanager
+def _autocast_is_asked_of_cuda() -> Iterator[None]:
+    """`torch.is_autocast_enabled()` means CUDA's state, which is the CPU's while tracing. peft's quantized layers ask
+    it, and cast their input to fp32 where it says no (0.21, tuners/lora/bnb.py)."""
+    original = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: original(*device) if device else original("cpu")
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = original
 
 
 @contextlib.contextmanager
