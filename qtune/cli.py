@@ -386,14 +386,18 @@ def report(
 @app.command(rich_help_panel="Prepare")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure how fast this device is, and keep it for predictions of time.")
+    ] = False,
 ) -> None:
     """Examine this computer: versions, device, disk; what qtune would choose here, and why.
 
-    Ends with exit code 1 if something stands in the way of training.
+    --measure takes ten to thirty seconds; what it finds stands for the device's data sheet from then on. Ends with exit
+    code 1 if something stands in the way of training.
     """
     from qtune import doctor as stage
 
-    findings = stage.examine(Path("runs"))
+    findings = stage.examine(Path("runs"), measure=measure)
     if as_json:
         console.out_json(stage.to_json(findings))
     else:

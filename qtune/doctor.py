@@ -16,9 +16,11 @@ from packaging.requirements import Requirement
 
 from qtune import __version__, console
 from qtune.device.present import Device, present_device
+from qtune.device.rates import Rates
 from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.timing.known import keep_rates, known_rates
 
 GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
@@ -37,15 +39,21 @@ class Finding:
     advice: str = ""
 
 
-def examine(runs: Path) -> list[Finding]:
-    """Everything that decides how training will go on this computer; `runs` is where run folders would be made."""
+def examine(runs: Path, *, measure: bool = False) -> list[Finding]:
+    """Everything that decides how training will go on this computer; `runs` is where run folders would be made.
+
+    measure: first measure how fast the device is, and keep that for predictions of time.
+    """
     device = present_device()
+    if measure:
+        measure_rates(device)
     return [
         *version_findings(),
         *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
         quantization_finding(device),
         *choice_findings(device),
         *product_findings(device),
+        *rate_findings(known_rates(device)),
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
         *environment_findings(os.environ),
     ]
@@ -159,6 +167,38 @@ def product_seconds(device: Device, dtype: torch.dtype) -> float:
 def _wait_for(device: Device) -> None:
     if device.kind == "cuda":
         torch.cuda.synchronize()
+
+
+def measure_rates(device: Device) -> None:
+    """Measures the device and keeps what was found in the cache."""
+    from qtune.startup.quiet import quiet_libraries, quiet_loading
+    from qtune.timing.measure import measured_rates
+
+    quiet_libraries()
+    quiet_loading()
+    with console.progress(f"measuring {device.name}"):
+        rates = measured_rates(device)
+    console.say(f"kept for predictions of time: {keep_rates(device, rates)}")
+
+
+def rate_findings(rates: Rates | None) -> Iterator[Finding]:
+    """What predictions of time on this device rest on."""
+    if rates is None:
+        yield Finding(
+            "rates", "time", "not predicted", "note", "qtune doctor --measure finds out how fast this device is"
+        )
+        return
+    products = ", ".join(
+        f"{name} {flops / 1e12:,.3g}"
+        for name, flops in rates.products.items()
+        if name in ("bfloat16", "float16", "float32")
+    )
+    yield Finding("rates", "from", rates.source)
+    yield Finding("rates", "products", f"{products} TFLOP/s; attention {rates.attention / 1e12:,.3g}")
+    moved = {"in order": rates.moved, "adapter products": rates.thin, "NF4 read back": rates.dequantized}
+    shown = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in moved.items())
+    yield Finding("rates", "memory", f"{shown} GB/s")
+    yield Finding("rates", "processor", f"{1e6 * rates.launch_seconds:.0f} microseconds for each operation it launches")
 
 
 def disk_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:

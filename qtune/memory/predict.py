@@ -16,6 +16,7 @@ from qtune.errors import ModelError, Problem
 from qtune.memory.allowance import Need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.cuda import TODAYS_CARD
 from qtune.memory.tracing.history import Moment
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
@@ -27,6 +28,8 @@ from qtune.recipe.schema import PromptTuning, PTuning
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qtune.device.present import Device
+    from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.history import History
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
@@ -58,13 +61,18 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
-        return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
+        return trace(config, made, step, card=card_of(plan.device), same_model=model_key(config, recipe, plan))
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = (
             f"a step of {config.model_type} cannot be traced without its weights: {first}. A run may work all the same"
         )
         raise ModelError(Problem(recipe.model.base, reason)) from error
+
+
+def card_of(device: Device) -> Capability | None:
+    """What a trace must know of a card; None for a CPU."""
+    return (device.capability or TODAYS_CARD) if device.kind == "cuda" else None
 
 
 def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:

@@ -11,7 +11,7 @@ import torch
 from qtune.adapter.attach import attach_adapter
 from qtune.memory.cached import predicted, remembered
 from qtune.memory.fit import changed
-from qtune.memory.predict import Longest, build, summarize, training_step
+from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.in_parallel import side_by_side
 from qtune.memory.tracing.step import Step
@@ -65,7 +65,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
     )  # fmt: skip
     low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
     four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)
-    cuda = plan.device.kind == "cuda"
+    card = card_of(plan.device)
 
     def full(dtype: torch.dtype) -> Any:
         return lambda shape: bare_model(shape, dtype, None, plan.attention).requires_grad_(True)
@@ -82,7 +82,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
     def way(name: str, how: str, made: Any) -> Callable[[], Way]:
         def traced() -> Prediction:
-            return summarize(trace(config, made, plain, cuda=cuda))
+            return summarize(trace(config, made, plain, card=card))
 
         said = f"{how}, AdamW, whole logits"
         return lambda: Way(name, said, remembered(config, recipe, plan, longest, traced, name))
@@ -112,9 +112,7 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
 
     def untiled() -> Prediction:
         step = training_step(recipe, plan, rows)
-        return summarize(
-            trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
-        )
+        return summarize(trace(config, lambda shape: _untiled(shape, recipe, plan), step, card=card_of(plan.device)))
 
     def whole_logits() -> Way:
         whole = remembered(config, recipe, plan, rows, untiled, "untiled")

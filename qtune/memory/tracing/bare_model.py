@@ -88,6 +88,8 @@ def pack(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             _pack_four_bit(module, dtype)
+            # bitsandbytes 0.50 would repack it for a processor with AVX-512 in its first forward in eval mode.
+            module.support_avx512bf16_for_cpu = False
         elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
             shape = module.weight.shape
             module.weight = bitsandbytes.nn.Int8Params(

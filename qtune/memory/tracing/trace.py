@@ -18,7 +18,8 @@ from qtune.errors import ModelError
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
-from qtune.memory.tracing.cuda import CudaKernels, workspace
+from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace
+from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
 from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
@@ -39,6 +40,7 @@ from qtune.startup.imports import freeze_once, no_collection
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.layers import Repetition, Signature
     from qtune.memory.tracing.ledger import Life
     from qtune.memory.tracing.step import Step
@@ -67,32 +69,37 @@ def trace(
     build: Build,
     step: Step,
     *,
-    cuda: bool = True,
+    card: Capability | None = TODAYS_CARD,
     every_layer: bool = False,
     same_model: str | None = None,
 ) -> Traced:
     """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
 
-    cuda: count as CUDA kernels do; otherwise as the CPU's. every_layer: never shorten a model of repeated layers.
-    same_model: a key of everything but the batches; what the last trace with that key built is used again.
+    card: count as a card of this capability does; None: as the CPU. every_layer: never shorten a model of repeated
+    layers. same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
     freeze_once()
     try:
         with no_collection():
-            history, work, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
+            history, work, layers, executed = _traced(config, build, step, card, every_layer, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
     return Traced(history, work, layers, executed, time.perf_counter() - began)
 
 
 def _traced(
-    config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool, same_model: str | None
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    card: Capability | None,
+    every_layer: bool,
+    same_model: str | None,
 ) -> tuple[History, Work, int, int]:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
-        built = _Built(config, build, step, cuda, every_layer)
+        built = _Built(config, build, step, card, every_layer)
         if same_model is not None:
             _built[same_model] = built
     body, work, executed = built.body(step)
@@ -105,13 +112,15 @@ def _traced(
 class _Built:
     """The models of a trace: the whole one, and two shallow ones where its layers repeat; the optimizer's phase."""
 
-    def __init__(self, config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool) -> None:
+    def __init__(
+        self, config: PretrainedConfig, build: Build, step: Step, card: Capability | None, every_layer: bool
+    ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
-        self.whole = _Tracer(build(config), step, cuda)
+        self.whole = _Tracer(build(config), step, card)
         real = [] if every_layer else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
-        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, real, self.shape)
+        self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
 
     def body(self, step: Step) -> tuple[History, Work, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
@@ -135,7 +144,12 @@ _built: dict[str, _Built] = {}
 
 
 def _shallow(
-    config: PretrainedConfig, build: Build, step: Step, cuda: bool, real: list[Signature], shape: Repetition
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    card: Capability | None,
+    real: list[Signature],
+    shape: Repetition,
 ) -> list[_Tracer]:
     """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be.
 
@@ -145,7 +159,7 @@ def _shallow(
     found: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
-            shallow = _Tracer(build(shortened(config, depth)), step, cuda)
+            shallow = _Tracer(build(shortened(config, depth)), step, card)
         except ModelError:
             log.debug("no model with %d layers can be built", depth, exc_info=True)
             return []
@@ -156,9 +170,9 @@ def _shallow(
     return found
 
 
-def lives(config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True) -> list[Life]:
+def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
     """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
-    tracer = _Tracer(build(config), step, cuda)
+    tracer = _Tracer(build(config), step, card)
     tracer.body(step)
     return tracer.ledger.lives
 
@@ -183,22 +197,22 @@ def _by_category(ledger: Ledger) -> dict[str, int]:
 class _Tracer:
     """One model under one ledger."""
 
-    def __init__(self, model: torch.nn.Module, step: Step, cuda: bool) -> None:
-        self.model, self.step, self.cuda = model, step, cuda
+    def __init__(self, model: torch.nn.Module, step: Step, card: Capability | None) -> None:
+        self.model, self.step, self.card = model, step, card
         self.mode = RememberingMode()
         give_storage(model, self.mode)
         prepare(model, step)
         self.container = layer_container(model)
         self.trained = trained(model)
         self.groups = parameter_groups(model)
-        self.held = list(categories.loaded_tensors(model, cuda=cuda))
+        self.held = list(categories.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
         """A ledger that knows the loaded model, and nothing else yet; no work is done."""
         self.work: Work = Counter()
-        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
+        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.card is not None))
         for tensor, category in self.held:
             ledger.adopt(tensor, category)
         return ledger
@@ -209,7 +223,7 @@ class _Tracer:
         with self._counting():
             optimizer = self._with_state()
             give_gradients(self.trained)
-            update(self.model, self.step, optimizer, self.ledger, foreach=self.cuda or None)
+            update(self.model, self.step, optimizer, self.ledger, foreach=True if self.card is not None else None)
         return self._history({"optimizer"}), self._work({"optimizer"})
 
     def body(self, step: Step) -> tuple[History, Work]:
@@ -253,14 +267,15 @@ class _Tracer:
     @contextlib.contextmanager
     def _counting(self) -> Iterator[Values]:
         values = Values(self.step.batch, self.mode)
-        kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
-        autocast = _autocast_is_asked_of_cuda() if self.cuda else contextlib.nullcontext()
-        with self.mode.watched(values.answer, self._record), kernels, autocast, _rows_are_whole():
+        with self.mode.watched(values.answer, self._record), _rows_are_whole(), contextlib.ExitStack() as stack:
+            if self.card is not None:
+                stack.enter_context(CudaKernels(self.card))
+                stack.enter_context(answered_as_on_a_card(self.card))
             yield values
 
     def _record(self, func: Any, args: Sequence[Any], out: Any) -> None:
         self.ledger.record(func, args, out)
-        for kernel in work_of(func, args, out, cuda=self.cuda):
+        for kernel in work_of(func, args, out, cuda=self.card is not None):
             self.work[place_of(self.ledger), kernel] += 1
 
     def _work(self, phases: set[str]) -> Work:
@@ -271,18 +286,6 @@ class _Tracer:
         whole = history_of(self.ledger, self.step.checkpointing != "none")
         loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
         return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
-
-
-@contextlib.contextmanager
-def _autocast_is_asked_of_cuda() -> Iterator[None]:
-    """`torch.is_autocast_enabled()` means CUDA's state, which is the CPU's while tracing. peft's quantized layers ask
-    it, and cast their input to fp32 where it says no (0.21, tuners/lora/bnb.py)."""
-    original = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: original(*device) if device else original("cpu")
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = original
 
 
 @contextlib.contextmanager
