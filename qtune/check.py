@@ -32,6 +32,7 @@ from qtune.recipe.file import Resolved, show_value
 from qtune.recipe.schema import Data, Recipe
 from qtune.run.resolved import settled_values
 from qtune.startup.quiet import quiet_loading
+from qtune.timing.forecast import TimeForecast, time_of
 
 # bf16 or fp16: what an export writes for each parameter.
 EXPORT_BYTES = 2
@@ -78,7 +79,10 @@ class Check:
     disk: Disk
     memory: Forecast | str
     """What a step will need; in words why, where that cannot be traced."""
+    time: TimeForecast | None
+    """How long the run will take; None where the device's rates, or its memory, are not known."""
     step_seconds: float | None
+    """Measured, where it was asked for."""
 
     @property
     def data(self) -> Data:
@@ -136,6 +140,7 @@ class Check:
             "samples": [asdict(sample) for sample in self.samples],
             "disk": asdict(self.disk),
             "memory": self._memory_json(),
+            "time": None if self.time is None else self.time.to_json(),
             "step_seconds": self.step_seconds,
         }
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -179,6 +184,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
         samples_of(prepared.examples["train"], tokenizer, samples),
         disk_of(recipe, plan, config),
         memory,
+        None if isinstance(memory, str) else time_of(config, recipe, memory),
         step_seconds(recipe, plan, prepared, tokenizer) if timed and len(prepared.train) else None,
     )
 

@@ -439,11 +439,15 @@ def profile(
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.measured.failure_text import failure_text
+    from qtune.model.load import load_config
     from qtune.recipe.file import find_recipe, load_recipe
     from qtune.report.timeline import write_timeline
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
+    from qtune.screens.time import draw_time
     from qtune.startup.quiet import quiet_loading
+    from qtune.timing.forecast import step_duration, time_of
+    from qtune.timing.known import known_rates
 
     quiet_loading()
     if is_run:
@@ -461,8 +465,11 @@ def profile(
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
         found = stage.profile(resolved, stage.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
+        rates, plan = known_rates(found.forecast.plan.device), found.forecast.plan
+        console.out(draw_time(time_of(load_config(found.recipe.model), found.recipe, found.forecast)))
+        timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
-            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):
+            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES, timed):
                 console.out(part)
         prediction = found.forecast.prediction
         name = f"{found.recipe.model.base} on {found.forecast.plan.device.name}"

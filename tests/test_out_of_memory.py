@@ -99,7 +99,7 @@ def by_hand(config: Any, recipe: Recipe, plan: Plan, longest: Longest) -> Predic
         for phase, total in sizes.items()
     }
     peak = max(moments.values(), key=lambda moment: moment.bytes)
-    return Prediction(peak, moments, Need(peak.bytes, rest), 0, 0, 2, 2, 0.1, {}, [])
+    return Prediction(peak, moments, Need(peak.bytes, rest), 0, 0, 2, 2, 0.1, {}, [], [])
 
 
 def needed(peak_bytes: int, lasting_bytes: int) -> str:

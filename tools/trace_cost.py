@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
-from qtune.device.rates import Rates, data_sheet_rates  # noqa: E402
+from qtune.device.rates import Rates  # noqa: E402
 from qtune.memory.predict import Longest, predict  # noqa: E402
 from qtune.memory.tracing.trace import Traced, trace  # noqa: E402
 from qtune.memory.tracing.work import Kernel, Place, Work  # noqa: E402
@@ -37,7 +37,8 @@ from qtune.model.load import attention_rule, load_config  # noqa: E402
 from qtune.plan import Plan, make_plan  # noqa: E402
 from qtune.recipe.file import load_recipe  # noqa: E402
 from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
-from qtune.timing.price import Cost, Duration, cost_by, duration  # noqa: E402
+from qtune.timing.known import known_rates  # noqa: E402
+from qtune.timing.price import Cost, Duration, cost_by, duration, training_part  # noqa: E402
 
 Group = Callable[[Place, Kernel], Hashable]
 
@@ -83,13 +84,14 @@ def main() -> None:
     rows = plan.micro_batch_size
     each = None if options.scored is None else -(-options.scored // rows)
     longest = Longest(options.length, each, equal=not options.masked)
-    rates = data_sheet_rates(card)
+    rates = known_rates(card.device())
+    assert rates is not None  # every card of the table has a data sheet
     traced = {
         name: step(config, recipe, plan, longest)
         for name, step in (("qtune", ours), ("TRL", theirs))
         if options.only in (None, name)
     }
-    works = {name: training_work(found.work) for name, found in traced.items()}
+    works = {name: training_part(found.work) for name, found in traced.items()}
     if options.json:
         print(json.dumps(as_json(works, rates, options.by), indent=1))
         return
@@ -139,11 +141,6 @@ def ours(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest)
 
 def theirs(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Traced:
     return trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest))
-
-
-def training_work(work: Work) -> Work:
-    """Without the batch of an evaluation."""
-    return Work({key: count for key, count in work.items() if key[0].phase != "eval"})
 
 
 def table(by: str, costs: dict[str, dict[Hashable, Cost]], top: int) -> list[str]:

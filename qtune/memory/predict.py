@@ -20,6 +20,7 @@ from qtune.memory.tracing.cuda import TODAYS_CARD
 from qtune.memory.tracing.history import Moment
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
+from qtune.memory.tracing.work import rows_of
 from qtune.model.host import keep_embeddings_on_host
 from qtune.model.load import quantization_config, require_attention
 from qtune.model.loss import install_loss
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qtune.device.present import Device
     from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.history import History
+    from qtune.memory.tracing.work import WorkRow
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
@@ -181,6 +183,8 @@ class Prediction:
     """Live bytes by category in POINTS stretches of the step, each stretch at its fullest tick."""
     phases: list[tuple[int, str]]
     """(first stretch, phase) of the timeline."""
+    work: list[WorkRow]
+    """What one micro-batch, a step of the optimizer and a batch of an evaluation give the device to do."""
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Prediction:
@@ -216,6 +220,7 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
     return Prediction(
         peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, Need(peak.bytes, at_rest),
         history.paged, history.host, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
+        rows_of(traced.work),
     )  # fmt: skip
 
 

@@ -195,7 +195,8 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         "is_measured": "forward" in found.get("largest_batch", {}),
     }
     needed = prediction.need.total_bytes
-    known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    without_work = {name: value for name, value in asdict(prediction).items() if name != "work"}
+    known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **without_work}
     result = Measured(
         found,
         prediction,

@@ -20,14 +20,14 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.attach import attach_adapter
-from qtune.device.rates import KERNEL_SECONDS, Rates
+from qtune.device.rates import Rates
 from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing.step import parameter_groups, prepare, trained
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
-from qtune.timing.price import cost_by, duration
+from qtune.timing.price import cost_by, duration, training_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +55,8 @@ class Shapes:
 CARD = Shapes(8192, 4096, 14336, 32, 128, rows=4, length=2048, seconds=0.6)
 CPU = Shapes(512, 576, 1536, 9, 64, rows=2, length=256, seconds=0.6)
 RANK = 16
+WAITING_CYCLES = 10**8
+"""Of a card's clock: tens of milliseconds, longer than launching a few hundred kernels takes."""
 TINY_LAYERS, TINY_TOKENS = 8, 1600
 """More tokens than bitsandbytes gives to its fused kernels, which a 7B model's step does not meet either."""
 
@@ -65,12 +67,14 @@ def measured_rates(device: Device) -> Rates:
     shapes = CARD if device.kind == "cuda" else CPU
     dtype = torch.bfloat16 if device.bf16 else torch.float16 if device.kind == "cuda" else torch.float32
     here = _Measured(place, shapes, dtype)
-    products = {name: here.products(getattr(torch, name)) for name in here.dtypes()}
+    # Products in a 16-bit type that a device only emulates would take minutes, and no plan computes in it.
+    low = ["bfloat16", "float16"] if device.bf16 and here.is_card else [str(dtype).removeprefix("torch.")]
+    products = {name: here.products(getattr(torch, name)) for name in dict.fromkeys([*low, "float32"])}
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     rates = Rates(
         kind="measured",
         source=f"{device.name}: measured by qtune doctor on {date} with torch {torch.__version__}",
-        products={**products, "int8": products["bfloat16"] if "bfloat16" in products else products["float32"]},
+        products={**products, "int8": products[low[0]]},
         attention=here.attention(),
         moved=here.moved(),
         thin=here.thin(),
@@ -90,10 +94,6 @@ class _Measured:
     def __init__(self, place: torch.device, shapes: Shapes, dtype: torch.dtype) -> None:
         self.place, self.shapes, self.dtype = place, shapes, dtype
         self.is_card = place.type == "cuda"
-
-    def dtypes(self) -> list[str]:
-        """Those in which a plan may compute here: fp16 products of a CPU take forever."""
-        return ["bfloat16", "float16", "float32"] if self.is_card else ["bfloat16", "float32"]
 
     def products(self, dtype: torch.dtype) -> float:
         """FLOPs per second of a layer's products: forward, and the gradient of their input."""
@@ -149,19 +149,22 @@ class _Measured:
         return nbytes / self._seconds(lambda: bitsandbytes.functional.dequantize_4bit(codes, state))
 
     def kernel(self) -> float:
-        """Seconds of the smallest kernel among others like it, launched from a recorded graph; on a CPU nothing."""
+        """Seconds of the smallest kernel, one after the other: they are launched while the card waits, or launching
+        would be measured; on a CPU nothing."""
         if not self.is_card:
             return 0.0
-        count, one = 200, torch.ones(1, device=self.place)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            one.add_(1)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        count, one = 500, torch.ones(1, device=self.place)
+        took = []
+        for _ in range(5):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(WAITING_CYCLES)
+            began.record()
             for _ in range(count):
                 one.add_(1)
-        return max(self._seconds(graph.replay) / count, KERNEL_SECONDS)
+            ended.record()
+            torch.cuda.synchronize()
+            took.append(1e-3 * began.elapsed_time(ended) / count)
+        return min(took)
 
     def host_link(self) -> float:
         """Bytes per second from pinned host memory; on a CPU it is the same memory."""
@@ -174,8 +177,8 @@ class _Measured:
         return torch.randn(shape, device=self.place).mul_(0.02).to(dtype or self.dtype)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
-        """Seconds of `work`: on a card the median of stretches that together take `shapes.seconds`, for it slows down as
-        it warms; on a CPU the shortest, for other work on the computer only makes them longer."""
+        """Seconds of `work`: on a card the median of stretches that together take `shapes.seconds`, for it slows down
+        as it warms; on a CPU the shortest, for other work on the computer only makes them longer."""
         for _ in range(3):
             work()
         _wait_for(self.place)
@@ -197,8 +200,7 @@ def _with_launches(rates: Rates, device: Device) -> Rates:
     computing is hidden behind the launches."""
     tiny = _Tiny(device)
     seconds = tiny.step_seconds()
-    work = {key: count for key, count in tiny.work().items() if key[0].phase != "eval"}
-    found = duration(cost_by(work, rates, lambda place, kernel: None).values(), rates)
+    found = duration(cost_by(training_part(tiny.work()), rates, lambda place, kernel: None).values(), rates)
     launching = seconds - (found.device_seconds if rates.is_own_processor else 0.0)
     return replace(rates, launch_seconds=max(launching, 0.0) / found.launches)
 

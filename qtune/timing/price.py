@@ -6,7 +6,7 @@ one processor's, one after the other. Each kernel takes the longest of what it m
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,11 @@ def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
     }.get(kernel.kind, rates.moved)
     longest = max(kernel.bytes / moving, kernel.flops / arithmetic, kernel.scattered / rates.scattered)
     return longest + kernel.launches * rates.kernel_seconds
+
+
+def training_part(work: Work) -> Work:
+    """Without the batch of an evaluation, which a trace holds as well."""
+    return Counter({key: count for key, count in work.items() if key[0].phase != "eval"})
 
 
 def cost_by(work: Work, rates: Rates, group: Callable[[Place, Kernel], Hashable]) -> dict[Hashable, Cost]:

@@ -82,6 +82,32 @@ def stretched(short: Work, longer: Work, groups: int) -> Work:
     return Counter({key: short[key] + groups * (longer[key] - short[key]) for key in keys})
 
 
+WorkRow = tuple[str, str, bool, str, str, int, int, int, str, int, int]
+"""One kernel of a place as plain values, in the order of their fields, and how often it is launched."""
+
+
+def rows_of(work: Work) -> list[WorkRow]:
+    """Work as plain values, to be kept in a file."""
+    return [
+        (
+            *(place.phase, place.part, place.recomputed),
+            *(kernel.op, kernel.kind, kernel.launches, kernel.bytes, kernel.flops),
+            *(str(kernel.dtype).removeprefix("torch."), kernel.scattered),
+            count,
+        )
+        for (place, kernel), count in work.items()
+    ]
+
+
+def from_rows(rows: Sequence[Sequence[Any]]) -> Work:
+    """Work from what `rows_of` gave."""
+    found: Work = Counter()
+    for phase, part, recomputed, op, kind, launches, moved, flops, dtype, scattered, count in rows:
+        kernel = Kernel(op, kind, launches, moved, flops, getattr(torch, dtype), scattered)
+        found[Place(phase, part, recomputed), kernel] += count
+    return found
+
+
 def work_of(func: Any, args: Sequence[Any], out: Any, *, cuda: bool = True) -> list[Kernel]:
     """The kernels of one operation, from its function, arguments and result; none where nothing is computed.
 

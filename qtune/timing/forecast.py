@@ -1,0 +1,177 @@
+"""How long a step, an epoch and the whole run will take on a device, before anything is downloaded.
+
+The recipe's step is traced at the length of the mean micro-batch and at that of the longest one; what lies between is
+on a line through both, for work grows with length nearly so. A step is all of its micro-batches and one update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qtune.data.batches import StepSampler
+from qtune.memory.cached import predicted
+from qtune.memory.predict import Longest
+from qtune.memory.tracing.work import from_rows
+from qtune.timing.known import known_rates
+from qtune.timing.price import Cost, Duration, cost_by, duration
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PretrainedConfig
+
+    from qtune.device.rates import Rates
+    from qtune.memory.longest import RowLengths, Rows
+    from qtune.memory.predict import Prediction
+    from qtune.memory.profile import Forecast
+    from qtune.memory.tracing.work import Work
+    from qtune.plan import Plan
+    from qtune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class TimeForecast:
+    """How long training will take. Loading, checkpoints and the first step's warming up are not in it."""
+
+    kind: str
+    """Of the rates: "data sheet" or "measured"."""
+    source: str
+    """In words: whose rates, from where, when."""
+    longest_step: Duration
+    """A step whose micro-batches are all as large as the largest."""
+    step_seconds: float
+    """The mean step of an epoch."""
+    tokens_per_second: float
+    """Tokens of the rows, padding not counted."""
+    steps_per_epoch: int | None
+    """None, as all that follows, where the rows are not known."""
+    steps: int | None
+    epoch_seconds: float | None
+    run_seconds: float | None
+    """Steps and evaluations."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "longest_step": {**asdict(self.longest_step), "seconds": self.longest_step.seconds}}
+
+
+def time_of(config: PretrainedConfig, recipe: Recipe, found: Forecast) -> TimeForecast | None:
+    """How long the run of a forecast takes on the forecast's device; None where no rates of it are known.
+
+    Raises:
+        ModelError: as the forecast itself.
+    """
+    rates = known_rates(found.plan.device)
+    if rates is None:
+        return None
+    plan, rows = found.plan, found.rows
+    if rows.data is None:
+        return _of_one_length(recipe, plan, rows.longest.length, found.prediction, rates)
+    return _of_data(config, recipe, plan, rows, rows.data, found.prediction, rates)
+
+
+def step_duration(prediction: Prediction, plan: Plan, rates: Rates) -> Duration:
+    """A whole step of micro-batches like the one that was traced."""
+    return _Step.of(prediction, rates).duration(plan.accumulation_steps, rates)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one micro-batch, one update and one batch of an evaluation cost."""
+
+    micro_batch: Cost
+    update: Cost
+    evaluation: Cost
+
+    @classmethod
+    def of(cls, prediction: Prediction, rates: Rates) -> _Step:
+        work: Work = from_rows(prediction.work)
+        costs = cost_by(work, rates, lambda place, kernel: place.phase)
+        found = {phase: costs.get(phase, Cost()) for phase in ("forward", "backward", "optimizer", "eval")}
+        return cls(found["forward"] + found["backward"], found["optimizer"], found["eval"])
+
+    def duration(self, micro_batches: int, rates: Rates) -> Duration:
+        return duration([self.micro_batch] * micro_batches + [self.update], rates)
+
+
+def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Prediction, rates: Rates) -> TimeForecast:
+    """Every row as long as the longest, for nothing is known of them."""
+    found = step_duration(prediction, plan, rates)
+    tokens = plan.micro_batch_size * plan.accumulation_steps * length
+    steps = recipe.training.steps
+    return TimeForecast(
+        rates.kind, rates.source, found, found.seconds, tokens / found.seconds, None, steps, None,
+        None if steps is None else steps * found.seconds,
+    )  # fmt: skip
+
+
+def _of_data(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    rows: Rows,
+    data: RowLengths,
+    prediction: Prediction,
+    rates: Rates,
+) -> TimeForecast:
+    """The steps of the first epoch, each with its own micro-batches."""
+    training, micro = recipe.training, plan.micro_batch_size
+    padded = _micro_batches(data.train, micro, training.batch_size, training.seed)
+    mean, longest = int(np.ceil(padded.mean())), int(padded.max())
+
+    def at(length: int) -> _Step:
+        scored = max(1, int(np.ceil(data.scored_share * length)))
+        same = Longest(length, scored, rows.longest.equal, rows.longest.evaluated)
+        return _Step.of(predicted(config, recipe, plan, same), rates)
+
+    near, far = at(mean), at(longest)
+    device = _line(padded, mean, longest, near.micro_batch.seconds, far.micro_batch.seconds)
+    launches = _line(padded, mean, longest, near.micro_batch.launches, far.micro_batch.launches)
+    each = -(-training.batch_size // micro)
+    starts = np.arange(0, len(padded), each)
+    device_of_step = np.add.reduceat(device, starts) + near.update.seconds
+    processor_of_step = (np.add.reduceat(launches, starts) + near.update.launches) * rates.launch_seconds
+    together = np.add if rates.is_own_processor else np.maximum
+    epoch_seconds = float(together(device_of_step, processor_of_step).sum())
+    steps_per_epoch = len(starts)
+    steps = training.steps or round(training.epochs * steps_per_epoch)
+    evaluations = _evaluations(recipe, steps, steps_per_epoch) * _evaluation_seconds(data, rows, micro, far, rates)
+    return TimeForecast(
+        rates.kind, rates.source, step_duration(prediction, plan, rates), epoch_seconds / steps_per_epoch,
+        float(data.train.sum()) / epoch_seconds, steps_per_epoch, steps, epoch_seconds,
+        steps * epoch_seconds / steps_per_epoch + evaluations,
+    )  # fmt: skip
+
+
+def _micro_batches(lengths: NDArray[np.int64], micro: int, batch_size: int, seed: int) -> NDArray[np.int64]:
+    """Padded length of each micro-batch of the first epoch, in order; steps are whole numbers of them."""
+    ordered = lengths[StepSampler(lengths, batch_size, seed).order()]
+    return np.maximum.reduceat(ordered, np.arange(0, len(ordered), micro))
+
+
+def _line(lengths: NDArray[np.int64], near: int, far: int, at_near: float, at_far: float) -> NDArray[np.float64]:
+    """Values at `lengths` on the line through two known ones; nothing takes less than no time."""
+    slope = (at_far - at_near) / (far - near) if far > near else 0.0
+    return np.maximum(at_near + slope * (lengths - near), 0.0)
+
+
+def _evaluations(recipe: Recipe, steps: int, steps_per_epoch: int) -> int:
+    """How often a run goes through its validation rows."""
+    every = recipe.training.eval_every
+    if every == "never":
+        return 0
+    return -(-steps // steps_per_epoch) if every == "epoch" else steps // int(every)
+
+
+def _evaluation_seconds(data: RowLengths, rows: Rows, micro: int, step: _Step, rates: Rates) -> float:
+    """One evaluation: its batches, each in proportion to its padded length."""
+    if not len(data.validation):
+        return 0.0
+    longest = rows.longest.evaluated or rows.longest.length
+    padded = np.maximum.reduceat(data.validation, np.arange(0, len(data.validation), micro))
+    one = duration([step.evaluation], rates)
+    device = one.device_seconds * padded / longest
+    together = np.add if rates.is_own_processor else np.maximum
+    return float(together(device, one.processor_seconds).sum())
