@@ -196,7 +196,16 @@ class Prediction:
         moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
         phases = [(int(point), str(name)) for point, name in found["phases"]]
         peak, need = Moment(**found["peak"]), Need(**found["need"])
-        return cls(**found | {"peak": peak, "by_phase": moments, "need": need, "phases": phases})
+        return cls(
+            **found
+            | {
+                "peak": peak,
+                "by_phase": moments,
+                "need": need,
+                "phases": phases,
+                "work": [tuple(row) for row in found["work"]],
+            }
+        )
 
 
 POINTS = 240
