@@ -19,6 +19,8 @@ from qtune.timing.known import known_rates
 from qtune.timing.price import Cost, Duration, cost_by, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from transformers import PretrainedConfig
 
@@ -32,6 +34,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StepModel:
+    """What a step takes by the padded lengths of its micro-batches: a line through two lengths that were traced."""
+
+    near: int
+    far: int
+    """Tokens of a row; the same where all micro-batches are of one length."""
+    at_near: Cost
+    at_far: Cost
+    """Of one micro-batch of that length."""
+    update: Cost
+    rates: Rates
+
+    def seconds(self, lengths: Sequence[int] | NDArray[np.int64]) -> float:
+        """Of one step."""
+        return float(self.seconds_of_steps(np.asarray(lengths), len(lengths))[0])
+
+    def seconds_of_steps(self, lengths: NDArray[np.int64], each: int) -> NDArray[np.float64]:
+        """Of steps of `each` micro-batches whose lengths follow one another; the last step may have fewer."""
+        starts = np.arange(0, len(lengths), each)
+        device = np.add.reduceat(self._line(lengths, self.at_near.seconds, self.at_far.seconds), starts)
+        launches = np.add.reduceat(self._line(lengths, self.at_near.launches, self.at_far.launches), starts)
+        processor = (launches + self.update.launches) * self.rates.launch_seconds
+        together = np.add if self.rates.is_own_processor else np.maximum
+        found: NDArray[np.float64] = together(device + self.update.seconds, processor)
+        return found
+
+    def _line(self, lengths: NDArray[np.int64], at_near: float, at_far: float) -> NDArray[np.float64]:
+        """Nothing takes less than no time."""
+        slope = (at_far - at_near) / (self.far - self.near) if self.far > self.near else at_far / self.far
+        return np.maximum(at_near + slope * (lengths - self.near), 0.0)
+
+
+@dataclass(frozen=True)
 class TimeForecast:
     """How long training will take. Loading, checkpoints and the first step's warming up are not in it."""
 
@@ -39,6 +74,7 @@ class TimeForecast:
     """Of the rates: "data sheet" or "measured"."""
     source: str
     """In words: whose rates, from where, when."""
+    model: StepModel
     longest_step: Duration
     """A step whose micro-batches are all as large as the largest."""
     step_seconds: float
@@ -53,8 +89,14 @@ class TimeForecast:
     """Steps and evaluations."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "longest_step": {**asdict(self.longest_step), "seconds": self.longest_step.seconds}}
+        """Plain values: what is shown."""
+        names = ("kind", "source", "step_seconds", "tokens_per_second", "steps_per_epoch", "steps", "epoch_seconds")
+        step = {**asdict(self.longest_step), "seconds": self.longest_step.seconds}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "run_seconds": self.run_seconds,
+            "longest_step": step,
+        }
 
 
 def time_of(config: PretrainedConfig, recipe: Recipe, found: Forecast) -> TimeForecast | None:
@@ -98,13 +140,22 @@ class _Step:
 
 def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Prediction, rates: Rates) -> TimeForecast:
     """Every row as long as the longest, for nothing is known of them."""
-    found = step_duration(prediction, plan, rates)
+    step = _Step.of(prediction, rates)
+    found = step.duration(plan.accumulation_steps, rates)
     tokens = plan.micro_batch_size * plan.accumulation_steps * length
     steps = recipe.training.steps
     return TimeForecast(
-        rates.kind, rates.source, found, found.seconds, tokens / found.seconds, None, steps, None,
+        rates.kind,
+        rates.source,
+        StepModel(length, length, step.micro_batch, step.micro_batch, step.update, rates),
+        found,
+        found.seconds,
+        tokens / found.seconds,
+        None,
+        steps,
+        None,
         None if steps is None else steps * found.seconds,
-    )  # fmt: skip
+    )
 
 
 def _of_data(
@@ -127,34 +178,29 @@ def _of_data(
         return _Step.of(predicted(config, recipe, plan, same), rates)
 
     near, far = at(mean), at(longest)
-    device = _line(padded, mean, longest, near.micro_batch.seconds, far.micro_batch.seconds)
-    launches = _line(padded, mean, longest, near.micro_batch.launches, far.micro_batch.launches)
-    each = -(-training.batch_size // micro)
-    starts = np.arange(0, len(padded), each)
-    device_of_step = np.add.reduceat(device, starts) + near.update.seconds
-    processor_of_step = (np.add.reduceat(launches, starts) + near.update.launches) * rates.launch_seconds
-    together = np.add if rates.is_own_processor else np.maximum
-    epoch_seconds = float(together(device_of_step, processor_of_step).sum())
-    steps_per_epoch = len(starts)
+    model = StepModel(mean, longest, near.micro_batch, far.micro_batch, far.update, rates)
+    epoch_seconds = float(model.seconds_of_steps(padded, plan.accumulation_steps).sum())
+    steps_per_epoch = -(-len(data.train) // training.batch_size)
     steps = training.steps or round(training.epochs * steps_per_epoch)
     evaluations = _evaluations(recipe, steps, steps_per_epoch) * _evaluation_seconds(data, rows, micro, far, rates)
     return TimeForecast(
-        rates.kind, rates.source, step_duration(prediction, plan, rates), epoch_seconds / steps_per_epoch,
-        float(data.train.sum()) / epoch_seconds, steps_per_epoch, steps, epoch_seconds,
+        rates.kind,
+        rates.source,
+        model,
+        step_duration(prediction, plan, rates),
+        epoch_seconds / steps_per_epoch,
+        float(data.train.sum()) / epoch_seconds,
+        steps_per_epoch,
+        steps,
+        epoch_seconds,
         steps * epoch_seconds / steps_per_epoch + evaluations,
-    )  # fmt: skip
+    )
 
 
 def _micro_batches(lengths: NDArray[np.int64], micro: int, batch_size: int, seed: int) -> NDArray[np.int64]:
     """Padded length of each micro-batch of the first epoch, in order; steps are whole numbers of them."""
     ordered = lengths[StepSampler(lengths, batch_size, seed).order()]
     return np.maximum.reduceat(ordered, np.arange(0, len(ordered), micro))
-
-
-def _line(lengths: NDArray[np.int64], near: int, far: int, at_near: float, at_far: float) -> NDArray[np.float64]:
-    """Values at `lengths` on the line through two known ones; nothing takes less than no time."""
-    slope = (at_far - at_near) / (far - near) if far > near else 0.0
-    return np.maximum(at_near + slope * (lengths - near), 0.0)
 
 
 def _evaluations(recipe: Recipe, steps: int, steps_per_epoch: int) -> int:

@@ -26,8 +26,9 @@ Show = Callable[[dict[str, Any]], None]
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl, one record per line, and shows each record as it is written.
 
-    A record has a `kind`: "train" (loss, accuracy, learning_rate, gradient_norm, tokens_per_second, memory_bytes,
-    memory_peak_bytes), "eval" (loss, accuracy) or "note" (message); and step, steps, epoch, seconds since the start.
+    A record has a `kind`: "train" (loss, accuracy, learning_rate, gradient_norm, tokens_per_second, step_seconds,
+    predicted_step_seconds where it is known, memory_bytes, memory_peak_bytes), "eval" (loss, accuracy) or "note"
+    (message); and step, steps, epoch, seconds since the start.
     """
 
     def __init__(self, file: Path, show: Show, meter: Meter) -> None:
@@ -58,6 +59,11 @@ class Metrics(TrainerCallback):
                     "learning_rate": logs["learning_rate"],
                     "gradient_norm": logs.get("grad_norm", 0.0),
                     "tokens_per_second": round(logs["tokens_per_second"], 1),
+                    **{
+                        name: round(logs[name], 4)
+                        for name in ("step_seconds", "predicted_step_seconds")
+                        if name in logs
+                    },
                     "memory_bytes": now,
                     "memory_peak_bytes": peak,
                 }

@@ -85,7 +85,7 @@ class TrainingDisplay:
         )
         figures = {name: Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(latest).items()}
         # What is learned, then what it costs: together they do not fit into 80 columns.
-        costs = [figures.pop(name) for name in ("tokens/s", "memory") if name in figures]
+        costs = [figures.pop(name) for name in ("tokens/s", "s/step", "memory") if name in figures]
         return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row))
 
 
@@ -99,6 +99,9 @@ def _figures(record: Record) -> dict[str, str]:
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
     }
     figures = {label: layout.format(record[key]) for key, (label, layout) in formats.items() if key in record}
+    if "step_seconds" in record:
+        predicted = f" ({record['predicted_step_seconds']:.2f})" if "predicted_step_seconds" in record else ""
+        figures["s/step"] = f"{record['step_seconds']:.2f}{predicted}"
     if "memory_bytes" in record:
         now, peak = record["memory_bytes"] / 2**30, record["memory_peak_bytes"] / 2**30
         figures["memory"] = f"{now:.2f} GiB, peak {peak:.2f}"

@@ -31,7 +31,7 @@ from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import find_sources
 from qtune.device.present import Device, is_out_of_memory, present_device
 from qtune.device.processes import other_holders
-from qtune.errors import InputError, Interrupted, OutOfMemory, Problem, RunError
+from qtune.errors import InputError, Interrupted, ModelError, OutOfMemory, Problem, RunError
 from qtune.export.gguf.file import refuse_unconvertible
 from qtune.memory.longest import Rows, longest_of
 from qtune.memory.measured.failure_text import failure_text
@@ -49,6 +49,8 @@ from qtune.run.lock import lock_of, rows_hash
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
 from qtune.startup.quiet import quiet_loading
+from qtune.timing.forecast import TimeForecast, time_of
+from qtune.timing.known import known_rates
 from qtune.training.callbacks import (
     CheckpointClock,
     Intervals,
@@ -58,7 +60,8 @@ from qtune.training.callbacks import (
     forget_after,
     has_evaluation,
 )
-from qtune.training.display import TrainingDisplay
+from qtune.training.display import TrainingDisplay, clock
+from qtune.training.pace import Comparison
 from qtune.training.trainer import (
     QloraTrainer,
     complete_checkpoints,
@@ -83,6 +86,8 @@ class Inputs:
     prepared: Prepared
     forecast: Forecast | None
     """What memory is predicted to be needed; None on a CPU, where nothing is decided by it."""
+    time: TimeForecast | None
+    """How long the run is predicted to take; None where no rates of the device are known."""
 
     @property
     def recipe(self) -> Recipe:
@@ -159,8 +164,10 @@ def _gather(resolved: Resolved) -> Inputs:
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     tokenizer.chat_template = prepared.template.text
     gate(inspect(prepared, recipe.data, config.get_text_config().vocab_size).findings, recipe.data.allow)
-    expected = _predict(config, recipe, plan.device, longest_of(prepared)) if plan.device.kind == "cuda" else None
-    return Inputs(resolved, expected.plan if expected else plan, tokenizer, prepared, expected)
+    is_card, rows = plan.device.kind == "cuda", longest_of(prepared)
+    expected = _predict(config, recipe, plan.device, rows) if is_card else None
+    duration = _predict_time(config, recipe, plan.device, rows, expected)
+    return Inputs(resolved, expected.plan if expected else plan, tokenizer, prepared, expected, duration)
 
 
 def _require_allocator() -> None:
@@ -190,6 +197,20 @@ def _predict(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
         what = "one row is" if found.plan.micro_batch_size == 1 else f"{found.plan.micro_batch_size} rows are"
         console.say(f"{what} predicted to need {need:.1f} GiB of {budget:.1f}; qtune fit shows what would help")
     return found
+
+
+def _predict_time(
+    config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows, expected: Forecast | None
+) -> TimeForecast | None:
+    """How long the run will take, where that can be known; nothing depends on it."""
+    if known_rates(device) is None:
+        return None
+    found = expected or attempted(config, recipe, device, rows)
+    try:
+        return None if isinstance(found, str) else time_of(config, recipe, found)
+    except ModelError:
+        log.debug("the time could not be predicted", exc_info=True)
+        return None
 
 
 def _require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
@@ -237,6 +258,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 trainer.take_state_of(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.comparison is not None:
+                metrics.note(f"{trainer.comparison}")
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step)
@@ -361,6 +384,11 @@ def _introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> No
         f"{len(inputs.prepared.train):,} training rows, {plan.micro_batch_size * plan.accumulation_steps} per step "
         f"in micro-batches of {plan.micro_batch_size}"
     )
+    if (time := inputs.time) is not None and time.run_seconds is not None:
+        console.say(
+            f"{time.step_seconds:.2f} s a step and {clock(time.run_seconds)} in all are predicted, from "
+            f"{'measured rates' if time.kind == 'measured' else 'a data sheet'}"
+        )
 
 
 def _make_trainer(
@@ -396,6 +424,8 @@ def _make_trainer(
         callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
         note=metrics.note,
+        comparison=Comparison(inputs.time.model.seconds) if inputs.time else None,
+        rates_source=inputs.time.source if inputs.time else "",
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):
