@@ -2,12 +2,14 @@
 
     qtune doctor --measure                                    # once: predictions from measured rates as well
     python tools/validate_time.py --model "SmolLM2 135M" --rows 2 --length 256
+    python tools/validate_time.py --measure                   # rates taken just before the steps, and again after them
     python tools/validate_time.py --base FOLDER --rows 4 --length 2048 --kernels --json time.json
 
 The steps are those of `qtune run`: its trainer, on random rows of the asked length (--masked: of unequal lengths, the
 longest as asked). --model makes a checkpoint of random weights of that geometry first, which time does not depend on;
 --base takes one that is there. Time is taken from the end of one step to the end of a later one, with nothing waited
-for in between. --kernels also profiles two steps on a card: what its kernels take, and how many there are.
+for in between; on one thread of a processor it is the process's own, so that other programs do not count. --kernels
+also profiles two steps on a card: what its kernels take, and how many there are.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from qtune.adapter.attach import attach_adapter  # noqa: E402
 from qtune.data.collate import PaddedCollator  # noqa: E402
 from qtune.device.cards import card_named  # noqa: E402
-from qtune.device.present import present_device  # noqa: E402
+from qtune.device.present import Device, present_device  # noqa: E402
 from qtune.device.rates import Rates, data_sheet_rates  # noqa: E402
 from qtune.errors import InputError  # noqa: E402
 from qtune.memory.measured.meter import Meter  # noqa: E402
@@ -49,6 +52,7 @@ from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 from qtune.startup.quiet import quiet_libraries, quiet_loading  # noqa: E402
 from qtune.timing.forecast import step_duration  # noqa: E402
 from qtune.timing.known import known_rates  # noqa: E402
+from qtune.timing.measure import measured_rates  # noqa: E402
 from qtune.training.trainer import QloraTrainer, sft_config  # noqa: E402
 
 UNCOUNTED = 3
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--steps", type=int, default=8, help="counted ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--measure", action="store_true", help="measure the rates beside the steps")
     parser.add_argument("--kernels", action="store_true", help="also profile two steps on a card")
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
@@ -96,7 +101,10 @@ def compared(base: Path, options: argparse.Namespace, folder: Path) -> dict[str,
     config = load_config(recipe.model)
     plan = make_plan(recipe, device, attention_rule(config))
     lengths = row_lengths(options)
+    seconds = clock_for(device)
+    own = [measured_rates(device, seconds)] if options.measure else []
     clock = measured_steps(recipe, plan, folder, lengths, config.vocab_size, options)
+    own += [measured_rates(device, seconds)] if options.measure else []
     longest = Longest(options.length, -(-(sum(lengths) - len(lengths)) // len(lengths)), equal=not options.masked)
     prediction = summarize(predict(config, recipe, plan, longest))
     measured = clock.seconds
@@ -111,24 +119,32 @@ def compared(base: Path, options: argparse.Namespace, folder: Path) -> dict[str,
         "measured_seconds": round(measured, 4),
         "measured_each": [round(one, 4) for one in clock.each],
         "tokens_per_second": round(sum(lengths) / measured, 1),
-        "predicted": {},
+        "predicted": [],
         **({"profiled": clock.profiled} if clock.profiled else {}),
     }
-    for rates in all_rates(device):
+    for rates in [*all_rates(device), *own]:
         step = step_duration(prediction, plan, rates)
-        found["predicted"][rates.kind] = {
-            "source": rates.source,
-            "seconds": round(step.seconds, 4),
-            "device_seconds": round(step.device_seconds, 4),
-            "processor_seconds": round(step.processor_seconds, 4),
-            "launches": step.launches,
-            "error": round(step.seconds / measured - 1, 4),
-            "rates": rates.to_json(),
-        }
+        found["predicted"].append(
+            {
+                "source": rates.source,
+                "seconds": round(step.seconds, 4),
+                "device_seconds": round(step.device_seconds, 4),
+                "processor_seconds": round(step.processor_seconds, 4),
+                "launches": step.launches,
+                "error": round(step.seconds / measured - 1, 4),
+                "rates": rates.to_json(),
+            }
+        )
     return found
 
 
-def all_rates(device: Any) -> list[Rates]:
+def clock_for(device: Device) -> Callable[[], float]:
+    """On one thread of a processor what other programs do meanwhile can be left out, and is."""
+    alone = device.kind == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def all_rates(device: Device) -> list[Rates]:
     """The data sheet's, where there is one, and those that were measured here."""
     found = []
     with contextlib.suppress(InputError):  # a processor has none
@@ -170,6 +186,7 @@ class Clock(TrainerCallback):
 
     counted: int
     kernels: bool
+    clock: Callable[[], float]
     ends: list[float] = field(default_factory=list)
     profiled: dict[str, Any] = field(default_factory=dict)
     profiler: Any = None
@@ -178,7 +195,7 @@ class Clock(TrainerCallback):
         step = state.global_step
         if step in (UNCOUNTED, UNCOUNTED + self.counted):
             wait()
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.clock())
         if not (self.kernels and torch.cuda.is_available()):
             return
         if step == UNCOUNTED + self.counted:
@@ -224,7 +241,7 @@ def measured_steps(
     model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
     rows = [torch.randint(3, vocabulary, (length,)).tolist() for length in lengths]
     run_dir = RunDir(folder / "run")
-    clock = Clock(options.steps, options.kernels)
+    clock = Clock(options.steps, options.kernels, clock_for(plan.device))
     config = sft_config(recipe.training, plan, run_dir, has_validation=False)
     config._n_gpu = min(config.n_gpu, 1)
     trainer = QloraTrainer(

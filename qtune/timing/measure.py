@@ -11,6 +11,7 @@ import datetime
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,6 @@ from qtune.recipe.schema import Recipe, parse_recipe
 from qtune.timing.price import cost_by, duration, training_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qtune.device.present import Device
     from qtune.memory.tracing.work import Work
 
@@ -61,12 +60,19 @@ TINY_LAYERS, TINY_TOKENS = 8, 1600
 """More tokens than bitsandbytes gives to its fused kernels, which a 7B model's step does not meet either."""
 
 
-def measured_rates(device: Device) -> Rates:
-    """What `device`, which must be here, does in a second. Takes about ten seconds."""
+Clock = Callable[[], float]
+"""Seconds."""
+
+
+def measured_rates(device: Device, clock: Clock = time.perf_counter) -> Rates:
+    """What `device`, which must be here, does in a second. Takes about ten seconds.
+
+    clock: `time.process_time` leaves out what other programs do meanwhile, on a CPU with one thread.
+    """
     place = torch.device(device.torch_name)
     shapes = CARD if device.kind == "cuda" else CPU
     dtype = torch.bfloat16 if device.bf16 else torch.float16 if device.kind == "cuda" else torch.float32
-    here = _Measured(place, shapes, dtype)
+    here = _Measured(place, shapes, dtype, clock)
     # Products in a 16-bit type that a device only emulates would take minutes, and no plan computes in it.
     low = ["bfloat16", "float16"] if device.bf16 and here.is_card else [str(dtype).removeprefix("torch.")]
     products = {name: here.products(getattr(torch, name)) for name in dict.fromkeys([*low, "float32"])}
@@ -85,14 +91,14 @@ def measured_rates(device: Device) -> Rates:
         launch_seconds=0.0,
         is_own_processor=device.kind == "cpu",
     )
-    return _with_launches(rates, device)
+    return _with_launches(rates, device, clock)
 
 
 class _Measured:
     """One device at work."""
 
-    def __init__(self, place: torch.device, shapes: Shapes, dtype: torch.dtype) -> None:
-        self.place, self.shapes, self.dtype = place, shapes, dtype
+    def __init__(self, place: torch.device, shapes: Shapes, dtype: torch.dtype, clock: Clock) -> None:
+        self.place, self.shapes, self.dtype, self.clock = place, shapes, dtype, clock
         self.is_card = place.type == "cuda"
 
     def products(self, dtype: torch.dtype) -> float:
@@ -108,12 +114,13 @@ class _Measured:
         return flops / self._seconds(lambda: [one() for one in work])
 
     def thin(self) -> float:
-        """Bytes per second of an adapter's products, down to its rank and up again."""
+        """Bytes per second of an adapter's products: down to its rank and up again, and their gradients."""
         s = self.shapes
         x, low = self._random((s.tokens, s.hidden)), self._random((s.tokens, RANK))
         down, up = self._random((RANK, s.hidden)), self._random((s.hidden, RANK))
-        nbytes = sum(_bytes(t) for t in (x, low, down, up, x, low))
-        return nbytes / self._seconds(lambda: (functional.linear(x, down), functional.linear(low, up)))
+        pairs = [(x, down.t()), (low, up.t()), (x, up), (x.t(), low), (low.t(), x), (low, down)]
+        nbytes = sum(_bytes(a) + _bytes(b) + a.shape[0] * b.shape[1] * a.element_size() for a, b in pairs)
+        return nbytes / self._seconds(lambda: [a @ b for a, b in pairs])
 
     def attention(self) -> float:
         """FLOPs per second, forward and backward, with a mask as rows of unequal length have it."""
@@ -130,9 +137,11 @@ class _Measured:
         return flops / self._seconds(work)
 
     def moved(self) -> float:
-        """Bytes per second of adding two tensors into a new one."""
-        a, b = (self._random((self.shapes.tokens, self.shapes.hidden)) for _ in range(2))
-        return 3 * _bytes(a) / self._seconds(lambda: a + b)
+        """Bytes per second of a sum, a cast and an activation, each into a new tensor, as a layer has them."""
+        a, b = (self._random((self.shapes.tokens, self.shapes.intermediate)) for _ in range(2))
+        other = torch.float32 if self.dtype is not torch.float32 else torch.bfloat16
+        nbytes = 3 * _bytes(a) + _bytes(a) + _bytes(a.to(other)) + 2 * _bytes(a)
+        return nbytes / self._seconds(lambda: (a + b, a.to(other), functional.silu(a)))
 
     def scattered(self) -> float:
         """Operands per second of the product of a transposed tensor and a broadcast one, as in rotary embeddings."""
@@ -186,20 +195,20 @@ class _Measured:
         began = time.perf_counter()
         repeats = 1
         while time.perf_counter() - began < self.shapes.seconds or len(took) < 3:
-            start = time.perf_counter()
+            start = self.clock()
             for _ in range(repeats):
                 work()
             _wait_for(self.place)
-            took.append((time.perf_counter() - start) / repeats)
+            took.append((self.clock() - start) / repeats)
             repeats = max(1, min(1000, int(self.shapes.seconds / 10 / took[-1])))
         return statistics.median(took) if self.is_card else min(took)
 
 
-def _with_launches(rates: Rates, device: Device) -> Rates:
+def _with_launches(rates: Rates, device: Device, clock: Clock) -> Rates:
     """With the processor's time for a launch: a tiny model's step, less what a CPU is known to compute in it; on a card
     computing is hidden behind the launches."""
     tiny = _Tiny(device)
-    seconds = tiny.step_seconds()
+    seconds = tiny.step_seconds(clock)
     found = duration(cost_by(training_part(tiny.work()), rates, lambda place, kernel: None).values(), rates)
     launching = seconds - (found.device_seconds if rates.is_own_processor else 0.0)
     return replace(rates, launch_seconds=max(launching, 0.0) / found.launches)
@@ -237,7 +246,7 @@ class _Tiny:
         self.step = training_step(self.recipe, self.plan, self.longest)
         prepare(self.model, self.step)
 
-    def step_seconds(self, counted: int = 5, uncounted: int = 3) -> float:
+    def step_seconds(self, clock: Clock, counted: int = 5, uncounted: int = 3) -> float:
         """The shortest of a few steps: other work on the computer only makes them longer."""
         step, parameters = self.step, trained(self.model)
         assert step.optimizer is not None
@@ -247,7 +256,7 @@ class _Tiny:
         took = []
         for _ in range(counted + uncounted):
             _wait_for(self.place)
-            start = time.perf_counter()
+            start = clock()
             with computing:
                 loss = step.loss(self.model, batch)
             loss.backward()
@@ -255,7 +264,7 @@ class _Tiny:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             _wait_for(self.place)
-            took.append(time.perf_counter() - start)
+            took.append(clock() - start)
         return min(took[uncounted:])
 
     def work(self) -> Work:
