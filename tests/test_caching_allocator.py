@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-from caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError
+from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError
 
 
 def test_small_requests_share_a_segment_of_two_mebibytes():

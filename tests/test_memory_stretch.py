@@ -1,4 +1,7 @@
-"""Deep models are traced with fewer layers only where the bytes are those of tracing every layer, at every tick."""
+"""Deep models are traced with fewer layers only where the bytes are those of tracing every layer, at every tick.
+
+That is on a CPU: for a card every layer is traced, since its allocator is played with every tensor.
+"""
 
 import itertools
 
@@ -6,7 +9,7 @@ import numpy
 import pytest
 import torch
 from test_memory_families import GROUPED, HIDDEN
-from test_memory_trace import CARD, recipe_with, tiny
+from test_memory_trace import CPU, recipe_with, tiny
 from transformers import AutoConfig, PretrainedConfig
 
 from qtune.memory.predict import Longest, build, predict, training_step
@@ -37,7 +40,7 @@ def config_of(family: str, layers: int, **given) -> PretrainedConfig:
 
 def model_of(config: PretrainedConfig) -> torch.nn.Module:
     recipe = recipe_with()
-    return build(config, recipe, make_plan(recipe, CARD, attention_rule(config)))
+    return build(config, recipe, make_plan(recipe, CPU, attention_rule(config)))
 
 
 def repeats(config: PretrainedConfig) -> Repetition | None:
@@ -55,10 +58,10 @@ STRETCHED = {
         tiny(layers=10),
         {"training": KEPT, "adapter": {**LORA, "target_modules": ["q_proj", "down_proj"]}},
     ),
-    "llama, accumulated": (tiny(layers=10), {"training": {"batch_size": 8}, "adapter": P_TUNING}),
+    "llama, accumulated": (tiny(layers=10), {"training": {**CHECKPOINTED, "batch_size": 8}, "adapter": P_TUNING}),
     "tied embeddings": (
         tiny(layers=11, tie_word_embeddings=True),
-        {"training": {"optimizer": "adamw-8bit"}, "adapter": {**LORA, "target_modules": ["o_proj"]}},
+        {"training": {**CHECKPOINTED, "optimizer": "adamw-8bit"}, "adapter": {**LORA, "target_modules": ["o_proj"]}},
     ),
     "gpt2": (
         config_of("gpt2", 10, n_embd=64, n_head=4, vocab_size=256, n_positions=256, pad_token_id=0),
@@ -82,10 +85,10 @@ STRETCHED = {
 
 
 def stretched_and_whole(config: PretrainedConfig, recipe: Recipe) -> tuple[History, History, int]:
-    plan = make_plan(recipe, CARD, attention_rule(config))
+    plan = make_plan(recipe, CPU, attention_rule(config))
     step = training_step(recipe, plan, Longest(64))
-    short = trace(config, lambda shape: build(shape, recipe, plan), step)
-    whole = trace(config, lambda shape: build(shape, recipe, plan), step, every_layer=True)
+    short = trace(config, lambda shape: build(shape, recipe, plan), step, card=None)
+    whole = trace(config, lambda shape: build(shape, recipe, plan), step, card=None, every_layer=True)
     assert whole.layers_executed == config.num_hidden_layers
     return short.history, whole.history, short.layers_executed
 
@@ -153,7 +156,7 @@ def executed_layers(monkeypatch, change) -> int:
     monkeypatch.setattr("qtune.memory.predict.build", changed)
     monkeypatch.setattr("qtune.memory.tracing.trace._built", {})  # what was built before, without the change
     recipe = recipe_with(adapter=P_TUNING)
-    return predict(tiny(layers=12), recipe, make_plan(recipe, CARD)).layers_executed
+    return predict(tiny(layers=12), recipe, make_plan(recipe, CPU)).layers_executed
 
 
 def extra(count: int) -> torch.nn.Parameter:

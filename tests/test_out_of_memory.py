@@ -43,6 +43,8 @@ from qtune.training import train, trainer
 from qtune.training.trainer import QloraTrainer
 
 GIB, MIB = 2**30, 2**20
+DRIVER = 673 * MIB
+"""What is taken for the driver and the allocator."""
 
 REFUSED = "CUDA out of memory. Tried to allocate 64.00 KiB"
 SAID = f"{REFUSED}. GPU 0 has a total capacity of 7.79 GiB of which 12.00 MiB is free.\nMore than anybody reads."
@@ -99,12 +101,13 @@ def by_hand(config: Any, recipe: Recipe, plan: Plan, longest: Longest) -> Predic
         for phase, total in sizes.items()
     }
     peak = max(moments.values(), key=lambda moment: moment.bytes)
-    return Prediction(peak, moments, Need(peak.bytes, rest), 0, 0, 2, 2, 0.1, {}, [], [])
+    need = Need(peak.bytes, rest, context_bytes=DRIVER)
+    return Prediction(peak, moments, need, 0, 0, 2, 2, 0.1, {}, [], [])
 
 
-def needed(peak_bytes: int, lasting_bytes: int) -> str:
+def needed(peak_bytes: int) -> str:
     """With what the driver and the allocator add."""
-    return f"{Need(peak_bytes, lasting_bytes).total_bytes / GIB:.2f} GiB"
+    return f"{(peak_bytes + DRIVER) / GIB:.2f} GiB"
 
 
 # --- what is said, phase by phase ----------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ TOO_LOW = "less than the 7.00 GiB that were to be had, so it was too low, or mem
 def prediction(rows: int, here: str, peak_bytes: int, verdict: str) -> str:
     return (
         f"predicted for {rows} x 57 tokens: {here} GiB here, {peak_bytes / GIB:.2f} GiB at the step's peak, "
-        f"{needed(peak_bytes, 2 * GIB)} with driver and allocator: {verdict}"
+        f"{needed(peak_bytes)} with driver and allocator: {verdict}"
     )
 
 
@@ -131,8 +134,7 @@ def memory(free: str) -> str:
 def with_eight_bits() -> list[str]:
     """Two rows: 1 + 0.25 + 2 + 0.5 GiB."""
     return [
-        '  training.optimizer = "adamw-8bit": 3.75 GiB at the peak, '
-        f"{needed(3840 * MIB, 1280 * MIB)} needed; {EIGHT_BITS}",
+        f'  training.optimizer = "adamw-8bit": 3.75 GiB at the peak, {needed(3840 * MIB)} needed; {EIGHT_BITS}',
         f"    {NEW} --set training.optimizer=adamw-8bit  {IS_NEW}",
     ]
 
@@ -150,7 +152,7 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
             memory("1.00"),
             "would have fit, least harm first, each traced:",
             "  training.micro_batch_size = 1, training.gradient_checkpointing = true, "
-            f'training.optimizer = "adamw-8bit": 2.00 GiB at the peak, {needed(2 * GIB, 1280 * MIB)} needed; '
+            f'training.optimizer = "adamw-8bit": 2.00 GiB at the peak, {needed(2 * GIB)} needed; '
             f"{CHECKPOINTING}; {EIGHT_BITS}",
             f"    {NEW} --set training.micro_batch_size=1 --set training.gradient_checkpointing=true --set "
             f"training.optimizer=adamw-8bit  {IS_NEW}",
@@ -167,7 +169,7 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
             memory("5.00"),
             "would have fit, least harm first, each traced:",
             '  training.micro_batch_size = 1, training.optimizer = "adamw-8bit": 2.75 GiB at the peak, '
-            f"{needed(2816 * MIB, 1280 * MIB)} needed; {EIGHT_BITS}",
+            f"{needed(2816 * MIB)} needed; {EIGHT_BITS}",
             f"    {NEW} --set training.micro_batch_size=1 --set training.optimizer=adamw-8bit  {IS_NEW}",
             f"saved is checkpoint-1; with more memory free, as it was: {RESUME}",
         ],
@@ -193,8 +195,7 @@ REPORTS: dict[str, tuple[tuple[Any, str, Any], int, list[str]]] = {
             prediction(2, "1.00", 4608 * MIB, "more than the 2.25 GiB that were to be had"),
             memory("0.25"),
             # With everything: 1 + 0.25 GiB, and in the evaluation another half.
-            "no change of the recipe would have fit: the least that one of them needs is "
-            f"{needed(1792 * MIB, 1280 * MIB)}",
+            f"no change of the recipe would have fit: the least that one of them needs is {needed(1792 * MIB)}",
             f"no step is saved yet; with more memory free, as it was: {RESUME}",
         ],
     ),

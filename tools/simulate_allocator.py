@@ -23,7 +23,6 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
 from memory_record import build_of  # noqa: E402
 from memory_table import MODELS, config_of  # noqa: E402
 from old_transformers import as_in  # noqa: E402
@@ -33,6 +32,7 @@ from qtune.device.cards import described  # noqa: E402
 from qtune.memory.allowance import allowance  # noqa: E402
 from qtune.memory.predict import Longest, build, training_step  # noqa: E402
 from qtune.memory.tracing import categories  # noqa: E402
+from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
 from qtune.memory.tracing.ledger import Life  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402

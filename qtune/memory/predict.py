@@ -13,11 +13,12 @@ import torch
 
 from qtune.adapter.attach import attach_adapter
 from qtune.errors import ModelError, Problem
-from qtune.memory.allowance import Need
+from qtune.memory.allowance import Need, card_need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.cuda import TODAYS_CARD
 from qtune.memory.tracing.history import Moment
+from qtune.memory.tracing.reserved import BEFORE_QUANTIZATION
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.tracing.work import rows_of
@@ -225,9 +226,13 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
         by_phase["load"] = _loading(history)
     at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
     peak = max(by_phase.values(), key=lambda moment: moment.bytes)
+    need = Need(peak.bytes, at_rest)
+    if traced.card is not None:
+        quantized = sum(history.at(0).alive.get(name, 0) for name in BEFORE_QUANTIZATION)
+        need = card_need(peak.bytes, at_rest, quantized, traced.reserved_bytes, traced.card)
     timeline, phases = _timeline(history)
     return Prediction(
-        peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, Need(peak.bytes, at_rest),
+        peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, need,
         history.paged, history.host, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
         rows_of(traced.work),
     )  # fmt: skip

@@ -147,10 +147,11 @@ def _memory(check: "Check") -> str:
     if isinstance(found, str):
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
+    batch = f"{found.plan.micro_batch_size} x {found.rows.longest.length} tokens"
+    beside = f"; {size(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
-        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
-        f"{found.rows.longest.length} tokens); {size(need.total_bytes)} with driver and allocator, of "
-        f"{size(found.budget_bytes)}"
+        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
+        f"{size(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
     )
 
 
@@ -195,7 +196,11 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
     if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:
         yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
     if not isinstance(check.memory, str) and not check.memory.fits:
-        more = "  memory: a step is predicted to need more than there is; qtune fit shows what would help"
+        is_close = check.memory.verdict == "too close to say"
+        what = (
+            "whether a step fits is too close to say" if is_close else "a step is predicted to need more than there is"
+        )
+        more = f"  memory: {what}; qtune fit shows what would help"
         yield Text.assemble(("warning", "yellow"), more)
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":

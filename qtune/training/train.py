@@ -195,7 +195,10 @@ def _predict(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
     if not found.fits:
         need, budget = found.prediction.need.total_bytes / 2**30, found.budget_bytes / 2**30
         what = "one row is" if found.plan.micro_batch_size == 1 else f"{found.plan.micro_batch_size} rows are"
-        console.say(f"{what} predicted to need {need:.1f} GiB of {budget:.1f}; qtune fit shows what would help")
+        verdict = " (too close to say)" if found.verdict == "too close to say" else ""
+        console.say(
+            f"{what} predicted to need {need:.1f} GiB of {budget:.1f}{verdict}; qtune fit shows what would help"
+        )
     return found
 
 

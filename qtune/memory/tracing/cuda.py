@@ -92,9 +92,12 @@ class CudaKernels(TorchFunctionMode):
         # Fused kernels keep a seed of the dropout, not a mask; with one the CPU would compute plainly.
         options |= {"dropout_p": 0.0}
         has_shared_keys = options.get("enable_gqa", False) and key.shape[-3] != query.shape[-3]
-        is_flash = self.capability >= (8, 0) and query.dtype in (torch.bfloat16, torch.float16)
+        # Attention is one of the operations that autocast gives 16 bits, but not what it falls back to.
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        is_flash = self.capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
         if has_shared_keys and not is_flash:
-            found: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, **options)[0]
+            low = (tensor.to(dtype) for tensor in (query, key, value))
+            found: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(*low, **options)[0]
             return found
         return functional.scaled_dot_product_attention(query, key, value, **options)
 

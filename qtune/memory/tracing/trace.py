@@ -8,16 +8,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import masking_utils
 
 from qtune.errors import ModelError
+from qtune.memory.allowance import workspace_bytes
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
+from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
 from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace
 from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
@@ -25,6 +27,7 @@ from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
+from qtune.memory.tracing.reserved import reserved_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
@@ -35,6 +38,7 @@ from qtune.memory.tracing.step import (
     update,
 )
 from qtune.memory.tracing.work import Work, place_of, stretched, work_of
+from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
 
 if TYPE_CHECKING:
@@ -62,6 +66,10 @@ class Traced:
     layers_executed: int
     """Fewer than `layers` where the rest was proved to repeat."""
     seconds: float
+    card: Capability | None
+    """As whose it was counted; None: the CPU's."""
+    reserved_bytes: int
+    """The most that the allocator takes from the card; 0 without one."""
 
 
 def trace(
@@ -82,10 +90,10 @@ def trace(
     freeze_once()
     try:
         with no_collection():
-            history, work, layers, executed = _traced(config, build, step, card, every_layer, same_model)
+            found = _traced(config, build, step, card, every_layer, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
-    return Traced(history, work, layers, executed, time.perf_counter() - began)
+    return replace(found, seconds=time.perf_counter() - began)
 
 
 def _traced(
@@ -95,7 +103,7 @@ def _traced(
     card: Capability | None,
     every_layer: bool,
     same_model: str | None,
-) -> tuple[History, Work, int, int]:
+) -> Traced:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
@@ -103,10 +111,11 @@ def _traced(
         if same_model is not None:
             _built[same_model] = built
     body, work, executed = built.body(step)
-    if built.optimizer_part is None:
-        return body, work, built.layers, executed
-    history, update_work = built.optimizer_part
-    return join([body, history]), work + update_work, built.layers, executed
+    history = body
+    if built.optimizer_part is not None:
+        update_history, update_work = built.optimizer_part
+        history, work = join([body, update_history]), work + update_work
+    return Traced(history, work, built.layers, executed, 0.0, card, built.reserved(card))
 
 
 class _Built:
@@ -117,9 +126,11 @@ class _Built:
     ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self.whole = _Tracer(build(config), step, card)
-        real = [] if every_layer else signatures(self.whole.model)
+        # The allocator of a card is played with every single tensor, so there every layer is executed.
+        real = [] if every_layer or card is not None else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
+        self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
         self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
 
     def body(self, step: Step) -> tuple[History, Work, int]:
@@ -137,6 +148,13 @@ class _Built:
                 return body, stretched(work, more, groups), 2 * depth + self.shape.period
             log.debug("layers hold unequal parameters")
         return *self.whole.body(step), self.layers
+
+    def reserved(self, card: Capability | None) -> int:
+        """What a card's allocator takes for the step whose body was traced last."""
+        if card is None:
+            return 0
+        allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
+        return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
 
 
 _built: dict[str, _Built] = {}
