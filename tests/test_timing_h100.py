@@ -44,8 +44,10 @@ def traced(what: str, rows: int, length: int, masked: bool, scored: int) -> Work
     plan = make_plan(recipe, H100.device())
     longest = Longest(length, -(-scored // rows), equal=not masked)
     if what == "TRL":
-        return training_part(trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest)).work)
-    return training_part(predict(config, recipe, plan, longest).work)
+        return training_part(
+            trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest), plays_allocator=False).work
+        )
+    return training_part(predict(config, recipe, plan, longest, plays_allocator=False).work)
 
 
 def step(measured: dict[str, Any]) -> Duration:

@@ -189,6 +189,7 @@ def step_work(layers: int = 2, *, every_layer: bool = False, **tables: Any) -> W
         step,
         card=(8, 9),
         every_layer=every_layer,
+        plays_allocator=False,
     ).work
 
 

@@ -136,11 +136,11 @@ def subject(options: argparse.Namespace) -> tuple[PretrainedConfig, Recipe]:
 
 
 def ours(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Traced:
-    return predict(config, recipe, plan, longest)
+    return predict(config, recipe, plan, longest, plays_allocator=False)
 
 
 def theirs(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Traced:
-    return trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest))
+    return trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest), plays_allocator=False)
 
 
 def table(by: str, costs: dict[str, dict[Hashable, Cost]], top: int) -> list[str]:

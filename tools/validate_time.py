@@ -106,7 +106,7 @@ def compared(base: Path, options: argparse.Namespace, folder: Path) -> dict[str,
     clock = measured_steps(recipe, plan, folder, lengths, config.vocab_size, options)
     own += [measured_rates(device, seconds)] if options.measure else []
     longest = Longest(options.length, -(-(sum(lengths) - len(lengths)) // len(lengths)), equal=not options.masked)
-    prediction = summarize(predict(config, recipe, plan, longest))
+    prediction = summarize(predict(config, recipe, plan, longest, plays_allocator=False))
     measured = clock.seconds
     found: dict[str, Any] = {
         "device": device.name,

@@ -10,9 +10,10 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
+from qtune.memory.tracing.work import from_rows, rows_of
 from qtune.model.builtin import cache_folder
 from qtune.model.load import is_stored_quantized
 from qtune.startup.allocator import has_expandable_segments
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from qtune.memory.tracing.work import Work
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
@@ -57,12 +59,33 @@ def remembered(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
     found = traced()
+    _keep(file, asdict(found))
+    return found
+
+
+def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Work:
+    """What the recipe's step gives the device to do, where its memory is not the question; from the cache if it can be.
+
+    Raises:
+        ModelError: as `predict`.
+    """
+    file = cache_folder() / "work" / f"{_key(config, recipe, plan, longest, '')}.json"
+    try:
+        return from_rows(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # not there, or of another version: trace it
+    found = predict(config, recipe, plan, longest, plays_allocator=False).work
+    _keep(file, rows_of(found))
+    return found
+
+
+def _keep(file: Path, value: Any) -> None:
+    """Writes a file that appears whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(asdict(found), stream)
+        json.dump(value, stream)
     Path(temporary).replace(file)
-    return found
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

@@ -52,10 +52,18 @@ class Longest:
     """Tokens of the longest validation row; None: as long as the training rows."""
 
 
-def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Traced:
+def predict(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    *,
+    plays_allocator: bool = True,
+) -> Traced:
     """Traces the recipe's step under `plan`.
 
     longest: left out, a whole micro-batch of `max_length` tokens, all of them scored: the most that can come.
+    plays_allocator: without, the trace is quicker, and tells nothing of what a card's allocator takes.
 
     Raises:
         ModelError: no model can be built from the configuration, the adapter does not fit it, or the model's code asks
@@ -64,7 +72,8 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
-        return trace(config, made, step, card=card_of(plan.device), same_model=model_key(config, recipe, plan))
+        key = model_key(config, recipe, plan) + ("" if plays_allocator else ", without its allocator")
+        return trace(config, made, step, card=card_of(plan.device), plays_allocator=plays_allocator, same_model=key)
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = (

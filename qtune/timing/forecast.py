@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qtune.data.batches import StepSampler
-from qtune.memory.cached import predicted
+from qtune.memory.cached import traced_work
 from qtune.memory.predict import Longest
 from qtune.memory.tracing.work import from_rows
 from qtune.timing.known import known_rates
@@ -116,7 +116,7 @@ def time_of(config: PretrainedConfig, recipe: Recipe, found: Forecast) -> TimeFo
 
 def step_duration(prediction: Prediction, plan: Plan, rates: Rates) -> Duration:
     """A whole step of micro-batches like the one that was traced."""
-    return _Step.of(prediction, rates).duration(plan.accumulation_steps, rates)
+    return _Step.of(from_rows(prediction.work), rates).duration(plan.accumulation_steps, rates)
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ class _Step:
     evaluation: Cost
 
     @classmethod
-    def of(cls, prediction: Prediction, rates: Rates) -> _Step:
-        work: Work = from_rows(prediction.work)
+    def of(cls, work: Work, rates: Rates) -> _Step:
         costs = cost_by(work, rates, lambda place, kernel: place.phase)
         found = {phase: costs.get(phase, Cost()) for phase in ("forward", "backward", "optimizer", "eval")}
         return cls(found["forward"] + found["backward"], found["optimizer"], found["eval"])
@@ -140,7 +139,7 @@ class _Step:
 
 def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Prediction, rates: Rates) -> TimeForecast:
     """Every row as long as the longest, for nothing is known of them."""
-    step = _Step.of(prediction, rates)
+    step = _Step.of(from_rows(prediction.work), rates)
     found = step.duration(plan.accumulation_steps, rates)
     tokens = plan.micro_batch_size * plan.accumulation_steps * length
     steps = recipe.training.steps
@@ -175,7 +174,7 @@ def _of_data(
     def at(length: int) -> _Step:
         scored = max(1, int(np.ceil(data.scored_share * length)))
         same = Longest(length, scored, rows.longest.equal, rows.longest.evaluated)
-        return _Step.of(predicted(config, recipe, plan, same), rates)
+        return _Step.of(traced_work(config, recipe, plan, same), rates)
 
     near, far = at(mean), at(longest)
     model = StepModel(mean, longest, near.micro_batch, far.micro_batch, far.update, rates)

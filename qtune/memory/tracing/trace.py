@@ -69,7 +69,7 @@ class Traced:
     card: Capability | None
     """As whose it was counted; None: the CPU's."""
     reserved_bytes: int
-    """The most that the allocator takes from the card; 0 without one."""
+    """The most that the allocator takes from the card; 0 where it was not played."""
 
 
 def trace(
@@ -79,18 +79,20 @@ def trace(
     *,
     card: Capability | None = TODAYS_CARD,
     every_layer: bool = False,
+    plays_allocator: bool = True,
     same_model: str | None = None,
 ) -> Traced:
     """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
 
     card: count as a card of this capability does; None: as the CPU. every_layer: never shorten a model of repeated
-    layers. same_model: a key of everything but the batches; what the last trace with that key built is used again.
+    layers. plays_allocator: find out what a card's allocator takes, for which every layer is executed; work alone does
+    not need it. same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
     freeze_once()
     try:
         with no_collection():
-            found = _traced(config, build, step, card, every_layer, same_model)
+            found = _traced(config, build, step, card, every_layer, plays_allocator and card is not None, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
     return replace(found, seconds=time.perf_counter() - began)
@@ -102,12 +104,13 @@ def _traced(
     step: Step,
     card: Capability | None,
     every_layer: bool,
+    plays_allocator: bool,
     same_model: str | None,
 ) -> Traced:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
-        built = _Built(config, build, step, card, every_layer)
+        built = _Built(config, build, step, card, every_layer or plays_allocator)
         if same_model is not None:
             _built[same_model] = built
     body, work, executed = built.body(step)
@@ -115,7 +118,9 @@ def _traced(
     if built.optimizer_part is not None:
         update_history, update_work = built.optimizer_part
         history, work = join([body, update_history]), work + update_work
-    return Traced(history, work, built.layers, executed, 0.0, card, built.reserved(card))
+    # The allocator is played with every single tensor.
+    reserved = built.reserved(card) if card is not None and plays_allocator else 0
+    return Traced(history, work, built.layers, executed, 0.0, card, reserved)
 
 
 class _Built:
@@ -126,8 +131,7 @@ class _Built:
     ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self.whole = _Tracer(build(config), step, card)
-        # The allocator of a card is played with every single tensor, so there every layer is executed.
-        real = [] if every_layer or card is not None else signatures(self.whole.model)
+        real = [] if every_layer else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
         self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
@@ -149,10 +153,8 @@ class _Built:
             log.debug("layers hold unequal parameters")
         return *self.whole.body(step), self.layers
 
-    def reserved(self, card: Capability | None) -> int:
-        """What a card's allocator takes for the step whose body was traced last."""
-        if card is None:
-            return 0
+    def reserved(self, card: Capability) -> int:
+        """What a card's allocator takes for the step whose body was traced last, of every layer."""
         allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
         return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
 
