@@ -22,6 +22,7 @@ from qtune.device.cards import card_named  # noqa: E402
 from qtune.device.rates import data_sheet_rates  # noqa: E402
 from qtune.memory.cached import traced_work  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
+from qtune.memory.tracing.work import Work  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
 from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
@@ -43,12 +44,17 @@ def recipe_of() -> Recipe:
     return recipe
 
 
-def cell(model: tuple[Any, ...], card_name: str) -> str:
+def work_of(model: tuple[Any, ...]) -> Work:
+    """What a step gives any of the cards to do: all of them compute in bfloat16."""
+    recipe = recipe_of()
+    plan = make_plan(recipe, card_named(CARDS[-1]).device())
+    return training_part(traced_work(config_of(model), recipe, plan, Longest(LENGTH, equal=True)))
+
+
+def cell(work: Work, card_name: str) -> str:
     """ "1.19 s, 6,900/s"; a star where the card waits for the processor."""
-    card = card_named(card_name)
-    recipe, rates = recipe_of(), data_sheet_rates(card)
-    work = traced_work(config_of(model), recipe, make_plan(recipe, card.device()), Longest(LENGTH, equal=True))
-    found = duration(cost_by(training_part(work), rates, lambda place, kernel: kernel.kind).values(), rates)
+    rates = data_sheet_rates(card_named(card_name))
+    found = duration(cost_by(work, rates, lambda place, kernel: kernel.kind).values(), rates)
     star = "*" if found.waits_for_processor else ""
     return f"{found.seconds:.2f} s, {ROWS * LENGTH / found.seconds:,.0f}/s{star}"
 
@@ -59,7 +65,8 @@ def table() -> str:
     lines = [f"| model | {' | '.join(CARDS)} |", "| --- |" + " ---: |" * len(CARDS)]
     for model in models:
         print(model[0], file=sys.stderr, flush=True)
-        lines.append(f"| {model[0]} | {' | '.join(cell(model, card) for card in CARDS)} |")
+        work = work_of(model)
+        lines.append(f"| {model[0]} | {' | '.join(cell(work, card) for card in CARDS)} |")
     lines += [
         "",
         f"Seconds of a step of {ROWS} x {LENGTH:,} tokens, and tokens per second; * the processor is the limit, at the",
