@@ -516,9 +516,12 @@ def fit(
     import_libraries()
     from qtune.memory import fit as stage
     from qtune.memory.profile import refusal
-    from qtune.model.load import load_config
+    from qtune.model.load import attention_rule, load_config
+    from qtune.plan import make_plan
     from qtune.run.folder import write_atomically
     from qtune.screens.memory import draw_fit, refusal_text
+    from qtune.screens.time import draw_steps
+    from qtune.timing.forecast import step_of
 
     quiet_loading()
     if largest is not None:
@@ -527,7 +530,12 @@ def fit(
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
     settled = {".".join(map(str, path)): stage.shown(value) for path, value in found.changes.items()}
     console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
-    if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
+    config, fitted = load_config(resolved.recipe.model), stage.changed(resolved.recipe, found.changes)
+    asked = make_plan(resolved.recipe, found.plan.device, attention_rule(config))
+    steps = [step_of(config, resolved.recipe, asked, found.rows.longest)]
+    steps += [step_of(config, fitted, found.plan, found.longest)] if found.changes else []
+    console.out(draw_steps(steps))
+    if (refused := refusal(config, resolved.recipe, found.plan)) is not None:
         console.out(refusal_text(refused))
     if not found.fits:
         raise typer.Exit(1)

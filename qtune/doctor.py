@@ -16,12 +16,12 @@ from packaging.requirements import Requirement
 from qtune import __version__, console
 from qtune.device.present import Device, present_device
 from qtune.device.products import cpu_product_times, product_times
-from qtune.device.rates import Rates
+from qtune.device.rates import Rates, not_believed
 from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
 from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
-from qtune.timing.known import keep_rates, known_rates
+from qtune.timing.known import card_of, keep_rates, known_rates
 
 GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
@@ -176,6 +176,10 @@ def measure_rates(device: Device) -> None:
     quiet_loading()
     with console.progress(f"measuring {device.name}"):
         rates = measured_rates(device)
+    card = card_of(device)
+    if card is not None and (beyond := not_believed(rates, card)):
+        console.say(f"not kept, for it cannot be true: {'; '.join(beyond)}")
+        return
     console.say(f"kept for predictions of time: {keep_rates(device, rates)}")
 
 

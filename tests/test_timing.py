@@ -14,7 +14,7 @@ from test_memory_trace import CARD, recipe_with, tiny
 from qtune.check import check
 from qtune.device.cards import CARDS, card_named, described
 from qtune.device.present import Device, present_device
-from qtune.device.rates import Rates, data_sheet_rates
+from qtune.device.rates import Rates, data_sheet_rates, not_believed
 from qtune.memory.longest import RowLengths, Rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import forecast
@@ -23,9 +23,9 @@ from qtune.memory.tracing.work import Kernel, Place, Work
 from qtune.memory.trl_step import trl_model, trl_step
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
-from qtune.screens.time import UNKNOWN, lines
+from qtune.screens.time import UNKNOWN, draw_steps, lines
 from qtune.timing import measure
-from qtune.timing.forecast import StepModel, TimeForecast, time_of
+from qtune.timing.forecast import StepModel, TimeForecast, step_of, time_of
 from qtune.timing.known import keep_rates, known_rates
 from qtune.timing.price import Cost, cost_by, duration, kernel_seconds
 
@@ -139,6 +139,17 @@ def test_rates_of_another_version_are_not_used() -> None:
     assert known_rates(card) == data_sheet_rates(card_named("H100"))
 
 
+def test_a_measurement_far_beyond_the_data_sheet_is_not_believed() -> None:
+    card = card_named("H100")
+    sheet = data_sheet_rates(card)
+    assert not_believed(sheet, card) == []
+    hasty = replace(sheet, products={"bfloat16": 9e17}, moved=4e12, thin=6e12)
+    assert not_believed(hasty, card) == [
+        "products 9e+17 a second, data sheet 9.89e+14",
+        "thin 6e+12 a second, data sheet 3.35e+12",
+    ]
+
+
 def test_every_rate_of_this_computer_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CPU", replace(measure.CPU, tokens=32, rows=1, length=32, seconds=0.01))
     found = measure.measured_rates(replace(HERE, bf16=False))
@@ -244,6 +255,27 @@ def test_profile_says_what_a_step_takes_and_what_each_technique_costs(write_reci
     assert "% time" in shown or "no time" in shown
     unknown = run_qtune("profile", file, "--vram", "8GiB", "--no-savings").stdout
     assert UNKNOWN in unknown.replace("\n", " ")
+
+
+def test_fit_says_what_its_changes_cost_in_time() -> None:
+    before, after = (duration([Cost(launches=1, seconds=value)], RATES) for value in (2.0, 2.5))
+    assert str(draw_steps([before])) == "time: 2.00 s for a step of the longest rows, predicted"
+    assert str(draw_steps([before, after])) == (
+        "time: 2.50 s for a step of the longest rows, +25% beside 2.00 s as it was asked for, predicted"
+    )
+    assert str(draw_steps([None])) == UNKNOWN
+
+
+def test_a_plan_with_checkpointing_is_predicted_to_take_longer() -> None:
+    device = card_named("RTX 3060").device()
+    kept, again = (
+        step_of(tiny(), recipe, make_plan(recipe, device), Longest(128, equal=True))
+        for recipe in (recipe_with(training={"gradient_checkpointing": on}) for on in (False, True))
+    )
+    assert kept is not None
+    assert again is not None
+    assert again.device_seconds > kept.device_seconds
+    assert step_of(tiny(), recipe_with(), make_plan(recipe_with(), described(8)), Longest(128)) is None
 
 
 # --- TRL's step -------------------------------------------------------------------------------------------------------

@@ -109,3 +109,26 @@ def data_sheet_rates(card: Card) -> Rates:
         host_link=LINK_REACHED * link_bytes_per_second(card.capability),
         launch_seconds=LAUNCH_SECONDS,
     )
+
+
+BEYOND = 1.5
+"""Times a data sheet's own figure from which a measurement is not believed. A cache or a raised clock explains less."""
+
+
+def not_believed(rates: Rates, card: Card) -> list[str]:
+    """In words, each measured rate that is far beyond the card's data sheet: a clock was read before work was done."""
+    products = max(rates.products.get("bfloat16", 0.0), rates.products.get("float16", 0.0))
+    tensor = max(card.tensor_teraflops, card.fp32_teraflops) * 1e12
+    moved = card.gigabytes_per_second * 1e9
+    compared = {
+        "products": (products, tensor),
+        "attention": (rates.attention, tensor),
+        "moved": (rates.moved, moved),
+        "thin": (rates.thin, moved),
+        "dequantized": (rates.dequantized, moved),
+    }
+    return [
+        f"{name} {found:.3g} a second, data sheet {limit:.3g}"
+        for name, (found, limit) in compared.items()
+        if found > BEYOND * limit
+    ]

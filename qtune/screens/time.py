@@ -9,6 +9,7 @@ from qtune.training.display import clock
 
 if TYPE_CHECKING:
     from qtune.timing.forecast import TimeForecast
+    from qtune.timing.price import Duration
 
 UNKNOWN = "time: not known; name the card with --gpu, or measure this device: qtune doctor --measure"
 
@@ -23,6 +24,21 @@ def seconds(value: float) -> str:
 def draw_time(found: "TimeForecast | None") -> RenderableType:
     """What is predicted, of what, and by whose rates."""
     return Text(UNKNOWN, style="dim") if found is None else Text("\n").join(map(Text, lines(found)))
+
+
+def draw_steps(steps: "list[Duration | None]") -> RenderableType:
+    """A step of the recipe as it was asked for and, where it was changed, as it ended; a micro-batch that did not fit
+    would have taken that time all the same."""
+    known = [step.seconds for step in steps if step is not None]
+    if len(known) < len(steps):
+        return Text(UNKNOWN, style="dim")
+    if len(known) == 1:
+        return Text(f"time: {seconds(known[0])} for a step of the longest rows, predicted")
+    before, after = known
+    return Text(
+        f"time: {seconds(after)} for a step of the longest rows, {after / before - 1:+.0%} beside {seconds(before)} as it "
+        "was asked for, predicted"
+    )
 
 
 def lines(found: "TimeForecast") -> list[str]:

@@ -119,6 +119,18 @@ def step_duration(prediction: Prediction, plan: Plan, rates: Rates) -> Duration:
     return _Step.of(from_rows(prediction.work), rates).duration(plan.accumulation_steps, rates)
 
 
+def step_of(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Duration | None:
+    """A whole step of such rows under any plan, for comparing plans; None where no rates of its device are known.
+
+    Raises:
+        ModelError: the step cannot be traced.
+    """
+    rates = known_rates(plan.device)
+    if rates is None:
+        return None
+    return _Step.of(traced_work(config, recipe, plan, longest), rates).duration(plan.accumulation_steps, rates)
+
+
 @dataclass(frozen=True)
 class _Step:
     """What one micro-batch, one update and one batch of an evaluation cost."""

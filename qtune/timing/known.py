@@ -26,7 +26,7 @@ def known_rates(device: Device) -> Rates | None:
         return Rates.from_json(json.loads(_file(device).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass  # not measured, or by another version
-    card = _card(device)
+    card = card_of(device)
     return None if card is None else data_sheet_rates(card)
 
 
@@ -43,12 +43,13 @@ def keep_rates(device: Device, rates: Rates) -> Path:
 
 def _file(device: Device) -> Path:
     """One for each device: a card goes by the name of the table, so that --gpu finds what was measured on it."""
-    card = _card(device)
+    card = card_of(device)
     name = device.name if card is None else card.name
     return cache_folder() / "rates" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def _card(device: Device) -> Card | None:
+def card_of(device: Device) -> Card | None:
+    """The card of the table that a device is; None for a processor, and for a card that is not in it."""
     if device.kind != "cuda":
         return None
     try:
