@@ -9,9 +9,10 @@ from test_memory_trace import CARD, CPU, recipe_with, tiny
 
 from qtune.device.cards import SIZES
 from qtune.device.present import Device
+from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, predict, summarize
-from qtune.memory.profile import Forecast, Profile
+from qtune.memory.profile import Profile
 from qtune.memory.savings import Way
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan
@@ -34,7 +35,7 @@ def screen(device: Device, *, terminal: bool) -> str:
     recipe = recipe_with()
     plan = make_plan(recipe, device)
     found = summarize(predict(tiny(layers=1), recipe, plan))
-    names = ("full fine-tuning, fp32", "full fine-tuning, bf16", "prompt-tuning, bf16 base", "plain QLoRA script")
+    names = ("full fine-tuning, fp32", "full fine-tuning, bf16", "prompt-tuning, bf16 base", "QLoRA as in 2023")
     ways = [Way(name, "as said", found) for name in (*names, "this recipe")]
     forecast = Forecast(plan, Rows(Longest(128), "told"), found, 24 << 30)
     profile = Profile(recipe, forecast, ways, [Way("nf4 weights", "the base in bf16", found)])

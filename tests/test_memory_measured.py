@@ -24,6 +24,7 @@ from qtune.memory.predict import Longest, build, predict, summarize, training_st
 from qtune.memory.tracing import categories
 from qtune.memory.tracing import trace as tracing
 from qtune.memory.tracing.trace import Traced, trace
+from qtune.memory.trl_step import trace_trl
 from qtune.plan import Plan, make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
 from qtune.startup.allocator import VARIABLES
@@ -114,3 +115,14 @@ def test_the_need_is_never_less_than_the_card_used_and_at_most_five_per_cent_mor
     reserved = max(phase["reserved_peak_bytes"] for phase in MEASURED[run.name]["by_phase"].values())
     used = reserved + context * GIB
     assert used <= need.total_bytes <= 1.05 * used
+
+
+@pytest.mark.parametrize("script", H100["trl"], ids=lambda script: f"{script['rows']}x{script['length']}")
+def test_trl_as_it_comes_is_traced_as_the_card_counted_it(script: dict[str, Any]) -> None:
+    rows, length = script["rows"], script["length"]
+    run = Run("trl", script["model"], length, rows)
+    batch = {"rows": rows, "length": length, "scored": rows * length, "padded": 0}
+    config, recipe, plan, longest = prepared(run, batch)
+    found = trace_trl(config, recipe, plan, training_step(recipe, plan, longest), CARD.capability)
+    counted = script["allocated_gib"] * GIB - 2 * allowance.workspace_bytes(CARD.capability)
+    assert found.history.peak().bytes == pytest.approx(counted, rel=CLOSE)

@@ -15,12 +15,11 @@ from qtune.check import check
 from qtune.device.cards import CARDS, card_named, described
 from qtune.device.present import Device, present_device
 from qtune.device.rates import Rates, data_sheet_rates, not_believed
+from qtune.memory.forecast import forecast
 from qtune.memory.longest import RowLengths, Rows
-from qtune.memory.predict import Longest
-from qtune.memory.profile import forecast
-from qtune.memory.tracing.trace import trace
+from qtune.memory.predict import Longest, training_step
 from qtune.memory.tracing.work import Kernel, Place, Work
-from qtune.memory.trl_step import trl_model, trl_step
+from qtune.memory.trl_step import trace_trl
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.screens.time import UNKNOWN, draw_steps, lines
@@ -285,7 +284,8 @@ def test_trls_step_scores_each_position_twice_in_the_backward_and_keeps_no_logit
     """Its head recomputes each tile of logits for the gradient: one product forward, two backward."""
     recipe = recipe_with(training={"gradient_checkpointing": True})
     plan = make_plan(recipe, CARD)
-    found = trace(tiny(), trl_model(recipe, plan), trl_step(recipe, plan, Longest(128, equal=True)))
+    step = training_step(recipe, plan, Longest(128, equal=True))
+    found = trace_trl(tiny(), recipe, plan, step, (8, 9))
     head = 2 * (2 * 127) * 64 * 256
     products = Counter()
     for (place, one), count in found.work.items():

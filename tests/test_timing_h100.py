@@ -16,11 +16,10 @@ from memory_table import MODELS, config_of
 from qtune.device.cards import card_named
 from qtune.device.rates import data_sheet_rates
 from qtune.memory.predict import Longest, predict
-from qtune.memory.tracing.trace import trace
 from qtune.memory.tracing.work import Work
-from qtune.memory.trl_step import trl_model, trl_step
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.timing.price import Duration, cost_by, duration, training_part
 
 pytestmark = pytest.mark.slow
@@ -44,9 +43,8 @@ def traced(what: str, rows: int, length: int, masked: bool, scored: int) -> Work
     plan = make_plan(recipe, H100.device())
     longest = Longest(length, -(-scored // rows), equal=not masked)
     if what == "TRL":
-        return training_part(
-            trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest), plays_allocator=False).work
-        )
+        step = training_step(recipe, plan, longest)
+        return training_part(trace_trl(config, recipe, plan, step, H100.capability, plays_allocator=False).work)
     return training_part(predict(config, recipe, plan, longest, plays_allocator=False).work)
 
 

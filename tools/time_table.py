@@ -24,7 +24,8 @@ from qtune.memory.cached import traced_work  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.memory.tracing.work import Work  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
 
 ROWS, LENGTH = 4, 2048

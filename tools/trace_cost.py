@@ -29,14 +29,15 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
 from qtune.device.rates import Rates  # noqa: E402
-from qtune.memory.predict import Longest, predict  # noqa: E402
-from qtune.memory.tracing.trace import Traced, trace  # noqa: E402
+from qtune.memory.predict import Longest, card_of, predict, training_step  # noqa: E402
+from qtune.memory.tracing.trace import Traced  # noqa: E402
 from qtune.memory.tracing.work import Kernel, Place, Work  # noqa: E402
-from qtune.memory.trl_step import trl_model, trl_step  # noqa: E402
+from qtune.memory.trl_step import trace_trl  # noqa: E402
 from qtune.model.load import attention_rule, load_config  # noqa: E402
 from qtune.plan import Plan, make_plan  # noqa: E402
 from qtune.recipe.file import load_recipe  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.timing.known import known_rates  # noqa: E402
 from qtune.timing.price import Cost, Duration, cost_by, duration, training_part  # noqa: E402
 
@@ -140,7 +141,8 @@ def ours(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest)
 
 
 def theirs(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Traced:
-    return trace(config, trl_model(recipe, plan), trl_step(recipe, plan, longest), plays_allocator=False)
+    step = training_step(recipe, plan, longest)
+    return trace_trl(config, recipe, plan, step, card_of(plan.device), plays_allocator=False)
 
 
 def table(by: str, costs: dict[str, dict[Hashable, Cost]], top: int) -> list[str]:

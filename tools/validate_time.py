@@ -46,14 +46,16 @@ from qtune.memory.measured.meter import Meter  # noqa: E402
 from qtune.memory.predict import Longest, predict, summarize  # noqa: E402
 from qtune.model.load import attention_rule, load_base, load_config  # noqa: E402
 from qtune.plan import Plan, make_plan  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.run.folder import RunDir  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 from qtune.startup.quiet import quiet_libraries, quiet_loading  # noqa: E402
 from qtune.timing.forecast import step_duration  # noqa: E402
 from qtune.timing.known import known_rates  # noqa: E402
 from qtune.timing.measure import measured_rates  # noqa: E402
-from qtune.training.trainer import QloraTrainer, sft_config  # noqa: E402
+from qtune.training.arguments import sft_config  # noqa: E402
+from qtune.training.trainer import QloraTrainer  # noqa: E402
 
 UNCOUNTED = 3
 """First steps: memory is taken, kernels are chosen."""

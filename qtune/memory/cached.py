@@ -6,17 +6,17 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.memory.tracing.work import from_rows, rows_of
-from qtune.model.builtin import cache_folder
-from qtune.model.load import is_stored_quantized
+from qtune.model.quantization import is_stored_quantized
 from qtune.startup.allocator import has_expandable_segments
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,9 +58,11 @@ def remembered(
         return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
-    found = traced()
-    _keep(file, asdict(found))
-    return found
+    prediction = traced()
+    # A prediction that cannot be kept, in a cache that is full or another user's, is traced again the next time.
+    with suppress(OSError):
+        write_text(file, json.dumps(asdict(prediction)))
+    return prediction
 
 
 def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Work:
@@ -74,18 +76,10 @@ def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         return from_rows(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # not there, or of another version: trace it
-    found = predict(config, recipe, plan, longest, plays_allocator=False).work
-    _keep(file, rows_of(found))
-    return found
-
-
-def _keep(file: Path, value: Any) -> None:
-    """Writes a file that appears whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-    Path(temporary).replace(file)
+    work = predict(config, recipe, plan, longest, plays_allocator=False).work
+    with suppress(OSError):
+        write_text(file, json.dumps(rows_of(work)))
+    return work
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

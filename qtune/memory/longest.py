@@ -78,13 +78,10 @@ def longest_of(prepared: Prepared) -> Rows:
             scored = max(scored, int(_column(prepared.examples[split], "scored").max()))
     if "validation" in prepared.examples:
         evaluated = int(_column(prepared.examples["validation"], "length").max())
-    found = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
+    row = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
     what = "packed rows" if prepared.packed else "training rows"
-    return Rows(
-        found,
-        f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored",
-        _all_of(prepared),
-    )
+    known_from = f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored"
+    return Rows(row, known_from, _all_of(prepared))
 
 
 def _all_of(prepared: Prepared) -> RowLengths:

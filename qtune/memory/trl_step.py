@@ -1,143 +1,47 @@
-"""TRL's own step as it comes: the model, loss and optimizer of its SFTTrainer (1.16), to be traced beside ours.
+"""TRL's own training step as a way to compare with: what a competent user's script takes today.
 
-What TRL computes is TRL's own code: its fused head (`add_fused_lm_head`) and `SFTTrainer.compute_loss`. Only its Triton
-kernels, which exist on a card alone, have stand-ins that touch the same bytes.
+The model, the cast of its adapter and the fused head are TRL's code (1.16, trainer/sft_trainer.py, trainer/utils.py,
+kernels/chunked_logprob.py), traced like any other. Only its Triton kernels have stand-ins: operations that touch the
+same bytes of tensors that are there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import types
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
-from trl.trainer.sft_trainer import SFTTrainer
 
-from qtune.adapter.attach import attach_adapter, cast_adapter
-from qtune.memory.predict import training_step
+from qtune.adapter.attach import attach_adapter
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.device_state import Question, answered_as_on_a_card
 from qtune.memory.tracing.step import Step
-from qtune.model.load import quantization_config
-from qtune.recipe.schema import FourBit
+from qtune.memory.tracing.trace import trace
+from qtune.model.quantization import quantization_config
+from qtune.recipe.schema import Unquantized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PretrainedConfig
 
-    from qtune.memory.predict import Longest
-    from qtune.memory.tracing.step import Loss, ParameterGroups
+    from qtune.memory.tracing.cuda import Capability
+    from qtune.memory.tracing.step import ParameterGroups
+    from qtune.memory.tracing.trace import Traced
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
-"""What SFTTrainer asks of its head: the last two for its metrics (trl 1.16, sft_trainer.py)."""
 
+class _Kernel:
+    """In a Triton kernel's place: launched on a grid, it does what `stand_in` does."""
 
-def trl_model(recipe: Recipe, plan: Plan) -> Callable[[PretrainedConfig], torch.nn.Module]:
-    """configuration -> the model of a plain script on the meta device: NF4 with double quantization, the recipe's
-    adapter, whose weights SFTTrainer makes bfloat16."""
-    low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
-    four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)
+    def __init__(self, stand_in: Callable[..., None]) -> None:
+        self.stand_in = stand_in
 
-    def made(config: PretrainedConfig) -> torch.nn.Module:
-        network = bare_model(config, low, four_bit, plan.attention)
-        with torch.device("meta"):
-            model = attach_adapter(network, recipe.adapter, plan)
-            cast_adapter(model, torch.bfloat16)
-        trl_utils.add_fused_lm_head(model.get_base_model(), outputs=OUTPUTS)
-        return model
-
-    return made
-
-
-def trl_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
-    """The step of SFTTrainer's defaults on the batch that ours has: checkpointing, fused AdamW, clipping at 1."""
-    ours = training_step(recipe, plan, longest)
-    return Step(
-        batch=ours.batch,
-        loss=_loss(is_masked=ours.batch.masked),
-        optimizer=_adamw,
-        checkpointing="non-reentrant" if plan.gradient_checkpointing else "none",
-        autocast=torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16,
-        accumulates=ours.accumulates,
-        host_apart=ours.host_apart,
-    )
-
-
-def _adamw(parameters: ParameterGroups) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-
-
-def _loss(*, is_masked: bool) -> Loss:
-    """`SFTTrainer.compute_loss`, given what it asks of its trainer.
-
-    Its collator always makes a mask; where all rows are equally long, transformers looks into it and drops it.
-    """
-    trainer = types.SimpleNamespace(
-        aux_loss_enabled=False,
-        compute_loss_func=None,
-        label_smoother=None,
-        args=types.SimpleNamespace(loss_type="nll", average_tokens_across_devices=True, max_length=None),
-        accelerator=types.SimpleNamespace(
-            parallelism_config=None, num_processes=1, gather_for_metrics=lambda tensor: tensor
-        ),
-        get_tp_size=lambda: 1,
-        _tp_size=1,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-    )
-
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        def called(**inputs: Any) -> Any:
-            return model(**{name: value for name, value in inputs.items() if is_masked or name != "attention_mask"})
-
-        trainer.model = model
-        inputs = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
-        # On devices with Triton only the labelled positions are scored.
-        with _replaced(trl_utils, {"_use_triton": lambda device: True, "_ChunkedLogProbFunction": _ChunkedLogProb}):
-            found: torch.Tensor = SFTTrainer.compute_loss(
-                trainer, called, inputs, num_items_in_batch=batch["labels"].ne(-100).sum()
-            )
-        return found
-
-    return loss
-
-
-class _ChunkedLogProb(chunked_logprob.ChunkedLogProbFunction):
-    """TRL's function as it runs on devices with Triton, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        with _triton_kernels():
-            return chunked_logprob.ChunkedLogProbFunction.forward(ctx, *args)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        with _triton_kernels():
-            return chunked_logprob.ChunkedLogProbFunction.backward(ctx, *gradients)
-
-
-@contextlib.contextmanager
-def _triton_kernels() -> Iterator[None]:
-    """While it is open each of TRL's kernels is one operation that touches what the kernel does."""
-    with _replaced(chunked_logprob, _STAND_INS):
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, stand_ins: dict[str, Any]) -> Iterator[None]:
-    kept = {name: getattr(module, name) for name in stand_ins}
-    try:
-        for name, stand_in in stand_ins.items():
-            setattr(module, name, stand_in)
-        yield
-    finally:
-        for name, original in kept.items():
-            setattr(module, name, original)
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.stand_in
 
 
 def _fold(tile: torch.Tensor, stride: int, targets: torch.Tensor, maximum: torch.Tensor, *_: Any, **__: Any) -> None:
@@ -150,18 +54,96 @@ def _differentiate(tile: torch.Tensor, *_: Any, **__: Any) -> None:
     tile.mul_(1.0)
 
 
+_library = torch.library.Library("qtune_trace", "DEF")
+_library.define("addmm_fp32(Tensor(a!) total, Tensor a, Tensor b) -> Tensor(a!)")
+_library.impl("addmm_fp32", lambda total, a, b: total, "Meta")
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`torch.addmm(..., out_dtype=float32)` of 16-bit matrices into an fp32 sum."""
     torch.ops.qtune_trace.addmm_fp32(total, a, b)
 
 
-_STAND_INS = {
-    "_use_triton": lambda device: False,  # its callers would ask the kernels for a grid
-    "_forward_tile": _fold,
-    "_backward_tile": _differentiate,
-    "_addmm_fp32": _add_product,
-}
+def _always(capability: Capability) -> Any:
+    return lambda device: True
 
-_library = torch.library.Library("qtune_trace", "DEF")
-_library.define("addmm_fp32(Tensor(a!) total, Tensor a, Tensor b) -> Tensor(a!)")
-_library.impl("addmm_fp32", lambda total, a, b: total, "Meta")
+
+QUESTIONS = (
+    Question(chunked_logprob, "_use_triton", _always, "Triton's kernels fold a tile of logits in place"),
+    Question(trl_utils, "_use_triton", _always, "where Triton is, only labelled positions are scored"),
+    Question(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(_fold), "it is none without Triton"),
+    Question(
+        chunked_logprob, "_backward_kernel", lambda capability: _Kernel(_differentiate), "it is none without Triton"
+    ),
+    Question(
+        chunked_logprob,
+        "triton",
+        lambda capability: types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
+        "its grid is counted with it",
+    ),
+    Question(
+        chunked_logprob,
+        "_addmm_fp32",
+        lambda capability: _add_product,
+        "on a card a product of 16-bit matrices is added to fp32 in one kernel, without a copy",
+    ),
+)
+"""What TRL's step asks about the device beyond `device_state.QUESTIONS`."""
+
+
+def trace_trl(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    step: Step,
+    card: Capability | None,
+    *,
+    plays_allocator: bool = True,
+) -> Traced:
+    """TRL's step on the recipe's model, adapter and batch.
+
+    step: the recipe's own; its batch, accumulation and checkpointing are taken over. plays_allocator: as in `trace`.
+    """
+    theirs = Step(
+        step.batch,
+        _loss,
+        _adamw,
+        step.checkpointing,
+        step.autocast,
+        max_gradient_norm=1.0,
+        accumulates=step.accumulates,
+    )
+
+    def made(shape: PretrainedConfig) -> Any:
+        return _model(shape, recipe, plan)
+
+    if card is None:
+        return trace(config, made, theirs, card=None)
+    with answered_as_on_a_card(card, QUESTIONS):
+        return trace(config, made, theirs, card=card, plays_allocator=plays_allocator)
+
+
+def _model(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
+    """The base as the recipe loads it, adapted, with what SFTTrainer's constructor does to it."""
+    dtype = getattr(torch, plan.compute_dtype)
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    with torch.device("meta"):
+        model = attach_adapter(network, recipe.adapter, plan)
+    if not isinstance(recipe.quantization, Unquantized):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    trl_utils.add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`SFTTrainer.compute_loss`: zero on positions without a label."""
+    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    loss: torch.Tensor = -outputs.log_probs.sum() / outputs.label_mask.numel()
+    return loss
+
+
+def _adamw(parameters: ParameterGroups) -> torch.optim.Optimizer:
+    """transformers' default, `adamw_torch_fused`."""
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -7,14 +7,14 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from qtune.console import table
-from qtune.screens.memory import size
+from qtune.console import clock, table
 from qtune.screens.time import evidence, seconds
-from qtune.training.display import clock
+from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
     from qtune.data.figures import Lengths, Sample
+    from qtune.preflight import Disk
 
 # Rows are shown up to here; the middle of longer ones is left out.
 SHOWN_CHARACTERS = 1500
@@ -35,6 +35,8 @@ def _with_gaps(parts: list[RenderableType]) -> Iterator[RenderableType]:
 
 def _recipe(check: "Check") -> Iterator[RenderableType]:
     yield table(f"{check.resolved.file}", ("key", "value", "from"), check.values)
+    if check.paths:
+        yield Text(check.paths, style="dim")
 
 
 def _rows(check: "Check") -> Iterator[RenderableType]:
@@ -117,7 +119,7 @@ def draw_sample(sample: "Sample") -> Text:
 
 
 def _costs(check: "Check") -> Iterator[RenderableType]:
-    batches, disk = check.batches, check.disk
+    batches = check.batches
     tokens = int(check.prepared.lengths.sum())
     rows = [
         ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
@@ -133,13 +135,18 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
         ),
         ("memory", _memory(check)),
         ("time", _time(check)),
-        (
-            "disk",
-            f"checkpoints {_size(disk.checkpoints_bytes)}, a merged export {_size(disk.export_bytes)}; "
-            f"free {_size(disk.free_bytes)}; the token cache holds {_size(disk.cache_bytes)}",
-        ),
+        ("disk", _disk(check.disk)),
     ]
     yield table("Costs", ("what", "how much"), rows)
+
+
+def _disk(disk: "Disk | None") -> str:
+    if disk is None:
+        return "not known, no model can be built from its config.json alone"
+    return (
+        f"checkpoints {size_text(disk.checkpoints_bytes)}, a merged export {size_text(disk.export_bytes)}; "
+        f"free {size_text(disk.free_bytes)}; the token cache holds {size_text(disk.cache_bytes)}"
+    )
 
 
 def _memory(check: "Check") -> str:
@@ -148,10 +155,10 @@ def _memory(check: "Check") -> str:
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
     batch = f"{found.plan.micro_batch_size} x {found.rows.longest.length} tokens"
-    beside = f"; {size(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
+    beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
-        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
+        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
+        f"{size_text(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
     )
 
 
@@ -172,14 +179,6 @@ def _time(check: "Check") -> str:
     return "; ".join(said)
 
 
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
-
-
 def _findings(check: "Check") -> Iterator[RenderableType]:
     stopping = check.stopping
     for finding in check.findings:
@@ -192,20 +191,14 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
         if finding.places:
             head.append(f"\n         at {', '.join(finding.places)}{more}")
         yield head
-    disk = check.disk
-    if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:
-        yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
-    if not isinstance(check.memory, str) and not check.memory.fits:
-        is_close = check.memory.verdict == "too close to say"
-        what = (
-            "whether a step fits is too close to say" if is_close else "a step is predicted to need more than there is"
-        )
-        more = f"  memory: {what}; qtune fit shows what would help"
-        yield Text.assemble(("warning", "yellow"), more)
+    for problem in check.problems:
+        yield Text.assemble(("error", "bold red"), f"  {problem}")
+    for warning in check.preflight.warnings:
+        yield Text.assemble(("warning", "yellow"), f"  {warning}")
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":
         yield Text.assemble(
             ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below"
         )
-    elif not stopping:
+    if not stopping and not check.preflight.refusals:
         yield Text.assemble(("ok", "bold green"), "  nothing stands in the way of a run")

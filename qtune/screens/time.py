@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from qtune.training.display import clock
+from qtune.console import clock
 
 if TYPE_CHECKING:
     from qtune.timing.forecast import TimeForecast
@@ -36,8 +36,8 @@ def draw_steps(steps: "list[Duration | None]") -> RenderableType:
         return Text(f"time: {seconds(known[0])} for a step of the longest rows, predicted")
     before, after = known
     return Text(
-        f"time: {seconds(after)} for a step of the longest rows, {after / before - 1:+.0%} beside {seconds(before)} as it "
-        "was asked for, predicted"
+        f"time: {seconds(after)} for a step of the longest rows, {after / before - 1:+.0%} beside {seconds(before)} "
+        "as it was asked for, predicted"
     )
 
 

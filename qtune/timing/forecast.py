@@ -6,15 +6,18 @@ on a line through both, for work grows with length nearly so. A step is all of i
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qtune.data.batches import StepSampler
+from qtune.errors import ModelError
 from qtune.memory.cached import traced_work
 from qtune.memory.predict import Longest
 from qtune.memory.tracing.work import from_rows
+from qtune.model.load import load_config
 from qtune.timing.known import known_rates
 from qtune.timing.price import Cost, Duration, cost_by, duration
 
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.device.rates import Rates
+    from qtune.memory.forecast import Forecast
     from qtune.memory.longest import RowLengths, Rows
     from qtune.memory.predict import Prediction
-    from qtune.memory.profile import Forecast
     from qtune.memory.tracing.work import Work
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,17 @@ def time_of(config: PretrainedConfig, recipe: Recipe, found: Forecast) -> TimeFo
     if rows.data is None:
         return _of_one_length(recipe, plan, rows.longest.length, found.prediction, rates)
     return _of_data(config, recipe, plan, rows, rows.data, found.prediction, rates)
+
+
+def attempted_time(recipe: Recipe, found: Forecast | str | None) -> TimeForecast | None:
+    """`time_of` a forecast; None where there is none, or its other rows cannot be traced: nothing depends on it."""
+    if found is None or isinstance(found, str) or known_rates(found.plan.device) is None:
+        return None
+    try:
+        return time_of(load_config(recipe.model), recipe, found)
+    except ModelError:
+        log.debug("the time could not be predicted", exc_info=True)
+        return None
 
 
 def step_duration(prediction: Prediction, plan: Plan, rates: Rates) -> Duration:

@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtune.cache import cache_folder
 from qtune.device.cards import card_named
 from qtune.device.rates import Rates, data_sheet_rates
 from qtune.errors import InputError
-from qtune.model.builtin import cache_folder
 
 if TYPE_CHECKING:
     from qtune.device.cards import Card

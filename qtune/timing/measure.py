@@ -27,7 +27,8 @@ from qtune.memory.tracing.step import parameter_groups, prepare, trained
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.timing.price import cost_by, duration, training_part
 
 if TYPE_CHECKING:

@@ -95,6 +95,8 @@ class Comparison:
     """Measured against predicted, over the steps that can be compared."""
 
     predicted: StepSeconds
+    source: str
+    """In words: the rates from which it was predicted."""
     steps: int = 0
     measured_seconds: float = 0.0
     predicted_seconds: float = 0.0
@@ -118,7 +120,7 @@ class Comparison:
             return None
         return self.measured_seconds / self.predicted_seconds
 
-    def warning(self, source: str) -> str | None:
+    def warning(self) -> str | None:
         """In words that the run is far slower than predicted: once, when that is known."""
         ratio = self.ratio
         if ratio is None or ratio < FAR_SLOWER or self._is_said:
@@ -126,8 +128,8 @@ class Comparison:
         self._is_said = True
         return (
             f"steps take {ratio:.1f} times as long as predicted, {self.measured_seconds / self.steps:.2f} s instead of "
-            f"{self.predicted_seconds / self.steps:.2f} ({source}): something else may use the device, or it is held "
-            "back by heat or its power limit; nvidia-smi shows both"
+            f"{self.predicted_seconds / self.steps:.2f} ({self.source}): something else may use the device, or it is "
+            "held back by heat or its power limit; nvidia-smi shows both"
         )
 
     def __str__(self) -> str:

@@ -48,12 +48,12 @@ class Values:
     def _nonzero(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new((min(self.scored, x.numel()), x.dim()), torch.long)
 
-    def _selected(self, x: torch.Tensor, places: Sequence[torch.Tensor | None], *_: Any) -> Any:
-        """x[mask]: the scored positions of x [*mask's shape, ...]; with indices the result is a matter of shapes."""
-        mask = places[0]
-        if mask is None or mask.dtype is not torch.bool:
+    def _chosen(self, x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Any:
+        """x where a mask says so, which is where labels are: [scored, ...]."""
+        masks = [index for index in indices if index is not None and index.dtype is torch.bool]
+        if len(masks) != 1 or indices[0] is not masks[0] or len(indices) > 1:
             return NotImplemented
-        return self.mode.new((min(self.scored, mask.numel()), *x.shape[mask.dim() :]), x.dtype)
+        return self.mode.new((min(self.scored, masks[0].numel()), *x.shape[masks[0].dim() :]), x.dtype)
 
     def _masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.mode.new((min(self.scored, mask.numel()),), x.dtype)
@@ -96,7 +96,7 @@ class Values:
 
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.nonzero.default: Values._nonzero,
-    torch.ops.aten.index.Tensor: Values._selected,
+    torch.ops.aten.index.Tensor: Values._chosen,
     torch.ops.aten.masked_select.default: Values._masked_select,
     torch.ops.aten.lift_fresh.default: Values._constant,
     torch.ops.aten._local_scalar_dense.default: Values._scalar,

@@ -53,11 +53,16 @@ QUESTIONS = (
 
 
 @contextlib.contextmanager
-def answered_as_on_a_card(capability: Capability) -> Iterator[None]:
-    """While the block runs, `QUESTIONS` are answered as a card of that capability answers them."""
+def answered_as_on_a_card(capability: Capability, questions: tuple[Question, ...] = QUESTIONS) -> Iterator[None]:
+    """While the block runs, the questions are answered as a card of that capability answers them."""
+    absent = object()
     with contextlib.ExitStack() as before:
-        for question in QUESTIONS:
-            before.callback(setattr, question.owner, question.name, getattr(question.owner, question.name))
+        for question in questions:
+            found = getattr(question.owner, question.name, absent)
+            if found is absent:
+                before.callback(delattr, question.owner, question.name)
+            else:
+                before.callback(setattr, question.owner, question.name, found)
             setattr(question.owner, question.name, question.on_card(capability))
         yield
 

@@ -120,7 +120,7 @@ def work_of(func: Any, args: Sequence[Any], out: Any, *, cuda: bool = True) -> l
     special = _SPECIAL.get(name)
     if special is not None:
         return special(name, args, ins, outs, cuda)
-    if name.startswith("_foreach_"):
+    if name.startswith(("_foreach_", "_fused_")):
         return [_over_a_list(name, args, ins, outs, cuda)]
     if not outs:
         return []

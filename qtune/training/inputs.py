@@ -1,0 +1,90 @@
+"""What a run needs before anything heavy is loaded, as a value."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.prepare import Prepared
+from qtune.device.present import present_device
+from qtune.errors import InputError, Problem, RunError
+from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.longest import longest_of
+from qtune.model.load import load_config
+from qtune.plan import Plan
+from qtune.preflight import Preflight, examine
+from qtune.recipe.file import Resolved
+from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock, rows_hash
+from qtune.timing.forecast import TimeForecast, attempted_time
+from qtune.timing.known import known_rates
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs before anything heavy is loaded."""
+
+    resolved: Resolved
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    forecast: Forecast | None
+    """What memory is predicted to be needed; None on a CPU, where nothing is decided by it."""
+    time: TimeForecast | None = None
+    """How long the run is predicted to take; None where no rates of the device are known."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.resolved.recipe
+
+
+def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
+    """A recipe whose preflight found nothing that stops it; what it warns of is said.
+
+    run_dir: of a run that goes on.
+
+    Raises:
+        InputError, GateError: something stops it.
+    """
+    preflight = examine(resolved, folder=run_dir.path if run_dir else None)
+    preflight.require()
+    for warning in preflight.warnings:
+        console.say(warning)
+    forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
+    return Inputs(
+        resolved,
+        preflight.plan,
+        preflight.tokenizer,
+        preflight.prepared,
+        forecast,
+        _time(resolved.recipe, preflight),
+    )
+
+
+def _time(recipe: Recipe, preflight: Preflight) -> TimeForecast | None:
+    """On a CPU the step is traced for this alone, where the processor was measured."""
+    device = preflight.plan.device
+    if known_rates(device) is None:
+        return None
+    found = preflight.forecast or attempted(load_config(recipe.model), recipe, device, longest_of(preflight.prepared))
+    return attempted_time(recipe, found)
+
+
+def require_allocator() -> None:
+    """A CPU's allocator keeps no history of what it gave away."""
+    device = present_device()
+    if device.kind != "cuda":
+        message = f"only a CUDA card's allocator can be asked for it, and this would run on {device.name}; leave it out"
+        raise InputError(Problem("--memory-snapshot", message))
+
+
+def require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
+    lock = read_lock(run_dir)
+    if lock is not None and lock.training_rows_blake2b != rows_hash(inputs.prepared):
+        message = (
+            "the training rows are not those that the run began with, so the rest would not be the same run; put the "
+            "data back as it was, or begin again with qtune run"
+        )
+        raise RunError(Problem(str(run_dir.path), message))
