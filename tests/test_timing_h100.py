@@ -15,8 +15,9 @@ from memory_table import MODELS, config_of
 
 from qtune.device.cards import card_named
 from qtune.device.rates import data_sheet_rates
-from qtune.memory.predict import Longest, predict
+from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing.work import Work
+from qtune.memory.trl_step import trace_trl
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
