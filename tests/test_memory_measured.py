@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu")
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
-from qtune.memory import allowance
 from qtune.memory.predict import Longest, build, predict, summarize, training_step
 from qtune.memory.tracing import categories
 from qtune.memory.tracing import trace as tracing
+from qtune.memory.tracing.cuda import workspace_bytes
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.trl_step import trace_trl
 from qtune.plan import Plan, make_plan
@@ -79,7 +79,7 @@ def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
 def test_traced_bytes_are_what_the_allocator_of_the_card_counted(run: Run) -> None:
     history, measured = traced(run).history, MEASURED[run.name]["by_phase"]
     found = {phase: history.peak(phase).bytes for phase in ("forward", "backward", "optimizer")}
-    beside = 2 * allowance.workspace_bytes(CARD.capability)
+    beside = 2 * workspace_bytes(CARD.capability)
     state = 0
     if categories.OPTIMIZER not in MEASURED[run.name]["ledger"]["alive"]:
         # Its largest batch came in the first step, before there was a state of the optimizer.
@@ -124,5 +124,5 @@ def test_trl_as_it_comes_is_traced_as_the_card_counted_it(script: dict[str, Any]
     batch = {"rows": rows, "length": length, "scored": rows * length, "padded": 0}
     config, recipe, plan, longest = prepared(run, batch)
     found = trace_trl(config, recipe, plan, training_step(recipe, plan, longest), CARD.capability)
-    counted = script["allocated_gib"] * GIB - 2 * allowance.workspace_bytes(CARD.capability)
+    counted = script["allocated_gib"] * GIB - 2 * workspace_bytes(CARD.capability)
     assert found.history.peak().bytes == pytest.approx(counted, rel=CLOSE)

@@ -9,21 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qtune.memory.tracing.cuda import workspace_bytes
+from qtune.sizes import MIB
+
 if TYPE_CHECKING:
     from qtune.memory.tracing.cuda import Capability
 
-MIB = 2**20
 
 CONTEXT_BYTES = 772 * MIB
 """CUDA's context and the kernels of one process, outside the allocator: what the device had in use beyond the reserved
 bytes was 0.751 and 0.753 GiB in the two runs that had an H100 alone. Other generations have not been measured; cards
 with fewer processors to reserve for may need less."""
-
-WORKSPACE_BYTES = 32 * MIB
-OLDER_WORKSPACE_BYTES = 8320 * 1024
-"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
-(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
-The peak of the allocator was two of 32 MiB above the tensors in every run."""
 
 LOADING_SHARE = 0.09
 MOVING_SHARE = 0.005
@@ -31,11 +27,6 @@ MOVING_SHARE = 0.005
 checkpoint leaves holes that depend on its shards. The largest that any of the eleven runs needed."""
 
 Verdict = Literal["fits", "too close to say", "does not fit"]
-
-
-def workspace_bytes(card: Capability) -> int:
-    """One cuBLAS workspace on a card of this capability."""
-    return WORKSPACE_BYTES if card >= (9, 0) else OLDER_WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,9 @@ def draw_measured(found: "Measured") -> RenderableType:
             size_text(beside),
         )
     parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
+    if found.differs:
+        told = ", ".join(f"{phase} {error:+.1%}" for phase, error in found.differs.items())
+        parts += [Text(""), Text(f"traced and measured differ: {told} (workspaces of libraries left out)")]
     if "at_peak" in measured:
         alive = measured["at_peak"]["alive"]
         parts += [Text(""), categories_table(alive), stacked_bar(alive)]

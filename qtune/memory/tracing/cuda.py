@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from qtune.memory.tracing.fake_tensors import CPU, WHERE
+from qtune.sizes import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ Capability = tuple[int, int]
 
 TODAYS_CARD = (8, 9)
 """What is taken of a card of which nothing is known: bfloat16, flash attention."""
+
+WORKSPACE_BYTES = 32 * MIB
+OLDER_WORKSPACE_BYTES = 8320 * KIB
+"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
+(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
+The peak of the allocator was two of 32 MiB above the tensors in every run."""
 
 
 class CudaKernels(TorchFunctionMode):
@@ -185,3 +192,8 @@ def _attention_backward(args: Sequence[Any]) -> Workspace:
         each = batch * key.shape[2] * heads * head_dim * key.element_size()
         found.append((2 * each, "expanded dk and dv (inside attention backward)"))
     return found
+
+
+def workspace_bytes(card: Capability) -> int:
+    """One cuBLAS workspace on a card of this capability."""
+    return WORKSPACE_BYTES if card >= (9, 0) else OLDER_WORKSPACE_BYTES

@@ -15,12 +15,11 @@ import torch
 from transformers import masking_utils
 
 from qtune.errors import ModelError
-from qtune.memory.allowance import workspace_bytes
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
 from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
-from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace
+from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace, workspace_bytes
 from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
 from qtune.memory.tracing.history import History, history_of, join
