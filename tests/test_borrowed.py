@@ -73,7 +73,7 @@ def parameters_of(function: Any) -> list[str]:
 @borrowed(
     "torch", "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.FakeTensor", "_C",
     "_should_skip_dynamo", "_schema", "device",
-    files=("memory/tracing/fake_tensors.py", "memory/tracing/bare_model.py"),
+    files=("memory/tracing/fake_tensors.py", "memory/tracing/bare_model.py", "memory/tracing/work.py"),
 )  # fmt: skip
 def fake_tensors_compute_shapes_and_types() -> None:
     """No public way: tensors without storage are `torch._subclasses`, whatever builds on them."""
@@ -109,7 +109,7 @@ def a_fake_tensor_made_by_hand_is_one_made_by_its_class() -> None:
 
 @borrowed(
     "torch", "_cdata",
-    files=("memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "model/host.py"),
+    files=("memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "memory/tracing/work.py", "model/host.py"),
 )  # fmt: skip
 def a_storage_has_an_address_that_its_views_share() -> None:
     """The public `data_ptr()` is refused by storages without memory."""
@@ -177,6 +177,12 @@ def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
     layer._parameters["weight"], layer._buffers["scale"] = other, scale
     assert layer.weight is other
     assert layer.scale is scale
+
+
+@borrowed("torch", "_sleep", files=("timing/measure.py",))
+def a_card_can_be_kept_busy_for_a_number_of_cycles() -> None:
+    """No public way: a card must be busy while its processor is timed."""
+    assert callable(torch.cuda._sleep)
 
 
 @borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))
