@@ -258,3 +258,28 @@ def test_the_published_records_with_exact_lengths_are_within_three_per_cent():
         result = validate_memory.compare(record)
         assert result.skipped is None
         assert abs(result.error) < 0.03, result
+
+
+@pytest.mark.parametrize(
+    "feature", ["Triton kernels for LoRA", "fused ops and kernels (RMSNorm, RoPE)", "foak", "fused RMSNorm"]
+)
+def test_fused_layers_are_left_out_in_the_words_of_the_record(feature):
+    with pytest.raises(CannotBuildError, match="fused kernels keep other tensors than the model's own operations"):
+        build_of({**TINY, "features": [feature]})
+
+
+def test_norms_in_fp32_are_built_as_the_record_says():
+    plain, widened = (build_of({**TINY, "features": words}) for words in ([], ["layer norms in fp32"]))
+    assert (plain.fp32_norms, widened.fp32_norms) == (False, True)
+    model = widened.model(widened.config)
+    assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ibm/PowerLM-3b", "granite"), ("ibm-granite/granite-3.1-2b", "granite")])
+def test_granites_relatives_are_granites(name, kind):
+    assert build_of({**TINY, "model": name}).config.model_type == kind
+
+
+def test_a_notebook_of_one_forward_and_backward_is_measured_after_the_backward():
+    assert quantity_of({"measured_quantity": "allocated after one forward and backward"}) == "after backward"
+    assert quantity_of({"measured_quantity": "allocated after the forward"}) == "after forward"

@@ -52,8 +52,8 @@ def data_files(pattern: str, folder: Path, split: str = "train") -> list[DataFil
     given = Path(pattern).expanduser()
     base = given if given.is_absolute() else folder / given
     if base.is_file():
-        return [_data_file(base, pattern)]
-    if base.is_dir():
+        files = [_data_file(base, pattern)]
+    elif base.is_dir():
         paths = files_of_folder(base, pattern, split)
         files = [_data_file(path, str(Path(pattern) / path.relative_to(base))) for path in paths]
     else:
