@@ -45,12 +45,6 @@ Capability = tuple[int, int]
 TODAYS_CARD = (8, 9)
 """What is taken of a card of which nothing is known: bfloat16, flash attention."""
 
-WORKSPACE_BYTES = 32 * MIB
-OLDER_WORKSPACE_BYTES = 8320 * KIB
-"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
-(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
-The peak of the allocator was two of 32 MiB above the tensors in every run."""
-
 
 class CudaKernels(TorchFunctionMode):
     """While tracing: dropout with a bool mask, the card's choice of attention, fp32 operations under autocast."""
