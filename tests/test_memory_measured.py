@@ -26,7 +26,8 @@ from qtune.memory.tracing.cuda import workspace_bytes
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.trl_step import trace_trl
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.startup.allocator import VARIABLES
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from trl.trainer import utils as trl_utils
 
 from qtune.adapter.attach import attach_adapter
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.memory.tracing.device_state import Question, answered_as_on_a_card
+from qtune.memory.tracing.device_state import DeviceQuestion, answered_as_on_a_card
 from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
 from qtune.model.quantization import quantization_config
@@ -69,19 +69,19 @@ def _always(capability: Capability) -> Any:
 
 
 QUESTIONS = (
-    Question(chunked_logprob, "_use_triton", _always, "Triton's kernels fold a tile of logits in place"),
-    Question(trl_utils, "_use_triton", _always, "where Triton is, only labelled positions are scored"),
-    Question(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(_fold), "it is none without Triton"),
-    Question(
+    DeviceQuestion(chunked_logprob, "_use_triton", _always, "Triton's kernels fold a tile of logits in place"),
+    DeviceQuestion(trl_utils, "_use_triton", _always, "where Triton is, only labelled positions are scored"),
+    DeviceQuestion(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(_fold), "it is none without Triton"),
+    DeviceQuestion(
         chunked_logprob, "_backward_kernel", lambda capability: _Kernel(_differentiate), "it is none without Triton"
     ),
-    Question(
+    DeviceQuestion(
         chunked_logprob,
         "triton",
         lambda capability: types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
         "its grid is counted with it",
     ),
-    Question(
+    DeviceQuestion(
         chunked_logprob,
         "_addmm_fp32",
         lambda capability: _add_product,

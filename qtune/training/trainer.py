@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,6 +30,7 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.checkpoints import complete_checkpoints, require_finite
 from qtune.training.pace import Comparison, Pace
+from qtune.training.schedule import schedule_of
 
 
 class QloraTrainer(SFTTrainer):
@@ -74,6 +76,7 @@ class QloraTrainer(SFTTrainer):
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
+        self.schedule = training.schedule
         self.meter = meter
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
@@ -91,6 +94,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule in torch's words, which a checkpoint keeps and brings back like transformers' own."""
+        if self.lr_scheduler is None:
+            factor = schedule_of(self.schedule, self.args.warmup_steps, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -248,7 +261,7 @@ class QloraTrainer(SFTTrainer):
             self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Question:
+class DeviceQuestion:
     """A name that libraries look up when they want to know the device, and what stands there on a card."""
 
     owner: Any
@@ -30,20 +30,20 @@ class Question:
 
 
 QUESTIONS = (
-    Question(
+    DeviceQuestion(
         torch,
         "is_autocast_enabled",
         lambda capability: _autocast_of_the_trace,
         "without a device it means CUDA's state (torch 2.13, torch/csrc/autograd/init.cpp); peft 0.21's quantized "
         "layers cast their input to fp32 where it is off",
     ),
-    Question(
+    DeviceQuestion(
         _functions,
         "MatMul8bitFp",
         lambda capability: _functions.MatMul8bitLt,
         "bitsandbytes 0.50's `matmul` trains on a CPU with the dequantized weight, on a card with int8 products",
     ),
-    Question(
+    DeviceQuestion(
         moe,
         "_can_use_grouped_mm",
         lambda capability: lambda rows, weight, ends: capability >= (8, 0),
@@ -53,7 +53,7 @@ QUESTIONS = (
 
 
 @contextlib.contextmanager
-def answered_as_on_a_card(capability: Capability, questions: tuple[Question, ...] = QUESTIONS) -> Iterator[None]:
+def answered_as_on_a_card(capability: Capability, questions: tuple[DeviceQuestion, ...] = QUESTIONS) -> Iterator[None]:
     """While the block runs, the questions are answered as a card of that capability answers them."""
     absent = object()
     with contextlib.ExitStack() as before:
