@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from qtune.memory.tracing.fake_tensors import CPU, WHERE
+from qtune.sizes import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
