@@ -93,8 +93,6 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert results(remembering) == results(FakeTensorMode(allow_non_fake_inputs=True))
     assert FakeTensorMode._should_skip_dynamo() in (True, False)
     assert torch.ops.aten._foreach_add_.List._schema.returns == []
-    assert torch.ops.aten.add.Tensor._schema.name == "aten::add"
-    assert torch.ops.aten.add_.Tensor._schema.is_mutable
     assert torch.ops.prim.device.default.__name__ == "device.default"
 
 
@@ -182,8 +180,8 @@ def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
 
 
 @borrowed("torch", "_sleep", files=("timing/measure.py",))
-def a_card_can_be_kept_waiting_for_some_cycles() -> None:
-    """No public way: without it the processor's launches would be measured in place of the card's kernels."""
+def a_card_can_be_kept_busy_for_a_number_of_cycles() -> None:
+    """No public way: a card must be busy while its processor is timed."""
     assert callable(torch.cuda._sleep)
 
 
