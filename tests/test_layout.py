@@ -33,6 +33,7 @@ ROOMS = (
     "memory.tracing",
     "memory",
     "memory.measured",
+    "timing",
     "export",
     "preflight",
     "training",
