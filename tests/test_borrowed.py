@@ -73,7 +73,7 @@ def parameters_of(function: Any) -> list[str]:
 @borrowed(
     "torch", "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.FakeTensor", "_C",
     "_should_skip_dynamo", "_schema", "device",
-    files=("memory/tracing/fake_tensors.py", "memory/tracing/bare_model.py"),
+    files=("memory/tracing/fake_tensors.py", "memory/tracing/bare_model.py", "memory/tracing/work.py"),
 )  # fmt: skip
 def fake_tensors_compute_shapes_and_types() -> None:
     """No public way: tensors without storage are `torch._subclasses`, whatever builds on them."""
@@ -93,6 +93,8 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert results(remembering) == results(FakeTensorMode(allow_non_fake_inputs=True))
     assert FakeTensorMode._should_skip_dynamo() in (True, False)
     assert torch.ops.aten._foreach_add_.List._schema.returns == []
+    assert torch.ops.aten.add.Tensor._schema.name == "aten::add"
+    assert torch.ops.aten.add_.Tensor._schema.is_mutable
     assert torch.ops.prim.device.default.__name__ == "device.default"
 
 
@@ -109,7 +111,7 @@ def a_fake_tensor_made_by_hand_is_one_made_by_its_class() -> None:
 
 @borrowed(
     "torch", "_cdata",
-    files=("memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "model/host.py"),
+    files=("memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "memory/tracing/work.py", "model/host.py"),
 )  # fmt: skip
 def a_storage_has_an_address_that_its_views_share() -> None:
     """The public `data_ptr()` is refused by storages without memory."""
@@ -177,6 +179,12 @@ def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
     layer._parameters["weight"], layer._buffers["scale"] = other, scale
     assert layer.weight is other
     assert layer.scale is scale
+
+
+@borrowed("torch", "_sleep", files=("timing/measure.py",))
+def a_card_can_be_kept_waiting_for_some_cycles() -> None:
+    """No public way: without it the processor's launches would be measured in place of the card's kernels."""
+    assert callable(torch.cuda._sleep)
 
 
 @borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))

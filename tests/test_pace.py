@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtune.training.pace import Lap, Pace, PaceComparison
+from qtune.training.pace import ExpectedPace, Lap, Pace
 
 
 class Hands:
@@ -58,7 +58,7 @@ def test_steps_that_the_meter_slows_down_are_told_apart_until_the_next_lap(hands
     assert not pace.lap().is_disturbed
 
 
-def laps(comparison: PaceComparison, seconds: list[float], *, disturbed: bool = False) -> list[str | None]:
+def laps(comparison: ExpectedPace, seconds: list[float], *, disturbed: bool = False) -> list[str | None]:
     said = []
     for each in seconds:
         comparison.add(Lap(((100,),), 100, each, disturbed))
@@ -67,13 +67,13 @@ def laps(comparison: PaceComparison, seconds: list[float], *, disturbed: bool = 
 
 
 def test_a_run_as_fast_as_predicted_says_nothing_until_its_end() -> None:
-    comparison = PaceComparison(lambda lengths: sum(lengths) / 100, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: sum(lengths) / 100, "a data sheet")
     assert laps(comparison, [9.0, 9.0, 9.0, 1.1, 1.2, 1.0, 1.1, 1.1, 1.1]) == [None] * 9
     assert str(comparison) == "1.10 s a step, predicted 1.00 (+10%)"
 
 
 def test_a_run_far_slower_than_predicted_says_so_once_when_that_is_sure() -> None:
-    comparison = PaceComparison(lambda lengths: 1.0, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet")
     said = laps(comparison, [2.0] * 12)
     (sentence,) = filter(None, said)
     assert said.index(sentence) == 3 + 5 - 1  # three first steps, five that are compared
@@ -81,6 +81,6 @@ def test_a_run_far_slower_than_predicted_says_so_once_when_that_is_sure() -> Non
 
 
 def test_disturbed_laps_are_not_compared() -> None:
-    comparison = PaceComparison(lambda lengths: 1.0, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet")
     assert laps(comparison, [5.0] * 20, disturbed=True) == [None] * 20
     assert str(comparison) == "too few steps to compare their time with the prediction"

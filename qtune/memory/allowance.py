@@ -15,11 +15,11 @@ from qtune.sizes import MIB
 if TYPE_CHECKING:
     from qtune.memory.tracing.cuda import Capability
 
-
 CONTEXT_BYTES = 772 * MIB
 """CUDA's context and the kernels of one process, outside the allocator: what the device had in use beyond the reserved
 bytes was 0.751 and 0.753 GiB in the two runs that had an H100 alone. Other generations have not been measured; cards
 with fewer processors to reserve for may need less."""
+
 
 LOADING_SHARE = 0.09
 MOVING_SHARE = 0.005

@@ -15,7 +15,7 @@ from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, StopOnSignal
 from qtune.training.inputs import Inputs
-from qtune.training.pace import PaceComparison
+from qtune.training.pace import ExpectedPace
 from qtune.training.trainer import QloraTrainer
 
 CHECKED_TOKENS = 64
@@ -95,7 +95,7 @@ def make_trainer(
         callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
         note=metrics.note,
-        comparison=PaceComparison(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
+        comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):

@@ -91,7 +91,7 @@ class Pace:
 
 
 @dataclass
-class PaceComparison:
+class ExpectedPace:
     """Measured against predicted, over the steps that can be compared."""
 
     predicted: StepSeconds

@@ -29,7 +29,7 @@ from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.checkpoints import complete_checkpoints, require_finite
-from qtune.training.pace import Pace, PaceComparison
+from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.schedule import schedule_of
 
 
@@ -56,7 +56,7 @@ class QloraTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         tiled_loss: bool,
         note: Callable[[str], None],
-        comparison: PaceComparison | None = None,
+        comparison: ExpectedPace | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 

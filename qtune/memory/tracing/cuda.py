@@ -45,12 +45,6 @@ Capability = tuple[int, int]
 TODAYS_CARD = (8, 9)
 """What is taken of a card of which nothing is known: bfloat16, flash attention."""
 
-WORKSPACE_BYTES = 32 * MIB
-OLDER_WORKSPACE_BYTES = 8320 * KIB
-"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
-(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
-The peak of the allocator was two of 32 MiB above the tensors in every run."""
-
 
 class CudaKernels(TorchFunctionMode):
     """While tracing: dropout with a bool mask, the card's choice of attention, fp32 operations under autocast."""
@@ -192,6 +186,14 @@ def _attention_backward(args: Sequence[Any]) -> Workspace:
         each = batch * key.shape[2] * heads * head_dim * key.element_size()
         found.append((2 * each, "expanded dk and dv (inside attention backward)"))
     return found
+
+
+WORKSPACE_BYTES = 32 * MIB
+
+OLDER_WORKSPACE_BYTES = 8320 * KIB
+"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
+(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
+The peak of the allocator was two of 32 MiB above the tensors in every run."""
 
 
 def workspace_bytes(card: Capability) -> int:
