@@ -396,8 +396,8 @@ def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
     def scored(self: Meter, count: int) -> None:
         original(self, count)
         if self.phase == "eval":
-            tried.append(self.batch["rows"])
-            if self.batch["rows"] > 1:
+            tried.append(self.batch.rows)
+            if self.batch.rows > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Meter, "scored", scored)
