@@ -404,7 +404,8 @@ def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
     narrow = run(file)
     rows = len(records(narrow, "eval")) * 7  # 0.3 of 22
     assert tried == [4, 2] + [1] * rows
-    assert [record["message"] for record in records(narrow, "note")] == [
+    notes = [record["message"] for record in records(narrow, "note")]
+    assert [note for note in notes if note.startswith("out of memory")] == [
         "out of memory: batches of the evaluation are now split into 2",
         "out of memory: batches of the evaluation are now split into 4",
     ]
