@@ -260,7 +260,7 @@ def test_host_activations_leave_no_layers_input_on_the_card_however_deep_the_mod
     kept, waiting = {}, {}
     for layers in (2, 3, 10):
         found = predict(tiny_config(layers=layers), recipe, make_plan(recipe, CARD), Longest(4096, equal=True))
-        assert (found.layers_executed < layers) == (layers == 10)
+        assert found.layers_executed == layers  # for a card the allocator is played with every layer
         history = found.history
         first = next(tick for tick, label in enumerate(history.labels) if label.phase == "backward")
         kept[layers], waiting[layers] = history.at(first).alive[categories.CHECKPOINTED], history.host

@@ -334,7 +334,8 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_nothing_else_changes(
     )
     for name, tensor in final_state(roomy).items():
         torch.testing.assert_close(final_state(narrow)[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
-    assert [record["message"] for record in records(narrow, "note")] == [
+    notes = [record["message"] for record in records(narrow, "note")]
+    assert [note for note in notes if note.startswith("out of memory")] == [
         "out of memory: micro-batches are now split into 4; the batch stays the same"
     ]
 
