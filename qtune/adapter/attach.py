@@ -38,6 +38,8 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
             raise
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
+    if plan.device.kind == "cpu":
+        _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)
     cast_adapter(model, getattr(torch, plan.adapter_dtype))
     return model
@@ -71,6 +73,14 @@ def routers(network: torch.nn.Module) -> list[str]:
         and type(module).__module__.startswith("transformers.models.")
         and type(module).forward is not own
     ]
+
+
+def _keep_lstm_in_its_dtype(model: PeftModel) -> None:
+    """An LSTM encoder of p-tuning computes in its weights' dtype, whatever autocast says: oneDNN has no LSTM in 16 bits
+    for processors with AVX2 alone, and the encoder is small beside the model."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LSTM):
+            module.forward = torch.autocast("cpu", enabled=False)(module.forward)  # type: ignore[method-assign]
 
 
 def cast_adapter(model: PeftModel, dtype: torch.dtype) -> None:
