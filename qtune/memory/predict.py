@@ -12,6 +12,7 @@ import bitsandbytes
 import torch
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.lean import install_lean_step
 from qtune.errors import ModelError, Problem
 from qtune.memory.allowance import Need
 from qtune.memory.tracing import categories
@@ -97,6 +98,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     base = model.get_base_model()
     # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
+    install_lean_step(model, recompute=plan.gradient_checkpointing)
     return model
 
 

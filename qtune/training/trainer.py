@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import STATE_FILE, cast_adapter, load_trained_state, save_trained_state, trained_state
+from qtune.adapter.lean import install_lean_step
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
 from qtune.errors import OutOfMemory, TrainingError
@@ -149,6 +150,7 @@ class QloraTrainer(SFTTrainer):
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        install_lean_step(model, recompute=plan.gradient_checkpointing)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.meter = meter
