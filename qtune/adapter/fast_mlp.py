@@ -21,39 +21,20 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.adapter.fast_lora import is_ours, require_unchanged
 from qtune.adapter.products import Layer, Stack
 from qtune.model.same_code import computes_the_same
 
-_aten: Any = torch.ops.aten
+_ops: Any = torch.ops.qtune
 
 
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function, written into a tensor that is there."""
-
-    value: Callable[[Tensor, Tensor], Tensor]
-    """(input, out) -> act(input)"""
-    gradient: Callable[[Tensor, Tensor], Tensor]
-    """(gradient, input) -> gradient · act'(input), over the gradient."""
-
-
-SILU = Activation(
-    value=lambda x, out: _aten.silu.out(x, out=out),
-    gradient=lambda grad, x: _aten.silu_backward.grad_input(grad, x, grad_input=grad),
-)
-GELU_TANH = Activation(
-    value=lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
-    gradient=lambda grad, x: _aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
-)
-
-
-def activation_of(module: nn.Module) -> Activation | None:
+def activation_of(module: nn.Module) -> str | None:
     """The activation that a module is, where it is one of the two that gated MLPs use."""
     if type(module) in (SiLUActivation, nn.SiLU):
-        return SILU
+        return "silu"
     if type(module) is GELUTanh and isinstance(module.act, functools.partial):
-        return GELU_TANH
+        return "gelu_tanh"
     return None
 
 
@@ -64,7 +45,8 @@ class Mlp:
     into: Stack
     """gate, up"""
     down: Stack
-    activation: Activation
+    activation: str
+    """Of `torch.ops.qtune.gated`."""
     recompute: bool
     """Whether the backward computes gate and up again."""
 
@@ -109,9 +91,8 @@ class _GatedMlp(torch.autograd.Function):
             gate, up, u = _gate_and_up(mlp, rows[tile])
             if kept is None:
                 ctx.save_for_backward(x, gate, up, u)
-                inside = mlp.activation.value(gate, torch.empty_like(gate)).mul_(up)
-            else:
-                inside = mlp.activation.value(gate, gate).mul_(up)
+            inside = torch.empty_like(gate) if kept is None else gate
+            _ops.gated.default(gate, up, mlp.activation, inside)
             del gate, up, u
             mlp.down.output(0, inside, mlp.down.inner(inside), out=output[tile])
             del inside
@@ -151,20 +132,20 @@ def _gate_and_up(mlp: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(mlp: Mlp, x: Tensor, grad: Tensor, given: list[Tensor], dx: Tensor | None) -> list[Tensor]:
     """Gradients of the weights, those of gate and up and those of down; that of x is written into `dx`.
 
-    given: gate, up and their inner products; emptied, so that they go when they are no longer needed. At most four tensors [rows, intermediate] are alive, gate and up among them, which are not written over: where
-    nothing is recomputed they are autograd's.
+    given: gate, up and their inner products. Where they were computed for this, their gradients are written over them,
+    and three tensors [rows, intermediate] are all there is; where nothing is recomputed they are autograd's.
     """
     gate, up, u = given
     given.clear()
-    inside = mlp.activation.value(gate, torch.empty_like(gate)).mul_(up)
     du_down = mlp.down.inner_gradient([grad], len(grad))
+    inside = mlp.down.input_gradient([grad], du_down)
+    d_gate, d_up = (gate, up) if mlp.recompute else (torch.empty_like(gate), torch.empty_like(up))
+    _ops.gated_backward.default(inside, gate, up, mlp.activation, d_gate, d_up)
+    del gate, up
     down = mlp.down.weight_gradients(inside, mlp.down.inner(inside), [grad], du_down)
-    d_inside = mlp.down.input_gradient([grad], du_down)
-    d_up = mlp.activation.value(gate, inside).mul_(d_inside)
-    d_gate = mlp.activation.gradient(d_inside.mul_(up), gate)
+    del inside
     du = mlp.into.inner_gradient([d_gate, d_up], len(grad))
     into = mlp.into.weight_gradients(x, u, [d_gate, d_up], du)
-    del gate, up, inside, d_inside
     if dx is not None:
         mlp.into.input_gradient([d_gate, d_up], du, out=dx)
     return [*into, *down]

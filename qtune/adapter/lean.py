@@ -13,6 +13,7 @@ import torch
 
 from qtune.adapter.fast_lora import SHARING, Shared, plain_layers, take_over
 from qtune.adapter.fast_mlp import gated_mlp, take_over_mlp
+from qtune.model.fast_blocks import install_fast_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,7 @@ def install_lean_step(model: PeftModel, *, recompute: bool) -> AdapterCopies:
 
     recompute: whether its layers are checkpointed, so that a layer's MLP should keep nothing but its input.
     """
+    install_fast_blocks(model)
     stacks: list[Stack] = []
     for module, layers in list(plain_layers(model)):
         stacks += _into_module(module, layers, recompute)

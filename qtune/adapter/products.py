@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
+
+from qtune.kernels.ops import dequantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ class Layer:
         weight = self.base.weight
         if not self.is_packed:
             return weight.to(dtype)  # type: ignore[no-any-return]
-        return dequantize_4bit(weight, weight.quant_state).to(dtype)
+        return dequantized(weight, weight.quant_state).to(dtype)
 
     def is_plain(self) -> bool:
         """Whether the update is on, alone and not merged: otherwise the layer is peft's."""

@@ -1,0 +1,218 @@
+"""The operations `torch.ops.qtune.*`, by PyTorch's own operations; on CUDA cards by Triton, where that works.
+
+Each is one operation to whoever watches a step, so that a trace sees the same on every device: its inputs, its outputs
+and nothing between. None of them has a gradient: they are called inside of autograd functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+log = logging.getLogger(__name__)
+
+_SCHEMAS = (
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
+    "rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    "gated(Tensor gate, Tensor up, str activation, Tensor(a!) out) -> ()",
+    "gated_backward(Tensor(a!) grad, Tensor gate, Tensor up, str activation, Tensor(b!) d_gate, Tensor(c!) d_up) -> ()",
+    "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
+    "Tensor code, int[] shape, int block, str kind, ScalarType dtype) -> Tensor",
+)
+_library = torch.library.Library("qtune", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+PIECE = 2**16
+"""Elements that a CPU takes at once: what is needed beside inputs and outputs stays in its cache."""
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The kernels for cards; None where Triton is not installed, or cannot compile (it needs a C compiler at run time).
+
+    What is asked is the smallest of them, once in a process.
+    """
+    try:
+        from qtune.kernels import on_cuda
+    except ImportError:
+        return None
+    try:
+        one = torch.ones(1, 16, device="cuda")
+        on_cuda.rms_norm(one, one[0], 0.0)
+    except Exception:  # whatever a compiler may say: there is a second way to compute the same
+        log.warning("Triton does not work here; PyTorch's own operations are used", exc_info=True)
+        return None
+    return on_cuda
+
+
+def _implemented(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers an implementation for every device, and the one of `on_cuda` before it on cards."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def on_card(*args: Any) -> Any:
+            kernels = triton_kernels()
+            chosen = None if kernels is None else getattr(kernels, name)
+            return (function if chosen is None else chosen)(*args)
+
+        _library.impl(name, function, "CPU")
+        _library.impl(name, on_card, "CUDA")
+        return function
+
+    return register
+
+
+def _shaped_by(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Says what an operation returns, for tensors without storage."""
+    return torch.library.register_fake(f"qtune::{name}", lib=_library)
+
+
+# --- root mean square normalization (arXiv:1910.07467) --------------------------------------------------------------
+
+
+@_implemented("rms_norm")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight · (x / rms(x)) [..., width] and 1 / rms [..., 1] in fp32; rounded before the weight, as transformers do."""
+    exact = x.float()
+    rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (exact * rstd).to(x.dtype).mul_(weight), rstd
+
+
+@_shaped_by("rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        (*x.shape[:-1], 1), dtype=torch.float32
+    )
+
+
+@_implemented("rms_norm_backward")
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """d loss / d x, [..., width]."""
+    normal = x.float().mul_(rstd)
+    slope = (grad * weight).float()
+    slope -= normal.mul_((slope * normal).mean(-1, keepdim=True))
+    return slope.mul_(rstd).to(x.dtype)
+
+
+@_shaped_by("rms_norm_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --- rotary position embedding (arXiv:2104.09864) -------------------------------------------------------------------
+
+
+@_implemented("rotate")
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """x [batch, heads, length, head_dim] turned by its positions' angles [1 or batch, length, head_dim]; or back."""
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    out = torch.empty_like(x)
+    torch.mul(x, cos, out=out)
+    first, second = x[..., :half], x[..., half:]
+    if back:
+        out[..., :half].addcmul_(second, sin[..., half:])
+        out[..., half:].addcmul_(first, sin[..., :half], value=-1)
+    else:
+        out[..., :half].addcmul_(second, sin[..., :half], value=-1)
+        out[..., half:].addcmul_(first, sin[..., half:])
+    return out
+
+
+@_shaped_by("rotate")
+def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+# --- gated activations (arXiv:2002.05202) ---------------------------------------------------------------------------
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    return torch.nn.functional.silu(x) if activation == "silu" else torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _through_activation(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+@_implemented("gated")
+def _gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
+    """out = act(gate) · up; `out` may be one of them."""
+    for g, u, o in _in_pieces(gate, up, out):
+        torch.mul(_activated(g, activation), u, out=o)
+
+
+@_implemented("gated_backward")
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor) -> None:
+    """From d loss / d (act(gate) · up) in `grad`: the gradients of gate and up, which may be written over those; and
+    act(gate) · up itself, over the gradient."""
+    for d, g, u, dg, du in _in_pieces(grad, gate, up, d_gate, d_up):
+        value = _activated(g, activation)
+        inside, through_gate = value * u, d * u
+        torch.mul(d, value, out=du)
+        dg.copy_(_through_activation(through_gate, g, activation))
+        d.copy_(inside)
+
+
+def _in_pieces(*tensors: Tensor) -> Any:
+    """Contiguous tensors of one shape, flat, so many elements at once."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+
+
+@_shaped_by("gated")
+def _(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
+    return None
+
+
+@_shaped_by("gated_backward")
+def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor) -> None:
+    return None
+
+
+# --- 4-bit weights with double quantization (arXiv:2305.14314) ------------------------------------------------------
+
+
+@_implemented("dequantize_nested")
+def _dequantize_nested(
+    codes: Tensor, absmax: Tensor, absmax_code: Tensor, absmax_scale: Tensor, offset: Tensor, code: Tensor,
+    shape: list[int], block: int, kind: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The weight of packed 4-bit codes whose absmax is 8-bit codes itself, as bitsandbytes computes it."""
+    ops = torch.ops.bitsandbytes
+    exact = ops.dequantize_blockwise.default(absmax, absmax_scale, absmax_code, NESTED_BLOCK, torch.float32).add_(offset)
+    weight: Tensor = ops.dequantize_4bit.default(codes, exact, block, kind, shape, dtype)
+    return weight
+
+
+@_shaped_by("dequantize_nested")
+def _(codes: Tensor, absmax: Tensor, absmax_code: Tensor, absmax_scale: Tensor, offset: Tensor, code: Tensor,
+      shape: list[int], block: int, kind: str, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    return codes.new_empty(shape, dtype=dtype)
+
+
+NESTED_BLOCK = 256
+"""Codes of absmax with one scale between them; bitsandbytes knows no other number for it."""
+
+
+def dequantized(codes: Tensor, state: bnb.QuantState) -> Tensor:
+    """The weight [out, in] of a `Linear4bit`, in the type that it was quantized from."""
+    if not state.nested or state.state2.blocksize != NESTED_BLOCK or state.state2.dtype is not torch.float32:
+        return bnb.dequantize_4bit(codes, state)
+    nested = state.state2
+    weight: Tensor = torch.ops.qtune.dequantize_nested.default(
+        codes, state.absmax, nested.code, nested.absmax, state.offset, state.code,
+        list(state.shape), state.blocksize, state.quant_type, state.dtype,
+    )  # fmt: skip
+    return weight
