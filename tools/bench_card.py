@@ -151,7 +151,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         if lean:
-            install_lean_step(model, recompute=checkpointing)
+            install_lean_step(model, dtype, recompute=checkpointing)
         ids = torch.arange(600, device=model.device).view(2, 300) * 7 % SMALL["vocab_size"]
         kind = model.device.type
         for _ in range(2):
@@ -256,7 +256,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, *, lean:
     model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{lean}")
     original = training.install_lean_step
     if not lean:
-        training.install_lean_step = lambda model, **_: None
+        training.install_lean_step = lambda *_, **__: None
     try:
         trainer = QloraTrainer(
             model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,

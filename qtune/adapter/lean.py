@@ -27,43 +27,47 @@ if TYPE_CHECKING:
 class AdapterCopies:
     """The adapter's weights in the type that is computed in, made at the start of each forward, all at once."""
 
-    def __init__(self, stacks: list[Stack]) -> None:
-        self.stacks = stacks
+    def __init__(self, stacks: list[Stack], dtype: torch.dtype) -> None:
+        self.stacks, self.dtype = stacks, dtype
 
     def renew(self, *_: Any) -> None:
-        """Makes every copy what its parameter is now."""
-        if not self.stacks or not torch.is_grad_enabled():
+        """Makes every copy what its parameter is now, where a gradient is wanted."""
+        if not torch.is_grad_enabled():
             return
-        first = self.stacks[0].layers[0].a
-        kind = first.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for stack in self.stacks:
-            copies, originals = stack.to_copy(dtype)
+            copies, originals = stack.to_copy(self.dtype)
             targets += copies
             sources += originals
         if targets:
             torch._foreach_copy_(targets, sources)
 
     def held(self) -> list[Tensor]:
-        """The copies that are in memory."""
-        return [tensor for stack in self.stacks for tensor in stack.held()]
+        """The copies, beside the parameters."""
+        return [tensor for stack in self.stacks for tensor in stack.held(self.dtype)]
 
 
-def install_lean_step(model: PeftModel, *, recompute: bool) -> AdapterCopies:
+def install_lean_step(model: PeftModel, dtype: torch.dtype, *, recompute: bool) -> None:
     """Puts our functions into a model, for training.
 
-    recompute: whether its layers are checkpointed, so that a layer's MLP should keep nothing but its input.
+    dtype: that products are computed in, by autocast where the adapter's is another.
+    recompute: whether the model's layers are checkpointed, so that an MLP should keep nothing but its input.
     """
     install_fast_blocks(model)
     stacks: list[Stack] = []
     for module, layers in list(plain_layers(model)):
         stacks += _into_module(module, layers, recompute)
-    copies = AdapterCopies(stacks)
     if stacks:
+        copies = AdapterCopies(stacks, dtype)
         model.base_model.register_forward_pre_hook(copies.renew)
-    return copies
+        model.base_model.adapter_copies = copies
+
+
+def adapter_copies(model: Any) -> list[Tensor]:
+    """What stands in memory beside the adapter's own weights once `install_lean_step` has been called."""
+    found = getattr(getattr(model, "base_model", None), "adapter_copies", None)
+    return found.held() if isinstance(found, AdapterCopies) else []
 
 
 def _into_module(module: Any, layers: dict[str, Layer], recompute: bool) -> list[Stack]:

@@ -113,7 +113,7 @@ class _Copies:
 
     def __init__(self, stack: Stack, dtype: torch.dtype) -> None:
         first, layers = stack.layers[0].a, stack.layers
-        self.dtype, self.device = dtype, first.device
+        self.dtype, self.kind = dtype, (type(first), first.device, first.dtype)
         self.versions: list[int] = []
         self._own_a = len(layers) > 1 or first.dtype is not dtype
         self._own_b = [layer.b.dtype is not dtype for layer in layers]
@@ -171,15 +171,21 @@ class Stack:
     @torch.no_grad()
     def to_copy(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """(targets, sources) of the copies that make `weights` right, for a caller who makes many at once."""
-        kept = self._copies
-        if kept is None or kept.dtype is not dtype or kept.device != self.layers[0].a.device:
-            kept = self._copies = _Copies(self, dtype)
+        kept = self._there(dtype)
         kept.versions = self.versions()
         return kept.pairs(self)
 
-    def held(self) -> list[Tensor]:
-        """The copies that are in memory."""
-        return [] if self._copies is None else self._copies.made
+    @torch.no_grad()
+    def held(self, dtype: torch.dtype) -> list[Tensor]:
+        """The copies for products in `dtype`; allocated now, if they have not been yet."""
+        return self._there(dtype).made
+
+    def _there(self, dtype: torch.dtype) -> _Copies:
+        first = self.layers[0].a
+        kept = self._copies
+        if kept is None or kept.dtype is not dtype or kept.kind != (type(first), first.device, first.dtype):
+            kept = self._copies = _Copies(self, dtype)
+        return kept
 
     def inner(self, x: Tensor) -> Tensor:
         """u = x Aᵀ of all layers: [rows, sum of ranks]."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 ELEMENTS = 2048
 """Elements of a program of an elementwise kernel."""
+VOCABULARY_BLOCK = 8192
+"""Logits of a row that are in registers at once."""
 QUANTIZED_BLOCKS = 32
 """Blocks of 4-bit codes of a program."""
 
@@ -167,6 +169,63 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_ga
     _gated_backward[(triton.cdiv(count, ELEMENTS),)](
         grad, gate, up, d_gate, d_up, count, SILU=activation == "silu", BLOCK=ELEMENTS
     )
+
+
+# --- cross-entropy of a tile of logits -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _capped(x, scale, cap, CAPPED: tl.constexpr):
+    """A family's rule, and its derivative with respect to x."""
+    x = x * scale
+    if CAPPED:
+        tanh = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
+        return tanh * cap, (1.0 - tanh * tanh) * scale
+    return x, scale
+
+
+@triton.jit
+def _cross_entropy(
+    logits, labels, nll, correct, scale, cap,
+    vocab: tl.constexpr, SLOPE: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * vocab
+    label = tl.load(labels + row)
+    highest, total, likeliest = -float("inf"), 0.0, 0
+    for start in range(0, vocab, BLOCK):  # the running maximum and the sum relative to it (arXiv:1805.02867)
+        places = start + tl.arange(0, BLOCK)
+        values, _ = _capped(tl.load(line + places, mask=places < vocab, other=0.0).to(tl.float32), scale, cap, CAPPED)
+        values = tl.where(places < vocab, values, -float("inf"))
+        best = tl.max(values, 0)
+        likeliest = tl.where(best > highest, start + tl.argmax(values, 0), likeliest)
+        higher = tl.maximum(highest, best)
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
+        highest = higher
+    normalizer = highest + tl.log(total)
+    target, _ = _capped(tl.load(line + label).to(tl.float32), scale, cap, CAPPED)
+    tl.store(nll + row, normalizer - target)
+    tl.store(correct + row, likeliest == label)
+    if SLOPE:
+        tl.debug_barrier()  # every thread has read the label's logit before it is written over
+        for start in range(0, vocab, BLOCK):
+            places = start + tl.arange(0, BLOCK)
+            inside = places < vocab
+            given = tl.load(line + places, mask=inside, other=0.0).to(tl.float32)
+            values, slope = _capped(given, scale, cap, CAPPED)
+            slope = (tl.exp(values - normalizer) - tl.where(places == label, 1.0, 0.0)) * slope
+            tl.store(line + places, slope.to(logits.dtype.element_ty), mask=inside)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor
+) -> None:
+    """Likelihoods, whether each label is the likeliest, and the gradient over the logits."""
+    rows, vocab = logits.shape
+    _cross_entropy[(rows,)](
+        logits, labels, nll, correct, scale, cap, vocab=vocab, SLOPE=slope, CAPPED=cap != 0.0,
+        BLOCK=min(VOCABULARY_BLOCK, triton.next_power_of_2(vocab)), num_warps=16,
+    )  # fmt: skip
 
 
 # --- 4-bit weights with double quantization -------------------------------------------------------------------------

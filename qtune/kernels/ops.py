@@ -26,6 +26,8 @@ _SCHEMAS = (
     "rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
     "gated(Tensor gate, Tensor up, str activation, Tensor(a!) out) -> ()",
     "gated_backward(Tensor(a!) grad, Tensor gate, Tensor up, str activation, Tensor(b!) d_gate, Tensor(c!) d_up) -> ()",
+    "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
+    "Tensor(c!) correct) -> ()",
     "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
     "Tensor code, int[] shape, int block, str kind, ScalarType dtype) -> Tensor",
 )
@@ -178,6 +180,50 @@ def _(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
 
 @_shaped_by("gated_backward")
 def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor) -> None:
+    return None
+
+
+# --- cross-entropy of a tile of logits -----------------------------------------------------------------------------
+
+
+@_implemented("cross_entropy")
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor
+) -> None:
+    """Negative log-likelihood [rows] of `labels` [rows] under logits [rows, vocab], and whether each is the likeliest.
+
+    A family's rule comes before: cap · tanh(scale · x / cap); cap = 0: only the scale. With `slope` the gradient of
+    the likelihood with respect to the logits as given is written over them.
+    """
+    rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        low, target = logits[part], labels[part].unsqueeze(1)
+        exact = low.to(torch.promote_types(low.dtype, torch.float32))
+        if scale != 1.0:
+            exact = exact.mul_(scale)
+        if cap:
+            exact = exact.div_(cap).tanh_()
+        capped = 1 - exact.square() if cap and slope else None
+        if cap:
+            exact = exact.mul_(cap)
+        correct[part] = exact.argmax(dim=1) == labels[part]
+        normalizer = exact.logsumexp(dim=1, keepdim=True)
+        nll[part] = (normalizer - exact.gather(1, target)).squeeze(1)
+        if not slope:
+            continue
+        exact = exact.sub_(normalizer).exp_()  # d nll / d logits = softmax - onehot
+        exact.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact.dtype))
+        if capped is not None:
+            exact *= capped
+        if scale != 1.0:
+            exact *= scale
+        if exact is not low:
+            low.copy_(exact)
+
+
+@_shaped_by("cross_entropy")
+def _(logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor) -> None:
     return None
 
 

@@ -98,7 +98,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     base = model.get_base_model()
     # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
-    install_lean_step(model, recompute=plan.gradient_checkpointing)
+    install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
     return model
 
 

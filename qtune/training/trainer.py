@@ -150,7 +150,7 @@ class QloraTrainer(SFTTrainer):
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
-        install_lean_step(model, recompute=plan.gradient_checkpointing)
+        install_lean_step(model, getattr(torch, plan.compute_dtype), recompute=plan.gradient_checkpointing)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.meter = meter
