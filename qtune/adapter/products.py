@@ -188,14 +188,22 @@ class Stack:
         return kept
 
     def inner(self, x: Tensor) -> Tensor:
-        """u = x Aᵀ of all layers: [rows, sum of ranks]."""
-        return x @ self.weights(x.dtype).a.t()
+        """u = s x Aᵀ of all layers, each with its scale: [rows, sum of ranks]."""
+        a = self.weights(x.dtype).a.t()
+        scales = [layer.scale for layer in self.layers]
+        if len(set(scales)) == 1:
+            return _scaled_product(x, a, scales[0], None)
+        u = x @ a
+        for place, scale in zip(self.places, scales, strict=True):
+            u[:, place].mul_(scale)
+        return u
 
     def output(self, place: int, x: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
         """What one of the layers returns, [rows, out]. x: [rows, in]; u: [rows, sum of ranks]."""
         layer = self.layers[place]
-        b = self.weights(u.dtype).b[place]
-        y = _scaled_product(u[:, self.places[place]], b.t(), layer.scale, layer.bias(u.dtype), out)
+        b, bias = self.weights(u.dtype).b[place].t(), layer.bias(u.dtype)
+        mine = u[:, self.places[place]]
+        y = torch.mm(mine, b, out=out) if bias is None else torch.addmm(bias, mine, b, out=out)
         return y.addmm_(x, layer.weight(x.dtype).t())
 
     def inner_gradient(self, grads: Sequence[Tensor | None], rows: int) -> Tensor:
@@ -207,7 +215,7 @@ class Stack:
             if grad is None:
                 du[:, place].zero_()
             else:
-                _scaled_product(grad, b, layer.scale, None, du[:, place])
+                _scaled_product(grad, b, layer.scale, du[:, place])
         return du
 
     def input_gradient(self, grads: Sequence[Tensor | None], du: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -224,11 +232,10 @@ class Stack:
 
     def weight_gradients(self, x: Tensor, u: Tensor, grads: Sequence[Tensor | None], du: Tensor) -> list[Tensor]:
         """d loss / d A, stacked [sum of ranks, in], then d loss / d B of each layer; in the parameters' types."""
-        d_a = (du.t() @ x).to(self.layers[0].a.dtype)
+        product = torch.ops.qtune.product_in.default
+        d_a = product(du.t(), x, self.layers[0].a.dtype)
         d_b = [
-            torch.zeros_like(layer.b)
-            if grad is None
-            else _scaled_product(grad.t(), u[:, place], layer.scale, None, None).to(layer.b.dtype)
+            torch.zeros_like(layer.b) if grad is None else product(grad.t(), u[:, place], layer.b.dtype)
             for layer, place, grad in zip(self.layers, self.places, grads, strict=True)
         ]
         return [d_a, *d_b]
@@ -239,9 +246,7 @@ class Stack:
         return [tensor for place, b in zip(self.places, d_b, strict=True) for tensor in (d_a[place], b)]
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """scale · left @ right + bias, in one launch."""
-    if bias is not None:
-        return torch.addmm(bias, left, right, alpha=scale, out=out)
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """scale · left @ right, in one launch."""
     unread = left.new_empty(right.shape[1]) if out is None else out  # beta = 0
     return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)

@@ -28,6 +28,7 @@ _SCHEMAS = (
     "gated_backward(Tensor(a!) grad, Tensor gate, Tensor up, str activation, Tensor(b!) d_gate, Tensor(c!) d_up) -> ()",
     "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
     "Tensor(c!) correct) -> ()",
+    "product_in(Tensor left, Tensor right, ScalarType dtype) -> Tensor",
     "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
     "Tensor code, int[] shape, int block, str kind, ScalarType dtype) -> Tensor",
 )
@@ -225,6 +226,28 @@ def _cross_entropy(
 @_shaped_by("cross_entropy")
 def _(logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor) -> None:
     return None
+
+
+# --- a product of 16-bit tensors in fp32 ----------------------------------------------------------------------------
+
+
+def _product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right as another type than theirs."""
+    return (left @ right).to(dtype)
+
+
+def _product_in_on_cuda(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """cuBLAS keeps the sum that it has in fp32."""
+    return torch.mm(left, right) if dtype is left.dtype else torch.mm(left, right, out_dtype=dtype)
+
+
+_library.impl("product_in", _product_in, "CPU")
+_library.impl("product_in", _product_in_on_cuda, "CUDA")
+
+
+@_shaped_by("product_in")
+def _(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]), dtype=dtype)
 
 
 # --- 4-bit weights with double quantization (arXiv:2305.14314) ------------------------------------------------------

@@ -141,15 +141,10 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def optimizer_of(plan: Plan) -> Any:
-    """The class that transformers makes of the plan's optimizer, on the plan's device.
-
-    torch chooses its foreach implementation for CUDA parameters (torch.optim, `_default_to_fused_or_foreach`);
-    a trace on CPU tensors must ask for it.
-    """
-    cuda = plan.device.kind == "cuda"
+    """The class that transformers makes of the plan's optimizer."""
     match plan.optimizer:
         case "adamw":
-            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, foreach=cuda)
+            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, fused=True)
         case "paged-adamw":
             return lambda parameters: bitsandbytes.optim.AdamW(parameters, lr=plan.learning_rate, optim_bits=32)
         case "adamw-8bit" | "paged-adamw-8bit":
