@@ -140,7 +140,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
     """peft's step and ours on the same weights: losses, and the largest relative difference of any gradient."""
     losses, gradients = [], []
     for lean in (False, True):
-        recipe, plan = parts(2, 300, dtype)
+        recipe, plan = parts(2, 500, dtype)
         model = random_model(SMALL, recipe, plan)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -152,7 +152,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
             model.enable_input_require_grads()
         if lean:
             install_lean_step(model, dtype, recompute=checkpointing)
-        ids = torch.arange(600, device=model.device).view(2, 300) * 7 % SMALL["vocab_size"]
+        ids = torch.arange(1000, device=model.device).view(2, 500) * 7 % SMALL["vocab_size"]
         kind = model.device.type
         for _ in range(2):
             with torch.autocast(kind, dtype) if dtype is not torch.float32 else nullcontext():
