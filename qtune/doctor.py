@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,21 @@ from packaging.requirements import Requirement
 
 from qtune import __version__, console
 from qtune.device.present import Device, present_device
+from qtune.device.products import cpu_product_times, product_times
 from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
 
 GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
 ENOUGH_DISK_BYTES = 20 * GIB
-PRODUCT_SIZE = 512
+
+# Weights that are quantized to see whether it works: whole blocks in each row, and rows that begin within a block.
+WEIGHT_SHAPES = ((BLOCK, BLOCK), (BLOCK, BLOCK + BLOCK // 2))
+
+# NF4's largest error on [-1, 1] is half its widest gap, 0.152 (QLoRA, arXiv:2305.14314, appendix E).
+LARGEST_ERROR = 0.16
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def examine(runs: Path) -> list[Finding]:
     return [
         *version_findings(),
         *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
-        quantization_finding(device),
+        *quantization_findings(device),
         *choice_findings(device),
         *product_findings(device),
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
@@ -101,23 +107,30 @@ def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -
         yield Finding("device", "graphics card", "none", "note", "a CPU trains small models only")
 
 
-def quantization_finding(device: Device) -> Finding:
-    """Whether bitsandbytes really quantizes and dequantizes on the device, by doing it.
-
-    NF4's largest error on [-1, 1] is half its widest gap, 0.152 (QLoRA, arXiv:2305.14314, appendix E).
-    """
-    weight = torch.linspace(-1, 1, 64, device=device.torch_name).repeat(64, 1)
+def quantization_findings(device: Device) -> Iterator[Finding]:
+    """Whether bitsandbytes really quantizes and dequantizes on the device, by doing it, and what it does wrong."""
+    broken = "this build of bitsandbytes is broken for this device: pip install -U bitsandbytes"
     try:
-        codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        error = float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
+        errors = [_four_bit_error(device, *shape) for shape in WEIGHT_SHAPES]
+        wrong = wrong_kernels() if device.kind == "cpu" else []
     except (RuntimeError, OSError, AttributeError) as failure:
-        reason = str(failure).splitlines()[0]
-        return Finding(
-            "device", "NF4", reason, "problem", "reinstall bitsandbytes for this device: pip install -U bitsandbytes"
-        )
-    if error > 0.16:
-        return Finding("device", "NF4", f"wrong by {error:.3f}", "problem", "this build of bitsandbytes is broken")
-    return Finding("device", "NF4", f"quantizes and dequantizes, largest error {error:.3f}")
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+        yield Finding("device", "NF4", reason, "problem", broken)
+        return
+    if max(errors) > LARGEST_ERROR:
+        yield Finding("device", "NF4", f"wrong by {max(errors):.3f}", "problem", broken)
+    else:
+        yield Finding("device", "NF4", f"quantizes and dequantizes, largest error {max(errors):.3f}")
+    for line in wrong:
+        yield Finding("device", "bitsandbytes", line, "problem", broken)
+
+
+def _four_bit_error(device: Device, rows: int, columns: int) -> float:
+    """The largest error of a round trip through NF4, for a weight [rows, columns] whose blocks span [-1, 1]."""
+    values = torch.linspace(-1, 1, BLOCK, device=device.torch_name)
+    weight = values.repeat(rows * columns // BLOCK).view(rows, columns)
+    codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
 
 
 def choice_findings(device: Device) -> Iterator[Finding]:
@@ -137,28 +150,13 @@ def choice_findings(device: Device) -> Iterator[Finding]:
 
 
 def product_findings(device: Device) -> Iterator[Finding]:
-    """The time of one matrix product in each dtype: what the choice of the compute dtype rests on."""
-    seconds = {name: product_seconds(device, getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
-    shown = ", ".join(f"{name} {1e3 * took:.2f} ms" for name, took in seconds.items())
-    yield Finding("choices", f"{PRODUCT_SIZE} x {PRODUCT_SIZE} product", shown)
-
-
-def product_seconds(device: Device, dtype: torch.dtype) -> float:
-    """One product of two square matrices, after a first one that may compile or allocate."""
-    one = torch.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=dtype, device=device.torch_name)
-    took = []
-    for _ in range(2):
-        _wait_for(device)
-        start = time.perf_counter()
-        one @ one
-        _wait_for(device)
-        took.append(time.perf_counter() - start)
-    return took[-1]
-
-
-def _wait_for(device: Device) -> None:
-    if device.kind == "cuda":
-        torch.cuda.synchronize()
+    """How fast products in the shapes of a training step are: what the choice of the compute dtype rests on."""
+    if device.kind == "cpu":
+        times = cpu_product_times()
+    else:
+        times = product_times(torch.device(device.torch_name), ("float32", "bfloat16", "float16"))
+    for name, taken in times.items():
+        yield Finding("choices", f"{name} products", str(taken))
 
 
 def disk_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:

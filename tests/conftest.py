@@ -85,7 +85,8 @@ def write_recipe(
 ) -> WriteRecipe:
     """A function that writes a recipe for the tiny model; runs go to `tmp_path`/runs.
 
-    Arguments: the name, and the texts of the tables adapter, training, data and quantization.
+    Arguments: the name, and the texts of the tables adapter, training, data and quantization. It computes in float32
+    unless its quantization says otherwise, so that figures are the same on every processor.
     """
     monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
 
@@ -98,9 +99,10 @@ def write_recipe(
         quantization: str = "minimum_share = 0.0",
     ) -> Path:
         file = tmp_path / f"{name}.toml"
+        pinned = "" if "compute_dtype" in quantization else 'compute_dtype = "float32"\n'
         file.write_text(
             f'[model]\nbase = "{tiny_model}"\n'
-            f"[quantization]\n{quantization}\n"
+            f"[quantization]\n{pinned}{quantization}\n"
             f"[adapter]\n{adapter}\n"
             f'[data]\ntrain = "{rows_file.name}"\nvalidation = 0.1\nmax_length = 128\n{data}\n'
             f"[training]\n{training}\n"

@@ -31,7 +31,7 @@ from qtune.tuned.load import resolved_recipe
 
 SHAPE = {
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -21,7 +22,8 @@ from qtune.doctor import (
     environment_findings,
     examine,
     has_problems,
-    quantization_finding,
+    product_findings,
+    quantization_findings,
     show,
     to_json,
     version_finding,
@@ -82,7 +84,7 @@ def test_no_card_at_all_is_only_a_note():
 
 def test_nf4_really_works_here_with_the_error_of_its_code_book():
     """Between -1 and its neighbour -0.6962 (QLoRA, appendix E) the worst value is off by half the gap."""
-    finding = quantization_finding(present_device())
+    (finding,) = quantization_findings(present_device())
     error = float(finding.value.rsplit(" ", 1)[1])
     assert finding.verdict == "ok"
     assert error == pytest.approx((1 - 0.6962) / 2, abs=0.01)
@@ -93,14 +95,44 @@ def test_bitsandbytes_that_fails_is_a_problem(monkeypatch):
         raise RuntimeError("no kernel image is available\nmore")
 
     monkeypatch.setattr(doctor.bitsandbytes.functional, "quantize_4bit", broken)
-    finding = quantization_finding(OLD_CPU)
+    (finding,) = quantization_findings(OLD_CPU)
     assert (finding.verdict, finding.value) == ("problem", "no kernel image is available")
 
 
-def test_bitsandbytes_that_computes_wrongly_is_a_problem(monkeypatch):
-    dequantize = doctor.bitsandbytes.functional.dequantize_4bit
-    monkeypatch.setattr(doctor.bitsandbytes.functional, "dequantize_4bit", lambda *given: -dequantize(*given))
-    assert quantization_finding(OLD_CPU).verdict == "problem"
+def test_bitsandbytes_that_fails_without_a_word_is_a_problem_too(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr(doctor.bitsandbytes.functional, "quantize_4bit", broken)
+    (finding,) = quantization_findings(OLD_CPU)
+    assert (finding.verdict, finding.value) == ("problem", "RuntimeError")
+
+
+@pytest.mark.parametrize("wrong_width", [64, 96])
+def test_bitsandbytes_that_computes_wrongly_is_a_problem_whatever_width_it_is_wrong_at(wrong_width, monkeypatch):
+    right = doctor.bitsandbytes.functional.dequantize_4bit
+
+    def wrong(codes, state):
+        found = right(codes, state)
+        return -found if state.shape[-1] == wrong_width else found
+
+    monkeypatch.setattr(doctor.bitsandbytes.functional, "dequantize_4bit", wrong)
+    first, *_ = quantization_findings(OLD_CPU)
+    assert first.verdict == "problem"
+    assert first.value.startswith("wrong by ")
+
+
+def test_a_trap_of_bitsandbytes_is_a_problem_by_its_name(monkeypatch):
+    monkeypatch.setattr(doctor, "wrong_kernels", lambda: ["inference packing: it repacks (bitsandbytes#2078)"])
+    _, finding = quantization_findings(OLD_CPU)
+    assert (finding.name, finding.verdict) == ("bitsandbytes", "problem")
+    assert finding.value == "inference packing: it repacks (bitsandbytes#2078)"
+
+
+def test_the_speed_of_products_is_shown_forward_and_backward_for_each_dtype():
+    found = {finding.name: finding.value for finding in product_findings(present_device())}
+    assert set(found) == {"float32 products", "bfloat16 products"}
+    assert all(re.fullmatch(r"[\d,]+ GFLOP/s forward, [\d,]+ backward", value) for value in found.values())
 
 
 def test_a_library_within_its_bounds_is_fine_and_another_version_is_a_note():

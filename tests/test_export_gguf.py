@@ -187,7 +187,7 @@ def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path: Path) -> None:
         "gemma2.context_length": 256,
         "gemma2.embedding_length": 64,
         "gemma2.block_count": 2,
-        "gemma2.feed_forward_length": 160,
+        "gemma2.feed_forward_length": 192,
         "gemma2.attention.head_count": 4,
         "gemma2.attention.head_count_kv": 2,
         "gemma2.attention.key_length": 16,

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from qtune.device.processes import other_holders
+from qtune.device.products import bf16_pays_on_cpu
 from qtune.errors import OutOfMemory
 
 
@@ -14,8 +15,9 @@ from qtune.errors import OutOfMemory
 class Device:
     """What the choice of dtypes and of the micro-batch depends on.
 
-    `name` is the card's own name; `torch_name` what torch calls it. `bf16` says whether bfloat16 products run on
-    hardware. `capability` is CUDA's compute capability, None on a CPU.
+    `name` is the card's own name; `torch_name` what torch calls it. `bf16` says whether bfloat16 products are worth
+    it: run by the hardware of a card, or measured to be faster than float32's on this CPU. `capability` is CUDA's
+    compute capability, None on a CPU.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -43,7 +45,7 @@ def present_device() -> Device:
         # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
         return Device("cuda", torch.cuda.get_device_name(0), total, free, capability >= (8, 0), capability)
     memory = psutil.virtual_memory()
-    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, _cpu_has_bf16())
+    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, bf16_pays_on_cpu())
 
 
 def _card_memory() -> tuple[int, int]:
@@ -58,11 +60,6 @@ def _card_memory() -> tuple[int, int]:
         who = f"it is held by {holders}" if holders else "nvidia-smi may show what holds it"
         way_on = "free some, or choose another card with CUDA_VISIBLE_DEVICES"
         raise OutOfMemory(f"{card.name} has no memory left to begin with; {who}: {way_on}") from error
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether oneDNN has bfloat16 kernels for this processor (AVX-512 or newer; elsewhere they are emulated)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -130,9 +130,12 @@ def show(verification: Verification) -> None:
     console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
     for weights, cost in verification.cost.items():
         if len(verification.cost) > 1 or cost != exported:
-            live = weights == "dequantized" and cost != exported
-            what = "the live int8 model, which rounds activations too" if live else f"merged into the {weights} weights"
-            console.out(f"{what}: KL {cost.kl:.2e}, same likeliest token {cost.top1:.2%}")
+            console.out(f"merged into the {weights} weights: KL {cost.kl:.2e}, same likeliest token {cost.top1:.2%}")
+    if (live := verification.live) is not None:
+        console.out(
+            f"compared in float32; computing with {verification.compute_dtype} alone changes the trained model by KL "
+            f"{live.kl:.2e}, same likeliest token {live.top1:.2%}"
+        )
     if verification.answers:
         console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
 

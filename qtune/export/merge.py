@@ -13,6 +13,7 @@ from qtune.errors import ExportError, Problem, RunError
 from qtune.export.adapter_weights import AdapterWeights, Update, updated
 from qtune.export.basis import Basis, as_stored, as_trained
 from qtune.export.layout import Layout
+from qtune.export.rounding import rounded_stochastically
 from qtune.export.shards import SHARD_BYTES, Planned, plan_shards, write_shards
 from qtune.model.checkpoint import Checkpoint
 
@@ -118,7 +119,10 @@ def merged_tensor(merge: Merge, planned: Planned) -> torch.Tensor:
     update = _update_for(merge, parameter)
     if update is not None:
         # What was read is mapped from the checkpoint; what was made of it is ours to change.
+        coarse = values.element_size() < 4
         values = updated(values, update, transposed=parameter in merge.layout.transposed, in_place=values is not stored)
+        if coarse and planned.dtype.itemsize < 4:
+            values = rounded_stochastically(values, planned.dtype, planned.name)
     rounded = values.to(planned.dtype)
     if planned.dtype == torch.float16:
         _refuse_overflow(planned.name, values, rounded)

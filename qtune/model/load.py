@@ -31,6 +31,7 @@ from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import EightBit, FourBit, Model, Quantization, Unquantized
+from qtune.startup.safe_bitsandbytes import require_right_kernels
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +137,12 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
 
     Raises:
         OutOfMemory: it does not fit the device.
-        ModelError: it cannot be found or read, or less of it than `minimum_share` can be quantized.
+        ModelError: it cannot be found or read, less of it than `minimum_share` can be quantized, or bitsandbytes
+            computes wrong on this processor.
     """
     require_attention(plan.attention)
+    if plan.device.kind == "cpu" and isinstance(quantization, FourBit):
+        require_right_kernels()
     dtype = getattr(torch, plan.compute_dtype)
     config = load_config(model)
     stored = is_stored_quantized(config)

@@ -61,8 +61,8 @@ def _export(name: str, proof: Json) -> list[Html]:
     if "exported" in proof:
         drawn.append(
             paragraph(
-                f"Compared on {proof['rows']} {proof['rows_from']}, computed in {proof['compute_dtype']}; merged into "
-                f"the {proof['weights']} weights."
+                f"Compared on {proof['rows']} {proof['rows_from']}, computed in float32; merged into the "
+                f"{proof['weights']} weights.{_noise(proof)}"
             )
         )
         drawn.append(table(("", "exported", "base without adapter", "limit"), measured, figures=(1, 2, 3)))
@@ -71,6 +71,14 @@ def _export(name: str, proof: Json) -> list[Html]:
         head = ("request", "trained model", "exported model")
         drawn.append(details("Its answers", table(head, answers, class_="answers")))
     return drawn
+
+
+def _noise(proof: Json) -> str:
+    """What the precision of training does to the trained model itself, where that was measured."""
+    live = proof.get("live")
+    if not live:
+        return ""
+    return f" Computing with {proof['compute_dtype']} alone changes the trained model by a KL of {live['kl']:.2e}."
 
 
 def _figure(proof: Json, model: str, key: str, layout: str) -> str:

@@ -1,5 +1,7 @@
 """The two models of a comparison, in memory or streamed from the disk: the trained one, and the folder made of it."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qtune.adapter.attach import load_adapter
 from qtune.export.merge import Weights
 from qtune.export.opened_run import Source
+from qtune.export.verify.exact import in_float32
 from qtune.export.verify.streamed import streamed_exported, streamed_trained
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.load import load_base
@@ -30,8 +33,8 @@ class Exported:
 class Models:
     """What is compared.
 
-    `reference` is the trained model, or the adapter on the original weights; for int8 the adapter on the dequantized
-    weights, for LLM.int8() rounds the inputs of each product to 8 bits, too, which no exported model does.
+    `reference` is the trained model, or the adapter on the original weights where those were merged into. `device` is
+    where token ids go; `streamed` models compute in float32 by themselves, the others under `in_float32`.
     """
 
     trained: PeftModel
@@ -41,26 +44,40 @@ class Models:
     device: torch.device
     streamed: bool
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """While the block runs, all of them compute in float32 on the values of their weights."""
+        with ExitStack() as stack:
+            for model in {id(one): one for one in (self.trained, self.reference, self.other_weights) if one}.values():
+                stack.enter_context(in_float32(model))
+            stack.enter_context(in_float32(self.exported.model))
+            yield
+
+
+def comparing(plan: Plan) -> Plan:
+    """The plan of a run for comparing: everything on the device, attention that computes in float32."""
+    attention = "sdpa" if plan.attention == "flash_attention_2" else plan.attention
+    return replace(plan, attention=attention, embeddings="device", activations="device")
+
 
 def too_large(folder: Path, plan: Plan) -> bool:
-    """Whether the exported model and the 4-bit one beside it (about a third of it) would fill the device's memory."""
-    values = sum(stored.nbytes // stored.dtype.itemsize for stored in Checkpoint.open(folder).tensors.values())
-    width = getattr(torch, plan.compute_dtype).itemsize
-    return 1.35 * width * values > 0.8 * plan.device.free_bytes
+    """Whether the exported model and the 4-bit one beside it (about a third of it) would fill the device's memory,
+    with the largest tensor in float32 beside them."""
+    tensors = [(one.nbytes, one.nbytes // one.dtype.itemsize) for one in Checkpoint.open(folder).tensors.values()]
+    stored, largest = sum(nbytes for nbytes, _ in tensors), max(values for _, values in tensors)
+    return 1.35 * stored + torch.float32.itemsize * largest > 0.8 * plan.device.free_bytes
 
 
 def load_exported(folder: Path, source: Source, plan: Plan, *, streamed: bool) -> Exported:
-    """The folder as a user loads it, on the run's device.
-
-    On a processor without 16-bit products the weights are widened to fp32, which holds each of their values.
-    """
+    """The folder as a user loads it, in its own dtype, on the run's device."""
     trusted = source.recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    device = torch.device(plan.device.torch_name)
     if streamed:
-        return Exported(streamed_exported(folder, source.basis.compute_dtype, trust_remote_code=trusted), tokenizer, {})
+        return Exported(streamed_exported(folder, device, trust_remote_code=trusted), tokenizer, {})
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32 if plan.compute_dtype == "float32" else "auto",
+        dtype="auto",
         attn_implementation=plan.attention,
         device_map={"": plan.device.torch_name},
         use_safetensors=True,
@@ -76,35 +93,34 @@ def load_models(
     source: Source, plan: Plan, exported: Exported, weights: Weights, *, compare_bases: bool, streamed: bool
 ) -> Models:
     """The trained model, and the adapter on the original weights where it is the reference or its cost is asked for."""
+    device = torch.device(plan.device.torch_name)
+    trusted = source.recipe.model.trust_remote_code
 
     def on_original_weights() -> PeftModel:
         if streamed:
-            return streamed_trained(source.base, source.adapter, replace(source.basis, kind="none"))
+            unquantized = replace(source.basis, kind="none")
+            return streamed_trained(source.base, source.adapter, unquantized, device, trust_remote_code=trusted)
         base = AutoModelForCausalLM.from_pretrained(
             source.base,
             dtype=source.basis.compute_dtype,
             attn_implementation=plan.attention,
             device_map={"": plan.device.torch_name},
-            trust_remote_code=source.recipe.model.trust_remote_code,
+            trust_remote_code=trusted,
         )
         return load_adapter(base, source.adapter).eval()
 
     if streamed:
-        trained = streamed_trained(source.base, source.adapter, source.basis)
+        trained = streamed_trained(source.base, source.adapter, source.basis, device, trust_remote_code=trusted)
     else:
         base = load_base(source.recipe.model, source.recipe.quantization, plan)
         trained = load_adapter(base, source.adapter).eval()
     original = on_original_weights() if weights == "original" or compare_bases else None
     is_reference = weights == "original" and original is not None
-    reference = original if is_reference else trained
-    if source.basis.kind == "int8" and not is_reference:
-        frozen: Any = load_base(source.recipe.model, source.recipe.quantization, plan)
-        reference = load_adapter(frozen.dequantize().to(source.basis.compute_dtype), source.adapter).eval()
     return Models(
         trained=trained,
-        reference=reference,
+        reference=original if is_reference and original is not None else trained,
         exported=exported,
         other_weights=None if is_reference else original,
-        device=torch.device("cpu" if streamed else plan.device.torch_name),
+        device=device,
         streamed=streamed,
     )

@@ -1,92 +1,107 @@
 """Models larger than the memory: weights stay on the disk, each module reads its own when it runs and drops them.
 
-A forward pass takes the memory of its largest module. Quantized layers are real bitsandbytes layers, and adapters are
-peft's own, so that the trained model of a comparison owes nothing to the code that merged.
+A forward pass takes the memory of its largest module, and computes exactly: float32 activations on the values that the
+weights have. Quantized weights make their way through bitsandbytes itself, and adapters are peft's own, so that the
+trained model of a comparison owes nothing to the code that merged.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from peft import PeftConfig, PeftModel
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtune.errors import ModelError, Problem
 from qtune.export.adapter_weights import WEIGHTS
 from qtune.export.basis import Basis
-from qtune.export.layout import Layout, empty_model, layout_of, with_4_bit_layers
+from qtune.export.layout import Layout, empty_model, layout_of
+from qtune.export.verify.exact import is_low
 from qtune.model.checkpoint import Checkpoint
 
 Read = Callable[[str], Tensor]
-
-NEEDS_MEMORY = (
-    "cannot be compared module by module, and the whole models do not fit into the memory; "
-    "where there is more of it: qtune export RUN --verify-only DIR"
-)
+"""A parameter's name in the model -> its values in float32, or as they are stored where they are no numbers."""
 
 
-def streamed_exported(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """An exported folder as a model in `dtype` that reads its weights while it runs."""
+def streamed_exported(folder: Path, device: torch.device, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """An exported folder as a model that reads its weights to `device` while it runs."""
     checkpoint = Checkpoint.open(folder)
     model = empty_model(folder, trust_remote_code=trust_remote_code)
     layout = layout_of(
         empty_model(folder, trust_remote_code=trust_remote_code), list(checkpoint.tensors), replace_layers=False
     )
-    _stream(model, _reader(checkpoint, layout, dtype), None)
+    _stream(model, _reader(checkpoint, layout, None, device), device)
     return model.eval()
 
 
-def streamed_trained(base: Path, adapter: Path, basis: Basis, *, trust_remote_code: bool = False) -> PeftModel:
-    """The model that was trained, quantized module by module while it runs, with peft's adapter in memory.
-
-    Raises ModelError for int8, whose layers keep what they quantized, and for DoRA on 4 bits: peft 0.21 copies the
-    base layers when it reads one, which are not there.
-    """
-    is_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)
-    if basis.kind == "int8" or (is_dora and basis.kind != "none"):
-        what = "an int8 base" if basis.kind == "int8" else "DoRA on a 4-bit base"
-        raise ModelError(Problem(str(base), f"{what} {NEEDS_MEMORY}"))
+def streamed_trained(
+    base: Path, adapter: Path, basis: Basis, device: torch.device, *, trust_remote_code: bool = False
+) -> PeftModel:
+    """The model that was trained, quantized on `device` module by module while it runs, peft's adapter in memory."""
     checkpoint = Checkpoint.open(base)
     model = empty_model(base, trust_remote_code=trust_remote_code)
     layout = layout_of(empty_model(base, trust_remote_code=trust_remote_code), list(checkpoint.tensors))
-    if basis.kind != "none":
-        with_4_bit_layers(model)
-        vars(model)["is_loaded_in_4bit"] = True
-    adapted = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    _fill_adapter(adapted, load_file(adapter / WEIGHTS))
-    _stream(adapted.get_base_model(), _reader(checkpoint, layout, basis.load_dtype), basis)
+    with warnings.catch_warnings():
+        # An adapter that was trained on GPT-2's layers in 4 bits says nothing of how they are stored.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
+        adapted = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    _fill_adapter(adapted, load_file(adapter / WEIGHTS), device)
+    _stream(adapted.get_base_model(), _reader(checkpoint, layout, basis, device), device)
     return adapted.eval()
 
 
-def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor]) -> None:
+def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], device: torch.device) -> None:
     """Puts the adapter's tensors into memory; peft leaves them where the base is, on the meta device."""
     for name, module in adapted.named_modules():
         for key, parameter in module._parameters.items():
             path = f"{name}.{key}".replace(".modules_to_save.default.", ".").replace(".default", "")
             if parameter is not None and parameter.is_meta and path in tensors:
-                module._parameters[key] = nn.Parameter(tensors[path], requires_grad=False)
+                wide = tensors[path].float() if is_low(tensors[path]) else tensors[path]
+                module._parameters[key] = nn.Parameter(wide.to(device), requires_grad=False)
 
 
-def _reader(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype) -> Read:
-    """Reads a parameter by its name in the model; a tied one from where it is stored."""
+def _reader(checkpoint: Checkpoint, layout: Layout, basis: Basis | None, device: torch.device) -> Read:
+    """Reads a parameter by its name in the model; a tied one from where it is stored. `basis`: how training held it."""
     names = {parameter: name for name, parameter in layout.parameters.items()}
 
     def read(parameter: str) -> Tensor:
-        stored = checkpoint.read(names[parameter] if parameter in names else names[layout.tied[parameter]])
-        kept = parameter in layout.kept_in_fp32 or not stored.is_floating_point()
-        return stored if kept else stored.to(dtype)
+        name = names[parameter] if parameter in names else names[layout.tied[parameter]]
+        stored = checkpoint.read(name).to(device)
+        if not stored.is_floating_point():
+            return stored
+        if basis is None or parameter in layout.kept_in_fp32:
+            return stored.float()
+        held = stored.to(basis.load_dtype)
+        if basis.kind == "none" or parameter not in layout.quantized:
+            return held.float()
+        turned = parameter in layout.transposed
+        values = _through_bitsandbytes(held.T.contiguous() if turned else held, basis).float()
+        return values.T if turned else values
 
     return read
 
 
-def _stream(model: PreTrainedModel, read: Read, basis: Basis | None) -> None:
+def _through_bitsandbytes(weight: Tensor, basis: Basis) -> Tensor:
+    """[out, in] quantized as loading does and dequantized as each product does."""
+    values: Tensor
+    if basis.kind == "int8":
+        codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        values = int8_vectorwise_dequant(codes, scales)
+        return values
+    packed, state = quantize_4bit(weight, quant_type=basis.kind, compress_statistics=basis.double_quantization)
+    state.dtype = basis.compute_dtype
+    values = dequantize_4bit(packed, state)
+    return values
+
+
+def _stream(model: PreTrainedModel, read: Read, device: torch.device) -> None:
     """Gives every module with weights on the meta device hooks that load and drop them."""
-    _fill_buffers(model)
+    _fill_buffers(model, device)
     wrapped: set[nn.Module] = set()
     for name, module in list(model.named_modules()):
         if module in wrapped:
@@ -96,31 +111,17 @@ def _stream(model: PreTrainedModel, read: Read, basis: Basis | None) -> None:
             # Adapters look at their base layer's weight before and after it runs (DoRA takes its norm).
             wrapped.add(inner)
         if any(parameter.is_meta for parameter in inner.parameters(recurse=False)):
-            load, drop = _hooks(name.removesuffix(".original_module"), inner, read, basis)
+            load, drop = _hooks(name.removesuffix(".original_module"), inner, read)
             module.register_forward_pre_hook(load)
             module.register_forward_hook(drop)
 
 
-def _hooks(
-    name: str, module: nn.Module, read: Read, basis: Basis | None
-) -> tuple[Callable[..., None], Callable[..., None]]:
+def _hooks(name: str, module: nn.Module, read: Read) -> tuple[Callable[..., None], Callable[..., None]]:
     empty = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
 
     def load(*_: Any) -> None:
         for key in empty:
-            value = read(f"{name}.{key}")
-            if isinstance(module, bnb.nn.Linear4bit) and key == "weight" and basis is not None:
-                packed = bnb.nn.Params4bit(
-                    value,
-                    requires_grad=False,
-                    quant_type=basis.kind,
-                    compress_statistics=basis.double_quantization,
-                    module=module,
-                )
-                module._parameters[key] = packed.to("cpu")
-                module.compute_dtype, module.compute_type_is_set = basis.compute_dtype, True
-            else:
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+            module._parameters[key] = nn.Parameter(read(f"{name}.{key}"), requires_grad=False)
 
     def drop(*_: Any) -> None:
         module._parameters.update(empty)
@@ -128,11 +129,11 @@ def _hooks(
     return load, drop
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
+def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies), computed as loading computes them."""
     for module in model.modules():
         empty = {key: value for key, value in module._buffers.items() if value is not None and value.is_meta}
         if empty:
             for key, value in empty.items():
-                module._buffers[key] = torch.empty_like(value, device="cpu")
+                module._buffers[key] = torch.empty_like(value, device=device)
             model._init_weights(module)

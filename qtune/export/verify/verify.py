@@ -23,7 +23,7 @@ from qtune.export.opened_run import Source
 from qtune.export.verify.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
-from qtune.export.verify.models import Exported, Models, load_exported, load_models, too_large
+from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
 from qtune.export.verify.rows import Row, Rows, probes, rendered_ids
 from qtune.plan import make_plan
 from qtune.tuned.generate import find_ends, generate
@@ -55,12 +55,16 @@ class Verification:
     """The base without the adapter against the same reference: what losing the adapter would cost."""
     cost: dict[str, Closeness]
     """By basis, that basis with the adapter against the model that was trained."""
+    live: Closeness | None
+    """The live model, computing as it was trained (16-bit activations, int8 products), against its exact self: noise
+    of that precision, and none of the export's. None where it computes in float32, or is streamed."""
     limits: Limits
     perplexity: dict[str, float]
     """Of the scored tokens: "trained", "exported", "bare base"."""
     answers: tuple[Answer, ...]
     answers_equal: int
     compute_dtype: str
+    """What the live model computes in; "int8 products" where its products round their inputs to 8 bits."""
     streamed: bool
     """Whether the models were too large for the memory and read module by module; no answers are generated then."""
     seconds: float
@@ -78,6 +82,7 @@ class Measured:
     bare: ClosenessMeter = field(default_factory=ClosenessMeter)
     against_trained: ClosenessMeter = field(default_factory=ClosenessMeter)
     other_weights: ClosenessMeter = field(default_factory=ClosenessMeter)
+    live: ClosenessMeter = field(default_factory=ClosenessMeter)
     perplexity: dict[str, PerplexityMeter] = field(
         default_factory=lambda: {name: PerplexityMeter() for name in ("trained", "exported", "bare base")}
     )
@@ -94,7 +99,9 @@ def verify(
     compare_bases: bool = False,
     streamed: bool | None = None,
 ) -> Verification:
-    """Compares an exported folder with the live model, writes verify.json into it and returns the result.
+    """Compares an exported folder with the trained model, writes verify.json into it and returns the result.
+
+    Both compute in float32 on the values that their weights have (`in_float32`), so that what differs is the export.
 
     `virtual_ids` are the ids that an exported soft prompt puts before every conversation. With `merge`, a failure names
     the tensors that are not as that merge makes them. With `compare_bases`, the cost of the original weights is
@@ -103,7 +110,7 @@ def verify(
     Raises VerificationError, after writing verify.json, when the folder cannot be loaded.
     """
     began = time.monotonic()
-    plan = make_plan(source.recipe, present_device())
+    plan = comparing(make_plan(source.recipe, present_device()))
     rows = held_out.rows
     try:
         streamed = too_large(folder, plan) if streamed is None else streamed
@@ -115,13 +122,17 @@ def verify(
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
     failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
     measured = Measured()
+    noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
         for group in _groups(rows, models):
-            measure(measured, group, virtual_ids, models)
+            measure(measured, group, virtual_ids, models, live=noisy)
             bar.advance(len(group))
     closeness, effect = measured.exported.result(), measured.bare.result()
-    allowed = limits([_stored_dtype(folder), getattr(torch, plan.compute_dtype)], effect.kl)
-    answers = () if streamed else _answers(source, models, rows[:ANSWERS], virtual_ids)
+    allowed = limits(_stored_dtype(folder), effect.kl)
+    answers: tuple[Answer, ...] = ()
+    if not streamed:
+        with models.exactly():
+            answers = _answers(source, models, rows[:ANSWERS], virtual_ids)
     found = shortfalls(closeness, allowed)
     if found and merge is not None:
         found += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
@@ -138,11 +149,12 @@ def verify(
         exported=closeness,
         bare_base=effect,
         cost=cost,
+        live=measured.live.result() if noisy else None,
         limits=allowed,
         perplexity={name: meter.result() for name, meter in measured.perplexity.items()},
         answers=answers,
         answers_equal=sum(answer.trained == answer.exported for answer in answers),
-        compute_dtype=plan.compute_dtype,
+        compute_dtype="int8 products" if source.basis.kind == "int8" else plan.compute_dtype,
         streamed=streamed,
         seconds=round(time.monotonic() - began, 1),
     )
@@ -181,18 +193,21 @@ def rendering_failures(
     return failures
 
 
-def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models) -> None:
-    """Adds rows to all meters."""
+def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models, *, live: bool) -> None:
+    """Adds rows to all meters; to that of the live model where `live` says that it computes otherwise."""
 
     def of(model: PreTrainedModel | PeftModel, before: Sequence[int] = ()) -> list[Tensor]:
         made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
         return [logits[len(before) :] for logits in made]
 
-    trained = of(models.trained)
-    reference = trained if models.reference is models.trained else of(models.reference)
-    exported = of(models.exported.model, virtual_ids)
-    with models.trained.disable_adapter():
-        bare = of(models.trained)
+    as_it_runs = of(models.trained) if live else []
+    with models.exactly():
+        trained = of(models.trained)
+        reference = trained if models.reference is models.trained else of(models.reference)
+        exported = of(models.exported.model, virtual_ids)
+        with models.trained.disable_adapter():
+            bare = of(models.trained)
+        other = [] if models.other_weights is None else of(models.other_weights)
     for index, row in enumerate(rows):
         measured.exported.add(reference[index], exported[index])
         measured.bare.add(reference[index], bare[index])
@@ -200,9 +215,9 @@ def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int],
         labels = torch.tensor(row.labels)
         for name, logits in (("trained", trained), ("exported", exported), ("bare base", bare)):
             measured.perplexity[name].add(logits[index], labels)
-    if models.other_weights is not None:
-        for expected, found in zip(trained, of(models.other_weights), strict=True):
-            measured.other_weights.add(expected, found)
+    for meter, compared in ((measured.live, as_it_runs), (measured.other_weights, other)):
+        for expected, found in zip(trained if compared else (), compared, strict=True):
+            meter.add(expected, found)
 
 
 def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:

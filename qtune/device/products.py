@@ -1,0 +1,97 @@
+"""How fast a device multiplies matrices in each dtype, measured in the shapes of a training step.
+
+A capability flag does not tell: processors without bfloat16 instructions emulate them at a tenth of the speed forward
+and a fortieth backward, and some with them gain nothing.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+TOKENS, WIDTH, INTERMEDIATE = 128, 576, 1536
+"""One product: the built-in model's widest layer on half a row of the quickstart."""
+
+LEAST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 3, 40, 0.25
+"""Counted products of each dtype: as many as the time allows; the shortest is taken, so that other work on the computer
+does not decide."""
+
+WORTHWHILE = 1.25
+"""bfloat16 rounds to 8 bits, so it must gain something: the least ratio of the times for which it is taken."""
+
+
+@dataclass(frozen=True)
+class ProductTimes:
+    """Seconds of one product [TOKENS, WIDTH] x [WIDTH, INTERMEDIATE], and of the gradient of its input."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both, as in a training step of a frozen layer."""
+        return self.forward + self.backward
+
+    @property
+    def gflops(self) -> tuple[float, float]:
+        """10^9 operations per second, forward and backward; each takes 2 per multiplication and addition."""
+        operations = 2 * TOKENS * WIDTH * INTERMEDIATE
+        return operations / self.forward / 1e9, operations / self.backward / 1e9
+
+    def __str__(self) -> str:
+        forward, backward = self.gflops
+        return f"{forward:,.0f} GFLOP/s forward, {backward:,.0f} backward"
+
+
+def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, ProductTimes]:
+    """By dtype, the shortest of many products each way. The dtypes take turns, for other work to meet them alike."""
+    works = {name: _works(device, getattr(torch, name)) for name in dtypes}
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in dtypes}
+    for repeat in range(MOST_REPEATS):
+        for name, (forward, backward) in works.items():
+            if repeat < LEAST_REPEATS or sum(map(sum, taken[name])) < ENOUGH_SECONDS:
+                taken[name][0].append(_seconds(device, forward))
+                taken[name][1].append(_seconds(device, backward))
+    return {name: ProductTimes(min(forward), min(backward)) for name, (forward, backward) in taken.items()}
+
+
+def _works(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A product, and that of its gradient; each was done once, for the first ones may compile or allocate."""
+    inputs = torch.randn(TOKENS, WIDTH, device=device).to(dtype)
+    weight = torch.randn(INTERMEDIATE, WIDTH, device=device).to(dtype)
+    slope = linear(inputs, weight)
+    torch.mm(slope, weight)
+    return lambda: linear(inputs, weight), lambda: torch.mm(slope, weight)
+
+
+def cpu_product_times() -> dict[str, ProductTimes]:
+    """Of float32 and bfloat16 on this processor, with the threads that torch uses; measured once in a process."""
+    return _cpu_product_times(torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_product_times(threads: int) -> dict[str, ProductTimes]:
+    return product_times(torch.device("cpu"), ("float32", "bfloat16"))
+
+
+def bf16_pays_on_cpu() -> bool:
+    """Whether bfloat16 products are so much faster than float32's here that a run should compute in it."""
+    times = cpu_product_times()
+    return times["float32"].total > WORTHWHILE * times["bfloat16"].total
+
+
+def _seconds(device: torch.device, work: Callable[[], Tensor]) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    work()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
