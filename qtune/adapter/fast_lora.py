@@ -19,8 +19,6 @@ from qtune.adapter.products import Layer, Stack, plain_layer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from peft import PeftModel
-
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read one input in transformers' causal LMs."""
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.adapter.fast_lora import is_ours, require_unchanged
 from qtune.adapter.products import Layer, Stack
 from qtune.model.same_code import computes_the_same
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 _ops: Any = torch.ops.qtune
 

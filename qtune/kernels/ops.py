@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes.functional as bnb
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,20 @@ def _product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _product_in_on_cuda(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """cuBLAS keeps the sum that it has in fp32."""
-    return torch.mm(left, right) if dtype is left.dtype else torch.mm(left, right, out_dtype=dtype)
+    if dtype is left.dtype or not _keeps_sums(left.dtype, dtype):
+        return _product_in(left, right, dtype)
+    return torch.mm(left, right, out_dtype=dtype)
+
+
+@functools.cache
+def _keeps_sums(low: torch.dtype, high: torch.dtype) -> bool:
+    """Whether this card's library multiplies in one type and writes in the other (`out_dtype`, since torch 2.8)."""
+    one = torch.ones(16, 16, device="cuda", dtype=low)
+    try:
+        torch.mm(one, one, out_dtype=high)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 _library.impl("product_in", _product_in, "CPU")
@@ -260,7 +273,9 @@ def _dequantize_nested(
 ) -> Tensor:  # fmt: skip
     """The weight of packed 4-bit codes whose absmax is 8-bit codes itself, as bitsandbytes computes it."""
     ops = torch.ops.bitsandbytes
-    exact = ops.dequantize_blockwise.default(absmax, absmax_scale, absmax_code, NESTED_BLOCK, torch.float32).add_(offset)
+    exact = ops.dequantize_blockwise.default(absmax, absmax_scale, absmax_code, NESTED_BLOCK, torch.float32).add_(
+        offset
+    )
     weight: Tensor = ops.dequantize_4bit.default(codes, exact, block, kind, shape, dtype)
     return weight
 
