@@ -207,7 +207,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
                 torch.nn.init.normal_(parameter, std=0.02)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         if lean:
             install_lean_step(model, dtype, recompute=checkpointing)
@@ -356,7 +356,7 @@ def ready(trainer: SFTTrainer, plan: Plan) -> SFTTrainer:
     """The parts of `Trainer.train` that come before its first step."""
     trainer.model_accepts_loss_kwargs = True
     if plan.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     trainer.create_optimizer_and_scheduler(1000)
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

@@ -30,12 +30,13 @@ class Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropped: Tensor | None, stack: Stack, *parameters: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         read = rows if dropped is None else dropped.reshape(rows.shape)
+        versions = stack.up_to_date(x.dtype)
         u = stack.inner(read)
         outputs = tuple(
             stack.output(place, rows, u).view(*x.shape[:-1], layer.b.shape[0])
             for place, layer in enumerate(stack.layers)
         )
-        ctx.stack, ctx.versions, ctx.has_dropout = stack, stack.versions(), dropped is not None
+        ctx.stack, ctx.versions, ctx.has_dropout = stack, versions, dropped is not None
         ctx.set_materialize_grads(False)
         # The frozen product's gradient needs no input: with dropout, what the update read is all that is kept.
         ctx.save_for_backward(x if dropped is None else dropped, u)
@@ -54,7 +55,7 @@ class Products(torch.autograd.Function):
         du = stack.inner_gradient(flat, len(rows))
         dx = d_dropped = None
         if ctx.has_dropout:
-            d_dropped = (du @ stack.weights(du.dtype).a).view(x.shape)
+            d_dropped = (du @ stack.weights.a).view(x.shape)
         if ctx.needs_input_grad[0]:
             dx = stack.input_gradient(flat, None if ctx.has_dropout else du).view(x.shape)
         weights = stack.by_parameter(stack.weight_gradients(rows, u, flat, du))

@@ -87,6 +87,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Any, mlp: Mlp, *parameters: Tensor) -> Tensor:
+        ctx.versions = mlp.into.up_to_date(x.dtype), mlp.down.up_to_date(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         output = rows.new_empty(len(rows), mlp.down.layers[0].b.shape[0])
         for tile in mlp.tiles(len(rows), times=2):  # half of what the backward holds
@@ -99,7 +100,6 @@ class _GatedMlp(torch.autograd.Function):
             mlp.down.output(0, inside, mlp.down.inner(inside), out=output[tile])
             del inside
         ctx.mlp, ctx.kept = mlp, kept
-        ctx.versions = mlp.into.versions(), mlp.down.versions()
         return output.view(*x.shape[:-1], output.shape[1])
 
     @staticmethod

@@ -40,12 +40,12 @@ class Layer:
     @property
     def a(self) -> nn.Parameter:
         """[rank, in]"""
-        return self._inner.weight
+        return self._inner._parameters["weight"]
 
     @property
     def b(self) -> nn.Parameter:
         """[out, rank]"""
-        return self._outer.weight
+        return self._outer._parameters["weight"]
 
     @property
     def scale(self) -> float:
@@ -66,7 +66,7 @@ class Layer:
         """[out, in], in a buffer of its own where the base is quantized."""
         weight = self.base.weight
         if not self.is_packed:
-            return weight.to(dtype)  # type: ignore[no-any-return]
+            return weight.to(dtype)
         return dequantized(weight, weight.quant_state).to(dtype)
 
     def is_plain(self) -> bool:
@@ -113,7 +113,7 @@ class _Copies:
 
     def __init__(self, stack: Stack, dtype: torch.dtype) -> None:
         first, layers = stack.layers[0].a, stack.layers
-        self.dtype, self.kind = dtype, (type(first), first.device, first.dtype)
+        self.dtype, self.kind = dtype, (first.device, first.dtype)
         self.versions: list[int] = []
         self._own_a = len(layers) > 1 or first.dtype is not dtype
         self._own_b = [layer.b.dtype is not dtype for layer in layers]
@@ -158,13 +158,19 @@ class Stack:
         """Changes when a parameter does."""
         return [parameter._version for parameter in self.parameters()]
 
-    def weights(self, dtype: torch.dtype) -> Weights:
-        """The adapter's weights as they are now, in `dtype`."""
+    def up_to_date(self, dtype: torch.dtype) -> list[int]:
+        """Makes `weights` what the parameters are now, in `dtype`; returns their versions."""
         versions = self.versions()
-        if self._copies is None or self._copies.dtype is not dtype or self._copies.versions != versions:
+        copies = self._copies
+        if copies is None or copies.dtype is not dtype or copies.versions != versions:
             targets, sources = self.to_copy(dtype)
             if targets:
                 torch._foreach_copy_(targets, sources)
+        return versions
+
+    @property
+    def weights(self) -> Weights:
+        """The adapter's weights as `up_to_date` has left them."""
         assert self._copies is not None
         return self._copies.weights
 
@@ -183,13 +189,13 @@ class Stack:
     def _there(self, dtype: torch.dtype) -> _Copies:
         first = self.layers[0].a
         kept = self._copies
-        if kept is None or kept.dtype is not dtype or kept.kind != (type(first), first.device, first.dtype):
+        if kept is None or kept.dtype is not dtype or kept.kind != (first.device, first.dtype):
             kept = self._copies = _Copies(self, dtype)
         return kept
 
     def inner(self, x: Tensor) -> Tensor:
         """u = s x Aᵀ of all layers, each with its scale: [rows, sum of ranks]."""
-        a = self.weights(x.dtype).a.t()
+        a = self.weights.a.t()
         scales = [layer.scale for layer in self.layers]
         if len(set(scales)) == 1:
             return _scaled_product(x, a, scales[0], None)
@@ -201,7 +207,7 @@ class Stack:
     def output(self, place: int, x: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
         """What one of the layers returns, [rows, out]. x: [rows, in]; u: [rows, sum of ranks]."""
         layer = self.layers[place]
-        b, bias = self.weights(u.dtype).b[place].t(), layer.bias(u.dtype)
+        b, bias = self.weights.b[place].t(), layer.bias(u.dtype)
         mine = u[:, self.places[place]]
         y = torch.mm(mine, b, out=out) if bias is None else torch.addmm(bias, mine, b, out=out)
         return y.addmm_(x, layer.weight(x.dtype).t())
@@ -209,7 +215,7 @@ class Stack:
     def inner_gradient(self, grads: Sequence[Tensor | None], rows: int) -> Tensor:
         """d loss / d u, [rows, sum of ranks]; grads: [rows, out] of each output, None where it was not used."""
         given = next(grad for grad in grads if grad is not None)
-        weights = self.weights(given.dtype)
+        weights = self.weights
         du = given.new_empty(rows, weights.a.shape[0])
         for layer, place, b, grad in zip(self.layers, self.places, weights.b, grads, strict=True):
             if grad is None:
@@ -220,7 +226,7 @@ class Stack:
 
     def input_gradient(self, grads: Sequence[Tensor | None], du: Tensor | None, out: Tensor | None = None) -> Tensor:
         """d loss / d x, [rows, in]; du: what goes through the updates, None where that is another input's."""
-        dx = None if du is None else torch.mm(du, self.weights(du.dtype).a, out=out)
+        dx = None if du is None else torch.mm(du, self.weights.a, out=out)
         for layer, grad in zip(self.layers, grads, strict=True):
             if grad is None:
                 continue

@@ -1,3 +1,5 @@
+# Triton's functions are compiled from their source; types would be read as arguments' kinds, and it brings none itself.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The operations of `qtune.kernels.ops` for CUDA cards, in Triton, which comes with PyTorch there.
 
 All of them are bound by memory: each reads its inputs and writes its outputs once, and computes in fp32 between.

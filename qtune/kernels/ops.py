@@ -86,6 +86,7 @@ def _shaped_by(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_implemented("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight · (x / rms(x)) [..., width] and 1 / rms [..., 1] in fp32; rounded before the weight, as transformers do."""
+    x = x.contiguous()
     exact = x.float()
     rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
     return (exact * rstd).to(x.dtype).mul_(weight), rstd
@@ -101,7 +102,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @_implemented("rms_norm_backward")
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """d loss / d x, [..., width]."""
-    normal = x.float().mul_(rstd)
+    normal = x.contiguous().float() * rstd  # not in place: in fp32 it is x
     slope = (grad * weight).float()
     slope -= normal.mul_((slope * normal).mean(-1, keepdim=True))
     return slope.mul_(rstd).to(x.dtype)
@@ -194,7 +195,7 @@ def _cross_entropy(
     """Negative log-likelihood [rows] of `labels` [rows] under logits [rows, vocab], and whether each is the likeliest.
 
     A family's rule comes before: cap · tanh(scale · x / cap); cap = 0: only the scale. With `slope` the gradient of
-    the likelihood with respect to the logits as given is written over them.
+    the likelihood with respect to the logits as given is written over them; without it what they hold then is nobody's.
     """
     rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), rows):
@@ -245,7 +246,7 @@ def _product_in_on_cuda(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tens
 
 @functools.cache
 def _keeps_sums(low: torch.dtype, high: torch.dtype) -> bool:
-    """Whether this card's library multiplies in one type and writes in the other (`out_dtype`, since torch 2.8)."""
+    """Whether this card's library multiplies in one type and writes in the other (`out_dtype`, torch 2.8 and newer)."""
     one = torch.ones(16, 16, device="cuda", dtype=low)
     try:
         torch.mm(one, one, out_dtype=high)

@@ -31,7 +31,7 @@ class _RmsNorm(torch.autograd.Function):
         y, rstd = torch.ops.qtune.rms_norm.default(x, weight, eps)
         ctx.save_for_backward(x, rstd)
         ctx.weight = weight  # frozen
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -45,7 +45,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.angles = cos, sin  # of the whole model, and without a gradient
-        return torch.ops.qtune.rotate.default(x, cos, sin, False)  # type: ignore[no-any-return]
+        return torch.ops.qtune.rotate.default(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
