@@ -57,9 +57,8 @@ def main() -> None:
                 losses[name].append(_step(trainer))
                 if step >= 2:
                     seconds[name].append(time.perf_counter() - began)
-    print(
-        f"{options.threads} threads, {ROWS} x {LENGTH} tokens, scored: {options.scored}, {options.steps} steps each, {options.dtype}"
-    )
+    shape = f"{ROWS} x {LENGTH} tokens, scored: {options.scored}, {options.dtype}"
+    print(f"{options.threads} threads, {shape}, {options.steps} steps each")
     for name in trainers:
         median = statistics.median(seconds[name])
         tokens = ROWS * LENGTH / median

@@ -85,7 +85,7 @@ def _shaped_by(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_implemented("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """weight · (x / rms(x)) [..., width] and 1 / rms [..., 1] in fp32; rounded before the weight, as transformers do."""
+    """weight · (x / rms(x)) [..., width], rounded before the weight as in transformers; 1 / rms [..., 1] in fp32."""
     x = x.contiguous()
     exact = x.float()
     rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
