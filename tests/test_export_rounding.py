@@ -26,9 +26,8 @@ def test_each_value_goes_to_one_of_its_two_neighbours(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_the_dtype_holds_exactly_stays(dtype):
-    powers = torch.tensor(
-        [0.0, -0.0, 1.0, -2.0, 0.5, 2.0**-14, 2.0**-20, 65504.0 if dtype == torch.float16 else 2.0**100]
-    )
+    largest = torch.finfo(dtype).max
+    powers = torch.tensor([0.0, -0.0, 1.0, -2.0, 0.5, 2.0**-14, 2.0**-20, largest, -largest])
     held = torch.cat([powers, values().to(dtype).float()])
     assert torch.equal(rounded_stochastically(held, dtype, "a").float(), held)
 
@@ -40,7 +39,7 @@ def test_a_small_update_of_weights_that_are_bfloat16_numbers_survives_in_the_mea
     update = 0.1 * torch.finfo(dtype).eps / 2 * held.abs()  # a unit is between eps / 2 and eps of the value
     nearest = (held + update).to(dtype).float() - held
     found = rounded_stochastically(held + update, dtype, "a").float() - held
-    assert float(nearest.sum()) == 0
+    assert float(nearest.sum()) == pytest.approx(0, abs=0.01 * float(update.sum()))
     assert float(found.double().sum() / update.double().sum()) == pytest.approx(1, abs=0.03)
 
 

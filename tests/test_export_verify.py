@@ -223,7 +223,7 @@ def test_the_noise_of_the_live_model_is_shown_beside_and_is_none_of_the_exports(
         assert verification.live is None
     else:
         assert verification.live is not None
-        assert verification.live.kl > 10 * verification.exported.kl
+        assert verification.live.kl > verification.exported.kl
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -240,4 +240,4 @@ def test_an_adapter_that_changes_nothing_is_exported_from_every_compute_dtype(dt
 def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good: Path) -> None:
     source = open_source(run)
     cost = verify(source, good, rows_for(source), compare_bases=True).cost
-    assert cost["original"].kl > 100 * cost["dequantized"].kl
+    assert cost["original"].kl > 10 * cost["dequantized"].kl

@@ -1,6 +1,7 @@
 """Adapters: a recipe's table -> peft's configuration, attached to the base model; their whole state on disk."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from peft import (
     PromptTuningInit,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -207,8 +210,23 @@ def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) ->
     save_trained_state(model, folder)
 
 
+def adapter_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """What peft has put on a base model: the adapters of its layers, and prompt encoders."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                yield from getattr(module, name).parameters()
+        elif isinstance(module, PeftModel) and hasattr(module, "prompt_encoder"):
+            yield from module.prompt_encoder.parameters()
+
+
 def load_adapter(network: PreTrainedModel, folder: Path) -> PeftModel:
-    """The base model with a saved adapter on it, frozen, in the dtype it was saved in."""
-    model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=False)
+    """The base model with a saved adapter on it, frozen, bit for bit in the dtype it was saved in."""
+    # Left alone, peft 0.21 would round a float32 adapter to the 16 bits of its base before it is asked for anything.
+    model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=True)
+    saved = {tensor.dtype for tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values()}
+    if len(saved) == 1:
+        for parameter in adapter_parameters(model):
+            parameter.data = parameter.data.to(next(iter(saved)))
     model.requires_grad_(False)  # peft leaves soft prompts trainable
     return model

@@ -16,12 +16,13 @@ from qtune.data.template import prompt_ids
 from qtune.device.present import present_device
 from qtune.errors import DataError, ModelError, Problem
 from qtune.model.load import base_folder, load_tokenizer
-from qtune.plan import compute_dtype_rule
+from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
+from qtune.tuned.precision import as_trained
 
 HELP = """\
 /adapter on|off   answer with or without the adapter
@@ -45,6 +46,8 @@ class Session:
     system: str | None = None
     adapter_is_on: bool = True
     turns: list[Turn] = field(default_factory=list)
+    plan: Plan | None = None
+    """How a run's model computes; None for a plain model."""
 
     @property
     def has_adapter(self) -> bool:
@@ -59,7 +62,7 @@ class Session:
         """
         asked = [*self.turns, {"role": "user", "content": text}]
         prompt, asked = self._fitted(asked)
-        with self._switched():
+        with self._switched(), as_trained(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
@@ -117,7 +120,7 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
     run_dir = RunDir.open(path)
     run = load_run(run_dir) if adapter else load_untuned(run_dir)
     ends = find_ends(run.model, run.tokenizer)
-    return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt)
+    return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt, plan=run.plan)
 
 
 def _plain_session(target: str) -> Session:

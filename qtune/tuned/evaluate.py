@@ -23,6 +23,7 @@ from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
+from qtune.tuned.precision import as_trained
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -110,7 +111,8 @@ def evaluate(
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
-        with console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples)) as shown:
+        progress = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
+        with progress as shown, as_trained(run.plan):
             loss, accuracy = mean_loss(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)

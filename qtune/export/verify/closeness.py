@@ -13,6 +13,10 @@ from torch import Tensor
 # float16  one rounding of each weight, 2**-11 of its size; measured 1e-7 to 1e-5 on real models.
 # bfloat16 2**-8: 64 times the variance of float16.
 #
+# Tokens that the reference holds for as likely as its likeliest one, up to this difference of log-probabilities: which
+# of them another model puts first says nothing.
+TIE = 0.05
+
 # An adapter lost, scaled wrongly or merged into other weights costs 1e-2 and more.
 KL_LIMITS = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-2}
 TOP1_LIMITS = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.95}
@@ -28,7 +32,8 @@ class Closeness:
     """What one model's next-token distributions are to a reference's, over `tokens` positions.
 
     `kl` is the mean of KL(reference || other) in nats per token, `kl_largest` its largest value; `top1` the share of
-    positions with the same likeliest token; `gap` the largest difference between two logits of the same token;
+    positions with the same likeliest token, or one that ties with it (`TIE`);
+    `gap` the largest difference between two logits of the same token;
     `new_tokens` the mean probability of the tokens that the reference does not have (a baked soft prompt's).
     """
 
@@ -57,11 +62,15 @@ class ClosenessMeter:
         Where `other` has a larger vocabulary, distributions are compared over the tokens of the reference, and what
         `other` gives to its new ones is counted apart; a new token that is the likeliest is a disagreement.
         """
-        agreed = reference.argmax(-1) == other.argmax(-1)
         shared = min(reference.shape[-1], other.shape[-1])
+        likeliest = other.argmax(-1)
         self._new_tokens += other.float().softmax(-1)[:, shared:].sum().item()
         reference, other = reference[:, :shared].float(), other[:, :shared].float()
         log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
+        # A new token that is the likeliest has no place in the reference: it is a disagreement.
+        choice = likeliest.clamp(max=shared - 1)
+        lost = log_p.amax(-1) - log_p.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+        agreed = (likeliest < shared) & (lost <= TIE)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         self._tokens += len(kl)
         self._kl += kl.double().sum().item()

@@ -14,10 +14,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from qtune.adapter.attach import adapter_parameters
 
 
 @contextmanager
@@ -42,16 +42,6 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 def is_low(tensor: Tensor | None) -> bool:
     """Whether a tensor holds floating-point numbers that float32 holds more exactly."""
     return tensor is not None and tensor.is_floating_point() and tensor.element_size() < 4
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What peft has put on a base model: the adapters of its layers, and prompt encoders."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for name in module.adapter_layer_names:
-                yield from getattr(module, name).parameters()
-        elif isinstance(module, PeftModel) and hasattr(module, "prompt_encoder"):
-            yield from module.prompt_encoder.parameters()
 
 
 def four_bit_values(layer: bnb.nn.Linear4bit) -> Tensor:

@@ -24,6 +24,8 @@ from qtune.export.layout import Layout, empty_model, layout_of
 from qtune.export.verify.exact import is_low
 from qtune.model.checkpoint import Checkpoint
 
+DORA = "lora_magnitude_vector.weight"
+
 Read = Callable[[str], Tensor]
 """A parameter's name in the model -> its values in float32, or as they are stored where they are no numbers."""
 
@@ -49,6 +51,7 @@ def streamed_trained(
     with warnings.catch_warnings():
         # An adapter that was trained on GPT-2's layers in 4 bits says nothing of how they are stored.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
+        warnings.filterwarnings("ignore", "for weight: copying from a non-meta parameter")  # `_fill_adapter` does it
         adapted = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     _fill_adapter(adapted, load_file(adapter / WEIGHTS), device)
     _stream(adapted.get_base_model(), _reader(checkpoint, layout, basis, device), device)
@@ -57,9 +60,14 @@ def streamed_trained(
 
 def _fill_adapter(adapted: PeftModel, tensors: dict[str, Tensor], device: torch.device) -> None:
     """Puts the adapter's tensors into memory; peft leaves them where the base is, on the meta device."""
+    if adapted.peft_config[adapted.active_adapter].is_prompt_learning:
+        vectors = tensors["prompt_embeddings"].float().to(device)
+        adapted.prompt_encoder[adapted.active_adapter].embedding.weight = nn.Parameter(vectors, requires_grad=False)
     for name, module in adapted.named_modules():
         for key, parameter in module._parameters.items():
             path = f"{name}.{key}".replace(".modules_to_save.default.", ".").replace(".default", "")
+            if path.endswith(DORA):  # saved without the name of its only parameter
+                path = path.removesuffix(".weight")
             if parameter is not None and parameter.is_meta and path in tensors:
                 wide = tensors[path].float() if is_low(tensors[path]) else tensors[path]
                 module._parameters[key] = nn.Parameter(wide.to(device), requires_grad=False)

@@ -25,8 +25,9 @@ from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
 from qtune.export.verify.rows import Row, Rows, probes, rendered_ids
-from qtune.plan import make_plan
+from qtune.plan import Plan, make_plan
 from qtune.tuned.generate import find_ends, generate
+from qtune.tuned.precision import as_trained
 
 ANSWERS = 3
 
@@ -125,7 +126,7 @@ def verify(
     noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
         for group in _groups(rows, models):
-            measure(measured, group, virtual_ids, models, live=noisy)
+            measure(measured, group, virtual_ids, models, live=plan if noisy else None)
             bar.advance(len(group))
     closeness, effect = measured.exported.result(), measured.bare.result()
     allowed = limits(_stored_dtype(folder), effect.kl)
@@ -193,14 +194,19 @@ def rendering_failures(
     return failures
 
 
-def measure(measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models, *, live: bool) -> None:
-    """Adds rows to all meters; to that of the live model where `live` says that it computes otherwise."""
+def measure(
+    measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
+) -> None:
+    """Adds rows to all meters; to that of the live model with the plan by which it computes, if that is not exact."""
 
     def of(model: PreTrainedModel | PeftModel, before: Sequence[int] = ()) -> list[Tensor]:
         made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
         return [logits[len(before) :] for logits in made]
 
-    as_it_runs = of(models.trained) if live else []
+    as_it_runs: list[Tensor] = []
+    if live is not None:
+        with as_trained(live):
+            as_it_runs = of(models.trained)
     with models.exactly():
         trained = of(models.trained)
         reference = trained if models.reference is models.trained else of(models.reference)
