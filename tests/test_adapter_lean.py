@@ -12,7 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qtune.adapter import lean_check
 from qtune.adapter.lean import adapter_copies, install_lean_step
+from qtune.adapter.products import Stack
 
 HIDDEN, INTERMEDIATE, LAYERS, LENGTH = 64, 192, 2, 60
 WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "vocab_size": 128,
@@ -328,6 +330,25 @@ def test_a_lean_step_takes_less_than_half_of_pefts_launches():
             model(input_ids=ids(1), labels=ids(1), use_cache=False).loss.backward()
         launches.append(sum(several.get(name, 1) * n for name, n in count.calls.items() if name not in nothing))
     assert launches[1] < launches[0] / 2
+
+
+@pytest.mark.parametrize("dtype", lean_check.TOLERANCES)
+def test_the_check_on_a_card_passes_what_is_right_and_draws_nothing_of_the_runs(dtype):
+    state = torch.get_rng_state()
+    assert lean_check.lean_difference("cpu", dtype) <= lean_check.TOLERANCES[dtype]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", lean_check.TOLERANCES)
+def test_the_check_on_a_card_finds_one_wrong_gradient(dtype, monkeypatch):
+    right = Stack.weight_gradients
+
+    def wrong(self, x, u, grads, du):
+        d_a, *d_b = right(self, x, u, grads, du)
+        return [d_a, *(gradient * 1.2 for gradient in d_b)]
+
+    monkeypatch.setattr(Stack, "weight_gradients", wrong)
+    assert lean_check.lean_difference("cpu", dtype) > lean_check.TOLERANCES[dtype]
 
 
 def test_what_one_layer_computed_for_the_others_is_let_go_of_when_the_module_fails():

@@ -1,12 +1,14 @@
 """The operations `torch.ops.qtune.*` against what transformers, bitsandbytes and PyTorch compute."""
 
+import sys
+
 import bitsandbytes
 import pytest
 import torch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from qtune.kernels import ops
+from qtune.kernels import comparison, ops
 from qtune.memory.tracing.fake_tensors import RememberingMode
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -113,3 +115,38 @@ def test_every_operation_says_what_it_returns_without_computing_it():
     real_product = torch.ops.qtune.product_in(real[0, 0], real[0, 0].t(), torch.float32)
     for fake, there in ((y, real_y), (rstd, real_rstd), (turned, real_turned), (product, real_product)):
         assert (fake.shape, fake.dtype, fake.stride()) == (there.shape, there.dtype, there.stride())
+
+
+def test_a_kernel_is_compared_with_pytorchs_operations_in_every_type():
+    own = {name: getattr(ops, f"_{name}") for name in comparison.COMPARED}
+    for name, function in own.items():
+        for dtype in comparison.TOLERANCES:
+            assert comparison.difference(name, function, dtype, "cpu") == 0, (name, dtype)
+
+
+def test_a_kernel_that_is_wrong_in_one_row_differs_by_more_than_rounding():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rstd = ops._rms_norm(x, weight, eps)
+        y[0, 0] *= 2
+        return y, rstd
+
+    def broken(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rstd = ops._rms_norm(x, weight, eps)
+        return y * torch.nan, rstd
+
+    for dtype, tolerance in comparison.TOLERANCES.items():
+        assert comparison.difference("rms_norm", wrong, dtype, "cpu") > tolerance
+        assert comparison.difference("rms_norm", broken, dtype, "cpu") == float("inf")
+
+
+def test_comparing_kernels_draws_no_random_numbers_of_the_run():
+    state = torch.get_rng_state()
+    comparison.difference("rotate", ops._rotate, torch.float32, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_kernel_that_is_not_there_has_its_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qtune.kernels.on_cuda", None)
+    ops.card_kernel.cache_clear()
+    assert set(ops.without_kernels()) == set(comparison.COMPARED)
+    ops.card_kernel.cache_clear()

@@ -34,7 +34,7 @@ from qtune.adapter.attach import attach_adapter
 from qtune.adapter.lean import install_lean_step
 from qtune.data.collate import PaddedCollator
 from qtune.device.present import present_device
-from qtune.kernels import ops
+from qtune.kernels import comparison, ops
 from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.load import quantization_config
@@ -52,7 +52,6 @@ SMALL = {
     "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 3, "num_attention_heads": 10,
     "num_key_value_heads": 2, "vocab_size": 4096,
 }  # fmt: skip
-ROWS_KEPT = 24
 
 
 def main() -> None:
@@ -77,7 +76,6 @@ def main() -> None:
             options.out.write_text(json.dumps(found, indent=1))
 
     if torch.cuda.is_available():
-        keep("triton", ops.triton_kernels() is not None)
         keep("kernels", kernel_differences())
     for dtype in (torch.float32, torch.bfloat16):
         for checkpointing in (False, True):
@@ -99,100 +97,12 @@ def main() -> None:
 
 
 def kernel_differences() -> dict[str, Any]:
-    """Each Triton kernel against PyTorch's operations on the card, in bfloat16: ||difference|| / ||value||.
-
-    A kernel that fails or differs is turned off, and PyTorch's operations take its place in what follows.
-    """
-    kernels: Any = ops.triton_kernels()
-    if kernels is None:
-        return {}
+    """Each Triton kernel against PyTorch's operations on the card; the reason where PyTorch's take its place."""
     found: dict[str, Any] = {}
-    for name, compare in COMPARISONS.items():
-        try:
-            found[name] = compare(kernels)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
-        if isinstance(found[name], str) or max(found[name]) > 2e-2:
-            setattr(kernels, name, None)
+    for name in comparison.COMPARED:
+        kernel = ops.card_kernel(name)
+        found[name] = kernel if isinstance(kernel, str) else comparison.difference(name, kernel, compute_dtype())
     return found
-
-
-def _made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
-
-
-def _norms(kernels: Any) -> list[float]:
-    x, weight = _made(512, 4096), _made(4096)
-    pairs = zip(kernels.rms_norm(x, weight, 1e-5), ops._rms_norm(x, weight, 1e-5), strict=True)
-    return [relative(one, other) for one, other in pairs]
-
-
-def _norm_gradients(kernels: Any) -> list[float]:
-    x, weight, grad = _made(512, 4096), _made(4096), _made(512, 4096)
-    rstd = ops._rms_norm(x, weight, 1e-5)[1]
-    return [relative(kernels.rms_norm_backward(grad, x, weight, rstd), ops._rms_norm_backward(grad, x, weight, rstd))]
-
-
-def _rotations(kernels: Any) -> list[float]:
-    q, cos, sin = _made(2, 300, 32, 128).transpose(1, 2), _made(1, 300, 128), _made(1, 300, 128)
-    return [relative(kernels.rotate(q, cos, sin, b), ops._rotate(q, cos, sin, b)) for b in (False, True)]
-
-
-def _gates(kernels: Any) -> list[float]:
-    found = []
-    for activation in ("silu", "gelu_tanh"):
-        gate, up = _made(300, 1728), _made(300, 1728)
-        one, other = torch.empty_like(gate), torch.empty_like(gate)
-        kernels.gated(gate, up, activation, one)
-        ops._gated(gate, up, activation, other)
-        found.append(relative(one, other))
-    return found
-
-
-def _gate_gradients(kernels: Any) -> list[float]:
-    found = []
-    for activation in ("silu", "gelu_tanh"):
-        given = [_made(300, 1728) for _ in range(3)]
-        one, other = ([tensor.clone() for tensor in given] for _ in range(2))
-        kernels.gated_backward(*one, activation, one[1], one[2])
-        ops._gated_backward(*other, activation, other[1], other[2])
-        found += [relative(a, b) for a, b in zip(one, other, strict=True)]
-    return found
-
-
-def _likelihoods(kernels: Any) -> list[float]:
-    found = []
-    for scale, cap in ((1.0, 0.0), (1.3, 7.0)):
-        logits, labels = _made(64, 128256), torch.randint(0, 128256, (64,), device="cuda")
-        labels[0] = logits[0].argmax()
-        sides = []
-        for function in (kernels.cross_entropy, ops._cross_entropy):
-            given, nll = logits.clone(), torch.empty(64, device="cuda")
-            right = torch.empty(64, dtype=torch.bool, device="cuda")
-            function(given, labels, scale, cap, True, nll, right)
-            sides.append((given, nll, right))
-        found += [relative(a, b) for a, b in zip(*sides, strict=True)]
-    return found
-
-
-def _weights(kernels: Any) -> list[float]:
-    """Against bitsandbytes' own kernel."""
-    found = []
-    for kind in ("nf4", "fp4"):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            weight = torch.randn(640, 1728, dtype=dtype)
-            packed = bitsandbytes.nn.Params4bit(weight, False, quant_type=kind, compress_statistics=True).cuda()
-            ours = ops.dequantized(packed, packed.quant_state)
-            theirs = bitsandbytes.functional.dequantize_4bit(packed, packed.quant_state)
-            found.append(relative(ours, theirs))
-    return found
-
-
-COMPARISONS = {
-    "rms_norm": _norms, "rms_norm_backward": _norm_gradients, "rotate": _rotations, "gated": _gates,
-    "gated_backward": _gate_gradients, "cross_entropy": _likelihoods, "dequantize_nested": _weights,
-}  # fmt: skip
-"""By the name of the kernel that is compared."""
 
 
 def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, float]:
@@ -222,13 +132,8 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
         del model, loss
         free()
     theirs, ours = gradients
-    worst = max(relative(ours[name], theirs[name]) for name in theirs)
+    worst = max(comparison.relative(ours[name], theirs[name]) for name in theirs)
     return {"peft": losses[0], "ours": losses[1], "worst": worst}
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """||ours - theirs|| / ||theirs||."""
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30))
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -313,9 +218,9 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, *, lean:
     """qtune's trainer, as a run builds it."""
     recipe, plan = parts(rows, length, compute_dtype())
     model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{lean}")
-    original = training.install_lean_step
+    original = training._install_lean_step
     if not lean:
-        training.install_lean_step = lambda *_, **__: None
+        training._install_lean_step = lambda *_: None
     try:
         trainer = QloraTrainer(
             model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
@@ -325,7 +230,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, *, lean:
             lengths=[length] * rows, callbacks=[], tiled_loss=True, note=print,
         )  # fmt: skip
     finally:
-        training.install_lean_step = original
+        training._install_lean_step = original
     return ready(trainer, plan)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
 
 log = logging.getLogger(__name__)
 
@@ -41,32 +40,43 @@ PIECE = 2**16
 
 
 @functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The kernels for cards; None where Triton is not installed, or cannot compile (it needs a C compiler at run time).
+def card_kernel(name: str) -> Callable[..., Any] | str:
+    """The Triton kernel of an operation; why not, where it does not give on this card what PyTorch's operations give.
 
-    What is asked is the smallest of them, once in a process.
+    Asked once in a process, before its first use: in each type that the card computes in. What can fail is whatever a
+    compiler may say (Triton needs a C compiler at run time), and there is a second way to compute the same.
     """
     try:
-        from qtune.kernels import on_cuda
-    except ImportError:
-        return None
-    try:
-        one = torch.ones(1, 16, device="cuda")
-        on_cuda.rms_norm(one, one[0], 0.0)
-    except Exception:  # whatever a compiler may say: there is a second way to compute the same
-        log.warning("Triton does not work here; PyTorch's own operations are used", exc_info=True)
-        return None
-    return on_cuda
+        from qtune.kernels import comparison, on_cuda
+
+        kernel: Callable[..., Any] = getattr(on_cuda, name)
+        for dtype, tolerance in comparison.TOLERANCES.items():
+            if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+                continue
+            found = comparison.difference(name, kernel, dtype)
+            if not found <= tolerance:
+                return f"differs by {found:.1e} in {str(dtype).removeprefix('torch.')}"
+    except Exception as error:
+        log.debug("Triton kernel %s", name, exc_info=True)
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return kernel
+
+
+def without_kernels() -> dict[str, str]:
+    """Operations for which PyTorch's own are used on this card, each with the reason."""
+    from qtune.kernels import comparison
+
+    found = {name: card_kernel(name) for name in comparison.COMPARED}
+    return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
 def _implemented(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers an implementation for every device, and the one of `on_cuda` before it on cards."""
+    """Registers an implementation for every device, and the kernel of `on_cuda` before it on cards."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def on_card(*args: Any) -> Any:
-            kernels = triton_kernels()
-            chosen = None if kernels is None else getattr(kernels, name)
-            return (function if chosen is None else chosen)(*args)
+            kernel = card_kernel(name)
+            return (function if isinstance(kernel, str) else kernel)(*args)
 
         _library.impl(name, function, "CPU")
         _library.impl(name, on_card, "CUDA")
@@ -295,9 +305,14 @@ def dequantized(codes: Tensor, state: bnb.QuantState) -> Tensor:
     """The weight [out, in] of a `Linear4bit`, in the type that it was quantized from."""
     if not state.nested or state.state2.blocksize != NESTED_BLOCK or state.state2.dtype is not torch.float32:
         return bnb.dequantize_4bit(codes, state)
+    weight: Tensor = torch.ops.qtune.dequantize_nested.default(*nested_arguments(codes, state))
+    return weight
+
+
+def nested_arguments(codes: Tensor, state: bnb.QuantState) -> tuple[Any, ...]:
+    """What `dequantize_nested` takes, of a weight with double quantization."""
     nested = state.state2
-    weight: Tensor = torch.ops.qtune.dequantize_nested.default(
+    return (
         codes, state.absmax, nested.code, nested.absmax, state.offset, state.code,
         list(state.shape), state.blocksize, state.quant_type, state.dtype,
     )  # fmt: skip
-    return weight
