@@ -1,42 +1,40 @@
 """`qtune check`: everything that can be wrong before a run, found without training."""
 
 import json
-import shutil
-import time
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.adapter.attach import attach_adapter
 from qtune.data.batches import StepSampler, padding_share
-from qtune.data.collate import collator_for
 from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
-from qtune.data.findings import Finding, gate, stopping
-from qtune.data.inspection import inspect
-from qtune.data.prepare import Prepared, refuse_bad_rows, survey
-from qtune.device.present import present_device
-from qtune.memory.longest import longest_of
-from qtune.memory.profile import Forecast, attempted
-from qtune.memory.tracing.bare_model import bare_model
-from qtune.model.builtin import cache_folder
-from qtune.model.load import attention_rule, count_parameters, load_base, load_config, load_tokenizer
-from qtune.model.loss import install_loss
-from qtune.plan import Plan, make_plan
-from qtune.recipe.file import Resolved, show_value
+from qtune.data.findings import Finding
+from qtune.data.prepare import Prepared
+from qtune.device.present import one_sentence
+from qtune.errors import DataError, Problem
+from qtune.memory.forecast import Forecast
+from qtune.memory.measured.meter import Meter
+from qtune.plan import Plan
+from qtune.preflight import Disk, Preflight, examine
+from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Data, Recipe
+from qtune.recipe.text import show_value
+from qtune.run.folder import RunDir
+from qtune.run.metrics import TrainRecord, read_metrics
 from qtune.run.resolved import settled_values
-from qtune.startup.quiet import quiet_loading
+from qtune.training.build import build_model, make_trainer
+from qtune.training.callbacks import Metrics, StopOnSignal
+from qtune.training.inputs import Inputs
 
-# bf16 or fp16: what an export writes for each parameter.
-EXPORT_BYTES = 2
-# Two moments of AdamW in fp32 for each trained parameter.
-OPTIMIZER_BYTES = 8
+TIMED_STEPS = 4
+"""Steps of a timing; the first one does not count."""
+TIMED_ACCUMULATION = 2
+"""Micro-batches of such a step, at most: an optimizer's step costs little beside one."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +52,71 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Disk:
-    """Bytes that a run and its export will write, and what is free where each goes."""
-
-    checkpoints_bytes: int
-    export_bytes: int
-    cache_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
 class Check:
     """The whole examination; the screen and the JSON are made from it."""
 
-    resolved: Resolved
-    plan: Plan
-    prepared: Prepared
-    findings: list[Finding]
-    allow: tuple[str, ...]
+    preflight: Preflight
     splits: list[SplitFigures]
     batches: Batches
     samples: list[Sample]
-    disk: Disk
-    memory: Forecast | str
-    """What a step will need; in words why, where that cannot be traced."""
     step_seconds: float | None
 
     @property
+    def resolved(self) -> Resolved:
+        """The recipe, with the findings that --allow waives."""
+        return self.preflight.resolved
+
+    @property
     def data(self) -> Data:
-        """The [data] table."""
+        """Its [data] table."""
         return self.resolved.recipe.data
+
+    @property
+    def plan(self) -> Plan:
+        """What a run would do on this device."""
+        return self.preflight.plan
+
+    @property
+    def prepared(self) -> Prepared:
+        """The rows as ids and labels."""
+        return self.preflight.prepared
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the gate found, errors first."""
+        return self.preflight.inspection.findings
 
     @property
     def stopping(self) -> list[Finding]:
         """The findings that would stop a run."""
-        return stopping(self.findings, self.allow)
+        return self.preflight.stopping
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What else would stop it; bad rows are shown apart."""
+        refusals = [error for error in self.preflight.refusals if not isinstance(error, DataError)]
+        return list(dict.fromkeys(problem for error in refusals for problem in error.problems))
+
+    @property
+    def disk(self) -> Disk | None:
+        """What a run and its export will write."""
+        return self.preflight.disk
+
+    @property
+    def memory(self) -> Forecast | str:
+        """What a step will need; in words why, where that cannot be traced."""
+        return self.preflight.forecast or "it was not asked for"
+
+    @property
+    def paths(self) -> str:
+        """Where the relative paths of the recipe start from, where those are two places; else empty."""
+        here, beside = Path.cwd(), self.resolved.folder.resolve()
+        if here == beside:
+            return ""
+        return (
+            f"Paths in [data] start from {beside}; model.base, adapter.start_from and output.directory from {here}, "
+            "where qtune was called"
+        )
 
     @property
     def values(self) -> list[tuple[str, str, str]]:
@@ -101,16 +129,11 @@ class Check:
         ]
 
     def require(self) -> None:
-        """Ends as the run would.
-
-        Raises:
-            DataError: bad rows that are not skipped, or no rows. GateError: errors that are not waived.
-        """
-        refuse_bad_rows(self.prepared, self.data)
-        gate(self.findings, self.allow)
+        """Ends as the run would: see `Preflight.require`."""
+        self.preflight.require()
 
     def to_json(self) -> str:
-        """Everything for machines; `stops` names the findings that would stop a run."""
+        """Everything for machines; `stops` names the findings that would stop a run, `problems` what else would."""
         prepared = self.prepared
         value: dict[str, Any] = {
             "recipe": str(self.resolved.file),
@@ -131,10 +154,12 @@ class Check:
             "bad_rows": [asdict(bad) for bad in prepared.bad_rows],
             "findings": [finding.to_json() for finding in self.findings],
             "stops": sorted({finding.kind for finding in self.stopping}),
+            "problems": [asdict(problem) for error in self.preflight.refusals for problem in error.problems],
+            "warnings": self.preflight.warnings,
             "splits": [asdict(split) for split in self.splits],
             "batches": asdict(self.batches),
             "samples": [asdict(sample) for sample in self.samples],
-            "disk": asdict(self.disk),
+            "disk": None if self.disk is None else asdict(self.disk),
             "memory": self._memory_json(),
             "step_seconds": self.step_seconds,
         }
@@ -156,30 +181,15 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
     Raises:
         InputError: the model or a data source cannot be found. Bad rows and findings do not raise: see `require`.
     """
-    quiet_loading()
-    recipe = resolved.recipe
-    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-    plan = make_plan(recipe, present_device(), attention_rule(config))
-    prepared = survey(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
-    inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
-    memory: Forecast | str = "there are no rows"
-    if len(prepared.train):
-        with console.progress("tracing a step"):
-            memory = attempted(config, recipe, plan.device, longest_of(prepared))
-    # On a card the micro-batch of the run follows from its memory.
-    plan = plan if isinstance(memory, str) else memory.plan
+    preflight = examine(resolved.allowing(allow), traced=True)
+    recipe, prepared = resolved.recipe, preflight.prepared
+    is_timed = timed and not preflight.refusals
     return Check(
-        resolved,
-        plan,
-        prepared,
-        inspection.findings,
-        (*recipe.data.allow, *allow),
-        [split_figures(split) for split in inspection.splits.values()],
-        batches_of(recipe, plan, prepared),
-        samples_of(prepared.examples["train"], tokenizer, samples),
-        disk_of(recipe, plan, config),
-        memory,
-        step_seconds(recipe, plan, prepared, tokenizer) if timed and len(prepared.train) else None,
+        preflight,
+        [split_figures(split) for split in preflight.inspection.splits.values()],
+        batches_of(recipe, preflight.plan, prepared),
+        samples_of(prepared.examples["train"], preflight.tokenizer, samples),
+        _timed(preflight) if is_timed else None,
     )
 
 
@@ -201,47 +211,41 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
     )
 
 
-def disk_of(recipe: Recipe, plan: Plan, config: PretrainedConfig) -> Disk:
-    """What the run will write. A checkpoint is written before the oldest goes, so one more than is kept must fit."""
-    model = bare_model(config, torch.bfloat16, None, plan.attention)
-    with torch.device("meta"):
-        count = count_parameters(attach_adapter(model, recipe.adapter, plan))
-    adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
-    # The adapter in peft's format and its full state, and the optimizer's moments.
-    checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
-    directory = Path(recipe.output.directory).absolute()
-    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
-    return Disk(
-        (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
-        EXPORT_BYTES * (count.total - count.trainable),
-        _folder_bytes(cache_folder() / "examples"),
-        shutil.disk_usage(existing).free,
+def _timed(preflight: Preflight) -> float:
+    with one_sentence(f"A run would not fit either; qtune fit {preflight.resolved.file} shows what would help"):
+        return step_seconds(preflight)
+
+
+def step_seconds(preflight: Preflight) -> float:
+    """Seconds of a step: the run's own trainer takes a few small ones, whose speed is that of the large.
+
+    Raises:
+        OutOfMemory: not even one row fits, so that a run would not either.
+    """
+    plan, recipe = preflight.plan, preflight.resolved.recipe
+    accumulation = min(TIMED_ACCUMULATION, plan.accumulation_steps)
+    changes = {
+        "steps": TIMED_STEPS, "batch_size": accumulation * plan.micro_batch_size, "log_every": 1,
+        "eval_every": "never", "checkpoint_every": "epoch", "checkpoint_minutes": None, "trackers": (),
+    }  # fmt: skip
+    short = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+    inputs = Inputs(
+        replace(preflight.resolved, recipe=short),
+        replace(plan, accumulation_steps=accumulation),
+        preflight.tokenizer,
+        preflight.prepared,
+        preflight.forecast if isinstance(preflight.forecast, Forecast) else None,
     )
-
-
-def step_seconds(recipe: Recipe, plan: Plan, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Seconds of a step, from the speed of a few micro-batches of it (the optimizer's share is left out)."""
-    with console.progress("timing a step"):
-        model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan, tokenizer)
-        install_loss(model.get_base_model(), tile_bytes=plan.loss_tile_bytes)
-        collate = collator_for(prepared.packed, int(str(tokenizer.pad_token_id)), plan.attention)
-        order = StepSampler(prepared.lengths, recipe.training.batch_size, recipe.training.seed).order()
-        size = plan.micro_batch_size
-        chosen = np.linspace(0, max(0, len(order) - size), 4).astype(int)
-        positions = seconds = 0.0
-        for number, start in enumerate(chosen):
-            batch = collate([prepared.train[int(row)] for row in order[start : start + size]])
-            began = time.perf_counter()
-            tensors = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-            model(**tensors, use_cache=False).loss.backward()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first one is slower: memory is taken and kernels are chosen
-                seconds += time.perf_counter() - began
-                positions += tensors["input_ids"].numel()
-    padded = prepared.lengths.sum() / (1 - padding_share(prepared.lengths[order], size))
-    return float(padded / len(order) * recipe.training.batch_size * seconds / positions)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    console.say(f"timing {TIMED_STEPS} steps of {changes['batch_size']} rows")
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = RunDir(Path(folder))
+        metrics = Metrics(run_dir.metrics_file, lambda record: None, Meter(torch.device(plan.device.torch_name)))
+        model, tiled = build_model(inputs)
+        stop = StopOnSignal(lambda: None)
+        make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False).train()
+        metrics.meter.close()
+        records = read_metrics(run_dir.metrics_file)
+    # The first step is slower: memory is taken and kernels are chosen.
+    speeds = [record.tokens_per_second for record in records if isinstance(record, TrainRecord) and record.step > 1]
+    tokens = float(preflight.prepared.lengths.mean()) * recipe.training.batch_size
+    return tokens * sum(1 / speed for speed in speeds) / len(speeds)

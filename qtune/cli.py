@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,10 @@ from qtune.errors import QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from qtune.run.folder import RunDir
+
 
 app = typer.Typer(
     name="qtune",
@@ -29,23 +33,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
-
-# Options of `qtune export` of which one would be ignored, and why.
-EXPORT_CONFLICTS = {
-    "--no-verify": {
-        "--push-to-hub": "only a model that was verified is uploaded",
-        "--compare-bases": "the bases are compared while verifying",
-    },
-    "--adapter-only": {
-        "--gguf": "a GGUF file holds a whole model",
-        "--compare-bases": "nothing is merged",
-    },
-    "--compare-bases": {"--base original": "an export into the original weights tells what they cost anyway"},
-    "--verify-only": dict.fromkeys(
-        ("--adapter-only", "--no-verify", "--compare-bases", "--gguf", "--push-to-hub", "--output", "--force"),
-        "nothing is written but the figures",
-    ),
-}
 
 
 def _version(value: bool) -> None:
@@ -141,9 +128,10 @@ def run(
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
     memory is spent and what is logged and saved; what would make another run is refused.
     """
-    from qtune.recipe.file import find_recipe, load_recipe
-    from qtune.run.folder import RunDir, newest_unfinished
-    from qtune.run.resumption import resumed_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
+    from qtune.run.folder import RunDir
+    from qtune.run.resumption import newest_unfinished, resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
@@ -151,8 +139,7 @@ def run(
         asked = list(changes or ())
         if run_dir is None:
             resolved = load_recipe(find_recipe(target), asked)
-            output = resolved.recipe.output
-            run_dir = newest_unfinished(Path(output.directory), output.name or resolved.file.stem)
+            run_dir = newest_unfinished(Path(resolved.recipe.output.directory), resolved.run_name)
             # These have said which run is meant.
             asked = [one for one in asked if one.partition("=")[0].strip() not in ("output.directory", "output.name")]
         if run_dir is None:
@@ -162,17 +149,26 @@ def run(
         import_libraries()
         from qtune.training import train
 
-        console.out(f"{train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot).path}")
+        _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot))
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
     from qtune.training import train
 
-    console.out(f"{train.run(resolved, tuple(allow or ()), snapshot=snapshot).path}")
+    _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot))
+
+
+def _end_run(run_dir: "RunDir") -> None:
+    """Writes the report of a run that has ended, and prints its folder."""
+    from qtune.report.page import attempt_report
+
+    attempt_report(run_dir)
+    console.out(f"{run_dir.path}")
 
 
 @app.command(rich_help_panel="Use")
 def export(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="A run's folder; may be left out with --verify-only.")
     ] = None,
@@ -224,27 +220,18 @@ def export(
     with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
     card. A model that fails is kept, marked as unverified, and the exit code is 1.
     """
-    asked = {
-        "--adapter-only": adapter_only,
-        "--no-verify": not verify,
-        "--compare-bases": compare_bases,
-        "--gguf": gguf is not None,
-        "--push-to-hub": push_to is not None,
-        "--base original": base == "original",
-        "--output": output is not None,
-        "--force": force,
-    }
-    for option, others in EXPORT_CONFLICTS.items():
-        for other in others if asked.get(option, verify_only is not None) else ():
-            if asked[other]:
-                raise typer.BadParameter(f"{option} and {other} cannot both be asked for: {others[other]}")
+    from qtune.export.conflicts import refuse_conflicts
+
+    given = _given(context)
+    refuse_conflicts(given)
     import_libraries()
     from qtune.export import export as stage
     from qtune.run.folder import RunDir
+    from qtune.screens import export as screen
 
     opened = None if run is None else RunDir.open(run)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened)}")
+        console.out(f"{stage.verify_only(verify_only, opened, screen.show)}")
         return
     if opened is None:
         raise typer.BadParameter("name a run")
@@ -258,8 +245,21 @@ def export(
         gguf=gguf,
         compare_bases=compare_bases,
         push_to=push_to,
+        given=given,
     )
-    console.out(f"{stage.export_run(opened, options)}")
+    console.out(f"{stage.export_run(opened, options, screen.show)}")
+
+
+def _given(context: typer.Context) -> frozenset[str]:
+    """The options that were written on the command line, by their names; a switch by the side that was chosen."""
+    found: set[str] = set()
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        source = context.get_parameter_source(name)
+        if option.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
+            written = option.secondary_opts if value is False and option.secondary_opts else option.opts
+            found |= {written[0], f"{written[0]} {value}"}
+    return frozenset(found)
 
 
 @app.command(name="eval", rich_help_panel="Try")
@@ -283,13 +283,14 @@ def evaluate(
     run_dir = RunDir.open(target)
     run_dir.finished_adapter()
     import_libraries()
+    from qtune.screens import evaluation as evaluation_screen
     from qtune.tuned import evaluate as stage
 
     evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
     if as_json:
         console.out_json(evaluation.to_json())
     else:
-        stage.show(evaluation, shown)
+        evaluation_screen.show(evaluation, shown)
 
 
 @app.command(rich_help_panel="Try")
@@ -350,7 +351,8 @@ def check(
     """
     import_libraries()
     from qtune import check as stage
-    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
 
     result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
@@ -392,12 +394,13 @@ def doctor(
     Ends with exit code 1 if something stands in the way of training.
     """
     from qtune import doctor as stage
+    from qtune.screens import doctor as doctor_screen
 
     findings = stage.examine(Path("runs"))
     if as_json:
         console.out_json(stage.to_json(findings))
     else:
-        stage.show(findings)
+        doctor_screen.show(findings)
     if stage.has_problems(findings):
         raise typer.Exit(1)
 
@@ -412,7 +415,7 @@ def profile(
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[
-        Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: a .svg or .png file.")
+        Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: an .svg file.")
     ] = None,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
@@ -435,7 +438,8 @@ def profile(
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.recipe.file import find_recipe, load_recipe
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
     from qtune.report.timeline import write_timeline
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
@@ -450,12 +454,12 @@ def profile(
             console.out(f"\n{failure_text(measured.failure)}")
         name, prediction = target, measured.prediction
         if run_dir.report.is_file():
-            from qtune.report.page import write_report
+            from qtune.report.page import attempt_report
 
-            write_report(run_dir)
+            attempt_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-        found = stage.profile(resolved, stage.device_for(gpu, vram), length)
+        found = stage.profile(resolved, cards.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
             for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):
@@ -482,7 +486,7 @@ def fit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
 
@@ -490,7 +494,8 @@ def fit(
     without --output it goes beside the old one as NAME.fit.toml. Exit code 1: nothing fits; the smallest budget that
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
-    from qtune.recipe.file import find_recipe, load_recipe, shipped_recipes
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe, shipped_recipes
     from qtune.startup.quiet import quiet_loading
 
     if largest not in (None, "length", "batch"):
@@ -499,33 +504,38 @@ def fit(
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
-    if output is not None and output.exists() and not force:
-        raise typer.BadParameter(f"{output} is there already; choose another --output, or replace it with --force")
-    resolved = load_recipe(find_recipe(recipe), changes or (), need_rows=False)
+    others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
+    if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
+        raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
+    file = find_recipe(recipe)
+    resolved = load_recipe(file, changes or (), need_rows=False)
+    # A shipped recipe's place is not the user's.
+    beside = file.with_suffix(".fit.toml")
+    target = output or (Path(beside.name) if file in shipped_recipes().values() else beside)
+    if largest is None and target.exists() and not force:
+        raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
     import_libraries()
     from qtune.memory import fit as stage
-    from qtune.memory.profile import refusal
+    from qtune.memory.forecast import refusal
     from qtune.model.load import load_config
-    from qtune.run.folder import write_atomically
     from qtune.screens.memory import draw_fit, refusal_text
+    from qtune.whole import write_text
 
     quiet_loading()
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
-    settled = {".".join(map(str, path)): stage.shown(value) for path, value in found.changes.items()}
-    console.out(draw_fit(found, resolved.recipe, settled, length_is_allowed=bool(allow)))
+    console.out(draw_fit(found, resolved.recipe, length_is_allowed=bool(allow)))
     if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
         console.out(refusal_text(refused))
     if not found.fits:
         raise typer.Exit(1)
-    if found.changes:
-        is_shipped = resolved.file in shipped_recipes().values()
-        beside = resolved.file.with_suffix(".fit.toml")
-        target = output or (Path(beside.name) if is_shipped else beside)
-        write_atomically(target, stage.fitted_text(resolved, found, target))
-        console.say(f"written: {target}")
+    if found.changes or output is not None:
+        write_text(target, stage.fitted_text(resolved, found, target))
+        console.say(f"written: {target}{'' if found.changes else ', unchanged'}")
+    else:
+        console.say("nothing to change, so nothing is written")
 
 
 def main() -> None:
@@ -540,3 +550,12 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say_error("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if "torch" not in sys.modules:
+            raise
+        from qtune.device.present import is_out_of_memory, memory_ran_out
+
+        if not is_out_of_memory(error):
+            raise
+        console.say_error(str(memory_ran_out(error, "Close what else takes memory, or use a larger device")))
+        sys.exit(1)

@@ -116,3 +116,12 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
     with Progress(*columns, console=console, transient=True) as drawn:
         drawn.add_task(description, total=total)
         yield Bar(description, total, _progress=drawn)
+
+
+def clock(seconds: float | None) -> str:
+    """ "1:23:45", "2:05", or "–" while it is not known."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

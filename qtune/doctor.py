@@ -13,15 +13,17 @@ import bitsandbytes.functional
 import torch
 from packaging.requirements import Requirement
 
-from qtune import __version__, console
+from qtune import __version__
+from qtune.cache import cache_folder
 from qtune.device.present import Device, present_device
 from qtune.device.products import cpu_product_times, product_times
-from qtune.model.builtin import BUILTIN_MODELS, cache_folder, is_complete
+from qtune.errors import first_line
+from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.sizes import GIB, MIB
 from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
 
-GIB = 2**30
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
 ENOUGH_DISK_BYTES = 20 * GIB
 
@@ -114,7 +116,7 @@ def quantization_findings(device: Device) -> Iterator[Finding]:
         errors = [_four_bit_error(device, *shape) for shape in WEIGHT_SHAPES]
         wrong = wrong_kernels() if device.kind == "cpu" else []
     except (RuntimeError, OSError, AttributeError) as failure:
-        reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+        reason = first_line(failure)
         yield Finding("device", "NF4", reason, "problem", broken)
         return
     if max(errors) > LARGEST_ERROR:
@@ -136,7 +138,6 @@ def _four_bit_error(device: Device, rows: int, columns: int) -> float:
 def choice_findings(device: Device) -> Iterator[Finding]:
     """What a recipe that leaves everything open gets here, each with its reason."""
     recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
-    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, device)
     chosen: Mapping[tuple[str | int, ...], object] = {
         ("quantization", "compute_dtype"): plan.compute_dtype,
@@ -173,7 +174,7 @@ def disk_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:
             yield Finding("disk", name, value)
     for model in BUILTIN_MODELS.values():
         there = is_complete(cache_folder() / "models" / model.name, model)
-        needed = f"not fetched yet, {model.wheel_bytes / 2**20:.0f} MiB to download"
+        needed = f"not fetched yet, {model.wheel_bytes / MIB:.0f} MiB to download"
         yield Finding("disk", f"builtin:{model.name}", "ready" if there else needed)
 
 
@@ -202,26 +203,6 @@ def _hub_cache() -> Path:
 def to_json(findings: list[Finding]) -> list[dict[str, Any]]:
     """The findings as plain values."""
     return [asdict(finding) for finding in findings]
-
-
-def show(findings: list[Finding]) -> None:
-    """Prints the findings by topic, and what to do about problems and notes."""
-    marks = {"ok": "✓", "note": "•", "problem": "✗"}
-    topics = dict.fromkeys(finding.topic for finding in findings)
-    for topic in topics:
-        rows = [
-            [
-                marks[finding.verdict],
-                finding.name,
-                f"{finding.value} ({finding.advice})" if finding.advice else finding.value,
-            ]
-            for finding in findings
-            if finding.topic == topic
-        ]
-        console.out(console.table("", ["", topic, ""], rows))
-        console.out("")
-    problems = sum(finding.verdict == "problem" for finding in findings)
-    console.out(f"{problems} problems" if problems != 1 else "1 problem")
 
 
 def has_problems(findings: list[Finding]) -> bool:

@@ -19,10 +19,7 @@ Anything else that reaches the user is a bug of ours and keeps its traceback.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qtune.memory.measured.meter import Failure
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,20 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message}" if self.place else self.message
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line: its first line that is not empty, else the name of its class."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """`first_line` of libraries that say where they failed before they say how."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 
 class QtuneError(Exception):
@@ -82,10 +93,37 @@ class GateError(WorkError):
     """The gate found labels that would train the wrong thing."""
 
 
+Phase = Literal["load", "forward", "backward", "optimizer", "eval", "save", "idle"]
+"""Where a run is, as its meter is told."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could be seen at the moment when memory ran out."""
+
+    phase: Phase
+    step: int
+    """The optimizer step at work or just done, from 1; 0 before the first."""
+    batch: dict[str, int] | None
+    """rows, length and, once the loss has seen them, scored of the batch at work; None outside a step."""
+    said: str
+    """The allocator's own words, up to the request."""
+    wanted_bytes: int
+    """The request that was refused; 0 if the allocator did not say."""
+    alive: dict[str, int]
+    """Bytes by category, as far as they can be told apart."""
+    counted: str
+    """How `alive` is known: by the ledger, by walking over the model and the optimizer, by the allocator."""
+    own_bytes: int
+    """What this process held: reserved by the allocator (CUDA), or resident (CPU)."""
+    free_bytes: int
+    total_bytes: int
+
+
 class OutOfMemory(WorkError):  # noqa: N818  named as its users say it
     """The work does not fit the device's memory. `failure`: what a meter saw when it ran out, if one was running."""
 
-    def __init__(self, message: str, failure: "Failure | None" = None) -> None:
+    def __init__(self, message: str, failure: Failure | None = None) -> None:
         self.failure = failure
         super().__init__(message)
 

@@ -1,6 +1,6 @@
 """`qtune init`: a commented recipe for a model and a data file, a copy of a shipped one, or the schema for editors.
 
-Nothing is described here: every comment is a docstring of `recipe.py`, every default is the schema's.
+Nothing is described here: every comment is a docstring of `recipe/schema.py`, every default is the schema's.
 """
 
 import difflib
@@ -11,31 +11,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qtune.errors import Problem, RecipeError
-from qtune.plan import LEARNING_RATES
-from qtune.recipe.file import check_recipe, shipped_recipes, show_value
+from qtune.recipe.file import check_recipe
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
-    IA3,
     Adapter,
+    AdapterTable,
     Data,
     FourBit,
     KeyPath,
-    Lora,
     Memory,
     Model,
     Output,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
     Recipe,
     Table,
     Training,
     kinds_of,
 )
-from qtune.run.folder import write_atomically
+from qtune.recipe.shipped import shipped_recipes
+from qtune.recipe.text import show_value
+from qtune.whole import write_text
 
 LINE_LENGTH = 118
-ADAPTERS: dict[str, type[Table]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
 )
@@ -44,11 +41,6 @@ QUANTIZATIONS = tuple(
 SHOWN: dict[type[Table], tuple[str, ...]] = {
     Model: ("base",),
     FourBit: ("kind", "double_quantization"),
-    Lora: ("kind", "rank", "alpha", "target_modules"),
-    PTuning: ("kind", "virtual_tokens", "encoder"),
-    PromptTuning: ("kind", "virtual_tokens", "initialization"),
-    PrefixTuning: ("kind", "virtual_tokens", "projection"),
-    IA3: ("kind",),
     Data: ("train", "validation", "max_length"),
     Training: ("epochs", "batch_size", "learning_rate"),
     Memory: ("budget",),
@@ -65,7 +57,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     if adapter not in ADAPTERS:
         raise RecipeError(Problem("--adapter", f"{adapter}: no such kind{_nearest(adapter, ADAPTERS)}"))
     table = ADAPTERS[adapter]
-    rate, _ = LEARNING_RATES[table]
+    rate, _ = table.auto_learning_rate
     given: dict[KeyPath, Any] = {
         ("model", "base"): base,
         ("data", "train"): _path_from(data, file),
@@ -87,7 +79,8 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():
-        lines += ["", f"[{name}]", *(line for key in SHOWN[schema] for line in _key_lines(name, schema, key, given))]
+        keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
+        lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
     return _checked("\n".join(lines) + "\n", file)
 
 
@@ -131,7 +124,7 @@ def write_recipe(text: str, file: Path, *, force: bool) -> None:
     if file.exists() and not force:
         raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
     try:
-        write_atomically(file, text)
+        write_text(file, text)
     except OSError as error:
         raise RecipeError(Problem(str(file), f"cannot be written: {error.strerror}")) from error
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from qtune.device.cards import size_in_bytes
-from qtune.recipe.schema import IA3, KeyPath, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, SoftPrompt
+from qtune.recipe.schema import Auto, KeyPath, Recipe
+from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -15,13 +15,7 @@ TOKENS_PER_MICRO_BATCH = 4096
 
 SDPA = ("sdpa", "runs on every device")
 
-LEARNING_RATES: dict[type, tuple[float, str]] = {
-    Lora: (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)"),
-    PTuning: (5e-3, "prompt encoders need a rate well above LoRA's"),
-    PromptTuning: (3e-2, "free vectors, and few of them, need a large rate"),
-    PrefixTuning: (1e-2, "free vectors, and few of them, need a large rate"),
-    IA3: (5e-3, "scales start at 1 and have far to go (arXiv:2205.05638, section 3.3, uses 3e-3)"),
-}
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ class Plan:
         """fp16 gradients underflow without it; bf16 and fp32 have the range. Micikevicius et al. (arXiv:1710.03740)."""
         return self.compute_dtype == "float16"
 
-    def with_micro_batch(self, size: int, reason: str) -> "Plan":
-        """The same effective batch in micro-batches of `size` rows.
+    def with_micro_batch(self, size: int, reason: str = "asked for") -> "Plan":
+        """The same effective batch in micro-batches of `size` rows; reason: why, where anybody reads it.
 
         Raises:
             ValueError: the batch is no whole number of them.
@@ -76,47 +70,38 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
     """
     reasons: dict[KeyPath, str] = {}
 
-    def settle(path: KeyPath, given: object, rule: tuple[object, str]) -> object:
+    def settle(path: KeyPath, given: Value | Auto, rule: tuple[Value, str]) -> Value:
         if given != "auto":
             return given
         reasons[path] = rule[1]
         return rule[0]
 
-    training = recipe.training
+    training, adapter = recipe.training, recipe.adapter
     micro_batch_size = settle(
         ("training", "micro_batch_size"),
         training.micro_batch_size,
         _micro_batch(training.batch_size, recipe.data.max_length),
     )
-    assert isinstance(micro_batch_size, int)
+    checkpointing = _checkpointing(recipe, device)
+    float32: tuple[str, str] = ("float32", "small updates are not rounded away")
     return Plan(
         device=device,
-        compute_dtype=str(
-            settle(("quantization", "compute_dtype"), recipe.quantization.compute_dtype, compute_dtype_rule(device))
+        compute_dtype=settle(
+            ("quantization", "compute_dtype"), recipe.quantization.compute_dtype, compute_dtype_rule(device)
         ),
-        adapter_dtype=str(
-            settle(("adapter", "dtype"), recipe.adapter.dtype, ("float32", "small updates are not rounded away"))
-        ),
-        attention=str(settle(("model", "attention"), recipe.model.attention, attention)),
+        adapter_dtype=settle(("adapter", "dtype"), adapter.dtype, float32),
+        attention=settle(("model", "attention"), recipe.model.attention, attention),
         micro_batch_size=micro_batch_size,
         accumulation_steps=training.batch_size // micro_batch_size,
-        gradient_checkpointing=bool(
-            settle(
-                ("training", "gradient_checkpointing"),
-                training.gradient_checkpointing,
-                _checkpointing(recipe, device),
-            )
+        gradient_checkpointing=settle(
+            ("training", "gradient_checkpointing"), training.gradient_checkpointing, checkpointing
         ),
-        optimizer=str(
-            settle(("training", "optimizer"), training.optimizer, ("adamw", "the state of an adapter is small"))
-        ),
-        learning_rate=float(
-            str(settle(("training", "learning_rate"), training.learning_rate, LEARNING_RATES[type(recipe.adapter)]))
-        ),
+        optimizer=settle(("training", "optimizer"), training.optimizer, ("adamw", "the state of an adapter is small")),
+        learning_rate=settle(("training", "learning_rate"), training.learning_rate, adapter.auto_learning_rate),
         max_length=recipe.data.max_length,
-        embeddings=str(settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place"))),
+        embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
-        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile),
+        loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
         reasons=reasons,
     )
 
@@ -139,13 +124,9 @@ def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
 
 
 def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool, str]:
-    if isinstance(recipe.adapter, PrefixTuning):
-        return False, "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off"
+    if not recipe.adapter.checkpointable:
+        kind = recipe.adapter.kind
+        return False, f"{kind} hands its keys and values over in the cache, which checkpointing turns off"
     if device.kind == "cpu":
         return False, "costs about a quarter of the time, and this computer's memory is not the limit"
     return True, "activations are what fills a card"
-
-
-def virtual_tokens(recipe: Recipe) -> int:
-    """Positions that a soft prompt adds in front of every row; 0 for other adapters."""
-    return recipe.adapter.virtual_tokens if isinstance(recipe.adapter, SoftPrompt) else 0

@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qtune.adapter.attach import attach_adapter, save_adapter
+from qtune.adapter.attach import attach_adapter
+from qtune.adapter.state import save_adapter
 from qtune.device.present import present_device
 from qtune.export.adapter_weights import open_adapter
 from qtune.export.basis import Basis
@@ -27,7 +28,7 @@ from qtune.model.checkpoint import Checkpoint
 from qtune.model.load import load_base
 from qtune.plan import make_plan
 from qtune.run.folder import RunDir
-from qtune.tuned.load import resolved_recipe
+from qtune.run.resolved import resolved_recipe
 
 SHAPE = {
     "hidden_size": 64,

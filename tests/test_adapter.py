@@ -11,34 +11,24 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qtune.adapter.attach import (
+from qtune.adapter.attach import attach_adapter
+from qtune.adapter.starts import start_from_activations, start_from_residual, start_from_text
+from qtune.adapter.state import (
     STATE_FILE,
-    attach_adapter,
     load_adapter,
     load_trained_state,
     save_adapter,
     save_trained_state,
     trained_state,
 )
-from qtune.adapter.starts import start_from_activations, start_from_residual
 from qtune.device.present import Device
 from qtune.errors import ModelError
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import (
-    IA3,
-    Adapter,
-    FourBit,
-    Lora,
-    Model,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    Recipe,
-    Unquantized,
-    parse_recipe,
-)
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import IA3, Adapter, FourBit, Lora, Model, PrefixTuning, PromptTuning, PTuning, Unquantized
 
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -69,9 +59,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def plan_for(dtype: str = "float32") -> Plan:
-    outcome = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
-    assert isinstance(outcome, Recipe)
-    return make_plan(outcome, CPU)
+    recipe = parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}, "adapter": {"dtype": dtype}})
+    return make_plan(recipe, CPU)
 
 
 def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized: bool = True) -> PeftModel:
@@ -80,7 +69,10 @@ def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized:
     network = load_base(Model(base=str(base)), quantization, plan)
     install_loss(network)
     torch.manual_seed(0)
-    return attach_adapter(network, adapter, plan, AutoTokenizer.from_pretrained(base))
+    model = attach_adapter(network, adapter, plan)
+    if isinstance(adapter, PromptTuning) and adapter.text is not None:
+        start_from_text(model, AutoTokenizer.from_pretrained(base), adapter.text)
+    return model
 
 
 def loss_of(model: PeftModel) -> torch.Tensor:
@@ -199,7 +191,7 @@ def weight_errors(model: PeftModel, base: Path) -> list[tuple[float, float]]:
 def test_loftq_starts_nearer_to_the_original_weights_than_the_4_bit_base(tiny_model: Path, kind: str) -> None:
     network = load_base(Model(base=str(tiny_model)), FourBit(kind=kind, minimum_share=0.0), plan_for())
     model = attach_adapter(network, Lora(rank=8, initialization="loftq"), plan_for())
-    start_from_residual(model, str(tiny_model), None)
+    start_from_residual(model, Checkpoint.open(tiny_model))
     errors = weight_errors(model, tiny_model)
     assert len(errors) == 14
     for without, with_adapter in errors:
@@ -211,7 +203,7 @@ def test_loftq_says_which_weight_it_does_not_find(tiny_model: Path, tmp_path: Pa
     save_file({"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     model = attached(tiny_model, Lora(rank=2, initialization="loftq"))
     with pytest.raises(ModelError) as caught:
-        start_from_residual(model, str(tmp_path), None)
+        start_from_residual(model, Checkpoint.open(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: LoftQ needs the unquantized model.layers.0.self_attn.q_proj.weight, which the checkpoint has not "
         "by that name"

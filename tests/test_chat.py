@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune.adapter.attach import save_adapter
+from qtune.adapter.state import save_adapter
 from qtune.errors import DataError, ModelError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
@@ -205,6 +205,7 @@ def test_the_real_model_remembers_what_was_said(capsys):
     assert "Paris" in session.ask("Name the city that you just mentioned.", lambda _: None)
 
 
+@pytest.mark.slow
 def test_one_shot_prints_the_answer_alone():
     command_line = [sys.executable, "-m", "qtune", "chat", "builtin:smollm2-135m-instruct"]
     done = subprocess.run(

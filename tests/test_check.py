@@ -8,21 +8,23 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qtune.check import Check, batches_of, check
+from qtune.check import TIMED_STEPS, Check, batches_of, check
 from qtune.cli import app
 from qtune.data.figures import Piece, Sample, lengths_of
 from qtune.device.present import present_device
 from qtune.errors import DataError, GateError
 from qtune.memory.profile import profile
 from qtune.recipe.file import load_recipe
+from qtune.run.metrics import TrainRecord
 from qtune.screens.check import draw_check, draw_sample
+from qtune.training.trainer import QloraTrainer
 
 
 @pytest.fixture(autouse=True)
 def untraced(request, monkeypatch):
     """Only what is about memory waits for a trace."""
     if "memory" not in request.node.name:
-        monkeypatch.setattr("qtune.check.attempted", lambda *_: "not asked")
+        monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "not asked")
 
 
 def examined(recipe, **keys) -> Check:
@@ -113,12 +115,13 @@ def test_json_holds_what_the_screen_shows(write_recipe):
             "dropped": 0,
         }
     ]
-    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:7"} in value["values"]
+    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:8"} in value["values"]
 
 
 def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
     from qtune.adapter.attach import attach_adapter
-    from qtune.model.load import count_parameters, load_base
+    from qtune.model.load import load_base
+    from qtune.model.quantization import count_parameters
 
     result = examined(write_recipe())
     recipe = result.resolved.recipe
@@ -152,13 +155,16 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
 
 def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(write_recipe, monkeypatch):
     recipe = write_recipe()
-    warning = "warning  memory: a step is predicted to need more than there is; qtune fit shows what would help"
-    assert warning in screen(check(load_recipe(recipe, ["memory.budget=100MiB"])))
+    found = check(load_recipe(recipe, ["memory.budget=100MiB"]))
+    need = found.memory.prediction.need.total_bytes / 2**30
+    rows = found.plan.micro_batch_size
+    warning = f"warning  memory: {rows} rows are predicted to need {need:.2f} GiB of 0.10 GiB; qtune fit shows"
+    assert warning in screen(found)
 
     def fails(*_):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr("qtune.memory.profile.predicted", fails)
+    monkeypatch.setattr("qtune.memory.forecast.predicted", fails)
     result = examined(recipe)
     assert "not known, the step could not be traced: RuntimeError: no such kernel\n" in screen(result)
     assert json.loads(result.to_json())["memory"] == {"untraced": "RuntimeError: no such kernel"}
@@ -170,10 +176,45 @@ def test_every_adapter_can_be_checked(write_recipe, kind):
     assert examined(write_recipe(adapter=f'kind = "{kind}"')).disk.checkpoints_bytes > 0
 
 
-def test_a_timing_runs_a_few_micro_batches(write_recipe):
-    result = examined(write_recipe(training="batch_size = 8\nmicro_batch_size = 2"), timed=True)
-    assert 0 < result.step_seconds < 60
+def test_a_timing_takes_the_steps_of_the_run(write_recipe, monkeypatch):
+    """Its own trainer: with checkpointing, the loss that is right for the model, and its micro-batches."""
+    steps = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        head = model.get_base_model().model
+        steps.append((inputs["input_ids"].shape[0], model.training, head.gradient_checkpointing, self.args.max_steps))
+        return original(self, model, inputs, num_items_in_batch)
+
+    original = QloraTrainer.training_step
+    monkeypatch.setattr(QloraTrainer, "training_step", training_step)
+    recipe = write_recipe(training="batch_size = 8\nmicro_batch_size = 2\ngradient_checkpointing = true")
+    before = set(recipe.parent.rglob("*"))
+    result = examined(recipe, timed=True)
+    assert steps == [(2, True, True, TIMED_STEPS)] * 2 * TIMED_STEPS
     assert " s per step, measured on a few micro-batches" in screen(result)
+    assert set(recipe.parent.rglob("*")) == before
+
+
+def test_the_seconds_of_a_step_are_those_of_its_tokens_at_the_speed_that_was_measured(write_recipe, monkeypatch):
+    def told(file):
+        speeds = (1.0, 50.0, 100.0, 100.0)  # the first step is slow, and does not count
+        return tuple(
+            TrainRecord(step, 4, 0.1, 1.0, 1.0, 0.5, 1e-4, 1.0, speed, 1, 2) for step, speed in enumerate(speeds, 1)
+        )
+
+    monkeypatch.setattr("qtune.check.read_metrics", told)
+    result = examined(write_recipe(training="batch_size = 4\nmicro_batch_size = 2"), timed=True)
+    tokens = sum(len(row["input_ids"]) for row in result.prepared.train) / 20 * 4
+    assert result.step_seconds == pytest.approx((tokens / 50 + tokens / 100 + tokens / 100) / 3)
+
+
+def test_where_relative_paths_start_from_is_said_where_those_are_two_places(write_recipe, monkeypatch, tmp_path):
+    result = examined(write_recipe())
+    assert f"Paths in [data] start from {tmp_path}; model.base, adapter.start_from and output.directory from" in screen(
+        result
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "start from" not in screen(examined(write_recipe()))
 
 
 def test_packed_rows_are_counted_as_packed(write_recipe):

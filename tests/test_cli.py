@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import run_qtune
+from typer.testing import CliRunner
 
 from qtune import __version__, cli
 from qtune.errors import GateError, InputError, Interrupted, Problem
+from qtune.export.conflicts import CONFLICTS
 
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 VERBS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
@@ -75,8 +77,10 @@ def test_a_wrong_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: P
         ["run", str(recipe), "--set", "adapter.alhpa=1"],
     )
     assert (code, out, heavy) == (2, "", [])
-    # Unknown keys first: what is not a recipe has no files to look for.
-    assert err == f"error: {recipe}:6: adapter.rnak = 8: no such key in [adapter]; did you mean 'rank'?\n"
+    assert err == (
+        f'error: {recipe}:4: data.train = "none.jsonl": no such file or folder in {tmp_path}\n'
+        f"{recipe}:6: adapter.rnak = 8: no such key in [adapter]; did you mean 'rank'?\n"
+    )
     assert missing[0] == 2
     assert missing[2].startswith(f"error: {tmp_path}/none.toml: no such file, nor a recipe that comes with qtune (")
     assert "--set: adapter.alhpa = 1: no such key in [adapter]; did you mean 'alpha'?" in change[2]
@@ -111,7 +115,7 @@ def test_each_way_to_end_has_its_exit_code(
     def fail(_: str) -> None:
         raise error
 
-    monkeypatch.setattr("qtune.recipe.file.find_recipe", fail)
+    monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
@@ -126,7 +130,7 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
     def fail(_: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qtune.recipe.file.find_recipe", fail)
+    monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
@@ -142,18 +146,30 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     assert "No such command 'trian'" in no_verb[2]
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (["--no-verify", "--push-to-hub", "me/model"], "only a model that was verified is uploaded"),
-        (["--adapter-only", "--gguf", "f16"], "a GGUF file holds a whole model"),
-        (["--base", "original", "--compare-bases"], "an export into the original weights tells what they cost anyway"),
-        (["--verify-only", "model", "--push-to-hub", "me/model"], "nothing is written but the figures"),
-    ],
-)
-def test_an_export_refuses_options_of_which_one_would_be_ignored(options: list[str], reason: str) -> None:
-    from typer.testing import CliRunner
+OPTIONS = {
+    "--base original": ["--base", "original"],
+    "--verify-only": ["--verify-only", "model"],
+    "--push-to-hub": ["--push-to-hub", "me/model"],
+    "--gguf": ["--gguf", "f16"],
+    "--output": ["--output", "x"],
+    "--base": ["--base", "dequantized"],
+    "--dtype": ["--dtype", "float16"],  # also where it is what the default would be
+}
 
-    asked = CliRunner().invoke(cli.app, ["export", "run", *options], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert asked.exit_code == 2
-    assert f"cannot both be asked for: {reason}" in asked.stderr
+
+@pytest.mark.parametrize(
+    ("option", "other", "reason"),
+    [(option, other, why) for option, others in CONFLICTS.items() for other, why in others.items()],
+)
+def test_an_export_refuses_options_of_which_one_would_be_ignored(option: str, other: str, reason: str) -> None:
+    written = [part for name in (option, other) for part in OPTIONS.get(name, [name])]
+    asked = CliRunner().invoke(cli.app, ["export", "run", *written])
+    assert isinstance(asked.exception, InputError)
+    assert f"{option}: not together with {other}: {reason}" in str(asked.exception).splitlines()
+
+
+def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
+    command = typer.main.get_command(cli.app).commands["export"]  # type: ignore[attr-defined]
+    names = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    own = {"run", "--verify-only", "--help", "-h", "-o"}
+    assert names - own == set(CONFLICTS["--verify-only"])

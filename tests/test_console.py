@@ -2,30 +2,32 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from qtune import console
+from qtune.console import clock
+from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord
 from qtune.training import display as training
-from qtune.training.display import TrainingDisplay, clock, plain_line
+from qtune.training.display import TrainingDisplay, plain_line
 
-TRAIN = {
-    "kind": "train",
-    "step": 20,
-    "steps": 75,
-    "epoch": 0.2667,
-    "loss": 0.34567,
-    "accuracy": 0.9123,
-    "learning_rate": 9.5e-4,
-    "gradient_norm": 1.25,
-    "tokens_per_second": 1234.5,
-    "memory_bytes": 1.5 * 2**30,
-    "memory_peak_bytes": 2.25 * 2**30,
-    "seconds": 40.0,
-}
-EVAL = {"kind": "eval", "step": 20, "steps": 75, "epoch": 0.2667, "loss": 0.25, "accuracy": 0.95, "seconds": 41.0}
+TRAIN = TrainRecord(
+    step=20,
+    steps=75,
+    epoch=0.2667,
+    loss=0.34567,
+    accuracy=0.9123,
+    learning_rate=9.5e-4,
+    gradient_norm=1.25,
+    tokens_per_second=1234.5,
+    memory_bytes=3 * 2**29,
+    memory_peak_bytes=9 * 2**28,
+    seconds=40.0,
+)
+EVAL = EvalRecord(step=20, steps=75, epoch=0.2667, loss=0.25, accuracy=0.95, seconds=41.0)
 
 
 @pytest.fixture
@@ -132,10 +134,10 @@ def test_a_log_has_a_line_every_five_seconds_the_first_the_last_and_every_evalua
     with TrainingDisplay() as display:
         for step in range(1, 11):
             hands[0] += 2
-            display.show({**TRAIN, "step": step, "steps": 10})
+            display.show(replace(TRAIN, step=step, steps=10))
             if step == 5:
-                display.show({"kind": "note", "message": "out of memory: [split]"})
-                display.show({**EVAL, "step": 5, "steps": 10})
+                display.show(NoteRecord("out of memory: [split]"))
+                display.show(replace(EVAL, step=5, steps=10))
     streams = capsys.readouterr()
     figures = "epoch 0.27  loss 0.3457  accuracy 91.2%  lr 9.50e-04  tokens/s 1,234  memory 1.50 GiB, peak 2.25"
     assert streams.out == ""
@@ -151,18 +153,18 @@ def test_a_log_has_a_line_every_five_seconds_the_first_the_last_and_every_evalua
 
 def test_a_resumed_run_counts_its_own_pace(capsys: pytest.CaptureFixture[str], hands: list[float]) -> None:
     with TrainingDisplay() as display:
-        display.show({**TRAIN, "step": 60})
+        display.show(replace(TRAIN, step=60))
         hands[0] += 10
-        display.show({**TRAIN, "step": 65})
+        display.show(replace(TRAIN, step=65))
     assert capsys.readouterr().err.splitlines()[-1].endswith("0:20 left")
 
 
 def test_a_terminal_shows_one_display_that_is_redrawn(terminal: Console, hands: list[float]) -> None:
     with TrainingDisplay() as display:
-        display.show({**TRAIN, "step": 10, "loss": 1.5})
+        display.show(replace(TRAIN, step=10, loss=1.5))
         hands[0] += 20
         display.show(EVAL)
-        display.show({"kind": "note", "message": "stopping after this step; once more stops at once"})
+        display.show(NoteRecord("stopping after this step; once more stops at once"))
         display.show(TRAIN)
     last = [line.rstrip() for line in terminal.export_text().splitlines()][-3:]
     assert last == [
@@ -175,5 +177,5 @@ def test_a_terminal_shows_one_display_that_is_redrawn(terminal: Console, hands: 
 def test_a_note_stands_above_the_display(terminal: Console, hands: list[float]) -> None:
     with TrainingDisplay() as display:
         display.show(TRAIN)
-        display.show({"kind": "note", "message": "[stopping]"})
+        display.show(NoteRecord("[stopping]"))
     assert "[stopping]" in terminal.export_text()

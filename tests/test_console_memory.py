@@ -9,9 +9,10 @@ from test_memory_trace import CARD, CPU, recipe_with, tiny
 
 from qtune.device.cards import SIZES
 from qtune.device.present import Device
+from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, predict, summarize
-from qtune.memory.profile import Forecast, Profile
+from qtune.memory.profile import Profile
 from qtune.memory.savings import Way
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan

@@ -19,7 +19,8 @@ from qtune.data.batches import StepSampler, padding_share
 from qtune.data.collate import PackedCollator, PaddedCollator, collator_for
 from qtune.data.masks import IGNORED
 from qtune.data.packing import best_fit, pack
-from qtune.recipe.schema import Fault, parse_recipe
+from qtune.recipe.faults import Fault, Faulty
+from qtune.recipe.parse import parse_recipe
 
 VOCABULARY = 50
 SIZES = {
@@ -151,13 +152,15 @@ def test_a_soft_prompt_in_packed_rows_would_be_wrong_without_an_error(tmp_path):
 @pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning"])
 def test_packing_is_refused_for_soft_prompts_with_the_reason(kind):
     tables = {"model": {"base": "x"}, "adapter": {"kind": kind}, "data": {"train": "x", "packing": True}}
-    assert parse_recipe(tables) == [
+    with pytest.raises(Faulty) as refused:
+        parse_recipe(tables)
+    assert refused.value.faults == (
         Fault(
             ("data", "packing"),
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {kind}",
-        )
-    ]
+        ),
+    )
 
 
 def test_positions_restart_at_each_document_and_padding_is_one_of_its_own():
@@ -165,10 +168,10 @@ def test_positions_restart_at_each_document_and_padding_is_one_of_its_own():
         {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, 6, IGNORED, 8, 9], "seq_lengths": [2, 3]},
         {"input_ids": [5, 6], "labels": [IGNORED, 6], "seq_lengths": [2]},
     ]
-    batch = PackedCollator(pad_id=1, multiple=8)(rows)
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 1, 1], [5, 6, 1, 1, 1, 1, 1, 1]]
-    assert batch["labels"][1].tolist() == [IGNORED, 6] + [IGNORED] * 6
+    batch = PackedCollator(pad_id=1)(rows)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 1, 1, 1]]
+    assert batch["labels"][1].tolist() == [IGNORED, 6] + [IGNORED] * 3
     assert "attention_mask" not in batch
 
 
@@ -180,10 +183,10 @@ def test_the_first_token_of_a_packed_document_is_not_scored(tmp_path):
 
 def test_padding_is_right_masked_by_length_and_never_scored():
     rows = [{"input_ids": [7, 2, 2], "labels": [IGNORED, 2, 2]}, {"input_ids": [7], "labels": [7]}]
-    batch = PaddedCollator(pad_id=2, multiple=4)(rows)
-    assert batch["input_ids"].tolist() == [[7, 2, 2, 2], [7, 2, 2, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, 2, IGNORED], [7, IGNORED, IGNORED, IGNORED]]
+    batch = PaddedCollator(pad_id=2)(rows)
+    assert batch["input_ids"].tolist() == [[7, 2, 2], [7, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 2], [7, IGNORED, IGNORED]]
 
 
 def test_flash_attention_gets_one_flat_row():

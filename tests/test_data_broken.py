@@ -11,7 +11,8 @@ from qtune.data.findings import KINDS, gate, stopping
 from qtune.data.inspection import inspect
 from qtune.data.prepare import prepare, survey
 from qtune.errors import DataError, GateError, Problem
-from qtune.recipe.schema import Data, Waivable, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Data, Waivable
 
 FOLDER = Path(__file__).parent / "broken"
 CASES = tomllib.loads((FOLDER / "expected.toml").read_text(encoding="utf-8"))["broken"]
@@ -25,9 +26,7 @@ def by_file(case):
 
 
 def data_table(**keys) -> Data:
-    recipe = parse_recipe({"model": {"base": "none"}, "data": {"validation": 0, **keys}})
-    assert not isinstance(recipe, list), recipe
-    return recipe.data
+    return parse_recipe({"model": {"base": "none"}, "data": {"validation": 0, **keys}}).data
 
 
 def test_every_broken_file_is_expected_to_be_caught():

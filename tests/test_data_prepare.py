@@ -288,6 +288,7 @@ def test_what_nobody_used_for_a_month_is_removed(folder, encoded_sources):
     assert encoded_sources == ["rows.jsonl", "more.jsonl", "rows.jsonl"]
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_examples_as_one_process(folder, monkeypatch):
     alone = list(made(folder).examples["train"])
     monkeypatch.setattr(encoding, "ROWS_WORTH_WORKERS", 100)

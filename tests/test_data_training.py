@@ -23,6 +23,7 @@ def unquantized():
     return {"quantization": 'kind = "none"\ncompute_dtype = "float32"'}
 
 
+@pytest.mark.slow
 def test_a_packed_run_learns_what_the_same_rows_teach_unpacked(write_recipe, unquantized):
     rows = "validation = 0\n"
     every_row = "steps = 3\nlearning_rate = 1e-2\nbatch_size = {}\nmicro_batch_size = {}"
@@ -33,6 +34,7 @@ def test_a_packed_run_learns_what_the_same_rows_teach_unpacked(write_recipe, unq
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_micro_batch_does_not_change_what_is_learned(write_recipe, unquantized):
     training = "steps = 4\nlearning_rate = 1e-2\nbatch_size = 8\nmicro_batch_size = {}"
     by_one, by_four = (

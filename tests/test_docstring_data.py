@@ -31,6 +31,7 @@ def rows(tool) -> list[tuple[str, str]]:
     return [tuple(message["content"] for message in row["messages"]) for row in tool.make_rows()]
 
 
+@pytest.mark.slow
 def test_there_are_several_thousand_rows_of_very_different_length(rows):
     lengths = sorted(len(answer) for _, answer in rows)
     assert len(rows) > 5000
@@ -65,6 +66,7 @@ def test_the_summary_is_the_first_paragraph_on_one_line(rows):
     )
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_rows_and_a_limit_keeps_the_first(tool, rows):
     again = [tuple(message["content"] for message in row["messages"]) for row in tool.make_rows(50)]
     assert again == rows[:50]
@@ -77,6 +79,7 @@ def test_private_names_and_test_suites_stay_out(rows):
     assert not {word for word in words if "tests" in word.split(".")}
 
 
+@pytest.mark.slow
 def test_making_rows_runs_no_library_module(tmp_path):
     """`this` prints a poem, `antigravity` opens a browser, `turtle` wants a screen: none may have been imported."""
     program = (

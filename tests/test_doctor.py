@@ -24,10 +24,10 @@ from qtune.doctor import (
     has_problems,
     product_findings,
     quantization_findings,
-    show,
     to_json,
     version_finding,
 )
+from qtune.screens.doctor import show
 
 GIB = 2**30
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -225,6 +225,7 @@ def test_paths_are_made_from_the_users_settings(monkeypatch):
     assert doctor._hub_cache() == Path("/somewhere/hub")
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_ends_well():
     command_line = [sys.executable, "-m", "qtune", "doctor", "--json"]
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)

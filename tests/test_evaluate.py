@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_models import tiny_run
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtune.adapter.attach import save_adapter
+from qtune.adapter.state import save_adapter
+from qtune.data.held_out import spread
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
+from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
-from qtune.tuned.evaluate import evaluate, show, spread
+from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 
@@ -25,6 +28,7 @@ RECIPE = """\
 base = "{model}"
 [quantization]
 kind = "none"
+compute_dtype = "float32"
 [adapter]
 kind = "{adapter}"
 [data]
@@ -102,6 +106,7 @@ def by_hand(run_dir: RunDir, questions: list[str], answers: list[str], *, tuned:
     return nll / count, [tokenizer.decode(ids).strip() for ids in made]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model, adapter):
     run_dir = make_run(tmp_path, tiny_model, adapter)
@@ -116,6 +121,7 @@ def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model,
     assert [one.request for one in evaluation.comparisons] == questions
 
 
+@pytest.mark.slow
 def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
     texts = {"base": ["It is a", " It is b\n", "It is c.", "It is d, and so on and on for ever"] + ["It is"] * 4}
@@ -156,6 +162,7 @@ def test_rows_are_spread_evenly():
     assert spread(1000, 4) == [0, 250, 500, 750]
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_the_batches(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
     together = evaluate(run_dir)
@@ -261,6 +268,7 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_writes(tmp_path, tiny_model):
     run_dir = make_run(tmp_path, tiny_model)
     command_line = [sys.executable, "-m", "qtune", "eval", str(tmp_path), "--rows", "2", "--json"]
@@ -274,3 +282,20 @@ def test_the_command_refuses_what_is_no_run(tmp_path):
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
+
+
+def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, data='on_long_row = "cut-right"')
+    rows = [("word " * 200, "Lost."), ("Name a colour.", "Blue.")]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
+        for asked, answer in rows
+    ]
+    both, lost = tmp_path / "both.jsonl", tmp_path / "lost.jsonl"
+    both.write_text("\n".join(lines))
+    lost.write_text(lines[0])
+    found = evaluate(run, data_file=both, max_new_tokens=4)
+    assert (found.rows, len(found.comparisons)) == (2, 1)
+    assert found.comparisons[0].request == "Name a colour."
+    with pytest.raises(DataError, match="none of the rows that were taken has an answer left to measure on"):
+        evaluate(run, data_file=lost)

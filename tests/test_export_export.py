@@ -9,8 +9,12 @@ from export_models import tiny_run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtune.errors import InputError
+from qtune.errors import InputError, ModelError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
+from qtune.export.verification import read_proof
+from qtune.preflight import examine
+from qtune.recipe.file import load_recipe
+from qtune.screens.export import show
 from qtune.tuned.load import load_run, load_untuned
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -19,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path)
-    folder = export_run(run, Options())
+    folder = export_run(run, Options(), show)
     assert folder == run.path / "model"
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
@@ -99,8 +103,9 @@ def test_an_int8_export_is_compared_with_the_trained_weights_and_its_distance_fr
     folder = export_run(tiny_run(tmp_path, quantization=INT8), Options())
     proof = json.loads((folder / "verify.json").read_text())
     assert proof["verified"] is True
-    assert proof["exported"]["kl"] < 1e-5 < proof["cost"]["dequantized"]["kl"]
-    assert "The live int8 model also rounds the inputs" in (folder / "README.md").read_text()
+    assert proof["exported"]["kl"] < 1e-5 < proof["live"]["kl"]
+    assert proof["cost"]["dequantized"]["kl"] == proof["exported"]["kl"]
+    assert "Computing with int8 products, as it was trained" in (folder / "README.md").read_text()
 
 
 def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
@@ -108,9 +113,76 @@ def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     assert json.loads((folder / "verify.json").read_text()) == {
         "verified": False,
         "failures": ["not compared with the trained model"],
+        "weights": "dequantized",
     }
     assert verify_only(folder, None) == folder
     assert json.loads((folder / "verify.json").read_text())["verified"] is True
+
+
+def test_a_folder_that_was_merged_into_the_original_weights_is_verified_against_them(tmp_path: Path) -> None:
+    """Also where its first verification was left out, or could not load it."""
+    folder = export_run(tiny_run(tmp_path), Options(verify=False, weights="original"))
+    verify_only(folder, None)
+    assert read_proof(folder).figures is not None
+    assert read_proof(folder).weights == "original"
+    shard = folder / "model.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(VerificationError, match="cannot be loaded"):
+        verify_only(folder, None)
+    shard.write_bytes(whole)
+    assert read_proof(folder).verified is False
+    verify_only(folder, None)
+    assert read_proof(folder).weights == "original"
+    assert read_proof(folder).verified is True
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        (Options(gguf="f16"), "--gguf"),
+        (Options(compare_bases=True), "--compare-bases"),
+        (Options(weights="original"), "--base"),
+        (Options(dtype="bfloat16"), "--dtype"),
+        (Options(verify=False), "--no-verify"),
+        (Options(given=frozenset({"--dtype", "--dtype float16"})), "--dtype"),
+    ],
+)
+def test_what_only_a_whole_model_can_have_is_refused_of_a_prefix(options: Options, option: str, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, 'kind = "prefix-tuning"\nvirtual_tokens = 3')
+    with pytest.raises(InputError) as caught:
+        export_run(run, options)
+    assert str(caught.value).startswith(f"{option}: prefix-tuning cannot be put into a model's weights, so the adapter")
+    assert not (run.path / "adapter-export").exists()
+    assert export_run(run, Options()).name == "adapter-export"
+
+
+def test_code_that_comes_with_a_model_is_trusted_all_the_way_where_the_recipe_trusts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks a person, for 15 seconds, wherever it is not told."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+    run = tiny_run(tmp_path)
+    base = tmp_path / "base"
+    (base / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    text = run.resolved_file.read_text().replace("[model]", "[model]\ntrust_remote_code = true")
+    run.write_text(run.resolved_file, text)
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(text.replace("minimum_share = 0.0", "minimum_share = 1.0"))
+    with pytest.raises(ModelError, match=r"quantization\.minimum_share asks for 100%"):
+        examine(load_recipe(recipe), traced=True).require()
+    folder = export_run(run, Options())
+    assert read_proof(folder).verified is True
+    assert (folder / "modeling_own.py").is_file()
 
 
 def test_a_folder_outside_its_run_needs_the_run_named(tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qtune.errors import ModelError
-from qtune.export.export import Options, export_run
+from qtune.errors import ModelError, VerificationError
+from qtune.export.export import Options, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of, ignored_window
 from qtune.export.gguf.file import GgufType, write_gguf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.gguf.vocabulary import vocabulary_of
+from qtune.export.verification import read_proof
 from qtune.recipe.file import check_recipe
+from qtune.run.folder import RunDir
 from qtune.training import train
 from qtune.tuned.chat import open_session
 
@@ -275,6 +277,30 @@ def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_pat
     assert modelfile.startswith('FROM ./run-q8_0.gguf\nTEMPLATE """')
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     assert ("<|qtune_0|><|qtune_1|><|qtune_2|>" in modelfile) is ("p-tuning" in adapter)
+
+
+def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(gguf="f16"))
+    proven = read_proof(folder).gguf
+    assert set(proven) == {"f16"}
+    verify_only(folder, None)
+    assert read_proof(folder).gguf == proven
+    assert read_proof(folder).verified is True
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(VerificationError):
+        verify_only(folder, None)
+    assert read_proof(folder).gguf == proven
+    assert read_proof(folder).verified is False
+
+
+def test_a_gguf_is_named_after_its_run_wherever_the_command_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path)
+    monkeypatch.chdir(run.path)
+    folder = export_run(RunDir.open(Path()), Options(gguf="f16", verify=False))
+    assert [file.name for file in folder.glob("*.gguf")] == ["run-f16.gguf"]
+    assert "FROM ./run-f16.gguf" in (folder / "Modelfile").read_text()
 
 
 def test_chat_with_a_gguf_file_beside_its_folder_is_chat_with_the_folder(

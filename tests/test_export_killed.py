@@ -58,6 +58,7 @@ for moment in moments:
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_leaves_nothing_or_a_whole_model(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     done = subprocess.run(
@@ -106,6 +107,7 @@ print([str(path) for path in disk.rglob("*")])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "message"),
     [

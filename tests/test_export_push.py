@@ -1,4 +1,4 @@
-"""Nothing is uploaded unless a repository is named, and then the folder, to a private repository."""
+"""A folder that is uploaded goes to a private repository, whole and alone."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import HfApi
 
 from qtune.errors import ExportError
-from qtune.export.export import Options
 from qtune.export.push import push
 
 
@@ -45,7 +44,3 @@ def test_the_hub_s_reason_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"^someone/model: could not be uploaded: no connection$"):
         push(tmp_path, "someone/model", Refusing())
-
-
-def test_no_repository_is_the_default() -> None:
-    assert Options().push_to is None

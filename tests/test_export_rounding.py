@@ -12,6 +12,7 @@ def values(size: int = 200_000) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(3)) * 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_value_goes_to_one_of_its_two_neighbours(dtype):
     given = values()

@@ -15,7 +15,7 @@ from qtune.export.export import Options, export_run, prove
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
 from qtune.export.opened_run import Source, open_source
-from qtune.export.soft_prompt import BAKED, open_soft_prompt
+from qtune.export.soft_prompt import open_soft_prompt
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.run.folder import RunDir
@@ -206,7 +206,7 @@ def test_every_adapter_and_base_is_compared_module_by_module_with_the_figures_of
     quantization = f'kind = "{kind}"\ncompute_dtype = "{dtype}"\nminimum_share = 0.0'
     source = open_source(tiny_run(tmp_path, adapter, quantization=quantization))
     folder = export_run(source.run, Options(verify=False))
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     whole, streamed = (
         verify(source, folder, rows_for(source), virtual_ids=ids, streamed=streamed) for streamed in (False, True)

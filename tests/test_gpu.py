@@ -16,12 +16,13 @@ import torch
 from qtune.errors import OutOfMemory
 from qtune.model.host import activations_on_host
 from qtune.model.loss import streamed_cross_entropy, tiled_cross_entropy
-from qtune.recipe.file import find_recipe, load_recipe
+from qtune.recipe.file import load_recipe
+from qtune.recipe.shipped import find_recipe
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.startup.allocator import VARIABLES
 from qtune.training import train
 from qtune.training.trainer import QloraTrainer
-from qtune.tuned.load import resolved_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -62,7 +63,7 @@ def test_the_card_computes_in_16_bits(run_dir):
 
 
 def test_the_allocator_is_asked_for_every_phase(run_dir):
-    phases = run_dir.read_json(run_dir.memory_file)["measured"]["phases"]
+    phases = json.loads(run_dir.memory_file.read_text())["measured"]["phases"]
     for name in ("load", "forward", "backward", "optimizer"):
         assert phases[name]["allocated_peak_bytes"] > 50 * 2**20, name
         assert phases[name]["reserved_peak_bytes"] >= phases[name]["allocated_peak_bytes"], name
@@ -86,7 +87,7 @@ def test_embeddings_and_activations_in_host_memory_give_the_same_losses_in_less_
             tmp_path / qtune("run", "quickstart", *(part for change in here for part in ("--set", change)))
         )
         curves.append(losses(trained))
-        phases = trained.read_json(trained.memory_file)["measured"]["phases"]
+        phases = json.loads(trained.memory_file.read_text())["measured"]["phases"]
         peaks.append({name: phases[name]["allocated_peak_bytes"] for name in ("load", "forward", "backward")})
     # The head's blocks are summed in another order, and 16 bits round each sum.
     assert curves[1] == pytest.approx(curves[0], rel=0.05)

@@ -25,8 +25,9 @@ from qtune.memory.tracing.history import History
 from qtune.memory.tracing.ledger import LOSS_REGION
 from qtune.model import host as host_storage
 from qtune.model.host import activations_on_host, host_weight, keep_embeddings_on_host
-from qtune.model.load import count_parameters, load_base
+from qtune.model.load import load_base
 from qtune.model.loss import install_loss, loss_agrees
+from qtune.model.quantization import count_parameters
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Unquantized
@@ -253,6 +254,7 @@ def test_host_embeddings_leave_the_card_and_come_to_it_block_by_block(tied: bool
     )
 
 
+@pytest.mark.slow
 def test_host_activations_leave_no_layers_input_on_the_card_however_deep_the_model() -> None:
     recipe = recipe_with(memory={"activations": "host"}, training={"gradient_checkpointing": True})
     kept, waiting = {}, {}
@@ -298,6 +300,7 @@ def ended(recipe_file: Path, *changes: str) -> RunDir:
 HOST = ('memory.embeddings="host"', 'memory.activations="host"', 'memory.loss_tile="1MiB"')
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_the_host_is_the_same_run_and_its_export_the_same_model(write_recipe, monkeypatch):
     left: list[torch.Tensor] = []
     every = functools.partial(activations_on_host, left=left.append, smallest_bytes=0)

@@ -13,9 +13,11 @@ from jsonschema import Draft202012Validator
 
 from qtune.errors import RecipeError
 from qtune.init import ADAPTERS, copied_recipe, new_recipe, recipe_schema, shipped_summaries, write_recipe
-from qtune.plan import LEARNING_RATES
-from qtune.recipe.file import load_recipe, shipped_recipes
-from qtune.recipe.schema import Lora, Recipe, parse_recipe
+from qtune.recipe.faults import Faulty
+from qtune.recipe.file import load_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Lora, Recipe
+from qtune.recipe.shipped import shipped_recipes
 
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"
@@ -42,7 +44,7 @@ def test_what_is_written_is_a_recipe_for_every_kind_of_adapter(here, adapter):
     write_recipe(new_recipe(MODEL, "rows.jsonl", adapter, file), file, force=False)
     recipe = load_recipe(file).recipe
     assert (recipe.model.base, recipe.data.train, recipe.adapter.kind) == (MODEL, "rows.jsonl", adapter)
-    assert recipe.training.learning_rate == LEARNING_RATES[type(recipe.adapter)][0]
+    assert recipe.training.learning_rate == recipe.adapter.auto_learning_rate[0]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -214,7 +216,8 @@ def test_the_schema_accepts_every_way_to_say_a_thing(schema, good):
 def test_the_schema_refuses_what_a_recipe_refuses(schema, broken):
     tables = tomllib.loads(MINIMAL + broken)
     assert not schema.is_valid(tables)
-    assert isinstance(parse_recipe(tables), list)
+    with pytest.raises(Faulty):
+        parse_recipe(tables)
 
 
 def test_the_schema_explains_every_key_and_knows_no_null():

@@ -12,7 +12,7 @@ from qtune.memory.profile import read_run
 from qtune.model.load import load_base
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
-from qtune.training import train
+from qtune.training import build, train
 
 LENGTH = 64
 TABLES = {
@@ -62,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
     base: PreTrainedModel, tmp_path: Path, adapter: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load_base", lambda *args: copy.deepcopy(base))
+    monkeypatch.setattr(build, "load_base", lambda *args: copy.deepcopy(base))
     monkeypatch.setattr("qtune.memory.savings.ways", lambda *args: [])
     monkeypatch.setattr("qtune.memory.cached.cache_folder", lambda: tmp_path)
     found = read_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qtune.memory.predict import Longest, predict
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.model.load import attention_rule, load_base, quantization_config
+from qtune.model.load import attention_rule, load_base
+from qtune.model.quantization import quantization_config
 from qtune.plan import make_plan
 
 # peft 0.21 looks for Mixtral's experts among the modules, where transformers 5 has fused parameters.

@@ -1,25 +1,31 @@
 """Fitting: the largest value that stays inside a budget, cards by name, and a recipe's text that keeps its comments."""
 
+from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from test_memory_trace import CARD, predict, recipe_with, tiny
+from test_memory_trace import CARD, CPU, predict, recipe_with, tiny
+from typer.testing import CliRunner, Result
 
-from qtune.device.cards import card_named, size_in_bytes
+from qtune import cli
+from qtune.device.cards import card_named
 from qtune.errors import InputError, ModelError, Problem
 from qtune.memory import allowance as margin
 from qtune.memory.allowance import Need
-from qtune.memory.budget import largest_that_fits, settled
-from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, shown
+from qtune.memory.budget import EMBEDDINGS, largest_that_fits, settled
+from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, summarize
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import check_recipe
+from qtune.recipe.parse import changed
 from qtune.recipe.schema import Recipe
 from qtune.recipe.text import rewritten
 from qtune.screens.memory import draw_fit
+from qtune.sizes import size_in_bytes
 
 GIB = 2**30
 
@@ -84,9 +90,9 @@ def test_a_card_computes_in_bfloat16_from_ampere_on():
 
 
 def test_sizes_are_binary():
-    assert size_in_bytes("8GiB") == size_in_bytes("8 GB") == size_in_bytes("8192MiB") == 8 * GIB
+    assert {size_in_bytes(text, "--vram") for text in ("8GiB", "8 GB", "8192MiB", "8")} == {8 * GIB}
     with pytest.raises(InputError, match="'much' is not a size"):
-        size_in_bytes("much")
+        size_in_bytes("much", "--vram")
 
 
 @pytest.mark.parametrize(("setting", "share"), [("expandable_segments:True", 0.01), ("", 0.18)])
@@ -116,6 +122,7 @@ def test_a_rewritten_recipe_keeps_comments_order_and_formatting():
     assert text == RECIPE.replace("max_length = 1024", "max_length = 512") + "micro_batch_size = 2 # to fit 8 GiB\n"
 
 
+@pytest.mark.slow
 def test_fit_takes_the_micro_batch_before_anything_that_costs_more(tmp_path, monkeypatch):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
     config = tiny(layers=2)
@@ -179,34 +186,89 @@ def tried(found: Fitted) -> list[tuple[str, int, str]]:
 def test_levers_are_pulled_one_after_the_other_and_what_saves_nothing_is_let_go() -> None:
     found = fitted(1100)
     assert tried(found) == [
-        ("training.micro_batch_size = 1", 1780, "kept"),
-        ("training.gradient_checkpointing = true", 1480, "kept"),
-        ('training.optimizer = "adamw-8bit"', 1420, "kept"),
-        ('memory.embeddings = "host"', 1170, "kept"),
-        ('memory.activations = "host"', 1140, "kept"),
-        # Tried again now that the embeddings do not hide it.
-        ('training.optimizer = "paged-adamw-8bit"', 1140, "saves nothing"),
-        ('memory.loss_tile = "16MiB"', 1090, "kept"),
+        ('memory.embeddings = "host"', 1930, "kept"),  # what a run does by itself comes first
+        ("training.micro_batch_size = 1", 1530, "kept"),
+        ("training.gradient_checkpointing = true", 1230, "kept"),
+        ('training.optimizer = "adamw-8bit"', 1170, "kept"),
+        ('training.optimizer = "paged-adamw-8bit"', 1170, "saves nothing"),
+        ('memory.loss_tile = "16MiB"', 1120, "kept"),
+        ('memory.activations = "host"', 1090, "kept"),
     ]
     assert found.fits
     assert found.changes == {
         ("training", "gradient_checkpointing"): True,
         ("training", "optimizer"): "adamw-8bit",
-        ("memory", "embeddings"): "host",
-        ("memory", "activations"): "host",
         ("memory", "loss_tile"): "16MiB",
+        ("memory", "activations"): "host",
         ("training", "micro_batch_size"): 1,
     }
+    assert found.left == {("memory", "embeddings"): "host"}
+
+
+@pytest.mark.usefixtures("by_head")
+def test_a_lever_that_another_one_hides_is_tried_again() -> None:
+    """On the card the embeddings hide what smaller tiles of the loss save."""
+    found = fitted(1120, memory={"embeddings": "device"})
+    assert [(what, verdict) for what, _, verdict in tried(found)][-4:] == [
+        ('memory.embeddings = "host"', "kept"),
+        ('memory.activations = "host"', "kept"),
+        ('training.optimizer = "paged-adamw-8bit"', "saves nothing"),
+        ('memory.loss_tile = "16MiB"', "kept"),
+    ]
 
 
 @pytest.mark.usefixtures("by_head")
 def test_the_search_ends_where_it_fits_and_fills_what_is_left_with_rows() -> None:
     found = fitted(1800, training={"batch_size": 8, "micro_batch_size": 8, "gradient_checkpointing": False})
-    assert [trial.what for trial in found.trials] == ["training.micro_batch_size = 1"]
-    assert found.plan.micro_batch_size == 1
-    found = fitted(1650)
-    assert [trial.what for trial in found.trials][1:] == ["training.gradient_checkpointing = true"]
-    assert found.changes["training", "micro_batch_size"] == found.plan.micro_batch_size == 2
+    assert [trial.what for trial in found.trials] == ['memory.embeddings = "host"', "training.micro_batch_size = 1"]
+    # One row fits with the embeddings on the card too, where they are faster.
+    assert found.changes == {("training", "micro_batch_size"): 1}
+    assert found.left == {("memory", "embeddings"): "device"}
+    found = fitted(1420)
+    assert [trial.what for trial in found.trials][2:] == ["training.gradient_checkpointing = true"]
+    assert found.plan.micro_batch_size == 2  # as the recipe says
+    assert found.changes == {("training", "gradient_checkpointing"): True}
+    assert fitted(1540).changes == {("training", "micro_batch_size"): 1}
+
+
+AUTO = {"batch_size": 8, "micro_batch_size": "auto", "gradient_checkpointing": False}
+
+
+@pytest.mark.usefixtures("by_head")
+@pytest.mark.parametrize(("mib", "rows", "embeddings"), [(4580, 8, "device"), (2200, 2, "device"), (1600, 1, "host")])
+def test_what_a_run_settles_by_itself_is_left_to_it(mib: int, rows: int, embeddings: str) -> None:
+    found = fitted(mib, training=AUTO)
+    assert found.fits
+    assert found.changes == {}
+    assert (found.plan.micro_batch_size, found.plan.embeddings) == (rows, embeddings)
+    assert found.left == {("training", "micro_batch_size"): rows, ("memory", "embeddings"): embeddings}
+
+
+@pytest.mark.usefixtures("by_head")
+@pytest.mark.parametrize("mib", range(1090, 2300, 40))
+@pytest.mark.parametrize("given", [{}, {"training": AUTO}, {"memory": {"embeddings": "device"}}])
+def test_the_plan_is_the_one_that_a_run_makes_of_the_recipe_that_was_written(mib: int, given: dict) -> None:
+    recipe = recipe_with(**{"training": {"batch_size": 8, "gradient_checkpointing": False}, **given})
+    found = fitted(mib, **given)
+    if not found.fits:
+        return
+    budget = f"{(mib * MIB + DRIVER) / MIB}MiB"
+    written = changed(recipe, {**found.changes, ("memory", "budget"): budget})
+    plan = settled(tiny(), written, make_plan(written, CARD), Longest(128))
+    assert (plan.micro_batch_size, plan.embeddings) == (found.plan.micro_batch_size, found.plan.embeddings)
+    assert head_sum(None, written, plan, Longest(128)).need.total_bytes <= mib * MIB + DRIVER
+    is_open = {("training", "micro_batch_size"): recipe.training.micro_batch_size, EMBEDDINGS: recipe.memory.embeddings}
+    assert not {key for key, value in is_open.items() if value == "auto"} & found.changes.keys()
+
+
+@pytest.mark.usefixtures("by_head")
+def test_on_a_processor_nothing_is_settled_by_a_run_so_that_the_recipe_says_it() -> None:
+    recipe = recipe_with(training=AUTO)
+    rows = make_plan(recipe, CPU).micro_batch_size
+    found = fit(tiny(), recipe, CPU, 1800 * MIB + DRIVER)
+    assert rows > 1
+    assert found.changes == {("training", "micro_batch_size"): 1}
+    assert found.left == {}
 
 
 @pytest.mark.usefixtures("by_head")
@@ -293,9 +355,10 @@ train = "rows.jsonl"
 [training]
 steps = 5
 batch_size = 8
-micro_batch_size = 1 # to fit 1.98 GiB
 """
     )
+    # Nothing but what --set has changed: the run settles the rest.
+    assert found.changes == {}
     elsewhere = fitted_text(resolved, found, tmp_path / "other" / "two.toml")
     assert f'train = "{tmp_path / "rows.jsonl"}"' in elsewhere
     assert check_recipe(elsewhere, tmp_path / "other" / "two.toml").recipe.training.steps == 5
@@ -303,42 +366,103 @@ micro_batch_size = 1 # to fit 1.98 GiB
 
 @pytest.mark.usefixtures("by_head")
 def test_the_screen_shows_every_step_with_its_price() -> None:
-    found, stream = fitted(1060), StringIO()
-    screen = draw_fit(found, recipe_with(), {}, length_is_allowed=False)
-    Console(file=stream, width=110, highlight=False).print(screen)
-    lines = "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
     assert (
-        lines
+        screen(fitted(1060))
         == """\
 tiny on a card, 1.57 GiB
-as it is, 2 x 128 tokens at once need 2.66 GiB: too much
+as qtune run would do it, 2 x 128 tokens at once need 2.42 GiB: too much
 length: data.max_length, every token scored
 
 change                              a row needs  and then                 price
-training.micro_batch_size = 1          2.66 GiB  2.27 GiB  too much       8 micro-batches make a step: the
-                                                                          same gradient, a little slower
-training.gradient_checkpointing =      2.27 GiB  1.98 GiB  too much       the forward is computed twice: a
-true                                                                      third more time, same result
-training.optimizer = "adamw-8bit"      1.98 GiB  1.92 GiB  too much       8-bit moments: results as with 32
-                                                                          bits (arXiv:2110.02861)
-memory.embeddings = "host"             1.92 GiB  1.67 GiB  too much       the head crosses the bus twice a
+memory.embeddings = "host"             2.66 GiB  2.42 GiB  too much       the head crosses the bus twice a
                                                                           micro-batch, same result; slower
                                                                           answers
-memory.activations = "host"            1.67 GiB  1.65 GiB  too much       activations cross the bus out and
-                                                                          back, same result
-memory.loss_tile = "16MiB"             1.65 GiB  1.60 GiB  too much       smaller matrix products in the
+training.micro_batch_size = 1          2.42 GiB  2.03 GiB  too much       8 micro-batches make a step: the
+                                                                          same gradient, a little slower
+training.gradient_checkpointing =      2.03 GiB  1.73 GiB  too much       the forward is computed twice: a
+true                                                                      third more time, same result
+training.optimizer = "adamw-8bit"      1.73 GiB  1.67 GiB  too much       8-bit moments: results as with 32
+                                                                          bits (arXiv:2110.02861)
+memory.loss_tile = "16MiB"             1.67 GiB  1.63 GiB  too much       smaller matrix products in the
                                                                           loss, same result
+memory.activations = "host"            1.63 GiB  1.60 GiB  too much       activations cross the bus out and
+                                                                          back, same result
 training.optimizer =                   1.60 GiB  1.60 GiB  saves nothing  left as it was
 "paged-adamw-8bit"
 
 does not fit 1.57 GiB; with all that saves, the smallest budget that would do is 1.60 GiB
 shorter rows need less: --allow length"""
     )
-    found, stream = fitted(1480), StringIO()
-    changes = {".".join(map(str, path)): shown(value) for path, value in found.changes.items()}
-    Console(file=stream, width=110, highlight=False).print(
-        draw_fit(found, recipe_with(), changes, length_is_allowed=True)
-    )
-    assert stream.getvalue().splitlines()[-1] == (
-        "fits 1.98 GiB with 1.98 GiB: training.gradient_checkpointing = true, training.micro_batch_size = 1"
-    )
+    assert screen(fitted(1480)).splitlines()[-2:] == [
+        "fits 1.98 GiB with 1.83 GiB: training.gradient_checkpointing = true",
+        'qtune run settles by itself: memory.embeddings = "host"',
+    ]
+    assert screen(fitted(1600, training=AUTO)).splitlines()[-2:] == [
+        "fits 2.09 GiB as it is",
+        'qtune run settles by itself: training.micro_batch_size = 1, memory.embeddings = "host"',
+    ]
+
+
+def screen(found: Fitted) -> str:
+    stream = StringIO()
+    drawn = draw_fit(found, recipe_with(), length_is_allowed=False)
+    Console(file=stream, width=110, highlight=False).print(drawn)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fit_command(write_recipe, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`qtune fit` on the tiny model, of which each byte is counted by head."""
+    monkeypatch.setattr(margin, "SEGMENTS_BYTES", 0)
+    for place in ("fit", "budget"):
+        monkeypatch.setattr(f"qtune.memory.{place}.predicted", head_sum)
+    monkeypatch.setattr("qtune.memory.fit.longest_rows", lambda _: Rows(Longest(128), "a test"))
+
+    def call(recipe: Path, mib: int, *options: str) -> Result:
+        vram = f"{(mib * MIB + DRIVER) / MIB}MiB"
+        return CliRunner().invoke(cli.app, ["fit", str(recipe), "--vram", vram, *options], env={"COLUMNS": "200"})
+
+    return call
+
+
+def test_the_command_writes_nothing_where_nothing_is_changed_and_says_so(write_recipe, fit_command) -> None:
+    recipe = write_recipe(training="batch_size = 8")
+    before = set(recipe.parent.iterdir())
+    done = fit_command(recipe, 1480)
+    assert done.exit_code == 0, done.output
+    assert "nothing to change, so nothing is written" in done.stderr
+    assert set(recipe.parent.iterdir()) == before
+
+
+def test_a_file_that_was_asked_for_is_written_also_where_nothing_is_changed(write_recipe, fit_command) -> None:
+    recipe = write_recipe(training="batch_size = 8")
+    wanted = recipe.parent / "wanted.toml"
+    done = fit_command(recipe, 1480, "--output", str(wanted))
+    assert done.exit_code == 0, done.output
+    assert f"written: {wanted}, unchanged" in done.stderr
+    assert wanted.read_text() == recipe.read_text()
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(write_recipe, fit_command) -> None:
+    recipe = write_recipe(training="batch_size = 8\nmicro_batch_size = 8")
+    assert fit_command(recipe, 1480).exit_code == 0
+    beside = recipe.with_suffix(".fit.toml")
+    edited = beside.read_text() + "# edited\n"
+    beside.write_text(edited)
+    refused = fit_command(recipe, 1480)
+    assert refused.exit_code == 2
+    assert "is there already" in " ".join(refused.stderr.split())
+    assert beside.read_text() == edited
+    assert fit_command(recipe, 1480, "--force").exit_code == 0
+    assert "micro_batch_size = 1" in beside.read_text()
+    assert "# edited" not in beside.read_text()
+
+
+@pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"]])
+def test_max_refuses_what_it_would_ignore(write_recipe, fit_command, options: list[str]) -> None:
+    refused = fit_command(write_recipe(), 1480, "--max", "length", *options)
+    assert refused.exit_code == 2
+    assert f"{options[0]}: --max only says a value" in " ".join(refused.stderr.split())

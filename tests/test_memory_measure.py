@@ -56,11 +56,12 @@ def test_a_snapshot_ends_with_the_second_step_or_with_the_run(tmp_path: Path, mo
     assert len(allocator.asked) == 6
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_snapshot_beside_its_other_files(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     allocator = Allocator(monkeypatch)
-    monkeypatch.setattr(train, "_require_allocator", lambda: None)
+    monkeypatch.setattr(train, "require_allocator", lambda: None)
     recipe = write_recipe(training="steps = 3\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 1")
     with monkeypatch.context() as patch:
         kill_in_step(patch, 2)

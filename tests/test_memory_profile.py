@@ -105,9 +105,10 @@ def test_every_way_of_running_out_of_memory_is_recognized() -> None:
     assert not is_out_of_memory(OSError("can't allocate memory"))
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_the_batches_that_it_measured(write_recipe: WriteRecipe) -> None:
     run_dir = train.run(load_recipe(write_recipe(training="steps = 2\nbatch_size = 4\nmicro_batch_size = 2")))
-    measured = run_dir.read_json(run_dir.memory_file)["measured"]
+    measured = json.loads(run_dir.memory_file.read_text())["measured"]
     assert measured["largest_batch"]["forward"]["rows"] == 2
     assert measured["largest_batch"]["eval"].keys() == {"rows", "length", "scored", "padded"}
     found = read_run(run_dir)

@@ -164,6 +164,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_same_at_every_tick_with_and_without_memory(case, forgotten, monkeypatch):

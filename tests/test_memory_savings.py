@@ -107,6 +107,7 @@ def double(weights: int) -> int:
     return rounded(blocks) + rounded(4 * -(-blocks // 256)) + 512 + 1024 + 512
 
 
+@pytest.mark.slow
 def test_each_technique_saves_what_a_count_by_hand_gives() -> None:
     """Weights large enough that rounding hides nothing; in the optimizer's phase there are no activations."""
     config = tiny(layers=1, hidden_size=512, intermediate_size=1024)

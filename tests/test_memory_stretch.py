@@ -90,6 +90,7 @@ def stretched_and_whole(config: PretrainedConfig, recipe: Recipe) -> tuple[Histo
     return short.history, whole.history, short.layers_executed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRETCHED)
 def test_a_stretched_history_is_that_of_tracing_every_layer(name):
     config, tables = STRETCHED[name]
@@ -101,6 +102,7 @@ def test_a_stretched_history_is_that_of_tracing_every_layer(name):
     assert stretched.paged == whole.paged
 
 
+@pytest.mark.slow
 def test_how_layers_repeat_is_read_from_what_they_are_made_of():
     latent = {**ROUTED, **LATENT}
     assert repeats(tiny(layers=10)) == Repetition(0, 1)
@@ -125,6 +127,7 @@ def test_layers_that_do_not_repeat_are_not_taken_for_repeated_ones():
     assert {name: repeats(config) for name, config in irregular.items()} == dict.fromkeys(irregular)
 
 
+@pytest.mark.slow
 def test_one_layer_that_is_not_like_the_others_is_noticed_whatever_it_is():
     def changed(change) -> Repetition | None:
         model = model_of(config)

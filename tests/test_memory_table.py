@@ -11,7 +11,7 @@ import torch
 
 from qtune.memory.allowance import Need
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.model.load import count_parameters
+from qtune.model.quantization import count_parameters
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

@@ -19,7 +19,8 @@ from qtune.memory.tracing.step import forward_backward, parameter_groups, prepar
 from qtune.model.load import attention_rule, load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 
 CPU = Device("cpu", "a processor", 8 * 2**30, 8 * 2**30, bf16=False)
 CARD = Device("cuda", "a card", 24 * 2**30, 24 * 2**30, bf16=True, capability=(8, 9))
@@ -35,9 +36,7 @@ def recipe_with(**tables) -> Recipe:
     given["training"] = {"batch_size": 2, "micro_batch_size": 2}
     for name, table in tables.items():
         given[name] = {**given.get(name, {}), **table}
-    recipe = parse_recipe(given)
-    assert isinstance(recipe, Recipe), recipe
-    return recipe
+    return parse_recipe(given)
 
 
 def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> History:
@@ -78,6 +77,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", OTHERS)
 def test_traced_bytes_of_every_kind_of_adapter_are_the_executed_ones(tmp_path, adapter):
     config = tiny(layers=3)
@@ -169,6 +169,7 @@ def test_the_workspace_is_the_largest_weight_dequantized_and_its_absmax_twice():
     assert most == 64 * 128 * 2 + 2 * (64 * 128 // 64) * 4
 
 
+@pytest.mark.slow
 def test_a_checkpointed_backward_holds_less_than_a_layer_would_have_kept():
     def kept(layers: int) -> int:
         recipe = recipe_with(training={"gradient_checkpointing": False})
@@ -251,6 +252,7 @@ def test_a_bare_model_has_no_storage():
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
     config = tiny(layers=12)
     recipe = recipe_with(training={"batch_size": 8, "micro_batch_size": 1})
@@ -266,6 +268,7 @@ def test_the_same_models_are_used_again_for_other_batches_and_count_the_same():
     assert again.labels == fresh.labels
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_traced_says_so_and_that_a_run_may_work():
     config = AutoConfig.for_model("rwkv", hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, vocab_size=256)
     recipe = recipe_with(adapter={"kind": "lora", "rank": 4})

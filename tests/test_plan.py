@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qtune.device.present import Device, present_device
-from qtune.plan import LEARNING_RATES, make_plan, virtual_tokens
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.plan import make_plan
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 
 GIB = 2**30
 AMPERE = Device("cuda", "RTX 3060", 12 * GIB, 11 * GIB, bf16=True, capability=(8, 6))
@@ -19,9 +20,7 @@ KINDS = ["lora", "p-tuning", "prompt-tuning", "prefix-tuning", "ia3"]
 
 def recipe(**tables: dict) -> Recipe:
     given = {"model": {"base": "org/model"}, "data": {"train": "rows.jsonl"}}
-    outcome = parse_recipe({name: {**given.get(name, {}), **tables.get(name, {})} for name in {*given, *tables}})
-    assert isinstance(outcome, Recipe), outcome
-    return outcome
+    return parse_recipe({name: {**given.get(name, {}), **tables.get(name, {})} for name in {*given, *tables}})
 
 
 @pytest.mark.parametrize(
@@ -100,12 +99,12 @@ def test_cards_checkpoint_activations_but_for_prefix_tuning(kind: str) -> None:
 def test_every_kind_of_adapter_has_a_learning_rate_of_its_own(kind: str) -> None:
     given = recipe(adapter={"kind": kind})
     plan = make_plan(given, OLD_CPU)
-    rate, reason = LEARNING_RATES[type(given.adapter)]
+    rate, reason = given.adapter.auto_learning_rate
     assert (plan.learning_rate, plan.reasons["training", "learning_rate"]) == (rate, reason)
 
 
 def test_soft_prompts_spend_context() -> None:
-    counts = {kind: virtual_tokens(recipe(adapter={"kind": kind})) for kind in KINDS}
+    counts = {kind: recipe(adapter={"kind": kind}).adapter.prompt_length for kind in KINDS}
     assert counts == {"lora": 0, "p-tuning": 16, "prompt-tuning": 16, "prefix-tuning": 16, "ia3": 0}
 
 

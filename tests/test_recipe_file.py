@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RecipeError
-from qtune.recipe.file import Origin, Resolved, check_recipe, find_recipe, load_recipe, shipped_recipes
+from qtune.recipe.file import Origin, Resolved, check_recipe, load_recipe
 from qtune.recipe.schema import Lora, PTuning, Unquantized
+from qtune.recipe.shipped import find_recipe, shipped_recipes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
 
@@ -83,6 +84,7 @@ budget = "8GB"
         "recipe.toml:6: adapter.rnak = 16: no such key in [adapter]; did you mean 'rank'?",
         'recipe.toml:7: adapter.alpha = "32": must be a valid integer',
         'recipe.toml:10: quantization.kind = "nf5": must be "nf4", "fp4", "int8" or "none"; did you mean \'nf4\'?',
+        'recipe.toml:13: data.train = "missing.jsonl": no such file or folder in HERE',
         "recipe.toml:14: data.max_length = 0: must be greater than 0",
         'recipe.toml:15: data.on_long_row = "cut": must be "error", "drop", "cut-left" or "cut-right"; '
         "did you mean 'cut-left'?",
@@ -115,8 +117,8 @@ budget = "8GB"
         ),
         (
             '[adapter]\nkind = "ia3"\nrank = 4',
-            "7: adapter.rank = 4: no such key in [adapter]; known: kind, target_modules, feedforward_modules, dtype, "
-            "start_from",
+            "7: adapter.rank = 4: no such key in [adapter]; known: kind, dtype, start_from, target_modules, "
+            "feedforward_modules",
         ),
         (
             "[training]\nlearning_rate = nan",
@@ -370,4 +372,30 @@ def test_a_name_that_is_no_recipe_is_answered_with_the_names_that_are(tmp_path: 
         find_recipe(str(tmp_path / "nope"))
     assert str(caught.value) == (
         f"{tmp_path}/nope: no such file, nor a recipe that comes with qtune ({', '.join(shipped_recipes())})"
+    )
+
+
+def test_files_that_are_not_there_are_said_beside_keys_that_are_wrong(problems, tmp_path: Path) -> None:
+    text = GOOD.replace("org/model", "./no-model").replace('"rows.jsonl"', '["rows.jsonl", { path = "b.jsonl" }]')
+    text += 'validation = "c.jsonl"\ntset = "d.jsonl"\n[adapter]\nstart_from = "runs/none"\nrnak = 4\n'
+    assert problems(text) == [
+        'recipe.toml:2: model.base = "./no-model": no such file or folder',
+        'recipe.toml:4: data.train.1.path = "b.jsonl": no such file or folder in HERE',
+        'recipe.toml:5: data.validation = "c.jsonl": no such file or folder in HERE',
+        "recipe.toml:6: data.tset = \"d.jsonl\": no such key in [data]; did you mean 'test'?",
+        'recipe.toml:8: adapter.start_from = "runs/none": is not a finished run',
+        "recipe.toml:9: adapter.rnak = 4: no such key in [adapter]; did you mean 'rank'?",
+    ]
+
+
+@pytest.mark.parametrize("key", ["training", "data", "adapter", "memory"])
+@pytest.mark.parametrize("value", ["3", '"text"', "[1]"])
+def test_a_table_that_is_a_value_is_a_problem_also_where_set_reaches_into_it(problems, key: str, value: str) -> None:
+    given = "".join(
+        line + "\n" for line in GOOD.splitlines() if key != "data" or not line.startswith(("[data", "train"))
+    )
+    found = problems(f"{key} = {value}\n{given}", f"{key}.steps=5", f"{key}.kind=x")
+    assert f"--set {key}.steps: {key} is not a table" in found
+    assert any(line.startswith(f"recipe.toml:1: {key} = {value}") for line in found) or any(
+        line.startswith(f"--set: {key} = {value}") for line in found
     )

@@ -16,9 +16,10 @@ from qtune.data.prepare import prepare
 from qtune.device.present import Device
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
-from qtune.plan import LEARNING_RATES, make_plan
-from qtune.recipe.file import load_recipe, shipped_recipes
+from qtune.plan import make_plan
+from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning
+from qtune.recipe.shipped import shipped_recipes
 from qtune.run.resolved import resolved_text
 
 GIB = 1 << 30
@@ -102,7 +103,7 @@ def test_a_recipe_is_planned_on_every_device(file, device, tmp_path):
 @every_recipe
 def test_a_learning_rate_is_within_an_order_of_magnitude_of_its_kinds(file):
     recipe = load_recipe(file).recipe
-    usual, _ = LEARNING_RATES[type(recipe.adapter)]
+    usual, _ = recipe.adapter.auto_learning_rate
     assert isinstance(recipe.training.learning_rate, float)
     assert usual / 10 <= recipe.training.learning_rate <= usual * 10
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from qtune.data.prepare import prepare
 from qtune.device.present import Device
 from qtune.errors import RunError
+from qtune.export.verification import Answer, Verification, write_verification
+from qtune.export.verify.closeness import Closeness, Limits
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
@@ -25,12 +27,16 @@ from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
-from qtune.report.page import page, write_report
-from qtune.report.record import read_record, seconds_of
+from qtune.report.page import attempt_report, page, write_report
+from qtune.report.record import read_record
 from qtune.report.rows import pieces_of, rows_of
 from qtune.run.folder import RunDir
-from qtune.run.lock import rows_hash
+from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
+from qtune.run.memory import RunMemory, write_memory
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, seconds_of
+from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
+from qtune.tuned.evaluate import Comparison, Evaluation, Score
 
 CPU = Device("cpu", "CPU, 2 threads", 16 << 30, 12 << 30, bf16=False)
 ATTACK = "<script>alert('in')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -101,10 +107,10 @@ def make_run(folder: Path, adapter: str = 'kind = "lora"', odd: str = "Hi") -> R
     return run_dir
 
 
-def train_record(step: int, **others: float) -> dict[str, object]:
+def train_record(step: int, **others: float) -> TrainRecord:
     figures = {"loss": 2.0 / step, "accuracy": 0.5, "learning_rate": 1e-4, "gradient_norm": 1.0}
     memory = {"memory_bytes": 1 << 30, "memory_peak_bytes": 2 << 30, "tokens_per_second": 50.0, "seconds": float(step)}
-    return {"kind": "train", "step": step, "steps": 10, "epoch": 0.1 * step, **figures, **memory, **others}
+    return TrainRecord(step=step, steps=10, epoch=0.1 * step, **{**figures, **memory, **others})
 
 
 MEASURED = {
@@ -118,43 +124,54 @@ MEASURED = {
     "static": {"adapter": 5 << 20},
     "at_peak": {"bytes": 3 << 30, "phase": "forward", "module": "loss", "op": "", "alive": {"activations": 2 << 30}},
 }
-EVALUATION = {
-    "source": "test rows",
-    "rows": 2,
-    "rows_held_out": 9,
-    "base": {"loss": 2.5, "token_accuracy": 0.5, "exact_match": 0.0},
-    "tuned": {"loss": 0.5, "token_accuracy": 0.9, "exact_match": 0.5},
-    "comparisons": [
-        {"request": "right one", "expected": "yes", "base": "no", "tuned": "yes"},
-        {"request": "wrong one", "expected": "yes", "base": "no", "tuned": ATTACK},
-    ],
-}
-PROOF = {
-    "verified": False,
-    "failures": ["same likeliest token at 52.00 % of positions"],
-    "weights": "dequantized",
-    "rows": 32,
-    "rows_from": "test rows",
-    "exported": {"kl": 1.5, "top1": 0.52},
-    "bare_base": {"kl": 1.6, "top1": 0.5},
-    "limits": {"kl": 1e-4, "top1": 0.99},
-    "perplexity": {"trained": 1.5, "exported": 4.0, "bare base": 5.0},
-    "compute_dtype": "float32",
-    "answers": [{"request": "Hi", "trained": "Hello.", "exported": "Hm."}],
-}
+EVALUATION = Evaluation(
+    run="runs/mine",
+    source="test rows",
+    rows=2,
+    rows_held_out=9,
+    scored_tokens=12,
+    answers_cut=0,
+    base=Score(2.5, 0.5, 0.0),
+    tuned=Score(0.5, 0.9, 0.5),
+    comparisons=(
+        Comparison("rows:1", "right one", "yes", "no", "yes"),
+        Comparison("rows:2", "wrong one", "yes", "no", ATTACK),
+    ),
+)
+PROOF = Verification(
+    verified=False,
+    failures=("same likeliest token at 52.00 % of positions",),
+    weights="dequantized",
+    rows=32,
+    rows_from="test rows",
+    exported=Closeness(90, 1.5, 3.0, 0.52, 9.0),
+    bare_base=Closeness(90, 1.6, 3.0, 0.5, 9.0),
+    cost={},
+    limits=Limits(1e-4, 0.99, "float16"),
+    perplexity={"trained": 1.5, "exported": 4.0, "bare base": 5.0},
+    answers=(Answer("Hi", "Hello.", "Hm."),),
+    answers_equal=0,
+    compute_dtype="float32",
+    streamed=False,
+    seconds=1.0,
+)
+
+
+def tell(run_dir: RunDir, *records: Metric) -> None:
+    """What a training process adds to the run's metrics."""
+    for record in records:
+        append_metric(run_dir.metrics_file, record)
 
 
 def finish(run_dir: RunDir) -> None:
     """Everything that verbs write into a run."""
-    records = [*(train_record(step) for step in range(1, 11)), {"kind": "note", "message": "stopped and resumed"}]
-    records.append(
-        {"kind": "eval", "step": 10, "steps": 10, "epoch": 1.0, "loss": 0.75, "accuracy": 0.8, "seconds": 11}
-    )
-    run_dir.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run_dir.write_json(run_dir.memory_file, {"measured": MEASURED})
-    run_dir.write_json(run_dir.eval_file, EVALUATION)
-    run_dir.write_json(run_dir.lock_file, {"packages": {"torch": "2.13.0"}, "device": {"name": "CPU, 2 threads"}})
-    run_dir.write_json(run_dir.path / "model" / "verify.json", PROOF)
+    validation = EvalRecord(step=10, steps=10, epoch=1.0, loss=0.75, accuracy=0.8, seconds=11.0)
+    tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation)
+    write_memory(run_dir, RunMemory(measured=MEASURED))
+    write_record(run_dir.eval_file, EVALUATION)
+    write_lock(run_dir, Lock(packages={"torch": "2.13.0"}, device=LockedDevice("CPU, 2 threads")))
+    (run_dir.path / "model").mkdir()
+    write_verification(run_dir.path / "model", PROOF)
     run_dir.adapter.mkdir()
     (run_dir.adapter / "adapter_config.json").write_text("{}")
     (run_dir.adapter / "adapter_model.safetensors").write_bytes(bytes(3 << 20))
@@ -292,7 +309,7 @@ def test_wrong_answers_come_first(drawn):
 
 def test_an_export_that_was_not_verified_says_so_and_why(drawn):
     assert "model: ✗ not verified" in drawn.texts["h3"]
-    assert PROOF["failures"] == drawn.texts["li"]
+    assert list(PROOF.failures) == drawn.texts["li"]
 
 
 def test_every_resolved_value_is_there_with_its_origin(finished, drawn):
@@ -362,7 +379,7 @@ def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp
     tokenizer = load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
     resolved = load_recipe(run_dir.resolved_file)
     prepared = prepare(resolved.recipe.data, tokenizer, resolved.folder, seed=resolved.recipe.training.seed)
-    run_dir.write_json(run_dir.lock_file, {"training_rows_blake2b": rows_hash(prepared)})
+    write_lock(run_dir, Lock(training_rows_blake2b=rows_hash(prepared)))
     assert "The files have changed since" not in write_report(run_dir).read_text(encoding="utf-8")
     rows_file(tmp_path, odd="Something else")
     assert "The files have changed since" in write_report(run_dir).read_text(encoding="utf-8")
@@ -370,30 +387,74 @@ def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     run_dir = make_run(tmp_path)
-    run_dir.metrics_file.write_text(json.dumps(train_record(1)) + "\n" + json.dumps(train_record(2))[:40])
+    tell(run_dir, train_record(1), train_record(2))
+    run_dir.metrics_file.write_text(run_dir.metrics_file.read_text()[:-60])
     record = read_record(run_dir)
-    assert [one["step"] for one in record.train] == [1]
+    assert [one.step for one in record.train] == [1]
     assert "step 1 of 10" in page(record, "not asked for")
 
 
 def test_the_time_of_every_part_of_a_resumed_run_counts():
-    assert seconds_of([{"seconds": 1}, {"seconds": 5}, {"seconds": 2}, {"seconds": 4}]) == 9
-    assert seconds_of([]) == 0
+    assert seconds_of(tuple(NoteRecord("", seconds) for seconds in (1, 5, 2, 4))) == 9
+    assert seconds_of(()) == 0
 
 
-def test_a_loss_that_is_no_number_is_no_obstacle(tmp_path):
+ODD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("key", ["loss", "gradient_norm", "accuracy", "learning_rate"])
+def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):
+    """fp16 with loss scaling has an infinite norm in each step that the scaler skips."""
     run_dir = make_run(tmp_path)
-    run_dir.metrics_file.write_text(
-        json.dumps(train_record(1)) + "\n" + json.dumps(train_record(2, loss=math.nan)) + "\n"
-    )
-    assert "nan" in Page(page(read_record(run_dir), "")).texts["dd"]
+    tell(run_dir, train_record(1), train_record(2, **{key: odd}))
+    shown = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert (f"{odd:.4f}" in shown.texts["dd"]) == (key == "loss")
 
 
-def test_a_broken_file_of_the_run_is_named(tmp_path):
+@pytest.mark.parametrize("odd", ODD)
+def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     run_dir = make_run(tmp_path)
-    run_dir.eval_file.write_text("{")
-    with pytest.raises(RunError, match=r"eval\.json: cannot be read"):
+    where = {"steps": 10, "epoch": 0.5, "seconds": 1.0, "accuracy": 0.5}
+    losses = {5: abs(odd), 6: 0.5, 7: 0.75}
+    tell(run_dir, *(EvalRecord(step=step, loss=loss, **where) for step, loss in losses.items()))
+    assert "0.5000 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
+
+
+def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):
+    """It wrote null for what is no number."""
+    run_dir = make_run(tmp_path)
+    tell(run_dir, train_record(1))
+    written = json.loads(run_dir.metrics_file.read_text())
+    run_dir.metrics_file.write_text("".join(json.dumps(written | {"gradient_norm": None}) + "\n" for _ in range(2)))
+    assert "step 1 of 10" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n"]
+)
+def test_a_damaged_file_of_the_run_is_named(tmp_path, name, damage):
+    run_dir = make_run(tmp_path)
+    file = run_dir.path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(damage + "\n")
+    with pytest.raises(RunError, match=rf"^{re.escape(str(file))}:") as caught:
         write_report(run_dir)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_report_that_fails_does_not_fail_the_run_that_it_is_of(tmp_path, capsys, monkeypatch):
+    run_dir = make_run(tmp_path)
+
+    def fails(_):
+        raise TypeError("unsupported format string\nand more")
+
+    monkeypatch.setattr("qtune.report.page.read_record", fails)
+    attempt_report(run_dir)
+    said = f"the report was not written (unsupported format string); try again with: qtune report {run_dir.path}\n"
+    assert capsys.readouterr().err == said
+    assert not run_dir.report.exists()
 
 
 def test_a_new_report_replaces_the_old_one_whole(finished, tmp_path):
@@ -406,6 +467,7 @@ def test_a_new_report_replaces_the_old_one_whole(finished, tmp_path):
     assert set(copy.path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_page_is(tmp_path):
     run_dir = make_run(tmp_path)
     command = [sys.executable, "-m", "qtune", "report"]

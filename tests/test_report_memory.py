@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,24 @@ from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 from test_report import MEASURED, Page
 
-from qtune.device.cards import SIZES
+from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory import cached as cache
+from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.predict import Longest, Prediction, predict, summarize
-from qtune.memory.profile import Forecast, is_traced, read_run
+from qtune.memory.profile import is_traced, read_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
-from qtune.screens.memory import fitting_cards, saved, size
+from qtune.run.lock import LockedDevice, read_lock, write_lock
+from qtune.run.memory import RunMemory
+from qtune.run.records import record_of
+from qtune.sizes import GIB, saving_text, size_text
 from qtune.training import train
-
-GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def measured_on(device: str, **phases: dict[str, float]) -> dict[str, Any]:
 
 
 def drawn(found: dict[str, Any]) -> Page:
-    return Page(memory(found, "runs/mine"))
+    return Page(memory(record_of(RunMemory, found), "runs/mine"))
 
 
 def cells_after(page: Page, name: str, count: int) -> list[str]:
@@ -57,7 +59,7 @@ def cells_after(page: Page, name: str, count: int) -> list[str]:
 
 
 def test_sizes_are_readable() -> None:
-    assert [size(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
+    assert [size_text(count) for count in (3 << 30, 50 << 20, 3072)] == ["3.00 GiB", "50.0 MiB", "3.0 KiB"]
 
 
 def test_each_phase_has_predicted_measured_and_error(traced) -> None:
@@ -65,7 +67,13 @@ def test_each_phase_has_predicted_measured_and_error(traced) -> None:
     seen = round(expected / 1.25)
     phase = {"seconds": 1.5, "allocated_peak_bytes": seen, "reserved_peak_bytes": 2 * seen}
     page = drawn({"measured": measured_on("a card", forward=phase), "traced": traced})
-    assert cells_after(page, "forward", 5) == ["1.5", size(expected), size(seen), "+25.0%", size(2 * seen)]
+    assert cells_after(page, "forward", 5) == [
+        "1.5",
+        size_text(expected),
+        size_text(seen),
+        "+25.0%",
+        size_text(2 * seen),
+    ]
     assert page.texts["th"][:6] == [
         "phase", "seconds", "allocated, predicted", "allocated, measured", "error", "reserved, peak",
     ]  # fmt: skip
@@ -87,17 +95,17 @@ def test_what_is_alive_at_the_peak_stands_side_by_side(traced) -> None:
     peak = traced["peak"]
     where = f"{peak['phase']} in {peak['module']}" if peak["module"] else peak["phase"]
     assert (
-        f"The highest moment: 3.00 GiB measured (forward in loss), {size(peak['bytes'])} predicted ({where})"
+        f"The highest moment: 3.00 GiB measured (forward in loss), {size_text(peak['bytes'])} predicted ({where})"
         in (page.texts["h3"])
     )
     alive = dict.fromkeys([*peak["alive"], *MEASURED["at_peak"]["alive"]])
     for name in alive:
         one, other = (moment["alive"].get(name) for moment in (MEASURED["at_peak"], peak))
-        assert cells_after(page, name, 2) == [size(one) if one else "–", size(other) if other else "–"]
+        assert cells_after(page, name, 2) == [size_text(one) if one else "–", size_text(other) if other else "–"]
 
 
 def test_a_step_is_drawn_inside_the_page(traced) -> None:
-    text = memory({"measured": MEASURED, "traced": traced}, "runs/mine")
+    text = memory(RunMemory(measured=MEASURED, traced=traced), "runs/mine")
     page = Page(text)
     living = [name for name, values in traced["timeline"].items() if any(values)]
     assert len(page.texts["polygon"]) == len(living) > 5
@@ -129,11 +137,11 @@ def test_savings_are_shares_of_full_fine_tuning_and_name_cards_on_a_card_only(tr
     peak = traced["peak"]["bytes"]
     ways = [way("full", 8 * peak, 21 * GIB), way("plain script", 2 * peak, 90 * GIB)]
     page = drawn({"measured": measured_on("a card"), "traced": traced, "ways": ways})
-    assert cells_after(page, "full", 5) == [size(8 * peak), "100%", "88%", "24 GB and more", "as said"]
-    assert cells_after(page, "plain script", 5) == [size(2 * peak), "25%", "50%", "none up to 80 GB", "as said"]
-    assert cells_after(page, "this run", 5) == [size(peak), "12%", "", "6 GB and more", ""]
+    assert cells_after(page, "full", 5) == [size_text(8 * peak), "100%", "88%", "24 GB and more", "as said"]
+    assert cells_after(page, "plain script", 5) == [size_text(2 * peak), "25%", "50%", "none up to 80 GB", "as said"]
+    assert cells_after(page, "this run", 5) == [size_text(peak), "12%", "", "6 GB and more", ""]
     on_cpu = drawn({"measured": MEASURED, "traced": traced, "ways": ways})
-    assert cells_after(on_cpu, "full", 4) == [size(8 * peak), "100%", "88%", "as said"]
+    assert cells_after(on_cpu, "full", 4) == [size_text(8 * peak), "100%", "88%", "as said"]
 
 
 def test_a_card_fits_when_what_is_needed_is_at_most_its_memory() -> None:
@@ -146,11 +154,11 @@ def test_techniques_come_in_the_order_of_what_they_save_and_one_may_cost(traced)
     peak = traced["peak"]["bytes"]
     attribution = [way("costly", peak - (5 << 20)), way("much", peak + (2 << 30)), way("little", peak + (1 << 20))]
     page = drawn({"measured": MEASURED, "traced": traced, "attribution": attribution})
-    assert cells_after(page, "much", 3) == ["2.00 GiB", size(peak + (2 << 30)), "as said"]
+    assert cells_after(page, "much", 3) == ["2.00 GiB", size_text(peak + (2 << 30)), "as said"]
     assert cells_after(page, "costly", 1) == ["costs 5.0 MiB"]
     cells = page.texts["td"]
     assert cells.index("much") < cells.index("little") < cells.index("costly")
-    assert (saved(3, 1), saved(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
+    assert (saving_text(3, 1), saving_text(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
 
 
 def test_memory_that_ran_out_is_told_as_the_command_told_it() -> None:
@@ -187,13 +195,14 @@ def copy_of(run_dir: RunDir, folder: Path, name: str = "run") -> RunDir:
     return RunDir.open(folder / name)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_run, tmp_path, monkeypatch) -> None:
-    assert set(a_run.read_json(a_run.memory_file)) == {"measured"}
+    assert set(json.loads(a_run.memory_file.read_text())) == {"measured"}
     run_dir = copy_of(a_run, tmp_path)
     assert not is_traced(run_dir)
     trace_memory(run_dir)
-    known = run_dir.read_json(run_dir.memory_file)
-    assert known["measured"] == a_run.read_json(a_run.memory_file)["measured"]
+    known = json.loads(run_dir.memory_file.read_text())
+    assert known["measured"] == json.loads(a_run.memory_file.read_text())["measured"]
     for phase in ("forward", "backward", "optimizer"):
         seen = known["measured"]["phases"][phase]["tensor_peak_bytes"]
         assert known["traced"]["by_phase"][phase]["bytes"] == pytest.approx(seen, rel=0.05), phase
@@ -216,8 +225,10 @@ def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch)
     assert read_run(RunDir.open(tmp_path / "run"), explain=True) == first
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, tmp_path) -> None:
     run_dir, picture = copy_of(a_run, tmp_path), tmp_path / "step.svg"
+    write_report(run_dir)
     assert "Nothing is predicted here yet" in run_dir.report.read_text(encoding="utf-8")
     done = run_qtune("profile", run_dir.path, "--no-savings", "--timeline", picture)
     assert done.returncode == 0, done.stderr
@@ -233,17 +244,17 @@ def test_a_run_is_not_planned_anew(a_run) -> None:
 
 def test_a_run_on_a_card_is_traced_for_that_card_wherever_it_is_read(a_run, tmp_path) -> None:
     run_dir = copy_of(a_run, tmp_path)
-    lock = run_dir.read_json(run_dir.lock_file)
-    assert lock["device"]["kind"] == "cpu"
-    card = {"name": "a card", "kind": "cuda", "total_bytes": 8 * GIB, "bf16": True, "capability": [8, 6]}
-    run_dir.write_json(run_dir.lock_file, lock | {"device": card})
+    lock = read_lock(run_dir)
+    assert lock is not None
+    assert lock.device.kind == "cpu"
+    write_lock(run_dir, replace(lock, device=LockedDevice("a card", "cuda", 8 * GIB, True, (8, 6))))
     here = read_run(copy_of(a_run, tmp_path, "here"), savings=False).prediction
     there = read_run(run_dir, savings=False).prediction
     # On a card AdamW works on all parameters at once.
     assert here is not None
     assert there is not None
     assert there.by_phase["optimizer"].bytes > here.by_phase["optimizer"].bytes
-    assert run_dir.read_json(run_dir.memory_file)["traced"]["device"] == "a card"
+    assert json.loads(run_dir.memory_file.read_text())["traced"]["device"] == "a card"
 
 
 def test_a_base_model_that_is_gone_is_said_and_the_report_is_written_all_the_same(a_run, tmp_path, capsys) -> None:

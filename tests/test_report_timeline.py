@@ -1,10 +1,8 @@
-"""The timeline of a step: the same picture as SVG and PNG, its areas told apart without colour, its labels in place."""
+"""The timeline of a step: its areas told apart without colour, its labels in place."""
 
 import itertools
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
-import numpy
 import pytest
 from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
@@ -13,7 +11,7 @@ from qtune.memory.predict import LEAST, POINTS, Prediction, predict, summarize
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan
 from qtune.report import drawing, timeline
-from qtune.report.drawing import Area, Box, Drawing, Look, Words, svg, write_picture
+from qtune.report.drawing import Area, Box, Drawing, Look, Words, svg
 from qtune.report.timeline import LOOKS, Timeline, timeline_drawing
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -57,24 +55,6 @@ def test_neighbours_in_the_stack_differ_in_hatch() -> None:
         assert LOOKS[one].hatch != LOOKS[other].hatch, (one, other)
 
 
-def test_each_look_is_another_texture_in_the_grey_values_of_a_png(tmp_path: Path) -> None:
-    """Mean and the two directions of change: what is left for the eye when a printer has taken the colour."""
-    image = pytest.importorskip("matplotlib.image")
-    side = 60
-    boxes = [Box(side * place, 0, side, side, look) for place, look in enumerate(LOOKS.values())]
-    write_picture(Drawing(side * len(boxes), side, "looks", boxes), tmp_path / "looks.png")
-    pixels = image.imread(tmp_path / "looks.png")[..., :3] @ numpy.array([0.2126, 0.7152, 0.0722])
-    assert pixels.shape == (side * drawing.PNG_SCALE, side * len(boxes) * drawing.PNG_SCALE)
-    seen = []
-    for patch in numpy.split(pixels, len(boxes), axis=1):
-        inner = patch[8:-8, 8:-8]
-        diagonals = [(inner[1:, 1:] - inner[:-1, :-1]), (inner[1:, :-1] - inner[:-1, 1:])]
-        changes = [numpy.diff(inner, axis=0), numpy.diff(inner, axis=1), *diagonals]
-        seen.append(numpy.array([inner.mean(), *(numpy.abs(change).mean() for change in changes)]))
-    for (one, a), (other, b) in itertools.combinations(zip(LOOKS, seen, strict=True), 2):
-        assert numpy.abs(a - b).max() > 0.02, (one, other)
-
-
 def test_every_category_that_lives_is_an_area_with_its_name_in_the_column(prediction, picture) -> None:
     living = [name for name, values in prediction.timeline.items() if any(values)]
     areas = [shape for shape in picture.shapes if isinstance(shape, Area)]
@@ -87,7 +67,7 @@ def test_every_category_that_lives_is_an_area_with_its_name_in_the_column(predic
 
 def test_the_column_adds_up_to_the_peak(prediction, picture) -> None:
     texts = [shape.text for shape in picture.shapes if isinstance(shape, Words)]
-    assert texts[-1] == timeline.size(prediction.peak.bytes)
+    assert texts[-1] == timeline.size_text(prediction.peak.bytes)
     assert f"peak {texts[-1]}" in texts
 
 
@@ -162,22 +142,6 @@ def test_every_pattern_that_is_used_is_defined_and_means_one_look(picture) -> No
         assert ElementTree.tostring(same) == ElementTree.tostring(pattern)
 
 
-def test_svg_and_png_are_the_same_picture(picture, tmp_path: Path) -> None:
-    image = pytest.importorskip("matplotlib.image")
-    write_picture(picture, tmp_path / "step.png")
-    write_picture(picture, tmp_path / "step.svg")
-    assert (tmp_path / "step.svg").read_text(encoding="utf-8") == svg(picture)
-    pixels = image.imread(tmp_path / "step.png")
-    assert pixels.shape[:2] == (drawing.PNG_SCALE * picture.height, drawing.PNG_SCALE * picture.width)
-    # The middle of every swatch that is not hatched has the fill's own colour.
-    swatches = [shape for shape in picture.shapes if isinstance(shape, Box) and shape.framed and not shape.look.hatch]
-    assert swatches
-    for box in swatches:
-        x, y = box.x + box.width / 2, box.y + box.height / 2
-        pixel = pixels[int(drawing.PNG_SCALE * y), int(drawing.PNG_SCALE * x)]
-        assert "#" + "".join(f"{round(255 * part):02x}" for part in pixel[:3]) == box.look.fill
-
-
 def test_a_hatch_is_drawn_in_what_stands_out_from_its_fill() -> None:
     assert (Look("#000000", "x").ink, Look("#ffffff", "x").ink) == (drawing.PAPER, drawing.INK)
 
@@ -185,22 +149,11 @@ def test_a_hatch_is_drawn_in_what_stands_out_from_its_fill() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("step.pdf", "--timeline: step.pdf: a picture's name ends in .svg or .png"),
-        ("step", "--timeline: step: a picture's name ends in .svg or .png"),
+        ("step.png", "--timeline: step.png: a picture's name ends in .svg"),
+        ("step", "--timeline: step: a picture's name ends in .svg"),
         ("none/step.svg", "--timeline: none/step.svg: there is no folder none"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_one_error_before_anything_is_traced(name: str, said: str) -> None:
     done = run_qtune("profile", "no-such-recipe.toml", "--timeline", name)
     assert (done.returncode, done.stderr.strip()) == (2, f"error: {said}")
-
-
-def test_a_png_without_matplotlib_says_what_to_install_or_to_write_instead(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
-    with pytest.raises(drawing.InputError) as error:
-        drawing.require_writable(tmp_path / "step.png", "--timeline")
-    assert str(error.value) == (
-        f"--timeline: {tmp_path}/step.png: drawing a PNG needs matplotlib: pip install matplotlib, or write "
-        f"{tmp_path}/step.svg"
-    )
-    drawing.require_writable(tmp_path / "step.svg", "--timeline")

@@ -1,14 +1,22 @@
 """A run's folder: names that are free, files that are whole, errors that say which run is meant."""
 
-import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+import qtune
+from qtune.device.present import Device
 from qtune.errors import RunError
-from qtune.run.folder import RunDir, newest_unfinished, write_atomically
+from qtune.plan import make_plan
+from qtune.recipe.file import check_recipe
+from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_text
+from qtune.run.resumption import newest_unfinished
+
+CPU = Device("cpu", "CPU", 8 << 30, 6 << 30, bf16=False)
 
 
 def started(directory: Path, name: str) -> RunDir:
@@ -49,33 +57,6 @@ def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
     assert run.finished_adapter() == run.adapter
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "deep" / "values.json"
-    write_atomically(file, "old")
-
-    def broken(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(file, "new and longer")
-    assert file.read_text() == "old"
-    assert [entry.name for entry in file.parent.iterdir()] == ["values.json"]
-
-
-def test_json_keeps_its_letters_and_a_broken_file_is_named(tmp_path: Path) -> None:
-    run = started(tmp_path, "quick")
-    run.write_json(run.lock_file, {"name": "Käthe", "numbers": [1, 2]})
-    assert "Käthe" in run.lock_file.read_text(encoding="utf-8")
-    assert run.read_json(run.lock_file) == {"name": "Käthe", "numbers": [1, 2]}
-    run.memory_file.write_text("{")
-    with pytest.raises(RunError, match=rf"^{run.memory_file}: cannot be read: Expecting property name"):
-        run.read_json(run.memory_file)
-    with pytest.raises(RunError, match=rf"^{run.eval_file}: cannot be read: .*No such file"):
-        run.read_json(run.eval_file)
-    json.loads(run.lock_file.read_text(encoding="utf-8"))
-
-
 def test_the_newest_unfinished_run_of_a_name_is_found(tmp_path: Path) -> None:
     assert newest_unfinished(tmp_path / "none", "quick") is None
     first, second, third = (started(tmp_path, "quick") for _ in range(3))
@@ -90,3 +71,34 @@ def test_the_newest_unfinished_run_of_a_name_is_found(tmp_path: Path) -> None:
 def test_a_name_may_hold_what_a_pattern_would_mean(tmp_path: Path) -> None:
     run = started(tmp_path, "try[1]")
     assert newest_unfinished(tmp_path, "try[1]") == run
+
+
+def test_a_run_of_a_recipe_whose_name_only_looks_like_a_number_is_anothers(tmp_path: Path) -> None:
+    """runs/tiny-2 is the second run of tiny.toml, or the first of tiny-2.toml."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def started_from(name: str) -> RunDir:
+        text = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
+        resolved = check_recipe(text, tmp_path / f"{name}.toml")
+        run = RunDir.create(tmp_path / "runs", resolved.run_name, text)
+        run.write_text(run.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+        return run
+
+    first, other, second = (started_from(name) for name in ("tiny", "tiny-2", "tiny"))
+    assert [run.path.name for run in (first, other, second)] == ["tiny", "tiny-2", "tiny-3"]
+    for age, run in enumerate((other, second, first)):
+        os.utime(run.resolved_file, (time.time() - 60 * age,) * 2)
+    assert newest_unfinished(tmp_path / "runs", "tiny") == second
+    assert newest_unfinished(tmp_path / "runs", "tiny-2") == other
+
+
+def test_a_run_has_a_name_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(tmp_path, "quick")
+    monkeypatch.chdir(run.path)
+    assert {RunDir(Path(path)).name for path in (".", "../quick", "../quick/checkpoints/..")} == {"quick"}
+
+
+def test_nobody_asks_a_path_of_a_run_for_its_name() -> None:
+    """The name of "." is ""."""
+    files = Path(qtune.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if re.search(r"\b(run|run_dir)\.path\.name\b", file.read_text())] == []

@@ -131,6 +131,7 @@ def test_the_package_kernels_cannot_be_imported_while_bitsandbytes_is(tmp_path, 
     assert sys.modules["kernels"] is kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["peft", "transformers.integrations.bitsandbytes", "qtune.doctor", "bitsandbytes"])
 def test_whoever_imports_bitsandbytes_gets_it_mended_and_nothing_is_fetched_or_said(first, tmp_path):
     (tmp_path / "kernels.py").write_text(f"def get_kernel(*_, **__):\n    open({str(tmp_path / 'asked')!r}, 'w')\n")
@@ -147,6 +148,7 @@ def test_whoever_imports_bitsandbytes_gets_it_mended_and_nothing_is_fetched_or_s
     assert not (tmp_path / "asked").exists()
 
 
+@pytest.mark.slow
 def test_a_bitsandbytes_that_was_imported_before_qtune_is_mended_too():
     program = (
         "import bitsandbytes, qtune\n"
@@ -159,6 +161,7 @@ def test_a_bitsandbytes_that_was_imported_before_qtune_is_mended_too():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_traps_are_still_there_without_us():
     """Fails when a new bitsandbytes has mended them: then `startup/safe_bitsandbytes.py` can go, trap by trap."""
     program = (

@@ -81,6 +81,7 @@ def test_a_class_without_an_upcast_scores_in_its_own_type():
     assert old == pytest.approx(2 * ALL + 2 * SCORED + 2 * SCORED, abs=LENGTH * ROWS * 8 * 4 + 4096)
 
 
+@pytest.mark.slow
 def test_trl_copies_the_logits_for_its_accuracy_and_autocast_widens_them():
     record = {"software": "transformers 4.51.0, trl 0.14.0", "features": ["bf16 autocast"]}
     plain = traced(**record).peak("forward").bytes
@@ -248,6 +249,7 @@ def test_an_unknown_id_or_a_broken_file_is_one_message(tmp_path, monkeypatch, ca
         printed(monkeypatch, capsys, str(file))
 
 
+@pytest.mark.slow
 def test_the_published_records_with_exact_lengths_are_within_three_per_cent():
     exact = [r for r in validate_memory.read(TOOLS / "memory_records.json", "") if r["sequence_length_exact"]]
     assert len(exact) == 3

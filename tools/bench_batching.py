@@ -34,7 +34,8 @@ from qtune.device.present import present_device
 from qtune.model.load import load_base, load_tokenizer
 from qtune.model.loss import install_loss
 from qtune.plan import make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.startup.quiet import quiet_libraries, quiet_loading
 
 BATCH, MICRO_BATCH = 16, 4
@@ -130,9 +131,7 @@ def _used(batch: Batch) -> int:
 def _recipe(max_length: int, *, packing: bool) -> Recipe:
     data = {"train": "rows.jsonl", "validation": 0, "max_length": max_length, "on_long_row": "drop", "packing": packing}
     training = {"batch_size": BATCH, "micro_batch_size": MICRO_BATCH, "gradient_checkpointing": False}
-    recipe = parse_recipe({"model": {"base": "builtin:smollm2-135m-instruct"}, "data": data, "training": training})
-    assert isinstance(recipe, Recipe), recipe
-    return recipe
+    return parse_recipe({"model": {"base": "builtin:smollm2-135m-instruct"}, "data": data, "training": training})
 
 
 def _model(recipe: Recipe):

@@ -106,14 +106,13 @@ def prepare_and_inspect(folder: Path) -> None:
     from qtune.data.inspection import inspect
     from qtune.data.prepare import prepare
     from qtune.model.load import load_config, load_tokenizer
-    from qtune.recipe.schema import Recipe, parse_recipe
+    from qtune.recipe.parse import parse_recipe
     from qtune.startup.quiet import quiet_libraries, quiet_loading
 
     quiet_libraries()
     quiet_loading()
     data = {"train": "rows.jsonl", "validation": 0.01, "max_length": 1024, "on_long_row": "drop"}
     recipe = parse_recipe({"model": {"base": "builtin:smollm2-135m-instruct"}, "data": data})
-    assert isinstance(recipe, Recipe), recipe
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     began = time.perf_counter()
     prepared = prepare(recipe.data, tokenizer, folder, cache=folder / "cache")

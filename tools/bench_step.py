@@ -24,10 +24,11 @@ from qtune.device.present import present_device
 from qtune.memory.measured.meter import Meter
 from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import make_plan
-from qtune.recipe.schema import parse_recipe
+from qtune.recipe.parse import parse_recipe
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_libraries, quiet_loading
-from qtune.training.trainer import QloraTrainer, sft_config
+from qtune.training.arguments import sft_config
+from qtune.training.trainer import QloraTrainer
 
 ROWS, LENGTH = 2, 256
 TEXT = Path(__file__).parent.parent / "README.md"

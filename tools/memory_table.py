@@ -1,7 +1,7 @@
 """Traces the README's memory table: python tools/memory_table.py [--write README.md]
 
 Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, gradient
-checkpointing, one row, every token scored) plus the allowance of qtune/memory/margin.py; under each card stands the
+checkpointing, one row, every token scored) plus the allowance of qtune/memory/allowance.py; under each card stands the
 longest row of a doubling series that still fits it. Sizes of the models are those of their published config.json,
 written down here so that nothing is downloaded. What was traced before comes from the cache of predictions.
 """
@@ -25,7 +25,8 @@ from qtune.memory.allowance import Need  # noqa: E402
 from qtune.memory.cached import LIBRARIES, predicted  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
+from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 
 GIB = 2**30
@@ -67,15 +68,13 @@ def config_of(model: tuple[Any, ...]) -> Any:
 
 
 def recipe_of(length: int) -> Recipe:
-    recipe = parse_recipe(
+    return parse_recipe(
         {
             "model": {"base": "traced"},
             "data": {"train": "rows.jsonl", "max_length": length},
             "training": {"batch_size": 16, "micro_batch_size": 1, "gradient_checkpointing": True},
         }
     )
-    assert isinstance(recipe, Recipe)
-    return recipe
 
 
 def need_of(model: tuple[Any, ...], length: int) -> Need:

@@ -1,4 +1,4 @@
-"""How much of a card PyTorch's allocator takes for a step beyond its tensors: the source of the shares in margin.py.
+"""How much of a card PyTorch's allocator takes for a step beyond its tensors: where allowance.py has its shares from.
 
     python tools/simulate_allocator.py [--only NAME,NAME]
 
@@ -36,7 +36,7 @@ from qtune.memory.tracing import categories  # noqa: E402
 from qtune.memory.tracing.ledger import Life  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.schema import Recipe, parse_recipe  # noqa: E402
+from qtune.recipe.parse import parse_recipe  # noqa: E402
 
 GIB = 2**30
 LENGTHS = (1.0, 0.6, 0.85, 0.45, 1.0, 0.7)
@@ -66,7 +66,6 @@ def steps_of(model: tuple[Any, ...], name: str) -> Steps:
             "training": {"batch_size": 4, "micro_batch_size": 2, **SETTINGS[name]},
         }
     )
-    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, described(24))
     config = config_of(model)
     step = training_step(recipe, plan, Longest(length))

@@ -1,26 +1,79 @@
-"""Starts of LoRA that need more than random numbers: the base's own weights (LoftQ) or the data (EVA)."""
+"""Where an adapter starts: at random, from a text, from the base's weights, from the data, or where a run has ended."""
 
-import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.eva import initialize_lora_eva_weights
-from safetensors import safe_open
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.adapter.from_run import earlier_adapter
+from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.errors import ModelError, Problem
+from qtune.model.checkpoint import Checkpoint
+from qtune.model.local import local_base
+from qtune.recipe.schema import Lora, PromptTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a start may be made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    micro_batch_size: int
+
+
+def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
+    """Gives a freshly attached adapter the start that the recipe asks for, where peft has not given it on attaching.
+
+    Raises:
+        ModelError: the base's weights, or the text, are not what the start needs.
+        RunError: the run that it starts from is not one of the same base and adapter.
+    """
+    match recipe.adapter:
+        case PromptTuning(text=str() as text):
+            start_from_text(model, material.tokenizer, text)
+        case Lora(initialization="eva"):
+            pad = material.tokenizer.pad_token_id
+            assert isinstance(pad, int)
+            start_from_activations(model, material.train, pad, material.micro_batch_size)
+        case Lora(initialization="loftq"):
+            start_from_residual(model, Checkpoint.open(local_base(recipe.model)))
+    if (folder := earlier_adapter(recipe)) is not None:
+        load_trained_state(model, folder)
+
+
+def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
+    """Keeps the adapter's start in `folder` where the trained one is saved as the difference to it; else None.
+
+    PiSSA moves part of the base's weights into the adapter, the same part in every process of a run, for it depends on
+    those weights alone.
+    """
+    if not (isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "pissa"):
+        return None
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
+    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
+    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
+    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
 
 
 def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_batch_size: int) -> None:
@@ -40,16 +93,15 @@ def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_
 
 
 @torch.no_grad()
-def start_from_residual(model: PeftModel, base: str, revision: str | None) -> None:
+def start_from_residual(model: PeftModel, base: Checkpoint) -> None:
     """LoftQ with one alternation: scale * B A is the best rank-r approximation of W - dequantized(NF4(W)).
 
     arXiv:2310.08659, algorithm 1 with T = 1. The 4-bit base stays as it is; only A and B are set. peft's own version
     needs CUDA and leaves the scale out (peft 0.21, loftq_utils.py).
 
     Raises:
-        ModelError: the base's weights are not there as safetensors, or have other names than the loaded model's.
+        ModelError: the base's weights have other names than the loaded model's.
     """
-    files = _weight_files(base, revision)
     layers = [
         (name, module)
         for name, module in model.get_base_model().named_modules()
@@ -58,7 +110,7 @@ def start_from_residual(model: PeftModel, base: str, revision: str | None) -> No
     with console.progress("LoftQ: decomposing the quantization error", len(layers)) as bar:
         for name, module in layers:
             packed = module.get_base_layer().weight
-            original = _tensor(files, f"{name}.weight", base).to(packed.device, torch.float32)
+            original = base.read(_stored_name(base, f"{name}.weight")).to(packed.device, torch.float32)
             error = original - bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
             for adapter, rank in module.r.items():
                 left, values, right = torch.linalg.svd(error, full_matrices=False)
@@ -68,31 +120,10 @@ def start_from_residual(model: PeftModel, base: str, revision: str | None) -> No
             bar.advance()
 
 
-def _weight_files(base: str, revision: str | None) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a folder or a cached hub model."""
-    folder = Path(base)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {tensor: folder / file for tensor, file in names.items()}
-    found: dict[str, Path] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
-    return found
-
-
-def _tensor(files: dict[str, Path], name: str, base: str) -> Tensor:
-    for candidate in _spellings(name):
-        if candidate in files:
-            with safe_open(files[candidate], framework="pt") as tensors:
-                return tensors.get_tensor(candidate)
-    raise ModelError(Problem(base, f"LoftQ needs the unquantized {name}, which the checkpoint has not by that name"))
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """Some checkpoints were saved from the bare backbone, whose names lack "model."."""
-    yield name
-    yield name.partition(".")[2]
+def _stored_name(base: Checkpoint, name: str) -> str:
+    """The name of a tensor; some checkpoints were saved from the bare backbone, whose names lack "model."."""
+    for spelling in (name, name.partition(".")[2]):
+        if spelling in base.tensors:
+            return spelling
+    message = f"LoftQ needs the unquantized {name}, which the checkpoint has not by that name"
+    raise ModelError(Problem(str(base.folder), message))

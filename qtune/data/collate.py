@@ -14,15 +14,13 @@ from qtune.data.masks import IGNORED
 class PaddedCollator:
     """Pads on the right to the longest row: input_ids, labels and attention_mask, each [batch, length].
 
-    The mask is the row's length, never the pad id: pad may be a token that rows end with. `multiple` rounds the
-    length up, which tensor cores like.
+    The mask is the row's length, never the pad id: pad may be a token that rows end with.
     """
 
     pad_id: int
-    multiple: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        length = _rounded(max(len(row["input_ids"]) for row in rows), self.multiple)
+        length = max(len(row["input_ids"]) for row in rows)
         return {
             "input_ids": _padded([row["input_ids"] for row in rows], length, self.pad_id),
             "labels": _padded([row["labels"] for row in rows], length, IGNORED),
@@ -43,7 +41,6 @@ class PackedCollator:
     """
 
     pad_id: int
-    multiple: int = 1
     flatten: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor | bool]:
@@ -52,7 +49,7 @@ class PackedCollator:
         documents = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
         if self.flatten:
             ids, labels, documents = ([[one for row in part for one in row]] for part in (ids, labels, documents))
-        length = _rounded(max(map(len, ids)), self.multiple)
+        length = max(map(len, ids))
         positions = [_positions([*lengths, length - sum(lengths)]) for lengths in documents]
         return {
             "input_ids": _padded(ids, length, self.pad_id),
@@ -62,15 +59,11 @@ class PackedCollator:
         }
 
 
-def collator_for(packed: bool, pad_id: int, attention: str, multiple: int = 1) -> PaddedCollator | PackedCollator:
+def collator_for(packed: bool, pad_id: int, attention: str) -> PaddedCollator | PackedCollator:
     """The collator of a prepared dataset under an attention implementation (transformers' name of it)."""
     if not packed:
-        return PaddedCollator(pad_id, multiple)
-    return PackedCollator(pad_id, multiple, flatten=attention.startswith("flash"))
-
-
-def _rounded(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+        return PaddedCollator(pad_id)
+    return PackedCollator(pad_id, flatten=attention.startswith("flash"))
 
 
 def _positions(lengths: Sequence[int]) -> list[int]:

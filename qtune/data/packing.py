@@ -4,7 +4,6 @@ Each document keeps its own positions (from 0) and sees only itself; `collate.Pa
 """
 
 import hashlib
-import os
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from qtune.cache import mark_used
 from qtune.data.masks import IGNORED
 from qtune.data.store import written_whole
 
@@ -61,7 +61,7 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
         ):
             for start in range(0, len(groups), GROUPS_AT_ONCE):
                 writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
-    os.utime(file)
+    mark_used(file)
     return Dataset.from_file(str(file))
 
 

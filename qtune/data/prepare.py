@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from qtune.cache import cache_folder
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.conversation import Conversation
 from qtune.data.encoding import encode_source
@@ -24,7 +25,6 @@ from qtune.data.sources import Source, find_sources
 from qtune.data.store import Stored, open_store, remove_unused, store_key
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
-from qtune.model.builtin import cache_folder
 from qtune.recipe.schema import Data
 
 TRAINED = ["input_ids", "labels"]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, Progress, open_bytes
 from qtune.data.json_stream import BrokenJson, JsonValues, has_broken_bytes, refuse_constant
+from qtune.errors import first_line
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
 LONGEST_ROW_BYTES = 64 << 20
@@ -44,9 +45,8 @@ def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row 
     try:
         yield from reader(file, progress or Progress())
     except expected as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"not a whole .{file.compression} file" if file.compression else f"cannot be read as .{file.kind}"
-        yield BadRow(file.name, f"{what}: {reason}", ends_file=True)
+        yield BadRow(file.name, f"{what}: {first_line(error)}", ends_file=True)
 
 
 # Damaged tables also have names that are not UTF-8, and years beyond Python's.

@@ -9,7 +9,7 @@ from datasets import Dataset, load_dataset
 
 from qtune.data.files import DataFile, Progress, data_files
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
-from qtune.errors import DataError, Problem
+from qtune.errors import DataError, Problem, first_line
 from qtune.recipe.schema import Data, FileSource, HubSource
 
 HUB = "hub:"
@@ -94,5 +94,4 @@ def _hub_dataset(source: HubSource, name: str) -> Dataset:
         return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
     # `datasets` raises its own errors for missing names and passes those of the network and of the hub's client on.
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(Problem(name, f"the hub dataset cannot be loaded: {reason}")) from error
+        raise DataError(Problem(name, f"the hub dataset cannot be loaded: {first_line(error)}")) from error

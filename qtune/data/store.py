@@ -5,7 +5,6 @@ The folder's name is a hash of everything that decides its content, so nothing s
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset
 
+from qtune.cache import FULL, mark_used, not_writable
 from qtune.data.examples import COLUMNS, Batch, RowRules
 from qtune.data.rows import BadRow
 
@@ -56,7 +56,7 @@ def open_store(folder: Path) -> Stored | None:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     except OSError:
         return None
-    os.utime(folder / "about.json")
+    mark_used(folder / "about.json")
     return Stored(
         folder,
         about["rows"],
@@ -70,24 +70,33 @@ def open_store(folder: Path) -> Stored | None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or folder that gets its own name when it is finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
+    except OSError as error:
+        raise not_writable(path.parent, error) from error
     try:
         yield temporary / path.name
         # Another process may have finished the same work just now: one of two equal results stays.
         if not path.exists():
             with suppress(OSError):
                 (temporary / path.name).rename(path)
+    except OSError as error:
+        if error.errno not in FULL:  # of the rows, which are read meanwhile
+            raise
+        raise not_writable(path.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unused(cache: Path) -> None:
     """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
-    if not cache.is_dir():
+    try:
+        kept = list(cache.iterdir())
+    except OSError:  # not there, or another user's
         return
     now = time.time()
-    for path in cache.iterdir():
+    for path in kept:
         # Other processes use and remove these at the same time.
         with suppress(OSError):
             mark = path / "about.json" if path.is_dir() and not path.name.startswith(".") else path

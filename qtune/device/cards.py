@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtune.errors import InputError, Problem
+from qtune.sizes import GIB, size_in_bytes
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
-
-GIB = 2**30
 
 SIZES = (6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
 """GB classes of cards that the savings table asks about."""
@@ -136,10 +135,10 @@ def card_named(name: str) -> Card:
     """
     wanted, gib = _parts(name)
     named = [card for card in CARDS if _parts(card.name)[0] == wanted]
-    found = [card for card in named if gib in (None, card.gib)]
-    if found:
-        exact = [card for card in found if _parts(card.name)[1] == gib]
-        return (exact or found)[0]
+    fitting = [card for card in named if gib in (None, card.gib)]
+    if fitting:
+        exact = [card for card in fitting if _parts(card.name)[1] == gib]
+        return (exact or fitting)[0]
     if named:
         sizes = " or ".join(str(card.gib) for card in named)
         raise InputError(
@@ -157,19 +156,6 @@ def described(gib: float) -> Device:
     return Device("cuda", f"a card with {gib:g} GiB", int(gib * GIB), int(gib * GIB), True, (8, 9))
 
 
-def size_in_bytes(text: str) -> int:
-    """Bytes of a size as recipes and --vram write it: "8GiB", "8 GB", "512MiB", "8". Sizes are binary.
-
-    Raises:
-        InputError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
-    if not match or float(match[1]) <= 0:
-        raise InputError(Problem("--vram", f"{text!r} is not a size; write it as 8GiB or 512MiB"))
-    unit = 2**20 if (match[2] or "g").startswith("m") else GIB
-    return int(float(match[1]) * unit)
-
-
 # What torch and shops put around a card's name.
 _AROUND = re.compile(r"nvidia|geforce|tesla|graphics|\b(?:gpu|pcie|sxm\d?|hbm\d?e?|generation)\b|-")
 
@@ -184,3 +170,20 @@ def _parts(name: str) -> tuple[str, int | None]:
     size = re.search(r"\b(\d+)\s*gi?b\b", lowered)
     bare = re.sub(r"\b\d+\s*gi?b\b", " ", lowered)
     return " ".join(bare.split()), int(size[1]) if size else None
+
+
+def device_for(gpu: str | None, vram: str | None) -> Device:
+    """The card that is asked about: by name, by size, or the one that is here."""
+    from qtune.device.present import present_device
+
+    if gpu is not None:
+        return card_named(gpu).device()
+    if vram is not None:
+        return described(size_in_bytes(vram, "--vram") / GIB)
+    return present_device()
+
+
+def fitting_cards(needed_bytes: int, sizes: tuple[int, ...]) -> str:
+    """The cards of these GB classes that hold what is needed, margin included: "8 GB and more"."""
+    fitting = [gb for gb in sizes if needed_bytes <= gb * GIB]
+    return f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"

@@ -1,5 +1,7 @@
 """The device that training runs on, as a value: the one that is here, or a card that is only described."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +10,8 @@ import torch
 
 from qtune.device.processes import other_holders
 from qtune.device.products import bf16_pays_on_cpu
-from qtune.errors import OutOfMemory
+from qtune.errors import OutOfMemory, first_line
+from qtune.sizes import gib_text
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,39 @@ def _card_memory() -> tuple[int, int]:
         who = f"it is held by {holders}" if holders else "nvidia-smi may show what holds it"
         way_on = "free some, or choose another card with CUDA_VISIBLE_DEVICES"
         raise OutOfMemory(f"{card.name} has no memory left to begin with; {who}: {way_on}") from error
+
+
+def memory_ran_out(error: BaseException, way_out: str) -> OutOfMemory:
+    """One sentence for memory that ran out: where, how much is free, who else is there, and `way_out`."""
+    if isinstance(error, OutOfMemory):
+        return error
+    try:
+        device = present_device()
+    except OutOfMemory as none_left:
+        return none_left
+    others = []
+    if device.kind == "cuda":
+        others = other_holders(str(torch.cuda.get_device_properties(0).uuid)) or []
+    held = f", others hold some: {', '.join(f'{one.name} (pid {one.pid})' for one in others)}" if others else ""
+    free, total = gib_text(device.free_bytes), gib_text(device.total_bytes)
+    return OutOfMemory(
+        f"memory ran out on {device.name}: {first_line(error)}; {free} of {total} are free now{held}. {way_out}"
+    )
+
+
+@contextmanager
+def one_sentence(way_out: str) -> Iterator[None]:
+    """Memory that runs out in the block is one sentence, and no traceback.
+
+    Raises:
+        OutOfMemory: in the place of whatever a library raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise memory_ran_out(error, way_out) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from qtune.sizes import MIB
+
 SECONDS = 10
 """nvidia-smi answers within a second or two; a driver that hangs must not hold up a report."""
 
@@ -46,15 +48,15 @@ def other_holders(card: str) -> list[Holder] | None:
 
 def parse_holders(listed: str, own_pid: int) -> list[Holder]:
     """The lines "pid, process name, MiB" of nvidia-smi, without our own."""
-    found = []
+    holders = []
     for row in csv.reader(listed.splitlines(), skipinitialspace=True):
         if len(row) < 3 or not row[0].strip().isdigit() or int(row[0]) == own_pid:
             continue
         pid, used = int(row[0]), row[-1].strip()
         # A name may have commas of its own; "[N/A]" and "[Insufficient Permissions]" are no sizes.
         name = _name(pid) or Path(",".join(row[1:-1]).strip()).name
-        found.append(Holder(pid, name, int(used) * 2**20 if used.isdigit() else None))
-    return sorted(found, key=lambda holder: -(holder.bytes or 0))
+        holders.append(Holder(pid, name, int(used) * MIB if used.isdigit() else None))
+    return sorted(holders, key=lambda holder: -(holder.bytes or 0))
 
 
 def _name(pid: int) -> str:

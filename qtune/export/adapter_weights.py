@@ -58,6 +58,12 @@ class Update:
     mean_rows: int = 0
     bias: torch.Tensor | None = None
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it changes the parameter's values a little everywhere, instead of replacing or adding rows."""
+        everywhere = (self.factors, self.magnitude, self.column_scale, self.row_scale)
+        return any(part is not None for part in everywhere)
+
 
 @dataclass(frozen=True)
 class AdapterWeights:

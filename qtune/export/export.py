@@ -1,37 +1,50 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftType
 
 from qtune import console
+from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
-from qtune.export.merged_folder import VERIFICATION, Target, open_merge, write_merged
+from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import Source, open_source
 from qtune.export.push import push
-from qtune.export.soft_prompt import BAKED, open_baking, open_soft_prompt
+from qtune.export.soft_prompt import open_baking, open_soft_prompt
+from qtune.export.verification import Verification, read_proof
 from qtune.export.verify.rows import rows_for
-from qtune.export.verify.verify import Verification, verify
+from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 
-MERGED = {PeftType.LORA, PeftType.IA3}
-
-PREFIX_NOTE = (
-    "A prefix lives in the attention cache of every layer, where no plain checkpoint can hold it. The adapter is "
-    "exported alone; its README.md has the lines that load it."
+LATER = (
+    "{folder} is whole, and not compared with the trained model; where more memory is free: qtune export {run} "
+    "--verify-only {folder}"
 )
+
+ALONE_NOTE = (
+    "What {kind} trains stands where no plain checkpoint can hold it. The adapter is exported alone; its README.md has "
+    "the lines that load it."
+)
+
+
+Show = Callable[[Verification], None]
+"""Told the figures of a verification as soon as they are there, good or not."""
+
+
+def _unseen(verification: Verification) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -47,27 +60,31 @@ class Options:
     gguf: GgufType | None = None
     compare_bases: bool = False
     push_to: str | None = None
+    given: frozenset[str] = frozenset()
+    """Options as they were written on a command line (`export.conflicts`)."""
 
 
-def export_run(run: RunDir, options: Options) -> Path:
+def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """Writes the export of a run, uploads it where a repository is named, and returns its folder.
 
     Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
     is not the trained one; that folder stays, its verify.json and model card say so, and it is not uploaded.
     """
-    folder = write_export(run, options)
+    folder = write_export(run, options, show)
     if options.push_to is not None:
         console.say(f"uploaded to {push(folder, options.push_to, HfApi())}")
     return folder
 
 
-def write_export(run: RunDir, options: Options) -> Path:
+def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     source = open_source(run)
-    if source.config.peft_type not in MERGED | BAKED and not options.adapter_only:
-        console.say(PREFIX_NOTE)
-    if options.adapter_only or source.config.peft_type not in MERGED | BAKED:
+    is_alone = source.recipe.adapter.export == "alone"
+    if is_alone and not options.adapter_only:
+        refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
+        console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
+    if options.adapter_only or is_alone:
         return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -75,38 +92,55 @@ def write_export(run: RunDir, options: Options) -> Path:
     target = Target(
         options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
     )
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
-    write_merged(source, merge, target, prompt)
+    with one_sentence("A merge holds the largest tensor several times over; close what else takes memory"):
+        write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
-        verification = verify(
-            source,
-            target.output,
-            rows,
-            options.weights,
-            merge=merge,
-            virtual_ids=ids,
-            compare_bases=options.compare_bases,
-        )
-        prove(source, target.output, verification)
+        with one_sentence(LATER.format(folder=target.output, run=run.path)):
+            verification = verify(
+                source,
+                target.output,
+                rows,
+                options.weights,
+                merge=merge,
+                virtual_ids=ids,
+                compare_bases=options.compare_bases,
+            )
+        prove(source, target.output, verification, show)
     if gguf is not None and rows is not None:
-        hand_over(target.output, run.path.name, gguf, source.recipe, rows.rows, ids)
+        with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
+            hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
     return target.output
 
 
-def verify_only(folder: Path, run: RunDir | None) -> Path:
+def _asked(options: Options) -> set[str]:
+    """What a caller asked of the whole model, by the names of the command line."""
+    asked = {
+        "--gguf": options.gguf is not None,
+        "--compare-bases": options.compare_bases,
+        "--base": options.weights == "original",
+        "--dtype": options.dtype != "float16",
+        "--no-verify": not options.verify,
+    }
+    return {option for option, is_asked in asked.items() if is_asked}
+
+
+def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or _run_around(folder)
     source = open_source(run)
-    prompt = open_soft_prompt(source) if source.config.peft_type in BAKED else None
+    prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
-    return prove(source, folder, verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids))
+    with one_sentence(LATER.format(folder=folder, run=run.path)):
+        verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
+    return prove(source, folder, verification, show)
 
 
-def prove(source: Source, folder: Path, verification: Verification) -> Path:
+def prove(source: Source, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
     """Writes the card, shows the figures; VerificationError when they are not good enough."""
     write_card(source, folder, verification)
     show(verification)
@@ -116,35 +150,9 @@ def prove(source: Source, folder: Path, verification: Verification) -> Path:
     return folder
 
 
-def show(verification: Verification) -> None:
-    """Prints the figures of a verification."""
-    exported, bare = verification.exported, verification.bare_base
-    rows = [
-        ["KL divergence, nats per token", f"{exported.kl:.2e}", f"{bare.kl:.2e}", f"≤ {verification.limits.kl:.2e}"],
-        ["same likeliest token", f"{exported.top1:.2%}", f"{bare.top1:.2%}", f"≥ {verification.limits.top1:.1%}"],
-        ["largest logit gap", f"{exported.gap:.3g}", f"{bare.gap:.3g}", ""],
-        ["perplexity", *(f"{verification.perplexity[name]:.4g}" for name in ("exported", "bare base")), ""],
-    ]
-    title = f"Against the trained model (perplexity {verification.perplexity['trained']:.4g})"
-    title += f", {verification.rows} {verification.rows_from}, {exported.tokens} tokens"
-    console.out(console.table(title, ["", "exported", "bare base", "limit"], rows, right=(1, 2, 3)))
-    for weights, cost in verification.cost.items():
-        if len(verification.cost) > 1 or cost != exported:
-            console.out(f"merged into the {weights} weights: KL {cost.kl:.2e}, same likeliest token {cost.top1:.2%}")
-    if (live := verification.live) is not None:
-        console.out(
-            f"compared in float32; computing with {verification.compute_dtype} alone changes the trained model by KL "
-            f"{live.kl:.2e}, same likeliest token {live.top1:.2%}"
-        )
-    if verification.answers:
-        console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
-
-
 def _weights_of(folder: Path) -> Weights:
     """The basis that an earlier verification noted; the default where there was none."""
-    file = folder / VERIFICATION
-    noted = json.loads(file.read_text(encoding="utf-8")).get("weights") if file.exists() else None
-    return "original" if noted == "original" else "dequantized"
+    return "original" if read_proof(folder).weights == "original" else "dequantized"
 
 
 def _run_around(folder: Path) -> RunDir:

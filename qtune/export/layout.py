@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
+from qtune.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,22 @@ def _parameters(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, str
 
 def with_4_bit_layers(model: PreTrainedModel) -> set[str]:
     """Replaces the layers that bitsandbytes quantizes by default; returns the names of their weights."""
-    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
-    quantizer.pre_quantized = False
-    quantizer._process_model_before_weight_loading(model, device_map=None)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
     return {name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)}
 
 
-def refuse_foreign_quantization(base: Path) -> None:
-    """Raises ModelError when the base is stored in a quantized format other than bitsandbytes' 4 bits."""
-    config = AutoConfig.from_pretrained(base)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if str(method) not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
-        raise ModelError(
-            Problem(
-                str(base),
-                f"is stored as {method}, which cannot be merged; export the adapter alone (--adapter-only)",
-            )
-        )
+def open_base(base: Path, *, trust_remote_code: bool = False) -> tuple[Checkpoint, PreTrainedModel]:
+    """A base model's stored tensors, and its modules on the meta device.
+
+    Raises:
+        ModelError: it cannot be read, or is stored quantized by anything but bitsandbytes.
+    """
+    network = empty_model(base, trust_remote_code=trust_remote_code)
+    quantization = getattr(network.config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = getattr(method, "quant_method", method)
+    if method is not None and str(method) not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
+        message = f"is stored as {method}, which cannot be merged; export the adapter alone (--adapter-only)"
+        raise ModelError(Problem(str(base), message))
+    return Checkpoint.open(base), network

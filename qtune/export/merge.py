@@ -119,7 +119,7 @@ def merged_tensor(merge: Merge, planned: Planned) -> torch.Tensor:
     update = _update_for(merge, parameter)
     if update is not None:
         # What was read is mapped from the checkpoint; what was made of it is ours to change.
-        coarse = values.element_size() < 4
+        coarse = update.is_everywhere and values.element_size() < 4
         values = updated(values, update, transposed=parameter in merge.layout.transposed, in_place=values is not stored)
         if coarse and planned.dtype.itemsize < 4:
             values = rounded_stochastically(values, planned.dtype, planned.name)

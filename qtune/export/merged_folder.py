@@ -11,17 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.template import Renderer
 from qtune.export.adapter_weights import open_adapter
-from qtune.export.layout import empty_model, layout_of, refuse_foreign_quantization
+from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.model_card import write_card
 from qtune.export.model_files import copy_side_files, merged_config, write_json
 from qtune.export.opened_run import Source
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
-from qtune.model.checkpoint import Checkpoint
-
-# The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
-VERIFICATION = "verify.json"
+from qtune.export.verification import mark_unverified
+from qtune.sizes import MIB
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,7 @@ class Target:
 
 def open_merge(source: Source, target: Target) -> Merge:
     """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
-    refuse_foreign_quantization(source.base)
-    checkpoint = Checkpoint.open(source.base)
-    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    checkpoint, network = open_base(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     layout = layout_of(network, list(checkpoint.tensors))
     return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, target.weights, target.dtype)
 
@@ -49,8 +45,8 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
     """
     with staged_folder(target.output, merge.nbytes, force=target.force) as work:
-        with console.progress("merging (MiB)", round(merge.nbytes / 2**20)) as bar:
-            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / 2**20))
+        with console.progress("merging (MiB)", round(merge.nbytes / MIB)) as bar:
+            write_merge(merge, work, lambda nbytes: bar.advance(nbytes / MIB))
         copy_side_files(source.base, source.adapter, work)
         notes = {} if prompt is None else {CONFIG_KEY: prompt.note}
         write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
@@ -62,14 +58,9 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
             generation["suppress_tokens"] = list(prompt.ids)
         write_json(work / "generation_config.json", generation)
         # Until the proof is there; an export that is stopped before it leaves a whole model that says so.
-        mark_unverified(work, "not compared with the trained model")
+        mark_unverified(work, "not compared with the trained model", target.weights)
         write_card(source, work, None, name=target.output.name)
     return target.output
-
-
-def mark_unverified(folder: Path, reason: str) -> None:
-    """Notes in a folder that nothing was proven about it."""
-    write_json(folder / VERIFICATION, {"verified": False, "failures": [reason]})
 
 
 def write_template(work: Path, text: str) -> None:

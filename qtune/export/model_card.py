@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import PeftType
-
 from qtune.export.opened_run import Source
 
 if TYPE_CHECKING:
-    from qtune.export.verify.verify import Verification
+    from qtune.export.verification import Verification
 
 SNIPPET = """\
 ```python
@@ -28,7 +26,7 @@ ADAPTER_SNIPPET = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
-base = AutoModelForCausalLM.from_pretrained("{base}", device_map="auto"{quantization})
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}", device_map="auto"{quantization})
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 messages = [{{"role": "user", "content": "Hello"}}]
@@ -38,14 +36,6 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """
 
-KINDS = {
-    PeftType.LORA: "a LoRA adapter",
-    PeftType.IA3: "an IA3 adapter",
-    PeftType.P_TUNING: "a soft prompt (p-tuning)",
-    PeftType.PROMPT_TUNING: "a soft prompt (prompt tuning)",
-    PeftType.PREFIX_TUNING: "a prefix (prefix tuning)",
-}
-
 
 def write_card(source: Source, folder: Path, verification: "Verification | None", *, name: str | None = None) -> None:
     """Writes README.md beside an exported model; `name` is that of the folder where it will get another."""
@@ -53,7 +43,7 @@ def write_card(source: Source, folder: Path, verification: "Verification | None"
     parts = [
         _front_matter(source, "transformers"),
         f"# {name}\n",
-        f"{source.base_name} with {KINDS[source.config.peft_type]} trained and merged by qtune.\n",
+        f"{source.base_name} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         SNIPPET.format(folder=name),
         _how_trained(source),
         "## Is it the model that was trained?\n",
@@ -64,11 +54,10 @@ def write_card(source: Source, folder: Path, verification: "Verification | None"
 
 def adapter_card(source: Source) -> str:
     """The card of an adapter alone, with the lines that load it onto the base as it was trained."""
-    quantization, config_import = "", ""
-    kind = source.basis.kind
+    quantization, config_import, words = "", "", source.recipe.adapter.in_words
+    kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
     if kind in ("nf4", "fp4"):
         config_import = ", BitsAndBytesConfig"
-        dtype = str(source.basis.compute_dtype).removeprefix("torch.")
         quantization = (
             ", quantization_config=BitsAndBytesConfig(\n"
             f'    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_compute_dtype="{dtype}",\n'
@@ -81,9 +70,9 @@ def adapter_card(source: Source) -> str:
         )
     parts = [
         _front_matter(source, "peft"),
-        f"# {KINDS[source.config.peft_type][0].upper()}{KINDS[source.config.peft_type][1:]} for {source.base_name}\n",
+        f"# {words[0].upper()}{words[1:]} for {source.base_name}\n",
         ADAPTER_SNIPPET.format(
-            base=source.base_name, folder=".", config_import=config_import, quantization=quantization
+            base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
         _how_trained(source),
     ]

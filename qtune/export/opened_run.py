@@ -1,29 +1,22 @@
 """A run's folder -> everything that an export starts from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
-from qtune.errors import ModelError, Problem
 from qtune.export.adapter_weights import read_config
 from qtune.export.basis import Basis
-from qtune.model.load import base_folder, load_tokenizer
+from qtune.model.load import load_tokenizer
+from qtune.model.local import local_base
 from qtune.plan import compute_dtype_rule
-from qtune.recipe.schema import FourBit, Model, Recipe
+from qtune.recipe.schema import FourBit, Recipe
 from qtune.run.folder import RunDir
-from qtune.tuned.load import resolved_recipe
-
-# What a merge or a loader may need from the hub; weights in other formats stay there.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+from qtune.run.resolved import resolved_recipe
 
 
 @dataclass(frozen=True)
@@ -43,13 +36,6 @@ class Source:
     def base_name(self) -> str:
         """The base as the user knows it: a hub id, a built-in name, a path."""
         return self.recipe.model.base
-
-    @property
-    def lock(self) -> dict[str, Any]:
-        """What the run noted about its surroundings; empty when it noted nothing."""
-        file = self.run.lock_file
-        locked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return locked
 
 
 def open_source(run: RunDir, adapter: Path | None = None) -> Source:
@@ -82,18 +68,3 @@ def basis_of(recipe: Recipe) -> Basis:
     dtype: torch.dtype = getattr(torch, compute_dtype_rule(present_device())[0] if name == "auto" else name)
     double = isinstance(quantization, FourBit) and quantization.double_quantization
     return Basis(quantization.kind, double, load_dtype=dtype, compute_dtype=dtype)
-
-
-def local_base(model: Model) -> Path:
-    """The base model's folder on this disk; a hub id is downloaded unless it is in the hub's cache.
-
-    Raises ModelError when it cannot be had.
-    """
-    base = Path(base_folder(model))
-    if base.is_dir():
-        return base
-    try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {reason}")) from error

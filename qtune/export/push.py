@@ -5,19 +5,19 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from qtune.errors import ExportError
+from qtune.errors import ExportError, first_line
 
 
-def push(folder: Path, repository: str, api: HfApi, *, private: bool = True) -> str:
+def push(folder: Path, repository: str, api: HfApi) -> str:
     """Uploads a folder with its model card and returns the address.
 
-    A repository that is not there is made, private unless asked otherwise. Nothing of the run but this folder leaves.
+    A repository that is not there is made, and is private. Nothing of the run but this folder leaves.
 
     Raises ExportError with the hub's reason.
     """
     try:
-        address = api.create_repo(repository, private=private, exist_ok=True)
+        address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by qtune")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"{repository}: could not be uploaded: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"{repository}: could not be uploaded: {first_line(error)}") from error
     return str(address)

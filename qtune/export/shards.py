@@ -13,9 +13,10 @@ import torch
 
 from qtune.errors import ExportError
 from qtune.model.checkpoint import DTYPES, INDEX, SINGLE
+from qtune.sizes import GIB
 
 # Small enough to resume a broken download, large enough that a 70B model is not hundreds of files.
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 4 * GIB
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

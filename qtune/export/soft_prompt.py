@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftType
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import Problem, RunError
 from qtune.export.adapter_weights import WEIGHTS, AdapterWeights, Update
-from qtune.export.layout import Layout, empty_model, layout_of, refuse_foreign_quantization
+from qtune.export.layout import Layout, layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge
 from qtune.export.opened_run import Source
 from qtune.model.checkpoint import Checkpoint
-
-BAKED = {PeftType.P_TUNING, PeftType.PROMPT_TUNING}
 
 # Kept in config.json, for readers of the file; no loader needs it.
 CONFIG_KEY = "qtune_soft_prompt"
@@ -70,9 +67,7 @@ def open_baking(source: Source, prompt: SoftPrompt, weights: Weights, dtype: tor
 
     Raises RunError, ModelError when the checkpoint has other tensors with a row for each token, or cannot be merged.
     """
-    refuse_foreign_quantization(source.base)
-    checkpoint = Checkpoint.open(source.base)
-    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
+    checkpoint, network = open_base(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     scale = embedding_scale(network)
     layout = layout_of(network, list(checkpoint.tensors))
     updates = vocabulary_updates(checkpoint, layout, prompt, scale)

@@ -1,7 +1,6 @@
 """An output folder that appears complete or not at all."""
 
 import errno
-import os
 import shutil
 import signal
 import threading
@@ -11,16 +10,18 @@ from pathlib import Path
 from types import FrameType
 
 from qtune.errors import ExportError, InputError, Problem
+from qtune.sizes import MIB, gib_text
+from qtune.whole import clear_leftovers, whole
 
 # Beside the weights: index, config, tokenizer (a large vocabulary is 35 MB), model card, verify.json.
-SIDE_FILES_BYTES = 64 * 2**20
+SIDE_FILES_BYTES = 64 * MIB
 
 
 @contextmanager
 def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its name when the block ends well, and is removed otherwise.
 
-    An export that was killed leaves `.NAME.partial-PID` behind, never a folder that looks finished; the next export
+    An export that was killed leaves `.NAME.partial-PID-…` behind, never a folder that looks finished; the next export
     to the same name clears it away.
 
     Raises InputError when `output` is there and `force` is not given, or when the disk has less than `expected_bytes`
@@ -28,20 +29,16 @@ def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> 
     """
     refuse_existing(output, force=force)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(output)
+    clear_leftovers(output)
     refuse_small_disk(output.parent, expected_bytes + SIDE_FILES_BYTES)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
     try:
-        with _terminated_by_exception():
+        with _terminated_by_exception(), whole(output) as partial:
+            partial.mkdir()
             yield partial
-            _take_the_name(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{output.parent}: the disk is full; nothing was left behind") from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -71,36 +68,4 @@ def refuse_small_disk(folder: Path, needed_bytes: int) -> None:
     """Raises InputError when a folder's disk has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise InputError(
-            Problem(str(folder), f"needs {needed_bytes / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
-        )
-
-
-def _take_the_name(partial: Path, output: Path) -> None:
-    """Renames; an old folder steps aside first and is deleted last."""
-    old = output.parent / f".{output.name}.partial-{os.getpid()}-old"
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
-
-
-def _clear_leftovers(output: Path) -> None:
-    """Removes what killed exports left behind; those that still run keep theirs."""
-    for leftover in output.parent.glob(f".{output.name}.partial-*"):
-        pid = int(leftover.name.rpartition("partial-")[2].partition("-")[0])
-        if not _is_alive(pid):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        raise InputError(Problem(str(folder), f"needs {gib_text(needed_bytes)}, the disk has {gib_text(free)} free"))

@@ -1,104 +1,259 @@
-"""The memory that a recipe may spend, and the largest micro-batch that stays inside it."""
+"""The one search over what a recipe leaves to memory; `run`, `fit` and the offers after an out-of-memory ask it.
+
+Each tells it which levers it may pull and which micro-batches it may choose. Levers come in the order of harm, at the
+smallest micro-batch; as soon as that is enough, the micro-batch is made as large as memory allows.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from qtune.device.cards import size_in_bytes
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
 from qtune.memory.tracing.in_parallel import may_fork, side_by_side
+from qtune.model.load import attention_rule
+from qtune.plan import make_plan
+from qtune.recipe.parse import changed
+from qtune.recipe.schema import FourBit
+from qtune.recipe.text import show_value
+from qtune.sizes import GIB, MIB, gib_text, size_in_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PretrainedConfig
 
+    from qtune.device.present import Device
     from qtune.memory.allowance import Need
-    from qtune.memory.predict import Longest
+    from qtune.memory.predict import Longest, Prediction
     from qtune.plan import Plan
-    from qtune.recipe.schema import Recipe
+    from qtune.recipe.schema import KeyPath, Recipe
 
-GIB = 2**30
+MICRO_BATCH = ("training", "micro_batch_size")
+EMBEDDINGS = ("memory", "embeddings")
+
+SMALL_TILE_MIB = 16
+"""Tile of the loss that is tried where the usual one is too much: a quarter of it."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A plan with its micro-batch settled by memory."""
+class Lever:
+    """A change of the recipe that saves memory."""
 
-    plan: Plan
-    need: Need
-    budget_bytes: int
+    key: KeyPath
+    value: Any
+    why: str
+    """What it costs."""
 
     @property
-    def fits(self) -> bool:
-        """Whether even one row stays inside the budget."""
-        return self.need.fits(self.budget_bytes)
+    def words(self) -> str:
+        """The change as a recipe says it."""
+        return f"{'.'.join(map(str, self.key))} = {show_value(self.value)}"
+
+
+HOST = Lever(EMBEDDINGS, "host", "the head crosses the bus twice a micro-batch, same result; slower answers")
+
+
+def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
+    """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
+    if not plan.gradient_checkpointing and recipe.adapter.checkpointable:
+        yield Lever(
+            ("training", "gradient_checkpointing"),
+            True,
+            "the forward is computed twice: a third more time, same result",
+        )
+    if plan.optimizer in ("adamw", "paged-adamw"):
+        yield Lever(
+            ("training", "optimizer"), "adamw-8bit", "8-bit moments: results as with 32 bits (arXiv:2110.02861)"
+        )
+    if plan.optimizer != "paged-adamw-8bit" and plan.device.kind == "cuda":
+        yield Lever(
+            ("training", "optimizer"), "paged-adamw-8bit", "the moments also move to the host when the card is full"
+        )
+    if isinstance(recipe.quantization, FourBit) and not recipe.quantization.double_quantization:
+        yield Lever(("quantization", "double_quantization"), True, "no loss of quality was measured (arXiv:2305.14314)")
+    if plan.loss_tile_bytes > SMALL_TILE_MIB * MIB:
+        yield Lever(("memory", "loss_tile"), f"{SMALL_TILE_MIB}MiB", "smaller matrix products in the loss, same result")
+    if plan.device.kind == "cuda" and plan.embeddings == "device":
+        yield HOST
+    if plan.device.kind == "cuda" and plan.activations == "device":
+        yield Lever(("memory", "activations"), "host", "activations cross the bus out and back, same result")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing that was tried."""
+
+    what: str
+    """The change, in the recipe's words."""
+    why: str
+    """What it costs; where it is not possible, why."""
+    before: Need
+    need: Need
+    """After the change."""
+    verdict: Literal["kept", "saves nothing", "not possible"] = "kept"
+
+
+def needed_bytes(prediction: Prediction) -> int:
+    """What must be free on the card."""
+    return prediction.need.total_bytes
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched for: a step of the longest rows that costs no more than `limit` bytes on a device."""
+
+    config: PretrainedConfig
+    device: Device
+    longest: Longest | None
+    limit: int
+    cost: Callable[[Prediction], int] = needed_bytes
+    tell: Callable[[str], None] = lambda words: None
+    """Called with a description of the next trace."""
+    traced: dict[tuple[str, int], Prediction] = field(default_factory=dict)
+    """What was traced so far, by recipe and micro-batch."""
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What the recipe means on this device before memory is asked."""
+        return make_plan(recipe, self.device, attention_rule(self.config))
+
+    def trace(self, recipe: Recipe, rows: int, *pulled: Lever) -> Prediction:
+        """The step of a recipe with `rows` at once. `pulled`: how the recipe came to be.
+
+        Raises:
+            ModelError: it cannot be traced, or is not possible.
+        """
+        key = (recipe.model_dump_json(), rows)
+        if key not in self.traced:
+            length = "" if self.longest is None else f" x {self.longest.length} tokens"
+            self.tell(", ".join([f"{rows}{length}", *(lever.words for lever in pulled)]))
+            plan = self.plan(recipe).with_micro_batch(rows)
+            self.traced[key] = predicted(self.config, recipe, plan, self.longest)
+        return self.traced[key]
+
+    def is_enough(self, prediction: Prediction) -> bool:
+        """Whether a step costs no more than there is."""
+        return self.cost(prediction) <= self.limit
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Where a search ended."""
+
+    recipe: Recipe
+    """With the levers that were pulled."""
+    rows: int
+    """The micro-batch."""
+    prediction: Prediction
+    is_enough: bool
+    changes: dict[KeyPath, Any]
+    """The levers that were pulled: keys and their values."""
+    trials: tuple[Trial, ...]
+
+    @property
+    def need(self) -> Need:
+        """What the step needs."""
+        return self.prediction.need
+
+
+def settle(search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Sequence[int]) -> Settled:
+    """Pulls `levers` one after the other until a step of the smallest micro-batch is enough; then the largest that is.
+
+    A lever that saves nothing is left out again; it may save once another one has taken away what hid it, so it is
+    tried again then.
+
+    sizes: the micro-batches that may be chosen, ascending.
+
+    Raises:
+        ModelError: the recipe's own step cannot be traced.
+    """
+    if len(sizes) > 1 and may_fork():  # the second size is nearly always asked for, and costs no time there
+        side_by_side([functools.partial(search.trace, recipe, size) for size in sizes[:2]])
+    prediction = search.trace(recipe, sizes[0])
+    pulled: list[Lever] = []
+    trials: list[Trial] = []
+    pending, more_was_kept = list(levers), True
+    while pending and more_was_kept and not search.is_enough(prediction):
+        tried, pending, more_was_kept = pending, [], False
+        for lever in tried:
+            if search.is_enough(prediction):
+                break
+            together = [*(other for other in pulled if other.key != lever.key), lever]
+            candidate = changed(recipe, {other.key: other.value for other in together})
+            trial, after = _tried(search, candidate, sizes[0], together, prediction)
+            trials = [*(old for old in trials if old.what != trial.what), trial]
+            if trial.verdict == "kept" and after is not None:
+                pulled, prediction, more_was_kept = together, after, True
+            elif trial.verdict == "saves nothing":
+                pending.append(lever)
+    changes = {lever.key: lever.value for lever in pulled}
+    recipe, rows = changed(recipe, changes) if changes else recipe, sizes[0]
+    if search.is_enough(prediction):
+        rows = largest_that_fits(sizes, lambda size: search.cost(search.trace(recipe, size, *pulled)), search.limit)
+        prediction = search.trace(recipe, rows)
+    return Settled(recipe, rows, prediction, search.is_enough(prediction), changes, tuple(trials))
+
+
+def _tried(
+    search: Search, candidate: Recipe, rows: int, pulled: list[Lever], before: Prediction
+) -> tuple[Trial, Prediction | None]:
+    """Whether the last lever of `pulled` saves anything."""
+    lever = pulled[-1]
+    try:
+        after = search.trace(candidate, rows, *pulled)
+    except ModelError as error:  # an adapter that trains the embeddings keeps them on the card
+        return Trial(lever.words, error.problems[0].message, before.need, before.need, "not possible"), None
+    saves = (search.cost(after), needed_bytes(after)) < (search.cost(before), needed_bytes(before))
+    return Trial(lever.words, lever.why, before.need, after.need, "kept" if saves else "saves nothing"), after
+
+
+def whole_parts(batch: int) -> list[int]:
+    """The micro-batches that a batch can be made of, ascending."""
+    return [size for size in range(1, batch + 1) if batch % size == 0]
+
+
+def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
+    """What `qtune run` settles by itself on a card, and the plan that it makes: micro-batch and embeddings, where the
+    recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where a step would not fit
+    otherwise and where that helps.
+
+    any_rows: whether the micro-batch is free also where the recipe gives a number.
+    """
+    plan = search.plan(recipe)
+    is_card = search.device.kind == "cuda"
+    free_rows = any_rows or (is_card and recipe.training.micro_batch_size == "auto")
+    sizes = whole_parts(recipe.training.batch_size) if free_rows else [plan.micro_batch_size]
+    own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
+    found = settle(search, recipe, own, sizes)
+    if EMBEDDINGS in found.changes:
+        what = "one row" if sizes[0] == 1 else f"{sizes[0]} rows"
+        needed = found.trials[-1].before.total_bytes / GIB
+        reason = f"with them on the card {what} would need {needed:.2f} GiB of {search.limit / GIB:.2f}"
+        plan = plan.with_embeddings_on_host(reason)
+    if free_rows:
+        words = f"{gib_text(found.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
+        plan = plan.with_micro_batch(found.rows, f"the largest that fits: {words}")
+    return found, plan
+
+
+def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:
+    """`plan` with what a recipe leaves to a card's memory."""
+    return as_run(Search(config, plan.device, longest, budget_bytes(recipe, plan)), recipe)[1]
 
 
 def budget_bytes(recipe: Recipe, plan: Plan) -> int:
     """[memory] budget in bytes; "auto" is what the device has free."""
     budget = recipe.memory.budget
-    return plan.device.free_bytes if budget == "auto" else size_in_bytes(budget)
-
-
-def choose_micro_batch(
-    config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None, budget: int | None = None
-) -> Chosen:
-    """The largest micro-batch of `recipe` that fits, by tracing; the effective batch stays what it is.
-
-    `qtune run` asks this under micro_batch_size = "auto"; `qtune fit` asks it for each of its candidates. Where not
-    even one row fits, the answer is one row and `fits` is False.
-    """
-    limit = budget_bytes(recipe, plan) if budget is None else budget
-    batch = plan.micro_batch_size * plan.accumulation_steps
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-
-    @functools.cache
-    def need(size: int) -> Need:
-        return predicted(config, recipe, plan.with_micro_batch(size, ""), longest).need
-
-    if len(sizes) > 1 and may_fork():  # the second size is nearly always asked for, and costs no time there
-        side_by_side([functools.partial(need, size) for size in sizes[:2]])  # the cache of predictions keeps it
-    size = largest_that_fits(sizes, lambda candidate: need(candidate).total_bytes, limit)
-    found = need(size)
-    words = f"{found.total_bytes / GIB:.2f} GiB traced and margin, of {limit / GIB:.2f} GiB"
-    return Chosen(plan.with_micro_batch(size, f"the largest that fits: {words}"), found, limit)
-
-
-def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:
-    """`plan` with what a recipe leaves to a card's memory: the micro-batch, and where the embeddings are.
-
-    They go to the host, which changes nothing but the speed, only where the step would not fit otherwise and where that
-    helps.
-    """
-
-    def chosen(candidate: Plan) -> Chosen:
-        if recipe.training.micro_batch_size == "auto":
-            return choose_micro_batch(config, recipe, candidate, longest)
-        return Chosen(candidate, predicted(config, recipe, candidate, longest).need, budget_bytes(recipe, candidate))
-
-    on_card = chosen(plan)
-    if on_card.fits or recipe.memory.embeddings != "auto":
-        return on_card.plan
-    rows = on_card.plan.micro_batch_size
-    what = "one row" if rows == 1 else f"{rows} rows"
-    needed, budget = on_card.need.total_bytes / GIB, on_card.budget_bytes / GIB
-    reason = f"with them on the card {what} would need {needed:.2f} GiB of {budget:.2f}"
-    try:
-        on_host = chosen(plan.with_embeddings_on_host(reason))
-    except ModelError:  # the adapter trains the embeddings
-        return on_card.plan
-    return on_host.plan if on_host.need.total_bytes < on_card.need.total_bytes else on_card.plan
+    return plan.device.free_bytes if budget == "auto" else size_in_bytes(budget, "memory.budget")
 
 
 NEARLY_STRAIGHT = 0.02
 """How far memory over rows is trusted to be from a straight line, as a share of the limit."""
 
 
-def largest_that_fits(sizes: list[int], cost: Callable[[int], int], limit: int) -> int:
+def largest_that_fits(sizes: Sequence[int], cost: Callable[[int], int], limit: int) -> int:
     """The largest of the ascending `sizes` whose cost is within `limit`; the first if none is.
 
     Cost grows with size, nearly in a straight line: two sizes give a guess, and the guess is checked by its own cost.

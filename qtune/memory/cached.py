@@ -6,15 +6,15 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
-from qtune.model.builtin import cache_folder
-from qtune.model.load import is_stored_quantized
+from qtune.model.quantization import is_stored_quantized
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,13 +55,11 @@ def remembered(
         return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of another version: trace it
-    found = traced()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(asdict(found), stream)
-    Path(temporary).replace(file)
-    return found
+    prediction = traced()
+    # A prediction that cannot be kept, in a cache that is full or another user's, is traced again the next time.
+    with suppress(OSError):
+        write_text(file, json.dumps(asdict(prediction)))
+    return prediction
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

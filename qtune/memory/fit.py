@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtune.errors import ModelError
-from qtune.memory.budget import budget_bytes, choose_micro_batch, largest_that_fits
+from qtune.device.cards import device_for
+from qtune.memory.budget import (
+    EMBEDDINGS,
+    MICRO_BATCH,
+    Lever,
+    Search,
+    Settled,
+    Trial,
+    as_run,
+    budget_bytes,
+    largest_that_fits,
+    levers,
+    settle,
+)
 from qtune.memory.cached import predicted
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.memory.profile import device_for
 from qtune.model.load import attention_rule, load_config
 from qtune.plan import make_plan
-from qtune.recipe.schema import FourBit, KeyPath, PrefixTuning, Recipe, parse_recipe
+from qtune.recipe.parse import changed
 from qtune.recipe.text import rewritten
 from qtune.run.resolved import absolute_paths
+from qtune.sizes import gib_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -28,6 +40,7 @@ if TYPE_CHECKING:
     from qtune.memory.allowance import Need
     from qtune.plan import Plan
     from qtune.recipe.file import Resolved
+    from qtune.recipe.schema import KeyPath, Recipe
 
 LENGTH_STEP = 64
 """Lengths are tried in multiples of this."""
@@ -35,59 +48,29 @@ LENGTH_STEP = 64
 INTERPOLATIONS = 6
 """So many guesses along a straight line are made before lengths are halved."""
 
-SMALL_TILE_MIB = 16
-"""Tile of the loss that is tried where the usual one is too much: a quarter of it."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One thing that was tried."""
-
-    what: str
-    """The change, in the recipe's words."""
-    why: str
-    """What it costs."""
-    before: Need
-    need: Need
-    """After the change."""
-    verdict: Literal["kept", "saves nothing", "not possible"] = "kept"
-
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` found."""
+    """How a search over a recipe's settings ended."""
 
     plan: Plan
+    """What `qtune run` will do with the recipe as it ended."""
     rows: Rows
     budget_bytes: int
-    asked: Need
-    """The recipe as it was given."""
-    asked_rows: int
-    """Its micro-batch."""
+    asked: Settled
+    """The recipe as it was given, as `qtune run` would settle it."""
     need: Need
     """The recipe as it ended."""
     trials: list[Trial] = field(default_factory=list)
     changes: dict[KeyPath, Any] = field(default_factory=dict)
-    """Recipe keys and their new values."""
+    """Recipe keys and their new values; nothing that `qtune run` settles by itself."""
+    left: dict[KeyPath, Any] = field(default_factory=dict)
+    """What the recipe leaves open, and what `qtune run` will choose."""
 
     @property
     def fits(self) -> bool:
         """Whether the recipe as it ended stays within the budget."""
         return self.need.fits(self.budget_bytes)
-
-
-@dataclass(frozen=True)
-class Lever:
-    """A change of the recipe that saves memory."""
-
-    key: KeyPath
-    value: Any
-    why: str
-
-    @property
-    def words(self) -> str:
-        """The change as a recipe says it."""
-        return f"{'.'.join(map(str, self.key))} = {shown(self.value)}"
 
 
 def fit(
@@ -100,76 +83,64 @@ def fit(
 ) -> Fitted:
     """Searches the settings in the order of harm; each candidate is traced.
 
-    First the micro-batch alone. If one row does not fit, the levers one after the other, and with `allow_length` at
-    last the length. A lever that saves nothing is left out again; it may save once another one has taken away what
-    hid it, so it is tried again then. As soon as one row fits, the micro-batch is made as large as the budget allows.
+    First what `qtune run` would settle by itself, and only where that is not enough the levers one after the other,
+    with `allow_length` at last the length. A value that is "auto" stays so where run then settles it.
     """
     rows = rows or Rows(Longest(recipe.data.max_length), "data.max_length, every token scored")
-    attention = attention_rule(config)
-    plan = make_plan(recipe, device, attention)
-    asked = predicted(config, recipe, plan, rows.longest).need
-    start = Fitted(plan, rows, budget, asked, plan.micro_batch_size, asked)
-    if start.fits:
-        return start
-    trials: list[Trial] = []
-    changes: dict[KeyPath, Any] = {}
-
-    def one_row(candidate: Recipe, longest: Longest) -> Need:
-        single = make_plan(candidate, device, attention).with_micro_batch(1, "")
-        return predicted(config, candidate, single, longest).need
-
-    need = asked
-    if plan.micro_batch_size > 1:
-        need = one_row(recipe, rows.longest)
-        batch = plan.micro_batch_size * plan.accumulation_steps
-        price = f"{batch} micro-batches make a step: the same gradient, a little slower"
-        trials.append(Trial("training.micro_batch_size = 1", price, asked, need))
-    pending, more_was_kept = list(levers(recipe, plan)), True
-    while pending and more_was_kept and not need.fits(budget):
-        tried, pending, more_was_kept = pending, [], False
-        for lever in tried:
-            if need.fits(budget):
-                break
-            trial = _tried(lever, recipe, need, lambda candidate: one_row(candidate, rows.longest))
-            trials = [*(old for old in trials if old.what != trial.what), trial]
-            if trial.verdict == "kept":
-                recipe, need = changed(recipe, {lever.key: lever.value}), trial.need
-                changes[lever.key] = lever.value
-                more_was_kept = True
-            elif trial.verdict == "saves nothing":
-                pending.append(lever)
-    longest = rows.longest
-    if allow_length and not need.fits(budget):
-        single = make_plan(recipe, device, attention).with_micro_batch(1, "")
-        length = longest_that_fits(config, recipe, single, budget, longest) or LENGTH_STEP
-        shorter = _cut(longest, length)
-        lever = Lever(
-            ("data", "max_length"),
-            length,
-            'longer rows stop the run; data.on_long_row = "cut-right" cuts them, "drop" leaves them out',
-        )
-        trial = _tried(lever, recipe, need, lambda candidate: one_row(candidate, shorter))
+    search = Search(config, device, rows.longest, budget)
+    asked, plan = as_run(search, recipe)
+    if asked.is_enough:
+        return Fitted(plan, rows, budget, asked, asked.need, list(asked.trials), left=_left(recipe, plan))
+    trials = list(asked.trials)
+    if asked.rows > 1:
+        price = f"{recipe.training.batch_size} micro-batches make a step: the same gradient, a little slower"
+        single = search.trace(asked.recipe, 1)
+        trials.append(Trial("training.micro_batch_size = 1", price, asked.need, single.need))
+    pulled = settle(search, asked.recipe, list(levers(asked.recipe, search.plan(asked.recipe))), [1])
+    again = {trial.what for trial in pulled.trials}
+    trials = [*(trial for trial in trials if trial.what not in again), *pulled.trials]
+    changes = dict(pulled.changes)
+    if allow_length and not pulled.is_enough:
+        length, trial = _shorter(search, pulled)
         trials.append(trial)
         if trial.verdict == "kept":
-            recipe, need, longest = changed(recipe, {lever.key: length}), trial.need, shorter
-            changes[lever.key] = length
-    plan = make_plan(recipe, device, attention)
-    if not need.fits(budget):
-        return Fitted(plan, rows, budget, asked, start.asked_rows, need, trials, changes)
-    chosen = choose_micro_batch(config, recipe, plan, longest, budget)
-    changes["training", "micro_batch_size"] = chosen.plan.micro_batch_size
-    return Fitted(chosen.plan, rows, budget, asked, start.asked_rows, chosen.need, trials, changes)
+            changes["data", "max_length"] = length
+            search = replace(search, longest=_cut(rows.longest, length), traced={})
+    # As it is written: what run settles by itself, it settles anew.
+    ended = changed(recipe, changes) if changes else recipe
+    final, plan = as_run(search, ended)
+    if not final.is_enough:
+        final, plan = as_run(search, ended, any_rows=True)
+        if final.is_enough:
+            changes[MICRO_BATCH] = plan.micro_batch_size
+    need = final.need if final.is_enough else min((final.need, pulled.need), key=lambda one: one.total_bytes)
+    return Fitted(plan, rows, budget, asked, need, trials, changes, _left(recipe, plan) if final.is_enough else {})
 
 
-def _tried(lever: Lever, recipe: Recipe, before: Need, need_of: Callable[[Recipe], Need]) -> Trial:
-    """Whether one row needs less with the lever."""
-    try:
-        after = need_of(changed(recipe, {lever.key: lever.value}))
-    except ModelError as error:  # an adapter that trains the embeddings keeps them on the card
-        return Trial(lever.words, error.problems[0].message, before, before, "not possible")
-    return Trial(
-        lever.words, lever.why, before, after, "kept" if after.total_bytes < before.total_bytes else "saves nothing"
+def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:
+    """What `qtune run` chooses on a card."""
+    if plan.device.kind != "cuda":
+        return {}
+    own = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
+    return own | ({EMBEDDINGS: plan.embeddings} if recipe.memory.embeddings == "auto" else {})
+
+
+def _shorter(search: Search, pulled: Settled) -> tuple[int, Trial]:
+    """The longest rows that fit, one at a time, and what that saves."""
+    assert search.longest is not None
+    plan = search.plan(pulled.recipe).with_micro_batch(1)
+    length = longest_that_fits(search.config, pulled.recipe, plan, search.limit, search.longest) or LENGTH_STEP
+    lever = Lever(
+        ("data", "max_length"),
+        length,
+        'longer rows stop the run; data.on_long_row = "cut-right" cuts them, "drop" leaves them out',
     )
+    cut = replace(search, longest=_cut(search.longest, length), traced={})
+    after = cut.trace(changed(pulled.recipe, {lever.key: length}), 1)
+    verdict: Literal["kept", "saves nothing"] = (
+        "kept" if search.cost(after) < search.cost(pulled.prediction) else ("saves nothing")
+    )
+    return length, Trial(lever.words, lever.why, pulled.need, after.need, verdict)
 
 
 def _cut(longest: Longest, length: int) -> Longest:
@@ -177,36 +148,6 @@ def _cut(longest: Longest, length: int) -> Longest:
     scored = None if longest.scored is None else min(longest.scored, length)
     evaluated = None if longest.evaluated is None else min(longest.evaluated, length)
     return Longest(min(longest.length, length), scored, longest.equal, evaluated)
-
-
-def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
-    """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if not plan.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuning):
-        yield Lever(
-            ("training", "gradient_checkpointing"),
-            True,
-            "the forward is computed twice: a third more time, same result",
-        )
-    if plan.optimizer in ("adamw", "paged-adamw"):
-        yield Lever(
-            ("training", "optimizer"), "adamw-8bit", "8-bit moments: results as with 32 bits (arXiv:2110.02861)"
-        )
-    if plan.optimizer != "paged-adamw-8bit" and plan.device.kind == "cuda":
-        yield Lever(
-            ("training", "optimizer"), "paged-adamw-8bit", "the moments also move to the host when the card is full"
-        )
-    if isinstance(recipe.quantization, FourBit) and not recipe.quantization.double_quantization:
-        yield Lever(("quantization", "double_quantization"), True, "no loss of quality was measured (arXiv:2305.14314)")
-    if plan.loss_tile_bytes > SMALL_TILE_MIB * 2**20:
-        yield Lever(("memory", "loss_tile"), f"{SMALL_TILE_MIB}MiB", "smaller matrix products in the loss, same result")
-    if plan.device.kind == "cuda" and plan.embeddings == "device":
-        yield Lever(
-            ("memory", "embeddings"),
-            "host",
-            "the head crosses the bus twice a micro-batch, same result; slower answers",
-        )
-    if plan.device.kind == "cuda" and plan.activations == "device":
-        yield Lever(("memory", "activations"), "host", "activations cross the bus out and back, same result")
 
 
 def longest_that_fits(
@@ -269,19 +210,6 @@ def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, bu
     return size if cost(size) <= budget else 0
 
 
-def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:
-    """A recipe with other values, checked like any other."""
-    tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    for name in ("quantization", "adapter"):
-        tables[name] = getattr(recipe, name).model_dump(mode="json", exclude_none=True)
-    for (table, key), value in changes.items():
-        tables.setdefault(str(table), {})[str(key)] = value
-    result = parse_recipe(tables)
-    if isinstance(result, list):
-        raise ValueError("; ".join(f"{fault.path}: {fault.message}" for fault in result))
-    return result
-
-
 def fit_recipe(resolved: Resolved, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:
     """`qtune fit`: for the card that is named, that has this much memory, or that is here.
 
@@ -297,7 +225,7 @@ def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) 
     """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says."""
     device, limit, config = _card(recipe, gpu, vram)
     plan = make_plan(recipe, device, attention_rule(config))
-    card = f"{device.name} ({limit / 2**30:.2f} GiB)"
+    card = f"{device.name} ({gib_text(limit)})"
     if what == "length":
         found = longest_that_fits(config, recipe, plan, limit)
         if not found:
@@ -326,7 +254,7 @@ def fitted_text(resolved: Resolved, found: Fitted, target: Path) -> str:
             if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
                 asked["data", key] = moved
     text = rewritten(resolved.text, asked, "")
-    return rewritten(text, found.changes, f"to fit {found.budget_bytes / 2**30:.2f} GiB")
+    return rewritten(text, found.changes, f"to fit {gib_text(found.budget_bytes)}")
 
 
 def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
@@ -343,8 +271,3 @@ def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
             if sources.get((table, key)) not in ("recipe", "--set"):
                 changes[table, key] = None
     return changes
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe writes it."""
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)

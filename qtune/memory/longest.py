@@ -65,9 +65,9 @@ def longest_of(prepared: Prepared) -> Rows:
             scored = max(scored, int(_column(prepared.examples[split], "scored").max()))
     if "validation" in prepared.examples:
         evaluated = int(_column(prepared.examples["validation"], "length").max())
-    found = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
+    row = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
     what = "packed rows" if prepared.packed else "training rows"
-    return Rows(found, f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored")
+    return Rows(row, f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored")
 
 
 def _most_in_packed(rows: Dataset) -> int:

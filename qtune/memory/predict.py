@@ -13,7 +13,7 @@ import torch
 
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.lean import install_lean_step
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.memory.allowance import Need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
@@ -21,9 +21,9 @@ from qtune.memory.tracing.history import Moment
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.model.host import keep_embeddings_on_host
-from qtune.model.load import quantization_config, require_attention
+from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
-from qtune.recipe.schema import PromptTuning, PTuning
+from qtune.model.quantization import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,10 +61,8 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
         made = functools.partial(build, recipe=recipe, plan=plan)
         return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = (
-            f"a step of {config.model_type} cannot be traced without its weights: {first}. A run may work all the same"
-        )
+        reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
+        reason += ". A run may work all the same"
         raise ModelError(Problem(recipe.model.base, reason)) from error
 
 
@@ -107,7 +105,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
     rows = plan.micro_batch_size
     masked = recipe.data.packing or (rows > 1 and not longest.equal)
     # Nothing comes before a row's first token that could predict it, unless virtual tokens do.
-    unscored = 0 if isinstance(recipe.adapter, (PTuning, PromptTuning)) else 1
+    unscored = 0 if recipe.adapter.predicts_first_token else 1
 
     def batch(length: int) -> Batch:
         each = length if longest.scored is None else min(longest.scored, length)

@@ -2,93 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qtune.device import cards
 from qtune.device.present import Device, present_device
 from qtune.errors import Problem, RunError
-from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
-from qtune.memory.longest import Rows, longest_rows
+from qtune.memory.forecast import Forecast, forecast, refusal
+from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
-from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.load import (
     attention_rule,
-    is_stored_quantized,
     load_config,
-    quantization_config,
-    quantized_too_little,
 )
 from qtune.plan import make_plan
+from qtune.run.lock import LockedDevice, read_lock
+from qtune.run.memory import RunMemory, measured_memory, write_memory
+from qtune.run.resolved import resolved_recipe
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from qtune.memory.predict import Prediction
     from qtune.memory.savings import Way
     from qtune.plan import Plan
     from qtune.recipe.file import Resolved
     from qtune.recipe.schema import Recipe
     from qtune.run.folder import RunDir
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a recipe will need on a device: the plan that `qtune run` makes there, and its step, traced."""
-
-    plan: Plan
-    rows: Rows
-    prediction: Prediction
-    budget_bytes: int
-    """What may be spent: [memory] budget, or what was free when the question was asked."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the step is predicted to stay inside the budget."""
-        return self.prediction.need.fits(self.budget_bytes)
-
-    def to_json(self) -> dict[str, Any]:
-        """The prediction of a run as it stands in memory.json, sizes in bytes."""
-        found = asdict(self.prediction)
-        return {
-            "device": self.plan.device.name,
-            "micro_batch_size": self.plan.micro_batch_size,
-            "longest": asdict(self.rows.longest),
-            "known_from": self.rows.known_from,
-            "needed_bytes": self.prediction.need.total_bytes,
-            "budget_bytes": self.budget_bytes,
-            **{name: found[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
-        }
-
-
-def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast:
-    """The plan of `qtune run`, `profile` and `check`: on a card what it leaves open follows from memory, by tracing.
-
-    Raises:
-        ModelError: no model can be built from the configuration, or the adapter does not fit it.
-    """
-    plan = make_plan(recipe, device, attention_rule(config))
-    if device.kind == "cuda":
-        plan = settled(config, recipe, plan, rows.longest)
-    prediction = predicted(config, recipe, plan, rows.longest)
-    return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
-
-
-def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | str:
-    """`forecast`; where the step cannot be traced, in words why: a run may fit all the same."""
-    try:
-        return forecast(config, recipe, device, rows)
-    except Exception as error:
-        log.debug("the step could not be traced", exc_info=True)
-        said = str(error).partition("\n")[0]
-        return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -119,15 +57,6 @@ class Measured:
     """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
 
 
-def device_for(gpu: str | None, vram: str | None) -> Device:
-    """The card that is asked about: by name, by size, or the one that is here."""
-    if gpu is not None:
-        return cards.card_named(gpu).device()
-    if vram is not None:
-        return cards.described(cards.size_in_bytes(vram) / cards.GIB)
-    return present_device()
-
-
 def profile(resolved: Resolved, device: Device, length: int | None = None) -> Profile:
     """Traces the recipe's own step on `device`.
 
@@ -156,19 +85,6 @@ def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> 
     )
 
 
-def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:
-    """What `qtune run` would say once the weights are loaded, known before: too little of the model is quantized."""
-    if is_stored_quantized(config):
-        return None
-    dtype = getattr(torch, plan.compute_dtype)
-    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
-    return quantized_too_little(recipe.model.base, network, recipe.quantization)
-
-
-TRACED = ("traced", "ways", "attribution")
-"""Keys of memory.json that are traced after a run, not during it: on a CPU that would delay a short run noticeably."""
-
-
 def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
     """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
 
@@ -179,13 +95,12 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         ModelError: the base model's configuration is not to be had any more.
     """
     from qtune.memory.savings import attribution, ways
-    from qtune.tuned.load import resolved_recipe
 
-    known = _memory_of(run_dir)
-    found = known["measured"]
-    recipe, device = resolved_recipe(run_dir), _device_of(run_dir, found)
+    memory = measured_memory(run_dir)
+    found = memory.measured or {}
+    recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
-        return Measured(found, None, [], [], known.get("failure"))
+        return Measured(found, None, [], [], memory.failure)
     config = load_config(recipe.model)
     plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
@@ -195,52 +110,46 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         "is_measured": "forward" in found.get("largest_batch", {}),
     }
     needed = prediction.need.total_bytes
-    known["traced"] = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
     result = Measured(
         found,
         prediction,
         ways(config, recipe, plan, longest) if savings else [],
         attribution(config, recipe, plan, longest) if explain else [],
-        known.get("failure"),
+        memory.failure,
     )
-    for key, traced in (("ways", result.ways), ("attribution", result.attribution)):
-        if traced:
-            known[key] = [way.to_json() for way in traced]
-    run_dir.write_json(run_dir.memory_file, known)
+    # What was traced before and is not asked for now stays.
+    told = RunMemory(
+        memory.predicted,
+        memory.measured,
+        memory.failure,
+        traced,
+        tuple(way.to_json() for way in result.ways) or memory.ways,
+        tuple(way.to_json() for way in result.attribution) or memory.attribution,
+    )
+    write_memory(run_dir, told)
     return result
 
 
 def is_traced(run_dir: RunDir) -> bool:
     """Whether nothing is left to trace for a run's memory.json, as far as there is a measurement to compare with."""
     try:
-        known = _memory_of(run_dir)
+        memory = measured_memory(run_dir)
     except RunError:
         return True
-    return all(key in known for key in TRACED) or _device_of(run_dir, known["measured"]) is None
+    return memory.is_traced or _device_of(run_dir, memory) is None
 
 
-def _memory_of(run_dir: RunDir) -> dict[str, Any]:
-    try:
-        known: dict[str, Any] = json.loads(run_dir.memory_file.read_text(encoding="utf-8"))
-        known["measured"]["device"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            Problem(str(run_dir.memory_file), "has no measurement: the run did not reach its end")
-        ) from error
-    return known
-
-
-def _device_of(run_dir: RunDir, measured: dict[str, Any]) -> Device | None:
+def _device_of(run_dir: RunDir, memory: RunMemory) -> Device | None:
     """The device of a run from its lock, empty; where an older lock does not tell, one of its kind that is here."""
-    try:
-        locked = run_dir.read_json(run_dir.lock_file)["device"]
-        total, capability = locked["total_bytes"], locked["capability"]
-        return Device(
-            locked["kind"], locked["name"], total, total, locked["bf16"], tuple(capability) if capability else None
-        )
-    except (RunError, KeyError, TypeError):
-        here = present_device()
-        return here if (here.kind == "cpu") == (measured["device"] == "cpu") else None
+    lock = read_lock(run_dir)
+    device = lock.last_device if lock is not None else LockedDevice()
+    if device.kind is not None and device.total_bytes is not None and device.bf16 is not None:
+        total, capability = device.total_bytes, device.capability
+        two = (capability[0], capability[1]) if capability else None
+        return Device(device.kind, device.name, total, total, device.bf16, two)
+    here = present_device()
+    return here if (here.kind == "cpu") == ((memory.measured or {}).get("device") == "cpu") else None
 
 
 def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qtune.errors import ModelError
-from qtune.memory.cached import predicted
-from qtune.memory.fit import Lever, changed, levers, shown
+from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, levers, settle, whole_parts
 from qtune.memory.tracing import categories
-from qtune.model.load import attention_rule
-from qtune.plan import make_plan
+from qtune.recipe.parse import changed
+from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PretrainedConfig
 
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
 WANTED = 2
 """So many remedies are looked for."""
-
-MICRO_BATCH = ("training", "micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Remedy:
     @property
     def words(self) -> str:
         """The change as a recipe says it."""
-        return ", ".join(f"{'.'.join(map(str, key))} = {shown(value)}" for key, value in self.changes.items())
+        return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in self.changes.items())
 
 
 @dataclass(frozen=True)
@@ -98,83 +94,60 @@ def remedies(
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
-    search = _Search(config, recipe, plan, longest, rows, room, tell)
-    is_predicted_to_fit = search.failed.need.fits(room.available_bytes)
-    size = rows
-    # Fewer rows at once change nothing where memory ran out beside them, as in loading or saving.
-    if room.phase in ("forward", "backward", "eval") or not is_predicted_to_fit:
-        for smaller in [size for size in range(rows - 1, 0, -1) if search.batch % size == 0]:
-            if search.tries(smaller):
-                break
-        else:
-            size = rows if is_predicted_to_fit else 1
-    pulled = list(levers(recipe, plan))
-    if room.is_begun:
-        pulled.sort(key=lambda lever: lever.key not in CHANGEABLE)
-    not_enough = [lever for lever in pulled if search.wants(lever) and not search.tries(size, lever)]
-    together: list[Lever] = []
-    least = search.failed.need.total_bytes
-    for lever in not_enough:
-        more = [*(other for other in together if other.key != lever.key), lever]
-        if search.wants(lever) and not search.tries(size, *more) and search.last.need.total_bytes < least:
-            together, least = more, search.last.need.total_bytes
-    return Remedies(search.failed, search.found, search.least_bytes)
-
-
-class _Search:
-    """Traces candidates, and keeps those that would have fit."""
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        recipe: Recipe,
-        plan: Plan,
-        longest: Longest,
-        rows: int,
-        room: Room,
-        tell: Callable[[str], None],
-    ) -> None:
-        # What the plan has settled is the recipe's now, so that a change of one value leaves the others alone.
-        settled: dict[KeyPath, Any] = {
+    # What the plan has settled is the recipe's now, so that a change of one value leaves the others alone.
+    recipe = changed(
+        recipe,
+        {
             ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
             ("training", "optimizer"): plan.optimizer,
-            ("memory", "embeddings"): plan.embeddings,
-        }
-        self.config, self.plan, self.longest, self.room, self.tell = config, plan, longest, room, tell
-        self.recipe = changed(recipe, settled)
-        self.batch = plan.micro_batch_size * plan.accumulation_steps
-        self.failed = self.last = self._trace(rows)
-        self.least_bytes = self.failed.need.total_bytes
-        self.found: list[Remedy] = []
+            EMBEDDINGS: plan.embeddings,
+        },
+    )
+    asking = Search(config, plan.device, longest, room.available_bytes, tell=tell)
+    failed = asking.trace(recipe, rows)
+    # The step must need no more than there was, and save in the failed phase what was missing there: the prediction of
+    # the failed step may have been too low.
+    allowed = phase_bytes(failed, room.phase) - room.short_bytes
 
-    def wants(self, lever: Lever) -> bool:
-        """Whether more is looked for, and not just another value of what was found."""
-        return len(self.found) < WANTED and not any(lever.key in remedy.changes for remedy in self.found)
+    def cost(prediction: Prediction) -> int:
+        over = phase_bytes(prediction, room.phase) - allowed
+        return max(prediction.need.total_bytes, room.available_bytes + over)
 
-    def tries(self, size: int, *chosen: Lever) -> bool:
-        """Whether micro-batches of `size` rows would have fit with these changes.
+    search = replace(asking, cost=cost)
+    batch = plan.micro_batch_size * plan.accumulation_steps
+    found: list[Remedy] = []
 
-        They do if the step needs no more than there was, and if it saves in the failed phase what was missing there:
-        the prediction of the failed step may have been too low.
-        """
-        try:
-            self.last = self._trace(size, *chosen)
-        except ModelError:  # an adapter that trains the embeddings keeps them on the card
-            return False
-        self.least_bytes = min(self.least_bytes, self.last.need.total_bytes)
-        saved = phase_bytes(self.failed, self.room.phase) - phase_bytes(self.last, self.room.phase)
-        if not self.last.need.fits(self.room.available_bytes) or saved < self.room.short_bytes:
-            return False
-        changes = {lever.key: lever.value for lever in chosen}
-        why = "; ".join(lever.why for lever in chosen)
-        if size != self.plan.micro_batch_size:
-            changes = {MICRO_BATCH: size} | changes
-            why = why or f"{self.batch // size} micro-batches make a step: the same gradient, a little slower"
-        self.found.append(Remedy(changes, why, self.last.peak.bytes, self.last.need.total_bytes))
-        return True
+    def ask(pulled: Sequence[Lever], sizes: Sequence[int]) -> bool:
+        outcome = settle(search, recipe, pulled, sizes)
+        if outcome.is_enough:
+            whys = {lever.words: lever.why for lever in pulled}
+            price = "; ".join(whys[trial.what] for trial in outcome.trials if trial.verdict == "kept")
+            changes = dict(outcome.changes)
+            if outcome.rows != plan.micro_batch_size:
+                changes = {MICRO_BATCH: outcome.rows} | changes
+                price = (
+                    price or f"{batch // outcome.rows} micro-batches make a step: the same gradient, a little slower"
+                )
+            found.append(Remedy(changes, price, outcome.prediction.peak.bytes, outcome.need.total_bytes))
+        return outcome.is_enough
 
-    def _trace(self, size: int, *chosen: Lever) -> Prediction:
-        self.tell(", ".join([f"{size} x {self.longest.length} tokens", *(lever.words for lever in chosen)]))
-        candidate = changed(self.recipe, {lever.key: lever.value for lever in chosen})
-        plan = make_plan(candidate, self.plan.device, attention_rule(self.config)).with_micro_batch(size, "")
-        return predicted(self.config, candidate, plan, self.longest)
+    size = rows
+    fits_by_prediction = failed.need.fits(room.available_bytes)
+    # Fewer rows at once change nothing where memory ran out beside them, as in loading or saving.
+    if room.phase in ("forward", "backward", "eval") or not fits_by_prediction:
+        smaller = [part for part in whole_parts(batch) if part < rows]
+        is_enough = bool(smaller) and ask((), smaller)
+        size = rows if is_enough or fits_by_prediction else 1
+    ordered = list(levers(recipe, plan))
+    if room.is_begun:
+        ordered.sort(key=lambda lever: lever.key not in CHANGEABLE)
+    not_enough = [lever for lever in ordered if _is_wanted(lever, found) and not ask((lever,), [size])]
+    together = [lever for lever in not_enough if _is_wanted(lever, found)]
+    if len(together) > 1:
+        ask(together, [size])
+    return Remedies(failed, found, min(prediction.need.total_bytes for prediction in search.traced.values()))
+
+
+def _is_wanted(lever: Lever, found: Sequence[Remedy]) -> bool:
+    """Whether more is looked for, and not just another value of what was found."""
+    return len(found) < WANTED and not any(lever.key in remedy.changes for remedy in found)

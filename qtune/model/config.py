@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, last_line
 
 FILE = "config.json"
 
@@ -179,8 +179,7 @@ def _not_causal(kind: Any, raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _last_sentence(error: Exception) -> str:
     """transformers' own validation wraps what it has to say in where it says it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[-1] if lines else type(error).__name__
+    said = last_line(error)
     for name in ("ValueError: ", "TypeError: "):
         said = said.removeprefix(name)
     return f"cannot be: {said}"

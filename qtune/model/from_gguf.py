@@ -4,14 +4,15 @@ transformers can keep GGUF weights packed, but a packed model can be neither qua
 """
 
 import hashlib
-import shutil
 import struct
 import tempfile
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import ModelError, Problem
-from qtune.model.builtin import cache_folder, convert
+from qtune.cache import cache_folder, not_writable
+from qtune.errors import ModelError, Problem, first_line
+from qtune.model.builtin import convert
+from qtune.whole import whole
 
 
 def gguf_folder(file: Path) -> Path:
@@ -27,32 +28,28 @@ def gguf_folder(file: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"{file.name}: dequantizing into the cache, once")
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        convert(_alone(file, work), work / "model")
-        (work / "model").rename(folder)
+        with (
+            whole(folder, keep_existing=True) as partial,
+            tempfile.TemporaryDirectory(prefix=".alone-", dir=folder.parent) as alone,
+        ):
+            convert(_alone(file, Path(alone)), partial)
     # What transformers 5.23 raises depends on where the file stops being GGUF.
     except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {error}")) from error
-    except OSError:
-        # Another process was faster: a folder that is there is complete, for it came by a rename.
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
+    except OSError as error:
+        raise not_writable(folder.parent, error) from error
     return folder
 
 
-def _alone(file: Path, work: Path) -> Path:
+def _alone(file: Path, folder: Path) -> Path:
     """The file under its name in a folder of its own.
 
     transformers 5.23 prefers a tokenizer that lies beside a GGUF file, and then loses the file's own chat template and
     end of text; an exported folder has both beside each other.
     """
-    linked = work / "alone" / file.name
-    linked.parent.mkdir()
+    linked = folder / file.name
     try:
         linked.symlink_to(file.resolve())
     except OSError:  # a file system or a Windows account without symbolic links

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtune.errors import ModelError, Problem
+from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     import contextlib
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 64 * MIB
 """Weights of the head that cross the bus at once outside the loss, which goes by its own tile."""
 
-SMALLEST_BYTES = 2**20
+SMALLEST_BYTES = MIB
 """Saved tensors below this stay on the card: copying them takes longer than they are worth."""
 
 
@@ -74,8 +75,8 @@ def keep_embeddings_on_host(model: PreTrainedModel, device: str | torch.device) 
 
 def host_weight(module: Any) -> Tensor | None:
     """The weight [vocab, hidden] that a module keeps in host memory; None for any other module."""
-    found = getattr(module, "host_weight", None)
-    return found if isinstance(found, Tensor) else None
+    weight = getattr(module, "host_weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def refuse_trained_embeddings(model: PeftModel) -> None:

@@ -1,21 +1,16 @@
-"""The base model: found, loaded in 4 bits, and counted in real parameters."""
+"""The base model and its tokenizer: found, and loaded as the plan says."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,31 +18,17 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, OutOfMemory, Problem
+from qtune.device.present import Device, is_out_of_memory
+from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.plan import SDPA, Plan
-from qtune.recipe.schema import EightBit, FourBit, Model, Quantization, Unquantized
+from qtune.recipe.schema import FourBit, Model, Quantization
+from qtune.sizes import gib_text
 from qtune.startup.safe_bitsandbytes import require_right_kernels
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters as the model's author counts them: a packed 4-bit weight counts each of its values."""
-
-    total: int
-    quantized: int
-    trainable: int
-
-    @property
-    def quantized_share(self) -> float:
-        """Share of the base model's parameters that is stored quantized."""
-        return self.quantized / max(1, self.total - self.trainable)
 
 
 def base_folder(model: Model) -> str:
@@ -112,21 +93,29 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' words for our quantization."""
-    match quantization:
-        case FourBit():
-            return BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.kind,
-                bnb_4bit_use_double_quant=quantization.double_quantization,
-                bnb_4bit_compute_dtype=compute_dtype,
-                bnb_4bit_quant_storage=torch.uint8,
-            )
-        case EightBit():
-            return BitsAndBytesConfig(load_in_8bit=True)
-        case Unquantized():
-            return None
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError, MemoryError,
+)  # fmt: skip
+"""What transformers, safetensors and bitsandbytes raise over weights that are not there, damaged or too large."""
+
+
+def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model as its author stored it, unquantized, on a device.
+
+    Raises:
+        OutOfMemory: it does not fit the device. ModelError: it cannot be found or read.
+    """
+    try:
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base_folder(model),
+            dtype=dtype,
+            device_map={"": device.torch_name},
+            use_safetensors=True,
+            **_where(model),
+        )
+    except LOADING_ERRORS as error:
+        raise _not_loaded(model, error, device) from error
+    return network.eval()
 
 
 def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
@@ -165,33 +154,14 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
                 **({"quantization_config": ours} if ours else {}),
                 **_where(model),
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        AssertionError,
-        SafetensorError,
-        MemoryError,
-    ) as error:
-        if is_out_of_memory(error):
-            free = plan.device.free_bytes / 2**30
-            message = f"{model.base} does not fit {plan.device.name}, which had {free:.1f} GiB free"
-            raise OutOfMemory(message) from error
-        raise _unreadable(model, error) from error
+    except LOADING_ERRORS as error:
+        raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
     if not stored and (problem := quantized_too_little(model.base, network, quantization)):
         raise ModelError(problem)
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, plan.device.torch_name)
     return network
-
-
-def is_stored_quantized(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint brings its own quantization. Its quantizer decides where it can be loaded to: it is loaded
-    whole, and what belongs to the host moves there afterwards."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 def embedding_names(config: PretrainedConfig) -> list[str]:
@@ -218,46 +188,6 @@ def _without_hooks() -> Iterator[None]:
         loading.accelerate_dispatch = original
 
 
-def count_parameters(network: torch.nn.Module) -> ParameterCount:
-    """Counts every parameter once (tied weights are one), packed ones by the shape they stand for."""
-    total = quantized = trainable = 0
-    for parameter in network.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = prod(state.shape) if state is not None else parameter.numel()
-        total += count
-        quantized += count if _is_packed(parameter) else 0
-        trainable += count if parameter.requires_grad else 0
-    return ParameterCount(total, quantized, trainable)
-
-
-def _is_packed(parameter: torch.nn.Parameter) -> bool:
-    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
-
-
-def quantized_too_little(base: str, network: PreTrainedModel, quantization: Quantization) -> Problem | None:
-    """What is wrong where less of a model than `minimum_share` is quantized. A bare model on the meta device will do.
-
-    It is not for checkpoints that bring their own quantization: those are what they are.
-    """
-    if isinstance(quantization, Unquantized):
-        return None
-    count = count_parameters(network)
-    log.debug("%d of %d parameters quantized", count.quantized, count.total)
-    if count.quantized_share >= quantization.minimum_share:
-        return None
-    largest = max(
-        ((name, p.numel()) for name, p in network.named_parameters() if not _is_packed(p)),
-        key=lambda item: item[1],
-    )
-    return Problem(
-        base,
-        f"only {count.quantized_share:.0%} of its {count.total / 1e6:,.0f} M parameters could be quantized; "
-        f"quantization.minimum_share asks for {quantization.minimum_share:.0%}. The largest tensor left in "
-        f"{network.dtype} is {largest[0]} ({largest[1] / 1e6:,.0f} M): bitsandbytes quantizes linear layers only, so "
-        "fused experts and embeddings stay. Lower quantization.minimum_share if the memory is there",
-    )
-
-
 def _where(model: Model) -> dict[str, Any]:
     return (
         {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -266,10 +196,14 @@ def _where(model: Model) -> dict[str, Any]:
     )
 
 
+def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory | ModelError:
+    if is_out_of_memory(error):
+        return OutOfMemory(f"{model.base} does not fit {device.name}, which had {gib_text(device.free_bytes)} free")
+    return _unreadable(model, error)
+
+
 def _unreadable(model: Model, error: Exception) -> ModelError:
     if "trust_remote_code" in str(error):
         advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
         return ModelError(Problem(model.base, advice))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    return ModelError(Problem(model.base, f"cannot be loaded: {reason}"))
+    return ModelError(Problem(model.base, f"cannot be loaded: {first_line(error)}"))

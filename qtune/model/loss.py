@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.model.host import host_weight, on_card
+from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that is not scored."""
 
-TILE_BYTES = 64 * 2**20
+TILE_BYTES = 64 * MIB
 """Size of one tile of logits, where nothing else is asked for: [memory] loss_tile."""
 
 
@@ -135,17 +136,17 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         rows = max(1, tile_bytes // max(4 * hidden.shape[0], width * weight.element_size()))
         exact = torch.promote_types(hidden.dtype, torch.float32)
         pieces = [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-        found = _Running.start(hidden.shape[0], exact, hidden.device)
+        running = _Running.start(hidden.shape[0], exact, hidden.device)
         for piece in pieces:
             block = on_card(weight[piece], hidden.device)
             logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
             del block  # or the next one would come beside it
             _apply_rule(logits, rule, want_slope=False)
-            found.take(logits, labels, piece)
+            running.take(logits, labels, piece)
             del logits
-        normalizer = found.normalizer()
-        loss = (normalizer - found.target).sum()
-        correct = (found.likeliest == labels).sum()
+        normalizer = running.normalizer()
+        loss = (normalizer - running.target).sum()
+        correct = (running.likeliest == labels).sum()
         grad_hidden = None
         if ctx.needs_input_grad[0]:
             grad = torch.zeros_like(hidden, dtype=exact)

@@ -3,7 +3,6 @@
 Everything that is wrong is reported at once, each problem with its file and line, key, value and what would be right.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from qtune.errors import Problem, RecipeError
+from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
-from qtune.recipe.schema import DEFAULT_KINDS, Fault, FileSource, KeyPath, Recipe, Waivable, parse_recipe
-
-# The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
-_SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe, Waivable
+from qtune.recipe.text import show_value
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Origin:
 
     source: str
     reason: str = ""
+
+    @property
+    def in_words(self) -> str:
+        """As resolved.toml says it: "rule: no bfloat16 on this card"."""
+        return f"{self.source}: {self.reason}" if self.reason else self.source
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Resolved:
     def folder(self) -> Path:
         """The folder that relative data paths of the recipe start from."""
         return self.file.parent
+
+    @property
+    def run_name(self) -> str:
+        """What its runs are called: output.name, else the recipe's file name."""
+        return self.recipe.output.name or self.file.stem
 
     def allowing(self, findings: Sequence[str]) -> "Resolved":
         """The same recipe that waives more findings of the gate.
@@ -59,27 +68,6 @@ class Resolved:
         data = self.recipe.data.model_copy(update={"allow": allowed})
         origins = {**self.origins, ("data", "allow"): Origin("--allow")}
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}), origins=origins)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with qtune, by name."""
-    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file that `name` means: a path, or the name of a recipe that comes with qtune.
-
-    Raises:
-        RecipeError: there is neither.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
@@ -108,17 +96,23 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
         problems.extend(_apply(tables, keys, changes[keys]))
     # One of two ways to say the same thing: the one that is set replaces the one in the file.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if ("training", one) in changes and ("training", other) not in changes:
+        if ("training", one) in changes and ("training", other) not in changes and _has(tables, ("training", one)):
             tables["training"].pop(other, None)
     lines = toml_lines(text)
-    outcome = parse_recipe(tables)
-    faults = outcome if isinstance(outcome, list) else list(_missing_files(outcome, path.parent, need_rows=need_rows))
-    if faults or isinstance(outcome, list):
-        faults = sorted(faults, key=lambda fault: line_of(lines, fault.path))
-        problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
-    if problems or isinstance(outcome, list):
+    faults: list[Fault] = []
+    recipe: Recipe | None = None
+    try:
+        recipe = parse_recipe(tables)
+    except Faulty as error:
+        faults += error.faults
+    # Also where keys are wrong: whoever mends those would only then hear of a file that is not there.
+    known = {fault.path for fault in faults}
+    faults += [fault for fault in _missing_files(tables, path.parent, need_rows=need_rows) if fault.path not in known]
+    faults.sort(key=lambda fault: line_of(lines, fault.path))
+    problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
+    if problems or recipe is None:
         raise RecipeError(problems)
-    return Resolved(outcome, _origins(outcome, tables, changes, lines, path), path, text)
+    return Resolved(recipe, _origins(recipe, tables, changes, lines, path), path, text)
 
 
 def _parse_toml(text: str, path: Path) -> dict[str, Any]:
@@ -168,31 +162,41 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
     table[str(keys[-1])] = value
 
 
-def _missing_files(recipe: Recipe, folder: Path, *, need_rows: bool) -> Iterator[Fault]:
-    base = recipe.model.base
+def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) -> Iterator[Fault]:
+    """Files that the tables name and that are not there; the tables need not be a recipe."""
+    base = _text_at(tables, "model", "base")
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
         if not Path(base).expanduser().exists():
             yield Fault(("model", "base"), "no such file or folder")
     elif base.count("/") > 1 and not Path(base).exists():
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
-    earlier = recipe.adapter.start_from
-    if earlier is not None and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
+    earlier = _text_at(tables, "adapter", "start_from")
+    if earlier and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
         yield Fault(("adapter", "start_from"), "is not a finished run")
-    for key in ("train", "validation", "test") if need_rows else ():
-        yield from _missing_sources(getattr(recipe.data, key), ("data", key), folder)
+    data = tables.get("data")
+    if need_rows and isinstance(data, dict):
+        for key in ("train", "validation", "test"):
+            yield from _missing_sources(data.get(key), ("data", key), folder)
+
+
+def _text_at(tables: Mapping[str, Any], table: str, key: str) -> str:
+    found = tables.get(table)
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]:
     """Files and folders that are not there; patterns and hub datasets are looked up when they are read."""
-    if isinstance(given, tuple):
+    if isinstance(given, list):
         for index, source in enumerate(given):
             yield from _missing_sources(source, (*path, index), folder)
         return
-    name = given.path if isinstance(given, FileSource) else given
-    is_file = isinstance(name, str) and not name.startswith("hub:") and not any(mark in name for mark in "*?[")
-    if is_file and not (folder / Path(name).expanduser()).exists():
-        key = (*path, "path") if isinstance(given, FileSource) else path
-        yield Fault(key, f"no such file or folder in {folder}")
+    is_table = isinstance(given, dict)
+    name = given.get("path") if isinstance(given, dict) else given
+    if not isinstance(name, str) or not name or name.startswith("hub:") or any(mark in name for mark in "*?["):
+        return
+    if not (folder / Path(name).expanduser()).exists():
+        yield Fault((*path, "path") if is_table else path, f"no such file or folder in {folder}")
 
 
 def _problem(
@@ -214,29 +218,6 @@ def _problem(
 
 
 _ABSENT = object()
-
-
-def show_value(value: Any) -> str:
-    """A value as TOML would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(show_value, value))}]"
-    if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True)
-    if isinstance(value, dict):
-        return (
-            f"{{ {', '.join(f'{_key(key)} = {show_value(inner)}' for key, inner in value.items())} }}"
-            if value
-            else "{}"
-        )
-    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
-
-
-def _key(name: str) -> str:
-    """A bare key where TOML allows it, a quoted one elsewhere."""
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else show_value(name)
 
 
 def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -7,7 +7,7 @@ to find where keys and array elements begin, never to judge them. Grammar: TOML 
 import tomllib
 from collections.abc import Mapping
 
-KeyPath = tuple[str | int, ...]
+from qtune.recipe.schema import KeyPath
 
 
 def toml_lines(text: str) -> Mapping[KeyPath, int]:

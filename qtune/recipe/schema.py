@@ -1,24 +1,23 @@
-"""The recipe: the tables and keys of a TOML file as immutable values, and every rule that they must keep.
+"""The recipe: the tables and keys of a TOML file as immutable values.
 
 The schema is the single source: defaults and docstrings stand here once; help, errors, `qtune init` and the JSON
-Schema take them from here. Reading files and naming lines is `recipe_file.py`'s job.
+Schema take them from here. What must hold between two values is in `rules.py`.
 """
 
-import difflib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
     Tag,
-    ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 
@@ -28,6 +27,17 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+def _not_empty(size: str) -> str:
+    """A number below 1 MiB is a slip of the pen."""
+    number, unit = float(size[:-3]), size[-3:]
+    if number * (1024 if unit == "GiB" else 1) < 1:
+        raise PydanticCustomError("size", 'must be at least "1MiB"')
+    return size
+
+
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$"), AfterValidator(_not_empty)]
 
 
 class Table(BaseModel):
@@ -85,8 +95,43 @@ class Unquantized(Table):
 Quantization = FourBit | EightBit | Unquantized
 
 
-class Lora(Table):
+class AdapterTable(Table):
+    """What every kind of adapter has: two keys, and the facts of its kind that the stages ask for."""
+
+    in_words: ClassVar[str]
+    """As a model card names it."""
+    export: ClassVar[Literal["merge", "bake", "alone"]]
+    """How it leaves its run: merged into the weights, baked into the vocabulary, or as an adapter beside its base."""
+    auto_learning_rate: ClassVar[tuple[float, str]]
+    """What training.learning_rate = "auto" means, and why."""
+    checkpointable: ClassVar[bool] = True
+    """Whether activations can be computed again in the backward pass."""
+    predicts_first_token: ClassVar[bool] = False
+    """Whether something of it stands before a row's first token, so that this one can be scored too."""
+    first_keys: ClassVar[tuple[str, ...]] = ("kind",)
+    """The keys worth a first look, which a new recipe shows."""
+
+    kind: str
+    """Which kind of adapter: each is a table of its own."""
+    dtype: Auto | Dtype = "auto"
+    """Type of what is trained; "auto" is float32, so that small updates are not rounded away."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
+    called. Optimizer and learning rate begin anew."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions that it takes before every row; 0 where it is no soft prompt."""
+        return int(getattr(self, "virtual_tokens", 0))
+
+
+class Lora(AdapterTable):
     """LoRA: h = W x + (alpha / rank) B A x. Hu et al. 2021 (arXiv:2106.09685), section 4.1."""
+
+    in_words = "a LoRA adapter"
+    export = "merge"
+    auto_learning_rate = (2e-4, "QLoRA's rate for models up to 13B (arXiv:2305.14314, table 9)")
+    first_keys = ("kind", "rank", "alpha", "target_modules")
 
     kind: Literal["lora"] = "lora"
     """Low-rank updates next to the linear layers."""
@@ -105,15 +150,16 @@ class Lora(Table):
     initialization: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
     """Start of A and B: loftq (arXiv:2310.08659) from the error of a 4-bit base, eva (arXiv:2410.07170) from
     activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the adapter's weights; "auto" is float32, so that small updates are not rounded away."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PTuning(Table):
+class PTuning(AdapterTable):
     """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
+
+    in_words = "a soft prompt (p-tuning)"
+    export = "bake"
+    auto_learning_rate = (5e-3, "prompt encoders need a rate well above LoRA's")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "encoder")
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
@@ -127,15 +173,16 @@ class PTuning(Table):
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the encoder's weights; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PromptTuning(Table):
+class PromptTuning(AdapterTable):
     """Virtual tokens trained directly. Lester et al. 2021 (arXiv:2104.08691), section 2."""
+
+    in_words = "a soft prompt (prompt tuning)"
+    export = "bake"
+    auto_learning_rate = (3e-2, "free vectors, and few of them, need a large rate")
+    predicts_first_token = True
+    first_keys = ("kind", "virtual_tokens", "initialization")
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
@@ -145,15 +192,16 @@ class PromptTuning(Table):
     """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
     text: str | None = Field(default=None, min_length=1)
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the vectors; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class PrefixTuning(Table):
+class PrefixTuning(AdapterTable):
     """Trained keys and values before every layer's own. Li & Liang 2021 (arXiv:2101.00190), section 4."""
+
+    in_words = "a prefix (prefix tuning)"
+    export = "alone"
+    auto_learning_rate = (1e-2, "free vectors, and few of them, need a large rate")
+    checkpointable = False  # its keys and values are handed over in the cache, which checkpointing turns off
+    first_keys = ("kind", "virtual_tokens", "projection")
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
@@ -163,15 +211,14 @@ class PrefixTuning(Table):
     """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
     encoder_hidden_size: PositiveInt | None = None
     """Width of that MLP; left out, the model's hidden size."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the prefix; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
-class IA3(Table):
+class IA3(AdapterTable):
     """Trained scales on keys, values and feed-forward activations. Liu et al. 2022 (arXiv:2205.05638), section 3.3."""
+
+    in_words = "an IA3 adapter"
+    export = "merge"
+    auto_learning_rate = (5e-3, "scales start at 1 and have far to go (arXiv:2205.05638, section 3.3, uses 3e-3)")
 
     kind: Literal["ia3"]
     """Learned scales, the smallest adapter."""
@@ -179,15 +226,9 @@ class IA3(Table):
     """Layers whose output (or input, if feed-forward) is scaled; left out, peft's list for the model family."""
     feedforward_modules: Names | None = None
     """Which of them are feed-forward layers, scaled at their input."""
-    dtype: Auto | Dtype = "auto"
-    """Type of the scales; "auto" is float32."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
-    called. Optimizer and learning rate begin anew."""
 
 
 Adapter = Lora | PTuning | PromptTuning | PrefixTuning | IA3
-SoftPrompt = PTuning | PromptTuning | PrefixTuning
 
 
 RowFormat = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "question-answer", "text"]
@@ -342,7 +383,7 @@ class Training(Table):
 class Memory(Table):
     """What the device may spend."""
 
-    budget: Auto | Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$")] = "auto"
+    budget: Auto | Size = "auto"
     """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
     embeddings: Auto | Literal["device", "host"] = "auto"
     """Where the frozen embeddings and LM head are. "host": rows are looked up there, and the head crosses the bus in
@@ -351,8 +392,16 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
-    loss_tile: Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?\s?(GiB|MiB)$")] = "64MiB"
+    loss_tile: Size = "64MiB"
     """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
+
+
+RUN_NAME = r"^[\w][\w.+-]*$"
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a run can be called so: a folder's name without spaces and signs that shells take for their own."""
+    return re.fullmatch(RUN_NAME, text) is not None
 
 
 class Output(Table):
@@ -360,7 +409,7 @@ class Output(Table):
 
     directory: str = Field(default="runs", min_length=1)
     """Folder of runs, from the folder in which qtune is called."""
-    name: str | None = Field(default=None, pattern=r"^[\w][\w.+-]*$")
+    name: str | None = Field(default=None, pattern=RUN_NAME)
     """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
     gguf: Literal["f16", "bf16", "q8_0"] | None = None
     """Type of a GGUF file that `qtune export` also writes; a model that can have none is refused before training."""
@@ -378,173 +427,8 @@ class Recipe(Table):
     output: Output = Field(default_factory=Output)
 
 
-class Fault(NamedTuple):
-    """Something wrong with one key: where it is in the recipe and what would be right."""
-
-    path: KeyPath
-    message: str
-
-
 # A table that leaves its kind out means this one; pydantic cannot pick a union member without it.
 DEFAULT_KINDS = {"quantization": "nf4", "adapter": "lora"}
-
-
-def parse_recipe(tables: Mapping[str, Any]) -> Recipe | list[Fault]:
-    """The recipe that TOML `tables` describe, or everything that is wrong with them."""
-    filled = dict(tables)
-    for name, kind in DEFAULT_KINDS.items():
-        if isinstance(filled.get(name), dict):
-            filled[name] = {"kind": kind, **filled[name]}
-    try:
-        # Through JSON: strict validation of Python values would refuse TOML arrays for tuples.
-        recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
-    except ValidationError as error:
-        return _faults(error, filled)
-    return list(_conflicts(recipe)) or recipe
-
-
-def _conflicts(recipe: Recipe) -> Iterator[Fault]:
-    """Pairs of values that cannot work together, each with its reason."""
-    adapter, training = recipe.adapter, recipe.training
-    quantized = not isinstance(recipe.quantization, Unquantized)
-    if isinstance(adapter, PrefixTuning) and training.gradient_checkpointing is True:
-        yield Fault(
-            ("training", "gradient_checkpointing"),
-            "prefix-tuning hands its keys and values over in the cache, which checkpointing turns off; "
-            'use false or "auto"',
-        )
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
-        yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_dropout:
-        yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
-    if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
-        yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
-    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
-        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
-    if isinstance(adapter, Lora):
-        if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
-            yield Fault(
-                ("adapter", "target_modules"),
-                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; "
-                "remove lm_head",
-            )
-        if adapter.initialization == "pissa" and quantized:
-            yield Fault(
-                ("adapter", "initialization"),
-                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be "
-                'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
-            )
-        if adapter.initialization == "loftq" and not isinstance(recipe.quantization, FourBit):
-            yield Fault(
-                ("adapter", "initialization"),
-                'LoftQ corrects the error of a 4-bit base; use it with [quantization] kind = "nf4" or "fp4"',
-            )
-        if adapter.rslora and adapter.initialization == "pissa":
-            yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
-        if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
-            yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
-        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
-    if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
-        yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
-    if recipe.data.packing and isinstance(adapter, SoftPrompt):
-        yield Fault(
-            ("data", "packing"),
-            "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
-            f"the positions that keep documents apart; not with {adapter.kind}",
-        )
-    if training.steps is not None and "epochs" in training.model_fields_set:
-        yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
-    if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
-        yield Fault(
-            ("training", "micro_batch_size"),
-            f"batch_size = {training.batch_size} must be a whole number of micro-batches",
-        )
-
-
-def _faults(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
-    """pydantic's errors with our paths and words; the branches of a union become one fault."""
-    found: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        if detail["type"] == "union_tag_invalid":
-            detail["loc"] = (*detail["loc"], "kind")
-        path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
-        found.setdefault(path, []).append(_in_our_words(path, detail))
-    # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
-    branches = {path[:length] for path in found for length in range(len(path))}
-    return [Fault(path, _joined(messages)) for path, messages in found.items() if path not in branches]
-
-
-def _joined(messages: Sequence[str]) -> str:
-    """One sentence for the branches of a union: "must be a or b"."""
-    first, *others = dict.fromkeys(messages)
-    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-
-
-def _real_path(location: Sequence[str | int], tables: Mapping[str, Any], *, keep_last: bool) -> KeyPath:
-    """Drops what pydantic adds to a location: union tags and the names of union branches."""
-    path: list[str | int] = []
-    value: Any = tables
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(value, Mapping) and (part in value or (is_last and keep_last)):
-            value = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "extra_forbidden":
-            where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
-            return f"no such key in {where}{_nearest(str(path[-1]), _known_keys(detail['loc']))}"
-        case "missing":
-            return "is required and missing"
-        case "literal_error" | "union_tag_invalid":
-            choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
-            *others, last = (f'"{choice}"' for choice in choices)
-            expected = f"{', '.join(others)} or {last}" if others else last
-            word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-            return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
-        case "string_too_short" | "too_short":
-            return "must not be empty"
-        case "string_pattern_mismatch":
-            return f"must look like {_pattern_in_words(path)}"
-        case _:
-            return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
-
-
-def _pattern_in_words(path: KeyPath) -> str:
-    if path in (("memory", "budget"), ("memory", "loss_tile")):
-        return '"8GiB" or "512MiB"'
-    return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
-
-
-def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known and list_known else ""
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys of the table that a location (pydantic's, with its union tags) is in."""
-    tagged: dict[str | int, type[BaseModel]] = {"file source": FileSource, "hub source": HubSource}
-    for union in (Quantization, Adapter):
-        tagged |= {kind: table for table in get_args(union) for kind in kinds_of(table)}
-    *tables, _ = location
-    if not tables:
-        return list(Recipe.model_fields)
-    for tag in reversed(tables):
-        if tag in tagged:
-            return list(tagged[tag].model_fields)
-    table = Recipe.model_fields[str(tables[0])].annotation
-    return list(table.model_fields) if isinstance(table, type) and issubclass(table, BaseModel) else []
 
 
 def kinds_of(table: type[Table]) -> tuple[str, ...]:

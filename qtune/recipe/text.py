@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
+from pydantic import BaseModel
 from tomlkit.items import Item, Table
 
 if TYPE_CHECKING:
@@ -50,3 +53,26 @@ def _append(table: Table, key: str, item: Any) -> None:
         table.value._insert_after(keys[-1], key, item)
     else:
         table.add(key, item)
+
+
+def show_value(value: Any) -> str:
+    """A value as TOML would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return (
+            f"{{ {', '.join(f'{_key(key)} = {show_value(inner)}' for key, inner in value.items())} }}"
+            if value
+            else "{}"
+        )
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
+
+
+def _key(name: str) -> str:
+    """A bare key where TOML allows it, a quoted one elsewhere."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else show_value(name)

@@ -1,14 +1,10 @@
-"""A picture as a list of shapes, and its two pens: SVG, which needs no library, and PNG, for which matplotlib is asked.
-
-Both draw the same shapes at the same places, so that what is tested of a layout holds for either.
-"""
+"""A picture as a list of shapes, and its pen: SVG, which needs no library and opens everywhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qtune.errors import InputError, Problem
 
@@ -18,9 +14,6 @@ CHARACTER = 0.6
 
 TILE = 8.0
 """Pixels after which a hatch repeats; doubled ("//") it is twice as dense."""
-
-PNG_SCALE = 2
-"""Pixels of a PNG for one of the layout: sharp on paper and on fine screens."""
 
 _TILES = {
     "/": "M0 8L8 0M-2 2L2 -2M6 10L10 6",
@@ -190,77 +183,9 @@ def require_writable(file: Path, option: str) -> None:
     """Says before hours of work that a picture could not be written in the end.
 
     Raises:
-        InputError: the file's name ends in no known format, a PNG lacks matplotlib, or there is no such folder.
+        InputError: the file's name does not end in .svg, or there is no such folder.
     """
-    kind = file.suffix.lower()
-    if kind not in (".svg", ".png"):
-        raise InputError(Problem(option, f"{file}: a picture's name ends in .svg or .png"))
-    if kind == ".png" and find_spec("matplotlib") is None:
-        other = file.with_suffix(".svg")
-        raise InputError(
-            Problem(option, f"{file}: drawing a PNG needs matplotlib: pip install matplotlib, or write {other}")
-        )
+    if file.suffix.lower() != ".svg":
+        raise InputError(Problem(option, f"{file}: a picture's name ends in .svg"))
     if not file.absolute().parent.is_dir():
         raise InputError(Problem(option, f"{file}: there is no folder {file.parent}"))
-
-
-def write_picture(drawing: Drawing, file: Path) -> None:
-    """Writes the drawing as what the file's name says: .svg or .png."""
-    if file.suffix.lower() == ".png":
-        _write_png(drawing, file)
-    else:
-        file.write_text(svg(drawing), encoding="utf-8")
-
-
-def _write_png(drawing: Drawing, file: Path) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    dots = 100
-    # Lengths of lines and texts are points there, 72 to the inch; ours are pixels, 100 to the inch.
-    points = 72 / dots
-    with matplotlib.rc_context({"hatch.linewidth": points, "font.family": "sans-serif"}):
-        figure = Figure((drawing.width / dots, drawing.height / dots), facecolor=PAPER)
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_xlim(0, drawing.width)
-        axes.set_ylim(drawing.height, 0)
-        axes.axis("off")
-        for order, shape in enumerate(drawing.shapes):
-            _draw(axes, shape, order, points)
-        figure.savefig(file, dpi=dots * PNG_SCALE, metadata={"Title": drawing.title})
-
-
-def _draw(axes: Any, shape: Shape, order: int, points: float) -> None:
-    from matplotlib.patches import Patch, Polygon, Rectangle
-
-    def add(patch: Patch, look: Look, outline: Patch | None) -> None:
-        # A hatch has its patch's edge colour, so the outline is a patch of its own.
-        patch.set(facecolor=look.fill, edgecolor=look.ink, linewidth=0, zorder=order)
-        if look.hatch:
-            patch.set_hatch(look.hatch[0] * 2 * len(look.hatch))
-        axes.add_patch(patch)
-        if outline is not None:
-            outline.set(fill=False, edgecolor=INK, linewidth=0.6 * points, zorder=order)
-            axes.add_patch(outline)
-
-    match shape:
-        case Area():
-            add(Polygon(shape.points), shape.look, Polygon(shape.points))
-        case Box():
-            place = (shape.x, shape.y), shape.width, shape.height
-            add(Rectangle(*place), shape.look, Rectangle(*place) if shape.framed else None)
-        case Line():
-            style = {"solid": "solid", "dashed": (0, (6, 4)), "dotted": (0, (2, 3))}[shape.dash]
-            axes.plot(
-                (shape.x1, shape.x2), (shape.y1, shape.y2),
-                color=shape.ink, linestyle=style, linewidth=shape.width * points, zorder=order,
-            )  # fmt: skip
-        case Words():
-            anchor = {"start": "left", "middle": "center", "end": "right"}[shape.anchor]
-            # A dollar sign would begin a formula.
-            axes.text(
-                shape.x, shape.y, shape.text, fontsize=shape.size * points, ha=anchor, va="baseline",
-                color=shape.ink, fontweight="bold" if shape.bold else "normal", zorder=order, parse_math=False,
-            )  # fmt: skip

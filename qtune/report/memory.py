@@ -1,17 +1,20 @@
 """A run's memory.json as a part of the page: predicted and measured, the timeline of a step, what it saves and why."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from qtune.device.cards import SIZES
+from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.tracing.history import in_order
 from qtune.report.charts import bar
 from qtune.report.drawing import svg
 from qtune.report.html import Html, element, table
-from qtune.report.record import Json
 from qtune.report.sections import paragraph, section
 from qtune.report.timeline import Timeline, timeline_drawing
-from qtune.screens.memory import fitting_cards, saved, size
+from qtune.run.memory import RunMemory
+from qtune.sizes import saving_text, size_text
+
+Json = Mapping[str, Any]
 
 # Columns of the phases' table beside the predicted and the measured peak; one that was measured nowhere is left out.
 OTHER_COLUMNS = {
@@ -21,40 +24,40 @@ OTHER_COLUMNS = {
 }
 
 
-def memory(found: Json, run: str) -> Html:
+def memory(record: RunMemory, run: str) -> Html:
     """The whole part; `run` names the run's folder for the commands that would add to it."""
-    measured: Json = found.get("measured", {})
-    traced = found.get("traced") or found.get("predicted")
+    measured: Json = record.measured or {}
+    traced = record.traced or record.predicted
     drawn = (
         [paragraph(f"Measured on {measured.get('device', '?')}: {measured.get('method', '?')}.")] if measured else []
     )
-    drawn.append(paragraph(_predicted_for(found, run)))
-    if found.get("failure"):
-        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(found["failure"]))]
+    drawn.append(paragraph(_predicted_for(record, run)))
+    if record.failure:
+        drawn += [element("h3", "Memory ran out"), element("pre", failure_text(record.failure))]
     drawn += _phases(measured, traced)
     drawn += _at_peak(measured.get("at_peak"), (traced or {}).get("peak"))
     if measured.get("static"):
         drawn += _between_steps(measured["static"])
     if traced:
         drawn += _timeline(traced)
-    if found.get("ways") and found.get("traced"):
-        drawn += _savings(found["ways"], found["traced"], is_card=measured.get("device") != "cpu")
-    if found.get("attribution") and found.get("traced"):
-        drawn += _attribution(found["attribution"], found["traced"]["peak"]["bytes"])
+    if record.ways and record.traced:
+        drawn += _savings(record.ways, record.traced, is_card=measured.get("device") != "cpu")
+    if record.attribution and record.traced:
+        drawn += _attribution(record.attribution, record.traced["peak"]["bytes"])
     return section("Memory", *drawn)
 
 
-def _predicted_for(found: Json, run: str) -> str:
+def _predicted_for(record: RunMemory, run: str) -> str:
     """Which batch the prediction is for."""
-    if "traced" in found:
-        batch = found["traced"]["batch"]
+    if record.traced:
+        batch = record.traced["batch"]
         which = "the largest batch that was measured" if batch["is_measured"] else "the largest batch that could come"
         return (
             f"Predicted: the same step on tensors without storage, for {which}, {batch['rows']} x {batch['length']} "
             "tokens."
         )
-    if "predicted" in found:
-        planned = found["predicted"]
+    if record.predicted:
+        planned = record.predicted
         return (
             f"Predicted before the run for the largest batch that could come, {planned['micro_batch_size']} x "
             f"{planned['longest']['length']} tokens; qtune report {run} predicts for the batch that was measured."
@@ -76,10 +79,10 @@ def _phases(measured: Json, traced: Json | None) -> list[Html]:
             (
                 name,
                 f"{phase['seconds']:,.1f}" if phase else "",
-                size(expected) if expected else "",
-                size(seen) if seen else "–",
+                size_text(expected) if expected else "",
+                size_text(seen) if seen else "–",
                 f"{expected / seen - 1:+.1%}" if expected and seen else "",
-                *(size(phase[other]) if phase.get(other) else "–" for other in others),
+                *(size_text(phase[other]) if phase.get(other) else "–" for other in others),
             )
         )
     what = "tensors" if key == "tensor_peak_bytes" else "allocated"
@@ -92,10 +95,10 @@ def _at_peak(measured: Json | None, predicted: Json | None) -> list[Html]:
     moments = {word: moment for word, moment in (("measured", measured), ("predicted", predicted)) if moment}
     if not moments:
         return []
-    told = [f"{size(moment['bytes'])} {word} ({_where(moment)})" for word, moment in moments.items()]
+    told = [f"{size_text(moment['bytes'])} {word} ({_where(moment)})" for word, moment in moments.items()]
     parts: list[Mapping[str, int]] = [moment["alive"] for moment in moments.values()]
     names = in_order({name for alive in parts for name in alive})
-    rows = [(name, *(size(alive[name]) if name in alive else "–" for alive in parts)) for name in names]
+    rows = [(name, *(size_text(alive[name]) if name in alive else "–" for alive in parts)) for name in names]
     heights = [parts[0].get(name, 0) for name in names]
     drawn = [
         element(
@@ -119,9 +122,9 @@ def _where(moment: Json) -> str:
 
 
 def _between_steps(static: Mapping[str, int]) -> list[Html]:
-    rows = [(name, size(value)) for name, value in static.items()]
+    rows = [(name, size_text(value)) for name, value in static.items()]
     return [
-        element("h3", f"What stays between steps: {size(sum(static.values()))}"),
+        element("h3", f"What stays between steps: {size_text(sum(static.values()))}"),
         table(("", "measured"), rows, figures=(1,)),
     ]
 
@@ -131,7 +134,7 @@ def _timeline(traced: Json) -> list[Html]:
     return [element("figure", Html(svg(drawing, alone=False)), class_="wide")]
 
 
-def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
+def _savings(ways: Sequence[Json], traced: Json, *, is_card: bool) -> list[Html]:
     """The usual ways of training this model on this batch, and the run's own: GiB, shares, cards that fit."""
     ours, whole = traced["peak"]["bytes"], ways[0]["peak_bytes"]
     this: Json = {"name": "this run", "how": "", "peak_bytes": ours, "needed_bytes": traced["needed_bytes"]}
@@ -139,7 +142,7 @@ def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
     for way in [*ways, this]:
         peak = way["peak_bytes"]
         cards = [fitting_cards(way["needed_bytes"], SIZES)] if is_card else []
-        figures = size(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
+        figures = size_text(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
         rows.append((way["name"], *figures, *cards, way["how"].removeprefix("traced: ")))
     head = ("way of training", "peak", "share", "this run saves", *(["fits cards of"] if is_card else []), "how")
     about = (
@@ -150,10 +153,15 @@ def _savings(ways: list[Json], traced: Json, *, is_card: bool) -> list[Html]:
     return [element("h3", "What it saves"), paragraph(about + margin), table(head, rows, figures=(1, 2, 3))]
 
 
-def _attribution(attribution: list[Json], ours: int) -> list[Html]:
+def _attribution(attribution: Sequence[Json], ours: int) -> list[Html]:
     """What each technique saves: the step without it, everything else unchanged."""
     rows = [
-        (way["name"], saved(way["peak_bytes"], ours), size(way["peak_bytes"]), way["how"].removeprefix("traced: "))
+        (
+            way["name"],
+            saving_text(way["peak_bytes"], ours),
+            size_text(way["peak_bytes"]),
+            way["how"].removeprefix("traced: "),
+        )
         for way in sorted(attribution, key=lambda way: -way["peak_bytes"])
     ]
     about = "One technique switched off at a time. The figures do not add up: each hides some of what another saves."

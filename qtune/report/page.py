@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import InputError, QtuneError
+from qtune.errors import InputError, QtuneError, first_line
 from qtune.memory.profile import is_traced, read_run
 from qtune.report import results, sections
 from qtune.report.html import Html, element, joined
@@ -70,6 +70,15 @@ def trace_memory(run_dir: RunDir) -> None:
         console.say(f"memory is not predicted: {reason}")
 
 
+def attempt_report(run_dir: RunDir) -> None:
+    """`write_report` after something that has succeeded, which a report that fails must not turn into a failure."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        log.debug("the report could not be written", exc_info=True)
+        console.say(f"the report was not written ({first_line(error)}); try again with: qtune report {run_dir.path}")
+
+
 def write_report(run_dir: RunDir) -> Path:
     """Writes RUN/report.html, finished run or not, and returns its path.
 
@@ -80,7 +89,7 @@ def write_report(run_dir: RunDir) -> Path:
     record = read_record(run_dir)
     rows: ShownRows | str
     try:
-        rows = rows_of(run_dir, (record.lock or {}).get("training_rows_blake2b"))
+        rows = rows_of(run_dir, record.lock.training_rows_blake2b if record.lock else None)
     except InputError as error:
         rows = str(error)
     run_dir.write_text(run_dir.report, page(record, rows))
@@ -89,7 +98,7 @@ def write_report(run_dir: RunDir) -> Path:
 
 def page(record: Record, rows: ShownRows | str) -> Html:
     """The whole page; `rows` may be the reason why there are none to show."""
-    name = record.run_dir.path.resolve().name
+    name = record.run_dir.name
     what = f"{record.value('adapter', 'kind')} on {record.value('model', 'base')}"
     head = element(
         "head",
@@ -99,7 +108,7 @@ def page(record: Record, rows: ShownRows | str) -> Html:
         element("title", f"{name}: {what}"),
         element("style", Html(STYLE)),
     )
-    device = ((record.lock or {}).get("device") or {}).get("name")
+    device = record.lock.last_device.name if record.lock else ""
     where = f"{record.value('quantization', 'kind')} base, computed in {record.value('quantization', 'compute_dtype')}"
     body = element(
         "body",

@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
 from qtune.model.load import load_tokenizer
-from qtune.plan import virtual_tokens
-from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import rows_hash
+from qtune.run.resolved import read_resolved
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
     Raises:
         InputError: the rows or the tokenizer are no longer where the run found them.
     """
-    resolved = load_recipe(run_dir.resolved_file)
+    resolved = read_resolved(run_dir)
     recipe = resolved.recipe
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
@@ -58,7 +57,7 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
         tuple(_chosen(prepared, tokenizer)),
         len(prepared.examples["train"]),
         0 if validation is None else len(validation),
-        virtual_tokens(recipe),
+        recipe.adapter.prompt_length,
         prepared.template.origin,
         trained_on is not None and rows_hash(prepared) != trained_on,
     )

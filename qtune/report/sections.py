@@ -1,14 +1,18 @@
 """What a run was and what it learned, as parts of the page: summary, curves, rows, values, versions."""
 
+import math
 from collections.abc import Iterable, Sequence
 
+from qtune.console import clock
 from qtune.report.charts import Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
-from qtune.report.record import Json, Record
+from qtune.report.record import Record
 from qtune.report.rows import ShownRow, ShownRows
-from qtune.training.display import clock
+from qtune.run.lock import Lock, LockedDevice
+from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.run.records import plain
+from qtune.sizes import GIB, MIB
 
-GIB = 1 << 30
 LONGEST_PIECE = 8000
 """Characters of a piece of a row that are shown; one row may be a whole book."""
 
@@ -25,31 +29,34 @@ def paragraph(*children: str) -> Html:
 
 def summary(record: Record) -> Html:
     """The figures that one looks for first."""
-    last = record.train[-1] if record.train else {}
-    finished = record.run_dir.is_finished
-    state = "finished" if finished else f"not finished: step {last.get('step', 0)} of {last.get('steps', '?')}"
-    figures: dict[str, str] = {"state": state, "trained for": clock(record.seconds)}
+    last = record.train[-1] if record.train else None
+    state = f"not finished: step {last.step} of {last.steps}" if last else "not finished: no step taken"
+    figures: dict[str, str] = {
+        "state": "finished" if record.run_dir.is_finished else state,
+        "trained for": clock(record.seconds),
+    }
     if last:
-        figures["steps"] = f"{last['step']:,} of {last['steps']:,}"
-        figures["last training loss"] = f"{last['loss']:.4f}"
+        figures["steps"] = f"{last.step:,} of {last.steps:,}"
+        figures["last training loss"] = f"{last.loss:.4f}"
     if record.validation:
-        best = min(record.validation, key=lambda one: one["loss"])
-        figures["validation loss"] = f"{record.validation[-1]['loss']:.4f}"
-        figures["best validation loss"] = f"{best['loss']:.4f} at step {best['step']:,}"
-    if record.evaluation and record.evaluation["tuned"].get("exact_match") is not None:
-        base, tuned = (record.evaluation[name]["exact_match"] for name in ("base", "tuned"))
+        # NaN is smaller than nothing: a validation that has diverged is no best one.
+        best = min(record.validation, key=lambda one: (math.isnan(one.loss), one.loss))
+        figures["validation loss"] = f"{record.validation[-1].loss:.4f}"
+        figures["best validation loss"] = f"{best.loss:.4f} at step {best.step:,}"
+    if record.evaluation and record.evaluation.tuned.exact_match is not None:
+        base, tuned = record.evaluation.base.exact_match or 0.0, record.evaluation.tuned.exact_match
         figures["answers exactly right"] = f"{tuned:.0%}, base {base:.0%}"
     if record.adapter_bytes:
-        figures["adapter"] = f"{record.adapter_bytes / (1 << 20):.1f} MiB"
+        figures["adapter"] = f"{record.adapter_bytes / MIB:.1f} MiB"
     tiles = [element("div", element("dt", name), element("dd", value)) for name, value in figures.items()]
     return element("dl", *tiles, class_="tiles")
 
 
 def curves(record: Record) -> Html:
-    """Loss, learning rate, gradient norm, memory and speed over the steps."""
+    """Loss, learning rate, gradient norm, memory and speed over the steps; what is no number is left out."""
 
-    def points(records: Sequence[Json], key: str, scale: float = 1) -> list[tuple[float, float]]:
-        return [(one["step"], one[key] / scale) for one in records if key in one]
+    def points(records: Sequence[TrainRecord | EvalRecord], key: str, scale: float = 1) -> list[tuple[float, float]]:
+        return [(one.step, getattr(one, key) / scale) for one in records]
 
     loss = [
         Series("training", points(record.train, "loss")),
@@ -74,15 +81,15 @@ def curves(record: Record) -> Html:
     drawn = [chart for chart in charts if chart is not None]
     if not drawn:
         return section("Training", paragraph("No step has been taken yet."))
-    notes = [f"{clock(note.get('seconds'))} {note['message']}" for note in record.notes]
+    notes = [f"{clock(note.seconds)} {note.message}" for note in record.notes]
     return section("Training", element("div", *drawn, class_="charts"), *map(paragraph, notes))
 
 
 def memory_title(record: Record) -> str:
     """What the memory in the metrics is: the allocator's on CUDA, the process's on a CPU."""
-    measured = (record.memory or {}).get("measured", {})
-    device = str(((record.lock or {}).get("device") or {}).get("name", ""))
-    on_cpu = measured.get("device") == "cpu" or device.startswith("CPU")
+    measured = (record.memory and record.memory.measured) or {}
+    device = record.lock.last_device if record.lock else LockedDevice()
+    on_cpu = measured.get("device") == "cpu" or device.kind == "cpu" or device.name.startswith("CPU")
     return "Memory, GiB (resident set of the process)" if on_cpu else "Memory, GiB (allocated on the card)"
 
 
@@ -116,15 +123,12 @@ def _row(row: ShownRow) -> Html:
 
 def values(record: Record) -> Html:
     """Every resolved value with its origin, those that somebody chose first to be seen."""
-    rows = [
-        (
-            element("b", f"{one.table}.{one.key}") if _is_chosen(one.origin) else f"{one.table}.{one.key}",
-            element("code", one.value),
-            one.origin,
-        )
-        for one in record.values
-    ]
-    chosen = [row for row, one in zip(rows, record.values, strict=True) if one.origin != "default"]
+    rows = []
+    for one in record.values:
+        name = ".".join(map(str, one.path))
+        is_chosen = one.origin.source in ("recipe", "--set")
+        rows.append((element("b", name) if is_chosen else name, element("code", one.text), one.origin.in_words))
+    chosen = [row for row, one in zip(rows, record.values, strict=True) if one.origin.source != "default"]
     head = ("key", "value", "where it came from")
     left = len(rows) - len(chosen)
     recipe = record.run_dir.recipe_file
@@ -141,13 +145,9 @@ def values(record: Record) -> Html:
     )
 
 
-def _is_chosen(origin: str) -> bool:
-    return origin.startswith(("recipe", "--set"))
-
-
-def versions(lock: Json) -> Html:
+def versions(lock: Lock) -> Html:
     """lock.json: what this run depended on."""
-    return section("What it depended on", table(("", ""), _flat(lock)))
+    return section("What it depended on", table(("", ""), _flat(plain(lock))))
 
 
 def _flat(value: object, name: str = "") -> Iterable[tuple[str, Html]]:

@@ -21,9 +21,10 @@ from qtune.report.drawing import (
     Look,
     Shape,
     Words,
-    write_picture,
+    svg,
 )
-from qtune.screens.memory import size
+from qtune.sizes import GIB, MIB, size_text
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -100,8 +101,8 @@ class Timeline:
 
 
 def write_timeline(prediction: Prediction, title: str, file: Path) -> None:
-    """Writes the picture of a prediction as .svg or .png."""
-    write_picture(timeline_drawing(Timeline.of(prediction), title), file)
+    """Writes the picture of a prediction as an SVG file."""
+    write_text(file, svg(timeline_drawing(Timeline.of(prediction), title)))
 
 
 def timeline_drawing(timeline: Timeline, title: str) -> Drawing:
@@ -118,7 +119,7 @@ def timeline_drawing(timeline: Timeline, title: str) -> Drawing:
         lower, upper = ([frame.y(value) for value in line] for line in (below, above))
         outline = [(frame.x(at), y) for at, y in enumerate(upper)]
         floor = [(frame.x(at), y) for at, y in reversed(list(enumerate(lower)))]
-        shapes.append(Area([*outline, *floor], look_of(name), f"{name}: at most {size(max(values))}"))
+        shapes.append(Area([*outline, *floor], look_of(name), f"{name}: at most {size_text(max(values))}"))
         labels += _label(name, frame, lower, upper)
         below = above
     shapes += _phases(timeline, frame)
@@ -153,7 +154,7 @@ class _Frame:
 
 def _grid(frame: _Frame) -> Iterator[Shape]:
     """Levels at round numbers of one unit."""
-    unit, word = (2**30, "GiB") if frame.top >= 2**30 else (2**20, "MiB")
+    unit, word = (GIB, "GiB") if frame.top >= GIB else (MIB, "MiB")
     for value in ticks(0.0, frame.top / unit):
         if value * unit <= frame.top:
             y = frame.y(value * unit)
@@ -204,7 +205,7 @@ def _peak(timeline: Timeline, totals: list[int], frame: _Frame) -> Iterator[Shap
     is_left = x - LEFT < (frame.right - LEFT) / 2
     side = x + 7 if is_left else x - 7
     label = Words(
-        side, y - 5, f"peak {size(sum(timeline.at_peak.values()))}", 12, "start" if is_left else "end", bold=True
+        side, y - 5, f"peak {size_text(sum(timeline.at_peak.values()))}", 12, "start" if is_left else "end", bold=True
     )
     yield Box(side if is_left else side - label.width, y - 16, label.width, 14)
     yield label
@@ -222,9 +223,9 @@ def _legend(timeline: Timeline, curves: Mapping[str, Sequence[int]]) -> Iterator
         at_peak = timeline.at_peak.get(name, 0)
         yield Box(left, y - 11, 22, 14, look_of(name), framed=True)
         yield Words(left + 30, y, name)
-        yield Words(peak, y, size(at_peak) if at_peak else "–", anchor="end")
-        yield Words(most, y, size(max(values)), anchor="end", ink=DIM)
+        yield Words(peak, y, size_text(at_peak) if at_peak else "–", anchor="end")
+        yield Words(most, y, size_text(max(values)), anchor="end", ink=DIM)
     y += ROW + 4
     yield Line(left, y - 16, most, y - 16, INK)
     yield Words(left + 30, y, "together", bold=True)
-    yield Words(peak, y, size(sum(timeline.at_peak.values())), anchor="end", bold=True)
+    yield Words(peak, y, size_text(sum(timeline.at_peak.values())), anchor="end", bold=True)

@@ -1,13 +1,9 @@
 """A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
 
-import json
-import os
-import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qtune import whole
 from qtune.errors import Problem, RunError
 
 
@@ -45,6 +41,11 @@ class RunDir:
         if not run_dir.resolved_file.is_file():
             raise RunError(Problem(str(path), "is not a run: it has no resolved.toml"))
         return run_dir
+
+    @property
+    def name(self) -> str:
+        """The folder's name, also where the path is "." or ends in ".."."""
+        return self.path.resolve().name
 
     @property
     def recipe_file(self) -> Path:
@@ -115,46 +116,7 @@ class RunDir:
 
     def write_text(self, file: Path, text: str) -> None:
         """Writes a file of the run whole or not at all."""
-        write_atomically(file, text)
-
-    def write_json(self, file: Path, value: Any) -> None:
-        """Writes a JSON file of the run whole or not at all."""
-        write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-    def read_json(self, file: Path) -> Any:
-        """A JSON file of the run.
-
-        Raises:
-            RunError: it is missing or broken.
-        """
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes to a temporary name in the same folder, then renames: a reader sees the old text or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def newest_unfinished(directory: Path, name: str) -> RunDir | None:
-    """The latest run called `name` (or name-2, …) that has started and not ended."""
-    pattern = re.compile(re.escape(name) + r"(-\d+)?")
-    runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
-    open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
-    return max(open_runs, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
+        whole.write_text(file, text)
 
 
 def _runs_beside(path: Path) -> str:

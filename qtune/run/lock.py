@@ -2,18 +2,24 @@
 
 import hashlib
 import platform
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from qtune import __version__
 from qtune.plan import Plan
 from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+from qtune.run.records import read_record, write_record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qtune.data.prepare import Prepared
+    from qtune.data.sources import Source
 
 PACKAGES = (
     "torch",
@@ -28,31 +34,104 @@ PACKAGES = (
 )
 
 
-def lock_of(
-    recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: list[Any], rows: str, template: str
-) -> dict[str, Any]:
-    """The lock of a run: versions, base model, data and template hashes, seed, device.
+@dataclass(frozen=True)
+class LockedBase:
+    """The base model: the name in the recipe, the hub's commit of it, and a hash of its folder where it is one."""
 
-    base: what transformers loaded from; commit: the hub's, None for a folder. sources: `data.sources.Source` values;
-    rows: `rows_hash` of what is trained on.
+    name: str = ""
+    commit: str | None = None
+    files_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class LockedSource:
+    """A source of rows and the hash of its contents."""
+
+    source: str
+    blake2b: str
+
+
+@dataclass(frozen=True)
+class LockedDevice:
+    """What a trace must know of the device that a run was on; older locks know its name alone."""
+
+    name: str = ""
+    kind: Literal["cuda", "cpu"] | None = None
+    total_bytes: int | None = None
+    bf16: bool | None = None
+    capability: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What a run went on with when it was resumed."""
+
+    from_step: int
+    qtune: str
+    python: str
+    packages: dict[str, str | None]
+    device: LockedDevice
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a run began with, and what it went on with each time."""
+
+    qtune: str = ""
+    python: str = ""
+    packages: dict[str, str | None] = field(default_factory=dict)
+    base: LockedBase = field(default_factory=LockedBase)
+    data: tuple[LockedSource, ...] = ()
+    training_rows_blake2b: str | None = None
+    chat_template_sha256: str | None = None
+    seed: int | None = None
+    device: LockedDevice = field(default_factory=LockedDevice)
+    resumed: tuple[Continued, ...] = ()
+
+    @property
+    def last_device(self) -> LockedDevice:
+        """The one of the last part of the run, which its memory was measured on."""
+        return self.resumed[-1].device if self.resumed else self.device
+
+    def resumed_as(self, now: "Lock", step: int) -> "Lock":
+        """This lock with what another process goes on with after `step`."""
+        part = Continued(step, now.qtune, now.python, now.packages, now.device)
+        return replace(self, resumed=(*self.resumed, part))
+
+
+def lock_of(
+    recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: "Iterable[Source]", rows: str, template: str
+) -> Lock:
+    """The lock of a run that begins now, here.
+
+    base: what transformers loaded from; commit: the hub's, None for a folder. rows: `rows_hash` of what is trained on.
     """
-    return {
-        "qtune": __version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "base": {"name": recipe.model.base, "commit": commit, "files_sha256": _folder_hash(Path(base))},
-        "data": [{"source": source.name, "blake2b": source.fingerprint} for source in sources],
-        "training_rows_blake2b": rows,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        "seed": recipe.training.seed,
-        "device": {
-            "name": plan.device.name,
-            "kind": plan.device.kind,
-            "total_bytes": plan.device.total_bytes,
-            "bf16": plan.device.bf16,
-            "capability": plan.device.capability,
-        },
-    }
+    device = plan.device
+    return Lock(
+        qtune=__version__,
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        base=LockedBase(recipe.model.base, commit, _folder_hash(Path(base))),
+        data=tuple(LockedSource(source.name, source.fingerprint) for source in sources),
+        training_rows_blake2b=rows,
+        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest(),
+        seed=recipe.training.seed,
+        device=LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability),
+    )
+
+
+def write_lock(run_dir: RunDir, lock: Lock) -> None:
+    """Writes RUN/lock.json."""
+    write_record(run_dir.lock_file, lock)
+
+
+def read_lock(run_dir: RunDir) -> Lock | None:
+    """RUN/lock.json; None where the run was stopped before it was written.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return read_record(run_dir.lock_file, Lock)
 
 
 def rows_hash(prepared: "Prepared") -> str:

@@ -1,17 +1,28 @@
 """resolved.toml: a recipe with every value that a run used, each with its origin beside it; a recipe itself."""
 
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
 from tomlkit.items import Table
 
+from qtune.errors import Problem, RunError, first_line
 from qtune.plan import Plan
-from qtune.recipe.file import Origin, Resolved, leaves, show_value
-from qtune.recipe.schema import KeyPath
+from qtune.recipe.faults import Faulty
+from qtune.recipe.file import Origin, Resolved, leaves, load_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import KeyPath, Recipe, is_run_name
+from qtune.recipe.text import show_value
+from qtune.run.folder import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+NAME = ("output", "name")
 
 
 def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, Origin]]:
@@ -31,6 +42,8 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
     }
     rows: list[tuple[KeyPath, Any, Origin]] = []
     for path, value in leaves(resolved.recipe):
+        if path == NAME and value is None and is_run_name(resolved.run_name):
+            rows.append((path, resolved.run_name, Origin("rule", "the recipe's file name")))
         if value is None or value == {} or (path == ("training", "epochs") and resolved.recipe.training.steps):
             continue
         origin = resolved.origins[path]
@@ -49,22 +62,8 @@ def resolved_text(resolved: Resolved, plan: Plan) -> str:
             table = str(path[0])
             lines += ["", f"[{table}]"]
         key = ".".join(map(str, path[1:]))
-        why = f"{origin.source}: {origin.reason}" if origin.reason else origin.source
-        lines.append(f"{key} = {_written(path, value, resolved)}  # {why}")
+        lines.append(f"{key} = {_written(path, value, resolved)}  # {origin.in_words}")
     return "\n".join(lines) + "\n"
-
-
-def written_origins(text: str) -> dict[KeyPath, Origin]:
-    """Where the values in the text of a resolved.toml came from, as their comments say."""
-    found: dict[KeyPath, Origin] = {}
-    for name, table in tomlkit.parse(text).items():
-        assert isinstance(table, Table), name
-        # The body, not items(), which hands out plain booleans without their comments.
-        for key, item in table.value.body:
-            if key is not None:
-                source, _, reason = item.trivia.comment.lstrip("# ").partition(": ")
-                found[name, key.key] = Origin(source, reason)
-    return found
 
 
 def _written(path: KeyPath, value: Any, resolved: Resolved) -> str:
@@ -89,3 +88,72 @@ def absolute_paths(value: Any, folder: Path) -> Any:
         is_pattern = any(character in value for character in "*?[")
         return str(path.absolute()) if is_pattern or path.exists() else value
     return value
+
+
+@dataclass(frozen=True)
+class WrittenValue:
+    """One key of resolved.toml: its value as TOML writes it, and where it came from."""
+
+    path: KeyPath
+    text: str
+    origin: Origin
+
+    @property
+    def plain_text(self) -> str:
+        """Without the quotes of TOML."""
+        return self.text.strip('"')
+
+
+def read_values(run_dir: RunDir) -> tuple[WrittenValue, ...]:
+    """The keys of a run's resolved.toml in their order, with what their comments say.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    written = []
+    for name, table in _parsed(run_dir, tomlkit.parse).items():
+        if not isinstance(table, Table):
+            raise RunError(Problem(str(run_dir.resolved_file), f"cannot be read: {name} is not a table"))
+        # The body, not items(), which hands out plain booleans without their comments.
+        for key, item in table.value.body:
+            if key is not None:
+                source, _, reason = item.trivia.comment.lstrip("# ").partition(": ")
+                written.append(WrittenValue((name, key.key), item.as_string(), Origin(source, reason)))
+    return tuple(written)
+
+
+def read_resolved(run_dir: RunDir, changes: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
+    """A run's recipe as it was resolved, every origin as it was written then; `changes` are `--set` texts.
+
+    Raises:
+        RecipeError: a change is wrong, or the data or the model are not where they were. RunError: no such file.
+    """
+    resolved = load_recipe(run_dir.resolved_file, changes, need_rows=need_rows)
+    written = {value.path: value.origin for value in read_values(run_dir)}
+    # A value that is written nowhere was left out then; what is set now says so itself.
+    origins = {
+        path: origin if origin.source == "--set" else written.get(path, Origin("default"))
+        for path, origin in resolved.origins.items()
+    }
+    return replace(resolved, origins=origins)
+
+
+def resolved_recipe(run_dir: RunDir) -> Recipe:
+    """The run's recipe with every value; unlike `read_resolved` it asks for no file that the recipe names.
+
+    Raises:
+        RunError: the file cannot be read, or is not a recipe of this version.
+    """
+    try:
+        return parse_recipe(_parsed(run_dir, tomllib.loads))
+    except Faulty as error:
+        file = str(run_dir.resolved_file)
+        keys = [(".".join(map(str, fault.path)), fault.message) for fault in error.faults]
+        raise RunError([Problem(file, f"{key}: {message}") for key, message in keys]) from error
+
+
+def _parsed(run_dir: RunDir, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(run_dir.resolved_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # tomllib's and tomlkit's errors are ValueErrors
+        raise RunError(Problem(str(run_dir.resolved_file), f"cannot be read: {first_line(error)}")) from error

@@ -1,14 +1,17 @@
-"""A stopped run's recipe, with the few values that may change before it goes on: never what is learned."""
+"""A stopped run: which one is meant, and the few values of its recipe that may change: never what is learned."""
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from qtune.errors import Problem, RecipeError
-from qtune.recipe.file import Origin, Resolved, leaves, load_recipe
+from qtune.errors import Problem, RecipeError, RunError
+from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
 from qtune.run.folder import RunDir
-from qtune.run.resolved import written_origins
+from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
 
@@ -43,22 +46,40 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     Raises:
         RecipeError: a change is wrong, or would make another run.
     """
-    before = load_recipe(run_dir.resolved_file)
+    before = read_resolved(run_dir)
     if not changes:
         return before
-    after = load_recipe(run_dir.resolved_file, changes)
+    after = read_resolved(run_dir, changes)
     old, new = dict(leaves(before.recipe)), dict(leaves(after.recipe))
     changed = [path for path in dict.fromkeys([*old, *new]) if old.get(path) != new.get(path)]
     kinds = {path[0] for path in changed if path[1] == "kind"}  # another kind has other keys: it alone is named
     refused = [path for path in changed if path not in CHANGEABLE and (path[0] not in kinds or path[1] == "kind")]
     if refused:
         raise RecipeError([_refusal(path, new, run_dir) for path in refused])
-    written = written_origins(run_dir.resolved_file.read_text(encoding="utf-8"))
-    origins = {path: written.get(path, Origin("default")) for path in new}
-    if BUDGET in changed and MICRO_BATCH not in changed and origins[MICRO_BATCH].source == "rule":
+    # What was set to the value that it has keeps its origin too.
+    origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
+    if BUDGET in changed and MICRO_BATCH not in changed and before.origins[MICRO_BATCH].source == "rule":
         training = after.recipe.training.model_copy(update={"micro_batch_size": "auto"})
         after = replace(after, recipe=after.recipe.model_copy(update={"training": training}))
     return replace(after, origins=origins | dict.fromkeys(changed, Origin("--set", "on resuming")))
+
+
+def newest_unfinished(directory: Path, name: str) -> RunDir | None:
+    """The latest run of recipes called `name` that has started and not ended; its folder is NAME, NAME-2, …
+
+    NAME-2 may as well be the first run of a recipe called so: resolved.toml tells (of older versions it does not).
+    """
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
+    open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
+    ours = [run for run in open_runs if _asked_name(run) in (None, name)]
+    return max(ours, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
+
+
+def _asked_name(run_dir: RunDir) -> str | None:
+    with suppress(RunError):
+        return next((value.plain_text for value in read_values(run_dir) if value.path == NAME), None)
+    return None
 
 
 def _refusal(path: KeyPath, values: Mapping[KeyPath, Any], run_dir: RunDir) -> Problem:
@@ -67,7 +88,7 @@ def _refusal(path: KeyPath, values: Mapping[KeyPath, Any], run_dir: RunDir) -> P
     place = f"--set {key}" if path in values else key
     message = (
         f"decides what is learned, so the rest would not be the same run; start a new one with: qtune run "
-        f"{run_dir.resolved_file} --set output.name={run_dir.path.name} --set {key}=… (on resuming these may change: "
+        f"{run_dir.resolved_file} --set output.name={run_dir.name} --set {key}=… (on resuming these may change: "
         f"{may})"
     )
     return Problem(place, message)

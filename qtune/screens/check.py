@@ -7,13 +7,13 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from qtune.console import table
-from qtune.screens.memory import size
-from qtune.training.display import clock
+from qtune.console import clock, table
+from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
     from qtune.data.figures import Lengths, Sample
+    from qtune.preflight import Disk
 
 # Rows are shown up to here; the middle of longer ones is left out.
 SHOWN_CHARACTERS = 1500
@@ -34,6 +34,8 @@ def _with_gaps(parts: list[RenderableType]) -> Iterator[RenderableType]:
 
 def _recipe(check: "Check") -> Iterator[RenderableType]:
     yield table(f"{check.resolved.file}", ("key", "value", "from"), check.values)
+    if check.paths:
+        yield Text(check.paths, style="dim")
 
 
 def _rows(check: "Check") -> Iterator[RenderableType]:
@@ -116,7 +118,7 @@ def draw_sample(sample: "Sample") -> Text:
 
 
 def _costs(check: "Check") -> Iterator[RenderableType]:
-    batches, disk = check.batches, check.disk
+    batches = check.batches
     tokens = int(check.prepared.lengths.sum())
     rows = [
         ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
@@ -132,13 +134,18 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
         ),
         ("memory", _memory(check)),
         ("time", _time(check)),
-        (
-            "disk",
-            f"checkpoints {_size(disk.checkpoints_bytes)}, a merged export {_size(disk.export_bytes)}; "
-            f"free {_size(disk.free_bytes)}; the token cache holds {_size(disk.cache_bytes)}",
-        ),
+        ("disk", _disk(check.disk)),
     ]
     yield table("Costs", ("what", "how much"), rows)
+
+
+def _disk(disk: "Disk | None") -> str:
+    if disk is None:
+        return "not known, no model can be built from its config.json alone"
+    return (
+        f"checkpoints {size_text(disk.checkpoints_bytes)}, a merged export {size_text(disk.export_bytes)}; "
+        f"free {size_text(disk.free_bytes)}; the token cache holds {size_text(disk.cache_bytes)}"
+    )
 
 
 def _memory(check: "Check") -> str:
@@ -147,9 +154,9 @@ def _memory(check: "Check") -> str:
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
     return (
-        f"{size(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
-        f"{found.rows.longest.length} tokens); {size(need.total_bytes)} with driver and allocator, of "
-        f"{size(found.budget_bytes)}"
+        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
+        f"{found.rows.longest.length} tokens); {size_text(need.total_bytes)} with driver and allocator, of "
+        f"{size_text(found.budget_bytes)}"
     )
 
 
@@ -158,14 +165,6 @@ def _time(check: "Check") -> str:
         return "not measured; qtune check --time loads the model and runs a few micro-batches"
     total = check.step_seconds * check.batches.steps
     return f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
 
 
 def _findings(check: "Check") -> Iterator[RenderableType]:
@@ -180,16 +179,14 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
         if finding.places:
             head.append(f"\n         at {', '.join(finding.places)}{more}")
         yield head
-    disk = check.disk
-    if disk.checkpoints_bytes + disk.export_bytes > disk.free_bytes:
-        yield Text.assemble(("warning", "yellow"), "  disk: less is free than the run and a merged export will write")
-    if not isinstance(check.memory, str) and not check.memory.fits:
-        more = "  memory: a step is predicted to need more than there is; qtune fit shows what would help"
-        yield Text.assemble(("warning", "yellow"), more)
+    for problem in check.problems:
+        yield Text.assemble(("error", "bold red"), f"  {problem}")
+    for warning in check.preflight.warnings:
+        yield Text.assemble(("warning", "yellow"), f"  {warning}")
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":
         yield Text.assemble(
             ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below"
         )
-    elif not stopping:
+    if not stopping and not check.preflight.refusals:
         yield Text.assemble(("ok", "bold green"), "  nothing stands in the way of a run")

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtune.device.cards import fitting_cards
 from qtune.memory.allowance import in_words
+from qtune.recipe.text import show_value
+from qtune.sizes import GIB, saving_text, size_text
 
 if TYPE_CHECKING:
     from qtune.errors import Problem
@@ -16,10 +19,8 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Way
-    from qtune.recipe.schema import Recipe
+    from qtune.recipe.schema import KeyPath, Recipe
 
-GIB = 2**30
-MIB = 2**20
 BAR = 60
 LETTERS = {
     "base weights 4-bit": "4",
@@ -43,19 +44,14 @@ LETTERS = {
 """Each category's letter in the bar: it is read without colour, in a log file too."""
 
 
-def size(size_bytes: float) -> str:
-    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that."""
-    if size_bytes >= GIB / 10:
-        return f"{size_bytes / GIB:.2f} GiB"
-    return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / 1024:.1f} KiB"
-
-
 def draw_forecast(profile: "Profile") -> RenderableType:
     """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
     is_card = plan.device.kind == "cuda"
-    needed = f", {size(found.need.total_bytes)} needed" if is_card else ""
-    title = f"{profile.recipe.model.base} on {plan.device.name}: {size(found.peak.bytes)} traced at its peak{needed}"
+    needed = f", {size_text(found.need.total_bytes)} needed" if is_card else ""
+    title = (
+        f"{profile.recipe.model.base} on {plan.device.name}: {size_text(found.peak.bytes)} traced at its peak{needed}"
+    )
     often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
     about = (
         f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {often} a step; "
@@ -98,8 +94,8 @@ def categories_table(alive: dict[str, int]) -> Table:
     total = sum(alive.values()) or 1
     for name, value in alive.items():
         blocks = round(20 * value / total)
-        table.add_row(f"{letter_of(name)} {name}", size(value), f"{value / total:.1%}", "█" * blocks or "▏")
-    table.add_row("total", size(total), "", "", style="bold")
+        table.add_row(f"{letter_of(name)} {name}", size_text(value), f"{value / total:.1%}", "█" * blocks or "▏")
+    table.add_row("total", size_text(total), "", "", style="bold")
     return table
 
 
@@ -122,17 +118,19 @@ def stacked_bar(alive: dict[str, int]) -> Text:
 
 def _need(found: "Prediction", *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_row("tensors at the peak", size(found.need.traced_bytes), "traced")
+    table.add_row("tensors at the peak", size_text(found.need.traced_bytes), "traced")
     if is_card:
-        table.add_row("driver and allocator", size(found.need.driver_bytes), in_words())
-        table.add_row("needed free on the card", size(found.need.total_bytes), "", style="bold")
+        table.add_row("driver and allocator", size_text(found.need.driver_bytes), in_words())
+        table.add_row("needed free on the card", size_text(found.need.total_bytes), "", style="bold")
     if found.paged_bytes:
         table.add_row(
-            "paged optimizer state", size(found.paged_bytes), "managed memory: moves to the host when the card is full"
+            "paged optimizer state",
+            size_text(found.paged_bytes),
+            "managed memory: moves to the host when the card is full",
         )
     if found.host_bytes:
         table.add_row(
-            "in host memory", size(found.host_bytes), "pinned; the host's allocator rounds up to a power of two"
+            "in host memory", size_text(found.host_bytes), "pinned; the host's allocator rounds up to a power of two"
         )
     return table
 
@@ -143,7 +141,7 @@ def _phases(found: "Prediction") -> Table:
     table.add_column("peak", justify="right")
     table.add_column("where")
     for phase, moment in found.by_phase.items():
-        table.add_row(phase, size(moment.bytes), moment.module or moment.op)
+        table.add_row(phase, size_text(moment.bytes), moment.module or moment.op)
     return table
 
 
@@ -158,19 +156,8 @@ def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
         peak = way.prediction.peak.bytes
         saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
         cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
-        table.add_row(way.name, size(peak), f"{peak / whole:.0%}", saved, *cards)
+        table.add_row(way.name, size_text(peak), f"{peak / whole:.0%}", saved, *cards)
     return table
-
-
-def fitting_cards(needed_bytes: int, sizes: tuple[int, ...]) -> str:
-    """The cards of these GB classes that hold what is needed, margin included: "8 GB and more"."""
-    fitting = [gb for gb in sizes if needed_bytes <= gb * GIB]
-    return f"{fitting[0]} GB and more" if fitting else f"none up to {sizes[-1]} GB"
-
-
-def saved(without: int, ours: int) -> str:
-    """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
-    return size(without - ours) if without >= ours else f"costs {size(ours - without)}"
 
 
 def _attribution(attribution: "list[Way]", ours: int) -> Table:
@@ -178,7 +165,7 @@ def _attribution(attribution: "list[Way]", ours: int) -> Table:
     for name in ("technique", "saves", "without it"):
         table.add_column(name, justify="right" if name == "saves" else "left")
     for way in sorted(attribution, key=lambda way: -way.prediction.peak.bytes):
-        table.add_row(way.name, saved(way.prediction.peak.bytes, ours), way.how)
+        table.add_row(way.name, saving_text(way.prediction.peak.bytes, ours), way.how)
     return table
 
 
@@ -196,7 +183,13 @@ def draw_measured(found: "Measured") -> RenderableType:
         seen = peaks[key]
         error = f"{expected.bytes / seen - 1:+.1%}" if expected and seen else ""
         beside = peaks["reserved_peak_bytes"] if cuda else peaks["resident_peak_bytes"]
-        table.add_row(phase, size(expected.bytes) if expected else "", size(seen) if seen else "", error, size(beside))
+        table.add_row(
+            phase,
+            size_text(expected.bytes) if expected else "",
+            size_text(seen) if seen else "",
+            error,
+            size_text(beside),
+        )
     parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
     if "at_peak" in measured:
         alive = measured["at_peak"]["alive"]
@@ -218,40 +211,47 @@ def _saved(found: "Measured") -> Table:
         table.add_column(name, justify="right" if name in ("traced peak", "this run saves") else "left")
     for way in found.ways:
         peak = way.prediction.peak.bytes
-        table.add_row(way.name, size(peak), f"{1 - ours / peak:.0%}", way.how)
+        table.add_row(way.name, size_text(peak), f"{1 - ours / peak:.0%}", way.how)
     return table
 
 
 def _static(static: dict[str, int]) -> Iterator[RenderableType]:
-    yield Text("what stays between steps: " + ", ".join(f"{name} {size(value)}" for name, value in static.items()))
+    yield Text("what stays between steps: " + ", ".join(f"{name} {size_text(value)}" for name, value in static.items()))
 
 
-def draw_fit(found: "Fitted", recipe: "Recipe", changes: dict[str, str], *, length_is_allowed: bool) -> RenderableType:
-    """What was asked, every step of the search, and how it ended."""
+def draw_fit(found: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
+    """What was asked, every step of the search, how it ended, and what `qtune run` then settles by itself."""
     plan = found.plan
-    needed = f"{found.asked_rows} x {found.rows.longest.length} tokens at once need {size(found.asked.total_bytes)}"
+    asked = found.asked
+    needed = f"{asked.rows} x {found.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
+    changes, own = _assignments(found.changes), _assignments(found.left)
     parts: list[RenderableType] = [
-        Text(f"{recipe.model.base} on {plan.device.name}, {size(found.budget_bytes)}", style="bold"),
-        Text(f"as it is, {needed}: {'that fits' if not found.trials else 'too much'}"),
+        Text(f"{recipe.model.base} on {plan.device.name}, {size_text(found.budget_bytes)}", style="bold"),
+        Text(f"as qtune run would do it, {needed}: {'that fits' if asked.is_enough else 'too much'}"),
         Text(f"length: {found.rows.known_from}"),
     ]
     if found.trials:
         parts += [Text(""), _trials(found)]
-    if found.fits and not found.trials:
-        ended = f"fits {size(found.budget_bytes)} as it is"
+    if asked.is_enough:
+        ended = f"fits {size_text(found.budget_bytes)} as it is"
     elif found.fits:
-        ended = f"fits {size(found.budget_bytes)} with {size(found.need.total_bytes)}: " + ", ".join(
-            f"{key} = {value}" for key, value in changes.items()
-        )
+        ended = f"fits {size_text(found.budget_bytes)} with {size_text(found.need.total_bytes)}: {changes}"
     else:
         smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
         ended = (
-            f"does not fit {size(found.budget_bytes)}; with all that saves, the smallest budget that would do is "
+            f"does not fit {size_text(found.budget_bytes)}; with all that saves, the smallest budget that would do is "
             f"{smallest:.2f} GiB"
         )
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
+    if own and found.fits:
+        ended += f"\nqtune run settles by itself: {own}"
     return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _assignments(values: "dict[KeyPath, Any]") -> str:
+    """Keys and values as a recipe writes them."""
+    return ", ".join(f"{'.'.join(map(str, path))} = {show_value(value)}" for path, value in values.items())
 
 
 def _trials(found: "Fitted") -> Table:
@@ -259,7 +259,7 @@ def _trials(found: "Fitted") -> Table:
     for name in ("change", "a row needs", "and then", "", "price"):
         table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
     for trial in found.trials:
-        before, after = size(trial.before.total_bytes), size(trial.need.total_bytes)
+        before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
         if trial.verdict == "kept":
             mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
             table.add_row(trial.what, before, after, mark, trial.why)

@@ -1,7 +1,5 @@
 """What happens between two steps: metrics to the file and the screen, checkpoints by the clock, stopping safely."""
 
-import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,19 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.run.folder import write_atomically
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric
 
 AFTER_DIVERGENCE = "Lower training.learning_rate or raise training.warmup, and go on from the last checkpoint"
 
-Show = Callable[[dict[str, Any]], None]
+Show = Callable[[Metric], None]
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, one record per line, and shows each record as it is written.
-
-    A record has a `kind`: "train" (loss, accuracy, learning_rate, gradient_norm, tokens_per_second, memory_bytes,
-    memory_peak_bytes), "eval" (loss, accuracy) or "note" (message); and step, steps, epoch, seconds since the start.
-    """
+    """Writes metrics.jsonl, and shows each record as it is written."""
 
     def __init__(self, file: Path, show: Show, meter: Meter) -> None:
         self.file = file
@@ -38,65 +32,39 @@ class Metrics(TrainerCallback):
 
     def note(self, message: str) -> None:
         """Records something that happened."""
-        self._write({"kind": "note", "message": message})
+        self._write(NoteRecord(message, self._seconds()))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         logs = logs or {}
-        where = {"step": state.global_step, "steps": state.max_steps, "epoch": round(state.epoch or 0.0, 4)}
+        where = (state.global_step, state.max_steps, round(state.epoch or 0.0, 4), self._seconds())
         if "eval_loss" in logs:
-            self._write({"kind": "eval", **where, "loss": logs["eval_loss"], "accuracy": logs["eval_accuracy"]})
+            self._write(EvalRecord(*where, float(logs["eval_loss"]), float(logs["eval_accuracy"])))
         elif "loss" in logs:
             now, peak = memory_now(self.meter)
-            self._write(
-                {
-                    "kind": "train",
-                    **where,
-                    "loss": logs["loss"],
-                    "accuracy": logs.get("accuracy", 0.0),
-                    "learning_rate": logs["learning_rate"],
-                    "gradient_norm": logs.get("grad_norm", 0.0),
-                    "tokens_per_second": round(logs["tokens_per_second"], 1),
-                    "memory_bytes": now,
-                    "memory_peak_bytes": peak,
-                }
+            record = TrainRecord(
+                *where,
+                loss=float(logs["loss"]),
+                accuracy=float(logs.get("accuracy", 0.0)),
+                learning_rate=float(logs["learning_rate"]),
+                gradient_norm=float(logs.get("grad_norm", 0.0)),
+                tokens_per_second=round(logs["tokens_per_second"], 1),
+                memory_bytes=now,
+                memory_peak_bytes=peak,
             )
-            if not math.isfinite(logs["loss"]):
+            self._write(record)
+            if not record.is_finite:
                 raise TrainingError(
-                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. {AFTER_DIVERGENCE}"
+                    f"the loss is {record.loss} at step {record.step}: training has diverged. {AFTER_DIVERGENCE}"
                 )
 
-    def _write(self, record: dict[str, Any]) -> None:
-        record["seconds"] = round(time.monotonic() - self.began, 2)
-        # JSON has no NaN: null is what a reader in any language understands.
-        written = {
-            key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in record.items()
-        }
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(written) + "\n")
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.began, 2)
+
+    def _write(self, record: Metric) -> None:
+        append_metric(self.file, record)
         self.show(record)
-
-
-def forget_after(file: Path, step: int) -> None:
-    """Removes the records of steps that a resumed run will take again."""
-    if not file.is_file():
-        return
-    records = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
-    write_atomically(file, "".join(line + "\n" for line in records))
-
-
-def has_evaluation(file: Path, step: int) -> bool:
-    """Whether a metrics file has the evaluation of a step."""
-    records = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
-    return any(record["kind"] == "eval" and record["step"] == step for record in records)
-
-
-def _is_kept(line: str, step: int) -> bool:
-    try:
-        return int(json.loads(line).get("step", 0)) <= step
-    except ValueError:  # the last line of a killed run
-        return False
 
 
 def memory_now(meter: Meter) -> tuple[int, int]:

@@ -1,9 +1,7 @@
 """The training display: drawn from the records of metrics.jsonl, redrawn on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -11,9 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qtune.console import live_console, say
-
-Record = Mapping[str, Any]
+from qtune.console import clock, live_console, say
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord
+from qtune.sizes import GIB
 
 SECONDS_BETWEEN_LINES = 5.0
 """Plain lines of training records; a log file needs no line for every step."""
@@ -23,7 +21,8 @@ class TrainingDisplay:
     """Shows records as they are written. Use as a context manager, so that the terminal is given back."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Any] = {}
+        self._latest: TrainRecord | EvalRecord | None = None
+        self._figures: dict[str, str] = {}
         self._started: tuple[float, int] | None = None
         self._last_line = float("-inf")
         console = live_console()
@@ -40,17 +39,17 @@ class TrainingDisplay:
         if self._live:
             self._live.stop()
 
-    def show(self, record: Record) -> None:
-        """Takes one record of metrics.jsonl."""
-        if self._started is None and "step" in record:
-            self._started = (time.monotonic(), record["step"])
-        if record["kind"] == "note":
-            self._print(f"{record['message']}")
+    def show(self, record: Metric) -> None:
+        """Takes the next record of metrics.jsonl."""
+        if isinstance(record, NoteRecord):
+            self._print(record.message)
             return
-        prefix = "eval_" if record["kind"] == "eval" else ""
-        self._latest.update({prefix + key if key in ("loss", "accuracy") else key: record[key] for key in record})
+        if self._started is None:
+            self._started = (time.monotonic(), record.step)
+        self._latest = record
+        self._figures |= _figures(record)
         if self._live:
-            self._live.update(self._drawing())
+            self._live.update(self._drawing(record))
         elif self._is_due(record):
             self._last_line = time.monotonic()
             say(plain_line(record, self._seconds_left()))
@@ -61,63 +60,56 @@ class TrainingDisplay:
         else:
             say(message)
 
-    def _is_due(self, record: Record) -> bool:
-        is_end = record.get("step") in (1, record.get("steps"))
-        return record["kind"] != "train" or is_end or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+    def _is_due(self, record: TrainRecord | EvalRecord) -> bool:
+        is_end = record.step in (1, record.steps)
+        return record.kind == "eval" or is_end or time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
 
     def _seconds_left(self) -> float | None:
         """From the pace since this process began, so that a resumed run does not count the earlier one's steps."""
-        step, steps = self._latest.get("step"), self._latest.get("steps")
-        if not step or not steps or self._started is None or step <= self._started[1]:
+        latest = self._latest
+        if latest is None or not latest.steps or self._started is None or latest.step <= self._started[1]:
             return None
         began, first = self._started
-        return (time.monotonic() - began) / (step - first) * (steps - step)
+        return (time.monotonic() - began) / (latest.step - first) * (latest.steps - latest.step)
 
-    def _drawing(self) -> RenderableType:
-        latest = self._latest
+    def _drawing(self, latest: TrainRecord | EvalRecord) -> RenderableType:
         bar = Table.grid(padding=(0, 1))
-        steps = latest.get("steps") or 1
+        steps = latest.steps or 1
         bar.add_row(
-            f"step {latest.get('step', 0)}/{steps}",
-            ProgressBar(total=steps, completed=latest.get("step", 0), width=40),
-            f"epoch {latest.get('epoch', 0):.2f}",
+            f"step {latest.step}/{steps}",
+            ProgressBar(total=steps, completed=latest.step, width=40),
+            f"epoch {latest.epoch:.2f}",
             Text(f"{clock(self._seconds_left())} left", style="cyan"),
         )
-        figures = {name: Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(latest).items()}
+        figures = {
+            name: Text.assemble((f"{name} ", "dim"), self._figures[name]) for name in ORDER if name in self._figures
+        }
         # What is learned, then what it costs: together they do not fit into 80 columns.
         costs = [figures.pop(name) for name in ("tokens/s", "memory") if name in figures]
         return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row))
 
 
-def _figures(record: Record) -> dict[str, str]:
-    """What is known, as names and formatted values."""
-    formats = {
-        "loss": ("loss", "{:.4f}"),
-        "accuracy": ("accuracy", "{:.1%}"),
-        "eval_loss": ("eval loss", "{:.4f}"),
-        "learning_rate": ("lr", "{:.2e}"),
-        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+ORDER = ("loss", "accuracy", "eval loss", "lr", "tokens/s", "memory")
+
+
+def _figures(record: TrainRecord | EvalRecord) -> dict[str, str]:
+    """What a record tells, as names and formatted values."""
+    if isinstance(record, EvalRecord):
+        return {"eval loss": f"{record.loss:.4f}"}
+    now, peak = record.memory_bytes / GIB, record.memory_peak_bytes / GIB
+    return {
+        "loss": f"{record.loss:.4f}",
+        "accuracy": f"{record.accuracy:.1%}",
+        "lr": f"{record.learning_rate:.2e}",
+        "tokens/s": f"{record.tokens_per_second:,.0f}",
+        "memory": f"{now:.2f} GiB, peak {peak:.2f}",
     }
-    figures = {label: layout.format(record[key]) for key, (label, layout) in formats.items() if key in record}
-    if "memory_bytes" in record:
-        now, peak = record["memory_bytes"] / 2**30, record["memory_peak_bytes"] / 2**30
-        figures["memory"] = f"{now:.2f} GiB, peak {peak:.2f}"
-    return figures
 
 
-def plain_line(record: Record, seconds_left: float | None) -> str:
+def plain_line(record: TrainRecord | EvalRecord, seconds_left: float | None) -> str:
     """One record as one line of a log."""
-    if record["kind"] == "eval":
-        return f"step {record['step']}: validation loss {record['loss']:.4f}, accuracy {record['accuracy']:.1%}"
+    if isinstance(record, EvalRecord):
+        return f"step {record.step}: validation loss {record.loss:.4f}, accuracy {record.accuracy:.1%}"
     figures = "  ".join(f"{name} {value}" for name, value in _figures(record).items())
     left = f"  {clock(seconds_left)} left" if seconds_left is not None else ""
-    return f"step {record['step']}/{record['steps']}  epoch {record['epoch']:.2f}  {figures}{left}"
-
-
-def clock(seconds: float | None) -> str:
-    """ "1:23:45", "2:05", or "–" while it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"step {record.step}/{record.steps}  epoch {record.epoch:.2f}  {figures}{left}"

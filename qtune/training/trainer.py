@@ -18,101 +18,20 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from qtune.adapter.attach import STATE_FILE, cast_adapter, load_trained_state, save_trained_state, trained_state
+from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import install_lean_step
 from qtune.adapter.lean_check import TOLERANCES, lean_difference
+from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
-from qtune.errors import OutOfMemory, TrainingError
+from qtune.errors import Failure, OutOfMemory, TrainingError
 from qtune.kernels.ops import without_kernels
-from qtune.memory.measured.meter import Failure, Meter
+from qtune.memory.measured.meter import Meter
 from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
-from qtune.run.folder import RunDir
-from qtune.training.callbacks import AFTER_DIVERGENCE
-
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw-8bit": "adamw_8bit",
-    "paged-adamw": "paged_adamw_32bit",
-    "paged-adamw-8bit": "paged_adamw_8bit",
-}
-"""Our names -> transformers' (transformers.training_args.OptimizerNames)."""
-
-
-def sft_config(
-    training: Training, plan: Plan, run_dir: RunDir, *, has_validation: bool, evaluate_first: bool = False
-) -> SFTConfig:
-    """TRL's words for the plan. Every default of TRL or transformers that matters is spelled out here.
-
-    evaluate_first: the checkpoint that training goes on from is still owed its evaluation.
-    """
-    every_epoch = training.checkpoint_every == "epoch"
-    eval_every = training.eval_every if has_validation else "never"
-    return SFTConfig(
-        output_dir=str(run_dir.checkpoints),
-        run_name=run_dir.path.name,
-        # Time: the effective batch, and its end.
-        per_device_train_batch_size=plan.micro_batch_size,
-        per_device_eval_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.accumulation_steps,
-        num_train_epochs=training.epochs,
-        max_steps=training.steps or -1,
-        # The optimization.
-        optim=OPTIMIZERS[plan.optimizer],
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
-        warmup_steps=training.warmup,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_gradient_norm,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
-        average_tokens_across_devices=True,
-        seed=training.seed,
-        data_seed=training.seed,
-        # The device.
-        use_cpu=plan.device.kind == "cpu",
-        bf16=plan.compute_dtype == "bfloat16",
-        fp16=plan.loss_scaling,
-        tf32=None,
-        activation_checkpointing=plan.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
-        activation_offloading=False,
-        use_liger_kernel=False,
-        # Rows are tokenized, masked, cut and packed by qtune.data.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        padding_free=False,
-        completion_only_loss=False,
-        assistant_only_loss=False,
-        loss_type="nll",
-        # The router of a mixture of experts is frozen, so balancing it would only add a term without a gradient.
-        router_aux_loss_coef=0.0,
-        remove_unused_columns=False,
-        dataloader_pin_memory=plan.device.kind == "cuda",
-        dataloader_drop_last=False,
-        # What is said and kept.
-        logging_strategy="steps",
-        logging_steps=training.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=list(training.trackers) or "none",
-        eval_strategy={"never": "no", "epoch": "epoch"}.get(str(eval_every), "steps"),
-        eval_steps=eval_every if isinstance(eval_every, int) else None,
-        eval_on_start=evaluate_first,
-        prediction_loss_only=True,
-        save_strategy="epoch" if every_epoch else "steps",
-        save_steps=500 if every_epoch else training.checkpoint_every,
-        # Old checkpoints are removed by `_save_checkpoint` below, after the new one is complete.
-        save_total_limit=None,
-        save_only_model=False,
-        push_to_hub=False,
-    )
+from qtune.training.checkpoints import complete_checkpoints, require_finite
 
 
 class QloraTrainer(SFTTrainer):
@@ -314,8 +233,7 @@ class QloraTrainer(SFTTrainer):
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
         self.model.eval()
         try:
-            # Past SFTTrainer, whose only addition is a model card in every checkpoint.
-            super(SFTTrainer, self)._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
         # A full disk: the writers of Python, safetensors and torch each say it in their own way.
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -333,6 +251,9 @@ class QloraTrainer(SFTTrainer):
         # Saving is not training: it does not count against tokens per second.
         self._since += time.perf_counter() - began
         self.meter.enter("idle")
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
@@ -363,32 +284,6 @@ def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]
             note(f"training with peft's own layers: qtune's functions do not agree with them on this card ({problem})")
             return
     install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
-
-
-def require_finite(model: PeftModel, step: int) -> None:
-    """Refuses to save what can only be thrown away: one NaN in a weight makes every later loss NaN.
-
-    Raises:
-        TrainingError: a trained weight is infinite or no number.
-    """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
-        raise TrainingError(
-            f"a trained weight is not a finite number at step {step}: training has diverged. {AFTER_DIVERGENCE}"
-        )
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def remove_incomplete_checkpoints(folder: Path) -> None:
-    """Removes what a killed save has left."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / STATE_FILE).is_file():
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path)
 
 
 def _release_cached_memory() -> None:

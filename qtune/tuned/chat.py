@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.template import prompt_ids
-from qtune.device.present import present_device
-from qtune.errors import DataError, ModelError, Problem
-from qtune.model.load import base_folder, load_tokenizer
+from qtune.device.present import one_sentence, present_device
+from qtune.errors import DataError, OutOfMemory, Problem
+from qtune.model.load import load_plain, load_tokenizer
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.folder import RunDir
@@ -32,6 +32,8 @@ HELP = """\
 /exit             leave (or Ctrl-D)"""
 
 Turn = dict[str, str]
+
+SHORTER = "/reset forgets the conversation, and --max-new-tokens bounds an answer"
 
 
 @dataclass
@@ -59,10 +61,11 @@ class Session:
 
         Raises:
             DataError: the chat template refuses the conversation, or the question alone fills the context.
+            OutOfMemory: the answer does not fit; the question is forgotten.
         """
         asked = [*self.turns, {"role": "user", "content": text}]
         prompt, asked = self._fitted(asked)
-        with self._switched(), as_trained(self.plan):
+        with one_sentence(SHORTER), self._switched(), as_trained(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
@@ -129,17 +132,8 @@ def _plain_session(target: str) -> Session:
     named, device = Model(base=target), present_device()
     tokenizer = load_tokenizer(named)
     dtype, _ = compute_dtype_rule(device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_folder(named),
-            dtype=getattr(torch, dtype),
-            device_map={"": device.torch_name},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(Problem(target, f"cannot be loaded: {str(error).splitlines()[0]}")) from error
-    return Session(model.eval(), tokenizer, find_ends(model, tokenizer))
+    model = load_plain(named, device, getattr(torch, dtype))
+    return Session(model, tokenizer, find_ends(model, tokenizer))
 
 
 def chat(session: Session, lines: Iterator[str]) -> None:
@@ -157,7 +151,7 @@ def chat(session: Session, lines: Iterator[str]) -> None:
             session.ask(text, console.out_raw)
         except KeyboardInterrupt:
             console.say("\nstopped; this question is forgotten")
-        except DataError as error:
+        except (DataError, OutOfMemory) as error:
             console.say_error(str(error))
         console.out_raw("\n")
 

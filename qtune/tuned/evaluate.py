@@ -5,7 +5,7 @@ answer that is expected is that answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
-from qtune.data.prepare import prepare
+from qtune.data.held_out import held_out_rows, spread
+from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
 from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
+from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
-from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
+from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import as_trained
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
 EXTRA_TOKENS = 8
+SHORTER = "A smaller --max-new-tokens leaves more room; --data names other, shorter rows"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
-        return asdict(self)
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 def evaluate(
@@ -102,8 +106,10 @@ def evaluate(
     """
     run_dir.finished_adapter()
     run = load_untuned(run_dir)
-    source, held_out = held_out_rows(run, data_file)
+    source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
     examples = held_out.select(spread(len(held_out), rows))
+    if not sum(examples["scored"]):
+        raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
     limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
@@ -111,8 +117,8 @@ def evaluate(
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
-        progress = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with progress as shown, as_trained(run.plan):
+        rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
+        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
             loss, accuracy = mean_loss(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
@@ -137,39 +143,27 @@ def evaluate(
             for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
         ),
     )
-    run_dir.write_json(run_dir.eval_file, evaluation.to_json())
+    write_record(run_dir.eval_file, evaluation)
     return evaluation
 
 
-def held_out_rows(run: LoadedRun, data_file: Path | None) -> tuple[str, Dataset]:
-    """The source in words, and its rows: the file, else the recipe's test rows, else its validation rows.
+def read_evaluation(run_dir: RunDir) -> Evaluation | None:
+    """RUN/eval.json, as the last `evaluate` has written it; None where there was none.
 
     Raises:
-        DataError: the recipe sets no rows aside, or they cannot be read.
+        RunError: it is damaged.
     """
-    data = run.recipe.data
-    given = str(data_file.resolve()) if data_file else data.test if data.test is not None else data.validation
-    if not isinstance(given, float):
-        # Only these rows are read; the training rows may be gone by now.
-        alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
-        name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
-        return name, prepare(alone, run.tokenizer, run.run_dir.path).examples["train"]
-    prepared = prepare(data, run.tokenizer, run.run_dir.path, seed=run.recipe.training.seed)
-    if prepared.held_out is None:
-        raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
-    return "validation rows", prepared.examples[prepared.held_out]
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """`wanted` row numbers spread evenly over all of them, in order."""
-    count = min(available, wanted)
-    return [number * available // count for number in range(count)]
+    return read_record(run_dir.eval_file, Evaluation)
 
 
 def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:
-    """The row's last scored answer and what stands before it; None for raw text, which has no question."""
+    """The row's last scored answer and what stands before it; None for raw text, which has no question, and for rows of
+    which nothing is scored."""
     ids, labels = row["input_ids"], row["labels"]
-    end = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    scored = [position for position, label in enumerate(labels) if label != IGNORED]
+    if not scored:  # its answer was cut away
+        return None
+    end = scored[-1] + 1
     start = end
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1
@@ -204,25 +198,3 @@ def mean_loss(
         loss, correct, scored = loss + float(output.loss), correct + int(output.correct), scored + int(output.scored)
         shown.advance(len(rows))
     return loss / max(1, scored), correct / max(1, scored)
-
-
-def show(evaluation: Evaluation, shown: int = 5) -> None:
-    """Prints the scores and `shown` rows, the wrong ones first."""
-    rows = (
-        f"{evaluation.rows} of {evaluation.rows_held_out} {evaluation.source}, {evaluation.scored_tokens} scored tokens"
-    )
-    scores = [
-        ["loss, nats per token", *(f"{score.loss:.4f}" for score in (evaluation.base, evaluation.tuned))],
-        ["tokens right", *(f"{score.token_accuracy:.1%}" for score in (evaluation.base, evaluation.tuned))],
-    ]
-    if evaluation.base.exact_match is not None:
-        exact = (evaluation.base.exact_match, evaluation.tuned.exact_match or 0.0)
-        scores.append(["answers exactly right", *(f"{share:.1%}" for share in exact)])
-    console.out(console.table(rows, ["", "base", "tuned"], scores, right=(1, 2)))
-    if evaluation.answers_cut:
-        console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
-    chosen = sorted(evaluation.comparisons, key=lambda row: row.is_right)[:shown]
-    if chosen:
-        cells = [[row.request, row.expected, row.base, f"{'✓' if row.is_right else '✗'} {row.tuned}"] for row in chosen]
-        console.out("")
-        console.out(console.table("Answers, wrong ones first", ["request", "expected", "base", "tuned"], cells))

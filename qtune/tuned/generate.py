@@ -53,10 +53,10 @@ def find_ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     template = choose_template(None, tokenizer, Path()).text
     end_of_turn = Renderer.of(tokenizer, template).end_of_turn
     own = getattr(model.generation_config, "eos_token_id", None)
-    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     if end_of_turn is not None:
-        found.append(tokenizer.convert_tokens_to_ids(end_of_turn))
-    stop = tuple(sorted({token for token in found if token is not None}))
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    stop = tuple(sorted({token for token in ids if token is not None}))
     pad = tokenizer.pad_token_id
     return Ends(stop, pad if pad is not None else stop[0] if stop else 0)
 

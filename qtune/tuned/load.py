@@ -1,19 +1,18 @@
 """A run's folder -> its base model, tokenizer and adapter, put together as they were trained."""
 
-import tomllib
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune.adapter.attach import load_adapter
+from qtune.adapter.state import load_adapter
 from qtune.data.template import choose_template
 from qtune.device.present import Device, present_device
-from qtune.errors import Problem, RunError
 from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
 
 
@@ -41,22 +40,6 @@ def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
     tokenizer.chat_template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
     network = load_base(recipe.model, recipe.quantization, plan)
     return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
-
-
-def resolved_recipe(run_dir: RunDir) -> Recipe:
-    """The run's recipe with every value; unlike `load_recipe` it does not ask for the training rows, which may be gone.
-
-    Raises:
-        RunError: the file cannot be read, or is not a recipe of this version.
-    """
-    file = run_dir.resolved_file
-    try:
-        outcome = parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-    if isinstance(outcome, list):
-        raise RunError([Problem(str(file), f"{'.'.join(map(str, fault.path))}: {fault.message}") for fault in outcome])
-    return outcome
 
 
 def with_adapter(untuned: LoadedRun) -> LoadedRun:

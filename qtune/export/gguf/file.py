@@ -18,6 +18,7 @@ from qtune.export.gguf.families import Family, add_metadata, extra_tensors, fami
 from qtune.export.gguf.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 from qtune.export.soft_prompt import CONFIG_KEY
 from qtune.model.checkpoint import Checkpoint
+from qtune.whole import whole
 
 GgufType = Literal["f16", "bf16", "q8_0"]
 
@@ -86,9 +87,8 @@ def write_gguf(folder: Path, file: Path, kind: GgufType, advance: Callable[[int]
     family = family_of(config, str(folder))
     tensors = gguf_tensors(folder, config, family, kind)
     vocabulary = gguf_vocabulary(folder, config, tokenizer)
-    partial = file.with_name(f".{file.name}.partial")
-    writer = GGUFWriter(partial, family.architecture.name.lower())
-    try:
+    with whole(file) as partial:
+        writer = GGUFWriter(partial, family.architecture.name.lower())
         writer.add_type("model")
         writer.add_name(folder.name)
         add_metadata(writer, family, config)
@@ -98,9 +98,6 @@ def write_gguf(folder: Path, file: Path, kind: GgufType, advance: Callable[[int]
         add_vocabulary(writer, vocabulary, tokenizer, None if end is None else tokenizer.get_vocab()[end])
         _write_tensors(writer, folder, family, config, tensors, advance)
         writer.close()
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

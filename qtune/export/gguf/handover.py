@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
@@ -13,11 +12,11 @@ from qtune.export.gguf.families import ignored_window
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
-from qtune.export.merged_folder import VERIFICATION
-from qtune.export.model_files import write_json
 from qtune.export.staged import refuse_small_disk
+from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import Row, probes
 from qtune.recipe.schema import Recipe
+from qtune.sizes import MIB
 
 
 def hand_over(
@@ -31,13 +30,12 @@ def hand_over(
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     refuse_small_disk(folder, weights)
     file = folder / f"{name}-{kind}.gguf"
-    with console.progress(f"writing {file.name} (MiB)", round(weights / 2**20)) as bar:
-        write_gguf(folder, file, kind, lambda nbytes: bar.advance(nbytes / 2**20))
+    with console.progress(f"writing {file.name} (MiB)", round(weights / MIB)) as bar:
+        write_gguf(folder, file, kind, lambda nbytes: bar.advance(nbytes / MIB))
     proof = verify_gguf(folder, file, kind, rows, virtual)
-    noted = json.loads((folder / VERIFICATION).read_text(encoding="utf-8")) if (folder / VERIFICATION).exists() else {}
-    write_json(folder / VERIFICATION, {**noted, "gguf": {**noted.get("gguf", {}), kind: asdict(proof)}})
-    found = proof.closeness
-    console.out(f"{file.name}: KL divergence {found.kl:.2e}, same likeliest token {found.top1:.2%} (read back)")
+    add_gguf(folder, proof)
+    closeness = proof.closeness
+    console.out(f"{file.name}: KL divergence {closeness.kl:.2e}, same likeliest token {closeness.top1:.2%} (read back)")
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
     config = AutoConfig.from_pretrained(folder)

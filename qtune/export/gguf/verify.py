@@ -1,7 +1,6 @@
 """A GGUF file against the folder it was made from, read back by transformers' own GGUF reader."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from qtune import console
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
+from qtune.export.verification import GgufProof
 from qtune.export.verify.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import Row, probes, rendered_ids
@@ -26,17 +26,6 @@ LIMITS = {
 # Pre-tokenizers that transformers' reader rebuilds; with others, and with SentencePiece's space behind every special
 # token, its tokens say nothing about the file.
 READER_SPLITS = {"default", "gpt-2", "llama-bpe", "qwen2", "tekken"}
-
-
-@dataclass(frozen=True)
-class GgufProof:
-    """What reading the file back gave."""
-
-    file: str
-    kind: GgufType
-    closeness: Closeness
-    tokens_compared: bool
-    failures: tuple[str, ...]
 
 
 def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], virtual: Sequence[int]) -> GgufProof:

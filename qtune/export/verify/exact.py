@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qtune.adapter.attach import adapter_parameters
+from qtune.adapter.state import adapter_parameters
 
 
 @contextmanager

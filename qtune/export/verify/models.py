@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune.adapter.attach import load_adapter
+from qtune.adapter.state import load_adapter
 from qtune.export.merge import Weights
 from qtune.export.opened_run import Source
 from qtune.export.verify.exact import in_float32

@@ -7,14 +7,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
+from qtune.data.held_out import held_out_rows, spread
 from qtune.data.template import Renderer
-from qtune.device.present import present_device
 from qtune.errors import DataError
-from qtune.export.layout import empty_model
 from qtune.export.opened_run import Source
-from qtune.plan import make_plan
-from qtune.tuned.evaluate import held_out_rows, spread
-from qtune.tuned.load import LoadedRun
 
 # Positions compared in each row; more of one row says little more.
 LONGEST = 512
@@ -46,12 +42,8 @@ class Rows:
 
 def rows_for(source: Source, count: int = 32) -> Rows:
     """At most `count` of a run's held-out rows, spread over all."""
-    plan = make_plan(source.recipe, present_device())
-    # Only the recipe and the tokenizer are read; the network on the meta device takes no memory.
-    network = empty_model(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
-    run = LoadedRun(source.run, source.recipe, plan, source.tokenizer, network)
     try:
-        name, examples = held_out_rows(run, None)
+        name, examples = held_out_rows(source.recipe, source.tokenizer, source.run.path)
     except DataError:
         return Rows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
     chosen = examples.select(spread(len(examples), count))

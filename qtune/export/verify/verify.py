@@ -3,9 +3,8 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.device.present import present_device
-from qtune.errors import ModelError, VerificationError
+from qtune.device.present import is_out_of_memory, present_device
+from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
-from qtune.export.merged_folder import VERIFICATION, mark_unverified
-from qtune.export.model_files import write_json
 from qtune.export.opened_run import Source
-from qtune.export.verify.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
+from qtune.export.verification import Answer, Verification, mark_unverified, write_verification
+from qtune.export.verify.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
@@ -30,49 +28,6 @@ from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.precision import as_trained
 
 ANSWERS = 3
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One held-out request and the greedy answers to it."""
-
-    request: str
-    trained: str
-    exported: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What verify.json holds. An export is verified when `failures` is empty."""
-
-    verified: bool
-    failures: tuple[str, ...]
-    weights: str
-    rows: int
-    rows_from: str
-    exported: Closeness
-    """The exported model against its reference: the trained 4-bit model, or the adapter on the original weights."""
-    bare_base: Closeness
-    """The base without the adapter against the same reference: what losing the adapter would cost."""
-    cost: dict[str, Closeness]
-    """By basis, that basis with the adapter against the model that was trained."""
-    live: Closeness | None
-    """The live model, computing as it was trained (16-bit activations, int8 products), against its exact self: noise
-    of that precision, and none of the export's. None where it computes in float32, or is streamed."""
-    limits: Limits
-    perplexity: dict[str, float]
-    """Of the scored tokens: "trained", "exported", "bare base"."""
-    answers: tuple[Answer, ...]
-    answers_equal: int
-    compute_dtype: str
-    """What the live model computes in; "int8 products" where its products round their inputs to 8 bits."""
-    streamed: bool
-    """Whether the models were too large for the memory and read module by module; no answers are generated then."""
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
 
 
 @dataclass
@@ -117,7 +72,9 @@ def verify(
         streamed = too_large(folder, plan) if streamed is None else streamed
         exported = load_exported(folder, source, plan, streamed=streamed)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
-        reason = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        if is_out_of_memory(error):  # which says nothing about the folder
+            raise
+        reason = f"cannot be loaded: {first_line(error)}"
         mark_unverified(folder, reason)
         raise VerificationError(f"{folder}: {reason}") from error
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
@@ -159,7 +116,7 @@ def verify(
         streamed=streamed,
         seconds=round(time.monotonic() - began, 1),
     )
-    write_json(folder / VERIFICATION, verification.to_json())
+    write_verification(folder, verification)
     return verification
 
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qtune.screens.memory import size
+from qtune.sizes import size_text
 
 Json = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def _headline(report: Json) -> str:
 
 def _alive(report: Json) -> Iterator[str]:
     if report["alive"]:
-        listed = ", ".join(f"{name} {size(value)}" for name, value in report["alive"].items())
+        listed = ", ".join(f"{name} {size_text(value)}" for name, value in report["alive"].items())
         yield f"alive ({report['counted']}): {listed}"
 
 
@@ -45,25 +45,27 @@ def _predicted(report: Json) -> Iterator[str]:
         return
     needed, available = expected["needed_bytes"], report["available_bytes"]
     verdict = (
-        f"more than the {size(available)} that were to be had"
+        f"more than the {size_text(available)} that were to be had"
         if needed > available
-        else f"less than the {size(available)} that were to be had, so it was too low, or memory was taken meanwhile"
+        else f"less than the {size_text(available)} that were to be had, "
+        "so it was too low, or memory was taken meanwhile"
     )
     yield (
-        f"predicted for {expected['rows']} x {expected['length']} tokens: {size(expected['phase_bytes'])} here, "
-        f"{size(expected['peak_bytes'])} at the step's peak, {size(needed)} with driver and allocator: {verdict}"
+        f"predicted for {expected['rows']} x {expected['length']} tokens: {size_text(expected['phase_bytes'])} here, "
+        f"{size_text(expected['peak_bytes'])} at the step's peak, {size_text(needed)} with driver and "
+        f"allocator: {verdict}"
     )
 
 
 def _free(report: Json) -> Iterator[str]:
     yield (
-        f"{report['device']}: {size(report['free_bytes'])} of {size(report['total_bytes'])} free, "
-        f"{size(report['own_bytes'])} held by this run"
+        f"{report['device']}: {size_text(report['free_bytes'])} of {size_text(report['total_bytes'])} free, "
+        f"{size_text(report['own_bytes'])} held by this run"
     )
     if report["others"]:
         listed = ", ".join(
             f"{one['name'] or 'a process'} (pid {one['pid']}) "
-            + ("of unknown size" if one["bytes"] is None else size(one["bytes"]))
+            + ("of unknown size" if one["bytes"] is None else size_text(one["bytes"]))
             for one in report["others"]
         )
         yield f"also on it: {listed}"
@@ -76,7 +78,7 @@ def _offers(report: Json) -> Iterator[str]:
     elif not offers and report["least_bytes"]:
         least = report["least_bytes"]
         if least > report["available_bytes"]:
-            reason = f"the least that one of them needs is {size(least)}"
+            reason = f"the least that one of them needs is {size_text(least)}"
         else:
             reason = "none saves here what was missing"
         yield f"no change of the recipe would have fit: {reason}"
@@ -85,7 +87,7 @@ def _offers(report: Json) -> Iterator[str]:
     for number, one in enumerate(offers):
         if not number:
             yield "would have fit, least harm first, each traced:"
-        peak, needed = size(one["peak_bytes"]), size(one["needed_bytes"])
+        peak, needed = size_text(one["peak_bytes"]), size_text(one["needed_bytes"])
         yield f"  {one['change']}: {peak} at the peak, {needed} needed; {one['why']}"
         yield f"    {one['command']}{'  (a new run: it decides what is learned)' if one['is_new_run'] else ''}"
     saved = f"saved is {report['saved']}" if report["saved"] else "no step is saved yet"

@@ -11,20 +11,21 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.history import Moment, history_of, in_order
 from qtune.memory.tracing.ledger import Ledger, follow_modules
+from qtune.sizes import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Phase = Literal["load", "forward", "backward", "optimizer", "eval", "save", "idle"]
 
 SNAPSHOT_STEPS = 2
 """The optimizer's state exists from the second step on."""
@@ -48,29 +49,6 @@ class PhasePeaks:
     """The ledger's live bytes, in the steps that it ran over."""
     resident_peak_bytes: int = 0
     """The process's peak resident set."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What could be seen at the moment when memory ran out."""
-
-    phase: Phase
-    step: int
-    """The optimizer step at work or just done, from 1; 0 before the first."""
-    batch: dict[str, int] | None
-    """rows, length and, once the loss has seen them, scored of the batch at work; None outside a step."""
-    said: str
-    """The allocator's own words, up to the request."""
-    wanted_bytes: int
-    """The request that was refused; 0 if the allocator did not say."""
-    alive: dict[str, int]
-    """Bytes by category, as far as they can be told apart."""
-    counted: str
-    """How `alive` is known: by the ledger, by walking over the model and the optimizer, by the allocator."""
-    own_bytes: int
-    """What this process held: reserved by the allocator (CUDA), or resident (CPU)."""
-    free_bytes: int
-    total_bytes: int
 
 
 REST = "activations, logits and loss"
@@ -192,7 +170,7 @@ class Meter:
         peaks = [p.allocated_peak_bytes if self.cuda else p.tensor_peak_bytes for p in self.phases.values()]
         counted = "tensor by tensor in chosen steps"
         method = f"the allocator's statistics; {counted}" if self.cuda else f"{counted}; resident set of the process"
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
             "method": method,
             "resident_by_phase": self._resets,
@@ -202,17 +180,17 @@ class Meter:
             "largest_batch": self.largest,
         }
         if self._best is not None:
-            found["at_peak"] = asdict(self._best)
-        return found
+            result["at_peak"] = asdict(self._best)
+        return result
 
     def static(self) -> dict[str, int]:
         """Bytes that stay between steps, by category: weights by dtype, constants, adapter, gradients, optimizer."""
         ledger = Ledger(device=self.device.type)
         self._adopt_all(ledger)
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for life in ledger.lives:
-            found[life.category] = found.get(life.category, 0) + life.size
-        return found
+            sizes[life.category] = sizes.get(life.category, 0) + life.size
+        return sizes
 
     def _wanted(self, kind: Phase) -> bool:
         """Whether the step that begins is to be counted: one of the first, or larger than any counted so far."""
@@ -319,9 +297,9 @@ def _request(error: BaseException) -> tuple[str, int]:
 
     CUDA: "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"; CPU: "… you tried to allocate 4096 bytes. …".
     """
-    first = str(error).strip().partition("\n")[0] or type(error).__name__
-    found = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
-    if found is None:
+    first = first_line(error)
+    request = re.match(r".*?tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first, re.IGNORECASE)
+    if request is None:
         return first, 0
-    units = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    return found[0], int(float(found[1]) * units[found[2].lower()])
+    units = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
+    return request[0], int(float(request[1]) * units[request[2].lower()])

@@ -7,18 +7,19 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qtune.device.cards import size_in_bytes
-from qtune.memory.fit import shown
+from qtune.errors import first_line
 from qtune.memory.remedies import Room, phase_bytes, remedies
 from qtune.model.load import load_config
+from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE
+from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from qtune.device.processes import Holder
+    from qtune.errors import Failure
     from qtune.memory.longest import Rows
-    from qtune.memory.measured.meter import Failure
     from qtune.plan import Plan
     from qtune.recipe.schema import KeyPath, Recipe
     from qtune.run.folder import RunDir
@@ -83,7 +84,7 @@ def first_report(
     """What is known at once."""
     available = failure.free_bytes + failure.own_bytes
     if recipe.memory.budget != "auto":
-        available = min(available, size_in_bytes(recipe.memory.budget))
+        available = min(available, size_in_bytes(recipe.memory.budget, "memory.budget"))
     return Report(failure, plan.device.name, available, others, str(run_dir.path), saved)
 
 
@@ -99,26 +100,22 @@ def with_offers(
     size = failure.batch["rows"] if failure.batch is not None else plan.micro_batch_size
     room = Room(report.available_bytes, failure.phase, _short_bytes(failure), report.saved is not None)
     try:
-        found = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
+        search = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
     except KeyboardInterrupt:
         return replace(report, untraced="stopped")
     except Exception as error:
         # Whatever it is, the report of the first failure must not be lost to a second one.
         log.debug("the step could not be traced", exc_info=True)
-        return replace(report, untraced=f"{type(error).__name__}: {_first_line(error)}")
-    need = found.failed.need
+        return replace(report, untraced=f"{type(error).__name__}: {first_line(error)}")
+    need = search.failed.need
     expected = Predicted(
-        size, rows.longest.length, phase_bytes(found.failed, failure.phase), need.traced_bytes, need.total_bytes
+        size, rows.longest.length, phase_bytes(search.failed, failure.phase), need.traced_bytes, need.total_bytes
     )
     offers = tuple(
         Offer(one.words, one.why, one.peak_bytes, one.needed_bytes, *command_for(run_dir, one.changes))
-        for one in found.found
+        for one in search.found
     )
-    return replace(report, predicted=expected, offers=offers, least_bytes=found.least_bytes)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return replace(report, predicted=expected, offers=offers, least_bytes=search.least_bytes)
 
 
 def _short_bytes(failure: Failure) -> int:
@@ -130,12 +127,12 @@ def _short_bytes(failure: Failure) -> int:
 def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, bool]:
     """The command that goes on with a run and other values, and whether it has to be a new run."""
     words = [
-        f"{'.'.join(map(str, key))}={value if isinstance(value, str) else shown(value)}"
+        f"{'.'.join(map(str, key))}={value if isinstance(value, str) else show_value(value)}"
         for key, value in changes.items()
     ]
     is_new_run = any(key not in CHANGEABLE for key in changes)
     if is_new_run:
-        words = [f"output.name={run_dir.path.name}", *words]
+        words = [f"output.name={run_dir.name}", *words]
         start = ["qtune", "run", str(run_dir.resolved_file)]
     else:
         start = ["qtune", "run", "--resume", str(run_dir.path)]

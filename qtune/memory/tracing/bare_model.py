@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import host_weight
 
 if TYPE_CHECKING:
@@ -51,7 +51,13 @@ def bare_model(
     name = getattr(config, "_name_or_path", "") or config.model_type
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                # Said in any case: transformers asks a person where nothing is said.
+                trust_remote_code=is_trusted(config),
+            )
         keep_in_fp32(model, dtype)
         if (chosen := stored or quantization) is not None:
             quantizer = AutoHfQuantizer.from_config(chosen, pre_quantized=bool(stored))
@@ -60,11 +66,15 @@ def bare_model(
             pack(model, dtype)
             quantizer.postprocess_model(model)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        said = f"nothing is called {error}" if isinstance(error, KeyError) else str(error)
-        reason = said.strip().splitlines() or [type(error).__name__]
-        raise ModelError(Problem(name, f"no model can be built from its config.json: {reason[0]}")) from error
+        reason = f"nothing is called {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ModelError(Problem(name, f"no model can be built from its config.json: {reason}")) from error
     model.requires_grad_(False)
     return model
+
+
+def is_trusted(config: PretrainedConfig) -> bool:
+    """Whether code that came with the model has run to read its configuration, which the recipe has allowed."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:

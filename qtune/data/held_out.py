@@ -1,0 +1,39 @@
+"""The rows that nothing was trained on, and an even choice of them."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.prepare import prepare
+from qtune.errors import DataError, Problem
+from qtune.recipe.schema import Recipe
+
+
+def held_out_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, data_file: Path | None = None
+) -> tuple[str, Dataset]:
+    """The source in words, and its rows: the file, else the recipe's test rows, else its validation rows.
+
+    folder: what relative paths of the recipe start from.
+
+    Raises:
+        DataError: the recipe sets no rows aside, or they cannot be read.
+    """
+    data = recipe.data
+    given = str(data_file.resolve()) if data_file else data.test if data.test is not None else data.validation
+    if not isinstance(given, float):
+        # Only these rows are read; the training rows may be gone by now.
+        alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
+        name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
+        return name, prepare(alone, tokenizer, folder).examples["train"]
+    prepared = prepare(data, tokenizer, folder, seed=recipe.training.seed)
+    if prepared.held_out is None:
+        raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
+    return "validation rows", prepared.examples[prepared.held_out]
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """`wanted` row numbers spread evenly over all of them, in order."""
+    count = min(available, wanted)
+    return [number * available // count for number in range(count)]

@@ -1,0 +1,138 @@
+"""verify.json: what an exported folder says of its own proof; written, read, and added to by a GGUF file's."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from qtune.errors import Problem, RunError, first_line
+from qtune.export.verify.closeness import Closeness, Limits
+from qtune.run.records import NotARecord, plain, record_of
+from qtune.whole import write_text
+
+# The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
+VERIFICATION = "verify.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out request and the greedy answers to it."""
+
+    request: str
+    trained: str
+    exported: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of a comparison. An export is verified when `failures` is empty."""
+
+    verified: bool
+    failures: tuple[str, ...]
+    weights: str
+    rows: int
+    rows_from: str
+    exported: Closeness
+    """The exported model against its reference: the trained 4-bit model, or the adapter on the original weights."""
+    bare_base: Closeness
+    """The base without the adapter against the same reference: what losing the adapter would cost."""
+    cost: dict[str, Closeness]
+    """By basis, that basis with the adapter against the model that was trained."""
+    limits: Limits
+    perplexity: dict[str, float]
+    """Of the scored tokens: "trained", "exported", "bare base"."""
+    answers: tuple[Answer, ...]
+    answers_equal: int
+    compute_dtype: str
+    """What the live model computes in; "int8 products" where its products round their inputs to 8 bits."""
+    streamed: bool
+    """Whether the models were too large for the memory and read module by module; no answers are generated then."""
+    seconds: float
+    live: Closeness | None = None
+    """The live model, computing as it was trained (16-bit activations, int8 products), against its exact self: noise
+    of that precision, and none of the export's. None where it computes in float32, or is streamed."""
+
+
+@dataclass(frozen=True)
+class GgufProof:
+    """What reading the file back gave."""
+
+    file: str
+    kind: Literal["f16", "bf16", "q8_0"]
+    closeness: Closeness
+    tokens_compared: bool
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What verify.json says of a folder."""
+
+    verified: bool
+    failures: tuple[str, ...]
+    weights: str | None = None
+    """What the adapter was merged into: "dequantized" or "original"; None in files of older versions."""
+    figures: Verification | None = None
+    """None where the models were not compared."""
+    gguf: dict[str, GgufProof] = field(default_factory=dict)
+    """By type, the proof of each GGUF file that was made of the folder."""
+
+
+def write_verification(folder: Path, figures: Verification) -> None:
+    """Notes how a comparison has ended; what is known of GGUF files stays."""
+    proof = Proof(figures.verified, figures.failures, figures.weights, figures, _before(folder).gguf)
+    _write(folder, proof)
+
+
+def mark_unverified(folder: Path, reason: str, weights: str | None = None) -> None:
+    """Notes that nothing was proven about a folder; what is known of its GGUF files and its weights stays.
+
+    weights: what the adapter was merged into, where the folder does not say so yet.
+    """
+    before = _before(folder)
+    _write(folder, Proof(False, (reason,), weights or before.weights, gguf=before.gguf))
+
+
+def add_gguf(folder: Path, proof: GgufProof) -> None:
+    """Notes the proof of a GGUF file beside that of the folder."""
+    before = _before(folder)
+    _write(folder, replace(before, gguf={**before.gguf, proof.kind: proof}))
+
+
+def read_proof(folder: Path) -> Proof:
+    """What is known about a folder; nothing is verified where it says nothing.
+
+    Raises:
+        RunError: its verify.json is damaged.
+    """
+    file = folder / VERIFICATION
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        figures = record_of(Verification, values) if "exported" in values else None
+        return replace(record_of(Proof, {**values, "figures": None}), figures=figures)
+    except FileNotFoundError:
+        return Proof(False, ())
+    except NotARecord as error:
+        raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+
+
+def proven_folders(run: Path) -> list[Path]:
+    """The folders inside a run that have a verify.json."""
+    return sorted(file.parent for file in run.glob(f"*/{VERIFICATION}"))
+
+
+def _before(folder: Path) -> Proof:
+    """What is known so far; nothing where that is damaged, for it is about to be written anew."""
+    try:
+        return read_proof(folder)
+    except RunError:
+        return Proof(False, ())
+
+
+def _write(folder: Path, proof: Proof) -> None:
+    """The figures stand at the top, as they always have."""
+    own = {name: value for name, value in plain(proof).items() if name != "figures" and value not in (None, {})}
+    values = {**own, **(plain(proof.figures) if proof.figures else {})}
+    write_text(folder / VERIFICATION, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,91 @@
+"""What a recipe will need on a device: the plan that a run makes there, and its step, traced."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qtune.errors import first_line
+from qtune.memory.budget import budget_bytes, settled
+from qtune.memory.cached import predicted
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.load import attention_rule
+from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.plan import make_plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qtune.device.present import Device
+    from qtune.errors import Problem
+    from qtune.memory.longest import Rows
+    from qtune.memory.predict import Prediction
+    from qtune.plan import Plan
+    from qtune.recipe.schema import Recipe
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a recipe will need on a device: the plan that `qtune run` makes there, and its step, traced."""
+
+    plan: Plan
+    rows: Rows
+    prediction: Prediction
+    budget_bytes: int
+    """What may be spent: [memory] budget, or what was free when the question was asked."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step is predicted to stay inside the budget."""
+        return self.prediction.need.fits(self.budget_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The prediction of a run as it stands in memory.json, sizes in bytes."""
+        found = asdict(self.prediction)
+        return {
+            "device": self.plan.device.name,
+            "micro_batch_size": self.plan.micro_batch_size,
+            "longest": asdict(self.rows.longest),
+            "known_from": self.rows.known_from,
+            "needed_bytes": self.prediction.need.total_bytes,
+            "budget_bytes": self.budget_bytes,
+            **{name: found[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
+        }
+
+
+def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast:
+    """The plan of `qtune run`, `profile` and `check`: on a card what it leaves open follows from memory, by tracing.
+
+    Raises:
+        ModelError: no model can be built from the configuration, or the adapter does not fit it.
+    """
+    plan = make_plan(recipe, device, attention_rule(config))
+    if device.kind == "cuda":
+        plan = settled(config, recipe, plan, rows.longest)
+    prediction = predicted(config, recipe, plan, rows.longest)
+    return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
+
+
+def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | str:
+    """`forecast`; where the step cannot be traced, in words why: a run may fit all the same."""
+    try:
+        return forecast(config, recipe, device, rows)
+    except Exception as error:
+        log.debug("the step could not be traced", exc_info=True)
+        name, said = type(error).__name__, first_line(error)
+        return name if said == name else f"{name}: {said}"
+
+
+def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:
+    """What `qtune run` would say once the weights are loaded, known before: too little of the model is quantized."""
+    if is_stored_quantized(config):
+        return None
+    dtype = getattr(torch, plan.compute_dtype)
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    return quantized_too_little(recipe.model.base, network, recipe.quantization)

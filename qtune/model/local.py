@@ -1,0 +1,27 @@
+"""The base model's files on this disk: fetched from the hub where they are not there yet."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from qtune.errors import ModelError, Problem, first_line
+from qtune.model.load import base_folder
+from qtune.recipe.schema import Model
+
+# What a merge or a loader may need from the hub; weights in other formats stay there.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def local_base(model: Model) -> Path:
+    """The base model's folder on this disk; a hub id is downloaded unless it is in the hub's cache.
+
+    Raises ModelError when it cannot be had.
+    """
+    base = Path(base_folder(model))
+    if base.is_dir():
+        return base
+    try:
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -1,0 +1,274 @@
+"""Everything that can stop a run, found before a weight is read: in the same words for `run`, `check` and `resume`."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.adapter.attach import attach_adapter
+from qtune.adapter.from_run import earlier_adapter
+from qtune.cache import cache_folder
+from qtune.data.findings import Finding, gate, stopping
+from qtune.data.inspection import Inspection, inspect
+from qtune.data.prepare import Prepared, refuse_bad_rows, survey
+from qtune.device.present import present_device
+from qtune.errors import InputError, ModelError, Problem
+from qtune.export.gguf.file import refuse_unconvertible
+from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.longest import longest_of
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.host import keep_embeddings_on_host
+from qtune.model.load import attention_rule, load_config, load_tokenizer, require_attention
+from qtune.model.quantization import (
+    ParameterCount,
+    count_parameters,
+    is_stored_quantized,
+    quantization_config,
+    quantized_too_little,
+)
+from qtune.plan import Plan, make_plan
+from qtune.recipe.file import Resolved
+from qtune.recipe.schema import FourBit, Recipe
+from qtune.sizes import gib_text, size_text
+from qtune.startup.quiet import quiet_loading
+from qtune.startup.safe_bitsandbytes import require_right_kernels
+
+log = logging.getLogger(__name__)
+
+# bf16 or fp16: what an export writes for each parameter.
+EXPORT_BYTES = 2
+# Two moments of AdamW in fp32 for each trained parameter.
+OPTIMIZER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run and its export will write, and what is free where they go."""
+
+    checkpoints_bytes: int
+    export_bytes: int
+    cache_bytes: int
+    free_bytes: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether both fit beside what is there."""
+        return self.checkpoints_bytes + self.export_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A recipe, its model and its rows, examined. No weight was read."""
+
+    resolved: Resolved
+    plan: Plan
+    """What will be done on this device; on a card with what is left to its memory settled."""
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    inspection: Inspection
+    forecast: Forecast | str | None
+    """What a step will need; in words why, where that cannot be traced; None where it was not asked for."""
+    disk: Disk | None
+    """None where no model can be built from the configuration alone."""
+    refusals: tuple[InputError, ...]
+    """What is wrong with the input, each as the stage says it that would otherwise meet it."""
+
+    @property
+    def stopping(self) -> list[Finding]:
+        """The findings of the gate that would stop a run."""
+        return stopping(self.inspection.findings, self.resolved.recipe.data.allow)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a run does not stop for, and may come to regret; a sentence each."""
+        forecast = self.forecast
+        said = []
+        if isinstance(forecast, str) and self.plan.device.kind == "cuda":
+            said.append(f"memory: could not be predicted ({forecast}); micro-batches shrink if they must")
+        if isinstance(forecast, Forecast) and not forecast.fits:
+            need = gib_text(forecast.prediction.need.total_bytes)
+            rows = forecast.plan.micro_batch_size
+            what = "one row is" if rows == 1 else f"{rows} rows are"
+            budget = gib_text(forecast.budget_bytes)
+            said.append(f"memory: {what} predicted to need {need} of {budget}; qtune fit shows what would help")
+        if self.disk is not None and not self.disk.is_enough:
+            needed = self.disk.checkpoints_bytes + self.disk.export_bytes
+            said.append(
+                f"disk: {size_text(self.disk.free_bytes)} are free, and the run and a merged export will write "
+                f"{size_text(needed)}"
+            )
+        return said
+
+    def require(self) -> None:
+        """Lets nothing through that would stop the run.
+
+        Raises:
+            InputError: everything that is wrong with the input, at once.
+            GateError: the rows would train the wrong thing, and the recipe does not waive it.
+        """
+        if self.refusals:
+            raise together(self.refusals)
+        gate(self.inspection.findings, self.resolved.recipe.data.allow)
+
+
+def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = False) -> Preflight:
+    """Looks at everything that a run depends on. What stops it is collected: `Preflight.require` raises it.
+
+    folder: where the run writes; left out, a new one in output.directory. traced: whether the step's memory is traced
+    where nothing is decided by it, on a CPU.
+
+    Raises:
+        InputError: model or rows cannot be read at all, so that there is nothing more to look at; with whatever else
+            was found.
+        OutOfMemory: the card has no room even to be asked.
+    """
+    quiet_loading()
+    recipe, asked = resolved.recipe, _Asked()
+    asked.of(_require_one_process)
+    asked.of(_require_trackers, recipe)
+    asked.of(_require_writable, folder or Path(recipe.output.directory))
+    asked.of(earlier_adapter, recipe)
+    device = present_device()
+    config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
+    if config is None or tokenizer is None:
+        raise together(asked.refusals)
+    plan = make_plan(recipe, device, attention_rule(config))
+    asked.of(require_attention, plan.attention)
+    if device.kind == "cpu" and isinstance(recipe.quantization, FourBit):
+        asked.of(require_right_kernels)
+    if recipe.output.gguf is not None:
+        asked.of(refuse_unconvertible, config, tokenizer, recipe.model.base)
+    count = _examined_model(config, recipe, plan, asked)
+    prepared = asked.of(survey, recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
+    if prepared is None:
+        raise together(asked.refusals)
+    tokenizer.chat_template = prepared.template.text
+    asked.of(refuse_bad_rows, prepared, recipe.data)
+    inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
+    forecast: Forecast | str | None = None
+    if not len(prepared.train):
+        forecast = "there are no rows"
+    elif traced or (device.kind == "cuda" and not asked.refusals):
+        with console.progress("tracing a step"):
+            forecast = attempted(config, recipe, device, longest_of(prepared))
+    return Preflight(
+        resolved,
+        forecast.plan if isinstance(forecast, Forecast) else plan,
+        tokenizer,
+        prepared,
+        inspection,
+        forecast,
+        None if count is None else _disk(recipe, plan, count, folder or Path(recipe.output.directory)),
+        tuple(asked.refusals),
+    )
+
+
+def together(refusals: Sequence[InputError]) -> InputError:
+    """Several errors as one with all of their problems; one alone as it is."""
+    first, *others = refusals
+    if not others:
+        return first
+    return InputError(dict.fromkeys(problem for error in refusals for problem in error.problems))
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Asked:
+    """Asks one question after the other, and keeps those refusals that would have ended the questions."""
+
+    refusals: list[InputError] = field(default_factory=list)
+
+    def of(
+        self, question: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result | None:
+        """The answer; None where the question was refused."""
+        try:
+            return question(*args, **kwargs)
+        except InputError as error:
+            self.refusals.append(error)
+            return None
+
+
+def _require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
+
+
+def _require_trackers(recipe: Recipe) -> None:
+    """transformers would only say it after the model is loaded."""
+    missing = [name for name in recipe.training.trackers if find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
+
+
+def _require_writable(folder: Path) -> None:
+    """By writing into it, or where it would be made: permissions alone do not tell of read-only file systems."""
+    existing = _existing(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing):
+            pass
+    except OSError as error:
+        where = "" if existing == folder.absolute() else f" ({existing})"
+        message = f"{folder} cannot be written{where}: {error.strerror}; name another folder"
+        raise InputError(Problem("output.directory", message)) from error
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one around it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
+    """Whether enough of the model is quantized and the adapter finds its place, on the meta device; its parameters.
+
+    None where it cannot be built there: a run may work all the same.
+    """
+    dtype = getattr(torch, plan.compute_dtype)
+    attention = "sdpa" if plan.attention.startswith("flash") else plan.attention
+    try:
+        network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), attention)
+    except ModelError:
+        log.debug("no bare model", exc_info=True)
+        return None
+    if not is_stored_quantized(config):
+        too_little = quantized_too_little(recipe.model.base, network, recipe.quantization)
+        if too_little is not None:
+            asked.refusals.append(ModelError(too_little))
+    if plan.embeddings == "host":
+        keep_embeddings_on_host(network, "meta")
+    try:
+        with torch.device("meta"):
+            model = attach_adapter(network, recipe.adapter, plan)
+    except ModelError as error:
+        # peft names what it does not find by a ValueError; anything else may be the meta device's own fault.
+        if isinstance(error.__cause__, (ValueError, type(None))):
+            asked.refusals.append(error)
+        return None
+    return count_parameters(model)
+
+
+def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) -> Disk:
+    """What the run will write. A checkpoint is written before the oldest goes, so one more than is kept must fit."""
+    adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
+    # The adapter in peft's format and its full state, and the optimizer's moments.
+    checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
+    examples = cache_folder() / "examples"
+    return Disk(
+        (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
+        EXPORT_BYTES * (count.total - count.trainable),
+        sum(file.stat().st_size for file in examples.rglob("*") if file.is_file()),
+        shutil.disk_usage(_existing(directory)).free,
+    )

@@ -1,0 +1,110 @@
+"""What is wrong with a recipe: pydantic's errors with our paths and words."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
+
+
+class Fault(NamedTuple):
+    """Something wrong with one key: where it is in the recipe and what would be right."""
+
+    path: KeyPath
+    message: str
+
+
+class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory is of memory
+    """Tables that are no recipe. `faults`: everything that is wrong with them."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in self.faults))
+
+
+def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
+    """pydantic's errors with our paths and words; the branches of a union become one fault."""
+    messages_of: dict[KeyPath, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "union_tag_invalid":
+            detail["loc"] = (*detail["loc"], "kind")
+        path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
+        messages_of.setdefault(path, []).append(_in_our_words(path, detail))
+    # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
+    branches = {path[:length] for path in messages_of for length in range(len(path))}
+    return [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+
+
+def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
+            return f"no such key in {where}{_nearest(str(path[-1]), _known_keys(detail['loc']))}"
+        case "missing":
+            return "is required and missing"
+        case "literal_error" | "union_tag_invalid":
+            choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
+            *others, last = (f'"{choice}"' for choice in choices)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
+            return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
+        case "string_too_short" | "too_short":
+            return "must not be empty"
+        case "string_pattern_mismatch":
+            return f"must look like {_pattern_in_words(path)}"
+        case _:
+            return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
+
+
+def _pattern_in_words(path: KeyPath) -> str:
+    if path in (("memory", "budget"), ("memory", "loss_tile")):
+        return '"8GiB" or "512MiB"'
+    return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
+
+
+def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known and list_known else ""
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """The keys of the table that a location (pydantic's, with its union tags) is in."""
+    tagged: dict[str | int, type[BaseModel]] = {"file source": FileSource, "hub source": HubSource}
+    for union in (Quantization, Adapter):
+        tagged |= {kind: table for table in get_args(union) for kind in kinds_of(table)}
+    *tables, _ = location
+    if not tables:
+        return list(Recipe.model_fields)
+    for tag in reversed(tables):
+        if tag in tagged:
+            return list(tagged[tag].model_fields)
+    table = Recipe.model_fields[str(tables[0])].annotation
+    return list(table.model_fields) if isinstance(table, type) and issubclass(table, BaseModel) else []
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """One sentence for the branches of a union: "must be a or b"."""
+    first, *others = dict.fromkeys(messages)
+    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+
+
+def _real_path(location: Sequence[str | int], tables: Mapping[str, Any], *, keep_last: bool) -> KeyPath:
+    """Drops what pydantic adds to a location: union tags and the names of union branches."""
+    path: list[str | int] = []
+    value: Any = tables
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(value, Mapping) and (part in value or (is_last and keep_last)):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        path.append(part)
+    return tuple(path)

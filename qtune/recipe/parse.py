@@ -1,0 +1,64 @@
+"""Tables of TOML -> a Recipe, or everything that is wrong with them at once."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from qtune.recipe.faults import Fault, Faulty, faults_of
+from qtune.recipe.rules import conflicts
+from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe
+
+
+def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
+    """The recipe that TOML `tables` describe.
+
+    Raises:
+        Faulty: with everything that is wrong with them.
+    """
+    filled = dict(tables)
+    for name, kind in DEFAULT_KINDS.items():
+        if isinstance(filled.get(name), dict):
+            filled[name] = {"kind": kind, **filled[name]}
+    try:
+        # Through JSON: strict validation of Python values would refuse TOML arrays for tuples.
+        recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
+    except ValidationError as error:
+        faults = faults_of(error, filled)
+        raise Faulty([*faults, *_conflicts_of_the_rest(filled, faults)]) from error
+    if found := list(conflicts(recipe)):
+        raise Faulty(found)
+    return recipe
+
+
+def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
+    """Conflicts in the tables without a fault, where those can be told without the others."""
+    faulty = {str(fault.path[0]) for fault in faults}
+    if faulty & {"model", "quantization", "adapter"} or any(len(fault.path) < 2 for fault in faults):
+        return []  # what they are decides what goes with them
+    without = {
+        name: {key: value for key, value in table.items() if not any(fault.path[:2] == (name, key) for fault in faults)}
+        if isinstance(table, dict)
+        else table
+        for name, table in tables.items()
+    }
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(without, default=str))
+    except ValidationError:  # a key that is required
+        return []
+    return [fault for fault in conflicts(recipe) if fault.path[0] not in faulty]
+
+
+def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:
+    """A recipe with other values, checked like any other.
+
+    Raises:
+        Faulty: they do not go together.
+    """
+    tables = recipe.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    for name in ("quantization", "adapter"):
+        tables[name] = getattr(recipe, name).model_dump(mode="json", exclude_none=True)
+    for (table, key), value in changes.items():
+        tables.setdefault(str(table), {})[str(key)] = value
+    return parse_recipe(tables)

@@ -1,0 +1,60 @@
+"""memory.json: what was predicted of a run's memory, measured in it, and traced for it afterwards."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qtune.errors import Problem, RunError
+from qtune.run.folder import RunDir
+from qtune.run.records import read_record, write_record
+
+TRACED = ("traced", "ways", "attribution")
+"""Keys that are traced after a run, not during it: on a CPU that would delay a short run noticeably."""
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """The file's sections, each the JSON of the value that made it; sizes in bytes, and no float that is none."""
+
+    predicted: dict[str, Any] | None = None
+    """`memory.forecast.Forecast`: before the run, where something was decided by it."""
+    measured: dict[str, Any] | None = None
+    """`memory.measured.meter.Meter.result`."""
+    failure: dict[str, Any] | None = None
+    """`memory.measured.out_of_memory.Report`, where memory ran out."""
+    traced: dict[str, Any] | None = None
+    """`memory.predict.Prediction` of the largest batch that was measured."""
+    ways: tuple[dict[str, Any], ...] | None = None
+    """`memory.savings.Way`: the usual ways of training the same model on that batch."""
+    attribution: tuple[dict[str, Any], ...] | None = None
+    """The step without each technique."""
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether nothing is left to trace."""
+        return all(getattr(self, name) is not None for name in TRACED)
+
+
+def write_memory(run_dir: RunDir, memory: RunMemory) -> None:
+    """Writes RUN/memory.json."""
+    write_record(run_dir.memory_file, memory)
+
+
+def read_memory(run_dir: RunDir) -> RunMemory | None:
+    """RUN/memory.json; None where the run was killed before it was written.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return read_record(run_dir.memory_file, RunMemory)
+
+
+def measured_memory(run_dir: RunDir) -> RunMemory:
+    """RUN/memory.json with a measurement in it.
+
+    Raises:
+        RunError: there is none, or the file is damaged.
+    """
+    memory = read_memory(run_dir)
+    if memory is None or memory.measured is None or "device" not in memory.measured:
+        raise RunError(Problem(str(run_dir.memory_file), "has no measurement: the run did not reach its end"))
+    return memory

@@ -1,0 +1,141 @@
+"""metrics.jsonl: what a run tells while it trains, one record a line; appended, read, and cut where it is resumed."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qtune.errors import Problem, RunError
+from qtune.run.records import NotARecord, plain, record_of
+from qtune.whole import write_text
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """What `training.log_every` steps have learned and cost."""
+
+    step: int
+    """Of the optimizer, from 1; `steps` is the last one."""
+    steps: int
+    epoch: float
+    seconds: float
+    """Since training began, or was resumed; `seconds_of` adds the parts."""
+    loss: float
+    """Mean negative log-likelihood of a scored token, in nats."""
+    accuracy: float
+    """Share of scored tokens that were the likeliest."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping; infinite in a step that loss scaling skips."""
+    tokens_per_second: float
+    memory_bytes: int
+    memory_peak_bytes: int
+    kind: Literal["train"] = "train"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether training is still going somewhere."""
+        return math.isfinite(self.loss)
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """How the validation rows do after a step."""
+
+    step: int
+    steps: int
+    epoch: float
+    seconds: float
+    loss: float
+    accuracy: float
+    kind: Literal["eval"] = "eval"
+
+
+@dataclass(frozen=True)
+class NoteRecord:
+    """Something that happened, in a sentence."""
+
+    message: str
+    seconds: float = 0.0
+    kind: Literal["note"] = "note"
+
+
+Metric = TrainRecord | EvalRecord | NoteRecord
+KINDS: dict[str, type[Metric]] = {"train": TrainRecord, "eval": EvalRecord, "note": NoteRecord}
+
+
+def append_metric(file: Path, record: Metric) -> None:
+    """Adds a record to the end of the file."""
+    values = plain(record)
+    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def read_metrics(file: Path) -> tuple[Metric, ...]:
+    """Every record; none where the file is not there yet. A last line that a kill has cut short is left out.
+
+    Raises:
+        RunError: the file cannot be read, or a line in it is no record.
+    """
+    return tuple(record for _, record in _numbered(file))
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Removes the records of later steps, which a resumed run will take again.
+
+    Raises:
+        RunError: as `read_metrics`.
+    """
+    if not file.is_file():
+        return
+    kept = [line for line, record in _numbered(file) if isinstance(record, NoteRecord) or record.step <= step]
+    write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def has_evaluation(file: Path, step: int) -> bool:
+    """Whether the validation rows were looked at after a step.
+
+    Raises:
+        RunError: as `read_metrics`.
+    """
+    return any(isinstance(record, EvalRecord) and record.step == step for record in read_metrics(file))
+
+
+def seconds_of(records: tuple[Metric, ...]) -> float:
+    """How long training took, the parts before a resumption included: each part counts its seconds from 0."""
+    total = last = 0.0
+    for record in records:
+        if record.seconds < last:
+            total += last
+        last = record.seconds
+    return total + last
+
+
+def _numbered(file: Path) -> list[tuple[str, Metric]]:
+    """Each line with its record."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(Problem(str(file), f"cannot be read: {error.strerror}")) from error
+    whole, _, cut = text.rpartition("\n")
+    records = [(line, _record_in(line, f"{file}:{number}")) for number, line in enumerate(whole.split("\n"), 1) if line]
+    if cut:
+        with suppress(RunError):  # the process was killed while it wrote
+            records.append((cut, _record_in(cut, str(file))))
+    return records
+
+
+def _record_in(line: str, place: str) -> Metric:
+    try:
+        values: Any = json.loads(line)
+        kind = KINDS[values["kind"]]
+        return record_of(kind, {key: value for key, value in values.items() if key != "kind"})
+    except NotARecord as error:
+        raise RunError(Problem(place, f"is no record of a run: {error}")) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(Problem(place, "is no record of a run; remove the line")) from error

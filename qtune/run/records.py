@@ -1,0 +1,129 @@
+"""Records in the files of a run: frozen dataclasses -> plain JSON values, and back to equal ones.
+
+JSON has no word for a float that is no number. "NaN", "Infinity" and "-Infinity" stand for it, as texts: what Python's
+own writer would put there is not JSON, and readers in other languages stop at it. Older files have null instead.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from qtune.errors import Problem, RunError, first_line
+from qtune.whole import write_text
+
+Record = TypeVar("Record")
+
+_NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_VALUES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class NotARecord(ValueError):  # noqa: N818  said of values, as `Faulty` is of tables
+    """JSON values that are no record of this kind; the message names the key."""
+
+
+def write_record(file: Path, record: Any) -> None:
+    """Writes a record as a JSON file, whole or not at all; what is None by default and in fact is left out."""
+    absent = {field.name for field in dataclasses.fields(record) if field.default is None}
+    values = {name: value for name, value in plain(record).items() if value is not None or name not in absent}
+    write_text(file, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_record(file: Path, kind: type[Record]) -> Record | None:
+    """The record in a JSON file; None where there is no such file.
+
+    Raises:
+        RunError: the file cannot be read, or holds no such record.
+    """
+    try:
+        return record_of(kind, json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except NotARecord as error:
+        raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
+    except (OSError, ValueError) as error:
+        raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+
+
+def plain(value: Any) -> Any:
+    """A record, or what stands in one, as values that every JSON reader understands."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NAMES.get(value, "NaN")
+    return value
+
+
+def record_of(kind: type[Record], values: Any, place: str = "") -> Record:
+    """The record that `plain` made `values` of. Keys that it has not are left out, those of newer versions for example.
+
+    Raises:
+        NotARecord: a key without a default is missing, or a value has another type.
+    """
+    if not isinstance(values, Mapping):
+        raise NotARecord(f"{place or kind.__name__}: is {_shown(values)}, not an object")
+    hints = get_type_hints(kind)
+    values_of = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = f"{place}.{field.name}" if place else field.name
+        if field.name in values:
+            values_of[field.name] = _value_of(hints[field.name], values[field.name], name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise NotARecord(f"{name}: is missing")
+    return kind(**values_of)
+
+
+def _value_of(hint: Any, value: Any, place: str) -> Any:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _first_that_fits(inner, value, place)
+    if dataclasses.is_dataclass(hint):
+        return record_of(hint, value, place)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value_of(inner[0], one, f"{place}[{number}]") for number, one in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _value_of(inner[1], one, f"{place}.{key}") for key, one in value.items()}
+    if origin is Literal and value in inner:
+        return value
+    if hint is float:
+        return _float_of(value, place)
+    if hint is type(None) and value is None:
+        return None
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise NotARecord(f"{place}: is {_shown(value)}")
+
+
+def _first_that_fits(hints: tuple[Any, ...], value: Any, place: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    for hint in hints:
+        try:
+            return _value_of(hint, value, place)
+        except NotARecord:
+            continue
+    raise NotARecord(f"{place}: is {_shown(value)}")
+
+
+def _float_of(value: Any, place: str) -> float:
+    if value is None:  # of an older version, which wrote null for what is no number
+        return math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and value in _VALUES:
+        return _VALUES[value]
+    raise NotARecord(f"{place}: is {_shown(value)}, not a number")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,43 @@
+"""Sizes in bytes: their units, read from text and written in words. Binary, as memory is."""
+
+from __future__ import annotations
+
+import re
+
+from qtune.errors import InputError, Problem
+
+KIB = 2**10
+MIB = 2**20
+GIB = 2**30
+
+
+def size_in_bytes(text: str, place: str) -> int:
+    """Bytes of a size as recipes and --vram write it: "8GiB", "8 GB", "512MiB", "8".
+
+    place: the key or option that it was given for, which an error names.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise InputError(Problem(place, f"{text!r} is not a size; write it as 8GiB or 512MiB"))
+    unit = MIB if (match[2] or "g").startswith("m") else GIB
+    return int(float(match[1]) * unit)
+
+
+def size_text(size_bytes: float) -> str:
+    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that."""
+    if size_bytes >= GIB / 10:
+        return f"{size_bytes / GIB:.2f} GiB"
+    return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / KIB:.1f} KiB"
+
+
+def gib_text(size_bytes: float) -> str:
+    """Always in GiB, for sizes that stand beside each other: "6.98 GiB"."""
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
+def saving_text(without: int, ours: int) -> str:
+    """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
+    return size_text(without - ours) if without >= ours else f"costs {size_text(ours - without)}"

@@ -1,0 +1,97 @@
+"""Base, adapter and loss -> the trainer of a run."""
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from qtune import console
+from qtune.adapter.attach import attach_adapter
+from qtune.adapter.starts import Material, start
+from qtune.data.collate import collator_for
+from qtune.model.load import load_base
+from qtune.model.loss import loss_agrees
+from qtune.model.quantization import count_parameters
+from qtune.run.folder import RunDir
+from qtune.training.arguments import sft_config
+from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, StopOnSignal
+from qtune.training.inputs import Inputs
+from qtune.training.trainer import QloraTrainer
+
+CHECKED_TOKENS = 64
+"""Length of the row on which the tiled loss is compared with the model's own, before training."""
+
+
+def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
+    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
+    recipe, plan = inputs.recipe, inputs.plan
+    with console.progress(f"loading {recipe.model.base}"):
+        network = load_base(recipe.model, recipe.quantization, plan)
+    row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
+    tiled = loss_agrees(network, torch.tensor([row], device=network.device))
+    if not tiled:
+        console.say(
+            f"{type(network).__name__} computes its logits in its own way: they are kept whole, which costs memory"
+        )
+    set_seed(recipe.training.seed)
+    model = attach_adapter(network, recipe.adapter, plan)
+    start(model, recipe, Material(inputs.tokenizer, inputs.prepared.train, plan.micro_batch_size))
+    introduce(network, model, inputs)
+    return model, tiled
+
+
+def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> None:
+    """What is about to be trained, in three lines."""
+    plan, count = inputs.plan, count_parameters(model)
+    base = count.total - count.trainable
+    console.say(
+        f"{type(network).__name__}, {base / 1e6:,.1f} M parameters, {count.quantized_share:.0%} of them in "
+        f"{inputs.recipe.quantization.kind}; {inputs.recipe.adapter.kind} trains {count.trainable / 1e6:,.2f} M "
+        f"({count.trainable / base:.2%})"
+    )
+    reason = plan.reasons.get(("quantization", "compute_dtype"), "as the recipe says")
+    console.say(f"computing in {plan.compute_dtype}: {reason}")
+    console.say(
+        f"{len(inputs.prepared.train):,} training rows, {plan.micro_batch_size * plan.accumulation_steps} per step "
+        f"in micro-batches of {plan.micro_batch_size}"
+    )
+
+
+def make_trainer(
+    inputs: Inputs,
+    run_dir: RunDir,
+    model: PeftModel,
+    tiled: bool,
+    metrics: Metrics,
+    stop: StopOnSignal,
+    *,
+    evaluate_first: bool,
+) -> QloraTrainer:
+    recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
+    training = recipe.training
+    has_validation = prepared.validation is not None
+    config = sft_config(training, plan, run_dir, has_validation=has_validation, evaluate_first=evaluate_first)
+    # One process drives one card; with several visible, transformers would wrap the model in DataParallel.
+    config._n_gpu = min(config.n_gpu, 1)
+    clock = [CheckpointClock(training.checkpoint_minutes)] if training.checkpoint_minutes else []
+    pad_id = inputs.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    trainer = QloraTrainer(
+        model=model,
+        config=config,
+        plan=plan,
+        training=training,
+        meter=metrics.meter,
+        tokenizer=inputs.tokenizer,
+        train=prepared.train,
+        validation=prepared.validation,
+        collator=collator_for(prepared.packed, pad_id, plan.attention),
+        lengths=prepared.lengths.tolist(),
+        callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
+        tiled_loss=tiled,
+        note=metrics.note,
+    )
+    # transformers' own: it prints a dictionary for every record.
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    return trainer

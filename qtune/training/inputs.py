@@ -1,0 +1,68 @@
+"""What a run needs before anything heavy is loaded, as a value."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune import console
+from qtune.data.prepare import Prepared
+from qtune.device.present import present_device
+from qtune.errors import InputError, Problem, RunError
+from qtune.memory.forecast import Forecast
+from qtune.plan import Plan
+from qtune.preflight import examine
+from qtune.recipe.file import Resolved
+from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock, rows_hash
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs before anything heavy is loaded."""
+
+    resolved: Resolved
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    forecast: Forecast | None
+    """What memory is predicted to be needed; None on a CPU, where nothing is decided by it."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.resolved.recipe
+
+
+def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
+    """A recipe whose preflight found nothing that stops it; what it warns of is said.
+
+    run_dir: of a run that goes on.
+
+    Raises:
+        InputError, GateError: something stops it.
+    """
+    preflight = examine(resolved, folder=run_dir.path if run_dir else None)
+    preflight.require()
+    for warning in preflight.warnings:
+        console.say(warning)
+    forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
+    return Inputs(resolved, preflight.plan, preflight.tokenizer, preflight.prepared, forecast)
+
+
+def require_allocator() -> None:
+    """A CPU's allocator keeps no history of what it gave away."""
+    device = present_device()
+    if device.kind != "cuda":
+        message = f"only a CUDA card's allocator can be asked for it, and this would run on {device.name}; leave it out"
+        raise InputError(Problem("--memory-snapshot", message))
+
+
+def require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
+    lock = read_lock(run_dir)
+    if lock is not None and lock.training_rows_blake2b != rows_hash(inputs.prepared):
+        message = (
+            "the training rows are not those that the run began with, so the rest would not be the same run; put the "
+            "data back as it was, or begin again with qtune run"
+        )
+        raise RunError(Problem(str(run_dir.path), message))

@@ -1,0 +1,72 @@
+"""Memory ran out: seen at that moment, explained, and kept with what was measured."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from qtune import console
+from qtune.device.present import is_out_of_memory
+from qtune.device.processes import other_holders
+from qtune.errors import Failure, OutOfMemory
+from qtune.memory.longest import longest_of
+from qtune.memory.measured.meter import Meter
+from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
+from qtune.run.folder import RunDir
+from qtune.run.memory import RunMemory, read_memory, write_memory
+from qtune.training.checkpoints import complete_checkpoints
+from qtune.training.inputs import Inputs
+
+
+def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
+    """The report of a run whose memory ran out, kept in memory.json before and after what would have fit is traced."""
+    gc.collect()
+    others = None
+    if inputs.plan.device.kind == "cuda":
+        torch.cuda.empty_cache()
+        others = other_holders(str(torch.cuda.get_device_properties(0).uuid))
+    saved = complete_checkpoints(run_dir.checkpoints)
+    name = saved[-1].name if saved else None
+    report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
+    kept = read_memory(run_dir) or RunMemory()
+    write_memory(run_dir, replace(kept, failure=report.to_json()))
+    with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
+        rows = longest_of(inputs.prepared)
+        report = with_offers(
+            report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
+        )
+    write_memory(run_dir, replace(kept, failure=report.to_json()))
+    return report
+
+
+@contextmanager
+def seeing_out_of_memory(meter: Meter) -> Iterator[None]:
+    """Looks at what is alive as soon as memory has run out, wherever no micro-batch can be split.
+
+    Raises:
+        OutOfMemory: with what was seen.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) and error.failure is not None:
+            raise
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error), meter.failure(error.__cause__ or error)) from error
+
+
+@contextmanager
+def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
+    """Keeps what was predicted and measured, however training ends."""
+    try:
+        yield
+    finally:
+        measured = meter.result()
+        meter.close()
+        if meter.snapshot_written:
+            console.say(f"allocator snapshot: {meter.snapshot_written}")
+        predicted = inputs.forecast.to_json() if inputs.forecast else None
+        write_memory(run_dir, RunMemory(predicted, measured))

@@ -1,0 +1,80 @@
+"""A file or a folder appears whole or not at all: it is made under another name, and renamed when it is complete."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """A name beside `path` under which a file or folder is made; it becomes `path` when the block ends well.
+
+    What was there before is replaced, and seen unchanged until then. When the block fails, nothing of the new is left.
+    A process that is killed leaves `.NAME.partial-PID-…` behind, which `clear_leftovers` removes.
+
+    keep_existing: a `path` that another process has finished meanwhile stays, for it is equal.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
+    try:
+        yield partial
+        if not keep_existing:
+            _take_the_name(partial, path)
+        elif not path.exists():
+            _rename_unless_there(partial, path)
+    finally:
+        _remove(partial)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file whole, and to the disk: a reader sees the old text or the new one, also after a power cut."""
+    with whole(file) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes what killed processes have left of `path`; those that still run keep theirs."""
+    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+        if not _is_alive(int(leftover.name.rpartition("partial-")[2].partition("-")[0])):
+            _remove(leftover)
+
+
+def _take_the_name(partial: Path, path: Path) -> None:
+    """Renames; an old folder, which a rename does not replace, steps aside first and is deleted last."""
+    if not path.is_dir():
+        partial.replace(path)
+        return
+    old = partial.with_name(f"{partial.name}-old")
+    path.rename(old)
+    partial.rename(path)
+    _remove(old)
+
+
+def _rename_unless_there(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError:
+        if not path.exists():  # no other process was faster by a moment
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,102 @@
+"""The cache may be read-only, full, or another user's: what can be read is used, and what cannot be kept is said."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from conftest import WriteRecipe
+from test_memory_trace import CARD, recipe_with, tiny
+
+from qtune.data import store
+from qtune.errors import InputError
+from qtune.memory.cached import predicted
+from qtune.model.from_gguf import gguf_folder
+from qtune.plan import make_plan
+from qtune.preflight import examine
+from qtune.recipe.file import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "not asked")
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache inside a file: nobody, not even root, can make it."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("QTUNE_CACHE", str(folder))
+    return folder
+
+
+def said(folder: Path) -> str:
+    return f"{folder}: the cache cannot be written: Not a directory; QTUNE_CACHE can name another folder"
+
+
+@pytest.mark.parametrize("packing", ["", "packing = true"])
+def test_a_cache_that_cannot_be_written_is_one_error_with_the_way_out(
+    write_recipe: WriteRecipe, nowhere: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    recipe = write_recipe(data=packing)
+    monkeypatch.setenv("QTUNE_CACHE", str(nowhere))
+    with pytest.raises(InputError) as caught:
+        examine(load_recipe(recipe))
+    assert str(caught.value) == said(nowhere / "examples")
+
+
+def test_a_prediction_that_cannot_be_kept_is_made_all_the_same(nowhere: Path) -> None:
+    recipe = recipe_with()
+    assert predicted(tiny(), recipe, make_plan(recipe, CARD)).peak.bytes > 0
+
+
+def test_a_gguf_file_that_cannot_be_unpacked_into_the_cache_says_so(nowhere: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(InputError) as caught:
+        gguf_folder(file)
+    assert str(caught.value) == said(nowhere / "gguf")
+
+
+@pytest.mark.parametrize("packing", ["", "packing = true"])
+def test_what_another_user_has_made_is_used_though_its_time_cannot_be_set(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    recipe = load_recipe(write_recipe(data=packing))
+    rows = len(examine(recipe).prepared.train)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr(store, "write_store", lambda *_: pytest.fail("made again"))
+    assert len(examine(recipe).prepared.train) == rows
+
+
+def test_a_disk_that_is_full_is_said_while_rows_are_kept(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe())
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "full"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.pa, "OSFile", full)
+    with pytest.raises(InputError, match="the cache cannot be written: No space left on device; QTUNE_CACHE can name"):
+        examine(recipe)
+
+
+def test_a_file_of_rows_that_cannot_be_read_is_not_blamed_on_the_cache(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe())
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "new"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(store.pa, "OSFile", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        examine(recipe)

@@ -1,0 +1,261 @@
+"""The house: rooms in the order in which a run meets them, and imports that point one way, from the roof down.
+
+All imports count: those under TYPE_CHECKING and inside functions too, for a type is knowledge as well.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qtune"
+
+ROOMS = (
+    "errors",
+    "startup",
+    "console",
+    "cache",
+    "sizes",
+    "whole",
+    "recipe",
+    "device",
+    "data",
+    "plan",
+    "model",
+    "run",
+    "adapter",
+    "tuned",
+    "memory.tracing",
+    "memory",
+    "memory.measured",
+    "export",
+    "preflight",
+    "training",
+    "report",
+    "check",
+    "doctor",
+    "init",
+    "screens",
+    "cli",
+    "__main__",
+)
+"""From the ground up: a room imports from those before it alone."""
+
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
+
+LIGHT = (
+    "cli", "console", "errors", "init", "plan", "cache", "sizes", "whole", "startup", "recipe", "screens",
+    "device.cards", "run.folder", "run.resolved", "run.resumption",
+)  # fmt: skip
+"""Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
+
+
+class Import(NamedTuple):
+    """One imported module, as `import a.b` or `from a.b import c` names it, and whether it happens on loading."""
+
+    module: str
+    line: int
+    on_loading: bool
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """The modules of a package by their dotted names below it; folders of modules are no modules themselves."""
+    files = [file for file in package.rglob("*.py") if file.name != "__init__.py"]
+    return {".".join(file.relative_to(package).with_suffix("").parts): file for file in files}
+
+
+def imports(file: Path) -> Iterator[Import]:
+    """Every import of a file; `from a import b` counts as a.b as well, which may be a module."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    later = {id(inner) for node in ast.walk(tree) if is_later(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative imports hide where they point"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield Import(name, node.lineno, id(node) not in later)
+
+
+def is_later(node: ast.AST) -> bool:
+    """Whether what stands in this node is not run when the file is loaded."""
+    is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return is_typing or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+
+
+def module_of(name: str, known: Mapping[str, Path], package: Path) -> str | None:
+    """The module of the package that an imported name is in or is; None for other packages and for the package."""
+    parts = name.split(".")
+    if parts[0] != package.name:
+        return None
+    own = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+    return next((candidate for candidate in own if candidate in known), None)
+
+
+def arrows(package: Path) -> dict[str, dict[str, int]]:
+    """For each module the modules of the package that it imports, with a line where it does."""
+    known = modules(package)
+    return {
+        module: {
+            target: one.line for one in imports(file) if (target := module_of(one.module, known, package)) is not None
+        }
+        for module, file in known.items()
+    }
+
+
+def room_of(module: str, rooms: tuple[str, ...]) -> str:
+    """The room with the longest name that a module is in: memory.tracing.step is in memory.tracing, not in memory."""
+    held = [room for room in rooms if module == room or module.startswith(f"{room}.")]
+    assert held, f"{module}: on no floor; give its room a place in ROOMS"
+    return max(held, key=len)
+
+
+def upward(package: Path, rooms: tuple[str, ...] = ROOMS) -> list[str]:
+    """The imports that point from a room to one above it."""
+    found = []
+    for module, targets in arrows(package).items():
+        for target, line in targets.items():
+            here, there = room_of(module, rooms), room_of(target, rooms)
+            if rooms.index(there) > rooms.index(here):
+                found.append(f"{module}:{line} imports {target}, which is above it")
+    return found
+
+
+def circles(graph: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+    """Modules that import each other in a ring, the shortest ring through each; a ring is listed once."""
+    found: dict[frozenset[str], list[str]] = {}
+    for start in graph:
+        reached: dict[str, str] = {}
+        waiting = [start]
+        while waiting and start not in reached:
+            module = waiting.pop(0)
+            for target in graph.get(module, {}):
+                if target not in reached:
+                    reached[target] = module
+                    waiting.append(target)
+        if start in reached:
+            ring = [start]
+            while (before := reached[ring[0]]) != start:
+                ring.insert(0, before)
+            found.setdefault(frozenset(ring), [start, *ring])
+    return list(found.values())
+
+
+def heavy_imports(package: Path, module: str) -> list[str]:
+    """The ways from a module, by what is imported on loading, to a library that takes seconds."""
+    known = modules(package)
+    found, seen, waiting = [], {module}, [(module, module)]
+    while waiting:
+        current, way = waiting.pop()
+        for one in imports(known[current]):
+            if not one.on_loading:
+                continue
+            if one.module.split(".")[0] in HEAVY:
+                found.append(f"{way} -> {one.module}")
+            target = module_of(one.module, known, package)
+            if target is not None and target not in seen:
+                seen.add(target)
+                waiting.append((target, f"{way} -> {target}"))
+    return found
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A made-up package of three rooms: ground < stage < roof."""
+    package = tmp_path / "house"
+    files = {
+        "ground.py": "",
+        "stage/__init__.py": "",
+        "stage/first.py": "from house.ground import stone\n",
+        "stage/second.py": "from house.stage import first\n",
+        "roof.py": "def run():\n    from house.stage.second import step\n",
+    }
+    for name, text in files.items():
+        file = package / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return package
+
+
+FLOORS = ("ground", "stage", "roof")
+
+
+def test_the_imports_of_a_sound_house_are_all_seen(house: Path) -> None:
+    assert arrows(house) == {
+        "ground": {},
+        "stage.first": {"ground": 1},
+        "stage.second": {"stage.first": 1},
+        "roof": {"stage.second": 2},
+    }
+    assert upward(house, FLOORS) == []
+    assert circles(arrows(house)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import house.roof\n",
+        "from house import roof\n",
+        "from house.roof import run\n",
+        "def later():\n    from house.roof import run\n",
+        "if TYPE_CHECKING:\n    from house.roof import run\n",
+    ],
+    ids=["import", "from the package", "from the module", "inside a function", "for a type"],
+)
+def test_an_upward_import_is_found_however_it_is_written(house: Path, text: str) -> None:
+    (house / "stage" / "first.py").write_text(text)
+    line = text[: text.index("house")].count("\n") + 1
+    assert upward(house, FLOORS) == [f"stage.first:{line} imports roof, which is above it"]
+
+
+def test_a_circle_inside_a_room_is_found(house: Path) -> None:
+    (house / "stage" / "first.py").write_text("def later():\n    from house.stage.second import step\n")
+    assert upward(house, FLOORS) == []
+    assert [set(ring) for ring in circles(arrows(house))] == [{"stage.first", "stage.second"}]
+
+
+def test_a_file_that_is_on_no_floor_is_named(house: Path) -> None:
+    (house / "shed.py").write_text("import house.ground\n")
+    with pytest.raises(AssertionError, match="shed: on no floor"):
+        upward(house, FLOORS)
+
+
+def test_a_heavy_library_is_found_behind_other_files_but_not_inside_functions(house: Path) -> None:
+    (house / "roof.py").write_text("from house.stage import second\n")
+    assert heavy_imports(house, "roof") == []
+    (house / "ground.py").write_text("def later():\n    import torch\n")
+    assert heavy_imports(house, "roof") == []
+    (house / "ground.py").write_text("try:\n    import torch.nn\nexcept ImportError:\n    pass\n")
+    assert heavy_imports(house, "roof") == ["roof -> stage.second -> stage.first -> ground -> torch.nn"]
+
+
+def test_no_import_points_upward() -> None:
+    assert upward(PACKAGE) == []
+
+
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    assert circles(arrows(PACKAGE)) == []
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_what_answers_at_once_imports_nothing_heavy(room: str) -> None:
+    held = [module for module in modules(PACKAGE) if module == room or module.startswith(f"{room}.")]
+    assert held, f"{room} is no room any more"
+    assert [way for module in held for way in heavy_imports(PACKAGE, module)] == []
+
+
+def test_the_readme_shows_every_room_in_this_order() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("    qtune/\n")[2].partition("\n\n")[0]
+    shown = [room for room, _ in re.findall(r"^ {6}(\w+)(/|\.py) +\S", tree, re.MULTILINE)]
+    outer = [room for room in ROOMS if "." not in room and room != "__main__"]
+    assert shown == [room for room in outer if any((PACKAGE / name).exists() for name in (room, f"{room}.py"))]
+
+
+def test_every_file_of_the_package_is_on_a_floor() -> None:
+    assert [module for module in modules(PACKAGE) if not room_of(module, ROOMS)] == []

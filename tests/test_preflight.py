@@ -1,0 +1,219 @@
+"""One preflight: what stops a run is found before a weight is read, and `check`, `run` and `resume` say the same."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import WriteRecipe
+from export_models import tiny_base, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from qtune import cli
+from qtune.adapter.state import STATE_FILE
+from qtune.check import check
+from qtune.device.present import Device
+from qtune.errors import GateError, InputError, QtuneError
+from qtune.plan import make_plan
+from qtune.preflight import examine
+from qtune.recipe.file import load_recipe
+from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_text
+from qtune.training import build, train
+from qtune.training.inputs import gather
+
+CPU = Device("cpu", "CPU", 8 << 30, 6 << 30, bf16=False)
+CARD = Device("cuda", "a card", 8 << 30, 8 << 30, bf16=True, capability=(8, 6))
+
+
+@pytest.fixture(autouse=True)
+def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may read a weight, and a trace says nothing that stops a run."""
+    monkeypatch.setattr(build, "load_base", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "not asked")
+
+
+BAD = {
+    "a tracker that is not installed": (
+        ('training.trackers=["mlflow"]',),
+        "training.trackers: not installed: mlflow; pip install mlflow, or remove it",
+    ),
+    "attention that is not installed": (
+        ("model.attention=flash_attention_2",),
+        'model.attention: "flash_attention_2" needs the package flash-attn, which is not installed',
+    ),
+    "a gguf that the family cannot have": (("model.base={opt}", "output.gguf=f16"), "{opt}: "),
+    "too little quantized": (
+        ("quantization.minimum_share=1.0",),
+        "could be quantized; quantization.minimum_share asks for 100%",
+    ),
+    "target modules that match nothing": (
+        ('adapter.target_modules=["query"]',),
+        "lora adapter: Target modules {{'query'}} not found in the base model.",
+    ),
+    "an adapter on the head": (
+        (
+            "adapter.kind=ia3",
+            'adapter.target_modules=["lm_head", "up_proj"]',
+            'adapter.feedforward_modules=["up_proj"]',
+        ),
+        "adapter.target_modules: lm_head is the model's LM head",
+    ),
+    "a start of another kind": (
+        ("adapter.start_from={earlier}",),
+        "{earlier}: adapter.kind = 'ia3' there, 'lora' in the recipe",
+    ),
+    "an output directory that is a file": (
+        ("output.directory={file}",),
+        "output.directory: {file} cannot be written: Not a directory; name another folder",
+    ),
+    "an output directory inside a file": (
+        ("output.directory={file}/runs",),
+        "output.directory: {file}/runs cannot be written ({file}): Not a directory; name another folder",
+    ),
+    "a template that is not there": (
+        ("data.chat_template=no.jinja",),
+        "data.chat_template: 'no.jinja': no readable template file, nor a built-in template",
+    ),
+    "a model folder without a configuration": (("model.base={empty}",), "{empty}: has no config.json"),
+    "bad rows": (("data.train={bad}",), "bad.jsonl:1: messages is empty"),
+    "rows that are too long": (("data.max_length=20",), "  too-long: "),
+    "a finding that cannot be waived": ((), "--allow nothing: no finding that can be waived"),
+    "a file that is not there beside a key that is wrong": (
+        ("data.train=none.jsonl", "adapter.rnak=3"),
+        'data.train = "none.jsonl": no such file or folder in ',
+    ),
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, str]:
+    """What the bad recipes name."""
+    found = {name: tmp_path / name for name in ("file", "empty", "opt", "earlier")}
+    found["file"].write_text("")
+    found["empty"].mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n{"messages": []}\n')
+    return {**{name: str(path) for name, path in found.items()}, "bad": "bad.jsonl"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_check_and_run_say_the_same_before_a_weight_is_read(
+    name: str, write_recipe: WriteRecipe, places: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = write_recipe()
+    changes, said = BAD[name]
+    if "gguf" in name:
+        tiny_tokenizer(tiny_base(tmp_path / "opt", "opt", ffn_dim=64, word_embed_proj_dim=64))
+    if "start" in name:
+        earlier = RunDir(tmp_path / "earlier")
+        resolved = load_recipe(recipe, ["adapter.kind=ia3"])
+        earlier.write_text(earlier.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+        earlier.adapter.mkdir()
+        for file in ("adapter_config.json", STATE_FILE):
+            (earlier.adapter / file).touch()
+    options = [part for change in changes for part in ("--set", change.format_map(places))]
+    options += ["--allow", "nothing"] if "waived" in name else []
+    errors = []
+    for verb in ("check", "run"):
+        result = CliRunner().invoke(cli.app, [verb, str(recipe), *options])
+        assert isinstance(result.exception, QtuneError), result.output
+        errors.append((type(result.exception), str(result.exception)))
+    assert errors[0] == errors[1]
+    assert said.format_map(places) in errors[0][1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_everything_that_stops_a_run_is_said_at_once_and_shown_by_check(
+    write_recipe: WriteRecipe, places: dict[str, str]
+) -> None:
+    names = [
+        "a tracker that is not installed",
+        "attention that is not installed",
+        "too little quantized",
+        "target modules that match nothing",
+        "an output directory that is a file",
+        "bad rows",
+    ]
+    changes = [change.format_map(places) for name in names for change in BAD[name][0]]
+    resolved = load_recipe(write_recipe(), changes)
+    with pytest.raises(InputError) as caught:
+        train.run(resolved)
+    for name in names:
+        assert BAD[name][1].format_map(places) in str(caught.value), name
+    result = CliRunner().invoke(cli.app, ["check", str(resolved.file), *(f"--set={change}" for change in changes)])
+    for problem in caught.value.problems:
+        # Bad rows are counted on the screen, and listed by the error below it.
+        assert f"error  {problem}" in result.output or "bad" in str(problem), problem
+    assert "error  bad-rows: 2 bad rows, listed below" in result.output
+    assert "nothing stands in the way" not in result.output
+
+
+def test_the_gate_speaks_when_the_input_is_right(write_recipe: WriteRecipe) -> None:
+    resolved = load_recipe(write_recipe(), ["data.max_length=20", 'training.trackers=["mlflow"]'])
+    with pytest.raises(InputError, match=r"^training\.trackers"):
+        examine(resolved).require()
+    with pytest.raises(GateError, match="too-long"):
+        examine(load_recipe(resolved.file, ["data.max_length=20"])).require()
+    examine(load_recipe(resolved.file, ["data.max_length=20"]).allowing(["too-long"])).require()
+
+
+def test_a_launcher_is_refused_by_both(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resolved = load_recipe(write_recipe())
+    for verb in (train.run, lambda resolved: check(resolved).require()):
+        with pytest.raises(InputError, match="WORLD_SIZE: qtune trains on one card in one process"):
+            verb(resolved)
+
+
+def test_a_run_that_goes_on_meets_the_same_preflight(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    resolved = load_recipe(write_recipe(), ['training.trackers=["mlflow"]', "quantization.minimum_share=1.0"])
+    stopped = RunDir.create(tmp_path / "runs", "tiny", resolved.text)
+    stopped.write_text(stopped.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+    before = {file: file.read_bytes() for file in stopped.path.iterdir()}
+    with pytest.raises(InputError) as resumed:
+        train.resume(stopped)
+    with pytest.raises(InputError) as begun:
+        train.run(resolved)
+    assert resumed.value.problems == begun.value.problems
+    assert len(begun.value.problems) == 2
+    assert {file: file.read_bytes() for file in stopped.path.iterdir()} == before
+
+
+def test_a_run_that_goes_on_writes_into_its_own_folder_wherever_it_is_called_from(
+    write_recipe: WriteRecipe, places: dict[str, str], tmp_path: Path
+) -> None:
+    resolved = load_recipe(write_recipe())
+    there = load_recipe(resolved.file, ["output.directory={file}".format_map(places)])
+    examine(there, folder=tmp_path).require()
+    with pytest.raises(InputError, match="cannot be written"):
+        examine(there).require()
+
+
+def test_what_a_run_only_warns_of_is_said_by_both(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
+    monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "RuntimeError: no such kernel")
+    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1024))
+    warnings = examine(load_recipe(recipe)).warnings
+    assert warnings[0] == (
+        "memory: could not be predicted (RuntimeError: no such kernel); micro-batches shrink if they must"
+    )
+    assert warnings[1].startswith("disk: 1.0 KiB are free, and the run and a merged export will write ")
+    result = CliRunner().invoke(cli.app, ["check", str(recipe)])
+    assert all(f"warning  {warning}" in result.output for warning in warnings)
+
+    capsys.readouterr()
+    gather(load_recipe(recipe))  # the first thing that a run does
+    said = capsys.readouterr().err
+    assert all(warning in said for warning in warnings)
+
+
+def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:
+    found = examine(load_recipe(write_recipe()))
+    found.require()
+    assert (found.refusals, found.stopping, found.warnings) == ((), [], [])
+    assert found.disk is not None
+    assert found.disk.is_enough
