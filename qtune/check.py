@@ -1,6 +1,6 @@
 """`qtune check`: everything that can be wrong before a run, found without training."""
 
-import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -163,7 +163,7 @@ class Check:
             "memory": self._memory_json(),
             "step_seconds": self.step_seconds,
         }
-        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        return console.json_text(value)
 
     def _memory_json(self) -> dict[str, Any]:
         """Without the timeline, which is for pictures."""
@@ -202,7 +202,8 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
     return Batches(
         len(lengths),
         per_epoch,
-        training.steps or round(training.epochs * per_epoch),
+        # A part of an epoch is rounded up, as transformers does.
+        training.steps or math.ceil(training.epochs * per_epoch),
         training.batch_size,
         plan.micro_batch_size,
         padding_share(lengths[shuffled], plan.micro_batch_size),

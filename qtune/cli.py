@@ -341,7 +341,9 @@ def check(
         list[str] | None,
         typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to show as the model sees them.")] = 3,
+    rows: Annotated[
+        int, typer.Option("--rows", "--show", min=0, help="How many rows to show as the model sees them.")
+    ] = 3,
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

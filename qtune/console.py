@@ -2,18 +2,30 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from qtune.control_characters import escaped_in_json, visible
+
 # A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
 PLAIN_WIDTH = 120
+
+
+class _SafeConsole(Console):
+    """Rows, answers and file names may hold anything; what would command a terminal is shown as an escape instead."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """rich's rendering; only the codes that rich itself makes for the terminal pass as they are."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def _console(*, stderr: bool) -> Console:
@@ -21,7 +33,7 @@ def _console(*, stderr: bool) -> Console:
     terminal = stream.isatty()
     # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
     width = None if terminal else PLAIN_WIDTH
-    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
+    return _SafeConsole(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 def out(result: RenderableType) -> None:
@@ -30,14 +42,20 @@ def out(result: RenderableType) -> None:
 
 
 def out_raw(text: str) -> None:
-    """Writes machine-readable or streamed text to stdout as it is, without a line end."""
-    sys.stdout.write(text)
+    """Writes streamed text to stdout without a line end and without rich; control characters become visible."""
+    sys.stdout.write(visible(text))
     sys.stdout.flush()
 
 
 def out_json(value: Any) -> None:
     """Prints plain values to stdout as JSON, for other programs."""
-    out_raw(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(value))
+    sys.stdout.flush()
+
+
+def json_text(value: Any) -> str:
+    """JSON with a line end. Its own escapes stand for every character that a terminal would obey."""
+    return escaped_in_json(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
 
 
 def say(message: RenderableType) -> None:
@@ -108,7 +126,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -35,7 +35,7 @@ LARGEST_ERROR = 0.16
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the examination; a problem stops training, a note only slows or limits it."""
 
     topic: str
@@ -45,7 +45,7 @@ class Finding:
     advice: str = ""
 
 
-def examine(runs: Path) -> list[Finding]:
+def examine(runs: Path) -> list[Diagnosis]:
     """Everything that decides how training will go on this computer; `runs` is where run folders would be made."""
     device = present_device()
     return [
@@ -59,42 +59,42 @@ def examine(runs: Path) -> list[Finding]:
     ]
 
 
-def version_findings() -> Iterator[Finding]:
+def version_findings() -> Iterator[Diagnosis]:
     """Our version, Python's, and each library that we depend on, against the bounds that we were tested with."""
-    yield Finding("versions", "qtune", __version__)
-    yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
+    yield Diagnosis("versions", "qtune", __version__)
+    yield Diagnosis("versions", "python", f"{platform.python_version()} on {platform.platform()}")
     try:
         requirements = [Requirement(line) for line in importlib.metadata.requires("qtune") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("versions", "qtune", "run from a checkout", "note", "pip install . records the library bounds")
+        yield Diagnosis("versions", "qtune", "run from a checkout", "note", "pip install . records the library bounds")
         return
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield version_finding(requirement)
 
 
-def version_finding(requirement: Requirement) -> Finding:
+def version_finding(requirement: Requirement) -> Diagnosis:
     """Whether a library is there in a version within our bounds."""
     install = f"pip install '{requirement}'"
     try:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("versions", requirement.name, "not installed", "problem", install)
+        return Diagnosis("versions", requirement.name, "not installed", "problem", install)
     if requirement.specifier.contains(found, prereleases=True):
-        return Finding("versions", requirement.name, found)
-    return Finding("versions", requirement.name, f"{found}, tested: {requirement.specifier}", "note", install)
+        return Diagnosis("versions", requirement.name, found)
+    return Diagnosis("versions", requirement.name, f"{found}, tested: {requirement.specifier}", "note", install)
 
 
-def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -> Iterator[Finding]:
+def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -> Iterator[Diagnosis]:
     """The device, its memory, and a card that torch cannot use."""
     memory = f"{device.free_bytes / GIB:.1f} of {device.total_bytes / GIB:.1f} GiB free"
-    yield Finding("device", device.torch_name, f"{device.name}, {memory}")
+    yield Diagnosis("device", device.torch_name, f"{device.name}, {memory}")
     if device.kind == "cuda":
         capability = ".".join(map(str, device.capability or ()))
-        yield Finding("device", "CUDA", f"{cuda}, compute capability {capability}")
+        yield Diagnosis("device", "CUDA", f"{cuda}, compute capability {capability}")
         others = torch.cuda.device_count() - 1 if torch.cuda.is_available() else 0
         if others > 0:
-            yield Finding(
+            yield Diagnosis(
                 "device", "more cards", str(others), "note", "one is used; CUDA_VISIBLE_DEVICES chooses which"
             )
     elif nvidia_is_here:
@@ -104,12 +104,12 @@ def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -
             else f"torch's CUDA {cuda} does not start; driver too old?"
         )
         advice = "install a CUDA build of torch that fits the driver: https://pytorch.org/get-started/locally/"
-        yield Finding("device", "NVIDIA card", f"present but not used: {why}", "problem", advice)
+        yield Diagnosis("device", "NVIDIA card", f"present but not used: {why}", "problem", advice)
     else:
-        yield Finding("device", "graphics card", "none", "note", "a CPU trains small models only")
+        yield Diagnosis("device", "graphics card", "none", "note", "a CPU trains small models only")
 
 
-def quantization_findings(device: Device) -> Iterator[Finding]:
+def quantization_findings(device: Device) -> Iterator[Diagnosis]:
     """Whether bitsandbytes really quantizes and dequantizes on the device, by doing it, and what it does wrong."""
     broken = "this build of bitsandbytes is broken for this device: pip install -U bitsandbytes"
     try:
@@ -117,14 +117,14 @@ def quantization_findings(device: Device) -> Iterator[Finding]:
         wrong = wrong_kernels() if device.kind == "cpu" else []
     except (RuntimeError, OSError, AttributeError) as failure:
         reason = first_line(failure)
-        yield Finding("device", "NF4", reason, "problem", broken)
+        yield Diagnosis("device", "NF4", reason, "problem", broken)
         return
     if max(errors) > LARGEST_ERROR:
-        yield Finding("device", "NF4", f"wrong by {max(errors):.3f}", "problem", broken)
+        yield Diagnosis("device", "NF4", f"wrong by {max(errors):.3f}", "problem", broken)
     else:
-        yield Finding("device", "NF4", f"quantizes and dequantizes, largest error {max(errors):.3f}")
+        yield Diagnosis("device", "NF4", f"quantizes and dequantizes, largest error {max(errors):.3f}")
     for line in wrong:
-        yield Finding("device", "bitsandbytes", line, "problem", broken)
+        yield Diagnosis("device", "bitsandbytes", line, "problem", broken)
 
 
 def _four_bit_error(device: Device, rows: int, columns: int) -> float:
@@ -135,7 +135,7 @@ def _four_bit_error(device: Device, rows: int, columns: int) -> float:
     return float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
 
 
-def choice_findings(device: Device) -> Iterator[Finding]:
+def choice_findings(device: Device) -> Iterator[Diagnosis]:
     """What a recipe that leaves everything open gets here, each with its reason."""
     recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
     plan = make_plan(recipe, device)
@@ -147,45 +147,47 @@ def choice_findings(device: Device) -> Iterator[Finding]:
         ("training", "gradient_checkpointing"): "on" if plan.gradient_checkpointing else "off",
     }
     for path, value in chosen.items():
-        yield Finding("choices", ".".join(map(str, path)), f"{value}: {plan.reasons[path]}")
+        yield Diagnosis("choices", ".".join(map(str, path)), f"{value}: {plan.reasons[path]}")
 
 
-def product_findings(device: Device) -> Iterator[Finding]:
+def product_findings(device: Device) -> Iterator[Diagnosis]:
     """How fast products in the shapes of a training step are: what the choice of the compute dtype rests on."""
     if device.kind == "cpu":
         times = cpu_product_times()
     else:
         times = product_times(torch.device(device.torch_name), ("float32", "bfloat16", "float16"))
     for name, taken in times.items():
-        yield Finding("choices", f"{name} products", str(taken))
+        yield Diagnosis("choices", f"{name} products", str(taken))
 
 
-def disk_findings(folders: Mapping[str, Path]) -> Iterator[Finding]:
+def disk_findings(folders: Mapping[str, Path]) -> Iterator[Diagnosis]:
     """Free space where runs, our cache and downloaded models go, and what of the built-in models is there."""
     for name, folder in folders.items():
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(existing).free
         value = f"{folder}, {free / GIB:.1f} GiB free"
         if not os.access(existing, os.W_OK):
-            yield Finding("disk", name, f"{folder} cannot be written", "problem", "choose a folder of your own")
+            yield Diagnosis("disk", name, f"{folder} cannot be written", "problem", "choose a folder of your own")
         elif free < ENOUGH_DISK_BYTES:
-            yield Finding("disk", name, value, "note", "a 7B model takes about 14 GiB to download and to export")
+            yield Diagnosis("disk", name, value, "note", "a 7B model takes about 14 GiB to download and to export")
         else:
-            yield Finding("disk", name, value)
+            yield Diagnosis("disk", name, value)
     for model in BUILTIN_MODELS.values():
         there = is_complete(cache_folder() / "models" / model.name, model)
         needed = f"not fetched yet, {model.wheel_bytes / MIB:.0f} MiB to download"
-        yield Finding("disk", f"builtin:{model.name}", "ready" if there else needed)
+        yield Diagnosis("disk", f"builtin:{model.name}", "ready" if there else needed)
 
 
-def environment_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+def environment_findings(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
     """What decides whether models of the hub can be reached, and which programs an export can go on with."""
     if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        yield Finding("hub", "HF_HUB_OFFLINE", "set", "note", "only models in the hub cache can be used")
+        yield Diagnosis("hub", "HF_HUB_OFFLINE", "set", "note", "only models in the hub cache can be used")
     token = bool(environment.get("HF_TOKEN")) or (_hub_home() / "token").is_file()
     advice = "" if token else "gated models (Llama, Gemma) need one: hf auth login"
-    yield Finding("hub", "token", "present" if token else "none", "ok" if token else "note", advice)
-    yield Finding("export", "ollama", shutil.which("ollama") or "not installed; the Modelfile is written all the same")
+    yield Diagnosis("hub", "token", "present" if token else "none", "ok" if token else "note", advice)
+    yield Diagnosis(
+        "export", "ollama", shutil.which("ollama") or "not installed; the Modelfile is written all the same"
+    )
 
 
 def _nvidia_is_here() -> bool:
@@ -200,11 +202,11 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
 
 
-def to_json(findings: list[Finding]) -> list[dict[str, Any]]:
+def to_json(findings: list[Diagnosis]) -> list[dict[str, Any]]:
     """The findings as plain values."""
     return [asdict(finding) for finding in findings]
 
 
-def has_problems(findings: list[Finding]) -> bool:
+def has_problems(findings: list[Diagnosis]) -> bool:
     """Whether something stands in the way of training."""
     return any(finding.verdict == "problem" for finding in findings)

@@ -17,6 +17,7 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
 from qtune.cache import cache_folder
+from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
@@ -26,8 +27,9 @@ from qtune.export.gguf.file import refuse_unconvertible
 from qtune.memory.forecast import Forecast, attempted
 from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.folder import require_weights
 from qtune.model.host import keep_embeddings_on_host
-from qtune.model.load import attention_rule, load_config, load_tokenizer, require_attention
+from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_attention
 from qtune.model.quantization import (
     ParameterCount,
     count_parameters,
@@ -99,7 +101,8 @@ class Preflight:
             rows = forecast.plan.micro_batch_size
             what = "one row is" if rows == 1 else f"{rows} rows are"
             budget = gib_text(forecast.budget_bytes)
-            said.append(f"memory: {what} predicted to need {need} of {budget}; qtune fit shows what would help")
+            close = ", too close to say" if forecast.verdict == "too close to say" else ""
+            said.append(f"memory: {what} predicted to need {need} of {budget}{close}; qtune fit shows what would help")
         if self.disk is not None and not self.disk.is_enough:
             needed = self.disk.checkpoints_bytes + self.disk.export_bytes
             said.append(
@@ -141,6 +144,7 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
     if config is None or tokenizer is None:
         raise together(asked.refusals)
+    asked.of(require_weights, base_folder(recipe.model))
     plan = make_plan(recipe, device, attention_rule(config))
     asked.of(require_attention, plan.attention)
     if device.kind == "cpu" and isinstance(recipe.quantization, FourBit):
@@ -151,7 +155,8 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     prepared = asked.of(survey, recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
     if prepared is None:
         raise together(asked.refusals)
-    tokenizer.chat_template = prepared.template.text
+    # What is saved beside the adapter asks as training does.
+    tokenizer.chat_template = asking_template(prepared.template, recipe.data).of_tokenizer
     asked.of(refuse_bad_rows, prepared, recipe.data)
     inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
     forecast: Forecast | str | None = None

@@ -63,6 +63,7 @@ def sixth_kind(monkeypatch: pytest.MonkeyPatch) -> str:
     return 'kind = "vera"\nrank = 2'
 
 
+@pytest.mark.slow
 def test_a_sixth_kind_is_checked_trained_evaluated_resumed_and_exported(
     sixth_kind: str, write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

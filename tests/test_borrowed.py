@@ -179,6 +179,29 @@ def a_module_looks_its_tensors_up_in_these_dictionaries() -> None:
     assert layer.scale is scale
 
 
+@borrowed("torch", "_scaled_dot_product_attention_math", files=("memory/tracing/cuda.py",))
+def plain_attention_can_be_asked_for_and_returns_its_weights() -> None:
+    """The public choice of a kernel is a global setting, and gives the weights away to nobody."""
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    out, weights = torch.ops.aten._scaled_dot_product_attention_math(q, k, k, is_causal=True, enable_gqa=True)
+    expected = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    assert weights.shape == (1, 4, 3, 3)
+
+
+@borrowed(
+    "transformers", "_can_use_grouped_mm", "bitsandbytes.autograd._functions", "MatMul8bitFp", "MatMul8bitLt",
+    files=("memory/tracing/device_state.py",),
+)  # fmt: skip
+def questions_about_the_device_are_asked_by_these_names() -> None:
+    from bitsandbytes.autograd import _functions
+    from transformers.integrations import moe
+
+    assert len(parameters_of(moe._can_use_grouped_mm)) == 3
+    assert {"MatMul8bitFp", "MatMul8bitLt"} <= set(vars(_functions))
+    assert "MatMul8bitFp" in inspect.getsource(_functions.matmul)
+
+
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +256,7 @@ def a_quantizer_replaces_the_layers_before_weights_are_there() -> None:
     quantizer.postprocess_model(model)
 
 
-@borrowed("transformers", "_get_dtype_plan", files=("export/layout.py", "memory/tracing/bare_model.py"))
+@borrowed("transformers", "_get_dtype_plan", files=("model/kept_precision.py",))
 def a_model_says_what_it_keeps_in_fp32() -> None:
     with torch.device("meta"):
         llama = LlamaForCausalLM(tiny_config())

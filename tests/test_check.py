@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from qtune.cli import app
 from qtune.data.figures import Piece, Sample, lengths_of
 from qtune.device.present import present_device
 from qtune.errors import DataError, GateError
+from qtune.memory import predict
 from qtune.memory.profile import profile
 from qtune.recipe.file import load_recipe
 from qtune.run.metrics import TrainRecord
@@ -146,19 +148,19 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
     assert value["fits"] is True
     assert "timeline" not in value
     length, budget = max(len(row["input_ids"]) for row in again.prepared.train), again.plan.device.free_bytes
-    peak, needed = expected.peak.bytes / 2**20, expected.need.total_bytes / 2**30
+    peak = expected.peak.bytes / 2**20
     assert (
-        f" memory {peak:.1f} MiB at the peak of a step, traced ({expected.peak.phase}, 2 x {length} tokens); "
-        f"{needed:.2f} GiB with driver and allocator, of {budget / 2**30:.2f} GiB time "
+        f" memory {peak:.1f} MiB at the peak of a step, traced ({expected.peak.phase}, 2 x {length} tokens), "
+        f"of {budget / 2**30:.2f} GiB: fits time "
     ) in " ".join(screen(again).split())
 
 
 def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(write_recipe, monkeypatch):
     recipe = write_recipe()
-    found = check(load_recipe(recipe, ["memory.budget=100MiB"]))
-    need = found.memory.prediction.need.total_bytes / 2**30
+    found = check(load_recipe(recipe, ["memory.budget=1MiB"]))
     rows = found.plan.micro_batch_size
-    warning = f"warning  memory: {rows} rows are predicted to need {need:.2f} GiB of 0.10 GiB; qtune fit shows"
+    need = found.memory.prediction.need.total_bytes / 2**30
+    warning = f"warning  memory: {rows} rows are predicted to need {need:.2f} GiB of 0.00 GiB; qtune fit shows"
     assert warning in screen(found)
 
     def fails(*_):
@@ -169,6 +171,20 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     assert "not known, the step could not be traced: RuntimeError: no such kernel\n" in screen(result)
     assert json.loads(result.to_json())["memory"] == {"untraced": "RuntimeError: no such kernel"}
     result.require()
+
+
+def test_memory_that_comes_too_close_to_say_is_a_warning_of_its_own(write_recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    original = predict.summarize
+
+    def with_gaps(*given, **named):
+        found = original(*given, **named)
+        return replace(found, need=replace(found.need, gap_bytes=2**30))
+
+    monkeypatch.setattr("qtune.memory.cached.summarize", with_gaps)
+    drawn = " ".join(screen(check(load_recipe(write_recipe(), ["memory.budget=512MiB"]))).split())
+    assert "of 0.50 GiB: too close to say" in drawn
+    assert " GiB of 0.50 GiB, too close to say; qtune fit shows what would help" in drawn
 
 
 @pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning", "ia3"])

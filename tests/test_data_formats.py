@@ -132,10 +132,15 @@ def test_openais_older_functions_are_tools():
     assert read.messages[2] == {"role": "tool", "content": "22", "name": "weather"}
 
 
-def test_a_sharegpt_function_call_is_the_assistants_text():
-    turns = [("human", "Weather?"), ("function_call", "{}"), ("observation", "22"), ("gpt", "22 degrees")]
+def test_a_sharegpt_function_call_is_the_assistants_call():
+    call = '{"name": "weather", "arguments": {"city": "Paris"}}'
+    turns = [("human", "Weather?"), ("function_call", call), ("observation", "22"), ("gpt", "22 degrees")]
     row = {"conversations": [{"from": name, "value": text} for name, text in turns]}
-    assert [message["role"] for message in messages(row)] == ["user", "assistant", "tool", "assistant"]
+    read = messages(row)
+    assert [message["role"] for message in read] == ["user", "assistant", "tool", "assistant"]
+    assert read[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    ]
 
 
 def test_a_conversation_survives_its_json():

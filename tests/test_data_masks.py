@@ -316,6 +316,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 plain_texts = texts.filter(lambda text: not re.search(r"<|\[|\]|｜|think|tool", text))
 
 
+@pytest.mark.slow
 @EVERY_FAMILY
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -336,5 +337,6 @@ def test_masks_cover_exactly_the_answers_and_their_ends_whatever_is_said(family,
         )
     for example in examples:
         assert [i for i, label in enumerate(example.labels) if label not in (IGNORED, example.input_ids[i])] == []
-        assert not example.notes - {"rewritten-turn", "token-boundary"}
+        trimmed = {"answer-trimmed"} if any(text != text.strip() for text in answers) else set()
+        assert not example.notes - {"rewritten-turn", "token-boundary"} - trimmed
     assert tokenizer.eos_token_id is not None

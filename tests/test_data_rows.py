@@ -175,6 +175,7 @@ def test_a_json_list_much_larger_than_a_piece_is_read_whole(tmp_path):
     assert places(read, path)[:3] == [":2", ":6", ":10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     row = {"jsonl": json.dumps({"text": "x" * 1000}) + "\n", "csv": "x" * 1000 + "\n", "txt": "x" * 1000 + "\n"}

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from qtune import doctor
 from qtune.device.present import Device, present_device
 from qtune.doctor import (
-    Finding,
+    Diagnosis,
     choice_findings,
     device_findings,
     disk_findings,
@@ -137,7 +137,7 @@ def test_the_speed_of_products_is_shown_forward_and_backward_for_each_dtype():
 
 def test_a_library_within_its_bounds_is_fine_and_another_version_is_a_note():
     found = importlib.metadata.version("torch")
-    assert version_finding(Requirement("torch>=2")) == Finding("versions", "torch", found)
+    assert version_finding(Requirement("torch>=2")) == Diagnosis("versions", "torch", found)
     outside = version_finding(Requirement("torch<2"))
     assert (outside.verdict, outside.value) == ("note", f"{found}, tested: <2")
     assert outside.advice == "pip install 'torch<2'"
@@ -200,9 +200,9 @@ def test_the_card_of_this_computer_is_found():
 
 def test_the_screen_marks_every_finding_and_counts_the_problems(capsys):
     findings = [
-        Finding("device", "cpu", "CPU"),
-        Finding("device", "card", "none", "note", "small models only"),
-        Finding("disk", "runs", "full", "problem", "make room"),
+        Diagnosis("device", "cpu", "CPU"),
+        Diagnosis("device", "card", "none", "note", "small models only"),
+        Diagnosis("disk", "runs", "full", "problem", "make room"),
     ]
     show(findings)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]

@@ -74,6 +74,7 @@ FP4 = INT8.replace("int8", "fp4")
 NONE = 'kind = "none"\ncompute_dtype = "float32"'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "quantization"),
     [
@@ -119,6 +120,7 @@ def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     assert json.loads((folder / "verify.json").read_text())["verified"] is True
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_merged_into_the_original_weights_is_verified_against_them(tmp_path: Path) -> None:
     """Also where its first verification was left out, or could not load it."""
     folder = export_run(tiny_run(tmp_path), Options(verify=False, weights="original"))
@@ -157,6 +159,7 @@ def test_what_only_a_whole_model_can_have_is_refused_of_a_prefix(options: Option
     assert export_run(run, Options()).name == "adapter-export"
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_is_trusted_all_the_way_where_the_recipe_trusts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

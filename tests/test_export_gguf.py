@@ -62,6 +62,7 @@ def gap(folder: Path, file: Path, **settings: Any) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GAPS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
 def test_logits_survive_the_way_into_a_gguf_file_and_back(family: str, kind: GgufType, tmp_path: Path) -> None:
@@ -349,8 +350,8 @@ def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(int(tensor.data_offset))
         stream.write(bytes(int(tensor.n_bytes)))
-    from qtune.export.opened_run import open_source
+    from qtune.export.opened_run import open_for_export
     from qtune.export.verify.rows import rows_for
 
-    proof = verify_gguf(folder, file, "f16", rows_for(open_source(run)).rows, ())
+    proof = verify_gguf(folder, file, "f16", rows_for(open_for_export(run)).rows, ())
     assert any("KL divergence" in failure for failure in proof.failures)

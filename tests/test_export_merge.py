@@ -49,6 +49,7 @@ ADAPTERS: dict[str, PeftConfig] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged_logits_equal_those_of_the_live_4_bit_model(name: str, tied: bool, tmp_path: Path) -> None:
@@ -62,6 +63,7 @@ def test_merged_logits_equal_those_of_the_live_4_bit_model(name: str, tied: bool
         assert (bare_logits - expected).abs().max() > 0.02, "the adapter changes nothing; this test would prove nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox"]
 )
@@ -114,6 +116,7 @@ def test_original_weights_take_the_adapter_without_quantization(tmp_path: Path) 
         assert torch.allclose(value, expected.state_dict()[key], atol=1e-6), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_untouched_weights_are_the_values_that_training_multiplied_with(

@@ -38,6 +38,7 @@ def live_logits(run: RunDir, ids: torch.Tensor) -> torch.Tensor:
         return load_run(run).model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "tied"), [(P_TUNING, True), (PROMPT_TUNING, False)], ids=["tied head", "own head"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_logits_equal_the_live_model_s_within_rounding(adapter: str, tied: bool, family: str, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ print(torch.cuda.memory_stats()["reserved_bytes.all.peak"])
 
 @pytest.mark.parametrize("expandable", [False, True])
 def test_the_allocator_reserves_what_the_simulated_one_does(expandable):
-    from caching_allocator import ExpandableSegments, FixedSegments
+    from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
 
     environment = os.environ | {"PYTORCH_ALLOC_CONF": f"expandable_segments:{expandable}"}
     done = subprocess.run([sys.executable, "-c", PLAYED], env=environment, capture_output=True, text=True, check=True)

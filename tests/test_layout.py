@@ -15,11 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "qtune"
 
 ROOMS = (
     "errors",
+    "control_characters",
     "startup",
     "console",
     "cache",
     "sizes",
     "whole",
+    "lfs",
     "recipe",
     "device",
     "data",
@@ -47,8 +49,8 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "cli", "console", "errors", "init", "plan", "cache", "sizes", "whole", "startup", "recipe", "screens",
-    "device.cards", "run.folder", "run.resolved", "run.resumption",
+    "cli", "console", "errors", "init", "plan", "cache", "control_characters", "sizes", "whole", "lfs", "startup",
+    "recipe", "screens", "device.cards", "run.folder", "run.resolved", "run.resumption",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 
@@ -63,7 +65,7 @@ class Import(NamedTuple):
 
 def modules(package: Path) -> dict[str, Path]:
     """The modules of a package by their dotted names below it; folders of modules are no modules themselves."""
-    files = [file for file in package.rglob("*.py") if file.name != "__init__.py"]
+    files = sorted(file for file in package.rglob("*.py") if file.name != "__init__.py")
     return {".".join(file.relative_to(package).with_suffix("").parts): file for file in files}
 
 
@@ -247,6 +249,26 @@ def test_what_answers_at_once_imports_nothing_heavy(room: str) -> None:
     held = [module for module in modules(PACKAGE) if module == room or module.startswith(f"{room}.")]
     assert held, f"{room} is no room any more"
     assert [way for module in held for way in heavy_imports(PACKAGE, module)] == []
+
+
+def doubled_classes(package: Path) -> dict[str, list[str]]:
+    """Public classes that more than one module defines, with these modules."""
+    where: dict[str, list[str]] = {}
+    for module, file in modules(package).items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(module)
+    return {name: found for name, found in where.items() if len(found) > 1}
+
+
+def test_a_class_name_that_means_two_things_is_found(house: Path) -> None:
+    (house / "ground.py").write_text("class Stone: ...\nclass _Sand: ...\n")
+    (house / "roof.py").write_text("class Stone: ...\nclass _Sand: ...\n")
+    assert doubled_classes(house) == {"Stone": ["ground", "roof"]}
+
+
+def test_every_public_class_has_a_name_of_its_own() -> None:
+    assert doubled_classes(PACKAGE) == {}
 
 
 def test_the_readme_shows_every_room_in_this_order() -> None:

@@ -5,7 +5,7 @@ from test_memory_trace import CARD, recipe_with, tiny
 
 from qtune.memory.cached import predicted
 from qtune.memory.predict import Longest, Prediction
-from qtune.memory.savings import Way, attribution, ways
+from qtune.memory.savings import Way, attribution, trl_version, ways
 from qtune.plan import Plan, make_plan
 from qtune.recipe.schema import Recipe
 
@@ -48,7 +48,8 @@ def in_the_optimizer(prediction: Prediction) -> dict[str, int]:
 
 def test_the_usual_ways_are_the_promised_ones(usual) -> None:
     assert list(usual) == [
-        "full fine-tuning, fp32", "full fine-tuning, bf16", "lora, bf16 base", "plain QLoRA script",
+        "full fine-tuning, fp32", "full fine-tuning, bf16", "lora, bf16 base", "QLoRA as in 2023",
+        f"TRL {trl_version()} as it comes",
     ]  # fmt: skip
 
 
@@ -70,17 +71,26 @@ def test_a_16_bit_base_takes_two_bytes_a_weight_and_only_the_adapter_trains(usua
     assert alive["optimizer state"] == 8 * ADAPTER + 2 * 512
 
 
-def test_the_plain_script_has_4_bit_linears_and_everything_else_in_fp32(usual) -> None:
-    alive = in_the_optimizer(usual["plain QLoRA script"])
+def test_the_script_of_2023_has_4_bit_linears_and_everything_else_in_fp32(usual) -> None:
+    alive = in_the_optimizer(usual["QLoRA as in 2023"])
     assert alive["base weights 4-bit"] == sum(LINEAR) // 2
     assert alive["base weights fp32"] == NORMS * 512
     assert alive["embeddings"] == alive["head"] == 4 * EMBEDDING
     assert alive["adapter"] == 4 * ADAPTER
 
 
-def test_the_usual_ways_hold_the_whole_logits_in_fp32_more_than_once(usual) -> None:
+def test_trl_holds_a_16_bit_adapter_and_leaves_the_rest_in_16_bits(usual) -> None:
+    alive = in_the_optimizer(usual[f"TRL {trl_version()} as it comes"])
+    assert alive["base weights 4-bit"] == sum(LINEAR) // 2
+    assert alive["adapter"] == alive["gradients"] == 2 * ADAPTER
+    assert alive["embeddings"] == alive["head"] == 2 * EMBEDDING
+
+
+def test_the_usual_ways_of_old_hold_the_whole_logits_in_fp32_more_than_once(usual) -> None:
     logits = 2 * 128 * 256 * 4  # rows x length x vocabulary x fp32
     for name, prediction in usual.items():
+        if name.startswith("TRL"):
+            continue
         assert prediction.by_phase["forward"].alive["logits and loss"] >= 2 * logits, name
 
 

@@ -92,6 +92,7 @@ def test_traced_bytes_of_every_kind_of_adapter_are_the_executed_ones(tmp_path, a
         assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_traced_bytes_are_the_executed_ones(tmp_path, adapter, checkpointing):

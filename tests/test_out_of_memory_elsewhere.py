@@ -51,6 +51,7 @@ def fails_with(error: Exception) -> Any:
     return fails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=["card", "host"])
 @pytest.mark.parametrize(
     ("verb", "place", "way_out"),

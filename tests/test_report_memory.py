@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
-from test_report import MEASURED, Page
+from test_report_page import MEASURED, Page
 
 from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory import cached as cache
@@ -218,6 +218,7 @@ def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_r
     )
 
 
+@pytest.mark.slow
 def test_what_was_traced_once_comes_from_the_cache(a_run, tmp_path, monkeypatch) -> None:
     first = read_run(copy_of(a_run, tmp_path), explain=True)
     monkeypatch.setattr(cache, "predict", lambda *_: pytest.fail("traced again"))

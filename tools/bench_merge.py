@@ -118,10 +118,10 @@ def places(run: Path) -> tuple[Path, Path]:
     """The base folder and the adapter folder of a run, or of a synthetic one."""
     if (run / "base").is_dir():
         return run / "base", run / "adapter"
-    from qtune.export.opened_run import open_source
+    from qtune.export.opened_run import open_for_export
     from qtune.run.folder import RunDir
 
-    source = open_source(RunDir.open(run))
+    source = open_for_export(RunDir.open(run))
     return source.base, source.adapter
 
 
@@ -202,14 +202,14 @@ def compare(run: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qtune.export.opened_run import open_source
+    from qtune.export.opened_run import open_for_export
     from qtune.export.verify.closeness import ClosenessMeter, PerplexityMeter
     from qtune.export.verify.logits import logits_of
     from qtune.export.verify.rows import rows_for
     from qtune.run.folder import RunDir
     from qtune.tuned.load import load_run
 
-    source = open_source(RunDir.open(run))
+    source = open_for_export(RunDir.open(run))
     rows = rows_for(source).rows
     live_model, live_loss = load_run(source.run).model, PerplexityMeter()
     live = [logits_of(live_model, row.ids) for row in rows]

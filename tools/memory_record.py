@@ -44,7 +44,8 @@ FAMILIES = (
     (r"gemma-?3", "gemma3_text"), (r"gemma-?2", "gemma2"), (r"gemma", "gemma"), (r"qwen-?3.*-a\d+b", "qwen3_moe"),
     (r"qwen-?3", "qwen3"), (r"qwen(2|1\.5).*(-a\d+(\.\d+)?b|moe)", "qwen2_moe"), (r"qwen-?(2|1\.5)|qwq", "qwen2"),
     (r"mixtral", "mixtral"), (r"ministral|mistral|zephyr|mathstral", "mistral"), (r"phi-?(3|4)", "phi3"),
-    (r"phi-?(1|2)", "phi"), (r"olmoe", "olmoe"), (r"olmo-?2", "olmo2"), (r"olmo", "olmo"), (r"granite", "granite"),
+    (r"phi-?(1|2)", "phi"), (r"olmoe", "olmoe"), (r"olmo-?2", "olmo2"), (r"olmo", "olmo"),
+    (r"powermoe|granite.*-a\d+m", "granitemoe"), (r"granite|powerlm", "granite"),
     (r"smollm3", "smollm3"), (r"starcoder2", "starcoder2"), (r"stablelm", "stablelm"), (r"pythia|neox", "gpt_neox"),
     (r"gpt-?2", "gpt2"), (r"\bopt-", "opt"),
     (r"llama|smollm|vicuna|\byi-|guanaco|alpaca|wizard|deepseek-(llm|coder|math)|solar|hermes", "llama"),
@@ -58,11 +59,16 @@ LETTERS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "
 OTHER_TRAINERS = ("torchtune", "litgpt", "unsloth", "megatron", "nemo", "deepspeed", "mlx", "keras", "torchao")
 
 
+FUSED = r"(?<!no )(?<!without )(triton|foak|fused[- ](ops|kernels|lora|rms|rope|norm|swiglu|attention projection)\w*)"
+"""Words of stacks whose layers are other operations than transformers'."""
+FP32_NORMS = r"(layer ?)?norms? (are |kept |stay |left |weights )*in (fp32|float32)|(fp32|float32) (layer ?)?norms?"
+
+
 class CannotBuildError(Exception):
     """Why a record is skipped."""
 
 
-Quantity = Literal["peak", "after forward", "after step", "after load"]
+Quantity = Literal["peak", "after forward", "after backward", "after step", "after load"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Build:
     """As the record names it; sdpa or eager in the trace."""
     dtype: torch.dtype
     quantization: BitsAndBytesConfig | None
+    fp32_norms: bool
+    """Whether the norms alone were cast to fp32."""
     upcast: bool
     """Whether what is not quantized was cast to fp32 (`prepare_model_for_kbit_training`)."""
     adapter: Any
@@ -91,6 +99,10 @@ class Build:
         install_loss_of(self.version, model)
         if self.upcast:
             upcast_unquantized(model)
+        elif self.fp32_norms:
+            for name, module in model.named_modules():
+                if "norm" in name.rpartition(".")[2]:
+                    module.float()
         if self.adapter is None:
             return model.requires_grad_(True)
         with torch.device("meta"):
@@ -118,6 +130,7 @@ def build_of(record: dict[str, Any]) -> Build:
         attention=attention_of(record),
         dtype=compute if quantization else dtype_in(weights) or compute,
         quantization=quantization,
+        fp32_norms=re.search(FP32_NORMS, said(record)) is not None,
         upcast=quantization is not None and is_upcast(record),
         adapter=adapter_of(record),
         fp32_adapter=dtype_in(record.get("adapter_dtype")) in (None, torch.float32),
@@ -180,6 +193,8 @@ def _require_one_plain_process(record: dict[str, Any]) -> None:
         raise CannotBuildError(f"{other} has models, losses or kernels of its own")
     if re.search(r"(?<!no )(?<!without )(cpu|activation|optimizer|param\w*)[- ]offload", said(record)):
         raise CannotBuildError("offloading by other means than qtune's")
+    if kernels := re.search(FUSED, said(record)):
+        raise CannotBuildError(f"{kernels[0]!r}: fused kernels keep other tensors than the model's own operations")
     if re.search(r"torch\.?compile(?!: (no|off|false))", said(record)) and "no torch" not in said(record):
         raise CannotBuildError("torch.compile chooses what is kept")
 
@@ -190,8 +205,10 @@ def quantity_of(record: dict[str, Any]) -> Quantity:
         raise CannotBuildError(
             f"{record['measured_quantity']!r} has the CUDA context and what the allocator keeps in it"
         )
-    if re.search(r"after (the )?(first )?forward", named):
+    if re.search(r"after (the )?(first )?forward(?! and)", named):
         return "after forward"
+    if re.search(r"after (the |a |one )?((first )?forward and )?backward", named):
+        return "after backward"
     if re.search(r"after (the )?(model )?load|only weights|weights only|model loaded", named):
         return "after load"
     if re.search(r"peak|max", named):

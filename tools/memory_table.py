@@ -88,15 +88,21 @@ def row(model: tuple[Any, ...]) -> list[str]:
     """The model's name, its need at SHOWN tokens, and under each card the longest of LENGTHS that fits."""
     needs = {SHOWN: need_of(model, SHOWN)}
 
-    def needed(length: int) -> int:
+    def needed(length: int) -> Need:
         if length not in needs:
             needs[length] = need_of(model, length)
-        return needs[length].total_bytes
+        return needs[length]
 
-    fitting = [bisect_right(LENGTHS, gb * GIB, key=needed) for gb in CARDS]  # need grows with length
+    def longest(gb: int) -> str:
+        """What surely fits, and in brackets what comes too close to say; need grows with length."""
+        sure = bisect_right(LENGTHS, gb * GIB, key=lambda length: needed(length).total_bytes)
+        maybe = bisect_right(LENGTHS, gb * GIB, key=lambda length: needed(length).least_bytes)
+        told = f"{LENGTHS[sure - 1]:,}" if sure else "–"
+        return f"{told} ({LENGTHS[maybe - 1]:,}?)" if maybe > sure else told
+
     shown = needs[SHOWN]
     sizes = f"{shown.traced_bytes / GIB:.2f} + {shown.driver_bytes / GIB:.2f} GiB"
-    return [model[0], sizes, *(f"{LENGTHS[count - 1]:,}" if count else "–" for count in fitting)]
+    return [model[0], sizes, *(longest(gb) for gb in CARDS)]
 
 
 def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
@@ -107,7 +113,8 @@ def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
     series = f"{LENGTHS[0]:,}, {LENGTHS[1]:,} … {LENGTHS[-1]:,}"
     lines += [
         "",
-        f"Under each card the longest row, of {series} tokens, that fits it with the allowance; – if none does.",
+        f"Under each card the longest row, of {series} tokens, that surely fits it; – if none does.",
+        "In brackets a longer one where it is too close to say: it fits if the allocator can close every gap.",
         f"Traced by `tools/memory_table.py` without a GPU; {versions}.",
     ]
     return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""How much of a card PyTorch's allocator takes for a step beyond its tensors: where allowance.py has its shares from.
+"""How much of a card PyTorch's allocator takes for steps of changing length beyond their tensors.
 
     python tools/simulate_allocator.py [--only NAME,NAME]
 
 Steps of rows of changing length are traced, every layer of them, and their allocations played through the allocator as
-it comes and with expandable segments. The least capacity with which all of them pass, less the peak of the tensors, is
-printed as a share of what comes and goes. That is the need of a full card; one with room to spare holds more, and gives
-it back when it is asked. The published runs of memory_records.json, which hold whole logits, are played too, at their
-one length.
+it comes and with expandable segments. Two figures come of it: what it holds on a card with room to spare, which is what
+a prediction allows for as gaps (qtune/memory/tracing/reserved.py), and the least capacity with which all steps pass: a
+full card is given back what is unused. The published runs of memory_records.json, which hold whole logits, are played
+too, at their one length.
 """
 
 import argparse
@@ -23,16 +23,15 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
 from memory_record import build_of  # noqa: E402
 from memory_table import MODELS, config_of  # noqa: E402
 from old_transformers import as_in  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import described  # noqa: E402
-from qtune.memory.allowance import allowance  # noqa: E402
 from qtune.memory.predict import Longest, build, training_step  # noqa: E402
 from qtune.memory.tracing import categories  # noqa: E402
+from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
 from qtune.memory.tracing.ledger import Life  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
@@ -157,12 +156,12 @@ def main() -> None:
         if only and name not in only:
             continue
         steps = traced()
-        peak, still = play(steps, FixedSegments())
         cells = []
         for word, kind in (("fixed", FixedSegments), ("expandable", ExpandableSegments)):
-            beyond = need(steps, kind, peak) - peak
-            within = "within" if beyond <= allowance(peak - still, word == "expandable") else "BEYOND the allowance"
-            cells.append(f"{word} +{beyond / MIB:5.0f} MiB, {within}")
+            roomy = kind()
+            peak, still = play(steps, roomy)
+            least = need(steps, kind, peak) - peak
+            cells.append(f"{word} +{(roomy.peak - peak) / MIB:5.0f} MiB, +{least / MIB:5.0f} on a full card")
         moving = (peak - still) / GIB
         print(f"{name:18s} {how:26s} {peak / GIB:6.2f} GiB, moving {moving:6.2f}: {'; '.join(cells)}", flush=True)
 

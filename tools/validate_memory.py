@@ -1,6 +1,6 @@
 """Compare traced memory with published measurements.
 
-    python tools/validate_memory.py [RECORDS.json] [--json] [--only ID,ID]
+    python tools/validate_memory.py [RECORDS.json | RUN/memory.json] [--json] [--only ID,ID]
 
 Each record is built as that run was: its model, precision, adapter, loss, optimizer and what was measured, with what
 the versions of the libraries it names held in memory. Records that cannot be built are listed with the reason. No
@@ -24,9 +24,11 @@ from memory_record import GIB, Build, CannotBuildError, build_of, measured_gib  
 from old_transformers import as_in  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from qtune.memory.profile import read_run  # noqa: E402
 from qtune.memory.tracing import categories  # noqa: E402
 from qtune.memory.tracing.bare_model import bare_model  # noqa: E402
 from qtune.memory.tracing.trace import trace  # noqa: E402
+from qtune.run.folder import RunDir  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
             moment = history.last()
         case "peak":
             moment = history.peak()
+        case "after backward":  # the gradients are there, and nothing of the step any more
+            last = max(tick for tick, label in enumerate(history.labels) if label.phase == "backward")
+            moment = history.at(last)
         case "after load":
             alive = history.at(0).alive
             return (sum(alive.values()) - alive.get(categories.ADAPTER, 0)) / GIB, "at rest"
@@ -104,6 +109,23 @@ def compare(record: dict[str, Any]) -> Result:
         lines = str(error).strip().splitlines() or [""]
         return Result(name, None, measured, exact, f"{type(error).__name__}: {lines[0][:200]}")
     return Result(name, predicted, measured, exact, None, where, time.perf_counter() - began)
+
+
+def of_run(folder: Path) -> list[Result]:
+    """A run's own measurement as a record: each phase beside the trace of the largest batch that was measured."""
+    run = read_run(RunDir.open(folder), savings=False)
+    if run.prediction is None:
+        return [Result(folder.name, None, None, False, "its device is not known here")]
+    is_card = run.measured["device"] != "cpu"
+    inside = run.prediction.need.workspace_bytes if is_card else 0
+    results = []
+    for phase, expected in run.prediction.by_phase.items():
+        peaks = run.measured["phases"].get(phase, {})
+        counted = peaks.get("allocated_peak_bytes" if is_card else "tensor_peak_bytes", 0) - inside
+        if counted > 0:
+            name = f"{folder.name} {phase}"
+            results.append(Result(name, expected.bytes / GIB, counted / GIB, True, None, expected.module))
+    return results
 
 
 def read(file: Path, only: str) -> list[dict[str, Any]]:
@@ -150,10 +172,15 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     results = []
-    for record in read(arguments.records, arguments.only):
-        results.append(compare(record))
+    if arguments.records.name == "memory.json":
+        results = of_run(arguments.records.parent)
         if not arguments.json:
-            print(line(results[-1]), flush=True)
+            print("\n".join(map(line, results)))
+    else:
+        for record in read(arguments.records, arguments.only):
+            results.append(compare(record))
+            if not arguments.json:
+                print(line(results[-1]), flush=True)
     if arguments.json:
         print(json.dumps([as_json(result) for result in results], indent=1))
 

@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from qtune.adapter.module_names import unmatched_names
 from qtune.adapter.peft_config import peft_config
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
@@ -21,6 +22,9 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
     Raises:
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
     """
+    name = network.config.name_or_path or type(network).__name__
+    if problems := list(unmatched_names(network, adapter, name)):
+        raise ModelError(problems)
     try:
         with warnings.catch_warnings():
             # peft 0.21 proposes weights without storage for EVA; the few bytes are not worth what may stay without.
@@ -32,7 +36,6 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        name = network.config.name_or_path or type(network).__name__
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
     _refuse_trained_head(model)

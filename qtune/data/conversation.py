@@ -1,8 +1,9 @@
 """The one shape of an example: a conversation with the place it came from, checked when it is made."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,6 +28,10 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     place: str = ""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Columns and keys of its row that nothing reads."""
+    notes: frozenset[str] = field(default=frozenset(), compare=False)
+    """Kinds of finding that reading the row has led to."""
 
     @property
     def is_document(self) -> bool:
@@ -55,25 +60,26 @@ class Conversation:
         return cls(tuple(value["messages"]), tuple(value.get("tools", ())), place)
 
 
-def conversation(messages: Sequence[Message], tools: Sequence[dict[str, Any]], place: str) -> Conversation:
-    """A checked conversation.
+def conversation(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    place: str,
+    unused: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> Conversation:
+    """A conversation in which every text can be tokenized.
 
     Raises:
-        RowError: turns out of order, an empty text, or no answer at the end.
+        RowError: a tool call or description holds half a character.
     """
-    if not messages:
-        raise RowError("messages is empty; expected at least a user and an assistant turn")
-    for index, message in enumerate(messages):
-        _check_text(message, f"messages[{index}]")
-    _check_order([message["role"] for message in messages])
-    made = Conversation(tuple(messages), tuple(tools), place)
+    made = Conversation(tuple(messages), tuple(tools), place, tuple(unused), frozenset(notes))
     text_of(made.to_json(), "a tool call or tool description")
     return made
 
 
-def document(text: object, place: str) -> Conversation:
+def document(text: object, place: str, unused: Iterable[str] = ()) -> Conversation:
     """A checked document: text that is learned as it stands."""
-    return Conversation(({"role": DOCUMENT, "content": said(text, "text")},), (), place)
+    return Conversation(({"role": DOCUMENT, "content": said(text, "text")},), (), place, tuple(unused))
 
 
 def text_of(value: object, key: str) -> str:
@@ -101,9 +107,26 @@ def said(value: object, key: str) -> str:
         RowError: it is no text, or there is nothing but white space in it.
     """
     text = text_of(value, key)
-    if not text.strip():
-        raise RowError(f"{key} is empty")
+    if problem := emptiness(text):
+        raise RowError(f"{key} is {problem}")
     return text
+
+
+def emptiness(text: str) -> str | None:
+    """In words, that nothing in a text can be seen; None where something can."""
+    if not text.strip():
+        return "empty"
+    if all(unicodedata.category(one) in _UNSEEN or one in _BLANK for one in text):
+        codes = dict.fromkeys(f"U+{ord(one):04X}" for one in text if not one.isspace())
+        return f"empty: nothing but characters that cannot be seen ({', '.join(list(codes)[:5])})"
+    return None
+
+
+# Control and format characters (zero-width space and joiners, the byte order mark, the soft hyphen, tags), and spaces.
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")
+# Letters, marks and signs that are drawn as nothing: grapheme joiner, Hangul fillers, Khmer's inherent vowels, an empty
+# cell of braille, variation selectors.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(map(chr, range(0xFE00, 0xFE10)))
 
 
 def shown(value: object, length: int = 40) -> str:
@@ -112,49 +135,16 @@ def shown(value: object, length: int = 40) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def with_system(messages: Sequence[Message], policy: str, prompt: str | None) -> list[Message]:
-    """The messages under the recipe's system policy.
+def require_text(message: Message, where: str) -> None:
+    """Every turn says something; an assistant's may call a tool instead.
 
-    "keep" leaves system messages, "drop" removes them, "merge" puts them in front of the first user message (for
-    templates without a system role). `prompt` is the system message of rows that have none.
+    Raises:
+        RowError: it does not.
     """
-    turns = [message for message in messages if message["role"] != "system"]
-    system = [message for message in messages if message["role"] == "system"] if policy != "drop" else []
-    if prompt is not None and not system:
-        system = [{"role": "system", "content": prompt}]
-    if policy == "merge" and system and turns:
-        text = "\n\n".join([*(message["content"] for message in system), turns[0]["content"]])
-        return [{**turns[0], "content": text}, *turns[1:]]
-    return [*system, *turns]
-
-
-def _check_text(message: Message, where: str) -> None:
     content = message.get("content")
     if message["role"] == "assistant" and message.get("tool_calls"):
         return
-    if content is None or not content.strip():
-        what = "null" if content is None else "empty"
+    problem = "null" if content is None else emptiness(content)
+    if problem:
         noun = {"assistant": "an answer to learn", "user": "a question", "tool": "a result", "system": "a text"}
-        raise RowError(f"{where}.content is {what}: expected {noun[message['role']]}")
-
-
-# Which roles may stand after a role.
-_NEXT: Mapping[str, tuple[str, ...]] = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-
-
-def _check_order(roles: Sequence[str]) -> None:
-    previous = ""
-    for index, role in enumerate(roles):
-        if role not in _NEXT[previous]:
-            after = f"after {previous}" if previous else "first"
-            allowed = " or ".join(_NEXT[previous])
-            raise RowError(f"turns out of order: messages[{index}] is {role} {after}; expected {allowed}")
-        previous = role
-    if previous != "assistant":
-        raise RowError(f"the last turn is {previous}'s; expected an assistant turn to learn")
+        raise RowError(f"{where}.content is {problem}: expected {noun[message['role']]}")

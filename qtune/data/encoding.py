@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.data import worker
-from qtune.data.examples import Batch, RowEncoder, RowRules
+from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
 from qtune.data.files import Progress
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
 from qtune.data.store import Stored, write_store
+from qtune.data.template import ChatTemplate
 
 BATCH_ROWS = 500
 # Where rows are long, a batch ends here: what is in memory at once is so much, however long they are.
@@ -26,7 +27,7 @@ CHARACTERS_WORTH_WORKERS = 2**23
 
 
 def encode_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules, folder: Path
+    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules, folder: Path
 ) -> Stored:
     """Makes the examples of a source and writes them to `folder`."""
     read = Progress()
@@ -38,7 +39,7 @@ def encode_source(
     rows_in_words = f"about {total:,} rows" if total else f"{count:,} rows"
     with console.progress(f"tokenizing {source.name}, {rows_in_words}", total) as shown:
 
-        def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        def counted(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
             for batch in batches:
                 shown.advance(batch.rows)
                 yield batch
@@ -96,17 +97,17 @@ def _chain(first: list[list[Row | BadRow]], rest: Iterator[list[Row | BadRow]]) 
 def _in_parallel(
     batches: Iterable[list[Row | BadRow]],
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
+    template: ChatTemplate,
     rules: RowRules,
     workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[EncodedBatch]:
     """The batches in order, at most four per worker under way."""
     # Forking this process, whose tokenizer has threads, could deadlock. The fork server has none, and imports the
     # libraries once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qtune.data.worker"])
     with ProcessPoolExecutor(workers, context, worker.start, (tokenizer, template, rules)) as pool:
-        under_way: deque[Future[Batch]] = deque()
+        under_way: deque[Future[EncodedBatch]] = deque()
         for batch in batches:
             under_way.append(pool.submit(worker.encode, batch))
             if len(under_way) >= 4 * workers:

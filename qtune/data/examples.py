@@ -6,19 +6,23 @@ This is what runs in each worker process: everything it needs is in `RowRules`, 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, RowError
-from qtune.data.formats import renamed, to_conversation
+from qtune.data.formats import COLUMNS as SHAPES
+from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation
 from qtune.data.lengths import fit, windows
 from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
+from qtune.data.order import OutOfOrder
+from qtune.data.render_gate import RenderGate
 from qtune.data.rows import BadRow, Row
-from qtune.data.template import Renderer
+from qtune.data.template import ChatTemplate, Renderer
 
 COLUMNS = pa.schema(
     [
@@ -35,6 +39,7 @@ COLUMNS = pa.schema(
         ("answer_hash", pa.int64()),
         ("opening_hash", pa.int64()),
         ("answer_start", pa.string()),
+        ("unused", pa.list_(pa.string())),
     ]
 )
 
@@ -64,29 +69,46 @@ class RowRules:
     on_rewritten: str
     max_length: int
     on_long_row: str
+    on_turn_order: str = "error"
+    is_detected: bool = False
+    """Whether row_format was recognized by the first rows, so that others may have another shape."""
 
 
 @dataclass
-class Batch:
-    """Examples as an Arrow batch with COLUMNS, and what became of the other rows."""
+class EncodedBatch:
+    """Examples as an Arrow batch with COLUMNS, and what became of the other rows.
+
+    `unused` counts, for each column or key that nothing reads, the rows that have it; `mapped` those that have each
+    column of the recipe's `columns`.
+    """
 
     examples: pa.RecordBatch
     bad: list[BadRow] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    out_of_order: list[str] = field(default_factory=list)
     rows: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    rows_with_unused: int = 0
+    mapped: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
 
 
 class RowEncoder:
     """Rows -> examples with one tokenizer, template and set of rules."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, rules: RowRules) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules) -> None:
         self.rules = rules
-        self.renderer = Renderer.of(tokenizer, template)
+        self.renderer = Renderer.of(tokenizer, template.text)
         self.encoder = Encoder(self.renderer)
+        self.gate = RenderGate(self.renderer)
+        # Rows with tools may have a template of their own.
+        with_tools = template.for_tools(["a tool"])
+        self.tool_gate = self.gate if with_tools == template.text else RenderGate(Renderer.of(tokenizer, with_tools))
+        self.batch = EncodedBatch(_columns([]))
 
-    def __call__(self, rows: Sequence[Row | BadRow]) -> Batch:
-        bad: list[BadRow] = []
-        dropped: list[str] = []
+    def __call__(self, rows: Sequence[Row | BadRow]) -> EncodedBatch:
+        self.batch = batch = EncodedBatch(_columns([]), rows=len(rows))
+        bad, dropped = batch.bad, batch.dropped
         # Rendered texts wait here to be tokenized together; documents need nothing rendered.
         waiting: list[Rendered | Encoded] = []
         for row in rows:
@@ -95,6 +117,11 @@ class RowEncoder:
                 continue
             try:
                 waiting.extend(self._read(row))
+            except OutOfOrder as fault:
+                if self.rules.on_turn_order == "drop":
+                    batch.out_of_order.append(f"{row.place} ({fault})")
+                else:
+                    bad.append(BadRow(row.place, str(fault), advice=_order_advice(self.rules.on_turn_order)))
             except RowError as fault:
                 bad.append(BadRow(row.place, str(fault)))
         encoded = iter(self.encoder.encode([one for one in waiting if isinstance(one, Rendered)]))
@@ -109,15 +136,49 @@ class RowEncoder:
                 dropped.append(one.conversation.place)
             else:
                 examples.append(fitted)
-        return Batch(_columns(examples), bad, dropped, len(rows))
+        batch.examples = _columns(examples)
+        return batch
 
     def _read(self, row: Row) -> Sequence[Rendered | Encoded]:
         rules = self.rules
+        self.batch.mapped.update(ours for ours, theirs in rules.columns.items() if theirs in row.value)
         value = renamed(row.value, rules.columns)
-        conversation = to_conversation(value, rules.row_format, row.place, rules.system, rules.system_prompt)
+        row_format = self._format_of(value)
+        self.batch.shapes[row_format] += 1
+        conversation = to_conversation(
+            value, row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
+        )
+        unused = dict.fromkeys([*replaced(row.value, rules.columns), *conversation.unused])
         if conversation.is_document:
-            return [self.encoder.document(conversation)]
-        return render_examples(self.renderer, conversation, rules.loss_on, rules.on_rewritten)
+            self._count(unused)
+            return [self.encoder.document(replace(conversation, unused=tuple(unused)))]
+        gate = self.tool_gate if conversation.tools else self.gate
+        rendered = render_examples(gate.renderer, conversation, rules.loss_on, rules.on_rewritten)
+        lost = gate.lost(rendered)
+        unused |= lost.unused
+        self._count(unused)
+        notes = conversation.notes | lost.notes
+        return [
+            replace(one, conversation=replace(one.conversation, unused=tuple(unused), notes=notes)) for one in rendered
+        ]
+
+    def _format_of(self, value: RawRow) -> str:
+        """The source's shape, or the row's own where the shape was recognized and this row has another."""
+        given = self.rules.row_format
+        if not self.rules.is_detected or all(key in value for key in SHAPES[given]):
+            return given
+        return detect_format(value) or given
+
+    def _count(self, unused: Iterable[str]) -> None:
+        names = list(unused)
+        self.batch.unused.update(names)
+        self.batch.rows_with_unused += bool(names)
+
+
+def _order_advice(policy: str) -> str:
+    if policy == "merge":
+        return 'on_turn_order = "drop" leaves rows out whose turns cannot be put in order'
+    return 'on_turn_order = "merge" joins turns of one role and keeps such rows, "drop" leaves them out'
 
 
 def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
@@ -125,11 +186,11 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
     for example in examples:
         scored = [position for position, label in enumerate(example.labels) if label != IGNORED]
         talk = example.conversation
-        notes = set(example.notes)
+        notes = example.notes | talk.notes
         if not scored:
-            notes.add("empty-mask")
+            notes |= {"empty-mask"}
         if not talk.is_document and REFUSAL.match(talk.answer):
-            notes.add("refusal")
+            notes |= {"refusal"}
         prompt = talk.answer if talk.is_document else json.dumps(talk.prompt, ensure_ascii=False)
         values = (
             example.input_ids,
@@ -145,6 +206,7 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
             text_hash(talk.answer),
             _opening_hash(talk),
             talk.answer[:60],
+            list(talk.unused),
         )
         for name, value in zip(COLUMNS.names, values, strict=True):
             columns[name].append(value)

@@ -53,6 +53,8 @@ class Sample:
     place: str
     tokens: int
     pieces: tuple[Piece, ...]
+    unused: tuple[str, ...] = ()
+    """Columns and keys of its row that nothing reads."""
 
 
 def split_figures(split: Columns) -> SplitFigures:
@@ -103,4 +105,6 @@ def _sample(example: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> S
         for number, start in enumerate(borders[:-1])
         if start < len(ids)
     ]
-    return Sample(str(example["place"]), len(ids), tuple(pieces))
+    unused = example["unused"]
+    assert isinstance(unused, list)
+    return Sample(str(example["place"]), len(ids), tuple(pieces), tuple(unused))

@@ -13,10 +13,12 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
+from qtune.data.folders import files_of_folder
+from qtune.data.kinds import COMPRESSIONS, ROW_KINDS, kind_of
 from qtune.errors import DataError, Problem
+from qtune.lfs import ADVICE, is_lfs_pointer
 
-ROW_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "feather", "txt", "md")
-COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+_BINARY = ("parquet", "arrow", "feather")
 # What a damaged compressed file raises, by the library that reads it; OSError covers gzip's and pyarrow's own.
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
@@ -38,25 +40,48 @@ class Progress:
     bytes_read: float = 0
 
 
-def data_files(pattern: str, folder: Path) -> list[DataFile]:
+def data_files(pattern: str, folder: Path, split: str = "train") -> list[DataFile]:
     """The files that a path, glob or folder means, sorted by name; relative ones start at `folder`.
 
+    Of a folder whose files or folders are splits (train, validation, test), those of `split` are meant.
+
     Raises:
-        DataError: nothing matches, or a file is of no kind that is known.
+        DataError: nothing matches, a file is of no kind that is known or not what its name says, or a folder holds
+            splits without that one, or files of several kinds.
     """
     given = Path(pattern).expanduser()
     base = given if given.is_absolute() else folder / given
     if base.is_file():
-        return [_data_file(base, pattern)]
-    if base.is_dir():
-        paths = sorted(_saved_dataset(base) or (path for path in base.rglob("*") if _in_folder(path, base)))
+        files = [_data_file(base, pattern)]
+    elif base.is_dir():
+        paths = files_of_folder(base, pattern, split)
         files = [_data_file(path, str(Path(pattern) / path.relative_to(base))) for path in paths]
     else:
         files = [_data_file(path, _shown(path, folder)) for path in _glob(base) if path.is_file()]
     if not files:
         what = "a folder without data files" if base.is_dir() else "no such file"
         raise DataError(Problem(pattern, f"{what}; known kinds: {_known_kinds()}"))
+    problems = [Problem(file.name, problem) for file in files if (problem := _disguise(file))]
+    if problems:
+        raise DataError(problems)
     return files
+
+
+def _disguise(file: DataFile) -> str | None:
+    """What a file is instead of what its name says; None if nothing is known against it."""
+    with file.path.open("rb") as stream:
+        start = stream.read(200)
+    if is_lfs_pointer(file.path):
+        return ADVICE
+    if file.kind not in ("txt", "md") and start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not rows: what was downloaded is the page around the file"
+    packed = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+    for magic, compression in packed.items():
+        if start.startswith(magic) and not file.compression and file.kind not in _BINARY:
+            return f"is compressed; name it .{file.kind}.{compression}"
+    if start.startswith(b"PK\x03\x04"):
+        return "is a zip archive (an .xlsx is one, too); unpack it, or save it as CSV"
+    return None
 
 
 @contextmanager
@@ -124,27 +149,12 @@ class _Lines:
 
 def _data_file(path: Path, name: str) -> DataFile:
     """Reads the kind and the compression off a file name."""
-    *_, last_but_one, last = ["", "", *path.name.lower().split(".")]
-    compression = last if last in COMPRESSIONS else ""
-    kind = last_but_one if compression else last
+    kind, compression = kind_of(path)
     if kind not in ROW_KINDS:
         raise DataError(Problem(name, f"a file of unknown kind; known kinds: {_known_kinds()}"))
-    if compression and kind in ("parquet", "arrow", "feather"):
+    if compression and kind in _BINARY:
         raise DataError(Problem(name, f".{kind} files are compressed inside; unpack the .{compression} around it"))
     return DataFile(path, name, kind, compression)
-
-
-def _in_folder(path: Path, base: Path) -> bool:
-    """Files of known kinds count; hidden ones and notes beside the data do not."""
-    hidden = any(part.startswith((".", "_")) for part in path.relative_to(base).parts)
-    suffixes = path.name.lower().split(".")[1:]
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else (suffixes or [""])[-1]
-    return path.is_file() and not hidden and kind in ROW_KINDS and kind != "md"
-
-
-def _saved_dataset(base: Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets.save_to_disk` wrote; its .json files are not rows."""
-    return list(base.glob("*.arrow")) if (base / "dataset_info.json").is_file() else []
 
 
 def _glob(base: Path) -> Iterator[Path]:

@@ -30,12 +30,82 @@ KINDS = {
     "no-end-of-turn": Kind(
         "error",
         "no end-of-turn token is scored, so the model would not learn to stop",
-        'use a template that ends a turn with one token of this tokenizer; [data] chat_template = "alpaca" does',
+        "an answer has to end with one token of this tokenizer",
     ),
     "answer-changed": Kind(
         "error",
         "the chat template changes the answer, so something else than the row's text would be learned",
-        "some templates remove thinking from answers: set another chat_template or take it out of the rows",
+        "some templates remove thinking from answers, or trim indented code: set another chat_template",
+    ),
+    "answer-trimmed": Kind(
+        "warning",
+        "the chat template takes white space off the ends of the answer",
+        "it is learned without; nothing to do where it means nothing",
+    ),
+    "tool-call-lost": Kind(
+        "error",
+        "the chat template does not print a tool call whole, so that the model would learn to end its turn instead",
+        "set a chat_template that prints calls",
+    ),
+    "tools-lost": Kind(
+        "error",
+        "the chat template does not print the tool definitions, so that calls are learned without them",
+        "set a chat_template that prints tools",
+    ),
+    "reasoning-lost": Kind(
+        "error",
+        "the chat template does not print the reasoning before an answer, so that it would not be learned",
+        "set a chat_template that prints reasoning, or take it out of the rows",
+    ),
+    "message-lost": Kind(
+        "error",
+        "the chat template does not print a message, so that the answer is learned without it",
+        'set a chat_template that prints it; for system messages [data] system = "merge" or "drop"',
+    ),
+    "rendered-chat": Kind(
+        "warning",
+        "the text is a chat that is rendered already: its questions and role markers are scored like its answers",
+        "give the rows as messages (a list of role and content) to learn the answers alone",
+    ),
+    "unused": Kind(
+        "warning",
+        "the row has columns or keys that are not used",
+        "map them with columns if they matter, else they may stay",
+    ),
+    "padded-nulls": Kind(
+        "warning",
+        "a tool call or tool had nulls where a table has no value; they are left out",
+        "write rows from objects instead of a table to be sure",
+    ),
+    "null-arguments": Kind(
+        "warning",
+        "a tool call has arguments that are null, and the row has no definition that says whether they may be",
+        "remove them if a table put them there",
+    ),
+    "merged-turns": Kind(
+        "warning",
+        "turns of one role that follow each other became one",
+        'on_turn_order = "drop" leaves such rows out',
+    ),
+    "opening-answer": Kind(
+        "warning",
+        "the conversation begins with an answer, which is context and not scored",
+        'on_turn_order = "drop" leaves such rows out',
+    ),
+    "unanswered-turn": Kind(
+        "warning",
+        "the last turns have no answer and are left out",
+        'on_turn_order = "drop" leaves such rows out',
+    ),
+    "out-of-order": Kind(
+        "warning",
+        "the turns stand in an order that cannot be learned from, and the row is left out",
+        'on_turn_order = "merge" keeps what it can',
+    ),
+    "tokens-without-embedding": Kind(
+        "warning",
+        "the tokenizer has more tokens than the model has embeddings for",
+        "none may stand in a row, a question or an answer; use the tokenizer that belongs to the model",
     ),
     "label-text": Kind(
         "error",
@@ -57,7 +127,7 @@ KINDS = {
     ),
     "control-token": Kind(
         "error",
-        "a message holds a special token as text: it would be read as a turn's border",
+        "the text holds a special token: it would be read as the border of a turn or text",
         "rows that are rendered already, or that quote such tokens, must be cleaned",
     ),
     "too-long": Kind(
@@ -142,6 +212,13 @@ class Finding:
     total: int
     places: tuple[str, ...] = ()
     detail: str = ""
+    hint: str = ""
+    """What to do in this case, where that is known better than for the kind."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.hint or KINDS[self.kind].advice
 
     @property
     def waivable(self) -> bool:
@@ -156,12 +233,20 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """The finding with its words, for machines."""
-        return asdict(self) | {"message": self.sentence, "advice": KINDS[self.kind].advice}
+        return asdict(self) | {"message": self.sentence, "advice": self.advice}
 
 
-def found(kind: str, split: str, count: int, total: int, places: list[str] | None = None, detail: str = "") -> Finding:
+def found(
+    kind: str,
+    split: str,
+    count: int,
+    total: int,
+    places: list[str] | None = None,
+    detail: str = "",
+    hint: str = "",
+) -> Finding:
     """A finding of a kind, at its kind's level."""
-    return Finding(kind, KINDS[kind].level, split, count, total, tuple((places or [])[:LISTED]), detail)
+    return Finding(kind, KINDS[kind].level, split, count, total, tuple((places or [])[:LISTED]), detail, hint)
 
 
 def stopping(findings: list[Finding], allow: tuple[str, ...]) -> list[Finding]:
@@ -185,4 +270,26 @@ def _block(finding: Finding) -> str:
     more = f" and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
     where = f"\n    at {', '.join(finding.places)}{more}" if finding.places else ""
     waive = f'; to go on all the same: [data] allow = ["{finding.kind}"]' if finding.waivable else ""
-    return f"  {finding.kind}: {finding.sentence}{where}\n    {KINDS[finding.kind].advice}{waive}"
+    return f"  {finding.kind}: {finding.sentence}{where}\n    {finding.advice}{waive}"
+
+
+# What a run says before it starts, although it goes on: rows or parts of them that are not learned as they stand.
+_SAID = (
+    "unused",
+    "skipped",
+    "dropped",
+    "out-of-order",
+    "merged-turns",
+    "opening-answer",
+    "unanswered-turn",
+    "padded-nulls",
+    "null-arguments",
+    "answer-trimmed",
+    "rendered-chat",
+    "tokens-without-embedding",
+)
+
+
+def said_before_a_run(findings: list[Finding]) -> list[str]:
+    """A sentence for each finding about something of the rows that is not learned as it stands."""
+    return [f"{finding.kind}: {finding.sentence}" for finding in findings if finding.kind in _SAID]

@@ -1,40 +1,27 @@
 """The shapes that rows come in -> conversations. A shape is named in the recipe or recognized by its columns."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from qtune.data.account import Account, holds_something
 from qtune.data.conversation import (
-    ROLES,
     Conversation,
-    Message,
     RowError,
     conversation,
     document,
+    require_text,
     said,
     shown,
     text_of,
-    with_system,
 )
+from qtune.data.order import ordered, with_system
+from qtune.data.tool_calls import read_tools, without_padding
+from qtune.data.turn_keys import REASONING, is_like_a_switch, reasoning_of
+from qtune.data.turns import Turn, listed, read_turns
 
 RawRow = Mapping[str, Any]
 
-# Other names of our roles, in ShareGPT files and in exports of chat programs.
-ROLE_NAMES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "developer": "system",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -43,6 +30,27 @@ COLUMNS = {
     "question-answer": ("question", "answer"),
     "text": ("text",),
 }
+# Columns beside them that a shape reads. A system message and tools belong to any conversation; reasoning and earlier
+# turns to shapes that have no turns of their own.
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+HISTORY = "history"
+BESIDE = {
+    "messages": (*SYSTEM, *TOOLS),
+    "sharegpt": (*SYSTEM, *TOOLS),
+    "prompt-completion": (*SYSTEM, *TOOLS, *REASONING, HISTORY),
+    "alpaca": (*SYSTEM, *TOOLS, *REASONING, HISTORY, "input"),
+    "question-answer": (*SYSTEM, *TOOLS, *REASONING, HISTORY),
+    "text": (),
+}
+# Columns whose meaning is known and would change what is learned, in a way that a row cannot ask for here.
+REFUSED = {
+    "images": "only text can be trained on",
+    "videos": "only text can be trained on",
+    "audios": "only text can be trained on",
+    "chat_template_kwargs": "a row cannot choose how the template renders it; give a chat_template that does",
+}
+ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
 
 
 def renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
@@ -52,6 +60,21 @@ def renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in taken and key not in columns}
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def replaced(row: RawRow, columns: Mapping[str, str]) -> list[str]:
+    """Columns of the row whose names the recipe gives to others, so that they are not read."""
+    return [key for key in row if key in columns and key not in columns.values() and holds_something(row[key])]
+
+
+def unknown_name(name: str) -> str | None:
+    """What is wrong with a name on the left of `columns`; None for one that some shape reads."""
+    known = sorted({key for keys in (*COLUMNS.values(), *BESIDE.values()) for key in keys})
+    if name in known:
+        return None
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"no shape of rows has such a column; {advice}"
 
 
 def detect_format(row: RawRow) -> str | None:
@@ -65,178 +88,180 @@ def detect_format(row: RawRow) -> str | None:
 def unknown_columns(row: RawRow) -> str:
     """What to say about a row of no known shape."""
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in COLUMNS.items())
-    return f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); rename them with columns"
+    said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); rename them with columns"
+    if "chosen" in row and "rejected" in row:
+        said += (
+            ". Pairs of a chosen and a rejected answer are for preference training, which qtune does not do; "
+            'columns = { completion = "chosen" } learns the chosen ones'
+        )
+    return said
 
 
 def to_conversation(
-    row: RawRow, row_format: str, place: str, system: str = "keep", system_prompt: str | None = None
+    row: RawRow,
+    row_format: str,
+    place: str,
+    system: str = "keep",
+    system_prompt: str | None = None,
+    turn_order: str = "error",
 ) -> Conversation:
-    """The conversation of a row under the system policy.
+    """The conversation of a row under the system policy and the policy about the order of turns.
 
     Raises:
         RowError: the row does not have the shape, or its conversation cannot be learned from.
+        OutOfOrder: its turns stand in an order that cannot be learned from.
     """
     for key in COLUMNS[row_format]:
         if key not in row:
             raise RowError(f"no {key!r} in a {row_format} row; found {', '.join(map(str, row)) or 'nothing'}")
+    account = Account()
+    _refuse_columns(row, row_format)
+    used = (*COLUMNS[row_format], *BESIDE[row_format])
+    account.rest({key: value for key, value in row.items() if not _means_once(key, value)}, used)
     if row_format == "text":
-        return document(row["text"], place)
-    messages = _READERS[row_format](row)
-    tools = _tools(row["tools"], "tools") if row.get("tools") else _functions(row.get("functions"))
-    return conversation(with_system(messages, system, system_prompt), tools, place)
+        return document(row["text"], place, account.unused)
+    turns = _READERS[row_format](row, account)
+    if not turns:
+        raise RowError(f"{COLUMNS[row_format][0]} is empty; expected at least a user and an assistant turn")
+    turns = _with_system_column(row, turns)
+    for turn in turns:
+        require_text(turn.message, turn.where)
+    messages = with_system([turn.message for turn in ordered(turns, turn_order, account)], system, system_prompt)
+    tools = _tools(row, account)
+    messages = [
+        {**message, "tool_calls": without_padding(message["tool_calls"], tools, account)}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+    return conversation(messages, tools, place, account.unused, account.notes)
 
 
-def _from_messages(row: RawRow) -> list[Message]:
-    return _message_list(row["messages"], "messages", "role", "content")
+def _means_once(column: str, value: object) -> bool:
+    """Whether a column says of its row that it counts once, which is what happens."""
+    return column in ROW_WEIGHTS and isinstance(value, (int, float)) and value == 1
 
 
-def _from_sharegpt(row: RawRow) -> list[Message]:
-    turns = _listed(row["conversations"], "conversations")
+def _refuse_columns(row: RawRow, row_format: str) -> None:
+    """Raises a RowError for a column that would change what is learned, if it were read."""
+    for column, value in row.items():
+        if not holds_something(value) or _means_once(column, value):
+            continue
+        if column in REFUSED:
+            raise RowError(f"{column} = {shown(value)}: {REFUSED[column]}; remove the column, or leave such rows out")
+        if column in ROW_WEIGHTS:
+            raise RowError(
+                f"{column} = {shown(value)}: a row has no weight of its own; give sources weights "
+                "([data] train = [{ path, weight }]), or remove the column"
+            )
+        if column not in (*COLUMNS[row_format], *BESIDE[row_format]) and is_like_a_switch(column):
+            raise RowError(
+                f"{column} = {shown(value)}: looks like a mask or switch of the loss, which a row cannot have here; "
+                "give a message weight = 0 or 1, or remove the column"
+            )
+        if column == "label" and row_format == "prompt-completion" and str(value).lower() == "false":
+            raise RowError(
+                "label = false: an answer that is marked as undesired (KTO); learning it would teach it. Leave such "
+                'rows out, with on_bad_row = "skip" for example'
+            )
+
+
+def _with_system_column(row: RawRow, turns: list[Turn]) -> list[Turn]:
+    """The turns behind the system message that stands in a column of its own.
+
+    Raises:
+        RowError: the turns have another system message already.
+    """
+    told = {key: text_of(row[key], key) for key in SYSTEM if holds_something(row.get(key))}
+    if not told:
+        return turns
+    key, text = next(iter(told.items()))
+    others = [(turn.where, turn.message["content"]) for turn in turns if turn.message["role"] == "system"]
+    for where, other in [*list(told.items())[1:], *others]:
+        if other != text:
+            raise RowError(f"{key} and {where} are different system messages; keep one")
+    return turns if others else [Turn(key, {"role": "system", "content": text}), *turns]
+
+
+def _tools(row: RawRow, account: Account) -> list[dict[str, Any]]:
+    """Tool definitions; functions are OpenAI's older form of them."""
+    given = [key for key in TOOLS if holds_something(row.get(key))]
+    if len(given) > 1:
+        raise RowError(f"both {' and '.join(given)}; keep one")
+    return read_tools(row[given[0]], given[0], account) if given else []
+
+
+def _from_messages(row: RawRow, account: Account) -> list[Turn]:
+    return read_turns(row["messages"], "messages", account, role_key="role", content_key="content")
+
+
+def _from_sharegpt(row: RawRow, account: Account) -> list[Turn]:
+    turns = listed(row["conversations"], "conversations")
     is_sharegpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
     role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
-    messages = _message_list(turns, "conversations", role_key, content_key)
-    # Some files keep the system message in a column of its own.
-    system = row.get("system")
-    return [{"role": "system", "content": text_of(system, "system")}, *messages] if system else messages
+    return read_turns(turns, "conversations", account, role_key=role_key, content_key=content_key)
 
 
-def _from_prompt_completion(row: RawRow) -> list[Message]:
-    prompt, completion = row["prompt"], row["completion"]
-    asked = (
-        [{"role": "user", "content": said(prompt, "prompt")}]
-        if not isinstance(prompt, list)
-        else _message_list(prompt, "prompt", "role", "content")
-    )
-    answered = (
-        [{"role": "assistant", "content": said(completion, "completion")}]
-        if not isinstance(completion, list)
-        else _message_list(completion, "completion", "role", "content")
-    )
-    return asked + answered
+def _from_prompt_completion(row: RawRow, account: Account) -> list[Turn]:
+    turns = _history(row)
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row[key], list):
+            turns += read_turns(row[key], key, account, role_key="role", content_key="content")
+        else:
+            turns.append(Turn(key, {"role": role, "content": said(row[key], key)}))
+    return _with_reasoning(row, turns, account)
 
 
-def _from_alpaca(row: RawRow) -> list[Message]:
+def _from_alpaca(row: RawRow, account: Account) -> list[Turn]:
     instruction, given = said(row["instruction"], "instruction"), row.get("input")
     if given is not None and text_of(given, "input").strip():
         instruction = f"{instruction}\n\n{given}"
-    return _one_turn(row, instruction, said(row["output"], "output"))
+    return _one_turn(row, ("instruction", instruction), ("output", said(row["output"], "output")), account)
 
 
-def _from_question_answer(row: RawRow) -> list[Message]:
-    return _one_turn(row, said(row["question"], "question"), said(row["answer"], "answer"))
+def _from_question_answer(row: RawRow, account: Account) -> list[Turn]:
+    asked, answered = said(row["question"], "question"), said(row["answer"], "answer")
+    return _one_turn(row, ("question", asked), ("answer", answered), account)
 
 
-def _one_turn(row: RawRow, question: str, answer: str) -> list[Message]:
-    system = row.get("system")
-    first = [{"role": "system", "content": text_of(system, "system")}] if system else []
-    return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def _one_turn(row: RawRow, asked: tuple[str, str], answered: tuple[str, str], account: Account) -> list[Turn]:
+    question = Turn(asked[0], {"role": "user", "content": asked[1]})
+    answer = Turn(answered[0], {"role": "assistant", "content": answered[1]})
+    return _with_reasoning(row, [*_history(row), question, answer], account)
 
 
-_READERS: Mapping[str, Callable[[RawRow], list[Message]]] = {
+def _history(row: RawRow) -> list[Turn]:
+    """Earlier turns: pairs of a question and its answer, as LLaMA-Factory and ms-swift write them.
+
+    Raises:
+        RowError: they are something else.
+    """
+    turns: list[Turn] = []
+    for index, pair in enumerate(listed(row[HISTORY], HISTORY) if holds_something(row.get(HISTORY)) else ()):
+        where = f"{HISTORY}[{index}]"
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError(f"{where} = {shown(pair)}: not a pair of a question and its answer")
+        for number, role in enumerate(("user", "assistant")):
+            place = f"{where}[{number}]"
+            turns.append(Turn(place, {"role": role, "content": said(pair[number], place)}))
+    return turns
+
+
+def _with_reasoning(row: RawRow, turns: list[Turn], account: Account) -> list[Turn]:
+    """What was thought before the answer, from a column of its own."""
+    thought = reasoning_of(row, "", account)
+    if thought is None:
+        return turns
+    answer = turns[-1]
+    if answer.message.get("reasoning_content") not in (None, thought):
+        raise RowError(f"{answer.where} and a column beside it hold different reasoning; keep one")
+    return [*turns[:-1], Turn(answer.where, {**answer.message, "reasoning_content": thought})]
+
+
+_READERS: Mapping[str, Callable[[RawRow, Account], list[Turn]]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "prompt-completion": _from_prompt_completion,
     "alpaca": _from_alpaca,
     "question-answer": _from_question_answer,
 }
-
-
-def _listed(value: object, key: str) -> Sequence[Any]:
-    """A list; tables without nesting (CSV) keep it as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"{key} is a text that is not a JSON list") from error
-    if not isinstance(value, list):
-        raise RowError(f"{key} = {shown(value)}: not a list of messages")
-    return value
-
-
-def _message_list(value: object, key: str, role_key: str, content_key: str) -> list[Message]:
-    return [_message(turn, f"{key}[{index}]", role_key, content_key) for index, turn in enumerate(_listed(value, key))]
-
-
-def _message(turn: object, where: str, role_key: str, content_key: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"{where} = {shown(turn)}: not an object with {role_key} and {content_key}")
-    if role_key not in turn:
-        raise RowError(f"{where} has no {role_key!r}; found {', '.join(map(str, turn)) or 'nothing'}")
-    given = turn[role_key]
-    role = ROLE_NAMES.get(given, given) if isinstance(given, str) else given
-    # A ShareGPT turn of "function_call" is the assistant's call, written out as text.
-    role = "assistant" if role in ("function_call", "tool_call") else role
-    if role not in ROLES:
-        raise RowError(f"{where}.{role_key} = {shown(given)}: not one of {', '.join(ROLES)}")
-    content, calls = turn.get(content_key), turn.get("tool_calls")
-    if not calls and turn.get("function_call"):  # OpenAI's older form
-        calls = [{"function": turn["function_call"]}]
-    if content is None and not (role == "assistant" and calls):
-        what = "is null" if content_key in turn else "is missing"
-        raise RowError(f"{where}.{content_key} {what}; expected a text")
-    message: Message = {"role": role}
-    if content is not None:
-        message["content"] = _content(content, f"{where}.{content_key}")
-    if calls:
-        message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-    for extra in ("reasoning_content", "name", "tool_call_id"):
-        if turn.get(extra) is not None:
-            message[extra] = text_of(turn[extra], f"{where}.{extra}")
-    if turn.get("weight") is not None:
-        if turn["weight"] not in (0, 1):
-            raise RowError(f"{where}.weight = {shown(turn['weight'])}: not 0 or 1")
-        message["weight"] = int(turn["weight"])
-    return message
-
-
-def _content(content: object, where: str) -> str:
-    """A text, or OpenAI's list of parts where all of them are text."""
-    if not isinstance(content, list):
-        return text_of(content, where)
-    parts = []
-    for index, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if not isinstance(part, dict) or kind != "text":
-            raise RowError(f"{where}[{index}] is of type {shown(kind)}; only text can be trained on")
-        parts.append(text_of(part.get("text"), f"{where}[{index}].text"))
-    return "".join(parts)
-
-
-def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """OpenAI's calls with their arguments as an object: templates print it, and a JSON text would be quoted twice."""
-    if not isinstance(calls, list):
-        raise RowError(f"{where} = {shown(calls)}: not a list")
-    read = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(f"{where}[{index}] = {shown(call)}: no function with a name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError as error:
-                raise RowError(f"{where}[{index}].function.arguments is not JSON: {shown(arguments)}") from error
-        if not isinstance(arguments, dict):
-            raise RowError(f"{where}[{index}].function.arguments = {shown(arguments)}: not an object")
-        identity = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
-        read.append(identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return read
-
-
-def _tools(tools: object, key: str) -> list[dict[str, Any]]:
-    """A list of descriptions, or the JSON text of one."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RowError(f"{key} is a text that is not JSON") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"{key} = {shown(tools)}: not a list of tool descriptions")
-    return tools
-
-
-def _functions(functions: object) -> list[dict[str, Any]]:
-    """OpenAI's older form of tools."""
-    described = _tools(functions, "functions") if functions else []
-    return [{"type": "function", "function": function} for function in described]

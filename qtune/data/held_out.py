@@ -26,7 +26,8 @@ def held_out_rows(
         # Only these rows are read; the training rows may be gone by now.
         alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
         name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
-        return name, prepare(alone, tokenizer, folder).examples["train"]
+        split = "test" if data_file or data.test is not None else "validation"
+        return name, prepare(alone, tokenizer, folder, split=split).examples["train"]
     prepared = prepare(data, tokenizer, folder, seed=recipe.training.seed)
     if prepared.held_out is None:
         raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))

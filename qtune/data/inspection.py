@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
+from qtune.data.conversation import Conversation
 from qtune.data.findings import LISTED, Finding, found
 from qtune.data.prepare import Prepared
 from qtune.recipe.schema import Data
@@ -79,12 +81,17 @@ def _columns(name: str, examples: Dataset) -> Columns:
 
 
 def _findings(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
-    findings = [*_of_template(prepared), *_of_sources(prepared, data)]
+    findings = [
+        *_of_template(prepared),
+        *_of_vocabulary(prepared, vocabulary),
+        *_needed_outside(prepared, vocabulary),
+        *_of_sources(prepared, data),
+    ]
     train = splits["train"]
     if 0 < len(train) < FEW_ROWS:
         findings.append(found("few-rows", "train", len(train), len(train)))
     for split in splits.values():
-        findings += _of_notes(split, data)
+        findings += _of_notes(split, data, prepared)
         findings += _out_of_vocabulary(split, vocabulary)
         if split is not train:
             findings += _overlap(train, split)
@@ -99,6 +106,26 @@ def _of_template(prepared: Prepared) -> Iterable[Finding]:
         yield found("dated-template", "", 0, 0)
 
 
+def _of_vocabulary(prepared: Prepared, vocabulary: int) -> Iterable[Finding]:
+    outside = {name: token for name, token in prepared.tokenizer.get_vocab().items() if token >= vocabulary}
+    if not outside:
+        return
+    names = sorted(outside, key=lambda name: outside[name])
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    detail = f"{max(outside.values()) + 1} against {vocabulary}; {shown} {'has' if len(names) == 1 else 'have'} none"
+    yield found("tokens-without-embedding", "", 0, 0, detail=detail)
+
+
+def _needed_outside(prepared: Prepared, vocabulary: int) -> Iterable[Finding]:
+    """Tokens that are in every batch or answer, whatever the rows hold."""
+    ids = prepared.tokenizer.get_vocab()
+    needed = {"the padding": prepared.tokenizer.pad_token, "the end of turn": prepared.end_of_turn}
+    for what, token in needed.items():
+        if token is not None and ids.get(str(token), 0) >= vocabulary:
+            detail = f"{what}, {token}, is token {ids[str(token)]}; the model has {vocabulary}"
+            yield found("out-of-vocabulary", "", 0, 0, detail=detail)
+
+
 def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:
     for source in prepared.sources:
         stored = source.stored
@@ -107,16 +134,36 @@ def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:
             yield found("skipped", source.split, stored.bad_count, stored.rows, places)
         if stored.dropped_count:
             yield found("dropped", source.split, stored.dropped_count, stored.rows, list(stored.dropped))
+        if stored.out_of_order_count:
+            places = list(stored.out_of_order)
+            yield found("out-of-order", source.split, stored.out_of_order_count, stored.rows, places)
+        if stored.unused:
+            names = ", ".join(f"{name} in {count:,}" for name, count in stored.unused.items())
+            yield found("unused", source.split, stored.rows_with_unused, stored.rows, detail=f"{source.name}: {names}")
 
 
-def _of_notes(split: Columns, data: Data) -> Iterable[Finding]:
+def _of_notes(split: Columns, data: Data, prepared: Prepared) -> Iterable[Finding]:
     for note, count in split.notes.items():
         kind = note
         if note == "rewritten-turn" and data.on_rewritten_turn != "error":
             kind = {"split": "split-turns", "last": "last-turn-only"}[data.on_rewritten_turn]
         if note == "refusal" and (count < ENOUGH_ROWS or count < REFUSAL_SHARE * len(split)):
             continue
-        yield found(kind, split.name, count, len(split), split.note_places[note])
+        hint = _hint(kind, split, prepared)
+        yield found(kind, split.name, count, len(split), split.note_places[note], hint=hint)
+
+
+def _hint(kind: str, split: Columns, prepared: Prepared) -> str:
+    """What to do about a finding with this very template; "" where the kind's own advice is all that is known."""
+    if kind == "no-end-of-turn":
+        return end_of_turn_advice(prepared.template)
+    if kind not in LOSSES:
+        return ""
+    place = split.note_places[kind][0]
+    row = next(row for row in split.examples.select_columns(["place", "conversation"]) if row["place"] == place)
+    return template_advice(
+        kind, Conversation.from_json(row["conversation"], place), prepared.template, prepared.tokenizer
+    )
 
 
 def _out_of_vocabulary(split: Columns, vocabulary: int) -> Iterable[Finding]:

@@ -26,7 +26,7 @@ class JsonValues:
         self._ended = False
         # Bytes that are not UTF-8 stay visible, so that the value that holds them can be named.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
-        self._decoder = json.JSONDecoder(parse_constant=refuse_constant)
+        self._decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys)
 
     def next_character(self, *, over_commas: bool = False) -> str:
         """Moves over white space (and commas) to the next character; "" at the end."""
@@ -97,6 +97,16 @@ def has_broken_bytes(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; Python would keep the last of equal ones and forget the others."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise BrokenJson(f"the key {json.dumps(repeated)} stands twice in one object")
+    return value
 
 
 def refuse_constant(name: str) -> object:

@@ -5,6 +5,7 @@ sees), and up to the answer. What the second adds is the answer, the template's 
 No template is known by name, and no marker inside a template is needed.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from itertools import pairwise
 from tokenizers import Encoding
 
 from qtune.data.conversation import Conversation, RowError
+from qtune.data.documents import Documents
 from qtune.data.template import Renderer
 from qtune.data.tokens import Tokens
 
@@ -20,16 +22,19 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScoredTurn:
     """A scored answer as characters [start, end) of the rendered text."""
 
     start: int
     end: int
     answer: str
+    """As the row has it, to the letter; "" beside tool calls."""
     has_end: bool
     """Whether it ends in the end-of-turn token."""
     continues_prompt: bool
     """Whether the text before it is what the model sees when it is asked."""
+    index: int = -1
+    """Which message of the conversation it is."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Rendered:
 
     conversation: Conversation
     text: str
-    turns: tuple[Turn, ...]
+    turns: tuple[ScoredTurn, ...]
     rewritten: bool = False
     """Whether the template renders an earlier turn differently once there are later ones."""
 
@@ -94,18 +99,17 @@ def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str
     return [Rendered(conversation, whole, tuple(turns[index] for index in kept), rewritten=True)]
 
 
-def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> Turn:
+def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> ScoredTurn:
     """Finds the answer of message `index` in `text`, the rendering that ends with it."""
-    message = conversation.messages[index]
-    answer = str(message.get("content") or "").strip()
+    answer = str(conversation.messages[index].get("content") or "")
     prompt = renderer.render(conversation.messages[:index], conversation.tools, generation_prompt=True)
     start, continues = len(prompt), text.startswith(prompt)
     if not continues:
         start = _common_prefix(prompt, text)
-        found = text.rfind(answer) if answer else -1
+        found = text.rfind(answer.strip()) if answer.strip() else -1
         start = min(start, found) if found >= 0 else start
     end, has_end = _end_of_turn(renderer, text, start)
-    return Turn(start, end, answer, has_end, continues)
+    return ScoredTurn(start, end, answer, has_end, continues, index)
 
 
 def _end_of_turn(renderer: Renderer, text: str, start: int) -> tuple[int, bool]:
@@ -140,6 +144,7 @@ class Encoder:
         self.backend.no_padding()
         self.added = frozenset(self.tokenizer.added_tokens_decoder)
         self.prompt_tails: dict[str, list[int]] = {}
+        self.documents = Documents.of(renderer)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """One example for each text, none cut."""
@@ -150,12 +155,16 @@ class Encoder:
 
     def document(self, conversation: Conversation) -> Encoded:
         """Raw text as the tokenizer frames it, closed with its end of text; all of it scored."""
-        ids = list(self.tokenizer(conversation.answer, verbose=False).input_ids)
+        text = conversation.answer
+        ids = list(self.tokenizer(text, verbose=False).input_ids)
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
+        if eos is not None and ids[-1:] != [eos] and not self.documents.is_closed(text):
             ids.append(eos)
-        notes = frozenset() if eos is not None else frozenset({"no-end-of-turn"})
-        return Encoded(conversation, ids, list(ids), notes)
+        notes = {"no-end-of-turn"} if eos is None else set()
+        notes |= self.documents.notes(text) | self._bos_notes(ids)
+        if not self._keeps(text, ids):
+            notes.add("label-text")
+        return Encoded(conversation, ids, list(ids), frozenset(notes))
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         return list(self.backend.encode_batch(texts, add_special_tokens=False))
@@ -213,17 +222,18 @@ class Encoder:
             token_start += len(encoding)
         return Tokens(parts)
 
-    def _turn_notes(self, turn: Turn, text: str, ids: list[int]) -> set[str]:
+    def _turn_notes(self, turn: ScoredTurn, text: str, ids: list[int]) -> set[str]:
         notes = set()
         span = text[turn.start : turn.end]
-        said_before = span.partition(turn.answer)[0].strip() if turn.answer else ""
+        said_before = span.partition(turn.answer.strip())[0].strip() if turn.answer.strip() else ""
         if not turn.continues_prompt or (said_before and not self.renderer.has_generation_prompt):
             notes.add("generation-prompt")
         if not turn.has_end or ids[-1] not in self.added:
             notes.add("no-end-of-turn")
-        if turn.answer and turn.answer not in span:
-            notes.add("answer-changed")
-        if _words(self._decoded(ids)) != _words(self._normalized(span)):
+        if (change := change_of(turn.answer, span)) is not None:
+            notes.add(change)
+        is_kept = change == "answer-changed" or self._keeps(turn.answer, ids)
+        if not is_kept or _words(self._decoded(ids)) != _words(self._normalized(span)):
             notes.add("label-text")
         return notes
 
@@ -232,12 +242,23 @@ class Encoder:
         contents = (str(message.get("content") or "") for message in one.conversation.messages)
         if any(self.renderer.special_tokens.search(content) for content in contents):
             notes.add("control-token")
+        return notes | self._bos_notes(ids)
+
+    def _bos_notes(self, ids: list[int]) -> set[str]:
         bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            notes.add("double-bos")
-        if self._adds_bos and (not ids or ids[0] != bos):
-            notes.add("missing-bos")
-        return notes
+        notes = {"double-bos"} if bos is not None and ids[:2] == [bos, bos] else set()
+        return notes | ({"missing-bos"} if self._adds_bos and (not ids or ids[0] != bos) else set())
+
+    def _keeps(self, text: str, ids: list[int]) -> bool:
+        """Whether the ids say the text with its line breaks, indentation and spaces.
+
+        Where a tokenizer puts a single space of its own (SentencePiece, before the first word) is not looked at.
+        """
+        if not _LAID_OUT.search(text):
+            return True
+        bare = self._normalized(text.strip()).replace("\u2581", " ").strip()
+        before, found, _ = self._decoded(ids).replace("\u2581", " ").partition(bare)
+        return bool(found) and len(before) - len(before.rstrip(" \t")) >= len(indentation_of(text)) - 1
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -251,6 +272,28 @@ class Encoder:
     def _normalized(self, text: str) -> str:
         normalizer = self.backend.normalizer
         return normalizer.normalize_str(text) if normalizer else text
+
+
+def change_of(answer: str, span: str) -> str | None:
+    """What a template did to an answer that it printed as `span`: a kind of finding, None for nothing.
+
+    "answer-trimmed" is white space at its ends that teaches nothing; indentation of its first line belongs to it.
+    """
+    bare = answer.strip()
+    if not bare or answer in span:
+        return None
+    indentation = indentation_of(answer)
+    kept = indentation + bare if len(indentation) > 1 or indentation == "\t" else bare
+    return "answer-trimmed" if kept in span else "answer-changed"
+
+
+def indentation_of(text: str) -> str:
+    """The white space before the first word of a text, on its line."""
+    return text[: len(text) - len(text.lstrip())].rpartition("\n")[2]
+
+
+# Text whose white space says something: more than single spaces between words.
+_LAID_OUT = re.compile(r"\S(?:[^\S ]|  )|^[ \t]{2}")
 
 
 def _words(text: str) -> list[str]:

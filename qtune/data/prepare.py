@@ -4,7 +4,8 @@ rows -> conversations -> ids and labels happen once per source and are kept on d
 packing are choices of rows and cost nothing.
 """
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.conversation import Conversation
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
-from qtune.data.formats import detect_format, renamed, unknown_columns
+from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_name
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
@@ -59,6 +60,8 @@ class Prepared:
     packed: bool
     lengths: np.ndarray
     """Tokens of each row of `train`, [rows], for grouping by length."""
+    tokenizer: PreTrainedTokenizerBase
+    """What the rows were tokenized with."""
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -78,20 +81,34 @@ class Prepared:
 
 
 def prepare(
-    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int = 42,
+    cache: Path | None = None,
+    split: str = "train",
 ) -> Prepared:
     """Reads, renders and tokenizes every source; relative paths start at `folder`.
+
+    `split` is what data.train means of a folder that holds several splits.
 
     Raises:
         DataError: a source is missing, or rows are bad and the recipe does not skip them.
     """
-    prepared = survey(data, tokenizer, folder, seed=seed, cache=cache)
+    prepared = survey(data, tokenizer, folder, seed=seed, cache=cache, split=split)
     refuse_bad_rows(prepared, data)
     return prepared
 
 
 def survey(
-    data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int = 42, cache: Path | None = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int = 42,
+    cache: Path | None = None,
+    split: str = "train",
 ) -> Prepared:
     """`prepare` that goes on over bad rows, so that a check can report everything at once.
 
@@ -102,7 +119,7 @@ def survey(
     cache = cache or cache_folder() / "examples"
     remove_unused(cache)
     maker = _Maker(data, tokenizer, template, cache)
-    train, weights = maker.split("train", find_sources(data.train, data, folder))
+    train, weights = maker.split("train", find_sources(data.train, data, folder, split))
     examples = {"train": train}
     if isinstance(data.validation, float):
         chosen = rows_set_aside(train, data.validation, seed)
@@ -111,9 +128,9 @@ def survey(
         if len(chosen):
             examples["validation"] = train.select(chosen)
     else:
-        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder))
+        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
     if data.test is not None:
-        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder))
+        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder, "test"))
     weighted = examples["train"].select(weighted_rows(weights, seed))
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (
@@ -130,6 +147,7 @@ def survey(
         end_of_turn,
         data.packing,
         _lengths(columns["train"]) if data.packing else np.asarray(weighted.with_format("numpy")["length"][:]),
+        tokenizer,
     )
 
 
@@ -146,7 +164,11 @@ def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
         if count > len(listed) and not skipping:
             problems.append(Problem("", f"… and {count - len(listed)} more bad rows"))
         if not any(bad.ends_file for bad in listed):
-            advice = f'fix {"them" if count > 1 else "it"}, or leave out what is bad with [data] on_bad_row = "skip"'
+            ways = [
+                f"fix {'them' if count > 1 else 'it'}",
+                *dict.fromkeys(f"[data] {bad.advice}" for bad in listed if bad.advice),
+            ]
+            advice = f'{", or ".join(ways)}, or leave out what is bad with [data] on_bad_row = "skip"'
             problems.append(Problem("", f"{count} bad {'rows' if count > 1 else 'row'}; {advice}"))
         raise DataError(problems)
     if not len(prepared.train):
@@ -160,7 +182,7 @@ class _Maker:
         self.data = data
         self.tokenizer = tokenizer
         self.template = template
-        self.template_key = template_key(template.text, tokenizer)
+        self.template_key = template_key(template, tokenizer)
         self.cache = cache
         self.reports: list[SourceReport] = []
 
@@ -171,7 +193,8 @@ class _Maker:
             row_format = source.row_format if source.row_format != "auto" else _detected(source)
             rules = self._rules(source, row_format)
             folder = self.cache / store_key(source.fingerprint, self.template_key, rules)
-            stored = open_store(folder) or encode_source(source, self.tokenizer, self.template.text, rules, folder)
+            stored = open_store(folder) or encode_source(source, self.tokenizer, self.template, rules, folder)
+            _require_mapped(source, stored)
             self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored))
             parts.append(stored.examples)
             weights.append(np.full(len(parts[-1]), source.weight))
@@ -188,6 +211,8 @@ class _Maker:
             data.on_rewritten_turn,
             data.max_length,
             data.on_long_row,
+            data.on_turn_order,
+            source.row_format == "auto",
         )
 
 
@@ -198,8 +223,32 @@ def _detected(source: Source) -> str:
         return "messages"  # nothing but bad rows, which are reported with their own reasons
     found = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
     if found is None:
-        raise DataError(Problem(first[0].place, unknown_columns(first[0].value)))
+        present = {key for row in first for key in row.value}
+        missing = [
+            _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
+        ]
+        raise DataError([*missing, Problem(first[0].place, unknown_columns(first[0].value))])
     return found
+
+
+def _require_mapped(source: Source, stored: Stored) -> None:
+    """Raises a DataError for names in `columns` that mean nothing: no shape has the one, or no row the other."""
+    problems = []
+    for ours, theirs in source.columns.items():
+        problem = unknown_name(ours)
+        if problem:
+            problems.append(Problem(f"data.columns.{ours}", problem))
+        elif stored.rows > stored.bad_count and not stored.mapped.get(ours):
+            present = {key for row in islice(source.rows(), 100) if isinstance(row, Row) for key in row.value}
+            problems.append(_missing_column(ours, theirs, present))
+    if problems:
+        raise DataError(problems)
+
+
+def _missing_column(ours: str, theirs: str, present: Collection[str]) -> Problem:
+    close = difflib.get_close_matches(theirs, sorted(present), n=1, cutoff=0.5)
+    advice = f"did you mean {close[0]!r}?" if close else f"found {', '.join(sorted(present))}"
+    return Problem(f"data.columns.{ours}", f"no row has a column {theirs!r}; {advice}")
 
 
 def _lengths(packed: Dataset) -> np.ndarray:

@@ -5,15 +5,23 @@ Files are read as streams: memory is bounded by the longest row, not by the file
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, Progress, open_bytes
-from qtune.data.json_stream import BrokenJson, JsonValues, has_broken_bytes, refuse_constant
+from qtune.data.json_stream import (
+    BrokenJson,
+    JsonValues,
+    has_broken_bytes,
+    refuse_constant,
+    without_repeated_keys,
+)
 from qtune.errors import first_line
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
@@ -36,6 +44,8 @@ class BadRow:
     place: str
     message: str
     ends_file: bool = False
+    advice: str = ""
+    """What a recipe could do about rows like this one."""
 
 
 def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row | BadRow]:
@@ -68,7 +78,7 @@ def _json_lines(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
 
 def _json_row(text: str, place: str) -> Row | BadRow:
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys)
     except ValueError as error:
         message = str(error) if not isinstance(error, json.JSONDecodeError) else f"{error.msg} at column {error.colno}"
         return BadRow(place, f"not valid JSON: {message}; expected one object like {{…}} on the line")
@@ -100,14 +110,17 @@ def _json_document(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]
 
 
 def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
-    delimiter = "\t" if file.kind == "tsv" else ","
     csv.field_size_limit(LONGEST_ROW_BYTES)
     with open_bytes(file, progress) as stream:
-        texts = (raw.decode("utf-8", errors="surrogateescape") for _, raw in _lines(stream))
-        reader = csv.reader(texts, delimiter=delimiter, strict=True)
+        texts = iter(raw.decode("utf-8", errors="surrogateescape") for _, raw in _lines(stream))
+        first = next(texts, "")
+        delimiter = _delimiter(first, "\t" if file.kind == "tsv" else ",")
+        # Excel's own word for it, in a line before the header.
+        skipped = 1 if _EXCEL_DELIMITER.match(first) else 0
+        reader = csv.reader(texts if skipped else chain([first], texts), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            place = f"{file.name}:{reader.line_num + 1}"
+            place = f"{file.name}:{reader.line_num + 1 + skipped}"
             try:
                 fields = next(reader, None)
             except csv.Error as error:
@@ -129,6 +142,20 @@ def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
                 yield BadRow(place, f"{len(fields)} fields; the header names {len(header)} columns")
             else:
                 yield Row(place, dict(zip(header, fields, strict=True)))
+
+
+_EXCEL_DELIMITER = re.compile(r"sep=(.)\r?\n?\Z")
+
+
+def _delimiter(header: str, usual: str) -> str:
+    """What separates the columns of a table: what its first line says, the usual one, or the one that is there."""
+    told = _EXCEL_DELIMITER.match(header)
+    if told:
+        return told[1]
+    names = re.sub(r'"[^"]*"', "", header)
+    if usual in names:
+        return usual
+    return max(",;\t|", key=lambda one: (names.count(one), one == usual))
 
 
 def _parquet(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:

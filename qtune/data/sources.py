@@ -1,13 +1,14 @@
 """The sources of a split -> their rows, with what tells whether they have changed since the last time."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
 from qtune.data.files import DataFile, Progress, data_files
+from qtune.data.folders import splits_of
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem, first_line
 from qtune.recipe.schema import Data, FileSource, HubSource
@@ -54,8 +55,10 @@ class Source:
         return round(rows_read * max(1.0, size / max(1.0, progress.bytes_read)))
 
 
-def find_sources(given: object, data: Data, folder: Path) -> list[Source]:
+def find_sources(given: object, data: Data, folder: Path, split: str = "train") -> list[Source]:
     """The sources that a key of [data] names: a text, a table, or a list of them.
+
+    `split` is what of a folder with several splits is meant.
 
     Raises:
         DataError: with every source that is missing.
@@ -65,7 +68,7 @@ def find_sources(given: object, data: Data, folder: Path) -> list[Source]:
     problems: list[Problem] = []
     for entry in entries:
         try:
-            found.append(_source(entry, data, folder))
+            found.append(_source(entry, data, folder, split))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
@@ -73,7 +76,7 @@ def find_sources(given: object, data: Data, folder: Path) -> list[Source]:
     return found
 
 
-def _source(entry: object, data: Data, folder: Path) -> Source:
+def _source(entry: object, data: Data, folder: Path, split: str) -> Source:
     if isinstance(entry, str) and entry.startswith(HUB):
         entry = HubSource(hub=entry.removeprefix(HUB))
     if isinstance(entry, str):
@@ -83,10 +86,16 @@ def _source(entry: object, data: Data, folder: Path) -> Source:
     row_format = data.format if entry.format == "auto" else entry.format
     columns = {**data.columns, **entry.columns}
     if isinstance(entry, FileSource):
-        files = tuple(data_files(entry.path, folder))
-        return Source(entry.path, row_format, columns, entry.weight, files)
+        files = tuple(data_files(entry.path, folder, split))
+        return Source(_named(entry.path, files, folder, split), row_format, columns, entry.weight, files)
     name = f"{HUB}{entry.hub}[{entry.split}]"
     return Source(name, row_format, columns, entry.weight, hub=_hub_dataset(entry, name))
+
+
+def _named(path: str, files: Sequence[DataFile], folder: Path, split: str) -> str:
+    """The source as it is shown; a folder of which only one split is read says so."""
+    whole = folder / Path(path).expanduser()
+    return f"{path} ({split} split)" if whole.is_dir() and splits_of(whole) and files else path
 
 
 def _hub_dataset(source: HubSource, name: str) -> Dataset:

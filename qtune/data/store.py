@@ -8,20 +8,21 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset
 
 from qtune.cache import FULL, mark_used, not_writable
-from qtune.data.examples import COLUMNS, Batch, RowRules
+from qtune.data.examples import COLUMNS, EncodedBatch, RowRules
 from qtune.data.rows import BadRow
 
 # Raised when the code that makes examples changes what it makes.
-VERSION = 4
+VERSION = 5
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
 UNUSED_DAYS = 30
@@ -37,6 +38,16 @@ class Stored:
     bad_count: int
     dropped: tuple[str, ...]
     dropped_count: int
+    out_of_order: tuple[str, ...] = ()
+    out_of_order_count: int = 0
+    """Rows left out because of the order of their turns."""
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Columns and keys that nothing reads, with the number of rows that have them."""
+    rows_with_unused: int = 0
+    mapped: Mapping[str, int] = field(default_factory=dict)
+    """Our names of the recipe's `columns`, with the number of rows that have the column."""
+    shapes: Mapping[str, int] = field(default_factory=dict)
+    """Shapes of rows, with the number of rows that have each."""
 
     @property
     def examples(self) -> Dataset:
@@ -64,6 +75,12 @@ def open_store(folder: Path) -> Stored | None:
         about["bad_count"],
         tuple(about["dropped"]),
         about["dropped_count"],
+        tuple(about["out_of_order"]),
+        about["out_of_order_count"],
+        about["unused"],
+        about["rows_with_unused"],
+        about["mapped"],
+        about["shapes"],
     )
 
 
@@ -105,13 +122,18 @@ def remove_unused(cache: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
+def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
     """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
     with written_whole(folder) as temporary:
         temporary.mkdir()
         rows = bad_count = dropped_count = 0
         bad: list[BadRow] = []
         dropped: list[str] = []
+        out_of_order: list[str] = []
+        out_of_order_count = rows_with_unused = 0
+        unused: Counter[str] = Counter()
+        mapped: Counter[str] = Counter()
+        shapes: Counter[str] = Counter()
         with pa.OSFile(str(temporary / "examples.arrow"), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
             for batch in batches:
                 writer.write_batch(batch.examples)
@@ -122,12 +144,24 @@ def write_store(folder: Path, batches: Iterable[Batch]) -> Stored:
                 room = LISTED - len(bad)
                 bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
                 dropped.extend(batch.dropped[: LISTED - len(dropped)])
+                out_of_order_count += len(batch.out_of_order)
+                out_of_order.extend(batch.out_of_order[: LISTED - len(out_of_order)])
+                unused.update(batch.unused)
+                mapped.update(batch.mapped)
+                shapes.update(batch.shapes)
+                rows_with_unused += batch.rows_with_unused
         about = {
             "rows": rows,
             "bad": [asdict(one) for one in bad],
             "bad_count": bad_count,
             "dropped": dropped,
             "dropped_count": dropped_count,
+            "out_of_order": out_of_order,
+            "out_of_order_count": out_of_order_count,
+            "unused": dict(unused.most_common()),
+            "rows_with_unused": rows_with_unused,
+            "mapped": mapped,
+            "shapes": dict(shapes.most_common()),
         }
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     stored = open_store(folder)

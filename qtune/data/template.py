@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,11 +11,34 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, Message, RowError
+from qtune.data.turn_keys import REASONING
 from qtune.errors import DataError, Problem
 
+# ChatML, with tools, calls and reasoning between the tags that Hermes and Qwen models read.
 CHATML = """\
+{%- set first_is_system = messages and messages[0]['role'] == 'system' -%}
+{%- if tools -%}
+{{ '<|im_start|>system\\n' }}
+{%- if first_is_system -%}{{ messages[0]['content'] + '\\n\\n' }}{%- endif -%}
+{{ '# Tools\\n\\nThese functions can be called, each described by a JSON object:\\n<tools>\\n' }}
+{%- for tool in tools -%}{{ tool | tojson }}{{ '\\n' }}{%- endfor -%}
+{{ '</tools>\\n\\nA call is a JSON object with the name and the arguments:\\n' }}
+{{- '<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n' }}
+{%- endif -%}
 {%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- if not (tools and first_is_system and loop.first) -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['reasoning_content'] -%}
+{{ '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}
+{%- endif -%}
+{{ message['content'] or '' }}
+{%- for call in message['tool_calls'] or [] -%}
+{{ '\\n' if message['content'] or not loop.first else '' }}
+{{- '<tool_call>\\n{"name": ' }}{{ call['function']['name'] | tojson }}
+{{- ', "arguments": ' }}{{ call['function']['arguments'] | tojson }}{{ '}\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>' + '\\n' }}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
@@ -39,6 +62,8 @@ PLAIN = """\
 """
 BUILT_IN = {"alpaca": ALPACA, "chatml": CHATML, "plain": PLAIN}
 DEFAULT = "alpaca"
+# The name under which a tokenizer keeps its template for conversations with tools.
+FOR_TOOLS = "tool_use"
 
 _PROBE = "Probe answer"
 
@@ -51,6 +76,17 @@ class ChatTemplate:
     origin: str
     is_default: bool = False
     """Whether nobody chose it: neither the recipe nor the tokenizer."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """The tokenizer's further templates by name, where it has several and the recipe chose none."""
+
+    def for_tools(self, tools: Sequence[object]) -> str:
+        """The text for a conversation: with tools that of "tool_use", if there is one, as transformers chooses."""
+        return self.others.get(FOR_TOOLS, self.text) if tools else self.text
+
+    @property
+    def of_tokenizer(self) -> str | dict[str, str]:
+        """What a tokenizer's `chat_template` is set to, so that it chooses and saves the same."""
+        return {"default": self.text, **self.others} if self.others else self.text
 
 
 def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ChatTemplate:
@@ -59,11 +95,15 @@ def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder
     Raises:
         DataError: there is no such template, or the file cannot be read.
     """
+    own = tokenizer.chat_template
+    if name is None and isinstance(own, dict):
+        return _of_several(own)
+    if name is None and own is not None:
+        return ChatTemplate(own, "the tokenizer's own")
     if name is None:
-        own = _own_template(tokenizer)
-        if own is not None:
-            return ChatTemplate(own, "the tokenizer's own")
         return ChatTemplate(BUILT_IN[DEFAULT], f'the built-in "{DEFAULT}": the tokenizer has none', is_default=True)
+    if isinstance(own, dict) and name in own:
+        return ChatTemplate(own[name], f'the tokenizer\'s "{name}"')
     if name in BUILT_IN:
         return ChatTemplate(BUILT_IN[name], f'the built-in "{name}"')
     path = folder / Path(name).expanduser()
@@ -75,12 +115,19 @@ def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder
         raise DataError(Problem("data.chat_template", f"{name!r}: {message}")) from error
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Tokenizers may carry several templates by name; the one for tools contains what the default does."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        return own.get("tool_use") or own.get("default")
-    return own
+def _of_several(own: Mapping[str, str]) -> ChatTemplate:
+    """Tokenizers may carry several templates by name (Command R, Hermes 2 Pro).
+
+    Raises:
+        DataError: none of them is the default, so that transformers would render no row without tools.
+    """
+    if "default" not in own:
+        names = ", ".join(own)
+        message = f"is not set, and the tokenizer has the templates {names} but no default; name one of them"
+        raise DataError(Problem("data.chat_template", message))
+    others = {name: text for name, text in own.items() if name != "default"}
+    used = f', "{FOR_TOOLS}" for rows with tools' if FOR_TOOLS in others else ""
+    return ChatTemplate(own["default"], f'the tokenizer\'s "default"{used}', others=others)
 
 
 @dataclass(frozen=True)
@@ -162,7 +209,7 @@ def render(
     """
     try:
         text = tokenizer.apply_chat_template(
-            list(messages),
+            _in_its_words(messages, template),
             tools=list(tools) or None,
             chat_template=template,
             add_generation_prompt=generation_prompt,
@@ -175,6 +222,16 @@ def render(
     return str(text)
 
 
+def _in_its_words(messages: Sequence[Message], template: str) -> list[Message]:
+    """The messages with reasoning under the key that the template reads: most read ours, gpt-oss "thinking"."""
+    if not any("reasoning_content" in message for message in messages):
+        return list(messages)
+    key = next((key for key in REASONING if re.search(rf"\b{key}\b", template)), "reasoning_content")
+    return [
+        {key if name == "reasoning_content" else name: value for name, value in message.items()} for message in messages
+    ]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
     """The ids that ask for the last answer, generation prompt included, with the tokenizer's chat template.
 
@@ -182,15 +239,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
     """
     if conversation.is_document:
         return list(tokenizer("").input_ids)
-    template = _own_template(tokenizer) or BUILT_IN[DEFAULT]
+    template = choose_template(None, tokenizer, Path()).for_tools(conversation.tools)
     text = render(tokenizer, template, conversation.prompt, conversation.tools, generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def template_key(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the tokenizer's template for conversations without tools."""
+    return choose_template(None, tokenizer, Path()).text
+
+
+def template_key(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
     """What two preparations must share so that the same conversation becomes the same ids."""
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return "\0".join([template, special, tokenizer.backend_tokenizer.to_str()])
+    texts = [template.text, template.for_tools(["a tool"])]
+    return "\0".join([*texts, special, tokenizer.backend_tokenizer.to_str()])
 
 
 def _common_closing(added: re.Pattern[str], answered: str, continued: str) -> list[str]:
@@ -225,4 +288,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _advice(reason: str) -> str:
     if "system" in reason.lower():
         return '; [data] system = "merge" puts the system message into the first user message'
+    if "alternat" in reason.lower():
+        return '; [data] on_turn_order = "merge" puts turns of one role that follow each other into one'
     return ""

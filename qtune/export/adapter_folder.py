@@ -6,14 +6,14 @@ from pathlib import Path
 from qtune.export.adapter_weights import CONFIG, WEIGHTS
 from qtune.export.model_card import adapter_card
 from qtune.export.model_files import write_json
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.staged import staged_folder
 
 # Keys that peft's config has for its own book-keeping, and that may hold paths of this computer.
 PRIVATE = ("parent_library", "auto_mapping")
 
 
-def write_adapter(source: Source, output: Path, *, force: bool) -> Path:
+def write_adapter(source: OpenedRun, output: Path, *, force: bool) -> Path:
     """Copies the adapter's two files, names the base as others know it, adds tokenizer and card.
 
     Raises InputError when the folder is there and `force` is not given.
@@ -27,7 +27,7 @@ def write_adapter(source: Source, output: Path, *, force: bool) -> Path:
     return output
 
 
-def public_config(source: Source) -> dict[str, object]:
+def public_config(source: OpenedRun) -> dict[str, object]:
     """The adapter's config with the base's public name, ready for inference."""
     config: dict[str, object] = json.loads((source.adapter / CONFIG).read_text(encoding="utf-8"))
     for key in PRIVATE:

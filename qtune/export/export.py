@@ -12,13 +12,14 @@ from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
+from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
-from qtune.export.opened_run import Source, open_source
+from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.push import push
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, read_proof
@@ -79,13 +80,15 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
 def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
-    source = open_source(run)
+    source = open_for_export(run)
     is_alone = source.recipe.adapter.export == "alone"
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
         console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
     if options.adapter_only or is_alone:
-        return write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        folder = write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        require_same_questions(source, folder)
+        return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
@@ -97,6 +100,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     with one_sentence("A merge holds the largest tensor several times over; close what else takes memory"):
         write_merged(source, merge, target, prompt)
     ids = () if prompt is None else prompt.ids
+    require_same_questions(source, target.output, ids)
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
         with one_sentence(LATER.format(folder=target.output, run=run.path)):
@@ -132,7 +136,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or _run_around(folder)
-    source = open_source(run)
+    source = open_for_export(run)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):
@@ -140,7 +144,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
     return prove(source, folder, verification, show)
 
 
-def prove(source: Source, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
+def prove(source: OpenedRun, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
     """Writes the card, shows the figures; VerificationError when they are not good enough."""
     write_card(source, folder, verification)
     show(verification)

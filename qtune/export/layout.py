@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.kept_precision import kept_in_fp32
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool 
     """
     parameters, converted = _parameters(model, names)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    fp32_patterns = model._get_dtype_plan(torch.float16)
-    kept_in_fp32 = {name for name in parameters.values() if any(part in name for part in fp32_patterns)}
+    is_kept = kept_in_fp32(model, torch.float16)
     embeddings = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     tied = dict(model.all_tied_weights_keys)
@@ -66,7 +66,7 @@ def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool 
         quantized=frozenset(quantized),
         transposed=frozenset(transposed),
         tied=tied,
-        kept_in_fp32=frozenset(kept_in_fp32),
+        kept_in_fp32=frozenset(filter(is_kept, parameters.values())),
         input_embedding=embeddings[id(model.get_input_embeddings())],
         output_embedding=None if head is None else embeddings[id(head)],
     )

@@ -15,7 +15,7 @@ from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge, write_merge
 from qtune.export.model_card import write_card
 from qtune.export.model_files import copy_side_files, merged_config, write_json
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
 from qtune.export.verification import mark_unverified
@@ -32,14 +32,14 @@ class Target:
     force: bool = False
 
 
-def open_merge(source: Source, target: Target) -> Merge:
+def open_merge(source: OpenedRun, target: Target) -> Merge:
     """Decides the whole merge; everything that is in the way is reported here, before anything is written."""
     checkpoint, network = open_base(source.base, trust_remote_code=source.recipe.model.trust_remote_code)
     layout = layout_of(network, list(checkpoint.tensors))
     return plan_merge(checkpoint, layout, open_adapter(source.adapter), source.basis, target.weights, target.dtype)
 
 
-def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
+def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
     """Writes the model; the folder appears under its name when it is complete.
 
     Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
@@ -52,7 +52,7 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
         write_json(work / "config.json", merged_config(source.base, target.dtype, merge.config_changes | notes))
         if prompt is not None:
             prompt.tokenizer.save_pretrained(work)
-        write_template(work, source.template.text if prompt is None else prompt.template)
+        write_template(work, source.template.of_tokenizer if prompt is None else prompt.template)
         generation = generation_config(source.base, source.tokenizer, source.template.text)
         if prompt is not None:
             generation["suppress_tokens"] = list(prompt.ids)
@@ -63,11 +63,16 @@ def write_merged(source: Source, merge: Merge, target: Target, prompt: SoftPromp
     return target.output
 
 
-def write_template(work: Path, text: str) -> None:
-    """Puts a chat template beside a copied tokenizer, in the place of any that came with it."""
+def write_template(work: Path, template: str | dict[str, str]) -> None:
+    """Puts chat templates beside a copied tokenizer, in the place of any that came with it; several have names."""
     for leftover in work.glob("chat_template*"):
         leftover.unlink()
-    (work / "chat_template.jinja").write_text(text, encoding="utf-8")
+    named = {"default": template} if isinstance(template, str) else template
+    for name, text in named.items():
+        # transformers' own places (5.23, tokenization_utils_base.py, `save_chat_templates`).
+        file = work / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     file = work / "tokenizer_config.json"
     if file.exists():
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -1,9 +1,11 @@
 """README.md of an export: what it is, how to load it, and the figures that prove it."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtune.export.opened_run import Source
+from qtune.control_characters import visible
+from qtune.export.opened_run import OpenedRun
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -37,7 +39,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def write_card(source: Source, folder: Path, verification: "Verification | None", *, name: str | None = None) -> None:
+def write_card(
+    source: OpenedRun, folder: Path, verification: "Verification | None", *, name: str | None = None
+) -> None:
     """Writes README.md beside an exported model; `name` is that of the folder where it will get another."""
     name = name or folder.name
     parts = [
@@ -45,6 +49,7 @@ def write_card(source: Source, folder: Path, verification: "Verification | None"
         f"# {name}\n",
         f"{source.base_name} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         SNIPPET.format(folder=name),
+        *_how_asked(source),
         _how_trained(source),
         "## Is it the model that was trained?\n",
         _proof(verification),
@@ -52,7 +57,7 @@ def write_card(source: Source, folder: Path, verification: "Verification | None"
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def adapter_card(source: Source) -> str:
+def adapter_card(source: OpenedRun) -> str:
     """The card of an adapter alone, with the lines that load it onto the base as it was trained."""
     quantization, config_import, words = "", "", source.recipe.adapter.in_words
     kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
@@ -74,19 +79,35 @@ def adapter_card(source: Source) -> str:
         ADAPTER_SNIPPET.format(
             base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
+        *_how_asked(source),
         _how_trained(source),
     ]
     return "\n".join(parts)
 
 
-def _front_matter(source: Source, library: str) -> str:
+def _front_matter(source: OpenedRun, library: str) -> str:
     base = source.base_name
     # The hub links to the base by its id; names that are none would be a broken link.
     named = f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else ""
     return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
 
 
-def _how_trained(source: Source) -> str:
+def _how_asked(source: OpenedRun) -> list[str]:
+    """What stood before the user's words in training, if anything did."""
+    prompt, merges = source.recipe.data.system_prompt, source.recipe.data.system == "merge"
+    if prompt is None:
+        return []
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])
+    where = "into the first question" if merges else "before the first question, as the system message"
+    return [
+        "## How it is asked\n",
+        f"Training put this text {where}. The chat template does the same for conversations without a system message, "
+        "in transformers, vLLM and llama.cpp alike; with another one the model is asked what it was not trained on.\n",
+        f"{fence}text\n{visible(prompt)}\n{fence}\n",
+    ]
+
+
+def _how_trained(source: OpenedRun) -> str:
     training, basis = source.recipe.training, source.basis
     held = "unquantized" if basis.kind == "none" else f"in {basis.kind.upper()}"
     double = " with double quantization" if basis.double_quantization else ""

@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.asking import asking_template
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
 from qtune.export.adapter_weights import read_config
@@ -20,7 +21,7 @@ from qtune.run.resolved import resolved_recipe
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedRun:
     """A finished run, opened for export. No weights are read yet."""
 
     run: RunDir
@@ -30,6 +31,9 @@ class Source:
     config: PeftConfig
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
+    """As it is exported: it asks as training did where a conversation has no system message."""
+    trained_template: ChatTemplate
+    """As the rows were rendered, which had theirs."""
     basis: Basis
 
     @property
@@ -38,7 +42,7 @@ class Source:
         return self.recipe.model.base
 
 
-def open_source(run: RunDir, adapter: Path | None = None) -> Source:
+def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
     """Opens a run for export; `adapter` names another of its adapters, a checkpoint for example.
 
     Raises RunError when training has not ended or its files are not readable, ModelError when the base model cannot be
@@ -47,9 +51,10 @@ def open_source(run: RunDir, adapter: Path | None = None) -> Source:
     adapter = adapter or run.finished_adapter()
     recipe = resolved_recipe(run)
     tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(recipe.data.chat_template, tokenizer, run.path)
-    tokenizer.chat_template = template.text
-    return Source(
+    trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
+    template = asking_template(trained, recipe.data)
+    tokenizer.chat_template = template.of_tokenizer
+    return OpenedRun(
         run=run,
         recipe=recipe,
         base=local_base(recipe.model),
@@ -57,6 +62,7 @@ def open_source(run: RunDir, adapter: Path | None = None) -> Source:
         config=read_config(adapter),
         tokenizer=tokenizer,
         template=template,
+        trained_template=trained,
         basis=basis_of(recipe),
     )
 

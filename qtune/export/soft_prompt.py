@@ -13,7 +13,7 @@ from qtune.errors import Problem, RunError
 from qtune.export.adapter_weights import WEIGHTS, AdapterWeights, Update
 from qtune.export.layout import Layout, layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.model.checkpoint import Checkpoint
 
 # Kept in config.json, for readers of the file; no loader needs it.
@@ -35,7 +35,8 @@ class SoftPrompt:
     names: tuple[str, ...]
     ids: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: str | dict[str, str]
+    """Several have names."""
 
     @property
     def note(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class SoftPrompt:
         return {"tokens": list(self.names), "ids": list(self.ids), "head": HEAD_NOTE}
 
 
-def open_soft_prompt(source: Source) -> SoftPrompt:
+def open_soft_prompt(source: OpenedRun) -> SoftPrompt:
     """Reads the vectors and gives each a token.
 
     peft saves what the prompt encoder computed, so the encoder itself is not needed.
@@ -57,12 +58,16 @@ def open_soft_prompt(source: Source) -> SoftPrompt:
     names = _free_names(source.tokenizer, len(vectors))
     tokenizer, ids = _with_tokens(source.tokenizer, names)
     # The prompt stands before everything, a beginning-of-text token included: that is where training put it.
-    template = "{{- '" + "".join(names) + "' -}}" + source.template.text
+    opening = "{{- '" + "".join(names) + "' -}}"
+    trained = source.template.of_tokenizer
+    template = (
+        opening + trained if isinstance(trained, str) else {name: opening + text for name, text in trained.items()}
+    )
     tokenizer.chat_template = template
     return SoftPrompt(vectors, names, ids, tokenizer, template)
 
 
-def open_baking(source: Source, prompt: SoftPrompt, weights: Weights, dtype: torch.dtype) -> Merge:
+def open_baking(source: OpenedRun, prompt: SoftPrompt, weights: Weights, dtype: torch.dtype) -> Merge:
     """A merge that changes nothing but the vocabulary, on the basis that the prompt was trained on.
 
     Raises RunError, ModelError when the checkpoint has other tensors with a row for each token, or cannot be merged.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.model.quantization import is_stored_quantized
+from qtune.startup.allocator import has_expandable_segments
 from qtune.whole import write_text
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _own_code(),
         "way": way,
+        "expandable": has_expandable_segments(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qtune.device.present import Device
     from qtune.errors import Problem
+    from qtune.memory.allowance import Verdict
     from qtune.memory.longest import Rows
     from qtune.memory.predict import Prediction
     from qtune.plan import Plan
@@ -42,8 +43,13 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether the step is predicted to stay inside the budget."""
+        """Whether the step is sure to stay inside the budget."""
         return self.prediction.need.fits(self.budget_bytes)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the step fits the budget, does not, or comes too close to say."""
+        return self.prediction.need.verdict(self.budget_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The prediction of a run as it stands in memory.json, sizes in bytes."""
@@ -54,6 +60,7 @@ class Forecast:
             "longest": asdict(self.rows.longest),
             "known_from": self.rows.known_from,
             "needed_bytes": self.prediction.need.total_bytes,
+            "verdict": self.verdict,
             "budget_bytes": self.budget_bytes,
             **{name: found[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
         }

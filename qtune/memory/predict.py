@@ -14,10 +14,12 @@ import torch
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.lean import install_lean_step
 from qtune.errors import ModelError, Problem, first_line
-from qtune.memory.allowance import Need
+from qtune.memory.allowance import Need, card_need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.cuda import TODAYS_CARD
 from qtune.memory.tracing.history import Moment
+from qtune.memory.tracing.reserved import BEFORE_QUANTIZATION
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.model.host import keep_embeddings_on_host
@@ -28,6 +30,8 @@ from qtune.model.quantization import quantization_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qtune.device.present import Device
+    from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.history import History
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
@@ -59,11 +63,16 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
-        return trace(config, made, step, cuda=plan.device.kind == "cuda", same_model=model_key(config, recipe, plan))
+        return trace(config, made, step, card=card_of(plan.device), same_model=model_key(config, recipe, plan))
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
         reason += ". A run may work all the same"
         raise ModelError(Problem(recipe.model.base, reason)) from error
+
+
+def card_of(device: Device) -> Capability | None:
+    """What a trace must know of a card; None for a CPU."""
+    return (device.capability or TODAYS_CARD) if device.kind == "cuda" else None
 
 
 def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
@@ -199,9 +208,13 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
         by_phase["load"] = _loading(history)
     at_rest = sum(history.at(0).alive.values()) + history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
     peak = max(by_phase.values(), key=lambda moment: moment.bytes)
+    need = Need(peak.bytes, at_rest)
+    if traced.card is not None:
+        quantized = sum(history.at(0).alive.get(name, 0) for name in BEFORE_QUANTIZATION)
+        need = card_need(peak.bytes, at_rest, quantized, traced.reserved_bytes, traced.card)
     timeline, phases = _timeline(history)
     return Prediction(
-        peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, Need(peak.bytes, at_rest),
+        peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, need,
         history.paged, history.host, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
     )  # fmt: skip
 

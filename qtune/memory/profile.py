@@ -56,6 +56,11 @@ class Measured:
     failure: dict[str, Any] | None = None
     """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
 
+    @property
+    def differs(self) -> dict[str, float]:
+        """`differences`; none where nothing could be traced."""
+        return {} if self.prediction is None else differences(self.measured, self.prediction)
+
 
 def profile(resolved: Resolved, device: Device, length: int | None = None) -> Profile:
     """Traces the recipe's own step on `device`.
@@ -111,6 +116,7 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
     }
     needed = prediction.need.total_bytes
     traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    traced["differs"] = differences(found, prediction)
     result = Measured(
         found,
         prediction,
@@ -129,6 +135,25 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
     )
     write_memory(run_dir, told)
     return result
+
+
+NOTABLE = 0.01
+"""A difference between traced and measured that is worth a word, as a share of the measured bytes."""
+
+
+def differences(measured: dict[str, Any], prediction: Prediction) -> dict[str, float]:
+    """Phases whose measured peak is not the traced one, with the error as a share of what was measured.
+
+    On a card the allocator counts cuBLAS' workspaces too; on a CPU the ledger counts tensors.
+    """
+    is_card = measured["device"] != "cpu"
+    beside = prediction.need.workspace_bytes if is_card else 0
+    found = {}
+    for phase, moment in prediction.by_phase.items():
+        seen = measured["phases"].get(phase, {}).get("allocated_peak_bytes" if is_card else "tensor_peak_bytes", 0)
+        if seen > beside and abs(error := moment.bytes / (seen - beside) - 1) > NOTABLE:
+            found[phase] = round(error, 4)
+    return found
 
 
 def is_traced(run_dir: RunDir) -> bool:

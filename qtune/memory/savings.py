@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import torch
 
 from qtune.adapter.attach import attach_adapter
 from qtune.memory.cached import predicted, remembered
-from qtune.memory.predict import Longest, build, summarize, training_step
+from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.in_parallel import side_by_side
 from qtune.memory.tracing.step import Step
@@ -34,6 +36,16 @@ if TYPE_CHECKING:
     from qtune.recipe.schema import Recipe
 
 
+log = logging.getLogger(__name__)
+
+TRL_HOW = "SFTTrainer's own step: fused head in tiles, a 16-bit adapter on a quantized base, AdamW"
+
+
+def trl_version() -> str:
+    """Of the TRL that is installed: "1.16"."""
+    return ".".join(importlib.metadata.version("trl").split(".")[:2])
+
+
 @dataclass(frozen=True)
 class Way:
     """One way of training the same model on the same batch."""
@@ -54,9 +66,11 @@ class Way:
 
 
 def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
-    """The usual ways: full fine-tuning, 16-bit adapter, the plain QLoRA script; on the recipe's model, batch, length.
+    """The usual ways: full fine-tuning, 16-bit adapter, QLoRA as its first scripts had it, TRL's trainer of today; on
+    the recipe's model, batch, length.
 
-    The baselines get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW.
+    They get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW. What a recipe
+    saves is against TRL: the others are there to see what quantization and the loss are worth.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     validates_more = step.eval_batch is not None and step.eval_batch.length > step.batch.length
@@ -67,7 +81,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
     )  # fmt: skip
     low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
     four_bit = quantization_config(FourBit(kind="nf4", double_quantization=True), low)
-    cuda = plan.device.kind == "cuda"
+    card = card_of(plan.device)
 
     def full(dtype: torch.dtype) -> Any:
         return lambda shape: bare_model(shape, dtype, None, plan.attention).requires_grad_(True)
@@ -82,23 +96,38 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
         return made
 
-    def way(name: str, how: str, made: Any) -> Callable[[], Way]:
+    def trl() -> Way | None:
+        from qtune.memory.trl_step import trace_trl
+
         def traced() -> Prediction:
-            return summarize(trace(config, made, plain, cuda=cuda))
+            return summarize(trace_trl(config, recipe, plan, step, card))
+
+        name = f"TRL {trl_version()} as it comes"
+        try:
+            return Way(name, TRL_HOW, remembered(config, recipe, plan, longest, traced, name))
+        except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError):
+            log.debug("TRL's step of a %s cannot be traced", config.model_type, exc_info=True)
+            return None
+
+    def way(name: str, how: str, made: Any) -> Callable[[], Way | None]:
+        def traced() -> Prediction:
+            return summarize(trace(config, made, plain, card=card))
 
         said = f"{how}, AdamW, whole logits"
         return lambda: Way(name, said, remembered(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
     computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
-    return side_by_side(
+    found = side_by_side(
         [
             way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
             way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
             way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
-            way("plain QLoRA script", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
+            way("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
+            trl,
         ]
     )
+    return [one for one in found if one is not None]
 
 
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
@@ -114,9 +143,7 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
 
     def untiled() -> Prediction:
         step = training_step(recipe, plan, rows)
-        return summarize(
-            trace(config, lambda shape: _untiled(shape, recipe, plan), step, cuda=plan.device.kind == "cuda")
-        )
+        return summarize(trace(config, lambda shape: _untiled(shape, recipe, plan), step, card=card_of(plan.device)))
 
     def whole_logits() -> Way:
         whole = remembered(config, recipe, plan, rows, untiled, "untiled")

@@ -31,7 +31,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies and what it looks like."""
 
     file: Path
@@ -49,7 +49,7 @@ class Checkpoint:
     """The tensors of a model folder by name; nothing is held in memory."""
 
     folder: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -58,7 +58,7 @@ class Checkpoint:
         Raises ModelError when the folder holds no safetensors weights, when a shard is missing or cannot be read
         (a truncated file is noticed here), or when the index names a tensor that its shard does not have.
         """
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for file in weight_files(folder):
             tensors |= _header(file)
         index = folder / INDEX
@@ -107,13 +107,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one shard, by name."""
     try:
         with safe_open(file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
             return {
-                name: Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()
+                name: StoredTensor(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(str(file), f"cannot be read as safetensors: {error}")) from error

@@ -22,6 +22,7 @@ from qtune.device.present import Device, is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
+from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
@@ -53,8 +54,10 @@ def load_config(model: Model) -> PretrainedConfig:
     Raises:
         ModelError: it cannot be found or read, or nothing that qtune trains can be built from it.
     """
+    base = base_folder(model)
+    refuse_other_folders(base)
     try:
-        return read_config(base_folder(model), **_where(model))
+        return read_config(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
 
@@ -84,8 +87,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be found or read.
     """
+    base = base_folder(model)
+    refuse_other_folders(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_folder(model), **_where(model))
+        tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
     if tokenizer.pad_token_id is None:
@@ -203,6 +208,9 @@ def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory |
 
 
 def _unreadable(model: Model, error: Exception) -> ModelError:
+    folder = Path(base_folder(model))
+    if folder.is_dir():
+        refuse_pointers(folder)
     if "trust_remote_code" in str(error):
         advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
         return ModelError(Problem(model.base, advice))

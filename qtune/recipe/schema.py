@@ -237,6 +237,10 @@ Waivable = Literal[
     "empty-mask",
     "no-end-of-turn",
     "answer-changed",
+    "tool-call-lost",
+    "tools-lost",
+    "reasoning-lost",
+    "message-lost",
     "label-text",
     "generation-prompt",
     "rewritten-turn",
@@ -333,6 +337,9 @@ class Data(Table):
     """Rows that are longer: refuse them, leave them out, or cut them at the start or the end."""
     packing: bool = False
     """Put several short rows into one of max_length; they do not see each other."""
+    on_turn_order: Literal["error", "merge", "drop"] = "error"
+    """Rows with two turns of one role in a row, an answer at the start or a question at the end: refuse them, join such
+    turns (a first answer stays as context, a last question goes), or leave the rows out."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Rows that cannot be used: stop and name them, or count and list what is skipped."""
     allow: tuple[Waivable, ...] = ()

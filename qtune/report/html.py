@@ -3,6 +3,8 @@
 import html
 from collections.abc import Iterable
 
+from qtune.control_characters import visible
+
 VOID = ("meta", "br", "circle", "line", "path", "polyline", "rect")
 """Elements that this report uses without children."""
 
@@ -19,7 +21,7 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Html
     An underscore in an attribute's name is a hyphen, one at its end is dropped (class_). None leaves an attribute out.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_number(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_text(_number(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -30,7 +32,7 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Html
 
 def joined(children: Iterable[str]) -> Html:
     """The children one after the other; plain texts are escaped."""
-    return Html("".join(child if isinstance(child, Html) else html.escape(child) for child in children))
+    return Html("".join(child if isinstance(child, Html) else _text(child) for child in children))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, figures: Iterable[int] = (), class_: str = "") -> Html:
@@ -48,6 +50,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, figures: Iterab
 def details(summary: str, *children: str) -> Html:
     """Something that opens on a click."""
     return element("details", element("summary", summary), *children)
+
+
+def _text(text: str) -> str:
+    """Text as HTML shows it; what HTML has no character for, or would obey, is its escape."""
+    return html.escape(visible(text))
 
 
 def _number(value: str | float) -> str:

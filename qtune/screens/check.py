@@ -1,18 +1,21 @@
 """The screen of `qtune check`."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
 from qtune.console import clock, table
+from qtune.control_characters import visible
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
     from qtune.data.figures import Lengths, Sample
+    from qtune.data.prepare import SourceReport
     from qtune.preflight import Disk
 
 # Rows are shown up to here; the middle of longer ones is left out.
@@ -44,11 +47,11 @@ def _rows(check: "Check") -> Iterator[RenderableType]:
         (
             source.split,
             source.name,
-            source.row_format,
+            _shapes(source),
             f"{source.weight:g}",
             f"{source.stored.rows:,}",
             f"{source.stored.bad_count:,}",
-            f"{source.stored.dropped_count:,}",
+            f"{source.stored.dropped_count + source.stored.out_of_order_count:,}",
         )
         for source in prepared.sources
     ]
@@ -70,6 +73,12 @@ def _rows(check: "Check") -> Iterator[RenderableType]:
     for split in check.splits[:1]:
         for name, lengths in (("prompt", split.prompt), ("answer", split.answer), ("whole row", split.total)):
             yield _histogram(f"{name} tokens", lengths)
+
+
+def _shapes(source: "SourceReport") -> str:
+    """The shape of a source's rows; several with the number of rows of each."""
+    shapes = source.stored.shapes
+    return ", ".join(f"{name} {count:,}" for name, count in shapes.items()) if len(shapes) > 1 else source.row_format
 
 
 def _histogram(title: str, lengths: "Lengths") -> RenderableType:
@@ -95,7 +104,22 @@ def _samples(check: "Check") -> Iterator[RenderableType]:
         )
     for sample in check.samples:
         heading = Text(f"{sample.place}, {sample.tokens} tokens", style="dim")
-        yield Group(heading, Padding(draw_sample(sample), (0, 0, 0, 2), expand=False))
+        lost = f"; not used: {', '.join(sample.unused)}" if sample.unused else ""
+        heading.append(lost, style="yellow")
+        yield Group(heading, _Indented(draw_sample(sample)))
+
+
+@dataclass(frozen=True)
+class _Indented:
+    """A text two columns in; folded on a terminal, and whole where lines may have any length."""
+
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if options.no_wrap:
+            yield Text("\n").join(Text("  ").append_text(line) for line in self.text.split("\n"))
+        else:
+            yield Padding(self.text, (0, 0, 0, 2), expand=False)
 
 
 def draw_sample(sample: "Sample") -> Text:
@@ -107,7 +131,9 @@ def draw_sample(sample: "Sample") -> Text:
             drawn.append("⟦" if piece.scored else "⟧", style="bold green")
             inside = piece.scored
         colour = "magenta" if piece.special else "green" if piece.scored else ""
-        drawn.append(piece.text, style=f"underline {colour}".strip() if piece.scored and piece.special else colour)
+        drawn.append(
+            visible(piece.text), style=f"underline {colour}".strip() if piece.scored and piece.special else colour
+        )
     if inside:
         drawn.append("⟧", style="bold green")
     if len(drawn) <= SHOWN_CHARACTERS:
@@ -153,10 +179,11 @@ def _memory(check: "Check") -> str:
     if isinstance(found, str):
         return f"not known, the step could not be traced: {found}"
     peak, need = found.prediction.peak, found.prediction.need
+    batch = f"{found.plan.micro_batch_size} x {found.rows.longest.length} tokens"
+    beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
-        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {found.plan.micro_batch_size} x "
-        f"{found.rows.longest.length} tokens); {size_text(need.total_bytes)} with driver and allocator, of "
-        f"{size_text(found.budget_bytes)}"
+        f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
+        f"{size_text(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
     )
 
 
@@ -178,6 +205,8 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
         more = f" and {finding.count - len(finding.places):,} more" if finding.count > len(finding.places) else ""
         if finding.places:
             head.append(f"\n         at {', '.join(finding.places)}{more}")
+        if finding not in stopping:  # those are listed again below, with what to do
+            head.append(f"\n         {finding.advice}", style="dim")
         yield head
     for problem in check.problems:
         yield Text.assemble(("error", "bold red"), f"  {problem}")

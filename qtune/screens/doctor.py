@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from qtune import console
 
 if TYPE_CHECKING:
-    from qtune.doctor import Finding
+    from qtune.doctor import Diagnosis
 
 
-def show(findings: "list[Finding]") -> None:
+def show(findings: "list[Diagnosis]") -> None:
     """Prints the findings by topic, and what to do about problems and notes."""
     marks = {"ok": "✓", "note": "•", "problem": "✗"}
     topics = dict.fromkeys(finding.topic for finding in findings)

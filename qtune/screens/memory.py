@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.device.cards import fitting_cards
-from qtune.memory.allowance import in_words
 from qtune.recipe.text import show_value
 from qtune.sizes import GIB, saving_text, size_text
 
 if TYPE_CHECKING:
     from qtune.errors import Problem
+    from qtune.memory.allowance import Verdict
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
@@ -59,7 +59,8 @@ def draw_forecast(profile: "Profile") -> RenderableType:
         f"length: {rows.known_from}"
     )
     parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
-    parts += [stacked_bar(found.peak.alive), Text(""), _need(found, is_card=is_card), Text("")]
+    parts += [stacked_bar(found.peak.alive), Text(""), _need(found, profile.forecast.budget_bytes, is_card=is_card)]
+    parts.append(Text(""))
     parts.append(_phases(found))
     how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
     parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
@@ -116,12 +117,16 @@ def stacked_bar(alive: dict[str, int]) -> Text:
     return Text(f"[{line}]")
 
 
-def _need(found: "Prediction", *, is_card: bool) -> Table:
+def _need(found: "Prediction", budget_bytes: int, *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_row("tensors at the peak", size_text(found.need.traced_bytes), "traced")
     if is_card:
-        table.add_row("driver and allocator", size_text(found.need.driver_bytes), in_words())
-        table.add_row("needed free on the card", size_text(found.need.total_bytes), "", style="bold")
+        need = found.need
+        table.add_row("context of CUDA", size_text(need.context_bytes), "allowance, as measured on an H100")
+        table.add_row("cuBLAS workspaces", size_text(need.workspace_bytes), "allowance")
+        table.add_row("gaps between tensors", size_text(need.gap_bytes), "allowance: PyTorch's allocator, played")
+        verdict = f"of {size_text(budget_bytes)}: {need.verdict(budget_bytes)}"
+        table.add_row("needed free on the card", size_text(need.total_bytes), verdict, style="bold")
     if found.paged_bytes:
         table.add_row(
             "paged optimizer state",
@@ -191,6 +196,9 @@ def draw_measured(found: "Measured") -> RenderableType:
             size_text(beside),
         )
     parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
+    if found.differs:
+        told = ", ".join(f"{phase} {error:+.1%}" for phase, error in found.differs.items())
+        parts += [Text(""), Text(f"traced and measured differ: {told} (workspaces of libraries left out)")]
     if "at_peak" in measured:
         alive = measured["at_peak"]["alive"]
         parts += [Text(""), categories_table(alive), stacked_bar(alive)]
@@ -227,7 +235,7 @@ def draw_fit(found: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> R
     changes, own = _assignments(found.changes), _assignments(found.left)
     parts: list[RenderableType] = [
         Text(f"{recipe.model.base} on {plan.device.name}, {size_text(found.budget_bytes)}", style="bold"),
-        Text(f"as qtune run would do it, {needed}: {'that fits' if asked.is_enough else 'too much'}"),
+        Text(f"as qtune run would do it, {needed}: {asked.need.verdict(found.budget_bytes)}"),
         Text(f"length: {found.rows.known_from}"),
     ]
     if found.trials:
@@ -239,14 +247,19 @@ def draw_fit(found: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> R
     else:
         smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
         ended = (
-            f"does not fit {size_text(found.budget_bytes)}; with all that saves, the smallest budget that would do is "
-            f"{smallest:.2f} GiB"
+            f"{_against(found.need.verdict(found.budget_bytes), size_text(found.budget_bytes))}; with all that saves, "
+            f"the smallest budget that would surely do is {smallest:.2f} GiB"
         )
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
     if own and found.fits:
         ended += f"\nqtune run settles by itself: {own}"
     return Group(*parts, Text(""), Text(ended, style="bold"))
+
+
+def _against(verdict: "Verdict", budget: str) -> str:
+    """ "does not fit 8.00 GiB", or "8.00 GiB is too close to say"."""
+    return f"{budget} is too close to say" if verdict == "too close to say" else f"{verdict} {budget}"
 
 
 def _assignments(values: "dict[KeyPath, Any]") -> str:
@@ -261,7 +274,7 @@ def _trials(found: "Fitted") -> Table:
     for trial in found.trials:
         before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
         if trial.verdict == "kept":
-            mark = "fits" if trial.need.fits(found.budget_bytes) else "too much"
+            mark = trial.need.verdict(found.budget_bytes)
             table.add_row(trial.what, before, after, mark, trial.why)
         else:
             reason = trial.why if trial.verdict == "not possible" else "left as it was"

@@ -36,7 +36,7 @@ def sft_config(
         # The optimization.
         optim=OPTIMIZERS[plan.optimizer],
         learning_rate=plan.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+        # A share of the steps; `QloraTrainer.create_scheduler` reads it.
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_gradient_norm,

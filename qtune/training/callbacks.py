@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,12 @@ from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric
 
-AFTER_DIVERGENCE = "Lower training.learning_rate or raise training.warmup, and go on from the last checkpoint"
+
+def after_divergence(checkpoints: Sequence[Path]) -> str:
+    """What to do about it; a checkpoint to go on from is named only where there is one."""
+    advice = "Lower training.learning_rate or raise training.warmup, and begin again"
+    return f"{advice}; {checkpoints[-1]} was saved before" if checkpoints else advice
+
 
 Show = Callable[[Metric], None]
 
@@ -24,10 +29,12 @@ Show = Callable[[Metric], None]
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl, and shows each record as it is written."""
 
-    def __init__(self, file: Path, show: Show, meter: Meter) -> None:
+    def __init__(self, file: Path, show: Show, meter: Meter, checkpoints: Callable[[], Sequence[Path]] = tuple) -> None:
+        """`checkpoints` are those that are complete, oldest first, whenever it is called."""
         self.file = file
         self.show = show
         self.meter = meter
+        self.checkpoints = checkpoints
         self.began = time.monotonic()
 
     def note(self, message: str) -> None:
@@ -56,7 +63,8 @@ class Metrics(TrainerCallback):
             self._write(record)
             if not record.is_finite:
                 raise TrainingError(
-                    f"the loss is {record.loss} at step {record.step}: training has diverged. {AFTER_DIVERGENCE}"
+                    f"the loss is {record.loss} at step {record.step}: training has diverged. "
+                    f"{after_divergence(self.checkpoints())}"
                 )
 
     def _seconds(self) -> float:

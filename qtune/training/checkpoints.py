@@ -13,19 +13,22 @@ from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import TrainingError
 from qtune.run.folder import RunDir
 from qtune.run.metrics import has_evaluation
-from qtune.training.callbacks import AFTER_DIVERGENCE
+from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
 
 
-def require_finite(model: PeftModel, step: int) -> None:
+def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
     """Refuses to save what can only be thrown away: one NaN in a weight makes every later loss NaN.
+
+    `checkpoints` is the folder of those that were saved before.
 
     Raises:
         TrainingError: a trained weight is infinite or no number.
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
         raise TrainingError(
-            f"a trained weight is not a finite number at step {step}: training has diverged. {AFTER_DIVERGENCE}"
+            f"a trained weight is not a finite number at step {step}: training has diverged. "
+            f"{after_divergence(complete_checkpoints(checkpoints))}"
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.data.findings import said_before_a_run
 from qtune.data.prepare import Prepared
 from qtune.device.present import present_device
 from qtune.errors import InputError, Problem, RunError
@@ -44,7 +45,7 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
     """
     preflight = examine(resolved, folder=run_dir.path if run_dir else None)
     preflight.require()
-    for warning in preflight.warnings:
+    for warning in (*said_before_a_run(preflight.inspection.findings), *preflight.warnings):
         console.say(warning)
     forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
     return Inputs(resolved, preflight.plan, preflight.tokenizer, preflight.prepared, forecast)

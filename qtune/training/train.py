@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from qtune import console
 from qtune.adapter.starts import kept_start
-from qtune.adapter.state import save_adapter
+from qtune.adapter.state import save_adapter, trained_state
 from qtune.data.sources import find_sources
 from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
 from qtune.memory.measured.failure_text import failure_text
@@ -29,7 +29,7 @@ from qtune.model.load import base_folder
 from qtune.recipe.file import Resolved
 from qtune.run.folder import RunDir
 from qtune.run.lock import lock_of, read_lock, rows_hash, write_lock
-from qtune.run.metrics import forget_after
+from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
 from qtune.training.build import build_model, make_trainer
@@ -44,6 +44,7 @@ from qtune.training.checkpoints import (
 )
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, gather, require_allocator, require_same_rows
+from qtune.training.outcome import Losses, require_change, rise_of, training_losses
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.whole import whole
 
@@ -122,7 +123,7 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: b
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
     display = TrainingDisplay()
-    metrics = Metrics(run_dir.metrics_file, display.show, meter)
+    metrics = Metrics(run_dir.metrics_file, display.show, meter, lambda: complete_checkpoints(run_dir.checkpoints))
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
@@ -131,6 +132,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
+        before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and is_last(checkpoint):
                 trainer.take_state_of(checkpoint)
@@ -138,7 +140,12 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
-                require_finite(model, trainer.state.global_step)
+                require_finite(model, trainer.state.global_step, run_dir.checkpoints)
+                if before:
+                    require_change(before, trained_state(model))
+                losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))
+                if rise := rise_of(losses, model.config.get_text_config().vocab_size):
+                    metrics.note(rise)
                 _save(model, inputs, run_dir, initial)
     if not run_dir.is_finished:
         raise Interrupted(

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -32,6 +33,7 @@ from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.schedule import schedule_of
 
 
 class QloraTrainer(SFTTrainer):
@@ -74,6 +76,7 @@ class QloraTrainer(SFTTrainer):
         _install_lean_step(model, plan, note)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
+        self.schedule = training.schedule
         self.meter = meter
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
@@ -90,6 +93,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule in torch's words, which a checkpoint keeps and brings back like transformers' own."""
+        if self.lr_scheduler is None:
+            factor = schedule_of(self.schedule, self.args.warmup_steps, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -226,7 +239,7 @@ class QloraTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         began = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

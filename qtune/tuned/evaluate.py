@@ -26,6 +26,7 @@ from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import as_trained
+from qtune.tuned.vocabulary import require_embeddings
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -108,6 +109,8 @@ def evaluate(
     run = load_untuned(run_dir)
     source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
     examples = held_out.select(spread(len(held_out), rows))
+    for row in examples:
+        require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
     if not sum(examples["scored"]):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)

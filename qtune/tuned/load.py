@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.adapter.state import load_adapter
+from qtune.data.asking import merging_template
 from qtune.data.template import choose_template
 from qtune.device.present import Device, present_device
 from qtune.model.load import load_base, load_tokenizer
@@ -37,7 +38,8 @@ def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
     recipe = resolved_recipe(run_dir)
     plan = make_plan(recipe, device or present_device())
     tokenizer = load_tokenizer(recipe.model)
-    tokenizer.chat_template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
+    template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path)
+    tokenizer.chat_template = merging_template(template, recipe.data).of_tokenizer
     network = load_base(recipe.model, recipe.quantization, plan)
     return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
 

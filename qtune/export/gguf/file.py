@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from qtune.data.template import Renderer
+from qtune.data.template import Renderer, default_template
 from qtune.errors import ExportError, ModelError, Problem
 from qtune.export.gguf.families import Family, add_metadata, extra_tensors, family_of, gguf_name
 from qtune.export.gguf.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
@@ -94,7 +94,7 @@ def write_gguf(folder: Path, file: Path, kind: GgufType, advance: Callable[[int]
         add_metadata(writer, family, config)
         writer.add_file_type(int(STORED[kind][1]))
         writer.add_quantization_version(2)
-        end = Renderer.of(tokenizer, str(tokenizer.chat_template)).end_of_turn
+        end = Renderer.of(tokenizer, default_template(tokenizer)).end_of_turn
         add_vocabulary(writer, vocabulary, tokenizer, None if end is None else tokenizer.get_vocab()[end])
         _write_tensors(writer, folder, family, config, tensors, advance)
         writer.close()

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from qtune import console
+from qtune.data.conversation import Conversation
 from qtune.errors import VerificationError
 from qtune.export.gguf.families import ignored_window
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
@@ -14,13 +16,13 @@ from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
-from qtune.export.verify.rows import Row, probes
-from qtune.recipe.schema import Recipe
+from qtune.export.verify.rows import CheckedRow, probes
+from qtune.recipe.schema import Data, Recipe
 from qtune.sizes import MIB
 
 
 def hand_over(
-    folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[Row], virtual: Sequence[int]
+    folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[CheckedRow], virtual: Sequence[int]
 ) -> Path:
     """Writes NAME-KIND.gguf into an exported folder, and a Modelfile where the template allows one; returns the file.
 
@@ -47,13 +49,25 @@ def hand_over(
     return file
 
 
-def _write_modelfile(folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[Row]) -> None:
+def as_asked(conversation: Conversation, data: Data) -> Conversation:
+    """A row whose question was merged with the recipe's system prompt, with the two apart again: as Ollama is asked."""
+    prompt, (first, *others) = data.system_prompt, conversation.messages
+    opening = f"{prompt}\n\n"
+    if prompt is None or data.system != "merge" or not str(first.get("content")).startswith(opening):
+        return conversation
+    apart = ({"role": "system", "content": prompt}, {**first, "content": first["content"].removeprefix(opening)})
+    return replace(conversation, messages=(*apart, *others))
+
+
+def _write_modelfile(
+    folder: Path, file: Path, config: PretrainedConfig, recipe: Recipe, rows: Sequence[CheckedRow]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = gguf_vocabulary(folder, config, tokenizer)
     generation = folder / "generation_config.json"
     made = modelfile_for(
         tokenizer,
-        probes(rows),
+        [as_asked(conversation, recipe.data) for conversation in probes(rows)],
         system=recipe.data.system_prompt,
         adds_bos=vocabulary.adds_bos,
         generation=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},

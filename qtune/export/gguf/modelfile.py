@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, RowError
-from qtune.data.template import Renderer
+from qtune.data.template import Renderer, default_template
 from qtune.export.gguf.go_template import evaluate, quoted
 from qtune.export.verify.rows import encode
 
@@ -57,8 +57,8 @@ def modelfile_for(
     than put fixed texts around messages (a date, trimming inside a text, tools) has no Modelfile: none is better than
     a wrong one.
     """
-    renderer = Renderer.of(tokenizer, str(tokenizer.chat_template))
-    if '"""' in str(tokenizer.chat_template) + (system or ""):
+    renderer = Renderer.of(tokenizer, default_template(tokenizer))
+    if '"""' in default_template(tokenizer) + (system or ""):
         return NoModelfile('a text with """ cannot stand in a Modelfile')
     bos = str(tokenizer.bos_token) if adds_bos else ""
     try:

@@ -9,12 +9,13 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qtune import console
+from qtune.data.template import default_template
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
 from qtune.export.verify.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.verify.logits import logits_of
-from qtune.export.verify.rows import Row, probes, rendered_ids
+from qtune.export.verify.rows import CheckedRow, probes, rendered_ids
 
 LIMITS = {
     "f16": Limits(KL_LIMITS[torch.float16], TOP1_LIMITS[torch.float16], "float16 rounding, with a tenfold margin"),
@@ -28,10 +29,12 @@ LIMITS = {
 READER_SPLITS = {"default", "gpt-2", "llama-bpe", "qwen2", "tekken"}
 
 
-def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], virtual: Sequence[int]) -> GgufProof:
+def verify_gguf(
+    folder: Path, file: Path, kind: GgufType, rows: Sequence[CheckedRow], virtual: Sequence[int]
+) -> GgufProof:
     """Compares logits, token ids and the chat template of a GGUF file with those of the folder beside it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    failures = list(_template_failures(file, str(tokenizer.chat_template)))
+    failures = list(_template_failures(file, default_template(tokenizer)))
     config = AutoConfig.from_pretrained(folder)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, str(folder))
     comparable = vocabulary.pre in READER_SPLITS and not vocabulary.adds_space
@@ -39,7 +42,7 @@ def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], v
         read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         for conversation in probes(rows):
             ids = [
-                rendered_ids(one, str(tokenizer.chat_template), conversation, generation_prompt=False)
+                rendered_ids(one, default_template(tokenizer), conversation, generation_prompt=False)
                 for one in (tokenizer, read)
             ]
             if ids[0] != ids[1]:
@@ -49,7 +52,7 @@ def verify_gguf(folder: Path, file: Path, kind: GgufType, rows: Sequence[Row], v
     return GgufProof(file.name, kind, closeness, comparable, (*failures, *shortfalls(closeness, LIMITS[kind])))
 
 
-def _compare(folder: Path, file: Path, rows: Sequence[Row], virtual: Sequence[int]) -> Closeness:
+def _compare(folder: Path, file: Path, rows: Sequence[CheckedRow], virtual: Sequence[int]) -> Closeness:
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     read: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,

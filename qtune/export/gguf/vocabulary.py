@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.template import Renderer
+from qtune.data.template import Renderer, choose_template, default_template
 from qtune.errors import ModelError, Problem
 
 LLAMA3_SPLIT = (
@@ -115,7 +116,9 @@ def add_vocabulary(
         writer.add_unk_token_id(tokenizer.unk_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(str(tokenizer.chat_template))
+    template = choose_template(None, tokenizer, Path()).of_tokenizer
+    several = template if isinstance(template, dict) else {"default": template}
+    writer.add_chat_template([{"name": name, "template": text} for name, text in several.items()])
 
 
 def _tokens(
@@ -176,7 +179,7 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase, spec: dict[str, Any], place:
     split = spec.get("pre_tokenizer") or {}
     scheme = split.get("prepend_scheme", "never") if split.get("type") == "Metaspace" else "never"
     if scheme == "first":
-        renderer = Renderer.of(tokenizer, str(tokenizer.chat_template))
+        renderer = Renderer.of(tokenizer, default_template(tokenizer))
         begin = tokenizer(renderer.render(PROBE), add_special_tokens=False)["input_ids"][:1]
         if not begin or begin[0] not in tokenizer.all_special_ids:
             raise ModelError(Problem(place, "puts a space before the first word of a prompt only; llama.cpp cannot"))

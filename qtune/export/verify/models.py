@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qtune.adapter.state import load_adapter
 from qtune.export.merge import Weights
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.verify.exact import in_float32
 from qtune.export.verify.streamed import streamed_exported, streamed_trained
 from qtune.model.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def too_large(folder: Path, plan: Plan) -> bool:
     return 1.35 * stored + torch.float32.itemsize * largest > 0.8 * plan.device.free_bytes
 
 
-def load_exported(folder: Path, source: Source, plan: Plan, *, streamed: bool) -> Exported:
+def load_exported(folder: Path, source: OpenedRun, plan: Plan, *, streamed: bool) -> Exported:
     """The folder as a user loads it, in its own dtype, on the run's device."""
     trusted = source.recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
@@ -90,7 +90,7 @@ def load_exported(folder: Path, source: Source, plan: Plan, *, streamed: bool) -
 
 
 def load_models(
-    source: Source, plan: Plan, exported: Exported, weights: Weights, *, compare_bases: bool, streamed: bool
+    source: OpenedRun, plan: Plan, exported: Exported, weights: Weights, *, compare_bases: bool, streamed: bool
 ) -> Models:
     """The trained model, and the adapter on the original weights where it is the reference or its cost is asked for."""
     device = torch.device(plan.device.torch_name)

@@ -10,7 +10,7 @@ from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
 from qtune.data.template import Renderer
 from qtune.errors import DataError
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 
 # Positions compared in each row; more of one row says little more.
 LONGEST = 512
@@ -24,7 +24,7 @@ GENERAL = (
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """One conversation as ids [length] with labels [length] (-100: not scored), and as messages where it has any."""
 
     ids: tuple[int, ...]
@@ -33,24 +33,24 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CheckedRows:
     """Rows, and in words where they come from."""
 
     origin: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckedRow, ...]
 
 
-def rows_for(source: Source, count: int = 32) -> Rows:
+def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
     """At most `count` of a run's held-out rows, spread over all."""
     try:
         name, examples = held_out_rows(source.recipe, source.tokenizer, source.run.path)
     except DataError:
-        return Rows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
+        return CheckedRows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
     chosen = examples.select(spread(len(examples), count))
-    return Rows(name, tuple(_row(example) for example in chosen))
+    return CheckedRows(name, tuple(_row(example) for example in chosen))
 
 
-def general_rows(source: Source) -> list[Row]:
+def general_rows(source: OpenedRun) -> list[CheckedRow]:
     """Short conversations that any model can be asked, rendered as the run would."""
     renderer = Renderer.of(source.tokenizer, source.template.text)
     rows = []
@@ -60,7 +60,7 @@ def general_rows(source: Source) -> list[Row]:
         prompt, whole = renderer.prompt(conversation), renderer.render(messages)
         ids = encode(source.tokenizer, whole)
         prompted = len(encode(source.tokenizer, prompt))
-        rows.append(Row(ids, (-100,) * prompted + ids[prompted:], conversation))
+        rows.append(CheckedRow(ids, (-100,) * prompted + ids[prompted:], conversation))
     return rows
 
 
@@ -79,7 +79,7 @@ def rendered_ids(
     return encode(tokenizer, renderer.render(conversation.messages, conversation.tools))
 
 
-def probes(rows: Sequence[Row]) -> list[Conversation]:
+def probes(rows: Sequence[CheckedRow]) -> list[Conversation]:
     """Conversations whose rendering must survive an export: those of the rows, a system text, several turns."""
     several = Conversation(
         (
@@ -95,6 +95,6 @@ def probes(rows: Sequence[Row]) -> list[Conversation]:
     return [*own[:8], several, with_system]
 
 
-def _row(example: dict[str, Any]) -> Row:
+def _row(example: dict[str, Any]) -> CheckedRow:
     conversation = Conversation.from_json(example["conversation"], example["place"])
-    return Row(tuple(example["input_ids"][:LONGEST]), tuple(example["labels"][:LONGEST]), conversation)
+    return CheckedRow(tuple(example["input_ids"][:LONGEST]), tuple(example["labels"][:LONGEST]), conversation)

@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.data.template import choose_template
 from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
 from qtune.export.merge import Merge, Weights
-from qtune.export.opened_run import Source
+from qtune.export.opened_run import OpenedRun
 from qtune.export.verification import Answer, Verification, mark_unverified, write_verification
 from qtune.export.verify.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
-from qtune.export.verify.rows import Row, Rows, probes, rendered_ids
+from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
 from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.precision import as_trained
@@ -31,7 +32,7 @@ ANSWERS = 3
 
 
 @dataclass
-class Measured:
+class _Measured:
     """What the rows gave, filled by `measure`."""
 
     exported: ClosenessMeter = field(default_factory=ClosenessMeter)
@@ -45,9 +46,9 @@ class Measured:
 
 
 def verify(
-    source: Source,
+    source: OpenedRun,
     folder: Path,
-    held_out: Rows,
+    held_out: CheckedRows,
     weights: Weights = "dequantized",
     *,
     merge: Merge | None = None,
@@ -79,7 +80,7 @@ def verify(
         raise VerificationError(f"{folder}: {reason}") from error
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
     failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
-    measured = Measured()
+    measured = _Measured()
     noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
         for group in _groups(rows, models):
@@ -131,19 +132,21 @@ def loading_failures(exported: Exported) -> list[str]:
 
 
 def rendering_failures(
-    source: Source, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], virtual_ids: Sequence[int]
+    source: OpenedRun, tokenizer: PreTrainedTokenizerBase, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
 ) -> list[str]:
     """Conversations that the exported tokenizer and template turn into other ids than training did."""
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
+    if not tokenizer.chat_template:
         return ["the chat template is lost"]
+    exported = choose_template(None, tokenizer, Path())
     failures = []
     for conversation in probes(rows):
         for asks in (False, True):
             try:
-                expected = rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=asks)
+                trained = source.template.for_tools(conversation.tools)
+                expected = rendered_ids(source.tokenizer, trained, conversation, generation_prompt=asks)
             except ValueError:
                 continue  # the trained template refuses it, a system message for example
+            template = exported.for_tools(conversation.tools)
             found = rendered_ids(tokenizer, template, conversation, generation_prompt=asks)
             if found != (*virtual_ids, *expected):
                 failures.append(f"the chat template renders {conversation.place!r} to other tokens than training did")
@@ -152,7 +155,7 @@ def rendering_failures(
 
 
 def measure(
-    measured: Measured, rows: Sequence[Row], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
+    measured: _Measured, rows: Sequence[CheckedRow], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
 ) -> None:
     """Adds rows to all meters; to that of the live model with the plan by which it computes, if that is not exact."""
 
@@ -183,7 +186,7 @@ def measure(
             meter.add(expected, found)
 
 
-def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
+def _groups(rows: Sequence[CheckedRow], models: Models) -> Iterator[Sequence[CheckedRow]]:
     """As many rows at a time as their logits allow."""
     vocabulary = models.exported.model.config.get_text_config().vocab_size
     limit = STREAMED_GROUP_BYTES if models.streamed else GROUP_BYTES
@@ -193,13 +196,17 @@ def _groups(rows: Sequence[Row], models: Models) -> Iterator[Sequence[Row]]:
         rows = rows[count:]
 
 
-def _answers(source: Source, models: Models, rows: Sequence[Row], virtual_ids: Sequence[int]) -> tuple[Answer, ...]:
+def _answers(
+    source: OpenedRun, models: Models, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
+) -> tuple[Answer, ...]:
     """Greedy answers of both to the same requests, up to 32 tokens."""
     asked = [row.conversation for row in rows if row.conversation and not row.conversation.is_document]
     if not asked:
         return ()
     prompts = [
-        rendered_ids(source.tokenizer, source.template.text, conversation, generation_prompt=True)
+        rendered_ids(
+            source.tokenizer, source.template.for_tools(conversation.tools), conversation, generation_prompt=True
+        )
         for conversation in asked
     ]
     ends = find_ends(models.trained, source.tokenizer)

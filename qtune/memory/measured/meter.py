@@ -19,6 +19,7 @@ import torch
 from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
 from qtune.memory.tracing import categories
+from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import Moment, history_of, in_order
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.sizes import GIB, KIB, MIB
@@ -51,6 +52,42 @@ class PhasePeaks:
     """The process's peak resident set."""
 
 
+@dataclass
+class SeenBatch:
+    """A micro-batch of the run. Whether it is padded stays on its device until it is asked for, which waits for it."""
+
+    rows: int
+    length: int
+    padding: torch.Tensor | None
+    """Scalar: whether any position is padding; None: there is no mask."""
+    scored: int | None = None
+    """Labelled tokens, once the loss has counted them."""
+
+    @property
+    def positions(self) -> int:
+        """What memory grows with."""
+        return self.rows * self.length
+
+    def joined(self, other: SeenBatch | None) -> SeenBatch:
+        """The larger of two; of two as large, what the larger memory needs of each."""
+        if other is None or other.positions < self.positions:
+            return self
+        if other.positions > self.positions:
+            return other
+        both = [one.padding for one in (self, other) if one.padding is not None]
+        counts = [one.scored for one in (self, other) if one.scored is not None]
+        return SeenBatch(self.rows, self.length, torch.stack(both).any() if both else None, max(counts, default=None))
+
+    def to_json(self) -> dict[str, int]:
+        """rows, length, padded (0 or 1) and, once it is known, scored."""
+        found = {
+            "rows": self.rows,
+            "length": self.length,
+            "padded": int(self.padding is not None and bool(self.padding)),
+        }
+        return found if self.scored is None else found | {"scored": self.scored}
+
+
 REST = "activations, logits and loss"
 """On CUDA, without a ledger: what the allocator counts beyond what stays between steps."""
 LOADED = "what was loaded so far"
@@ -80,15 +117,18 @@ class Meter:
         self._optimizer: torch.optim.Optimizer | None = None
         self._first_steps = {"forward": first_steps, "eval": first_steps}
         self._longest_steps = {"forward": longest_steps, "eval": longest_steps}
-        self.largest: dict[str, dict[str, int]] = {}
-        """The largest batch that was measured in "forward" and in "eval": rows, length, scored, padded (0 or 1)."""
+        self.largest: dict[str, SeenBatch] = {}
+        """The largest batch that was measured in "forward" and in "eval"."""
         self._counted: dict[str, int] = {}
-        self.batch: dict[str, int] | None = None
+        self.batch: SeenBatch | None = None
         self.step = 0
         """The optimizer step at work, from 1."""
         self._ledger: Ledger | None = None
         self._handles: list[Any] = []
+        self._ledger_batch: SeenBatch | None = None
+        """The largest micro-batch of the step that the ledger runs over."""
         self._best: Moment | None = None
+        self._best_batch: SeenBatch | None = None
         self._static: dict[str, int] = {}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -107,8 +147,9 @@ class Meter:
         """
         self._close_phase()
         if batch is not None:
-            padded = mask is not None and not bool(mask.all())
-            self.batch = {"rows": batch.shape[0], "length": batch.shape[1], "padded": int(padded)}
+            # No bool() here: the processor would wait for the card in every micro-batch.
+            padding = None if mask is None else mask.logical_not().any()
+            self.batch = SeenBatch(batch.shape[0], batch.shape[1], padding)
         elif phase not in ("forward", "backward"):
             self.batch = None
         if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
@@ -119,16 +160,21 @@ class Meter:
         if self._ledger is None and (begins_step or phase == "eval") and self._wanted(phase):
             self._open_ledger(phase)
         self.phase = phase
-        if self.batch is not None and (self.cuda or self._ledger is not None) and phase in ("forward", "eval"):
-            known = self.largest.get(phase)
-            if known is None or (_positions(self.batch), self.batch["padded"]) > (_positions(known), known["padded"]):
-                self.largest[phase] = self.batch
+        if batch is not None and self.batch is not None:
+            if self.cuda or self._ledger is not None:
+                self.largest[phase] = self.batch.joined(self.largest.get(phase))
+            if self._ledger is not None:
+                self._ledger_batch = self.batch.joined(self._ledger_batch)
         self._since = time.perf_counter()
 
     def scored(self, count: int) -> None:
         """How many labelled tokens the batch at work has; the loss knows."""
-        if self.batch is not None:
-            self.batch["scored"] = count
+        if self.batch is None:
+            return
+        self.batch.scored = count
+        for seen in (self.largest.get("eval" if self.phase == "eval" else "forward"), self._ledger_batch):
+            if seen is not None and seen.positions == self.batch.positions:
+                seen.scored = max(count, seen.scored or 0)
 
     def failure(self, error: BaseException) -> Failure:
         """What is known now that memory has run out; to be asked while the tensors of the failed step are alive."""
@@ -154,7 +200,8 @@ class Meter:
             memory = psutil.virtual_memory()
             free, total, own = memory.available, memory.total, psutil.Process().memory_info().rss
         said, wanted = _request(error)
-        return Failure(phase, self.step, self.batch, said, wanted, alive, counted, own, free, total)
+        batch = None if self.batch is None else self.batch.to_json()
+        return Failure(phase, self.step, batch, said, wanted, alive, counted, own, free, total)
 
     def close(self) -> None:
         """The run is over (or failed): close the open phase and let go of the model."""
@@ -177,10 +224,12 @@ class Meter:
             "peak_bytes": max(peaks, default=0),
             "phases": {name: asdict(peaks) for name, peaks in self.phases.items()},
             "static": self._static,
-            "largest_batch": self.largest,
+            "largest_batch": {phase: batch.to_json() for phase, batch in self.largest.items()},
         }
         if self._best is not None:
             result["at_peak"] = asdict(self._best)
+            if self._best_batch is not None:
+                result["at_peak"]["batch"] = self._best_batch.to_json()
         return result
 
     def static(self) -> dict[str, int]:
@@ -198,11 +247,11 @@ class Meter:
             return False
         if self._first_steps[kind] > 0:
             self._first_steps[kind] -= 1
-        elif self._longest_steps[kind] > 0 and _positions(self.batch) > self._counted.get(kind, 0):
+        elif self._longest_steps[kind] > 0 and self.batch.positions > self._counted.get(kind, 0):
             self._longest_steps[kind] -= 1
         else:
             return False
-        self._counted[kind] = max(self._counted.get(kind, 0), _positions(self.batch))
+        self._counted[kind] = max(self._counted.get(kind, 0), self.batch.positions)
         return True
 
     def _checkpointing(self) -> bool:
@@ -221,7 +270,7 @@ class Meter:
 
     def _open_ledger(self, phase: str) -> None:
         assert self._model is not None
-        ledger = Ledger(device=self.device.type)
+        ledger = Ledger(device=self.device.type, workspace=lambda func, args: workspace(func, args, self.cuda))
         self._adopt_all(ledger)
         ledger.enter(phase)
         self._handles = follow_modules(ledger, self._model)
@@ -242,6 +291,7 @@ class Meter:
         if self._ledger is None:
             return
         ledger, self._ledger = self._ledger, None
+        batch, self._ledger_batch = self._ledger_batch, None
         ledger.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
@@ -254,7 +304,7 @@ class Meter:
                 seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, peak_bytes)
         peak = history.peak()
         if self._best is None or peak.bytes > self._best.bytes:
-            self._best = peak
+            self._best, self._best_batch = peak, batch
 
     def _close_phase(self) -> None:
         """Read the statistics of the phase that ends and begin new peaks."""
@@ -286,10 +336,6 @@ class Meter:
         except (OSError, RuntimeError) as error:  # a full disk ends no training for the sake of a picture
             self.snapshot_written = f"could not be written: {error}"
         torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _positions(batch: dict[str, int]) -> int:
-    return batch["rows"] * batch["length"]
 
 
 def _request(error: BaseException) -> tuple[str, int]:

@@ -8,7 +8,6 @@ refuse and meta tensors allow. Fake CUDA tensors need a CUDA build, which a pred
 from __future__ import annotations
 
 import copy
-import re
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
@@ -21,6 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import host_weight
+from qtune.model.kept_precision import kept_in_fp32
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -78,16 +78,13 @@ def is_trusted(config: PretrainedConfig) -> bool:
 
 
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """What a class wants in fp32 whatever it is loaded in, routers' corrections and some norms (transformers 5.23,
-    modeling_utils.py, `_get_dtype_plan`: patterns of names)."""
-    plan = model._get_dtype_plan(dtype)
-    patterns = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in plan.items()}
+    """Casts what a class wants in fp32 whatever it is loaded in."""
+    is_kept = kept_in_fp32(model, dtype)
     for prefix, module in model.named_modules():
         for slots in (module._parameters, module._buffers):
             for name, tensor in slots.items():
-                kept = next((kept for pattern, kept in patterns.items() if pattern.search(f"{prefix}.{name}")), None)
-                if tensor is not None and kept is not None and tensor.is_floating_point():
-                    tensor.data = tensor.data.to(kept)
+                if tensor is not None and tensor.is_floating_point() and is_kept(f"{prefix}.{name}"):
+                    tensor.data = tensor.data.float()
 
 
 def pack(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -98,6 +95,8 @@ def pack(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             _pack_four_bit(module, dtype)
+            # bitsandbytes 0.50 would repack it for a processor with AVX-512 in its first forward in eval mode.
+            module.support_avx512bf16_for_cpu = False
         elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
             shape = module.weight.shape
             module.weight = bitsandbytes.nn.Int8Params(

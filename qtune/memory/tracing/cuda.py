@@ -1,5 +1,7 @@
 """What CUDA does otherwise than the CPU kernels that a trace runs on, as far as it changes memory.
 
+(`device_state.py` answers what the libraries ask before they call a kernel.)
+
 Each difference is in the source of the library that is named beside it. Nothing here is fitted to a measurement.
 """
 
@@ -13,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from qtune.memory.tracing.fake_tensors import CPU, WHERE
+from qtune.sizes import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +39,19 @@ _FLASH_ROUNDING = 128
 """Rows of the fp32 gradient accumulator are padded to blocks of 128 (flash_api.cpp, mha_bwd)."""
 
 
+Capability = tuple[int, int]
+"""CUDA compute capability of a card."""
+
+TODAYS_CARD = (8, 9)
+"""What is taken of a card of which nothing is known: bfloat16, flash attention."""
+
+
 class CudaKernels(TorchFunctionMode):
-    """While tracing: dropout with a bool mask, attention without a stored mask, fp32 operations under autocast."""
+    """While tracing: dropout with a bool mask, the card's choice of attention, fp32 operations under autocast."""
+
+    def __init__(self, capability: Capability) -> None:
+        super().__init__()
+        self.capability = capability
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,8 +63,8 @@ class CudaKernels(TorchFunctionMode):
             return self._backward(args[0], kwargs.get("grad_tensors"))
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
-        if func is functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs = {**kwargs, "dropout_p": 0.0}  # CUDA's kernels keep a seed; the CPU's would take the math path
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         if func in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
             args = tuple(_widened(arg) for arg in args)
         return func(*args, **kwargs)
@@ -68,6 +82,25 @@ class CudaKernels(TorchFunctionMode):
             torch.autograd.graph._engine_run_backward(
                 outputs, seeds, False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """PyTorch's choice among its kernels (torch 2.13, transformers/cuda/sdp_utils.cpp).
+
+        Flash attention, and cuDNN's, share keys between heads (`enable_gqa`) but want 16 bits and Ampere; the memory-
+        efficient kernel wants as many keys as queries; what neither takes is computed plainly, with the weights
+        [batch, heads, length, length] in fp32. The fused ones keep the same: the output and a number for each row.
+        """
+        # Fused kernels keep a seed of the dropout, not a mask; with one the CPU would compute plainly.
+        options |= {"dropout_p": 0.0}
+        has_shared_keys = options.get("enable_gqa", False) and key.shape[-3] != query.shape[-3]
+        # Attention is one of the operations that autocast gives 16 bits, but not what it falls back to.
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        is_flash = self.capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
+        if has_shared_keys and not is_flash:
+            low = (tensor.to(dtype) for tensor in (query, key, value))
+            found: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(*low, **options)[0]
+            return found
+        return functional.scaled_dot_product_attention(query, key, value, **options)
 
     @staticmethod
     def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -88,9 +121,39 @@ def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
     name = func.__name__
     if name.startswith("gemm_4bit"):
         return _four_bit_product(args, cuda)
-    if cuda and name.startswith("_scaled_dot_product_flash_attention_for_cpu_backward"):
+    if name.startswith("logsumexp"):  # its own operations are not seen from outside (ReduceOps.cpp, logsumexp_out_impl)
+        return [(args[0].numel() * args[0].element_size(), "shifted exponentials (inside logsumexp)")]
+    if not cuda:
+        return []
+    if name.startswith("_scaled_dot_product_") and "attention" in name and "backward" in name:
         return _attention_backward(args)
+    if name.startswith("int8_mixed_scaled_mm"):
+        return _int8_product(args)
+    if name.startswith("int8_vectorwise_quant"):
+        return _int8_rows(args)
     return []
+
+
+def _int8_product(args: Sequence[Any]) -> Workspace:
+    """The int32 product and its fp16 form, of bitsandbytes 0.50's `int8_scaled_mm` and CUDA `int8_mm_dequant`.
+
+    x: [..., in]; codes of the weight: [out, in]. fp16 is what comes out; any other type is a copy of it.
+    """
+    x, codes = args[0], args[2]
+    outputs = x.numel() // x.shape[-1] * codes.shape[0]
+    product = (outputs * 4, "int32 product (inside int8_mixed_scaled_mm)")
+    if x.dtype is torch.float16:
+        return [product]
+    return [product, (outputs * 2, "fp16 product (inside int8_mixed_scaled_mm)")]
+
+
+def _int8_rows(args: Sequence[Any]) -> Workspace:
+    """The magnitudes of x and whether each is an outlier (bitsandbytes 0.50, CUDA `int8_vectorwise_quant`)."""
+    x = args[0]
+    return [
+        (x.numel() * x.element_size(), "magnitudes (inside int8_vectorwise_quant)"),
+        (x.numel(), "outliers (inside int8_vectorwise_quant)"),
+    ]
 
 
 def _four_bit_product(args: Sequence[Any], cuda: bool) -> Workspace:
@@ -123,3 +186,16 @@ def _attention_backward(args: Sequence[Any]) -> Workspace:
         each = batch * key.shape[2] * heads * head_dim * key.element_size()
         found.append((2 * each, "expanded dk and dv (inside attention backward)"))
     return found
+
+
+WORKSPACE_BYTES = 32 * MIB
+
+OLDER_WORKSPACE_BYTES = 8320 * KIB
+"""cuBLAS' workspace inside the allocator, on Hopper and later and before it: 4096 KiB x 8, 4096 KiB x 2 + 16 KiB x 8
+(PyTorch docs, "CUDA semantics", cuBLAS workspaces). Each thread that multiplies has one: the forward's, the backward's.
+The peak of the allocator was two of 32 MiB above the tensors in every run."""
+
+
+def workspace_bytes(card: Capability) -> int:
+    """One cuBLAS workspace on a card of this capability."""
+    return WORKSPACE_BYTES if card >= (9, 0) else OLDER_WORKSPACE_BYTES

@@ -111,13 +111,19 @@ class Ledger(TorchDispatchMode):
         if row is not None:
             self.lives[row].category = category
 
-    def pulse(self, buffers: list[tuple[int, str]]) -> None:
-        """Temporary buffers inside one kernel, alive together beside the operation's inputs and outputs."""
-        last = self.tick + len(buffers) - 1
+    def pulse(self, buffers: list[tuple[int, str]]) -> range:
+        """Buffers inside one kernel, alive together and, until `end_pulse`, beside its outputs: their rows."""
+        first = self.tick
         recomputed = self.depth > 0 and self.phase == "backward"
         for nbytes, op in buffers:
             size = rounded(nbytes, self.rounding)
-            self.lives.append(Life(size, self.tick, last, op, self.phase, self.module, "", recomputed))
+            self.lives.append(Life(size, self.tick, STILL_ALIVE, op, self.phase, self.module, "", recomputed))
+        return range(first, self.tick)
+
+    def end_pulse(self, rows: range) -> None:
+        """The kernel is done: its buffers were alive up to now."""
+        for row in rows:
+            self.lives[row].died = self.tick - 1
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,7 +133,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def record(self, func: Any, args: Sequence[Any], out: Any) -> None:
-        """What an operation returned, and what its kernel took for itself."""
+        """What an operation returned, and what its kernel took for itself: first, as most kernels do."""
+        buffers = self.pulse(self.workspace(func, args)) if self.workspace is not None else range(0)
         if isinstance(out, torch.Tensor):
             self._enter(out, func.__name__)
         elif isinstance(out, (tuple, list)):
@@ -138,8 +145,7 @@ class Ledger(TorchDispatchMode):
                     for inner in item:
                         if isinstance(inner, torch.Tensor):
                             self._enter(inner, func.__name__)
-        if self.workspace is not None and (buffers := self.workspace(func, args)):
-            self.pulse(buffers)
+        self.end_pulse(buffers)
 
     def _enter(self, tensor: torch.Tensor, op: str) -> int | None:
         """Row of the tensor's storage, new or known; None for tensors without one."""

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,15 @@ from qtune.errors import ModelError
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
-from qtune.memory.tracing.cuda import CudaKernels, workspace
+from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
+from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace, workspace_bytes
+from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
 from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
+from qtune.memory.tracing.reserved import reserved_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
@@ -32,11 +35,13 @@ from qtune.memory.tracing.step import (
     trained,
     update,
 )
+from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.layers import Repetition, Signature
     from qtune.memory.tracing.ledger import Life
     from qtune.memory.tracing.step import Step
@@ -56,6 +61,10 @@ class Traced:
     layers_executed: int
     """Fewer than `layers` where the rest was proved to repeat."""
     seconds: float
+    card: Capability | None
+    """As whose it was counted; None: the CPU's."""
+    reserved_bytes: int
+    """The most that the allocator takes from the card; 0 without one."""
 
 
 def trace(
@@ -63,49 +72,58 @@ def trace(
     build: Build,
     step: Step,
     *,
-    cuda: bool = True,
+    card: Capability | None = TODAYS_CARD,
     every_layer: bool = False,
     same_model: str | None = None,
 ) -> Traced:
     """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
 
-    cuda: count as CUDA kernels do; otherwise as the CPU's. every_layer: never shorten a model of repeated layers.
-    same_model: a key of everything but the batches; what the last trace with that key built is used again.
+    card: count as a card of this capability does; None: as the CPU. every_layer: never shorten a model of repeated
+    layers. same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
     freeze_once()
     try:
         with no_collection():
-            history, layers, executed = _traced(config, build, step, cuda, every_layer, same_model)
+            found = _traced(config, build, step, card, every_layer, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
-    return Traced(history, layers, executed, time.perf_counter() - began)
+    return replace(found, seconds=time.perf_counter() - began)
 
 
 def _traced(
-    config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool, same_model: str | None
-) -> tuple[History, int, int]:
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    card: Capability | None,
+    every_layer: bool,
+    same_model: str | None,
+) -> Traced:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
-        built = _Built(config, build, step, cuda, every_layer)
+        built = _Built(config, build, step, card, every_layer)
         if same_model is not None:
             _built[same_model] = built
     body, executed = built.body(step)
     history = body if built.optimizer_part is None else join([body, built.optimizer_part])
-    return history, built.layers, executed
+    return Traced(history, built.layers, executed, 0.0, card, built.reserved(card))
 
 
 class _Built:
     """The models of a trace: the whole one, and two shallow ones where its layers repeat; the optimizer's phase."""
 
-    def __init__(self, config: PretrainedConfig, build: Build, step: Step, cuda: bool, every_layer: bool) -> None:
+    def __init__(
+        self, config: PretrainedConfig, build: Build, step: Step, card: Capability | None, every_layer: bool
+    ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
-        self.whole = _Tracer(build(config), step, cuda)
-        real = [] if every_layer else signatures(self.whole.model)
+        self.whole = _Tracer(build(config), step, card)
+        # The allocator of a card is played with every single tensor, so there every layer is executed.
+        real = [] if every_layer or card is not None else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
-        self.shallow = [] if self.shape is None else _shallow(config, build, step, cuda, real, self.shape)
+        self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
+        self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
 
     def body(self, step: Step) -> tuple[History, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
@@ -121,13 +139,25 @@ class _Built:
             log.debug("layers hold unequal parameters")
         return self.whole.body(step), self.layers
 
+    def reserved(self, card: Capability | None) -> int:
+        """What a card's allocator takes for the step whose body was traced last."""
+        if card is None:
+            return 0
+        allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
+        return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
+
 
 _built: dict[str, _Built] = {}
 """The last models that were built, by key: a search for the largest batch asks for the same ones again."""
 
 
 def _shallow(
-    config: PretrainedConfig, build: Build, step: Step, cuda: bool, real: list[Signature], shape: Repetition
+    config: PretrainedConfig,
+    build: Build,
+    step: Step,
+    card: Capability | None,
+    real: list[Signature],
+    shape: Repetition,
 ) -> list[_Tracer]:
     """Two models with fewer layers, made of the same as the front of the whole one; none where that cannot be.
 
@@ -137,7 +167,7 @@ def _shallow(
     found: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
-            shallow = _Tracer(build(shortened(config, depth)), step, cuda)
+            shallow = _Tracer(build(shortened(config, depth)), step, card)
         except ModelError:
             log.debug("no model with %d layers can be built", depth, exc_info=True)
             return []
@@ -148,9 +178,9 @@ def _shallow(
     return found
 
 
-def lives(config: PretrainedConfig, build: Build, step: Step, *, cuda: bool = True) -> list[Life]:
+def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
     """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
-    tracer = _Tracer(build(config), step, cuda)
+    tracer = _Tracer(build(config), step, card)
     tracer.body(step)
     return tracer.ledger.lives
 
@@ -175,8 +205,8 @@ def _by_category(ledger: Ledger) -> dict[str, int]:
 class _Tracer:
     """One model under one ledger."""
 
-    def __init__(self, model: torch.nn.Module, step: Step, cuda: bool) -> None:
-        self.model, self.step, self.cuda = model, step, cuda
+    def __init__(self, model: torch.nn.Module, step: Step, card: Capability | None) -> None:
+        self.model, self.step, self.card = model, step, card
         self.mode = RememberingMode()
         give_storage(model, self.mode)
         prepare(model, step)
@@ -184,13 +214,13 @@ class _Tracer:
         self.trained = trained(model)
         self.groups = parameter_groups(model)
         with self.mode:  # what is made for the model now has no storage either
-            self.held = list(categories.loaded_tensors(model, cuda=cuda))
+            self.held = list(categories.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
         """A ledger that knows the loaded model, and nothing else yet."""
-        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.cuda))
+        ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.card is not None))
         for tensor, category in self.held:
             ledger.adopt(tensor, category)
         return ledger
@@ -244,8 +274,10 @@ class _Tracer:
     @contextlib.contextmanager
     def _counting(self) -> Iterator[Values]:
         values = Values(self.step.batch, self.mode)
-        kernels = CudaKernels() if self.cuda else contextlib.nullcontext()
-        with self.mode.watched(values.answer, self.ledger.record), kernels, _rows_are_whole():
+        with self.mode.watched(values.answer, self.ledger.record), _rows_are_whole(), contextlib.ExitStack() as stack:
+            if self.card is not None:
+                stack.enter_context(CudaKernels(self.card))
+                stack.enter_context(answered_as_on_a_card(self.card))
             yield values
 
     def _history(self, phases: set[str]) -> History:

@@ -1,0 +1,40 @@
+"""Names that a recipe gives to modules: each has to be that of one, and the nearest is said where it is not."""
+
+import difflib
+from collections.abc import Iterator
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from qtune.errors import Problem
+from qtune.recipe.schema import IA3, Adapter
+
+
+def unmatched_names(network: torch.nn.Module, adapter: Adapter, model: str) -> Iterator[Problem]:
+    """The names that the recipe gives to modules and that this model, called `model` in words, does not have.
+
+    peft (0.21, tuners/tuners_utils.py) is content when any of them matches: a name matches the end of a module's.
+    """
+    modules = [name for name, _ in network.named_modules()]
+    for key in ("target_modules", "feedforward_modules"):
+        names = getattr(adapter, key, None)
+        for name in names if isinstance(names, tuple) else ():
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                message = f"{name!r}: no module of {model} is called so{_nearest_module(network, name)}"
+                yield Problem(f"adapter.{key}", message)
+    if isinstance(adapter, IA3):
+        for name in sorted({*(adapter.feedforward_modules or ())} - {*(adapter.target_modules or ())}):
+            message = f"{name!r}: is not among target_modules, so that it would not be scaled"
+            yield Problem("adapter.feedforward_modules", message)
+
+
+def _nearest_module(network: torch.nn.Module, name: str) -> str:
+    """The last words of the layers' names: what a recipe would say."""
+    layers = [
+        module
+        for module, layer in network.named_modules()
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not network
+    ]
+    known = list(dict.fromkeys(module.rpartition(".")[2] for module in layers))
+    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; this model's layers are {', '.join(known)}"

@@ -1,0 +1,93 @@
+"""A folder -> the files in it that hold the rows of one split: not the other splits, and not notes beside the data."""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from qtune.data.kinds import ROW_KINDS, kind_of
+from qtune.errors import DataError, Problem
+
+# Names of splits, in files such as train-00000-of-00002.parquet and in folders; the hub's rules know the same ones.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_NAMES = {name: split for split, names in SPLITS.items() for name in names}
+# Files that describe data: of `datasets`, of the hub, and of people.
+_NOTES = re.compile(
+    r"(dataset_infos?|dataset_dict|state|metadata|config|dataset|package|tokenizer_config)\.json"
+    r"|(readme|licen[cs]e|notice|changelog|citation|requirements|notes?|todo)([._-].*)?\.txt",
+    re.IGNORECASE,
+)
+
+
+def files_of_folder(base: Path, name: str, split: str) -> list[Path]:
+    """The files of a split, sorted; all files where the folder has no splits. `name` is the folder's in errors.
+
+    Raises:
+        DataError: the folder has splits, but not this one, or its files are of several kinds.
+    """
+    splits = splits_of(base)
+    if splits:
+        if split not in splits:
+            has = " and ".join(f"a {one}" for one in splits)
+            ways = " or ".join(str(Path(name) / path.name) for paths in splits.values() for path in paths[:1])
+            message = f"has {has} split and no {split} split; name what is meant, as {ways}"
+            raise DataError(Problem(name, message))
+        found: list[Path] = []
+        for path in splits[split]:
+            found += [path] if path.is_file() else files_of_folder(path, str(Path(name) / path.name), split)
+        return found
+    saved = _saved_dataset(base)
+    if saved:
+        return saved
+    files = sorted(path for path in base.rglob("*") if _holds_rows(path, base))
+    kinds = sorted({kind_of(path)[0] for path in files})
+    if len(kinds) > 1:
+        message = f"holds files of several kinds ({', '.join(f'.{kind}' for kind in kinds)}); name those that are meant"
+        raise DataError(Problem(name, f"{message}, as {Path(name) / f'*.{kinds[0]}'}"))
+    return files
+
+
+def splits_of(base: Path) -> dict[str, list[Path]]:
+    """The splits of a folder with the files or folders of each; none unless there are at least two.
+
+    A folder that `DatasetDict.save_to_disk` wrote lists them; else files and folders have a split's name.
+    """
+    listed = base / "dataset_dict.json"
+    if listed.is_file():
+        names = json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
+        return {_NAMES.get(name, name): [base / name] for name in names}
+    if (base / "state.json").is_file():
+        return {}  # one data set, whatever its folder is called
+    named: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(base.iterdir()):
+        split = _split_in(path.name)
+        if split and not path.name.startswith((".", "_")) and (path.is_dir() or _holds_rows(path, base)):
+            named[split].append(path)
+    return dict(named) if len(named) > 1 else {}
+
+
+def _split_in(name: str) -> str | None:
+    """The split that a file's or folder's name says, as the hub reads it: a word of its own in it."""
+    words = re.split(r"[^a-z]+", name.lower())
+    found = {_NAMES[word] for word in words if word in _NAMES}
+    return found.pop() if len(found) == 1 else None
+
+
+def _holds_rows(path: Path, base: Path) -> bool:
+    """Files of known kinds count; hidden ones and notes beside the data do not."""
+    hidden = any(part.startswith((".", "_")) for part in path.relative_to(base).parts)
+    kind, _ = kind_of(path)
+    return path.is_file() and not hidden and kind in ROW_KINDS and kind != "md" and not _NOTES.fullmatch(path.name)
+
+
+def _saved_dataset(base: Path) -> list[Path]:
+    """The Arrow files that `Dataset.save_to_disk` wrote, in its order; what a map() left beside them is not rows."""
+    state = base / "state.json"
+    if state.is_file():
+        listed = json.loads(state.read_text(encoding="utf-8")).get("_data_files", [])
+        return [base / one["filename"] for one in listed]
+    return sorted(base.glob("*.arrow")) if (base / "dataset_info.json").is_file() else []

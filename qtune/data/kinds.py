@@ -1,0 +1,12 @@
+"""Kinds of files that hold rows, read off a file's name."""
+
+from pathlib import Path
+
+ROW_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "feather", "txt", "md")
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """(kind, compression) as the name's endings say; compression is "" for none, and the kind need not be known."""
+    *_, last_but_one, last = ["", "", *path.name.lower().split(".")]
+    return (last_but_one, last) if last in COMPRESSIONS else (last, "")

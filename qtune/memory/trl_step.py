@@ -1,0 +1,114 @@
+"""TRL's own training step as a way to compare with: what a competent user's script takes today.
+
+The model, the cast of its adapter and the fused head are TRL's code (1.16, trainer/sft_trainer.py, trainer/utils.py,
+kernels/chunked_logprob.py), traced like any other. Only what its Triton kernels do is not seen: they write into tensors
+that are there.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from qtune.adapter.attach import attach_adapter
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.memory.tracing.device_state import DeviceQuestion, answered_as_on_a_card
+from qtune.memory.tracing.step import Step
+from qtune.memory.tracing.trace import trace
+from qtune.model.quantization import quantization_config
+from qtune.recipe.schema import Unquantized
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qtune.memory.tracing.cuda import Capability
+    from qtune.memory.tracing.step import ParameterGroups
+    from qtune.memory.tracing.trace import Traced
+    from qtune.plan import Plan
+    from qtune.recipe.schema import Recipe
+
+
+class _Kernel:
+    """In a Triton kernel's place: launched on a grid, it returns nothing and makes no tensor."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: None
+
+
+def _always(capability: Capability) -> Any:
+    return lambda device: True
+
+
+QUESTIONS = (
+    DeviceQuestion(chunked_logprob, "_use_triton", _always, "Triton's kernels fold a tile of logits in place"),
+    DeviceQuestion(trl_utils, "_use_triton", _always, "where Triton is, only labelled positions are scored"),
+    DeviceQuestion(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(), "it is none without Triton"),
+    DeviceQuestion(chunked_logprob, "_backward_kernel", lambda capability: _Kernel(), "it is none without Triton"),
+    DeviceQuestion(
+        chunked_logprob,
+        "triton",
+        lambda capability: types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
+        "its grid is counted with it",
+    ),
+    DeviceQuestion(
+        chunked_logprob,
+        "_addmm_fp32",
+        lambda capability: lambda total, a, b: None,
+        "on a card a product of 16-bit matrices is added to fp32 in one kernel, without a copy",
+    ),
+)
+"""What TRL's step asks about the device beyond `device_state.QUESTIONS`."""
+
+
+def trace_trl(config: PretrainedConfig, recipe: Recipe, plan: Plan, step: Step, card: Capability | None) -> Traced:
+    """TRL's step on the recipe's model, adapter and batch.
+
+    step: the recipe's own; its batch, accumulation and checkpointing are taken over.
+    """
+    theirs = Step(
+        step.batch,
+        _loss,
+        _adamw,
+        step.checkpointing,
+        step.autocast,
+        max_gradient_norm=1.0,
+        accumulates=step.accumulates,
+    )
+
+    def made(shape: PretrainedConfig) -> Any:
+        return _model(shape, recipe, plan)
+
+    if card is None:
+        return trace(config, made, theirs, card=None)
+    with answered_as_on_a_card(card, QUESTIONS):
+        return trace(config, made, theirs, card=card)
+
+
+def _model(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
+    """The base as the recipe loads it, adapted, with what SFTTrainer's constructor does to it."""
+    dtype = getattr(torch, plan.compute_dtype)
+    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
+    with torch.device("meta"):
+        model = attach_adapter(network, recipe.adapter, plan)
+    if not isinstance(recipe.quantization, Unquantized):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    trl_utils.add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`SFTTrainer.compute_loss`: zero on positions without a label."""
+    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    loss: torch.Tensor = -outputs.log_probs.sum() / outputs.label_mask.numel()
+    return loss
+
+
+def _adamw(parameters: ParameterGroups) -> torch.optim.Optimizer:
+    """transformers' default, `adamw_torch_fused`."""
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -1,0 +1,70 @@
+"""What a run has come to, read off its losses and weights: nothing learned, or more lost than gained."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtune.errors import TrainingError
+from qtune.run.metrics import Metric, TrainRecord
+
+# The start and the end of a run are means of this share of its steps each: one batch is easier than another.
+SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The logged training losses of a run in their order, in nats per token."""
+
+    values: Sequence[float]
+
+    @property
+    def start(self) -> float:
+        """The mean of the first tenth."""
+        return self._mean(self.values[: self._count])
+
+    @property
+    def end(self) -> float:
+        """The mean of the last tenth."""
+        return self._mean(self.values[-self._count :])
+
+    @property
+    def _count(self) -> int:
+        return max(1, round(SHARE * len(self.values)))
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+
+def training_losses(records: Sequence[Metric]) -> list[float]:
+    """The finite training losses among the records of a run, in their order."""
+    return [record.loss for record in records if isinstance(record, TrainRecord) and record.is_finite]
+
+
+def rise_of(losses: Losses, vocabulary: int) -> str | None:
+    """A sentence about a loss that ended above its start; None where it did not. `vocabulary` is in tokens."""
+    if len(losses.values) < 2 or losses.end <= losses.start:
+        return None
+    sentence = f"the loss ended above its start: {losses.start:.3g} -> {losses.end:.3g}"
+    guess = math.log(vocabulary)
+    if losses.end >= 0.99 * guess:
+        return f"{sentence}; guessing among all {vocabulary:,} tokens gives {guess:.3g}. {LOWER_RATE}"
+    return f"{sentence}; a lower training.learning_rate or more steps may help"
+
+
+LOWER_RATE = "Training has diverged: lower training.learning_rate"
+
+
+def require_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Training has changed something.
+
+    Raises:
+        TrainingError: every trained tensor is what it was before the first step.
+    """
+    if all(torch.equal(before[name], tensor.cpu()) for name, tensor in after.items()):
+        raise TrainingError(
+            "nothing was trained: every weight of the adapter is what it was before the first step. Too small a "
+            "training.learning_rate for the adapter's dtype, or gradients that are all zero, end like this"
+        )

@@ -1,0 +1,31 @@
+"""Tokens that a model has no embedding for: one error instead of an index out of range, or a card that stops."""
+
+from collections.abc import Sequence
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune.errors import DataError, Problem
+
+
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """How many tokens the model has embeddings for."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    rows = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    return int(rows or network.config.get_text_config().vocab_size)
+
+
+def require_embeddings(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], place: str
+) -> None:
+    """Every token of `ids` has an embedding; `place` is where they come from, in words.
+
+    Raises:
+        DataError: with the tokens that have none.
+    """
+    rows = embedding_rows(model)
+    outside = sorted({token for token in ids if token >= rows})
+    if outside:
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in outside[:5])
+        message = f"holds {names}, and the model has embeddings for {rows} tokens only: the tokenizer is not its own"
+        raise DataError(Problem(place, message))

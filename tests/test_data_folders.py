@@ -1,0 +1,132 @@
+"""Folders and files as they lie on people's disks: splits, notes, pointers, tables with other delimiters."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from qtune.data.files import data_files
+from qtune.data.rows import BadRow, read_rows
+from qtune.errors import DataError, ModelError
+from qtune.lfs import ADVICE
+from qtune.model.folder import require_weights
+from qtune.model.load import load_config, load_tokenizer
+from qtune.recipe.schema import Model
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"text": name}) + "\n")
+
+
+def read(folder: Path, split: str = "train") -> list[str]:
+    return [row.value["text"] for file in data_files(str(folder), folder, split) for row in read_rows(file)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("train-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl"),
+        ("data_train.jsonl", "data_dev.jsonl", "README.md"),
+        ("train/a.jsonl", "test/a.jsonl", "notes.txt"),
+        ("training/part.jsonl", "eval/part.jsonl"),
+    ],
+)
+def test_a_folder_of_splits_gives_the_one_that_is_meant(tmp_path, names):
+    write(tmp_path, *names)
+    assert read(tmp_path) == [names[0]]
+
+
+def test_other_splits_are_found_by_their_names_or_asked_for(tmp_path):
+    write(tmp_path, "train.jsonl", "dev.jsonl")
+    assert read(tmp_path, "validation") == ["dev.jsonl"]
+    with pytest.raises(DataError, match="has a validation and a train split and no test split; name what is meant"):
+        read(tmp_path, "test")
+
+
+def test_a_saved_data_set_is_what_its_state_lists(tmp_path):
+    DatasetDict({name: Dataset.from_dict({"text": [name]}) for name in ("train", "validation")}).save_to_disk(tmp_path)
+    assert read(tmp_path) == ["train"]
+    assert read(tmp_path, "validation") == ["validation"]
+    (tmp_path / "train" / "cache-1f2e.arrow").write_bytes(next((tmp_path / "train").glob("data-*")).read_bytes())
+    assert read(tmp_path / "train") == ["train"]
+
+
+def test_files_of_several_kinds_in_one_folder_are_asked_about(tmp_path):
+    write(tmp_path, "rows.jsonl", "LICENSE.txt", "dataset_info.json")
+    assert read(tmp_path) == ["rows.jsonl"]
+    write(tmp_path, "story.txt")
+    with pytest.raises(DataError, match=r"holds files of several kinds \(\.jsonl, \.txt\); name those that are meant"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ADVICE),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page, not rows"),
+        (b"\x1f\x8b\x08\x00\x00", "is compressed; name it .jsonl.gz"),
+        (b"PK\x03\x04\x14\x00", "is a zip archive"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message.split("`")[0].split("(")[0]):
+        data_files("rows.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "places"),
+    [
+        ("rows.csv", "question;answer\na, b;c\n", [":2"]),
+        ("rows.csv", "question|answer\na;b|c\n", [":2"]),
+        ("rows.csv", "question\tanswer\na, b\tc\n", [":2"]),
+        ("rows.tsv", "question,answer\nx,c\n", [":2"]),
+        ("rows.csv", "sep=;\nquestion;answer\nx;c\n", [":3"]),
+        ("rows.csv", '"question;1",answer\nx,c\n', [":2"]),
+    ],
+)
+def test_the_delimiter_of_a_table_is_read_off_its_header(tmp_path, name, text, places):
+    (tmp_path / name).write_text(text)
+    (row,) = [row for file in data_files(name, tmp_path) for row in read_rows(file)]
+    assert not isinstance(row, BadRow), row
+    assert row.value["answer"] == "c"
+    assert [row.place.removeprefix(name)] == places
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_stands_twice_in_an_object_is_not_forgotten(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a", "text": "b"}\n')
+    (bad,) = [row for file in data_files(name, tmp_path) for row in read_rows(file)]
+    assert isinstance(bad, BadRow)
+    assert 'the key "text" stands twice in one object' in bad.message
+
+
+def test_an_adapter_and_a_run_are_no_base_models(tmp_path):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ModelError, match=r"is a lora adapter of meta-llama/Llama-3\.2-1B, not a model"):
+            load(Model(base=str(tmp_path)))
+    (tmp_path / "resolved.toml").write_text("")
+    with pytest.raises(ModelError, match="is a run of qtune, not a model"):
+        load_config(Model(base=str(tmp_path)))
+
+
+def test_weights_that_are_missing_or_pickled_are_said(tmp_path):
+    with pytest.raises(ModelError, match="it has no weights; only safetensors are read"):
+        require_weights(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"its weights are pickled \(pytorch_model\.bin\)"):
+        require_weights(str(tmp_path))
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ModelError, match=r"1 of 2 files of weights are missing, the first of them model-2\.safetensors"
+    ):
+        require_weights(str(tmp_path))

@@ -1,0 +1,103 @@
+"""Whoever asks an export asks what training asked: transformers, llama.cpp's metadata and Ollama, token for token."""
+
+import json
+from pathlib import Path
+
+import pytest
+from export_models import tiny_run, tiny_tokenizer
+from gguf import GGUFReader
+from transformers import AutoTokenizer
+
+from qtune.data.asking import asking_template, merging_template
+from qtune.data.conversation import Conversation
+from qtune.data.formats import to_conversation
+from qtune.data.template import CHATML, ChatTemplate, Renderer
+from qtune.errors import ExportError
+from qtune.export.asked import asked_in_training, require_same_questions
+from qtune.export.export import Options, export_run
+from qtune.export.gguf.modelfile import ollama_prompt
+from qtune.export.opened_run import open_source
+from qtune.recipe.schema import Data
+
+PROMPTS = ["Answer in capital letters.", 'Say "{{ x }}" and {% y %}\n\n\\n `a` ``b`` 🙂 {# no #}', "'"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("policy", ["keep", "drop", "merge"])
+def test_the_template_asks_as_a_row_would(tmp_path: Path, policy: str, prompt: str) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    data = Data(train="rows.jsonl", system=policy, system_prompt=prompt)
+    trained, asking = ChatTemplate(CHATML, ""), asking_template(ChatTemplate(CHATML, ""), data)
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
+    row = {"messages": [*turns, {"role": "assistant", "content": "!"}]}
+    expected = Renderer.of(tokenizer, trained.text).prompt(to_conversation(row, "messages", "", policy, prompt))
+    assert Renderer.of(tokenizer, asking.text).render(turns, generation_prompt=True) == expected
+    # Rows that were rendered with it are not asked twice.
+    already = to_conversation(row, "messages", "", policy, prompt)
+    assert Renderer.of(tokenizer, asking.text).prompt(already) == expected
+    own = [{"role": "system", "content": "Be kind."}, *turns]
+    shown = Renderer.of(tokenizer, asking.text).render(own, generation_prompt=True)
+    assert prompt not in shown
+    assert "Be kind." in shown
+
+
+def test_who_gives_the_system_message_may_give_none(tmp_path: Path) -> None:
+    data = Data(train="rows.jsonl", system="merge", system_prompt="Be brief.")
+    template = merging_template(ChatTemplate(CHATML, ""), data)
+    renderer = Renderer.of(tiny_tokenizer(tmp_path), template.text)
+    turns = [{"role": "user", "content": "Hi"}]
+    assert renderer.render(turns) == "<|im_start|>user\nHi<|im_end|>\n"
+    told = renderer.render([{"role": "system", "content": "Be kind."}, *turns])
+    assert told == "<|im_start|>user\nBe kind.\n\nHi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("policy", ["keep", "merge"])
+def test_transformers_the_gguf_and_ollama_ask_the_same(tmp_path: Path, policy: str) -> None:
+    prompt = "Answer in one word."
+    run = tiny_run(tmp_path, data=f'chat_template = "chatml"\nsystem = "{policy}"\nsystem_prompt = "{prompt}"')
+    folder = export_run(run, Options(gguf="f16", verify=False))
+    source = open_source(run)
+    expected = asked_in_training(source, "Hello")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": "Hello"}]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert ids(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)) == expected
+    (file,) = folder.glob("*.gguf")
+    field = GGUFReader(file).get_field("tokenizer.chat_template")
+    assert field is not None
+    text = tokenizer.apply_chat_template(
+        asked, chat_template=field.contents(), add_generation_prompt=True, tokenize=False
+    )
+    assert ids(text) == expected
+    modelfile = (folder / "Modelfile").read_text()
+    template = modelfile.partition('TEMPLATE """')[2].partition('"""')[0]
+    assert f'SYSTEM """{prompt}"""' in modelfile
+    for system in ([{"role": "system", "content": prompt}], []):
+        talk = Conversation((*system, *asked, {"role": "assistant", "content": ""}))
+        assert ids(ollama_prompt(template, talk)) == expected
+    card = (folder / "README.md").read_text()
+    assert f"```text\n{prompt}\n```" in card
+
+
+def test_an_adapter_alone_asks_the_same(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, data='chat_template = "chatml"\nsystem_prompt = "Answer in one word."')
+    folder = export_run(run, Options(adapter_only=True))
+    require_same_questions(open_source(run), folder)
+    assert "Answer in one word." in (folder / "README.md").read_text()
+
+
+def test_an_export_that_asks_in_other_words_is_an_error(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, data='chat_template = "chatml"\nsystem_prompt = "Answer in one word."')
+    folder = export_run(run, Options(adapter_only=True))
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("one word", "two words"))
+    with pytest.raises(ExportError, match="its chat template puts other words before 'Hello' than training did"):
+        require_same_questions(open_source(run), folder)
+    assert json.loads((folder / "adapter_config.json").read_text())

@@ -1,0 +1,75 @@
+"""Memory on the screen: a bar read without colour, tables that fit 80 columns, cards only where a card is meant."""
+
+import re
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from test_memory_trace import CARD, CPU, recipe_with, tiny
+
+from qtune.device.cards import SIZES
+from qtune.device.present import Device
+from qtune.memory.forecast import Forecast
+from qtune.memory.longest import Rows
+from qtune.memory.predict import Longest, predict, summarize
+from qtune.memory.profile import Profile
+from qtune.memory.savings import Way
+from qtune.memory.tracing import categories
+from qtune.plan import make_plan
+from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
+
+
+def test_every_category_has_a_letter_of_its_own() -> None:
+    assert set(LETTERS) == set(categories.ORDER)
+    assert len({letter.lower() for letter in LETTERS.values()}) == len(LETTERS)
+
+
+def test_the_bar_gives_each_category_its_share_of_letters() -> None:
+    bar = stacked_bar({"base weights 4-bit": 300, "embeddings": 150, "adapter": 1, "activations": 149}).plain
+    assert bar == f"[{'4' * (BAR // 2)}{'E' * (BAR // 4)}{'V' * (BAR // 4)}]"
+    assert stacked_bar({"something new": 1}).plain == f"[{'.' * BAR}]"
+    assert stacked_bar({}).plain == "[]"
+
+
+def screen(device: Device, *, terminal: bool) -> str:
+    recipe = recipe_with()
+    plan = make_plan(recipe, device)
+    found = summarize(predict(tiny(layers=1), recipe, plan))
+    names = ("full fine-tuning, fp32", "full fine-tuning, bf16", "prompt-tuning, bf16 base", "QLoRA as in 2023")
+    ways = [Way(name, "as said", found) for name in (*names, "this recipe")]
+    forecast = Forecast(plan, Rows(Longest(128), "told"), found, 24 << 30)
+    profile = Profile(recipe, forecast, ways, [Way("nf4 weights", "the base in bf16", found)])
+    stream = StringIO()
+    console = Console(file=stream, width=80, force_terminal=terminal, no_color=True, highlight=False, markup=False)
+    console.print(draw_forecast(profile), *draw_savings(profile, SIZES), sep="\n")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def on_a_card() -> str:
+    return screen(CARD, terminal=False)
+
+
+def test_a_profile_fits_80_columns_and_no_name_or_figure_is_broken(on_a_card) -> None:
+    lines = on_a_card.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(re.match(r"prompt-tuning, bf16 base +\S+ \w+ +100% +0% +6 GB and more", line) for line in lines)
+    assert any(line.startswith("4 base weights 4-bit ") for line in lines)
+    assert re.search(r"^\[[A-Za-z0-9]+\]$", on_a_card, re.MULTILINE)
+
+
+def test_the_screen_is_the_same_without_a_terminal_and_without_colour(on_a_card) -> None:
+    drawn = screen(CARD, terminal=True)
+    codes = set(re.findall(r"\x1b\[([0-9;]*)m", drawn))
+    assert codes <= {"0", "1", "2"}  # bold and dim, no colour
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+    took = re.compile(r"in \d+\.\d s")
+    shown = [[took.sub("in a while", line).rstrip() for line in text.splitlines()] for text in (plain, on_a_card)]
+    assert shown[0] == shown[1]
+
+
+def test_a_processors_memory_is_not_measured_in_cards(on_a_card) -> None:
+    assert "needed free on the card" in on_a_card
+    on_cpu = screen(CPU, terminal=False)
+    assert not re.search(r"fits cards|on the card|cuBLAS|needed", on_cpu)
+    assert "this is the memory of a run on the processor; for a card add --gpu or --vram\n" in on_cpu
