@@ -40,12 +40,12 @@ class Layer:
     @property
     def a(self) -> nn.Parameter:
         """[rank, in]"""
-        return self._inner._parameters["weight"]
+        return self._inner.weight
 
     @property
     def b(self) -> nn.Parameter:
         """[out, rank]"""
-        return self._outer._parameters["weight"]
+        return self._outer.weight
 
     @property
     def scale(self) -> float:
@@ -72,9 +72,8 @@ class Layer:
     def is_plain(self) -> bool:
         """Whether the update is on, alone and not merged: otherwise the layer is peft's."""
         module = self.module
-        active = module._active_adapter
-        is_active = active == self.adapter or (len(active) == 1 and active[0] == self.adapter)
-        return is_active and not module._disable_adapters and not module.merged_adapters
+        is_on = not module.disable_adapters and not module.merged_adapters
+        return is_on and module.active_adapters == [self.adapter]
 
     def computes_in(self, dtype: torch.dtype) -> bool:
         """Whether peft's layer would multiply in this type too."""

@@ -11,7 +11,7 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from qtune.kernels import ops
+from qtune.kernels import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,14 +40,14 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def _norms(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
     for width in (128, 4096, 4100):  # a head's, a model's, one that is no power of two
         x, weight = (torch.randn(*shape, width, dtype=dtype, device=device) for shape in ((3, 33), ()))
-        yield from zip(kernel(x, weight, 1e-5), ops._rms_norm(x, weight, 1e-5), strict=True)
+        yield from zip(kernel(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5), strict=True)
 
 
 def _norm_gradients(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
     for width in (128, 4096, 4100):
         grad, x, weight = (torch.randn(*shape, width, dtype=dtype, device=device) for shape in ((99,), (99,), ()))
-        rstd = ops._rms_norm(x, weight, 1e-5)[1]
-        yield kernel(grad, x, weight, rstd), ops._rms_norm_backward(grad, x, weight, rstd)
+        rstd = plain.rms_norm(x, weight, 1e-5)[1]
+        yield kernel(grad, x, weight, rstd), plain.rms_norm_backward(grad, x, weight, rstd)
 
 
 def _rotations(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
@@ -57,7 +57,7 @@ def _rotations(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
             angles = torch.randn(rows, 75, width, device=device)
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             for back in (False, True):
-                yield kernel(x, cos, sin, back), ops._rotate(x, cos, sin, back)
+                yield kernel(x, cos, sin, back), plain.rotate(x, cos, sin, back)
 
 
 def _gates(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
@@ -65,7 +65,7 @@ def _gates(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
         gate, up = (torch.randn(77, 1000, dtype=dtype, device=device) for _ in range(2))
         ours, theirs = torch.empty_like(gate), torch.empty_like(gate)
         kernel(gate, up, activation, ours)
-        ops._gated(gate, up, activation, theirs)
+        plain.gated(gate, up, activation, theirs)
         yield ours, theirs
 
 
@@ -74,7 +74,7 @@ def _gate_gradients(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pa
         given = [torch.randn(77, 1000, dtype=dtype, device=device) for _ in range(3)]
         ours, theirs = ([tensor.clone() for tensor in given] for _ in range(2))
         kernel(*ours, activation, *ours[1:])  # over gate and up, as under checkpointing
-        ops._gated_backward(*theirs, activation, *theirs[1:])
+        plain.gated_backward(*theirs, activation, *theirs[1:])
         yield from zip(ours, theirs, strict=True)
 
 
@@ -84,7 +84,7 @@ def _likelihoods(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]
         labels = torch.randint(0, 20000, (40,), device=device)
         labels[::2] = logits[::2].argmax(dim=1)
         results = []
-        for function in (kernel, ops._cross_entropy):
+        for function in (kernel, plain.cross_entropy):
             slope, nll = logits.clone(), torch.empty(40, device=device)
             correct = torch.empty(40, dtype=torch.bool, device=device)
             function(slope, labels, scale, cap, True, nll, correct)
@@ -96,8 +96,8 @@ def _weights(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
     for kind in ("nf4", "fp4"):
         weight = torch.randn(96, 4160, dtype=dtype)
         packed: Any = bitsandbytes.nn.Params4bit(weight, False, quant_type=kind, compress_statistics=True).to(device)
-        arguments = ops.nested_arguments(packed, packed.quant_state)
-        yield kernel(*arguments), ops._dequantize_nested(*arguments)
+        arguments = plain.nested_arguments(packed, packed.quant_state)
+        yield kernel(*arguments), plain.dequantize_nested(*arguments)
 
 
 COMPARED: dict[str, Callable[[Any, torch.dtype, str], Iterator[Pair]]] = {
