@@ -27,6 +27,7 @@ from qtune.recipe.text import show_value
 from qtune.run.folder import RunDir
 from qtune.run.metrics import TrainRecord, read_metrics
 from qtune.run.resolved import settled_values
+from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.inputs import Inputs
@@ -59,7 +60,10 @@ class Check:
     splits: list[SplitFigures]
     batches: Batches
     samples: list[Sample]
+    time: TimeForecast | None
+    """How long the run will take; None where the device's rates, or its memory, are not known."""
     step_seconds: float | None
+    """Measured, where it was asked for."""
 
     @property
     def resolved(self) -> Resolved:
@@ -161,6 +165,7 @@ class Check:
             "samples": [asdict(sample) for sample in self.samples],
             "disk": None if self.disk is None else asdict(self.disk),
             "memory": self._memory_json(),
+            "time": None if self.time is None else self.time.to_json(),
             "step_seconds": self.step_seconds,
         }
         return console.json_text(value)
@@ -189,6 +194,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
         [split_figures(split) for split in preflight.inspection.splits.values()],
         batches_of(recipe, preflight.plan, prepared),
         samples_of(prepared.examples["train"], preflight.tokenizer, samples),
+        attempted_time(recipe, preflight.forecast),
         _timed(preflight) if is_timed else None,
     )
 

@@ -390,15 +390,19 @@ def report(
 @app.command(rich_help_panel="Prepare")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure how fast this device is, and keep it for predictions of time.")
+    ] = False,
 ) -> None:
     """Examine this computer: versions, device, disk; what qtune would choose here, and why.
 
-    Ends with exit code 1 if something stands in the way of training.
+    --measure takes ten to thirty seconds; what it finds stands for the device's data sheet from then on. Ends with exit
+    code 1 if something stands in the way of training.
     """
     from qtune import doctor as stage
     from qtune.screens import doctor as doctor_screen
 
-    findings = stage.examine(Path("runs"))
+    findings = stage.examine(Path("runs"), measure=measure)
     if as_json:
         console.out_json(stage.to_json(findings))
     else:
@@ -440,12 +444,16 @@ def profile(
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.measured.failure_text import failure_text
+    from qtune.model.load import load_config
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.report.timeline import write_timeline
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
+    from qtune.screens.time import draw_time
     from qtune.startup.quiet import quiet_loading
+    from qtune.timing.forecast import step_duration, time_of
+    from qtune.timing.known import known_rates
 
     quiet_loading()
     if is_run:
@@ -463,8 +471,11 @@ def profile(
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
         found = stage.profile(resolved, cards.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
+        rates, plan = known_rates(found.forecast.plan.device), found.forecast.plan
+        console.out(draw_time(time_of(load_config(found.recipe.model), found.recipe, found.forecast)))
+        timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
-            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES):
+            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES, timed):
                 console.out(part)
         prediction = found.forecast.prediction
         name = f"{found.recipe.model.base} on {found.forecast.plan.device.name}"
@@ -519,8 +530,12 @@ def fit(
     import_libraries()
     from qtune.memory import fit as stage
     from qtune.memory.forecast import refusal
-    from qtune.model.load import load_config
+    from qtune.model.load import attention_rule, load_config
+    from qtune.plan import make_plan
+    from qtune.recipe.parse import changed
     from qtune.screens.memory import draw_fit, refusal_text
+    from qtune.screens.time import draw_steps
+    from qtune.timing.forecast import step_of
     from qtune.whole import write_text
 
     quiet_loading()
@@ -529,7 +544,12 @@ def fit(
         return
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
     console.out(draw_fit(found, resolved.recipe, length_is_allowed=bool(allow)))
-    if (refused := refusal(load_config(resolved.recipe.model), resolved.recipe, found.plan)) is not None:
+    config, fitted = load_config(resolved.recipe.model), changed(resolved.recipe, found.changes)
+    asked = make_plan(resolved.recipe, found.plan.device, attention_rule(config))
+    steps = [step_of(config, resolved.recipe, asked, found.rows.longest)]
+    steps += [step_of(config, fitted, found.plan, found.longest)] if found.changes else []
+    console.out(draw_steps(steps))
+    if (refused := refusal(config, resolved.recipe, found.plan)) is not None:
         console.out(refusal_text(refused))
     if not found.fits:
         raise typer.Exit(1)

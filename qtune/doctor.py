@@ -13,16 +13,18 @@ import bitsandbytes.functional
 import torch
 from packaging.requirements import Requirement
 
-from qtune import __version__
+from qtune import __version__, console
 from qtune.cache import cache_folder
 from qtune.device.present import Device, present_device
 from qtune.device.products import cpu_product_times, product_times
+from qtune.device.rates import Rates, not_believed
 from qtune.errors import first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.sizes import GIB, MIB
 from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
+from qtune.timing.known import card_of, keep_rates, known_rates
 
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
 ENOUGH_DISK_BYTES = 20 * GIB
@@ -45,15 +47,21 @@ class Diagnosis:
     advice: str = ""
 
 
-def examine(runs: Path) -> list[Diagnosis]:
-    """Everything that decides how training will go on this computer; `runs` is where run folders would be made."""
+def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
+    """Everything that decides how training will go on this computer; `runs` is where run folders would be made.
+
+    measure: first measure how fast the device is, and keep that for predictions of time.
+    """
     device = present_device()
+    if measure:
+        measure_rates(device)
     return [
         *version_findings(),
         *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
         *quantization_findings(device),
         *choice_findings(device),
         *product_findings(device),
+        *rate_findings(known_rates(device)),
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
         *environment_findings(os.environ),
     ]
@@ -158,6 +166,44 @@ def product_findings(device: Device) -> Iterator[Diagnosis]:
         times = product_times(torch.device(device.torch_name), ("float32", "bfloat16", "float16"))
     for name, taken in times.items():
         yield Diagnosis("choices", f"{name} products", str(taken))
+
+
+def measure_rates(device: Device) -> None:
+    """Measures the device and keeps what was found in the cache."""
+    from qtune.startup.quiet import quiet_libraries, quiet_loading
+    from qtune.timing.measure import measured_rates
+
+    quiet_libraries()
+    quiet_loading()
+    with console.progress(f"measuring {device.name}"):
+        rates = measured_rates(device)
+    card = card_of(device)
+    if card is not None and (beyond := not_believed(rates, card)):
+        console.say(f"not kept, for it cannot be true: {'; '.join(beyond)}")
+        return
+    console.say(f"kept for predictions of time: {keep_rates(device, rates)}")
+
+
+def rate_findings(rates: Rates | None) -> Iterator[Diagnosis]:
+    """What predictions of time on this device rest on."""
+    if rates is None:
+        yield Diagnosis(
+            "rates", "time", "not predicted", "note", "qtune doctor --measure finds out how fast this device is"
+        )
+        return
+    products = ", ".join(
+        f"{name} {flops / 1e12:,.3g}"
+        for name, flops in rates.products.items()
+        if name in ("bfloat16", "float16", "float32")
+    )
+    yield Diagnosis("rates", "from", rates.source)
+    yield Diagnosis("rates", "products", f"{products} TFLOP/s; attention {rates.attention / 1e12:,.3g}")
+    moved = {"in order": rates.moved, "adapter products": rates.thin, "NF4 read back": rates.dequantized}
+    shown = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in moved.items())
+    yield Diagnosis("rates", "memory", f"{shown} GB/s")
+    yield Diagnosis(
+        "rates", "processor", f"{1e6 * rates.launch_seconds:.0f} microseconds for each operation it launches"
+    )
 
 
 def disk_findings(folders: Mapping[str, Path]) -> Iterator[Diagnosis]:

@@ -244,6 +244,19 @@ def test_an_adapter_that_has_changed_since_the_last_step_is_read_anew():
     assert trained(changed, torch.bfloat16)[0] == trained(fresh, torch.bfloat16)[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_of_a_fused_optimizer_is_seen_by_the_next_forward(dtype):
+    model = adapted(Case(), dtype, lean=True)
+    trained(model, dtype)
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True).step()
+    fresh = adapted(Case(), dtype, lean=True)
+    fresh.load_state_dict(model.state_dict())
+    model.zero_grad()
+    (ours, gradients), (expected, theirs) = trained(model, dtype), trained(fresh, dtype)
+    assert ours == expected
+    assert distance(gradients, theirs) == 0
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_an_adapter_changed_between_forward_and_backward_is_an_error(recompute):
     model = adapted(Case(), lean=True, recompute=recompute)

@@ -180,7 +180,9 @@ def test_an_offline_hub_and_a_missing_token_are_notes(tmp_path, monkeypatch):
 
 def test_the_examination_of_this_computer_is_complete_and_json(tmp_path):
     findings = examine(tmp_path)
-    assert {finding.topic for finding in findings} == {"versions", "device", "choices", "disk", "hub", "export"}
+    assert {finding.topic for finding in findings} == {
+        *("versions", "device", "choices", "rates", "disk", "hub", "export"),
+    }
     assert json.loads(json.dumps(to_json(findings)))[0] == {
         "topic": "versions",
         "name": "qtune",

@@ -16,7 +16,7 @@ from qtune.errors import ExportError
 from qtune.export.asked import asked_in_training, require_same_questions
 from qtune.export.export import Options, export_run
 from qtune.export.gguf.modelfile import ollama_prompt
-from qtune.export.opened_run import open_source
+from qtune.export.opened_run import open_for_export
 from qtune.recipe.schema import Data
 
 PROMPTS = ["Answer in capital letters.", 'Say "{{ x }}" and {% y %}\n\n\\n `a` ``b`` 🙂 {# no #}', "'"]
@@ -60,7 +60,7 @@ def test_transformers_the_gguf_and_ollama_ask_the_same(tmp_path: Path, policy: s
     prompt = "Answer in one word."
     run = tiny_run(tmp_path, data=f'chat_template = "chatml"\nsystem = "{policy}"\nsystem_prompt = "{prompt}"')
     folder = export_run(run, Options(gguf="f16", verify=False))
-    source = open_source(run)
+    source = open_for_export(run)
     expected = asked_in_training(source, "Hello")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = [{"role": "user", "content": "Hello"}]
@@ -89,7 +89,7 @@ def test_transformers_the_gguf_and_ollama_ask_the_same(tmp_path: Path, policy: s
 def test_an_adapter_alone_asks_the_same(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, data='chat_template = "chatml"\nsystem_prompt = "Answer in one word."')
     folder = export_run(run, Options(adapter_only=True))
-    require_same_questions(open_source(run), folder)
+    require_same_questions(open_for_export(run), folder)
     assert "Answer in one word." in (folder / "README.md").read_text()
 
 
@@ -99,5 +99,5 @@ def test_an_export_that_asks_in_other_words_is_an_error(tmp_path: Path) -> None:
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("one word", "two words"))
     with pytest.raises(ExportError, match="its chat template puts other words before 'Hello' than training did"):
-        require_same_questions(open_source(run), folder)
+        require_same_questions(open_for_export(run), folder)
     assert json.loads((folder / "adapter_config.json").read_text())

@@ -34,6 +34,7 @@ ROOMS = (
     "memory.tracing",
     "memory",
     "memory.measured",
+    "timing",
     "export",
     "preflight",
     "training",

@@ -7,6 +7,7 @@ its batch was not the largest, the record says so.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu")
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
+from qtune.memory import predict as prediction
 from qtune.memory.predict import Longest, build, predict, summarize, training_step
 from qtune.memory.tracing import categories
 from qtune.memory.tracing import trace as tracing
@@ -47,6 +49,15 @@ def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(VARIABLES[0], "expandable_segments:True")
+
+
+@pytest.fixture(autouse=True)
+def with_the_layers_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The runs were made with peft's layers and transformers' blocks; the lean step has not been on a card yet."""
+    monkeypatch.setattr(prediction, "install_lean_step", lambda model, dtype, *, recompute: None)
+    tracing._built.clear()  # what was built under the same key is another step
+    yield
+    tracing._built.clear()
 
 
 def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan, Longest]:

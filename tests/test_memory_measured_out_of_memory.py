@@ -102,7 +102,8 @@ def by_hand(config: Any, recipe: Recipe, plan: Plan, longest: Longest) -> Predic
         for phase, total in sizes.items()
     }
     peak = max(moments.values(), key=lambda moment: moment.bytes)
-    return Prediction(peak, moments, Need(peak.bytes, rest, context_bytes=DRIVER), 0, 0, 2, 2, 0.1, {}, [])
+    need = Need(peak.bytes, rest, context_bytes=DRIVER)
+    return Prediction(peak, moments, need, 0, 0, 2, 2, 0.1, {}, [], [])
 
 
 def needed(peak_bytes: int) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
+from qtune.memory.tracing.work import from_rows, rows_of
 from qtune.model.quantization import is_stored_quantized
 from qtune.startup.allocator import has_expandable_segments
 from qtune.whole import write_text
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from qtune.memory.tracing.work import Work
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
@@ -61,6 +63,23 @@ def remembered(
     with suppress(OSError):
         write_text(file, json.dumps(asdict(prediction)))
     return prediction
+
+
+def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Work:
+    """What the recipe's step gives the device to do, where its memory is not the question; from the cache if it can be.
+
+    Raises:
+        ModelError: as `predict`.
+    """
+    file = cache_folder() / "work" / f"{_key(config, recipe, plan, longest, '')}.json"
+    try:
+        return from_rows(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # not there, or of another version: trace it
+    work = predict(config, recipe, plan, longest, plays_allocator=False).work
+    with suppress(OSError):
+        write_text(file, json.dumps(rows_of(work)))
+    return work
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

@@ -68,6 +68,12 @@ class Fitted:
     """What the recipe leaves open, and what `qtune run` will choose."""
 
     @property
+    def longest(self) -> Longest:
+        """The longest rows of the recipe as it ended."""
+        length = self.changes.get(("data", "max_length"))
+        return self.rows.longest if length is None else _cut(self.rows.longest, length)
+
+    @property
     def fits(self) -> bool:
         """Whether the recipe as it ended stays within the budget."""
         return self.need.fits(self.budget_bytes)

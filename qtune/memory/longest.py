@@ -20,12 +20,25 @@ if TYPE_CHECKING:
     from qtune.recipe.file import Resolved
 
 
+@dataclass(frozen=True, eq=False)
+class RowLengths:
+    """The rows of an epoch and of an evaluation, as far as time depends on them."""
+
+    train: np.ndarray
+    """Tokens of each training row, packed ones where rows are packed."""
+    validation: np.ndarray
+    scored_share: float
+    """Labelled tokens among all of the training rows."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The longest rows, and in words where they are known from."""
 
     longest: Longest
     known_from: str
+    data: RowLengths | None = None
+    """All of them, where the data could be read."""
 
 
 def longest_rows(resolved: Resolved, length: int | None = None) -> Rows:
@@ -67,7 +80,16 @@ def longest_of(prepared: Prepared) -> Rows:
         evaluated = int(_column(prepared.examples["validation"], "length").max())
     row = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
     what = "packed rows" if prepared.packed else "training rows"
-    return Rows(row, f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored")
+    known_from = f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored"
+    return Rows(row, known_from, _all_of(prepared))
+
+
+def _all_of(prepared: Prepared) -> RowLengths:
+    train = prepared.examples["train"]
+    share = float(_column(train, "scored").sum()) / max(1.0, float(_column(train, "length").sum()))
+    held_out = prepared.examples.get("validation")
+    validation = np.zeros(0, dtype=np.int64) if held_out is None else _column(held_out, "length")
+    return RowLengths(np.asarray(prepared.lengths), validation, share)
 
 
 def _most_in_packed(rows: Dataset) -> int:

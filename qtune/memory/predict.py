@@ -22,6 +22,7 @@ from qtune.memory.tracing.history import Moment
 from qtune.memory.tracing.reserved import BEFORE_QUANTIZATION
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
+from qtune.memory.tracing.work import rows_of
 from qtune.model.host import keep_embeddings_on_host
 from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qtune.device.present import Device
     from qtune.memory.tracing.cuda import Capability
     from qtune.memory.tracing.history import History
+    from qtune.memory.tracing.work import WorkRow
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
@@ -51,10 +53,18 @@ class Longest:
     """Tokens of the longest validation row; None: as long as the training rows."""
 
 
-def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Traced:
+def predict(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    *,
+    plays_allocator: bool = True,
+) -> Traced:
     """Traces the recipe's step under `plan`.
 
     longest: left out, a whole micro-batch of `max_length` tokens, all of them scored: the most that can come.
+    plays_allocator: without, the trace is quicker, and tells nothing of what a card's allocator takes.
 
     Raises:
         ModelError: no model can be built from the configuration, the adapter does not fit it, or the model's code asks
@@ -63,7 +73,8 @@ def predict(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longe
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
-        return trace(config, made, step, card=card_of(plan.device), same_model=model_key(config, recipe, plan))
+        key = model_key(config, recipe, plan) + ("" if plays_allocator else ", without its allocator")
+        return trace(config, made, step, card=card_of(plan.device), plays_allocator=plays_allocator, same_model=key)
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
         reason += ". A run may work all the same"
@@ -177,6 +188,8 @@ class Prediction:
     """Live bytes by category in POINTS stretches of the step, each stretch at its fullest tick."""
     phases: list[tuple[int, str]]
     """(first stretch, phase) of the timeline."""
+    work: list[WorkRow]
+    """What one micro-batch, a step of the optimizer and a batch of an evaluation give the device to do."""
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Prediction:
@@ -188,7 +201,16 @@ class Prediction:
         moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
         phases = [(int(point), str(name)) for point, name in found["phases"]]
         peak, need = Moment(**found["peak"]), Need(**found["need"])
-        return cls(**found | {"peak": peak, "by_phase": moments, "need": need, "phases": phases})
+        return cls(
+            **found
+            | {
+                "peak": peak,
+                "by_phase": moments,
+                "need": need,
+                "phases": phases,
+                "work": [tuple(row) for row in found["work"]],
+            }
+        )
 
 
 POINTS = 240
@@ -216,6 +238,7 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
     return Prediction(
         peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, need,
         history.paged, history.host, traced.layers, traced.layers_executed, traced.seconds, timeline, phases,
+        rows_of(traced.work),
     )  # fmt: skip
 
 

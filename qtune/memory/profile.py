@@ -115,7 +115,7 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         "is_measured": "forward" in found.get("largest_batch", {}),
     }
     needed = prediction.need.total_bytes
-    traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **asdict(prediction)}
+    traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **_without_work(prediction)}
     traced["differs"] = differences(found, prediction)
     result = Measured(
         found,
@@ -135,6 +135,11 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
     )
     write_memory(run_dir, told)
     return result
+
+
+def _without_work(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain values; how its time is made up is long, and no part of a run's memory."""
+    return {name: value for name, value in asdict(prediction).items() if name != "work"}
 
 
 NOTABLE = 0.01

@@ -1,8 +1,8 @@
 """TRL's own training step as a way to compare with: what a competent user's script takes today.
 
 The model, the cast of its adapter and the fused head are TRL's code (1.16, trainer/sft_trainer.py, trainer/utils.py,
-kernels/chunked_logprob.py), traced like any other. Only what its Triton kernels do is not seen: they write into tensors
-that are there.
+kernels/chunked_logprob.py), traced like any other. Only its Triton kernels have stand-ins: operations that touch the
+same bytes of tensors that are there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from qtune.model.quantization import quantization_config
 from qtune.recipe.schema import Unquantized
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PretrainedConfig
 
     from qtune.memory.tracing.cuda import Capability
@@ -33,10 +35,33 @@ if TYPE_CHECKING:
 
 
 class _Kernel:
-    """In a Triton kernel's place: launched on a grid, it returns nothing and makes no tensor."""
+    """In a Triton kernel's place: launched on a grid, it does what `stand_in` does."""
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **options: None
+    def __init__(self, stand_in: Callable[..., None]) -> None:
+        self.stand_in = stand_in
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.stand_in
+
+
+def _fold(tile: torch.Tensor, stride: int, targets: torch.Tensor, maximum: torch.Tensor, *_: Any, **__: Any) -> None:
+    """`_forward_kernel`: one pass over a tile of logits [rows, columns], some numbers for each row."""
+    torch.sum(tile, dim=1, out=maximum.new_empty(maximum.shape, dtype=tile.dtype))
+
+
+def _differentiate(tile: torch.Tensor, *_: Any, **__: Any) -> None:
+    """`_backward_kernel`: the gradient written over a tile of logits."""
+    tile.mul_(1.0)
+
+
+_library = torch.library.Library("qtune_trace", "DEF")
+_library.define("addmm_fp32(Tensor(a!) total, Tensor a, Tensor b) -> Tensor(a!)")
+_library.impl("addmm_fp32", lambda total, a, b: total, "Meta")
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`torch.addmm(..., out_dtype=float32)` of 16-bit matrices into an fp32 sum."""
+    torch.ops.qtune_trace.addmm_fp32(total, a, b)
 
 
 def _always(capability: Capability) -> Any:
@@ -46,8 +71,10 @@ def _always(capability: Capability) -> Any:
 QUESTIONS = (
     DeviceQuestion(chunked_logprob, "_use_triton", _always, "Triton's kernels fold a tile of logits in place"),
     DeviceQuestion(trl_utils, "_use_triton", _always, "where Triton is, only labelled positions are scored"),
-    DeviceQuestion(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(), "it is none without Triton"),
-    DeviceQuestion(chunked_logprob, "_backward_kernel", lambda capability: _Kernel(), "it is none without Triton"),
+    DeviceQuestion(chunked_logprob, "_forward_kernel", lambda capability: _Kernel(_fold), "it is none without Triton"),
+    DeviceQuestion(
+        chunked_logprob, "_backward_kernel", lambda capability: _Kernel(_differentiate), "it is none without Triton"
+    ),
     DeviceQuestion(
         chunked_logprob,
         "triton",
@@ -57,17 +84,25 @@ QUESTIONS = (
     DeviceQuestion(
         chunked_logprob,
         "_addmm_fp32",
-        lambda capability: lambda total, a, b: None,
+        lambda capability: _add_product,
         "on a card a product of 16-bit matrices is added to fp32 in one kernel, without a copy",
     ),
 )
 """What TRL's step asks about the device beyond `device_state.QUESTIONS`."""
 
 
-def trace_trl(config: PretrainedConfig, recipe: Recipe, plan: Plan, step: Step, card: Capability | None) -> Traced:
+def trace_trl(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    step: Step,
+    card: Capability | None,
+    *,
+    plays_allocator: bool = True,
+) -> Traced:
     """TRL's step on the recipe's model, adapter and batch.
 
-    step: the recipe's own; its batch, accumulation and checkpointing are taken over.
+    step: the recipe's own; its batch, accumulation and checkpointing are taken over. plays_allocator: as in `trace`.
     """
     theirs = Step(
         step.batch,
@@ -85,7 +120,7 @@ def trace_trl(config: PretrainedConfig, recipe: Recipe, plan: Plan, step: Step, 
     if card is None:
         return trace(config, made, theirs, card=None)
     with answered_as_on_a_card(card, QUESTIONS):
-        return trace(config, made, theirs, card=card)
+        return trace(config, made, theirs, card=card, plays_allocator=plays_allocator)
 
 
 def _model(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:

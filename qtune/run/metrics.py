@@ -30,8 +30,13 @@ class TrainRecord:
     gradient_norm: float
     """Before clipping; infinite in a step that loss scaling skips."""
     tokens_per_second: float
+    """Of rows: padding is not counted."""
     memory_bytes: int
     memory_peak_bytes: int
+    step_seconds: float | None = None
+    """The mean step since the last record; None: an older run did not tell."""
+    predicted_step_seconds: float | None = None
+    """What was predicted for these steps, where the device's rates are known."""
     kind: Literal["train"] = "train"
 
     @property

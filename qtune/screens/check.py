@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.console import clock, table
 from qtune.control_characters import visible
+from qtune.screens.time import evidence, seconds
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
@@ -188,10 +189,20 @@ def _memory(check: "Check") -> str:
 
 
 def _time(check: "Check") -> str:
-    if check.step_seconds is None:
+    """Predicted, where the device's rates are known, and measured, where that was asked for."""
+    said = []
+    if (found := check.time) is not None and found.epoch_seconds is not None and found.run_seconds is not None:
+        said.append(
+            f"about {seconds(found.run_seconds)}: {seconds(found.step_seconds)} per step, "
+            f"{seconds(found.epoch_seconds)} per epoch, {found.tokens_per_second:,.0f} tokens/s, predicted from "
+            f"{evidence(found)}"
+        )
+    if check.step_seconds is not None:
+        total = check.step_seconds * check.batches.steps
+        said.append(f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches")
+    if not said:
         return "not measured; qtune check --time loads the model and runs a few micro-batches"
-    total = check.step_seconds * check.batches.steps
-    return f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches"
+    return "; ".join(said)
 
 
 def _findings(check: "Check") -> Iterator[RenderableType]:

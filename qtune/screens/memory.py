@@ -1,7 +1,7 @@
 """How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.device.cards import fitting_cards
 from qtune.recipe.text import show_value
+from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ LETTERS = {
 """Each category's letter in the bar: it is read without colour, in a log file too."""
 
 
+StepSeconds = Callable[["Prediction"], float]
+"""Seconds of a step that was traced."""
+
+
 def draw_forecast(profile: "Profile") -> RenderableType:
     """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
@@ -71,13 +76,18 @@ def draw_forecast(profile: "Profile") -> RenderableType:
     return Group(*parts)
 
 
-def draw_savings(profile: "Profile", sizes: tuple[int, ...]) -> Iterator[RenderableType]:
-    """The usual ways beside the recipe, and what each technique saves, as far as they were traced."""
+def draw_savings(
+    profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None" = None
+) -> Iterator[RenderableType]:
+    """The usual ways beside the recipe, and what each technique saves, as far as they were traced.
+
+    step_seconds: of a step that was traced, where the rates of the device are known.
+    """
     if profile.ways:
         is_card = profile.forecast.plan.device.kind == "cuda"
-        yield from (Text(""), _ways(profile, sizes if is_card else ()))
+        yield from (Text(""), _ways(profile, sizes if is_card else (), step_seconds))
     if profile.attribution:
-        yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction.peak.bytes))
+        yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
 
 
 def refusal_text(refusal: "Problem") -> Text:
@@ -150,28 +160,38 @@ def _phases(found: "Prediction") -> Table:
     return table
 
 
-def _ways(profile: "Profile", sizes: tuple[int, ...]) -> Table:
+def _ways(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
     """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
     ours, whole = profile.forecast.prediction.peak.bytes, profile.ways[0].prediction.peak.bytes
     table = Table(box=None, padding=(0, 2, 0, 0))
     figures = ("peak", "share", "recipe saves")
-    for name in ("way of training", *figures, *(["fits cards of"] if sizes else [])):
-        table.add_column(name, justify="right" if name in figures else "left")
+    timed = ["a step"] if step_seconds is not None else []
+    for name in ("way of training", *figures, *timed, *(["fits cards of"] if sizes else [])):
+        table.add_column(name, justify="right" if name in (*figures, *timed) else "left")
     for way in profile.ways:
         peak = way.prediction.peak.bytes
         saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
         cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
-        table.add_row(way.name, size_text(peak), f"{peak / whole:.0%}", saved, *cards)
+        took = [] if step_seconds is None else [seconds(step_seconds(way.prediction))]
+        table.add_row(way.name, size_text(peak), f"{peak / whole:.0%}", saved, *took, *cards)
     return table
 
 
-def _attribution(attribution: "list[Way]", ours: int) -> Table:
+def _attribution(attribution: "list[Way]", ours: "Prediction", step_seconds: "StepSeconds | None") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("technique", "saves", "without it"):
-        table.add_column(name, justify="right" if name == "saves" else "left")
+    timed = ["for"] if step_seconds is not None else []
+    for name in ("technique", "saves", *timed, "without it"):
+        table.add_column(name, justify="right" if name in ("saves", *timed) else "left")
     for way in sorted(attribution, key=lambda way: -way.prediction.peak.bytes):
-        table.add_row(way.name, saving_text(way.prediction.peak.bytes, ours), way.how)
+        price = [] if step_seconds is None else [_price(step_seconds(ours), step_seconds(way.prediction))]
+        table.add_row(way.name, saving_text(way.prediction.peak.bytes, ours.peak.bytes), *price, way.how)
     return table
+
+
+def _price(with_it: float, without: float) -> str:
+    """What a technique does to the time of a step: "+28 % time", "no time" within half a per cent."""
+    change = with_it / without - 1
+    return "no time" if abs(change) < 0.005 else f"{change:+.0%} time"
 
 
 def draw_measured(found: "Measured") -> RenderableType:
@@ -207,7 +227,7 @@ def draw_measured(found: "Measured") -> RenderableType:
     if found.ways and measured["peak_bytes"]:
         parts += [Text(""), _saved(found)]
     if found.attribution and found.prediction:
-        parts += [Text(""), _attribution(found.attribution, found.prediction.peak.bytes)]
+        parts += [Text(""), _attribution(found.attribution, found.prediction, None)]
     return Group(*parts)
 
 

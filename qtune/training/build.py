@@ -15,6 +15,7 @@ from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, StopOnSignal
 from qtune.training.inputs import Inputs
+from qtune.training.pace import ExpectedPace
 from qtune.training.trainer import QloraTrainer
 
 CHECKED_TOKENS = 64
@@ -54,6 +55,11 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
         f"{len(inputs.prepared.train):,} training rows, {plan.micro_batch_size * plan.accumulation_steps} per step "
         f"in micro-batches of {plan.micro_batch_size}"
     )
+    if (time := inputs.time) is not None and time.run_seconds is not None:
+        console.say(
+            f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
+            f"{'measured rates' if time.kind == 'measured' else 'a data sheet'}"
+        )
 
 
 def make_trainer(
@@ -89,6 +95,7 @@ def make_trainer(
         callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
         note=metrics.note,
+        comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):

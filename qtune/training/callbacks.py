@@ -59,6 +59,8 @@ class Metrics(TrainerCallback):
                 tokens_per_second=round(logs["tokens_per_second"], 1),
                 memory_bytes=now,
                 memory_peak_bytes=peak,
+                step_seconds=round(logs["step_seconds"], 4),
+                predicted_step_seconds=_rounded(logs.get("predicted_step_seconds")),
             )
             self._write(record)
             if not record.is_finite:
@@ -73,6 +75,10 @@ class Metrics(TrainerCallback):
     def _write(self, record: Metric) -> None:
         append_metric(self.file, record)
         self.show(record)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 def memory_now(meter: Meter) -> tuple[int, int]:

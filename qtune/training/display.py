@@ -85,11 +85,11 @@ class TrainingDisplay:
             name: Text.assemble((f"{name} ", "dim"), self._figures[name]) for name in ORDER if name in self._figures
         }
         # What is learned, then what it costs: together they do not fit into 80 columns.
-        costs = [figures.pop(name) for name in ("tokens/s", "memory") if name in figures]
+        costs = [figures.pop(name) for name in ("tokens/s", "s/step", "memory") if name in figures]
         return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row))
 
 
-ORDER = ("loss", "accuracy", "eval loss", "lr", "tokens/s", "memory")
+ORDER = ("loss", "accuracy", "eval loss", "lr", "tokens/s", "s/step", "memory")
 
 
 def _figures(record: TrainRecord | EvalRecord) -> dict[str, str]:
@@ -102,8 +102,17 @@ def _figures(record: TrainRecord | EvalRecord) -> dict[str, str]:
         "accuracy": f"{record.accuracy:.1%}",
         "lr": f"{record.learning_rate:.2e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
+        **_step(record),
         "memory": f"{now:.2f} GiB, peak {peak:.2f}",
     }
+
+
+def _step(record: TrainRecord) -> dict[str, str]:
+    """Seconds of a step, and in brackets what was predicted."""
+    if record.step_seconds is None:
+        return {}
+    predicted = record.predicted_step_seconds
+    return {"s/step": f"{record.step_seconds:.2f}{'' if predicted is None else f' ({predicted:.2f})'}"}
 
 
 def plain_line(record: TrainRecord | EvalRecord, seconds_left: float | None) -> str:

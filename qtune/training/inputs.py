@@ -9,13 +9,17 @@ from qtune.data.findings import said_before_a_run
 from qtune.data.prepare import Prepared
 from qtune.device.present import present_device
 from qtune.errors import InputError, Problem, RunError
-from qtune.memory.forecast import Forecast
+from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.longest import longest_of
+from qtune.model.load import load_config
 from qtune.plan import Plan
-from qtune.preflight import examine
+from qtune.preflight import Preflight, examine
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, rows_hash
+from qtune.timing.forecast import TimeForecast, attempted_time
+from qtune.timing.known import known_rates
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Inputs:
     prepared: Prepared
     forecast: Forecast | None
     """What memory is predicted to be needed; None on a CPU, where nothing is decided by it."""
+    time: TimeForecast | None = None
+    """How long the run is predicted to take; None where no rates of the device are known."""
 
     @property
     def recipe(self) -> Recipe:
@@ -48,7 +54,23 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
     for warning in (*said_before_a_run(preflight.inspection.findings), *preflight.warnings):
         console.say(warning)
     forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
-    return Inputs(resolved, preflight.plan, preflight.tokenizer, preflight.prepared, forecast)
+    return Inputs(
+        resolved,
+        preflight.plan,
+        preflight.tokenizer,
+        preflight.prepared,
+        forecast,
+        _time(resolved.recipe, preflight),
+    )
+
+
+def _time(recipe: Recipe, preflight: Preflight) -> TimeForecast | None:
+    """On a CPU the step is traced for this alone, where the processor was measured."""
+    device = preflight.plan.device
+    if known_rates(device) is None:
+        return None
+    found = preflight.forecast or attempted(load_config(recipe.model), recipe, device, longest_of(preflight.prepared))
+    return attempted_time(recipe, found)
 
 
 def require_allocator() -> None:

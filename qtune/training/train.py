@@ -138,6 +138,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 trainer.take_state_of(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.comparison is not None:
+                metrics.note(f"{trainer.comparison}")
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step, run_dir.checkpoints)

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.schedule import schedule_of
 
 
@@ -59,8 +59,12 @@ class QloraTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         tiled_loss: bool,
         note: Callable[[str], None],
+        comparison: ExpectedPace | None = None,
     ) -> None:
-        """`note` hears, in a sentence, what the user should know of a step."""
+        """`note` hears, in a sentence, what the user should know of a step.
+
+        comparison: with the time that was predicted for each step.
+        """
         super().__init__(
             model=model,
             args=config,
@@ -86,8 +90,9 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step: list[dict[str, Any]] = []
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
-        self._counts = {"tokens": 0, "scored": 0}
-        self._since = time.perf_counter()
+        self._scored = 0
+        self.pace = Pace(_wait_for_device)
+        self.comparison = comparison
 
     # --- order of rows ---------------------------------------------------------------------------------------------
 
@@ -109,9 +114,12 @@ class QloraTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Counts the tokens of a step while they are still on the CPU, where counting costs no synchronization."""
         batches, scored = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            self._counts["tokens"] += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        masks = [batch.get("attention_mask") for batch in batches]
+        tokens = [
+            batch["input_ids"].numel() if mask is None else int(mask.sum())
+            for batch, mask in zip(batches, masks, strict=True)
+        ]
+        self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
         self._done_in_step = []
         return batches, scored
 
@@ -125,7 +133,9 @@ class QloraTrainer(SFTTrainer):
             outputs = model(**inputs | {"use_cache": False})
         self.meter.scored(outputs.scored)
         if model.training:
-            self._counts["scored"] += outputs.scored
+            self._scored += outputs.scored
+            if self.meter.is_counting:
+                self.pace.disturb()
             self._correct = outputs.correct if self._correct is None else self._correct + outputs.correct
         count = outputs.scored if num_items_in_batch is None else num_items_in_batch
         loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
@@ -184,6 +194,10 @@ class QloraTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
+        with self.pace.stopped():
+            return self._evaluate_all(eval_dataset, metric_key_prefix)
+
+    def _evaluate_all(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64)
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
@@ -226,22 +240,33 @@ class QloraTrainer(SFTTrainer):
     # --- what is said ----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training record what only the step knows: accuracy and tokens per second."""
+        """Adds to a training record what only the step knows: accuracy, tokens per second, seconds of a step."""
+        warning = None
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_second"] = self._counts["tokens"] / max(1e-9, now - self._since)
-            if self._counts["scored"] and self._correct is not None:
-                logs["accuracy"] = float(self._correct) / self._counts["scored"]
-            self._correct, self._counts, self._since = None, {"tokens": 0, "scored": 0}, now
+            # Reading the count waits for the card; the loss was read just before, which did the same.
+            correct = None if self._correct is None else float(self._correct)
+            lap = self.pace.lap()
+            logs["tokens_per_second"], logs["step_seconds"] = lap.tokens_per_second, lap.step_seconds
+            if self.comparison is not None:
+                logs["predicted_step_seconds"] = self.comparison.add(lap)
+                warning = self.comparison.warning()
+            if self._scored and correct is not None:
+                logs["accuracy"] = correct / self._scored
+            self._correct, self._scored = None, 0
         super().log(logs, start_time)
+        if warning is not None:
+            self.note(warning)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
+        with self.pace.stopped():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
-        began = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
         self.model.eval()
@@ -261,8 +286,6 @@ class QloraTrainer(SFTTrainer):
         self.model.train()
         for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
-        # Saving is not training: it does not count against tokens per second.
-        self._since += time.perf_counter() - began
         self.meter.enter("idle")
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -297,6 +320,11 @@ def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]
             note(f"training with peft's own layers: qtune's functions do not agree with them on this card ({problem})")
             return
     install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _release_cached_memory() -> None:

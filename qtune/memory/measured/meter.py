@@ -135,6 +135,11 @@ class Meter:
         if self._snapshot is not None:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether the ledger runs over the step at work, which makes it slower."""
+        return self._ledger is not None
+
     def watch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Whose tensors to name: call it once the model (and, when it exists, the optimizer) is built."""
         self._model = model

@@ -55,6 +55,9 @@ class Values:
             return NotImplemented
         return self.mode.new((min(self.scored, masks[0].numel()), *x.shape[masks[0].dim() :]), x.dtype)
 
+    def _masked_select(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.mode.new((min(self.scored, mask.numel()),), x.dtype)
+
     def _constant(self, x: torch.Tensor) -> torch.Tensor:
         return self.mode.new(x.shape, x.dtype, x.stride())
 
@@ -94,6 +97,7 @@ class Values:
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.nonzero.default: Values._nonzero,
     torch.ops.aten.index.Tensor: Values._chosen,
+    torch.ops.aten.masked_select.default: Values._masked_select,
     torch.ops.aten.lift_fresh.default: Values._constant,
     torch.ops.aten._local_scalar_dense.default: Values._scalar,
     torch.ops.aten._grouped_mm.default: Values._grouped_product,

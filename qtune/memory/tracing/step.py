@@ -115,13 +115,23 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     return None
 
 
-def update(model: torch.nn.Module, step: Step, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
-    """Clipping and the optimizer's step; the gradients are freed."""
+def update(
+    model: torch.nn.Module,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    ledger: Ledger,
+    *,
+    foreach: bool | None = None,
+) -> None:
+    """Clipping and the optimizer's step; the gradients are freed.
+
+    foreach: whether clipping walks through lists of tensors; left out, torch decides by their device: on CUDA it does.
+    """
     parameters = trained(model)
     categories.adopt_gradients(ledger, parameters)
     ledger.enter("optimizer")
     if step.max_gradient_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, step.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, step.max_gradient_norm, foreach=foreach)
     optimizer.step()
     categories.adopt_optimizer(ledger, optimizer, paged=step.paged)
     optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from qtune.memory.tracing.step import (
     trained,
     update,
 )
+from qtune.memory.tracing.work import Work, place_of, stretched, work_of
 from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
 
@@ -57,6 +59,8 @@ class Traced:
     """What a trace found."""
 
     history: History
+    work: Work
+    """What one micro-batch, one step of the optimizer and one batch of an evaluation give the device to do."""
     layers: int
     layers_executed: int
     """Fewer than `layers` where the rest was proved to repeat."""
@@ -64,7 +68,7 @@ class Traced:
     card: Capability | None
     """As whose it was counted; None: the CPU's."""
     reserved_bytes: int
-    """The most that the allocator takes from the card; 0 without one."""
+    """The most that the allocator takes from the card; 0 where it was not played."""
 
 
 def trace(
@@ -74,18 +78,20 @@ def trace(
     *,
     card: Capability | None = TODAYS_CARD,
     every_layer: bool = False,
+    plays_allocator: bool = True,
     same_model: str | None = None,
 ) -> Traced:
     """Executes `step` for the model that `build` makes of `config`, without weights and without a GPU.
 
     card: count as a card of this capability does; None: as the CPU. every_layer: never shorten a model of repeated
-    layers. same_model: a key of everything but the batches; what the last trace with that key built is used again.
+    layers. plays_allocator: find out what a card's allocator takes, for which every layer is executed; work alone does
+    not need it. same_model: a key of everything but the batches; what the last trace with that key built is used again.
     """
     began = time.perf_counter()
     freeze_once()
     try:
         with no_collection():
-            found = _traced(config, build, step, card, every_layer, same_model)
+            found = _traced(config, build, step, card, every_layer, plays_allocator and card is not None, same_model)
     finally:
         gc.collect()  # modules and their hooks are cycles, and a fit traces dozens of models
     return replace(found, seconds=time.perf_counter() - began)
@@ -97,17 +103,23 @@ def _traced(
     step: Step,
     card: Capability | None,
     every_layer: bool,
+    plays_allocator: bool,
     same_model: str | None,
 ) -> Traced:
     built = _built.get(same_model) if same_model is not None else None
     if built is None:
         _built.clear()
-        built = _Built(config, build, step, card, every_layer)
+        built = _Built(config, build, step, card, every_layer or plays_allocator)
         if same_model is not None:
             _built[same_model] = built
-    body, executed = built.body(step)
-    history = body if built.optimizer_part is None else join([body, built.optimizer_part])
-    return Traced(history, built.layers, executed, 0.0, card, built.reserved(card))
+    body, work, executed = built.body(step)
+    history = body
+    if built.optimizer_part is not None:
+        update_history, update_work = built.optimizer_part
+        history, work = join([body, update_history]), work + update_work
+    # The allocator is played with every single tensor.
+    reserved = built.reserved(card) if card is not None and plays_allocator else 0
+    return Traced(history, work, built.layers, executed, 0.0, card, reserved)
 
 
 class _Built:
@@ -118,31 +130,30 @@ class _Built:
     ) -> None:
         self.layers = int(config.get_text_config().num_hidden_layers)
         self.whole = _Tracer(build(config), step, card)
-        # The allocator of a card is played with every single tensor, so there every layer is executed.
-        real = [] if every_layer or card is not None else signatures(self.whole.model)
+        real = [] if every_layer else signatures(self.whole.model)
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
         self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
         self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
 
-    def body(self, step: Step) -> tuple[History, int]:
+    def body(self, step: Step) -> tuple[History, Work, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
 
         The shallow traces count where it can be shown that they are the same: what the stretched model holds at rest
         must be what the whole one holds.
         """
         if self.shape is not None and self.shallow:
-            short, longer = (tracer.body(step) for tracer in self.shallow)
+            (short, work), (longer, more) = (tracer.body(step) for tracer in self.shallow)
             body = stretch(short, longer, self.shape, self.layers, self.whole.container)
             if body is not None and _static(body) == self.whole.at_rest:
-                return body, 2 * depth_for(self.layers, self.shape) + self.shape.period
+                depth = depth_for(self.layers, self.shape)
+                groups = (self.layers - depth) // self.shape.period
+                return body, stretched(work, more, groups), 2 * depth + self.shape.period
             log.debug("layers hold unequal parameters")
-        return self.whole.body(step), self.layers
+        return *self.whole.body(step), self.layers
 
-    def reserved(self, card: Capability | None) -> int:
-        """What a card's allocator takes for the step whose body was traced last."""
-        if card is None:
-            return 0
+    def reserved(self, card: Capability) -> int:
+        """What a card's allocator takes for the step whose body was traced last, of every layer."""
         allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
         return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
 
@@ -219,22 +230,23 @@ class _Tracer:
         self.at_rest = _by_category(self.ledger)
 
     def _loaded(self) -> Ledger:
-        """A ledger that knows the loaded model, and nothing else yet."""
+        """A ledger that knows the loaded model, and nothing else yet; no work is done."""
+        self.work: Work = Counter()
         ledger = Ledger(workspace=lambda func, args: workspace(func, args, self.card is not None))
         for tensor, category in self.held:
             ledger.adopt(tensor, category)
         return ledger
 
-    def optimizer(self) -> History:
+    def optimizer(self) -> tuple[History, Work]:
         """The optimizer's phase of the second step, when its state exists."""
         self.ledger = self._loaded()
         with self._counting():
             optimizer = self._with_state()
             give_gradients(self.trained)
-            update(self.model, self.step, optimizer, self.ledger)
-        return self._history({"optimizer"})
+            update(self.model, self.step, optimizer, self.ledger, foreach=True if self.card is not None else None)
+        return self._history({"optimizer"}), self._work({"optimizer"})
 
-    def body(self, step: Step) -> History:
+    def body(self, step: Step) -> tuple[History, Work]:
         """Forward, backward and evaluation of the second step, which differs from the built one only in its batches."""
         self.step = step
         self.ledger = self._loaded()
@@ -256,9 +268,10 @@ class _Tracer:
                 evaluate(self.model, self.step, self.ledger)
             for handle in handles:
                 handle.remove()
-        history = self._history({"forward", "backward", "eval"})
+        phases = {"forward", "backward", "eval"}
+        history = self._history(phases)
         del kept, optimizer
-        return history
+        return history, self._work(phases)
 
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
@@ -274,11 +287,19 @@ class _Tracer:
     @contextlib.contextmanager
     def _counting(self) -> Iterator[Values]:
         values = Values(self.step.batch, self.mode)
-        with self.mode.watched(values.answer, self.ledger.record), _rows_are_whole(), contextlib.ExitStack() as stack:
+        with self.mode.watched(values.answer, self._record), _rows_are_whole(), contextlib.ExitStack() as stack:
             if self.card is not None:
                 stack.enter_context(CudaKernels(self.card))
                 stack.enter_context(answered_as_on_a_card(self.card))
             yield values
+
+    def _record(self, func: Any, args: Sequence[Any], out: Any) -> None:
+        self.ledger.record(func, args, out)
+        for kernel in work_of(func, args, out, cuda=self.card is not None):
+            self.work[place_of(self.ledger), kernel] += 1
+
+    def _work(self, phases: set[str]) -> Work:
+        return Counter({key: count for key, count in self.work.items() if key[0].phase in phases})
 
     def _history(self, phases: set[str]) -> History:
         """These phases; of the loading only its last tick, when everything static is there."""
