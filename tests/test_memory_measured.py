@@ -17,10 +17,10 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu"))
 
+from measured_step import as_measured
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
-from qtune.memory import predict as prediction
 from qtune.memory.predict import Longest, build, predict, summarize, training_step
 from qtune.memory.tracing import categories
 from qtune.memory.tracing import trace as tracing
@@ -52,9 +52,9 @@ def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def with_the_layers_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The runs were made with peft's layers and transformers' blocks; the lean step has not been on a card yet."""
-    monkeypatch.setattr(prediction, "install_lean_step", lambda model, dtype, *, recompute: None)
+def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The lean step has not been on a card yet."""
+    as_measured(monkeypatch)
     tracing._built.clear()  # what was built under the same key is another step
     yield
     tracing._built.clear()
