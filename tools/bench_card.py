@@ -39,10 +39,12 @@ from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.load import quantization_config
 from qtune.plan import Plan, make_plan
-from qtune.recipe.schema import Recipe, parse_recipe
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
 from qtune.training import trainer as training
-from qtune.training.trainer import QloraTrainer, sft_config
+from qtune.training.arguments import sft_config
+from qtune.training.trainer import QloraTrainer
 
 EIGHT_B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -7,6 +7,7 @@ Nothing of a training step is so quietly wrong as a gradient: loss and outputs c
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import bitsandbytes
 import torch
@@ -38,11 +39,12 @@ def lean_difference(device: str, dtype: torch.dtype) -> float:
 
 def _small_model(device: str, dtype: torch.dtype) -> PeftModel:
     """A Llama of one layer, quantized on the device, an adapter on it that changes something."""
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=256, attention_bias=True, attn_implementation="sdpa",
+        num_key_value_heads=2, vocab_size=256, attention_bias=True,
     )  # fmt: skip
-    network = LlamaForCausalLM(config).to(dtype)
+    network: Any = LlamaForCausalLM(config)
+    network.to(dtype)
     for parent in list(network.model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
@@ -54,7 +56,7 @@ def _small_model(device: str, dtype: torch.dtype) -> PeftModel:
                 packed.support_avx512bf16_for_cpu = False
                 setattr(parent, name, packed)
     network.requires_grad_(False).to(device)
-    network.is_loaded_in_4bit = True  # type: ignore[assignment]
+    network.is_loaded_in_4bit = True
     model = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

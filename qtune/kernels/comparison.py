@@ -73,8 +73,8 @@ def _gate_gradients(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pa
     for activation in ("silu", "gelu_tanh"):
         given = [torch.randn(77, 1000, dtype=dtype, device=device) for _ in range(3)]
         ours, theirs = ([tensor.clone() for tensor in given] for _ in range(2))
-        kernel(*ours, activation, *ours[1:])  # over gate and up, as under checkpointing
-        plain.gated_backward(*theirs, activation, *theirs[1:])
+        for function, (grad, gate, up) in ((kernel, ours), (plain.gated_backward, theirs)):
+            function(grad, gate, up, activation, gate, up)  # over gate and up, as under checkpointing
         yield from zip(ours, theirs, strict=True)
 
 
