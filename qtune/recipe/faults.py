@@ -9,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
 
+MOST_SHOWN = 100
+"""Mistakes that are told apart. Where there are more, the file is something else than a recipe."""
+
 
 class Fault(NamedTuple):
     """Something wrong with one key: where it is in the recipe and what would be right."""
@@ -28,14 +31,17 @@ class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory i
 def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
     """pydantic's errors with our paths and words; the branches of a union become one fault."""
     messages_of: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST_SHOWN]:
         if detail["type"] == "union_tag_invalid":
             detail["loc"] = (*detail["loc"], "kind")
         path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
         messages_of.setdefault(path, []).append(_in_our_words(path, detail))
     # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
     branches = {path[:length] for path in messages_of for length in range(len(path))}
-    return [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+    found = [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+    more = [Fault((), f"has {len(details) - MOST_SHOWN} mistakes more")] if len(details) > MOST_SHOWN else []
+    return found + more
 
 
 def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
@@ -54,6 +60,13 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
         case "string_too_short" | "too_short":
             return "must not be empty"
+        case "string_too_long":
+            return f"must be at most {context['max_length']:,} characters long"
+        case "too_long":
+            return f"must have at most {context['max_length']:,} entries"
+        case "greater_than_equal" | "less_than_equal" if isinstance(context.get("le", context.get("ge")), (int, float)):
+            kind, bound = ("most", context["le"]) if "le" in context else ("least", context["ge"])
+            return f"must be at {kind} {bound:,}" if isinstance(bound, int) else f"must be at {kind} {bound:g}"
         case "string_pattern_mismatch":
             return f"must look like {_pattern_in_words(path)}"
         case _:

@@ -64,6 +64,13 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
         )
     if training.steps is not None and "epochs" in training.model_fields_set:
         yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
+    rate = adapter.auto_learning_rate[0] if training.learning_rate == "auto" else training.learning_rate
+    if rate * training.weight_decay >= 1:
+        yield Fault(
+            ("training", "weight_decay"),
+            f"each step takes learning_rate x weight_decay = {rate * training.weight_decay:g} of a weight away, which "
+            "must be below 1",
+        )
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
         yield Fault(
             ("training", "micro_batch_size"),
