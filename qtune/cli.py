@@ -35,6 +35,18 @@ SetOption = Annotated[
 ]
 
 
+MOST_TOKENS = 16_777_216
+"""As data.max_length."""
+MOST_ROWS = 1_000_000
+
+
+def _a_number(value: float) -> float:
+    """A range lets NaN pass, which is neither below nor above it."""
+    if value != value:
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 def _version(value: bool) -> None:
     if value:
         console.out(f"qtune {__version__}")
@@ -265,12 +277,16 @@ def _given(context: typer.Context) -> frozenset[str]:
 @app.command(name="eval", rich_help_panel="Try")
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many held-out rows, spread evenly over all of them.")] = 100,
+    rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, spread evenly over all of them.")
+    ] = 100,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows to use instead of the recipe's.", exists=True)
     ] = None,
-    shown: Annotated[int, typer.Option("--show", min=0, help="How many answers to show side by side.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    shown: Annotated[
+        int, typer.Option("--show", min=0, max=MOST_ROWS, help="How many answers to show side by side.")
+    ] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
@@ -307,13 +323,15 @@ def chat(
         str | None, typer.Option(help="System message; by default the recipe's data.system_prompt.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token, 1 draws from the model.")
+        float,
+        typer.Option(min=0, max=100, callback=_a_number, help="0 takes the likeliest token, 1 draws from the model."),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total share.")
+        float,
+        typer.Option(min=0, max=1, callback=_a_number, help="Draw from the likeliest tokens of this total share."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.
 
@@ -342,7 +360,8 @@ def check(
         typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", "--show", min=0, help="How many rows to show as the model sees them.")
+        int,
+        typer.Option("--rows", "--show", min=0, max=MOST_ROWS, help="How many rows to show as the model sees them."),
     ] = 3,
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -417,7 +436,9 @@ def profile(
     changes: SetOption = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A card by its memory, as 8GiB.")] = None,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of the longest row.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, max=MOST_TOKENS, help="Tokens of the longest row.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[

@@ -7,7 +7,9 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
+from qtune import cli
 from qtune.device.present import Device
 from qtune.errors import QtuneError, RecipeError
 from qtune.plan import make_plan
@@ -16,6 +18,7 @@ from qtune.recipe.faults import MOST_SHOWN
 from qtune.recipe.file import LONGEST_RECIPE, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import LONGEST_NAME, Recipe, Table
+from qtune.sizes import size_in_bytes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
 HUGE = "9" * 30
@@ -87,7 +90,9 @@ def numeric_keys(table: type[BaseModel] = Table) -> Iterator[tuple[str, Any]]:
         yield from numeric_keys(child)
 
 
-@pytest.mark.parametrize(("name", "hints"), list(numeric_keys()), ids=lambda part: part if isinstance(part, str) else "")
+@pytest.mark.parametrize(
+    ("name", "hints"), list(numeric_keys()), ids=lambda part: part if isinstance(part, str) else ""
+)
 def test_every_number_of_the_schema_has_a_bound_on_both_sides(name: str, hints: list[Any]) -> None:
     assert any(word in repr(hints) for word in ("Ge(", "Gt(", "ge=", "gt=")), name
     assert any(word in repr(hints) for word in ("Le(", "Lt(", "le=", "lt=")), name
@@ -242,3 +247,30 @@ def test_no_random_recipe_ends_in_anything_but_a_recipe_or_its_mistakes(tmp_path
         except RecipeError:
             refused += 1
     assert 0 < refused < 3000
+
+
+ABSURD_OPTIONS = [
+    ["chat", "run", "--temperature", "nan"],
+    ["chat", "run", "--temperature", "1e300"],
+    ["chat", "run", "--top-p", "nan"],
+    ["chat", "run", "--seed", "-1"],
+    ["chat", "run", "--seed", "1" + "0" * 40],
+    ["chat", "run", "--max-new-tokens", "1" + "0" * 20],
+    ["eval", "run", "--rows", "1" + "0" * 20],
+    ["eval", "run", "--show", "1" + "0" * 20],
+    ["check", "recipe", "--rows", "1" + "0" * 20],
+    ["profile", "recipe", "--length", "1" + "0" * 20],
+]
+
+
+@pytest.mark.parametrize("arguments", ABSURD_OPTIONS, ids=lambda arguments: " ".join(arguments)[:40])
+def test_the_numbers_of_the_command_line_are_bounded_too(arguments: list[str]) -> None:
+    ended = CliRunner().invoke(cli.app, arguments)
+    assert ended.exit_code == 2
+    assert "Invalid value" in ended.output
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 30, "0", "1e9", "٣GiB"])
+def test_a_size_that_no_memory_has_is_refused(size: str) -> None:
+    with pytest.raises(QtuneError, match="write it as 8GiB or 512MiB"):
+        size_in_bytes(size, "--vram")

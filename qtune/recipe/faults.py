@@ -64,11 +64,10 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return f"must be at most {context['max_length']:,} characters long"
         case "too_long":
             return f"must have at most {context['max_length']:,} entries"
-        case "greater_than_equal" | "less_than_equal" if isinstance(context.get("le", context.get("ge")), (int, float)):
-            kind, bound = ("most", context["le"]) if "le" in context else ("least", context["ge"])
-            return f"must be at {kind} {bound:,}" if isinstance(bound, int) else f"must be at {kind} {bound:g}"
-        case "string_pattern_mismatch":
-            return f"must look like {_pattern_in_words(path)}"
+        case "less_than_equal" if isinstance(context["le"], int):
+            return f"must be at most {context['le']:,}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
         case _:
             return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
 

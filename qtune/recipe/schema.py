@@ -43,7 +43,7 @@ Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
 """Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
 Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Epochs = Annotated[float, Field(ge=1e-6, le=1_000_000, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=1e-6, le=1000, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """How often a row is seen in an epoch: each time takes eight bytes."""
 Minutes = Annotated[float, Field(ge=0.01, le=525_600, allow_inf_nan=False)]
 """Up to a year."""
@@ -69,8 +69,10 @@ def _sensible(size: str) -> str:
     """A number below 1 MiB or beyond a petabyte is a slip of the pen."""
     number, unit = float(size[:-3]), size[-3:]
     mebibytes = number * (1024 if unit == "GiB" else 1)
-    if not 1 <= mebibytes <= LARGEST_MIB:
-        raise PydanticCustomError("size", 'must be at least "1MiB" and at most "1048576GiB"')
+    if mebibytes < 1:
+        raise PydanticCustomError("size", 'must be at least "1MiB"')
+    if mebibytes > LARGEST_MIB:
+        raise PydanticCustomError("size", 'must be at most "1048576GiB"')
     return size
 
 
