@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtune import __version__, console
+from qtune.disk import refusal_of
 from qtune.errors import QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
+from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 
 if TYPE_CHECKING:
     from qtune.run.folder import RunDir
@@ -585,8 +587,17 @@ def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
     use_expandable_segments()
+    guard_streams()
     try:
-        app()
+        try:
+            app()
+        finally:  # what is still in the buffer may be what cannot be written
+            sys.stdout.flush()
+    except OutputEndedError as error:
+        if error.reader_left:
+            sys.exit(BROKEN_PIPE_CODE)
+        console.say_error(str(error))
+        sys.exit(1)
     except QtuneError as error:
         console.say_error(str(error))
         sys.exit(error.exit_code)
@@ -594,11 +605,20 @@ def main() -> None:
         console.say_error("interrupted")
         sys.exit(130)
     except Exception as error:
-        if "torch" not in sys.modules:
+        if (known := _told(error)) is None:
             raise
-        from qtune.device.present import is_out_of_memory, memory_ran_out
-
-        if not is_out_of_memory(error):
-            raise
-        console.say_error(str(memory_ran_out(error, "Close what else takes memory, or use a larger device")))
+        console.say_error(known)
         sys.exit(1)
+
+
+def _told(error: Exception) -> str | None:
+    """What is said of an error that nobody has raised on purpose, and that is none of ours; None: a bug of ours."""
+    if (refused := refusal_of(error)) is not None:
+        return refused
+    if "torch" not in sys.modules:
+        return None
+    from qtune.device.present import is_out_of_memory, memory_ran_out
+
+    if not is_out_of_memory(error):
+        return None
+    return str(memory_ran_out(error, "Close what else takes memory, or use a larger device"))
