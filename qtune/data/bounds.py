@@ -93,10 +93,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters["round"] = _short_rounding(self.filters["round"])
         self.filters["int"] = _short_number(self.filters["int"])
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+    def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """The template of a text, unless it is too long for one."""
         if len(source) > LONGEST_TEMPLATE:
             raise SecurityError(f"the template has more than {LONGEST_TEMPLATE:,} characters")
-        return super()._parse(source, name, filename)
+        return super().from_string(source, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """The result of `*` or `**`, unless it would be a number of thousands of digits."""

@@ -28,6 +28,10 @@ def gguf_folder(file: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(folder.parent, error) from error
     require_gguf(file)
     console.say(f"{file.name}: dequantizing into the cache, once")
     try:
