@@ -6,13 +6,11 @@ smallest micro-batch; as soon as that is enough, the micro-batch is made as larg
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
-from qtune.memory.tracing.in_parallel import may_fork, side_by_side
 from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
@@ -169,8 +167,6 @@ def settle(search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Seque
     Raises:
         ModelError: the recipe's own step cannot be traced.
     """
-    if len(sizes) > 1 and may_fork():  # the second size is nearly always asked for, and costs no time there
-        side_by_side([functools.partial(search.trace, recipe, size) for size in sizes[:2]])
     prediction = search.trace(recipe, sizes[0])
     pulled: list[Lever] = []
     trials: list[Trial] = []

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qtune.device.present import Device, present_device
-from qtune.errors import Problem, RunError
+from qtune.errors import RunError
 from qtune.memory.cached import predicted
-from qtune.memory.forecast import Forecast, forecast, refusal
+from qtune.memory.forecast import Forecast, forecast
 from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.load import (
@@ -37,8 +37,6 @@ class Profile:
     forecast: Forecast
     ways: list[Way]
     attribution: list[Way]
-    refusal: Problem | None = None
-    """Why `qtune run` would not train this model, whatever its memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
     recipe = resolved.recipe
     config = load_config(recipe.model)
     found = forecast(config, recipe, device, longest_rows(resolved, length))
-    return Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
+    return Profile(recipe, found, [], [])
 
 
 def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> Profile:
@@ -192,4 +190,6 @@ def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest
     each = None if scored is None else -(-scored // train["rows"])
     equal = not train.get("padded", True)
     longest = Longest(train["length"], each, equal, evaluated=held_out["length"] if held_out else None)
-    return replace(plan, micro_batch_size=train["rows"]), longest
+    # The last batch of an epoch may have been the largest, and need not divide the effective one.
+    effective, rows = plan.micro_batch_size * plan.accumulation_steps, train["rows"]
+    return replace(plan, micro_batch_size=rows, accumulation_steps=-(-effective // rows)), longest

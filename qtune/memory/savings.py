@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import logging
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from qtune.adapter.attach import attach_adapter
 from qtune.memory.cached import predicted, remembered
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.memory.tracing.in_parallel import side_by_side
 from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
 from qtune.model.load import attention_rule
@@ -26,7 +24,7 @@ from qtune.recipe.schema import FourBit, Lora, Unquantized
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from transformers import PretrainedConfig
 
@@ -109,25 +107,23 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
             log.debug("TRL's step of a %s cannot be traced", config.model_type, exc_info=True)
             return None
 
-    def way(name: str, how: str, made: Any) -> Callable[[], Way | None]:
+    def way(name: str, how: str, made: Any) -> Way:
         def traced() -> Prediction:
             return summarize(trace(config, made, plain, card=card))
 
         said = f"{how}, AdamW, whole logits"
-        return lambda: Way(name, said, remembered(config, recipe, plan, longest, traced, name))
+        return Way(name, said, remembered(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
     computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
-    found = side_by_side(
-        [
-            way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
-            way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
-            way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
-            way("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
-            trl,
-        ]
-    )
-    return [one for one in found if one is not None]
+    older = [
+        way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
+        way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
+        way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
+        way("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
+    ]
+    newest = trl()
+    return older if newest is None else [*older, newest]
 
 
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
@@ -149,8 +145,7 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         whole = remembered(config, recipe, plan, rows, untiled, "untiled")
         return Way("tiled loss", "the logits of all labelled positions at once", whole)
 
-    off = [functools.partial(without, *variant) for variant in _switched_off(recipe, plan)]
-    return side_by_side([*off, whole_logits])
+    return [*(without(*variant) for variant in _switched_off(recipe, plan)), whole_logits()]
 
 
 def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe]]:

@@ -42,27 +42,7 @@ HEADROOM = 1.12
 LABEL = 11.0
 """Size of the labels inside the areas."""
 
-_DARK, _MIDDLE, _LIGHT = "#34425c", "#7f90ad", "#d3dcea"
-LOOKS: Mapping[str, Look] = {
-    "base weights 4-bit": Look(_DARK),
-    "base weights int8": Look(_DARK, "-"),
-    "base weights fp16": Look(_DARK, "/"),
-    "base weights bf16": Look(_DARK, "x"),
-    "base weights fp32": Look(_DARK, "."),
-    categories.CONSTANTS: Look("#ffffff", "//"),
-    categories.EMBEDDINGS: Look(_MIDDLE, "|"),
-    categories.HEAD: Look(_LIGHT, "-"),
-    categories.ADAPTER: Look("#f2b880", "\\\\"),
-    categories.GRADIENTS: Look("#b4622d", "+"),
-    categories.OPTIMIZER: Look("#fbe6cf", "."),
-    categories.CHECKPOINTED: Look("#2f6b53", "\\"),
-    categories.ACTIVATIONS: Look("#7fb49b"),
-    categories.RECOMPUTED: Look("#d6ebdf", "/"),
-    categories.LOSS: Look("#ffffff", "x"),
-    categories.WORKSPACE: Look("#c9b6d8", "o"),
-    categories.OTHER: Look("#ffffff"),
-}
-"""One look for each category in every picture. No two have the same hatch on fills of like lightness."""
+LOOKS = {category.name: Look(category.fill, category.hatch) for category in categories.CATEGORIES}
 
 
 @dataclass(frozen=True)

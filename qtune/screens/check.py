@@ -15,8 +15,9 @@ from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
-    from qtune.data.figures import Lengths, Sample
+    from qtune.data.figures import Lengths
     from qtune.data.prepare import SourceReport
+    from qtune.data.samples import Sample
     from qtune.preflight import Disk
 
 # Rows are shown up to here; the middle of longer ones is left out.

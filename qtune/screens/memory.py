@@ -1,7 +1,7 @@
 """How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.device.cards import fitting_cards
+from qtune.memory.tracing.categories import CATEGORIES
 from qtune.recipe.text import show_value
 from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
@@ -23,34 +24,17 @@ if TYPE_CHECKING:
     from qtune.recipe.schema import KeyPath, Recipe
 
 BAR = 60
-LETTERS = {
-    "base weights 4-bit": "4",
-    "base weights int8": "8",
-    "base weights fp16": "6",
-    "base weights bf16": "b",
-    "base weights fp32": "f",
-    "quantization constants": "q",
-    "embeddings": "E",
-    "head": "H",
-    "adapter": "A",
-    "gradients": "G",
-    "optimizer state": "S",
-    "checkpointed activations": "C",
-    "activations": "V",
-    "recomputed activations": "R",
-    "logits and loss": "L",
-    "dequantized workspace": "D",
-    "other": "o",
-}
-"""Each category's letter in the bar: it is read without colour, in a log file too."""
-
+LETTERS = {category.name: category.letter for category in CATEGORIES}
 
 StepSeconds = Callable[["Prediction"], float]
 """Seconds of a step that was traced."""
 
 
-def draw_forecast(profile: "Profile") -> RenderableType:
-    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
+def draw_forecast(profile: "Profile", refusals: "Sequence[Problem]" = ()) -> RenderableType:
+    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then.
+
+    refusals: why a run would not begin, whatever its memory.
+    """
     found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
     is_card = plan.device.kind == "cuda"
     needed = f", {size_text(found.need.total_bytes)} needed" if is_card else ""
@@ -69,8 +53,8 @@ def draw_forecast(profile: "Profile") -> RenderableType:
     parts.append(_phases(found))
     how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
     parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
-    if profile.refusal is not None:
-        parts += [Text(""), refusal_text(profile.refusal)]
+    if refusals:
+        parts += [Text(""), refusals_text(refusals)]
     if not is_card:
         parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
     return Group(*parts)
@@ -90,9 +74,10 @@ def draw_savings(
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
 
 
-def refusal_text(refusal: "Problem") -> Text:
-    """That a run would not begin, whatever its memory."""
-    return Text.assemble(("qtune run would refuse this model: ", "bold"), str(refusal))
+def refusals_text(refusals: "Sequence[Problem]") -> Text:
+    """That a run would not begin, whatever its memory, a line for each reason."""
+    lines = [Text.assemble(("qtune run would refuse this: ", "bold"), str(refusal)) for refusal in refusals]
+    return Text("\n").join(lines)
 
 
 def categories_table(alive: dict[str, int]) -> Table:
