@@ -263,14 +263,14 @@ def export(
 
 def _given(context: typer.Context) -> frozenset[str]:
     """The options that were written on the command line, by their names; a switch by the side that was chosen."""
-    found: set[str] = set()
+    options: set[str] = set()
     for option in context.command.params:
         name, value = str(option.name), context.params.get(str(option.name))
         source = context.get_parameter_source(name)
         if option.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
             written = option.secondary_opts if value is False and option.secondary_opts else option.opts
-            found |= {written[0], f"{written[0]} {value}"}
-    return frozenset(found)
+            options |= {written[0], f"{written[0]} {value}"}
+    return frozenset(options)
 
 
 @app.command(name="eval", rich_help_panel="Try")

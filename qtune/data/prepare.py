@@ -224,14 +224,14 @@ def _detected(source: Source) -> str:
     first: list[Row] = [row for row in islice(source.rows(), 100) if isinstance(row, Row)]
     if not first:
         return "messages"  # nothing but bad rows, which are reported with their own reasons
-    found = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
-    if found is None:
+    shape = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
+    if shape is None:
         present = {key for row in first for key in row.value}
         missing = [
             _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
         ]
         raise DataError([*missing, Problem(first[0].place, unknown_columns(first[0].value))])
-    return found
+    return shape
 
 
 def _require_mapped(source: Source, stored: Stored) -> None:

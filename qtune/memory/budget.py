@@ -222,16 +222,16 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
     free_rows = any_rows or (is_card and recipe.training.micro_batch_size == "auto")
     sizes = whole_parts(recipe.training.batch_size) if free_rows else [plan.micro_batch_size]
     own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
-    found = settle(search, recipe, own, sizes)
-    if EMBEDDINGS in found.changes:
+    settled_here = settle(search, recipe, own, sizes)
+    if EMBEDDINGS in settled_here.changes:
         what = "one row" if sizes[0] == 1 else f"{sizes[0]} rows"
-        needed = found.trials[-1].before.total_bytes / GIB
+        needed = settled_here.trials[-1].before.total_bytes / GIB
         reason = f"with them on the card {what} would need {needed:.2f} GiB of {search.limit / GIB:.2f}"
         plan = plan.with_embeddings_on_host(reason)
     if free_rows:
-        words = f"{gib_text(found.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
-        plan = plan.with_micro_batch(found.rows, f"the largest that fits: {words}")
-    return found, plan
+        words = f"{gib_text(settled_here.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
+        plan = plan.with_micro_batch(settled_here.rows, f"the largest that fits: {words}")
+    return settled_here, plan
 
 
 def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:

@@ -48,7 +48,7 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         """The prediction of a run as it stands in memory.json, sizes in bytes."""
-        found = asdict(self.prediction)
+        plain = asdict(self.prediction)
         return {
             "device": self.plan.device.name,
             "micro_batch_size": self.plan.micro_batch_size,
@@ -57,7 +57,7 @@ class Forecast:
             "needed_bytes": self.prediction.need.total_bytes,
             "verdict": self.verdict,
             "budget_bytes": self.budget_bytes,
-            **{name: found[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
+            **{name: plain[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
         }
 
 

@@ -69,15 +69,17 @@ class Timeline:
         return cls.from_json(asdict(prediction))
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Timeline:
+    def from_json(cls, prediction: Mapping[str, Any]) -> Timeline:
         """The curves of a prediction as it stands in memory.json.
 
         That a model is larger while it is loaded is no part of a step.
         """
-        moments = [moment for phase, moment in found["by_phase"].items() if phase != "load"]
+        moments = [moment for phase, moment in prediction["by_phase"].items() if phase != "load"]
         highest = max(moments, key=lambda moment: int(moment["bytes"]))
         where = f"{highest['phase']}, {highest['module'] or 'outside the model'}"
-        return cls(found["timeline"], [(first, phase) for first, phase in found["phases"]], highest["alive"], where)
+        return cls(
+            prediction["timeline"], [(first, phase) for first, phase in prediction["phases"]], highest["alive"], where
+        )
 
 
 def write_timeline(prediction: Prediction, title: str, file: Path) -> None:

@@ -80,12 +80,12 @@ class SeenBatch:
 
     def to_json(self) -> dict[str, int]:
         """rows, length, padded (0 or 1) and, once it is known, scored."""
-        found = {
+        report = {
             "rows": self.rows,
             "length": self.length,
             "padded": int(self.padding is not None and bool(self.padding)),
         }
-        return found if self.scored is None else found | {"scored": self.scored}
+        return report if self.scored is None else report | {"scored": self.scored}
 
 
 REST = "activations, logits and loss"

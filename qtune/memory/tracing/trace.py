@@ -175,7 +175,7 @@ def _shallow(
     real: what the layers of the whole one are made of.
     """
     layers = len(real)
-    found: list[_Tracer] = []
+    tracers: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
             shallow = _Tracer(build(shortened(config, depth)), step, card)
@@ -185,8 +185,8 @@ def _shallow(
         if signatures(shallow.model) != real[:depth]:
             log.debug("with %d layers the model is made of others", depth)
             return []
-        found.append(shallow)
-    return found
+        tracers.append(shallow)
+    return tracers
 
 
 def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
