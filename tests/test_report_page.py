@@ -19,8 +19,8 @@ from qtune.data.prepare import prepare
 from qtune.data.samples import pieces_of
 from qtune.device.present import Device
 from qtune.errors import RunError
+from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import Answer, Verification, write_verification
-from qtune.export.verify.closeness import Closeness, Limits
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan

@@ -18,9 +18,10 @@ from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
+from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
-from qtune.model.loss import IGNORED, install_loss, loss_agrees
+from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
