@@ -37,6 +37,7 @@ ROOMS = (
     "export",
     "preflight",
     "training",
+    "verdicts",
     "report",
     "check",
     "doctor",
