@@ -41,6 +41,7 @@ ROOMS = (
     "export.export",
     "preflight",
     "training",
+    "verdicts",
     "report",
     "check",
     "doctor",
