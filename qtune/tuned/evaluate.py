@@ -26,7 +26,7 @@ from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import require_embeddings
 
 TOKENS_PER_BATCH = 4096
@@ -134,7 +134,7 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
+        with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)

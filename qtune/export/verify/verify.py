@@ -26,7 +26,7 @@ from qtune.export.verify.models import Exported, Models, comparing, load_exporte
 from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
 from qtune.tuned.generate import find_ends, generate
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 
 ANSWERS = 3
 
@@ -172,7 +172,7 @@ def measure(
 
     as_it_runs: list[Tensor] = []
     if live is not None:
-        with as_trained(live):
+        with training_autocast(live):
             as_it_runs = of(models.trained)
     with models.exactly():
         trained = of(models.trained)
