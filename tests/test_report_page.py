@@ -375,6 +375,7 @@ def test_rows_that_are_gone_are_a_note_and_no_failure(tmp_path):
     assert "no such file or folder" in text
 
 
+@pytest.mark.slow
 def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp_path):
     run_dir = make_run(tmp_path)
     tokenizer = load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
@@ -414,6 +415,7 @@ def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):
     assert (f"{odd:.4f}" in shown.texts["dd"]) == (key == "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     run_dir = make_run(tmp_path)
