@@ -298,7 +298,7 @@ def test_a_run_fits_with_what_it_took_of_what_there_is() -> None:
     found = fits(with_memory(6 << 30, 8 << 30))
     assert (found.standing, found.sentence) == ("good", "the card took 6.00 GiB of 8.00 GiB at its peak (75%)")
     on_cpu = fits(with_memory(2 << 30, 16 << 30, "resident_peak_bytes", "cpu"))
-    assert on_cpu.sentence == "this process took 2.00 GiB of 16.00 GiB at its peak (12%)"
+    assert on_cpu.sentence == "the process took 2.00 GiB of 16.00 GiB at its peak (12%)"
 
 
 def test_a_full_card_is_said_and_so_is_one_that_ran_out() -> None:

@@ -26,7 +26,8 @@ def learned(facts: Facts) -> Verdict:
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
-    told = f"on {evaluation.rows} held-out rows the loss went from {number(base.loss)} to {number(tuned.loss)} nats"
+    losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
+    told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
     answers, more = _answers(evaluation), _more_right(evaluation)
     if not rows:
         if more is not None and more.is_positive:

@@ -20,11 +20,13 @@ def fits(facts: Facts) -> Verdict:
     keys = ("device_used_bytes", "reserved_peak_bytes", "allocated_peak_bytes") if on_card else ("resident_peak_bytes",)
     peaks = (max((phase.get(key, 0) for phase in phases), default=0) for key in keys)
     peak = next((one for one in peaks if one), 0)
+    if not peak and (tensors := (measured or {}).get("peak_bytes", 0)):
+        return Verdict("fits", "good", "Fits", f"the tensors of a step took {size_text(tensors)} at their peak")
     if not peak:
         return Verdict("fits", "open", "Not measured", "the run did not reach the end that measures its memory")
     device = facts.lock.last_device if facts.lock else None
     total = device.total_bytes if device else None
-    what = "the card" if on_card else "this process"
+    what = "the card" if on_card else "the process"
     if not total:
         return Verdict("fits", "good", "Fits", f"{what} took {size_text(peak)} at its peak")
     share = peak / total

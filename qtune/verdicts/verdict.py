@@ -14,6 +14,9 @@ QUESTIONS: dict[Question, str] = {
     "export": "Is the export the model that was trained?",
 }
 
+MARKS: dict[Standing, str] = {"good": "✓", "bad": "✗", "unsure": "?", "open": "–"}
+"""A sign for each standing, so that no colour is needed."""
+
 
 @dataclass(frozen=True)
 class Verdict:
