@@ -47,8 +47,8 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
         told, x = f"{value:,.0f}", frame.x(value)
         # Ten thousand at the end of the axis would be cut at the edge of the picture.
         has_room = x + len(told) * DIGIT / 2 < WIDTH
-        place = {"x": x, "text_anchor": "middle"} if has_room else {"x": float(WIDTH), "text_anchor": "end"}
-        parts.append(element("text", told, y=HEIGHT - 20, **place))
+        where, anchor = (x, "middle") if has_room else (WIDTH, "end")
+        parts.append(element("text", told, x=where, y=HEIGHT - 20, text_anchor=anchor))
     parts.append(element("text", x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle"))
     for one in drawn:
         parts += _drawn(one, frame, layout)
