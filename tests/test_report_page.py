@@ -302,8 +302,8 @@ def test_the_figures_that_one_looks_for_first_are_at_the_top(drawn):
         "state": "finished",
         "trained for": "0:11",
         "steps": "10 of 10",
-        "last training loss": "0.2",
-        "validation loss": "0.75",
+        "last training loss": "0.200",
+        "validation loss": "0.750",
         "adapter": "3.0 MiB",
     }
 
@@ -429,7 +429,7 @@ def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):
     run_dir = make_run(tmp_path)
     tell(run_dir, train_record(1), train_record(2, **{key: odd}))
     shown = Page(write_report(run_dir).read_text(encoding="utf-8"))
-    assert (f"{odd}" in shown.texts["dd"]) == (key == "loss")
+    assert ("no number" in shown.texts["dd"]) == (key == "loss")
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -438,7 +438,7 @@ def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     where = {"steps": 10, "epoch": 0.5, "seconds": 1.0, "accuracy": 0.5}
     losses = {5: abs(odd), 6: 0.5, 7: 0.75}
     tell(run_dir, *(EvalRecord(step=step, loss=loss, **where) for step, loss in losses.items()))
-    assert "0.5 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
+    assert "0.500 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
 
 
 def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):

@@ -54,10 +54,8 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
         parts += _drawn(one, frame, layout)
     picture = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     names = [_key(one) for one in drawn] if len(drawn) > 1 else []
-    thinning = max(len(finite(one.points)) for one in series) > MOST_POINTS
-    note = [element("span", "each point is the mean of several steps")] if thinning else []
     # Title, legend and picture each take a row of the grid, so that charts beside each other stay on one level.
-    caption = element("figcaption", element("b", title), element("div", *names, *note, class_="legend"))
+    caption = element("figcaption", element("b", title), element("div", *names, class_="legend"))
     return element("figure", caption, picture)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from qtune.console import clock
-from qtune.report.charts import Series, line_chart
+from qtune.report.charts import MOST_POINTS, Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Record
 from qtune.report.rows import ShownRow, ShownRows
@@ -85,7 +85,8 @@ def curves(record: Record) -> Html:
     drawn = [chart for chart in charts if chart is not None]
     if not drawn:
         return section("Training", paragraph("No step has been taken yet."))
-    return section("Training", element("div", *drawn, class_="charts"))
+    thinned = [paragraph("Each point is the mean of several steps.")] if len(train) > MOST_POINTS else []
+    return section("Training", *thinned, element("div", *drawn, class_="charts"))
 
 
 def memory_title(record: Record, unit: str) -> str:

@@ -8,6 +8,8 @@ from qtune.verdicts.verdict import Verdict
 def exported(facts: Facts) -> Verdict:
     """The verdict of all folders inside the run: as bad as the worst of them."""
     if not facts.exports:
+        if facts.train and not facts.train[-1].is_finite:
+            return Verdict("export", "open", "Not exported", "the run has diverged")
         if not facts.is_finished:
             return Verdict("export", "open", "Not exported", "the run has not ended", f"qtune run --resume {facts.run}")
         told = "no export is in the run's folder"
