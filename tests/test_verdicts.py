@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from qtune.export.verify.closeness import Closeness
+from qtune.export.closeness import Closeness
 
 from qtune.export.verification import GgufProof, Proof
 from qtune.run.lock import Lock, LockedDevice
