@@ -1,6 +1,5 @@
 """What is wrong with a recipe: pydantic's errors with our paths and words."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
+from qtune.spelling import did_you_mean
 
 MOST_SHOWN = 100
 """Mistakes that are told apart. Where there are more, the file is something else than a recipe."""
@@ -60,6 +60,8 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
         case "string_too_short" | "too_short":
             return "must not be empty"
+        case "string_pattern_mismatch":
+            return f"must look like {_pattern_in_words(path)}"
         case "string_too_long":
             return f"must be at most {context['max_length']:,} characters long"
         case "too_long":
@@ -79,10 +81,8 @@ def _pattern_in_words(path: KeyPath) -> str:
 
 
 def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known and list_known else ""
+    meant = did_you_mean(word, known, f"known: {', '.join(known)}" if known and list_known else "")
+    return f"; {meant}" if meant else ""
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
