@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from qtune.export.verify.closeness import Closeness
 
+from qtune.export.closeness import Closeness
 from qtune.export.verification import GgufProof, Proof
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.memory import RunMemory
