@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
-from qtune.cache import cache_folder
+from qtune.cache import bytes_in, cache_folder
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
@@ -288,10 +288,9 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
-    examples = cache_folder() / "examples"
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
-        sum(file.stat().st_size for file in examples.rglob("*") if file.is_file()),
+        bytes_in(cache_folder() / "examples"),
         shutil.disk_usage(_existing(directory)).free,
     )

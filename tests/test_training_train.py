@@ -417,6 +417,11 @@ def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
     for one, other in zip(records(narrow, "eval"), records(roomy, "eval"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["accuracy"] == other["accuracy"]
+        assert one["group_tokens"] == other["group_tokens"]
+        assert one["group_losses"] == pytest.approx(other["group_losses"], rel=1e-3)
+        losses = zip(one["group_losses"], one["group_tokens"], strict=True)
+        assert sum(loss * tokens for loss, tokens in losses) / sum(one["group_tokens"]) == pytest.approx(one["loss"])
+        assert len(one["group_tokens"]) == 7
     for name, tensor in final_state(roomy).items():
         assert torch.equal(final_state(narrow)[name], tensor), name  # what training draws next is the same
 
