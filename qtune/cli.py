@@ -479,13 +479,13 @@ def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
 def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.memory.profile import read_run
+    from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_measured
 
     run_dir = RunDir.open(Path(target))
-    measured = read_run(run_dir, savings=savings, explain=explain)
+    measured = trace_run(run_dir, savings=savings, explain=explain)
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")

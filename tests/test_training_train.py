@@ -20,7 +20,7 @@ from qtune.adapter.state import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.memory.measured.meter import Meter
-from qtune.memory.profile import read_run
+from qtune.memory.profile import trace_run
 from qtune.recipe.file import Origin, load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
@@ -492,7 +492,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(write
 @pytest.mark.slow
 def test_a_profile_of_a_run_keeps_what_the_usual_ways_would_take(write_recipe: WriteRecipe) -> None:
     run_dir = run(write_recipe(training="steps = 2"))
-    found = read_run(run_dir)
+    found = trace_run(run_dir)
     kept = json.loads(run_dir.memory_file.read_text())
     assert kept["measured"] == found.measured
     assert kept["traced"]["by_phase"]["forward"]["bytes"] == found.prediction.by_phase["forward"].bytes
