@@ -26,6 +26,7 @@ ROOMS = (
     "device",
     "data",
     "plan",
+    "kernels",
     "model",
     "run",
     "adapter",

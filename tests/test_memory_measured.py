@@ -7,6 +7,7 @@ its batch was not the largest, the record says so.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu"))
 
+from measured_step import as_measured
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
@@ -47,6 +49,15 @@ def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(VARIABLES[0], "expandable_segments:True")
+
+
+@pytest.fixture(autouse=True)
+def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The lean step has not been on a card yet."""
+    as_measured(monkeypatch)
+    tracing._built.clear()  # what was built under the same key is another step
+    yield
+    tracing._built.clear()
 
 
 def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan, Longest]:

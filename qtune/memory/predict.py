@@ -12,6 +12,7 @@ import bitsandbytes
 import torch
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.lean import install_lean_step
 from qtune.errors import ModelError, Problem, first_line
 from qtune.memory.allowance import Need, card_need
 from qtune.memory.tracing import categories
@@ -115,6 +116,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     base = model.get_base_model()
     # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
+    install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
     return model
 
 
@@ -157,15 +159,10 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def optimizer_of(plan: Plan) -> Any:
-    """The class that transformers makes of the plan's optimizer, on the plan's device.
-
-    torch chooses its foreach implementation for CUDA parameters (torch.optim, `_default_to_fused_or_foreach`);
-    a trace on CPU tensors must ask for it.
-    """
-    cuda = plan.device.kind == "cuda"
+    """The class that transformers makes of the plan's optimizer."""
     match plan.optimizer:
         case "adamw":
-            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, foreach=cuda)
+            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, fused=True)
         case "paged-adamw":
             return lambda parameters: bitsandbytes.optim.AdamW(parameters, lr=plan.learning_rate, optim_bits=32)
         case "adamw-8bit" | "paged-adamw-8bit":

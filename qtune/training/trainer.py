@@ -19,10 +19,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
+from qtune.adapter.lean import install_lean_step
+from qtune.adapter.lean_check import TOLERANCES, lean_difference
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
 from qtune.errors import Failure, OutOfMemory, TrainingError
+from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
 from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
@@ -74,6 +77,7 @@ class QloraTrainer(SFTTrainer):
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        _install_lean_step(model, plan, note)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.schedule = training.schedule
@@ -297,6 +301,25 @@ class QloraTrainer(SFTTrainer):
         self._load_from_checkpoint(str(checkpoint))
         if self.args.eval_on_start:
             self.evaluate()
+
+
+def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]) -> None:
+    """qtune's functions in place of peft's and transformers' own, on a card only where they agree with those there."""
+    dtype = getattr(torch, plan.compute_dtype)
+    if plan.device.kind == "cuda":
+        for name, reason in without_kernels().items():
+            note(f"PyTorch's own operations compute {name} here, not Triton's kernel: {reason}")
+        try:
+            difference = lean_difference(plan.device.torch_name, dtype)
+            problem = f"gradients differ by {difference:.1e}" if difference > TOLERANCES[dtype] else None
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0]
+        if problem is not None:
+            note(f"training with peft's own layers: qtune's functions do not agree with them on this card ({problem})")
+            return
+    install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
 
 
 def _wait_for_device() -> None:

@@ -224,7 +224,8 @@ class _Tracer:
         self.container = layer_container(model)
         self.trained = trained(model)
         self.groups = parameter_groups(model)
-        self.held = list(categories.loaded_tensors(model, cuda=card is not None))
+        with self.mode:  # what is made for the model now has no storage either
+            self.held = list(categories.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
