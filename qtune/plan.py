@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from qtune.recipe.schema import Auto, KeyPath, Recipe
+from qtune.recipe.schema import Auto, EightBit, KeyPath, Lora, Recipe
 from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Plan:
     """"device" or "host", as is `activations`."""
     activations: str
     loss_tile_bytes: int
+    lean_step: bool
     reasons: Mapping[KeyPath, str]
 
     @property
@@ -102,6 +103,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
         loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
+        lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
         reasons=reasons,
     )
 
@@ -121,6 +123,19 @@ def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
     most = max(1, TOKENS_PER_MICRO_BATCH // max_length)
     size = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
     return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
+
+
+def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:
+    if device.lean_problem is not None:
+        return False, f"qtune's functions do not agree with peft's layers on {device.name}: {device.lean_problem}"
+    blocks = "norms and rotations as one operation each"
+    if not isinstance(recipe.adapter, Lora):
+        return True, f"{blocks}; {recipe.adapter.kind} has no layers of its own to compute otherwise"
+    if recipe.adapter.dora:
+        return True, f"{blocks}; DoRA's layers stay peft's"
+    if isinstance(recipe.quantization, EightBit):
+        return True, f"{blocks}; int8 layers stay peft's"
+    return True, "the gradients of peft's layers to rounding, with less memory and fewer operations"
 
 
 def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool, str]:

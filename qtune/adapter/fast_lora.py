@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qtune.adapter.products import Layer, Stack, plain_layer
 
@@ -43,6 +44,7 @@ class Products(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         stack: Stack = ctx.stack
         nothing = (None,) * (3 + 2 * len(stack.layers))
@@ -102,16 +104,17 @@ class Shared:
         self.stack = Stack(layers)
         self.alone = [Stack([layer]) for layer in layers]
         self._input: Tensor | None = None
+        self._dtype: torch.dtype | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def output(self, place: int, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What layer `place` returns for x."""
-        if self._input is x and place in self._waiting:
+        if self._input is x and self._dtype is dtype and place in self._waiting:
             return self._waiting.pop(place)
         if place != 0 or not all(layer.is_plain() and layer.computes_in(dtype) for layer in self.stack.layers):
             return products(x, dtype, self.alone[place])[0]
         first, *others = products(x, dtype, self.stack)
-        self._input, self._waiting = x, dict(enumerate(others, 1))
+        self._input, self._dtype, self._waiting = x, dtype, dict(enumerate(others, 1))
         return first
 
     def forget(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -78,6 +79,7 @@ class _Keep(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
@@ -103,6 +105,7 @@ class _GatedMlp(torch.autograd.Function):
         return output.view(*x.shape[:-1], output.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         mlp: Mlp = ctx.mlp
         for stack, versions in zip((mlp.into, mlp.down), ctx.versions, strict=True):

@@ -13,35 +13,37 @@ import torch
 
 from qtune.adapter.fast_lora import SHARING, Shared, plain_layers, take_over
 from qtune.adapter.fast_mlp import gated_mlp, take_over_mlp
+from qtune.adapter.products import renew
 from qtune.model.fast_blocks import install_fast_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qtune.adapter.products import Layer, Stack
 
 
 class AdapterCopies:
-    """The adapter's weights in the type that is computed in, made at the start of each forward, all at once."""
+    """The adapter's weights in the type that is computed in, made at the start of each forward, all at once.
+
+    Autograd's count of changes does not see every one of them (fused optimizers and bitsandbytes' write past it), so
+    that nothing is trusted to be unchanged from one forward to the next, and an optimizer's step says so as well.
+    """
 
     def __init__(self, stacks: list[Stack], dtype: torch.dtype) -> None:
         self.stacks, self.dtype = stacks, dtype
 
     def renew(self, *_: Any) -> None:
         """Makes every copy what its parameter is now, where a gradient is wanted."""
-        if not torch.is_grad_enabled():
-            return
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
+        if torch.is_grad_enabled():
+            renew(self.stacks, self.dtype)
+
+    def forget(self, *_: Any) -> None:
+        """The parameters have changed; what is computed next makes its copies anew, whoever asks."""
         for stack in self.stacks:
-            copies, originals = stack.to_copy(self.dtype)
-            targets += copies
-            sources += originals
-        if targets:
-            torch._foreach_copy_(targets, sources)
+            stack.forget()
 
     def held(self) -> list[Tensor]:
         """The copies, beside the parameters."""
@@ -60,14 +62,28 @@ def install_lean_step(model: PeftModel, dtype: torch.dtype, *, recompute: bool) 
         stacks += _into_module(module, layers, recompute)
     if stacks:
         copies = AdapterCopies(stacks, dtype)
-        model.base_model.register_forward_pre_hook(copies.renew)
+        for module in _doors(model):
+            module.register_forward_pre_hook(copies.renew)
         model.base_model.adapter_copies = copies
+
+
+def _doors(model: PeftModel) -> list[nn.Module]:
+    """What every forward through the layers calls: the backbone; where a class has none apart from its head, peft's
+    wrapper, which calls the network's forward past its hooks, and the network itself."""
+    network: Any = model.get_base_model()
+    return [network.base_model] if network.base_model is not network else [model.base_model, network]
+
+
+def copies_of(model: Any) -> AdapterCopies | None:
+    """What `install_lean_step` has put beside the adapter's weights; None where nothing is beside them."""
+    found = getattr(getattr(model, "base_model", None), "adapter_copies", None)
+    return found if isinstance(found, AdapterCopies) else None
 
 
 def adapter_copies(model: Any) -> list[Tensor]:
     """What stands in memory beside the adapter's own weights once `install_lean_step` has been called."""
-    found = getattr(getattr(model, "base_model", None), "adapter_copies", None)
-    return found.held() if isinstance(found, AdapterCopies) else []
+    copies = copies_of(model)
+    return [] if copies is None else copies.held()
 
 
 def _into_module(module: Any, layers: dict[str, Layer], recompute: bool) -> list[Stack]:

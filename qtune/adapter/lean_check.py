@@ -7,7 +7,9 @@ Nothing of a training step is so quietly wrong as a gradient: loss and outputs c
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
@@ -15,12 +17,51 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.lean import install_lean_step
+from qtune.device.present import is_out_of_memory
+from qtune.errors import first_line
+from qtune.plan import compute_dtype_rule
+
+if TYPE_CHECKING:
+    from qtune.device.present import Device
+    from qtune.recipe.schema import Recipe
 
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest ||difference|| / ||gradient|| that is rounding. In bfloat16 two right ways differ by 1 to 3 %."""
 
 HIDDEN, INTERMEDIATE, ROWS, LENGTH = 256, 704, 2, 160
 """More rows than the hidden size, so that the MLP is computed in more than one tile."""
+
+
+def examined(device: Device, recipe: Recipe) -> Device:
+    """The device with what speaks against the lean step there, in the type that the recipe computes in; found out once
+    in a process. A card that is only described, and a recipe that asks for peft's layers, are left as they are."""
+    if recipe.training.lean_step is False or not _is_here(device):
+        return device
+    given = recipe.quantization.compute_dtype
+    dtype = compute_dtype_rule(device)[0] if given == "auto" else given
+    return replace(device, lean_problem=lean_problem(device.torch_name, getattr(torch, dtype)))
+
+
+def _is_here(device: Device) -> bool:
+    if device.kind == "cpu":
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_name(0) == device.name
+
+
+@functools.cache
+def lean_problem(torch_name: str, dtype: torch.dtype) -> str | None:
+    """What speaks against the lean step on a device that is here; None: it gives peft's gradients there.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    try:
+        difference = lean_difference(torch_name, dtype)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return first_line(error)
+    return None if difference <= TOLERANCES[dtype] else f"gradients differ by {difference:.1e}"
 
 
 def lean_difference(device: str, dtype: torch.dtype) -> float:

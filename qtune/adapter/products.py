@@ -113,7 +113,8 @@ class _Copies:
     def __init__(self, stack: Stack, dtype: torch.dtype) -> None:
         first, layers = stack.layers[0].a, stack.layers
         self.dtype, self.kind = dtype, (first.device, first.dtype)
-        self.versions: list[int] = []
+        self.versions: list[int] | None = None
+        """Of the parameters that were copied; None: of none, or nobody knows."""
         self._own_a = len(layers) > 1 or first.dtype is not dtype
         self._own_b = [layer.b.dtype is not dtype for layer in layers]
         rows = stack.places[-1].stop
@@ -162,9 +163,7 @@ class Stack:
         versions = self.versions()
         copies = self._copies
         if copies is None or copies.dtype is not dtype or copies.versions != versions:
-            targets, sources = self.to_copy(dtype)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            renew([self], dtype)
         return versions
 
     @property
@@ -173,19 +172,18 @@ class Stack:
         assert self._copies is not None
         return self._copies.weights
 
-    @torch.no_grad()
-    def to_copy(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """(targets, sources) of the copies that make `weights` right, for a caller who makes many at once."""
-        kept = self._there(dtype)
-        kept.versions = self.versions()
-        return kept.pairs(self)
+    def forget(self) -> None:
+        """The parameters are not what they were, whatever their versions say: a fused optimizer counts no change."""
+        if self._copies is not None:
+            self._copies.versions = None
 
     @torch.no_grad()
     def held(self, dtype: torch.dtype) -> list[Tensor]:
         """The copies for products in `dtype`; allocated now, if they have not been yet."""
-        return self._there(dtype).made
+        return self.copies(dtype).made
 
-    def _there(self, dtype: torch.dtype) -> _Copies:
+    def copies(self, dtype: torch.dtype) -> _Copies:
+        """Room for the copies in `dtype`, whatever is in it."""
         first = self.layers[0].a
         kept = self._copies
         if kept is None or kept.dtype is not dtype or kept.kind != (first.device, first.dtype):
@@ -249,6 +247,21 @@ class Stack:
         """What `weight_gradients` returns, in the order of `parameters`."""
         d_a, *d_b = found
         return [tensor for place, b in zip(self.places, d_b, strict=True) for tensor in (d_a[place], b)]
+
+
+@torch.no_grad()
+def renew(stacks: Sequence[Stack], dtype: torch.dtype) -> None:
+    """Makes the copies of all stacks what their parameters are now, at once."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for stack in stacks:
+        mine, theirs = stack.copies(dtype).pairs(stack)
+        targets += mine
+        sources += theirs
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    for stack in stacks:  # last: memory may have run out
+        stack.copies(dtype).versions = stack.versions()
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None) -> Tensor:

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 PIECE = 2**16
 """Elements that a CPU takes at once: what is needed beside inputs and outputs stays in its cache."""
 
+CARD_PIECE = 2**20
+"""Elements that a card takes at once, where these operations stand in for a kernel: with all that is needed beside
+inputs and outputs no more than SCRATCH_BYTES, so that a card that leaves a kernel out needs no more than was said."""
+
+SCRATCH_BYTES = 32 * 2**20
+"""What any of these operations takes beside its inputs and outputs, whatever their size, at most."""
+
+
+def _piece(tensor: Tensor) -> int:
+    return PIECE if tensor.device.type == "cpu" else CARD_PIECE
+
 
 # --- root mean square normalization (arXiv:1910.07467) --------------------------------------------------------------
 
@@ -20,17 +31,30 @@ PIECE = 2**16
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight · (x / rms(x)) [..., width], rounded before the weight as in transformers; 1 / rms [..., 1] in fp32."""
     x = x.contiguous()
-    exact = x.float()
-    rstd = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return (exact * rstd).to(x.dtype).mul_(weight), rstd
+    y, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    for part, normal, scale in _in_rows(x, y, rstd):
+        exact = part.float()
+        torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps, out=scale)
+        normal.copy_(exact * scale).mul_(weight)
+    return y, rstd
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """d loss / d x, [..., width]."""
-    normal = x.contiguous().float() * rstd  # not in place: in fp32 it is x
-    slope = (grad * weight).float()
-    slope -= normal.mul_((slope * normal).mean(-1, keepdim=True))
-    return slope.mul_(rstd).to(x.dtype)
+    grad, x = grad.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    for given, part, scale, out in _in_rows(grad, x, rstd, dx):
+        normal = part.float() * scale  # not in place: in fp32 it is x
+        slope = (given * weight).float()
+        slope -= normal.mul_((slope * normal).mean(-1, keepdim=True))
+        out.copy_(slope.mul_(scale))
+    return dx
+
+
+def _in_rows(*tensors: Tensor) -> Any:
+    """Contiguous tensors [..., width] with the same rows, so many rows of the first one at once."""
+    rows = max(1, _piece(tensors[0]) // tensors[0].shape[-1])
+    return zip(*(tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in tensors), strict=True)
 
 
 # --- rotary position embedding (arXiv:2104.09864) -------------------------------------------------------------------
@@ -84,7 +108,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_ga
 
 def _in_pieces(*tensors: Tensor) -> Any:
     """Contiguous tensors of one shape, flat, so many elements at once."""
-    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+    return zip(*(tensor.view(-1).split(_piece(tensor)) for tensor in tensors), strict=True)
 
 
 # --- cross-entropy of a tile of logits -----------------------------------------------------------------------------
@@ -98,7 +122,7 @@ def cross_entropy(
     A family's rule comes before: cap · tanh(scale · x / cap); cap = 0: only the scale. With `slope` the gradient of
     the likelihood with respect to the logits as given is written over them; without it what they hold then is nobody's.
     """
-    rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    rows = max(1, _piece(logits) // logits.shape[1])
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         low, target = logits[part], labels[part].unsqueeze(1)

@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from qtune.adapter.lean_check import examined
 from qtune.device.cards import device_for
 from qtune.memory.budget import (
     EMBEDDINGS,
@@ -245,7 +246,7 @@ def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) 
 
 def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
     """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget."""
-    device, config = device_for(gpu, vram), load_config(recipe.model)
+    device, config = examined(device_for(gpu, vram), recipe), load_config(recipe.model)
     given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
     return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
 

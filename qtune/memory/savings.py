@@ -162,6 +162,9 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if isinstance(quantization, FourBit) and quantization.double_quantization:
         single = quantization.model_copy(update={"double_quantization": False})
         yield "double quantization", "an fp32 absmax for each block", recipe.model_copy(update={"quantization": single})
+    if plan.lean_step:
+        off = changed(recipe, {("training", "lean_step"): False})
+        yield "lean step", "peft's layers, transformers' blocks", off
     if plan.gradient_checkpointing:
         off = changed(recipe, {("training", "gradient_checkpointing"): False})
         yield "gradient checkpointing", "every activation kept", off

@@ -19,6 +19,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     # How a step's memory is spent: the gradient is the same, but for the order in which it is summed.
     MICRO_BATCH,
     ("training", "gradient_checkpointing"),
+    ("training", "lean_step"),
     BUDGET,
     ("memory", "embeddings"),
     ("memory", "activations"),

@@ -19,8 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
-from qtune.adapter.lean import install_lean_step
-from qtune.adapter.lean_check import TOLERANCES, lean_difference
+from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
@@ -98,6 +97,13 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers', which tells the lean step that it has changed the adapter."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if (copies := copies_of(self.model)) is not None:
+            optimizer.register_step_post_hook(copies.forget)
+        return optimizer
 
     lr_scheduler: Any
 
@@ -304,22 +310,14 @@ class QloraTrainer(SFTTrainer):
 
 
 def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]) -> None:
-    """qtune's functions in place of peft's and transformers' own, on a card only where they agree with those there."""
-    dtype = getattr(torch, plan.compute_dtype)
+    """qtune's functions in place of peft's and transformers' own, as the plan says; on a card it is said which of its
+    kernels did not give there what PyTorch's operations give, and is left out."""
+    if not plan.lean_step:
+        return
     if plan.device.kind == "cuda":
         for name, reason in without_kernels().items():
             note(f"PyTorch's own operations compute {name} here, not Triton's kernel: {reason}")
-        try:
-            difference = lean_difference(plan.device.torch_name, dtype)
-            problem = f"gradients differ by {difference:.1e}" if difference > TOLERANCES[dtype] else None
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            problem = str(error).splitlines()[0]
-        if problem is not None:
-            note(f"training with peft's own layers: qtune's functions do not agree with them on this card ({problem})")
-            return
-    install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
+    install_lean_step(model, getattr(torch, plan.compute_dtype), recompute=plan.gradient_checkpointing)
 
 
 def _wait_for_device() -> None:

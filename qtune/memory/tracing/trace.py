@@ -69,6 +69,8 @@ class Traced:
     """As whose it was counted; None: the CPU's."""
     reserved_bytes: int
     """The most that the allocator takes from the card; 0 where it was not played."""
+    scratch_bytes: int = 0
+    """What operations may take beside their results where a card leaves the kernel out that they were counted as."""
 
 
 def trace(
