@@ -1,11 +1,15 @@
 """The operations `torch.ops.qtune.*` against what transformers, bitsandbytes and PyTorch compute."""
 
+import os
+import subprocess
 import sys
+import weakref
 
 import bitsandbytes
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from qtune.kernels import comparison, ops, plain
@@ -143,6 +147,72 @@ def test_comparing_kernels_draws_no_random_numbers_of_the_run():
     state = torch.get_rng_state()
     comparison.difference("rotate", plain.rotate, torch.float32, "cpu")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of what was made inside, at most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.seen:
+                self.seen.add(place := storage.data_ptr())
+                self.bytes += (size := storage.nbytes())
+                weakref.finalize(storage, self.gone, place, size)
+        self.most = max(self.most, self.bytes)
+        return out
+
+    def gone(self, place: int, size: int) -> None:
+        self.bytes -= size
+        self.seen.discard(place)
+
+
+def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
+    """Arguments of an operation far larger than a piece, and the bytes of what it returns."""
+    x, wide = torch.randn(4000, 1024, dtype=dtype), torch.randn(64, 100_000, dtype=dtype)
+    rstd = torch.rand(4000, 1)
+    size, labels = x.nbytes, torch.zeros(64, dtype=torch.long)
+    weight = torch.empty(4096, 4096, dtype=dtype)
+    packed = bitsandbytes.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True).to("cpu")
+    head = x.view(2, 2000, 16, 64).transpose(1, 2)
+    angles = torch.randn(1, 2000, 64, dtype=dtype)
+    return {
+        "rms_norm": ([x, x[0], 1e-5], size + rstd.nbytes),
+        "rms_norm_backward": ([x, x, x[0], rstd], size),
+        "rotate": ([head, angles, angles, False], size),
+        "gated": ([x, x, "silu", x.clone()], 0),
+        "gated_backward": ([x.clone(), x, x, "silu", x.clone(), x.clone()], 0),
+        "cross_entropy": ([wide, labels, 1.0, 2.0, True, torch.empty(64), torch.empty(64, dtype=torch.bool)], 0),
+        "dequantize_nested": (list(plain.nested_arguments(packed, packed.quant_state)), weight.nbytes),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", comparison.COMPARED)
+def test_what_stands_in_for_a_kernel_takes_no_more_than_is_allowed_for(name, dtype, monkeypatch):
+    monkeypatch.setattr(plain, "PIECE", plain.CARD_PIECE)
+    arguments, returned = large(name, dtype)
+    with Alive() as alive:
+        kept = getattr(plain, name)(*arguments)
+    assert alive.most - returned <= plain.SCRATCH_BYTES
+    del kept
+
+
+def test_the_kernels_compute_the_same_where_triton_interprets_them():
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for cards")
+    code = (
+        "import torch; from qtune.kernels import comparison, on_cuda\n"
+        "for name in comparison.COMPARED:\n"
+        "    for dtype, tolerance in comparison.TOLERANCES.items():\n"
+        "        found = comparison.difference(name, getattr(on_cuda, name), dtype, 'cpu')\n"
+        "        assert found <= tolerance, (name, dtype, found)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def test_a_kernel_that_is_not_there_has_its_reason(monkeypatch):
