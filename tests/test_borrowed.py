@@ -97,7 +97,7 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert torch.ops.prim.device.default.__name__ == "device.default"
 
 
-@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py", "adapter/lean.py"))
+@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py",))
 def a_tensor_counts_its_changes_and_many_are_copied_at_once() -> None:
     """Not all of them: a fused optimizer's step is not counted, so the copies are renewed at every forward as well."""
     parameters = [nn.Parameter(torch.randn(2, 2)) for _ in range(2)]
