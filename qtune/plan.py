@@ -31,7 +31,8 @@ class Plan:
     attention: str
     micro_batch_size: int
     accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
+    """In all layers, in none, or in so many of the first."""
     optimizer: str
     learning_rate: float
     max_length: int
@@ -58,6 +59,11 @@ class Plan:
             raise ValueError(f"a batch of {batch} rows is no whole number of micro-batches of {size}")
         reasons = {**self.reasons, ("training", "micro_batch_size"): reason}
         return replace(self, micro_batch_size=size, accumulation_steps=batch // size, reasons=reasons)
+
+    def with_checkpointing(self, layers: bool | int, reason: str) -> "Plan":
+        """The same plan with other layers computed twice."""
+        reasons = {**self.reasons, ("training", "gradient_checkpointing"): reason}
+        return replace(self, gradient_checkpointing=layers, reasons=reasons)
 
     def with_embeddings_on_host(self, reason: str) -> "Plan":
         """The same plan with embeddings and head in host memory."""
@@ -138,7 +144,7 @@ def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:
     return True, "the gradients of peft's layers to rounding, with less memory and fewer operations"
 
 
-def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool, str]:
+def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool | int, str]:
     if not recipe.adapter.checkpointable:
         kind = recipe.adapter.kind
         return False, f"{kind} hands its keys and values over in the cache, which checkpointing turns off"

@@ -26,6 +26,7 @@ from qtune.device.present import Device, present_device
 from qtune.errors import InputError, ModelError, Problem
 from qtune.export.gguf.file import refuse_unconvertible
 from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.kept_layers import could_fill
 from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.folder import require_weights
@@ -166,7 +167,7 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     forecast: Forecast | str | None = None
     if not len(prepared.train):
         forecast = "there are no rows"
-    elif traced or (device.kind == "cuda" and not asked.refusals):
+    elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
         with console.progress("tracing a step"):
             forecast = attempted(config, recipe, device, longest_of(prepared))
     return Preflight(
@@ -213,6 +214,12 @@ class _Asked:
 def _require_one_process() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
+
+
+def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
+    """Whether on a processor the layers that are computed twice depend on its memory."""
+    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    return is_open and could_fill(config, plan, longest_of(prepared).longest.length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:

@@ -1,7 +1,8 @@
 """The step of the runs in measured/h100.json, as far as it was another one than today's.
 
-They were made with peft's layers and transformers' blocks, AdamW over lists of tensors, and a loss whose tiles are
-copied to fp32. No run with today's step has been on a card yet; until then these pieces hold the trace against one.
+They were made with peft's layers and transformers' blocks, which `lean_step = false` still is; with AdamW over lists of
+tensors, and a loss whose tiles are copied to fp32. No run with today's step has been on a card yet; until then these
+pieces hold the trace against one.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from qtune.model import loss
 
 
 def as_measured(patch: pytest.MonkeyPatch) -> None:
-    """Puts the old pieces in the place of the new ones."""
+    """Puts the old pieces in the place of the new ones; the recipe has to say `lean_step = false`."""
     own = prediction.optimizer_of
 
     def optimizer_of(plan: Any) -> Any:
@@ -24,7 +25,6 @@ def as_measured(patch: pytest.MonkeyPatch) -> None:
             return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, foreach=True)
         return own(plan)
 
-    patch.setattr(prediction, "install_lean_step", lambda model, dtype, *, recompute: None)
     patch.setattr(prediction, "optimizer_of", optimizer_of)
     patch.setattr(loss._TiledCrossEntropy, "forward", staticmethod(_forward))
 

@@ -25,6 +25,7 @@ from qtune.adapter import lean_check
 from qtune.adapter.lean import adapter_copies, copies_of, install_lean_step
 from qtune.adapter.products import Stack
 from qtune.device.present import present_device
+from qtune.model.checkpointed import checkpoint_first
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 
@@ -77,13 +78,13 @@ def packed(child: torch.nn.Linear, case: Case, dtype: torch.dtype) -> torch.nn.M
     return made.to("cpu")
 
 
-def adapted(case: Case, dtype: torch.dtype = torch.float32, *, lean: bool, recompute: bool = False) -> PeftModel:
+def adapted(case: Case, dtype: torch.dtype = torch.float32, *, lean: bool, recompute: bool | int = False) -> PeftModel:
     given = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | dict(case.lora)
     model = get_peft_model(network(case, dtype), LoraConfig(task_type="CAUSAL_LM", **given))
     return readied(model, dtype, lean=lean, recompute=recompute)
 
 
-def readied(model: PeftModel, dtype: torch.dtype, *, lean: bool, recompute: bool) -> PeftModel:
+def readied(model: PeftModel, dtype: torch.dtype, *, lean: bool, recompute: bool | int) -> PeftModel:
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -93,9 +94,10 @@ def readied(model: PeftModel, dtype: torch.dtype, *, lean: bool, recompute: bool
     model.train()
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_first(model, recompute)
         model.enable_input_require_grads()
     if lean:
-        install_lean_step(model, dtype, recompute=recompute)
+        install_lean_step(model, dtype)
     return model
 
 
@@ -136,7 +138,7 @@ VARIANTS = {
     "embeddings and head": Case(lora=(("target_modules", ["q_proj", "up_proj", "embed_tokens", "lm_head"]),)),
     "tied embeddings": Case(config=(("tie_word_embeddings", True),)),
     "layers by a pattern": Case(lora=(("target_modules", r".*\.1\..*(k_proj|gate_proj|up_proj)"),)),
-    "last layers": Case(lora=(("layers_to_transform", [1]),)),
+    "last layers": Case(lora=(("target_modules", ["v_proj", "up_proj", "gate_proj"]), ("layers_to_transform", [1]))),
     "biases of the base trained": Case(config=(("attention_bias", True),), lora=(("bias", "lora_only"),)),
     "qwen2": Case(family="qwen2"),
     "qwen3": Case(family="qwen3"),
@@ -147,7 +149,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [False, True, 1], ids=["kept", "recomputed", "one layer recomputed"])
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 def test_loss_and_every_gradient_are_pefts(case, recompute):
     theirs, expected = trained(adapted(case, lean=False))
@@ -255,6 +257,28 @@ def test_calls_without_gradients_and_without_the_adapter_are_pefts_bit_for_bit()
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_an_mlp_of_many_rows_is_pefts_to_rounding_and_holds_no_more_than_a_tile(dtype):
+    plain, lean = adapted(Case(), dtype, lean=False), adapted(Case(), dtype, lean=True)
+    x = torch.randn(3, 500, HIDDEN, dtype=dtype)
+    widest = []
+
+    class Widest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.shape[-1] == INTERMEDIATE and "empty" not in func.__name__:
+                widest.append(out.numel() // INTERMEDIATE)
+            return out
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        expected = plain.get_base_model().model.layers[0].mlp(x)
+        with Widest():
+            found = lean.get_base_model().model.layers[0].mlp(x)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert float((found - expected).norm()) <= (1e-6 if dtype is torch.float32 else 1e-2) * float(expected.norm())
+    assert max(widest) <= 2 * HIDDEN
+
+
 def test_a_merged_model_is_pefts():
     plain, lean = (adapted(Case(quantized=None), lean=lean) for lean in (False, True))
     for model in (plain, lean):
@@ -303,12 +327,33 @@ def test_the_step_of_a_fused_optimizer_is_seen_by_the_next_forward(dtype):
     assert distance(gradients, theirs) == 0
 
 
+def test_layers_that_are_given_an_input_each_see_the_step_of_a_fused_optimizer():
+    def apart() -> PeftModel:
+        model = adapted(Case(), torch.bfloat16, lean=True)
+        for layer in model.get_base_model().model.layers:
+            for name in ("k_proj", "v_proj"):
+                module = getattr(layer.self_attn, name)
+                module.forward = lambda x, original=module.forward: original(x.clone())
+        return model
+
+    model, fresh = apart(), apart()
+    trained(model, torch.bfloat16)
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True).step()
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+            if theirs.requires_grad:
+                theirs.copy_(ours)
+    model.zero_grad()
+    assert trained(model, torch.bfloat16)[0] == trained(fresh, torch.bfloat16)[0]
+
+
 def test_a_layer_that_is_called_alone_sees_a_step_that_no_count_of_changes_shows():
     model = adapted(Case(), torch.bfloat16, lean=True)
     trained(model, torch.bfloat16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
-    optimizer.register_step_post_hook(copies_of(model).forget)
     optimizer.step()
+    for copies in copies_of(model):
+        copies.forget()
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
     x = torch.randn(1, 5, HIDDEN, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -320,7 +365,7 @@ def test_a_layer_that_is_called_alone_sees_a_step_that_no_count_of_changes_shows
 
 def test_memory_that_runs_out_while_copies_are_made_leaves_none_that_counts_as_new(monkeypatch):
     model = adapted(Case(), torch.bfloat16, lean=True)
-    stack = copies_of(model).stacks[0]
+    stack = copies_of(model)[0].stacks[0]
     stack.up_to_date(torch.bfloat16)
     with torch.no_grad():
         stack.layers[0].b.add_(1)
@@ -344,7 +389,7 @@ def test_a_gradient_of_a_gradient_is_an_error(recompute):
     for module in (layer.self_attn.o_proj, layer.mlp, layer.input_layernorm):
         x = torch.randn(1, 5, HIDDEN, requires_grad=True)
         (slope,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"differentiated twice|does not require grad"):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
             slope.sum().backward()
 
 
@@ -486,7 +531,7 @@ def test_what_one_layer_computed_for_the_others_is_let_go_of_when_the_module_fai
         )  # nobody comes for what waits
     with pytest.raises(ZeroDivisionError):
         trained(model)
-    shared = next(stack for stack in copies_of(model).stacks if len(stack.layers) == 3)
+    shared = next(stack for copies in copies_of(model) for stack in copies.stacks if len(stack.layers) == 3)
     assert shared is not None
     cells = [cell.cell_contents for cell in attention.forward.__func__.__closure__]
     waiting = next(cell for cell in cells if hasattr(cell, "forget"))

@@ -32,6 +32,8 @@ ROOMS = (
     "adapter",
     "tuned",
     "memory.tracing",
+    "timing.price",
+    "timing.known",
     "memory",
     "memory.measured",
     "timing",

@@ -64,6 +64,7 @@ def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan
     """What a prediction is made of, for the batch that was measured."""
     tables = run.recipe("models", "data", "runs")
     tables["data"]["max_length"] = batch["length"]
+    tables["training"] = {**tables.get("training", {}), "lean_step": False}
     recipe = parse_recipe(tables)
     assert isinstance(recipe, Recipe), recipe
     longest = Longest(batch["length"], -(-batch["scored"] // batch["rows"]), equal=not batch["padded"])

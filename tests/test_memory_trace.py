@@ -44,7 +44,7 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     network = load_base(recipe.model.model_copy(update={"base": folder}), recipe.quantization, plan)
     model = attach_adapter(network, recipe.adapter, plan)
     install_loss(model.get_base_model())
-    install_lean_step(model, getattr(torch, plan.compute_dtype), recompute=plan.gradient_checkpointing)
+    install_lean_step(model, getattr(torch, plan.compute_dtype))
     step = training_step(recipe, plan, longest)
     prepare(model, step)
     optimizer = step.optimizer(parameter_groups(model))
@@ -93,7 +93,7 @@ def test_traced_bytes_of_every_kind_of_adapter_are_the_executed_ones(tmp_path, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1, 2])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_traced_bytes_are_the_executed_ones(tmp_path, adapter, checkpointing):
     config = tiny(layers=3)

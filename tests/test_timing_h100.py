@@ -49,7 +49,12 @@ def traced(what: str, rows: int, length: int, masked: bool, scored: int) -> Work
         {
             "model": {"base": "traced"},
             "data": {"train": "rows.jsonl", "max_length": length},
-            "training": {"batch_size": rows, "micro_batch_size": rows, "gradient_checkpointing": True},
+            "training": {
+                "batch_size": rows,
+                "micro_batch_size": rows,
+                "gradient_checkpointing": True,
+                "lean_step": False,
+            },
         }
     )
     assert isinstance(recipe, Recipe)

@@ -202,17 +202,30 @@ def flops(work: Work, **where: Any) -> int:
 
 
 def test_the_products_of_a_step_are_those_of_a_count_by_hand() -> None:
-    """Frozen weights: forward, again under checkpointing, and the gradient of their input. Adapters: also their own."""
+    """Frozen weights: forward, again under checkpointing, and the gradient of their input. Adapters: also their own.
+
+    The MLP computes gate and up again in its own backward, and down's way down; its way up it never needs again.
+    """
     tokens, rank = 2 * 128, 4
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]  # q k v o gate up down
     base = 2 * tokens * sum(n * k for n, k in shapes)
     adapter = 2 * tokens * sum(rank * (n + k) for n, k in shapes)
     work = step_work(adapter={"kind": "lora", "rank": rank})
     assert flops(work, phase="forward", part="layers") == 2 * (base + adapter)
-    assert flops(work, phase="backward", part="layers", recomputed=False) == 2 * (base + 2 * adapter)
+    again = 2 * tokens * (sum(n * k + rank * (n + k) for n, k in shapes[4:6]) + rank * 128)
+    assert flops(work, phase="backward", part="layers", recomputed=False) == 2 * (base + 2 * adapter + again)
+    attention = 2 * tokens * sum(n * k + rank * (n + k) for n, k in shapes[:4])
+    assert flops(work, phase="backward", recomputed=True) == 2 * attention
+
+
+def test_with_pefts_layers_all_of_a_layer_but_its_last_product_is_computed_again() -> None:
+    tokens, rank = 2 * 128, 4
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    both = 2 * tokens * sum(n * k + rank * (n + k) for n, k in shapes)
+    work = step_work(adapter={"kind": "lora", "rank": rank}, training={"lean_step": False})
     # Recomputing stops when the last tensor that the backward needs is there: the last adapter's way up is not.
     last_up = 2 * tokens * rank * 64
-    assert flops(work, phase="backward", recomputed=True) == 2 * (base + adapter - last_up)
+    assert flops(work, phase="backward", recomputed=True) == 2 * (both - last_up)
 
 
 def test_nothing_is_recomputed_without_checkpointing() -> None:

@@ -42,7 +42,6 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.training import trainer as training
 from qtune.training.arguments import sft_config
 from qtune.training.trainer import QloraTrainer
 
@@ -122,7 +121,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         if lean:
-            install_lean_step(model, dtype, recompute=checkpointing)
+            install_lean_step(model, dtype)
         ids = torch.arange(1000, device=model.device).view(2, 500) * 7 % SMALL["vocab_size"]
         kind = model.device.type
         for _ in range(2):
@@ -141,7 +140,7 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-def parts(rows: int, length: int, dtype: torch.dtype) -> tuple[Recipe, Plan]:
+def parts(rows: int, length: int, dtype: torch.dtype, *, lean: bool = True) -> tuple[Recipe, Plan]:
     """LoRA r16 on all linear layers, on the card that is here."""
     recipe = parse_recipe(
         {
@@ -151,7 +150,7 @@ def parts(rows: int, length: int, dtype: torch.dtype) -> tuple[Recipe, Plan]:
             "data": {"train": "random", "max_length": length},
             "training": {
                 "batch_size": rows, "micro_batch_size": rows, "schedule": "constant", "warmup": 0.0,
-                "learning_rate": 1e-4, "gradient_checkpointing": True,
+                "learning_rate": 1e-4, "gradient_checkpointing": True, "lean_step": lean,
             },
         }
     )  # fmt: skip
@@ -218,21 +217,15 @@ def random_rows(rows: int, length: int, vocabulary: int) -> Dataset:
 
 def ours(geometry: dict[str, int], rows: int, length: int, folder: str, *, lean: bool) -> SFTTrainer:
     """qtune's trainer, as a run builds it."""
-    recipe, plan = parts(rows, length, compute_dtype())
+    recipe, plan = parts(rows, length, compute_dtype(), lean=lean)
     model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{lean}")
-    original = training._install_lean_step
-    if not lean:
-        training._install_lean_step = lambda *_: None
-    try:
-        trainer = QloraTrainer(
-            model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
-            training=recipe.training,
-            meter=Meter(torch.device(plan.device.torch_name), first_steps=0, longest_steps=0), tokenizer=tokenizer(),
-            train=random_rows(rows, length, geometry["vocab_size"]), validation=None, collator=PaddedCollator(0),
-            lengths=[length] * rows, callbacks=[], tiled_loss=True, note=print,
-        )  # fmt: skip
-    finally:
-        training._install_lean_step = original
+    trainer = QloraTrainer(
+        model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
+        training=recipe.training,
+        meter=Meter(torch.device(plan.device.torch_name), first_steps=0, longest_steps=0), tokenizer=tokenizer(),
+        train=random_rows(rows, length, geometry["vocab_size"]), validation=None, collator=PaddedCollator(0),
+        lengths=[length] * rows, callbacks=[], tiled_loss=True, note=print,
+    )  # fmt: skip
     return ready(trainer, plan)
 
 

@@ -50,8 +50,13 @@ class Mlp:
     down: Stack
     activation: str
     """Of `torch.ops.qtune.gated`."""
-    recompute: bool
-    """Whether the backward computes gate and up again."""
+    layer: Any
+    """Of the model, whose switch says whether it is checkpointed; None where it has none."""
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward computes gate and up again: under checkpointing nothing but the input is kept."""
+        return bool(getattr(self.layer, "gradient_checkpointing", False))
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of gate, up and down, in turn."""
@@ -60,7 +65,7 @@ class Mlp:
     def tiles(self, rows: int, times: int = 1) -> Iterator[slice]:
         """Rows that are computed at once: [tile, intermediate] is as large as the weight that it is multiplied with,
         so that dequantizing the weights once for each tile stays a small part of multiplying with them."""
-        most = times * self.into.layers[0].a.shape[1] if self.recompute else rows
+        most = times * self.into.layers[0].a.shape[1]
         count = max(1, -(-rows // most))
         size = -(-rows // count)
         for start in range(0, rows, size):
@@ -92,7 +97,8 @@ class _GatedMlp(torch.autograd.Function):
         ctx.versions = mlp.into.up_to_date(x.dtype), mlp.down.up_to_date(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         output = rows.new_empty(len(rows), mlp.down.layers[0].b.shape[0])
-        for tile in mlp.tiles(len(rows), times=2):  # half of what the backward holds
+        # A tile is half of what the backward holds.
+        for tile in [slice(0, len(rows))] if kept is None else mlp.tiles(len(rows), times=2):
             gate, up, u = _gate_and_up(mlp, rows[tile])
             if kept is None:
                 ctx.save_for_backward(x, gate, up, u)
@@ -118,9 +124,9 @@ class _GatedMlp(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total: list[Tensor] | None = None
-        for tile in mlp.tiles(len(rows)):
+        for tile in [slice(0, len(rows))] if saved else mlp.tiles(len(rows)):
             given = list(saved or _gate_and_up(mlp, rows[tile]))
-            found = _backward(mlp, rows[tile], grads[tile], given, None if dx is None else dx[tile])
+            found = _backward(mlp, rows[tile], grads[tile], given, None if dx is None else dx[tile], is_own=not saved)
             total = found if total is None else [sum_ + part for sum_, part in zip(total, found, strict=True)]
         assert total is not None
         into, down = total[:3], total[3:]
@@ -134,17 +140,19 @@ def _gate_and_up(mlp: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mlp.into.output(0, x, u), mlp.into.output(1, x, u), u
 
 
-def _backward(mlp: Mlp, x: Tensor, grad: Tensor, given: list[Tensor], dx: Tensor | None) -> list[Tensor]:
+def _backward(
+    mlp: Mlp, x: Tensor, grad: Tensor, given: list[Tensor], dx: Tensor | None, *, is_own: bool
+) -> list[Tensor]:
     """Gradients of the weights, those of gate and up and those of down; that of x is written into `dx`.
 
-    given: gate, up and their inner products. Where they were computed for this, their gradients are written over them,
-    and three tensors [rows, intermediate] are all there is; where nothing is recomputed they are autograd's.
+    given: gate, up and their inner products. is_own: they were computed for this; their gradients are written over
+    them, and three tensors [rows, intermediate] are all there is. Otherwise they are autograd's.
     """
     gate, up, u = given
     given.clear()
     du_down = mlp.down.inner_gradient([grad], len(grad))
     inside = mlp.down.input_gradient([grad], du_down)
-    d_gate, d_up = (gate, up) if mlp.recompute else (torch.empty_like(gate), torch.empty_like(up))
+    d_gate, d_up = (gate, up) if is_own else (torch.empty_like(gate), torch.empty_like(up))
     _ops.gated_backward.default(inside, gate, up, mlp.activation, d_gate, d_up)
     del gate, up
     down = mlp.down.weight_gradients(inside, mlp.down.inner(inside), [grad], du_down)
@@ -156,8 +164,11 @@ def _backward(mlp: Mlp, x: Tensor, grad: Tensor, given: list[Tensor], dx: Tensor
     return [*into, *down]
 
 
-def gated_mlp(module: Any, layers: dict[str, Layer], *, recompute: bool) -> Mlp | None:
-    """The MLP of a module whose code is LlamaMLP's, whatever its family calls it, with LoRA on all three layers."""
+def gated_mlp(module: Any, layers: dict[str, Layer], layer: Any) -> Mlp | None:
+    """The MLP of a module whose code is LlamaMLP's, whatever its family calls it, with LoRA on all three layers.
+
+    layer: of the model, that it is in.
+    """
     if not computes_the_same(type(module).forward, LlamaMLP.forward):
         return None
     names = ("gate_proj", "up_proj", "down_proj")
@@ -165,18 +176,19 @@ def gated_mlp(module: Any, layers: dict[str, Layer], *, recompute: bool) -> Mlp 
     if activation is None or any(name not in layers or layers[name].has_dropout for name in names):
         return None
     gate, up, down = (layers[name] for name in names)
-    return Mlp(Stack([gate, up]), Stack([down]), activation, recompute)
+    return Mlp(Stack([gate, up]), Stack([down]), activation, layer)
 
 
 def take_over_mlp(module: Any, mlp: Mlp) -> None:
-    """Gives a module our forward for training; every other call stays what it was."""
+    """Gives a module our forward for training; every other call stays what it was, but that without gradients many rows
+    go through it tile by tile: an evaluation should need no more than a step."""
     original: Callable[..., Tensor] = module.forward
     layers: Sequence[Layer] = [*mlp.into.layers, *mlp.down.layers]
 
     def forward(self: Any, x: Tensor) -> Tensor:
         dtype = is_ours(x, layers)
         if dtype is None or dtype != x.dtype:
-            return original(x)
+            return original(x) if torch.is_grad_enabled() else _in_tiles(original, x, 2 * x.shape[-1])
         parameters = mlp.parameters()
         if not mlp.recompute:
             plain: Tensor = _GatedMlp.apply(x, None, mlp, *parameters)
@@ -186,3 +198,19 @@ def take_over_mlp(module: Any, mlp: Mlp) -> None:
         return recomputed
 
     module.forward = types.MethodType(forward, module)
+
+
+def _in_tiles(original: Callable[..., Tensor], x: Tensor, most: int) -> Tensor:
+    """What a module that treats every row [hidden] alone makes of x [..., hidden], `most` rows at once."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= most:
+        return original(x)
+    out: Tensor | None = None
+    for start in range(0, len(rows), most):
+        part = original(rows[start : start + most])
+        if out is None:
+            out = part.new_empty(len(rows), part.shape[-1])
+        out[start : start + most] = part
+        del part  # or the next one would come beside it
+    assert out is not None
+    return out.view(*x.shape[:-1], out.shape[-1])

@@ -14,6 +14,7 @@ import torch
 from qtune.adapter.fast_lora import SHARING, Shared, plain_layers, take_over
 from qtune.adapter.fast_mlp import gated_mlp, take_over_mlp
 from qtune.adapter.products import renew
+from qtune.model.checkpointed import switched_layers
 from qtune.model.fast_blocks import install_fast_blocks
 
 if TYPE_CHECKING:
@@ -26,23 +27,27 @@ if TYPE_CHECKING:
 
 
 class AdapterCopies:
-    """The adapter's weights in the type that is computed in, made at the start of each forward, all at once.
+    """The adapter's weights of a layer in the type that is computed in, made at the start of its forward, all at once.
 
     Autograd's count of changes does not see every one of them (fused optimizers and bitsandbytes' write past it), so
     that nothing is trusted to be unchanged from one forward to the next, and an optimizer's step says so as well.
     """
 
-    def __init__(self, stacks: list[Stack], dtype: torch.dtype) -> None:
-        self.stacks, self.dtype = stacks, dtype
+    def __init__(self, stacks: list[Stack], seldom: list[Stack], dtype: torch.dtype) -> None:
+        """seldom: stacks that few forwards need, if any; their copies are made where they are needed."""
+        self.stacks, self.seldom, self.dtype = stacks, seldom, dtype
 
-    def renew(self, *_: Any) -> None:
-        """Makes every copy what its parameter is now, where a gradient is wanted."""
-        if torch.is_grad_enabled():
+    def renew(self, module: nn.Module, _: Any) -> None:
+        """Makes every copy what its parameter is now, where a gradient may be wanted: a reentrant checkpoint's forward
+        has none, and its recomputation comes past this."""
+        if torch.is_grad_enabled() or module.training:
             renew(self.stacks, self.dtype)
+            for stack in self.seldom:
+                stack.forget()
 
-    def forget(self, *_: Any) -> None:
+    def forget(self) -> None:
         """The parameters have changed; what is computed next makes its copies anew, whoever asks."""
-        for stack in self.stacks:
+        for stack in (*self.stacks, *self.seldom):
             stack.forget()
 
     def held(self) -> list[Tensor]:
@@ -50,62 +55,57 @@ class AdapterCopies:
         return [tensor for stack in self.stacks for tensor in stack.held(self.dtype)]
 
 
-def install_lean_step(model: PeftModel, dtype: torch.dtype, *, recompute: bool) -> None:
+def install_lean_step(model: PeftModel, dtype: torch.dtype) -> None:
     """Puts our functions into a model, for training.
 
     dtype: that products are computed in, by autocast where the adapter's is another.
-    recompute: whether the model's layers are checkpointed, so that an MLP should keep nothing but its input.
     """
     install_fast_blocks(model)
-    stacks: list[Stack] = []
+    layer_of = {id(part): layer for layer in switched_layers(model) for part in layer.modules()}
+    by_layer: dict[nn.Module, AdapterCopies] = {}
     for module, layers in list(plain_layers(model)):
-        stacks += _into_module(module, layers, recompute)
-    if stacks:
-        copies = AdapterCopies(stacks, dtype)
-        for module in _doors(model):
-            module.register_forward_pre_hook(copies.renew)
-        model.base_model.adapter_copies = copies
+        layer = layer_of.get(id(module))
+        copies = by_layer.setdefault(module if layer is None else layer, AdapterCopies([], [], dtype))
+        stacks, seldom = _into_module(module, layers, layer)
+        copies.stacks += stacks
+        copies.seldom += seldom
+    for place, copies in by_layer.items():
+        place.register_forward_pre_hook(copies.renew)
+    model.base_model.adapter_copies = list(by_layer.values())
 
 
-def _doors(model: PeftModel) -> list[nn.Module]:
-    """What every forward through the layers calls: the backbone; where a class has none apart from its head, peft's
-    wrapper, which calls the network's forward past its hooks, and the network itself."""
-    network: Any = model.get_base_model()
-    return [network.base_model] if network.base_model is not network else [model.base_model, network]
-
-
-def copies_of(model: Any) -> AdapterCopies | None:
-    """What `install_lean_step` has put beside the adapter's weights; None where nothing is beside them."""
-    found = getattr(getattr(model, "base_model", None), "adapter_copies", None)
-    return found if isinstance(found, AdapterCopies) else None
+def copies_of(model: Any) -> list[AdapterCopies]:
+    """What `install_lean_step` has put beside the adapter's weights, layer by layer."""
+    found: list[AdapterCopies] = getattr(getattr(model, "base_model", None), "adapter_copies", [])
+    return found
 
 
 def adapter_copies(model: Any) -> list[Tensor]:
     """What stands in memory beside the adapter's own weights once `install_lean_step` has been called."""
-    copies = copies_of(model)
-    return [] if copies is None else copies.held()
+    return [tensor for copies in copies_of(model) for tensor in copies.held()]
 
 
-def _into_module(module: Any, layers: dict[str, Layer], recompute: bool) -> list[Stack]:
-    """Takes over what can be in one module; the stacks that it will compute with."""
+def _into_module(module: Any, layers: dict[str, Layer], layer: Any) -> tuple[list[Stack], list[Stack]]:
+    """Takes over what can be in one module, of one of the model's layers; the stacks that it will compute with, and
+    those that it needs where layers that share an input are given another one each."""
     if {"gate_proj", "up_proj", "down_proj"} <= layers.keys():
-        mlp = gated_mlp(module, layers, recompute=recompute)
+        mlp = gated_mlp(module, layers, layer)
         if mlp is not None:
             take_over_mlp(module, mlp)
-            return [mlp.into, mlp.down]
+            return [mlp.into, mlp.down], []
     stacks: list[Stack] = []
+    seldom: list[Stack] = []
     left = dict(layers)
     for names in SHARING:
         together = [left[name] for name in names if name in left and not left[name].has_dropout]
         widths = {layer.a.shape[1] for layer in together}
         if len(together) == len(names) and len(widths) == 1:
             shared = Shared(together)
-            for place, name in enumerate(names):
-                take_over(left.pop(name), shared, place)
+            seldom += [take_over(left.pop(name), shared, place) for place, name in enumerate(names)]
             _bound(module, shared)
             stacks.append(shared.stack)
     stacks += [take_over(layer, None, 0) for layer in left.values()]
-    return stacks
+    return stacks, seldom
 
 
 def _bound(module: Any, shared: Shared) -> None:

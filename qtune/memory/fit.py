@@ -22,6 +22,7 @@ from qtune.memory.budget import (
     settle,
 )
 from qtune.memory.cached import predicted
+from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.load import attention_rule, load_config
@@ -128,7 +129,9 @@ def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:
     """What `qtune run` chooses on a card."""
     if plan.device.kind != "cuda":
         return {}
-    own = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
+    own: dict[KeyPath, Any] = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
+    if recipe.training.gradient_checkpointing == "auto":
+        own[CHECKPOINTING] = plan.gradient_checkpointing
     return own | ({EMBEDDINGS: plan.embeddings} if recipe.memory.embeddings == "auto" else {})
 
 

@@ -121,7 +121,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
     if plan.lean_step:
-        install_lean_step(model, dtype, recompute=plan.gradient_checkpointing)
+        install_lean_step(model, dtype)
     return model
 
 
@@ -148,6 +148,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         accumulates=plan.accumulation_steps > 1,
         host_apart=plan.device.kind == "cuda",
         eval_batch=batch(longest.length if longest.evaluated is None else longest.evaluated),
+        checkpointed=plan.gradient_checkpointing or True,
     )
 
 

@@ -10,7 +10,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     """Pairs of values that cannot work together, each with its reason."""
     adapter, training = recipe.adapter, recipe.training
     quantized = not isinstance(recipe.quantization, Unquantized)
-    if not adapter.checkpointable and training.gradient_checkpointing is True:
+    if not adapter.checkpointable and training.gradient_checkpointing not in ("auto", False):
         yield Fault(
             ("training", "gradient_checkpointing"),
             f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "

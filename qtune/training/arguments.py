@@ -51,7 +51,7 @@ def sft_config(
         bf16=plan.compute_dtype == "bfloat16",
         fp16=plan.loss_scaling,
         tf32=None,
-        activation_checkpointing=plan.gradient_checkpointing,
+        activation_checkpointing=bool(plan.gradient_checkpointing),  # `CheckpointedLayers` narrows it
         activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
         activation_offloading=False,
         use_liger_kernel=False,

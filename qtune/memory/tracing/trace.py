@@ -305,7 +305,7 @@ class _Tracer:
 
     def _history(self, phases: set[str]) -> History:
         """These phases; of the loading only its last tick, when everything static is there."""
-        whole = history_of(self.ledger, self.step.checkpointing != "none")
+        whole = history_of(self.ledger, self.step.checkpoints_all)
         loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
         return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
 
