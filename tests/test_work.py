@@ -80,16 +80,26 @@ def test_training_a_linear_layer_takes_three_times_its_forward() -> None:
 
 def test_a_four_bit_product_reads_codes_and_constants_writes_the_weight_and_multiplies_with_it() -> None:
     tokens, n, k = 256, 128, 64
-    kernels = layer_kernels("gemm_4bit", "dequantize_4bit", "dequantize absmax", "dequantize_blockwise")
+    names = ("gemm_4bit", "dequantize_4bit", "dequantize absmax", "dequantize_blockwise")
+    kernels = layer_kernels(*names, lean=False)
     one = [kernel for kernel in kernels if kernel.op == "gemm_4bit" and kernel.flops == 2 * tokens * n * k]
     assert {kernel.bytes for kernel in one} == {2 * (tokens * k + n * k + tokens * n)}
     read_back = {kernel.bytes for kernel in kernels if kernel.op == "dequantize_4bit"}
     assert n * k // 2 + 4 * n * k // 64 + 2 * n * k in read_back
 
 
-def layer_kernels(*ops: str) -> set[Kernel]:
+def test_the_lean_steps_product_dequantizes_in_one_pass_and_adds_to_the_update_that_is_there() -> None:
+    tokens, n, k = 256, 128, 64
+    packed = n * k // 2 + n * k // 64 + 4 * -(-n * k // 64 // 256)  # codes, an 8-bit absmax, one of 256 of them in fp32
+    books = 4 * (256 + 16 + 1)  # two code books and an offset
+    assert packed + books + 2 * n * k in {kernel.bytes for kernel in layer_kernels("dequantize_nested", lean=True)}
+    products = {kernel for kernel in layer_kernels("addmm_", lean=True) if kernel.flops == 2 * tokens * n * k}
+    assert 2 * (tokens * k + n * k + 2 * tokens * n) in {kernel.bytes for kernel in products}
+
+
+def layer_kernels(*ops: str, lean: bool) -> set[Kernel]:
     """Of a step on a card with 2 x 128 tokens."""
-    recipe = recipe_with(training={"gradient_checkpointing": True})
+    recipe = recipe_with(training={"gradient_checkpointing": True, "lean_step": lean})
     found = predict(tiny(layers=1), recipe, make_plan(recipe, CARD), Longest(128, equal=True)).work
     return {kernel for _, kernel in found if kernel.op in ops}
 
@@ -238,6 +248,7 @@ def test_the_head_is_multiplied_with_twice_for_every_scored_position() -> None:
     assert flops(step_work(), phase="forward", part="loss") == 2 * 2 * (2 * 127) * 64 * 256
 
 
+@pytest.mark.slow
 def test_the_work_of_a_deep_model_is_that_of_tracing_every_layer() -> None:
     assert step_work(layers=12) == step_work(layers=12, every_layer=True)
 

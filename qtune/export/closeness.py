@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtune.data.masks import IGNORED
+
 # Largest mean KL divergence (nats per token) and smallest top-1 agreement that pass, by the dtype that the weights are
 # written in. Activations are float32 on both sides.
 #
@@ -100,7 +102,7 @@ class PerplexityMeter:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Logits [length, vocab] predict labels [length] of the next position; -100 is not scored."""
-        scored = labels[1:] != -100
+        scored = labels[1:] != IGNORED
         log_p = logits[:-1][scored].float().log_softmax(-1)
         self._loss -= log_p.gather(1, labels[1:][scored].unsqueeze(1)).double().sum().item()
         self._scored += int(scored.sum())
@@ -130,12 +132,12 @@ def limits(stored: torch.dtype, effect: float) -> Limits:
     return Limits(absolute, TOP1_LIMITS[stored], f"{name} rounding, with a tenfold margin")
 
 
-def shortfalls(found: Closeness, allowed: Limits) -> list[str]:
+def shortfalls(closeness: Closeness, allowed: Limits) -> list[str]:
     """What is wrong, in words; empty when the limits are kept."""
     problems = []
-    if not found.kl <= allowed.kl:
-        problems.append(f"KL divergence {found.kl:.3g} nats per token, at most {allowed.kl:.3g} ({allowed.reason})")
+    if not closeness.kl <= allowed.kl:
+        problems.append(f"KL divergence {closeness.kl:.3g} nats per token, at most {allowed.kl:.3g} ({allowed.reason})")
     # One token more than the share: with few tokens a single tie must not decide.
-    if found.tokens * (1 - found.top1) > found.tokens * (1 - allowed.top1) + 1:
-        problems.append(f"the likeliest token agrees at {found.top1:.2%} of positions, at least {allowed.top1:.1%}")
+    if closeness.tokens * (1 - closeness.top1) > closeness.tokens * (1 - allowed.top1) + 1:
+        problems.append(f"the likeliest token agrees at {closeness.top1:.2%} of positions, at least {allowed.top1:.1%}")
     return problems
