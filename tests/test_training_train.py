@@ -770,9 +770,10 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     broken = stopped_run(write_recipe(training=TWO_EPOCHS), monkeypatch, step=5)
     before = {file.name: file.read_bytes() for file in broken.path.glob("*.*")}
     may = (
-        "training.micro_batch_size, training.gradient_checkpointing, memory.budget, memory.embeddings, "
-        "memory.activations, memory.loss_tile, training.log_every, training.eval_every, training.checkpoint_every, "
-        "training.checkpoint_minutes, training.keep_checkpoints, training.trackers, data.allow, output.gguf"
+        "training.micro_batch_size, training.gradient_checkpointing, training.lean_step, memory.budget, "
+        "memory.embeddings, memory.activations, memory.loss_tile, training.log_every, training.eval_every, "
+        "training.checkpoint_every, training.checkpoint_minutes, training.keep_checkpoints, training.trackers, "
+        "data.allow, output.gguf"
     )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
@@ -799,7 +800,8 @@ def test_another_budget_lets_the_micro_batch_follow_from_memory_again(
             run(recipe)
     broken = latest_run(recipe)
     assert resumed_recipe(broken).recipe.training.micro_batch_size == 4
-    assert resumed_recipe(broken, ["memory.budget=8GiB"]).recipe.training.micro_batch_size == "auto"
+    follows = resumed_recipe(broken, ["memory.budget=8GiB"]).recipe.training
+    assert (follows.micro_batch_size, follows.gradient_checkpointing) == ("auto", "auto")
     kept = resumed_recipe(broken, ["memory.budget=8GiB", "training.micro_batch_size=1"])
     assert kept.recipe.training.micro_batch_size == 1
 

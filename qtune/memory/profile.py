@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qtune.adapter.lean_check import examined
 from qtune.device.present import Device, present_device
 from qtune.errors import RunError
 from qtune.memory.cached import predicted
@@ -70,7 +71,7 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
     """
     recipe = resolved.recipe
     config = load_config(recipe.model)
-    found = forecast(config, recipe, device, longest_rows(resolved, length))
+    found = forecast(config, recipe, examined(device, recipe), longest_rows(resolved, length))
     return Profile(recipe, found, [], [])
 
 

@@ -274,14 +274,17 @@ def _assignments(values: "dict[KeyPath, Any]") -> str:
 
 def _trials(fitted: "Fitted") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("change", "a row needs", "and then", "", "price"):
-        table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
+    is_timed = any(trial.pace is not None for trial in fitted.trials)
+    timed = ["for"] if is_timed else []
+    for name in ("change", "a row needs", "and then", *timed, "", "price"):
+        table.add_column(name, justify="right" if name in ("a row needs", "and then", *timed) else "left")
     for trial in fitted.trials:
         before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
+        pace = [] if not is_timed else ["" if trial.pace is None else _price(trial.pace, 1.0)]
         if trial.verdict == "kept":
             mark = trial.need.verdict(fitted.budget_bytes)
-            table.add_row(trial.what, before, after, mark, trial.why)
+            table.add_row(trial.what, before, after, *pace, mark, trial.why)
         else:
             reason = trial.why if trial.verdict == "not possible" else "left as it was"
-            table.add_row(trial.what, before, after, trial.verdict, reason, style="dim")
+            table.add_row(trial.what, before, after, *pace, trial.verdict, reason, style="dim")
     return table
