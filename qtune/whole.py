@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,7 +26,9 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
         elif not path.exists():
             _rename_unless_there(partial, path)
     finally:
-        _remove(partial)
+        # What cannot be removed must not hide why the block has failed; the next one clears it away.
+        with suppress(OSError):
+            _remove(partial)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -226,6 +226,17 @@ def questions_about_the_device_are_asked_by_these_names() -> None:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
+@borrowed("transformers", "ImmutableSandboxedEnvironment", files=("data/bounds.py",))
+def templates_are_compiled_in_the_environment_of_this_name() -> None:
+    """No public way to give `apply_chat_template` an environment of one's own."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from qtune.data.bounds import BoundedEnvironment
+
+    _compile_jinja_template.cache_clear()
+    assert isinstance(_compile_jinja_template("{{ messages }}").environment, BoundedEnvironment)
+
+
 @borrowed("transformers", "accelerate_dispatch", files=("model/load.py",))
 def loading_to_two_places_calls_the_function_that_is_replaced() -> None:
     """No public way: a device_map with two places always comes with accelerate's hooks."""

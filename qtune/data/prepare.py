@@ -28,6 +28,8 @@ from qtune.recipe.schema import Data
 from qtune.spelling import did_you_mean
 
 TRAINED = ["input_ids", "labels"]
+MOST_ROWS = 500_000_000
+"""Of an epoch: their numbers, eight bytes each, are shuffled in memory."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,9 @@ def survey(
         examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
     if data.test is not None:
         examples["test"], _ = maker.split("test", find_sources(data.test, data, folder, "test"))
+    if weights.sum() > MOST_ROWS:
+        message = f"the weights make {weights.sum():.3g} rows of an epoch, and at most {MOST_ROWS:,} can be ordered"
+        raise DataError(Problem("data.train", f"{message}; lower them, or raise training.epochs instead"))
     weighted = examples["train"].select(weighted_rows(weights, seed))
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qtune.errors import ExportError, InputError, Problem
+from qtune.disk import refusal_of
+from qtune.errors import ExportError, InputError, Problem, QtuneError
 from qtune.sizes import MIB, gib_text
 from qtune.whole import clear_leftovers, whole
 
@@ -38,7 +39,13 @@ def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{output.parent}: the disk is full; nothing was left behind") from error
+        if (refused := refusal_of(error)) is not None:
+            raise ExportError(f"{refused}; nothing was left behind") from error
         raise
+    except Exception as error:  # of safetensors and tokenizers, which say it in their own way
+        if isinstance(error, QtuneError) or (refused := refusal_of(error)) is None:
+            raise
+        raise ExportError(f"{output.parent}: {refused}; nothing was left behind") from error
 
 
 @contextmanager

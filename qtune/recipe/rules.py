@@ -75,6 +75,13 @@ def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
             f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
             'use false or "auto"',
         )
+    rate = adapter.auto_learning_rate[0] if training.learning_rate == "auto" else training.learning_rate
+    if rate * training.weight_decay >= 1:
+        yield Fault(
+            ("training", "weight_decay"),
+            f"each step takes learning_rate x weight_decay = {rate * training.weight_decay:g} of a weight away, which "
+            "must be below 1",
+        )
     if adapter.export == "alone" and recipe.output.gguf is not None:
         yield Fault(
             ("output", "gguf"),

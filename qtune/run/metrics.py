@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,11 +94,23 @@ KINDS: dict[str, type[Metric]] = {"train": TrainRecord, "eval": EvalRecord, "not
 
 
 def append_metric(file: Path, record: Metric) -> None:
-    """Adds a record to the end of the file."""
+    """Adds a record to the end of the file.
+
+    Raises:
+        OSError: it could not be written; nothing of it is in the file.
+    """
     values = plain(record)
-    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False) + "\n"
+    left = memoryview(line.encode(errors="backslashreplace"))
+    with file.open("ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(before)
+            raise
 
 
 def read_metrics(file: Path) -> tuple[Metric, ...]:

@@ -2,8 +2,9 @@
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +38,22 @@ class Metrics(TrainerCallback):
         self.meter = meter
         self.checkpoints = checkpoints
         self.began = time.monotonic()
+        self._waiting: deque[Metric] = deque()
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
+
+    def settle(self) -> None:
+        """Writes the records that could not be written before.
+
+        Raises:
+            OSError: they still cannot.
+        """
+        while self._waiting:
+            append_metric(self.file, self._waiting[0])
+            self._waiting.popleft()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Whoever goes on from a checkpoint goes on with the records up to it.
+        self.settle()
 
     def take_rows(self, losses: Sequence[float], tokens: Sequence[int]) -> None:
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
@@ -80,8 +96,14 @@ class Metrics(TrainerCallback):
         return round(time.monotonic() - self.began, 2)
 
     def _write(self, record: Metric) -> None:
-        append_metric(self.file, record)
+        self._waiting.append(record)
         self.show(record)
+        try:
+            self.settle()
+        except OSError as error:  # a disk that is full for a while stops no training
+            if len(self._waiting) == 1:
+                reason = error.strerror or error
+                self.show(NoteRecord(f"{self.file} cannot be written ({reason}); its records wait in memory"))
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -164,7 +186,7 @@ class CheckpointClock(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or a SIGTERM ends the run after the step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C, SIGTERM or a closed terminal ends the run after the step, with a checkpoint; a second one at once."""
 
     def __init__(self, on_request: Callable[[], None]) -> None:
         self.requested = False
@@ -173,7 +195,10 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals while training runs, and gives them back."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # `nohup` has asked for the run to go on when the terminal is closed.
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -184,7 +209,8 @@ class StopOnSignal(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.on_request()
+        with suppress(OSError):
+            self.on_request()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -21,7 +21,8 @@ from peft import PeftModel
 from qtune import console
 from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter, trained_state
-from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
+from qtune.disk import told
+from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError, TrainingError
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.model.load import base_folder
@@ -64,10 +65,11 @@ def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = Fal
         require_allocator()
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
-    inputs = gather(resolved)
-    recipe = inputs.recipe
-    run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+    with told(TrainingError):
+        inputs = gather(resolved)
+        recipe = inputs.recipe
+        run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
+        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     _train(inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -88,17 +90,18 @@ def resume(
         raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
     if snapshot:
         require_allocator()
-    # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
-    resolved = resumed_recipe(run_dir, changes).allowing(allow)
-    inputs = gather(resolved, run_dir)
-    require_same_rows(inputs, run_dir)
-    if changes or allow:
-        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
-    remove_incomplete_checkpoints(run_dir.checkpoints)
-    checkpoints = complete_checkpoints(run_dir.checkpoints)
-    step = step_of(checkpoints[-1]) if checkpoints else 0
-    console.say(f"resuming {run_dir.path} from step {step}")
-    forget_after(run_dir.metrics_file, step)
+    with told(TrainingError, lambda: _way_on(run_dir)):
+        # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
+        resolved = resumed_recipe(run_dir, changes).allowing(allow)
+        inputs = gather(resolved, run_dir)
+        require_same_rows(inputs, run_dir)
+        if changes or allow:
+            run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+        remove_incomplete_checkpoints(run_dir.checkpoints)
+        checkpoints = complete_checkpoints(run_dir.checkpoints)
+        step = step_of(checkpoints[-1]) if checkpoints else 0
+        console.say(f"resuming {run_dir.path} from step {step}")
+        forget_after(run_dir.metrics_file, step)
     _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
     return run_dir
 
@@ -107,16 +110,36 @@ def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: b
     """Trains, or says why memory ran out and what would have fit."""
     failure: Failure | None = None
     file = run_dir.snapshot_file if snapshot else None
+    meter = Meter(torch.device(inputs.plan.device.torch_name), snapshot=file)
     try:
-        _load_and_train(inputs, run_dir, checkpoint, Meter(torch.device(inputs.plan.device.torch_name), snapshot=file))
+        with told(TrainingError, lambda: _way_on(run_dir)):
+            _load_and_train(inputs, run_dir, checkpoint, meter)
     except OutOfMemory as error:
         log.debug("memory ran out", exc_info=True)
         failure = error.failure
         if failure is None:
             raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(_stopped_at_once(run_dir)) from error
     # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
     if failure is not None:
         raise OutOfMemory(failure_text(explained(failure, inputs, run_dir).to_json()), failure)
+
+
+def _stopped_at_once(run_dir: RunDir) -> str:
+    """What is left where nobody waited for the end of the step."""
+    return f"stopped at once\n{_way_on(run_dir)}"
+
+
+def _way_on(run_dir: RunDir) -> str:
+    """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    saved = complete_checkpoints(run_dir.checkpoints)
+    if not saved:
+        return f"nothing was saved yet; begin again with: qtune run --resume {run_dir.path}"
+    return (
+        f"step {step_of(saved[-1])} is saved, and what came after it is not\n"
+        f"go on with: qtune run --resume {run_dir.path}"
+    )
 
 
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
@@ -147,6 +170,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))
                 if rise := rise_of(losses, model.config.get_text_config().vocab_size):
                     metrics.note(rise)
+                metrics.settle()
                 _save(model, inputs, run_dir, initial)
     if not run_dir.is_finished:
         raise Interrupted(

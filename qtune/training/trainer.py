@@ -23,7 +23,8 @@ from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
-from qtune.errors import Failure, OutOfMemory, TrainingError
+from qtune.disk import refusal_of
+from qtune.errors import Failure, OutOfMemory, TrainingError, first_line
 from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
@@ -300,15 +301,16 @@ class QloraTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
-        # A full disk: the writers of Python, safetensors and torch each say it in their own way.
-        except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if is_out_of_memory(error):
+            if refusal_of(error) is None and not isinstance(error, SafetensorError):
                 raise
             kept = complete_checkpoints(folder.parent)
             where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
+                f"the checkpoint of step {self.state.global_step} could not be written: "
+                f"{refusal_of(error) or first_line(error)}; {where}"
             ) from error
         self.model.train()
         for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
