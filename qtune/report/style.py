@@ -54,7 +54,7 @@ th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0;
 th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td { max-width: 34rem; min-width: 3rem; overflow-wrap: break-word; }
 .answers { width: 100%; } .answers td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9.5rem; }
-.answers td:first-child { min-width: 1.2rem; width: 1.2rem; }
+.answers td:first-child { min-width: 1.2rem; width: 1.2rem; white-space: nowrap; }
 .values td { overflow-wrap: anywhere; min-width: 11rem; }
 pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6px; padding: .7rem; margin: .3rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }

@@ -26,6 +26,7 @@ from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import as_trained
+from qtune.tuned.text_scores import is_free_text
 from qtune.tuned.vocabulary import require_embeddings
 
 TOKENS_PER_BATCH = 4096
@@ -127,7 +128,9 @@ def evaluate(
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
-    limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    # Free text may be longer than expected: its length, its end and its repetitions are measured.
+    times = 2 if is_free_text([question.expected for question in questions]) else 1
+    limits = [min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
