@@ -227,6 +227,8 @@ def test_without_two_evaluations_it_says_what_to_do() -> None:
     assert none.command == "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
     assert once.command == "training.eval_every = 50 would show its course"
     assert (none.standing, once.standing) == ("open", "open")
+    begun = overfits(replace(NOTHING, is_finished=False))
+    assert (begun.sentence, begun.command) == ("no validation row was looked at yet", None)
 
 
 def test_losses_that_are_no_numbers_are_no_best_and_rows_that_changed_are_not_paired() -> None:

@@ -29,7 +29,8 @@ def overfits(facts: Facts) -> Verdict:
         told = f"the validation loss is no number at step {facts.validation[-1].step:,}"
         return Verdict("overfits", "unsure", "Not certain", told)
     if not found:
-        return Verdict("overfits", "open", "Not measured", "no validation row was looked at", SPLIT)
+        told = f"no validation row was looked at{'' if facts.is_finished else ' yet'}"
+        return Verdict("overfits", "open", "Not measured", told, SPLIT if facts.is_finished else None)
     best, last = min(found, key=lambda one: one.loss), found[-1]
     if len(found) == 1:
         told = f"validation was looked at once: {number(last.loss)} at step {last.step:,}"
