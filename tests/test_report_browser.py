@@ -157,9 +157,9 @@ def test_nothing_is_wider_than_the_window_and_no_text_is_cut(
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_words_do_not_break(tab: Browser, reports: dict[str, Path], state: str, width: int) -> None:
-    tab.open(reports[state], width)
+@pytest.mark.parametrize(("width", "media"), [*((width, "screen") for width in WIDTHS), (700, "print")])
+def test_words_do_not_break(tab: Browser, reports: dict[str, Path], state: str, width: int, media: str) -> None:
+    tab.open(reports[state], width, media=media)
     tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert tab.value(BROKEN_WORDS) == []
 
