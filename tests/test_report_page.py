@@ -19,8 +19,8 @@ from qtune.data.prepare import prepare
 from qtune.data.samples import pieces_of
 from qtune.device.present import Device
 from qtune.errors import RunError
+from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import Answer, Verification, write_verification
-from qtune.export.verify.closeness import Closeness, Limits
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
@@ -394,6 +394,7 @@ def test_rows_that_are_gone_are_a_note_and_no_failure(tmp_path):
     assert "no such file or folder" in text
 
 
+@pytest.mark.slow
 def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp_path):
     run_dir = make_run(tmp_path)
     tokenizer = load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
@@ -433,6 +434,7 @@ def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):
     assert ("no number" in shown.texts["dd"]) == (key == "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     run_dir = make_run(tmp_path)

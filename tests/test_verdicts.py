@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from qtune.export.closeness import Closeness
 from qtune.export.verification import GgufProof, Proof
-from qtune.export.verify.closeness import Closeness
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.memory import RunMemory
 from qtune.run.metrics import GROUPS, EvalRecord, TrainRecord, grouped
