@@ -290,7 +290,6 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
         "perplexity              12.2  1.0124",
         "tokens right           40.0%   99.6%",
         "answers exactly right   0.0%   50.0%",
-        "words right (F1)       0.000   0.500",
         "",
         "Answers, wrong ones first (1 of 2)",
         "request   expected  base   tuned",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from qtune.tuned.evaluate import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.free_text import text_score
 from qtune.verdicts.learning import learned_against_base
 from qtune.verdicts.scores import answer_scores, score_table, worst_first
 
@@ -20,7 +21,12 @@ def free_text() -> Evaluation:
         Comparison("t", "Where is it?", EXPECTED.format(day=day), BASE, EXPECTED.format(day="Sunday")) for day in DAYS
     )
     rows = tuple(RowLoss("t", 10, 2.0 + 0.1 * at, 0.5 + 0.1 * at) for at in range(6))
-    scores = Score(2.25, 0.4, 0.0), Score(0.75, 0.8, 0.0)
+    expected = [one.expected for one in compared]
+    texts = (
+        text_score(expected, [one.base for one in compared]),
+        text_score(expected, [one.tuned for one in compared]),
+    )
+    scores = Score(2.25, 0.4, 0.0, texts[0]), Score(0.75, 0.8, 0.0, texts[1])
     return Evaluation("runs/x", "test rows", 6, 6, 60, 0, *scores, compared, rows)
 
 
@@ -29,20 +35,22 @@ def lines(evaluation: Evaluation) -> dict[str, tuple[str, ...]]:
 
 
 def test_free_text_is_measured_by_order_of_words_length_repetition_and_end_and_not_to_the_letter() -> None:
-    """By hand: 13 of 14 words in order; the base's 16 words hold 13 runs of four, five of which came before."""
+    """By hand: of 16 words and stops all but the day in order; the base never ends."""
     table = lines(free_text())
     assert list(table) == [
         "loss, nats per token",
         "perplexity",
         "tokens right",
-        "ROUGE-L",
-        "words per answer (expected: 14)",
-        "repeated runs of four words (expected: 0.0%)",
+        "like the expected answer (ROUGE-L)",
+        "words in common (F1)",
+        "length, times the expected",
+        "words said again",
         "answers that did not end",
     ]
-    assert table["ROUGE-L"][1] == f"{13 / 14:.3f}"
-    assert table["words per answer (expected: 14)"] == ("16", "14", "")
-    assert table["repeated runs of four words (expected: 0.0%)"] == (f"{5 / 13:.1%}", "0.0%", "")
+    assert table["like the expected answer (ROUGE-L)"][1] == f"{15 / 16:.3f}"
+    assert table["like the expected answer (ROUGE-L)"][2].startswith("+0.")
+    assert table["length, times the expected"][1] == "1.00"
+    assert table["words said again"][1] == "0.0%"
     assert table["answers that did not end"] == ("100.0%", "0.0%", "")
 
 
@@ -59,26 +67,26 @@ def test_losses_and_perplexities_have_intervals_and_their_changes_too() -> None:
 
 def test_answers_that_can_be_given_to_the_letter_are_asked_for_to_the_letter() -> None:
     answers = [Comparison("t", "Q", "yes", "no", "yes" if at else "no") for at in range(6)]
-    table = lines(replace(free_text(), comparisons=tuple(answers)))
+    table = lines(replace(free_text(), comparisons=tuple(answers), tuned=Score(0.75, 0.8, 5 / 6)))
     assert table["answers exactly right"][:2] == ("0.0%", "83.3%")
     assert table["answers exactly right"][2].startswith("+83.3 (")
-    assert table["words right (F1)"][:2] == ("0.000", "0.833")
-    assert "ROUGE-L" not in table
+    assert len(table) == 4
 
 
 def test_the_answers_that_are_farthest_off_come_first() -> None:
     compared = (*free_text().comparisons, replace(free_text().comparisons[0], tuned="Sorry."))
-    title, shown = worst_first(compared)
+    title, shown = worst_first(replace(free_text(), comparisons=compared))
     assert title == "Answers, the least alike first"
-    assert [mark for mark, _ in shown] == ["0.00"] + ["0.93"] * 6
+    assert [mark for mark, _ in shown] == ["0.00"] + ["0.94"] * 6
     assert shown[0][1].tuned == "Sorry."
-    assert worst_first(()) == ("", [])
-    assert answer_scores(()) is None
+    silent = replace(free_text(), comparisons=())
+    assert worst_first(silent) == ("", [])
+    assert answer_scores(silent) is None
 
 
 def test_the_verdict_speaks_in_the_measure_of_its_rows() -> None:
     found = learned_against_base(free_text(), "runs/x")
-    assert found.sentence.endswith("; ROUGE-L 0.07 → 0.93")
+    assert found.sentence.endswith("; ROUGE-L 0.12 → 0.94")
 
 
 def test_older_evaluations_have_no_interval_of_their_losses() -> None:

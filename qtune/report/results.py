@@ -14,7 +14,7 @@ SHOWN_ANSWERS = 10
 def evaluation(results: Evaluation) -> Html:
     """Base against tuned: the scores, and answers side by side, the worst first."""
     head = ("", "request", "expected", "base", "tuned")
-    title, compared = worst_first(results.comparisons)
+    title, compared = worst_first(results)
     answers = [(mark, one.request, one.expected, one.base, one.tuned) for mark, one in compared]
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(

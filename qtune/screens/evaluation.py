@@ -18,7 +18,7 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
-    title, answers = worst_first(evaluation.comparisons)
+    title, answers = worst_first(evaluation)
     if answers[:shown]:
         cells = [[row.request, row.expected, row.base, f"{mark} {row.tuned}"] for mark, row in answers[:shown]]
         console.out("")

@@ -33,7 +33,7 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
     losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
     told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
-    asked = answer_scores(evaluation.comparisons)
+    asked = answer_scores(evaluation)
     answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
     if not rows:
         if more is not None and more.is_positive:
