@@ -16,7 +16,7 @@ BASE = "I am a model and cannot know this. I am a model and cannot know this…"
 
 
 def free_text() -> Evaluation:
-    """Six letters: the base repeats itself and does not end, the tuned model gets all but the day right."""
+    """Six letters that end in a stop: the base repeats itself and does not end, the tuned model gets all but the day right."""
     compared = tuple(
         Comparison("t", "Where is it?", EXPECTED.format(day=day), BASE, EXPECTED.format(day="Sunday")) for day in DAYS
     )
@@ -77,7 +77,7 @@ def test_the_answers_that_are_farthest_off_come_first() -> None:
     compared = (*free_text().comparisons, replace(free_text().comparisons[0], tuned="Sorry."))
     title, shown = worst_first(replace(free_text(), comparisons=compared))
     assert title == "Answers, the least alike first"
-    assert [mark for mark, _ in shown] == ["0.00"] + ["0.94"] * 6
+    assert [mark for mark, _ in shown] == ["0.11"] + ["0.94"] * 6
     assert shown[0][1].tuned == "Sorry."
     silent = replace(free_text(), comparisons=())
     assert worst_first(silent) == ("", [])
