@@ -16,7 +16,7 @@ BASE = "I am a model and cannot know this. I am a model and cannot know this…"
 
 
 def free_text() -> Evaluation:
-    """Six letters that end in a stop: the base repeats itself and does not end, the tuned model gets all but the day right."""
+    """Six letters that end in a stop: the base repeats itself and does not end, the tuned one errs in the day alone."""
     compared = tuple(
         Comparison("t", "Where is it?", EXPECTED.format(day=day), BASE, EXPECTED.format(day="Sunday")) for day in DAYS
     )
