@@ -73,6 +73,16 @@ def test_answers_that_can_be_given_to_the_letter_are_asked_for_to_the_letter() -
     assert len(table) == 4
 
 
+def test_a_share_rises_by_no_more_than_all_of_it() -> None:
+    """29 of 30: the normal interval would reach 103 %."""
+    answers = tuple(Comparison("t", "Q", "yes", "no", "yes" if at else "no") for at in range(30))
+    change = lines(replace(free_text(), comparisons=answers, tuned=Score(0.75, 0.8, 29 / 30)))["answers exactly right"][
+        2
+    ]
+    assert change.startswith("+96.7 (+89.")
+    assert change.endswith(" to +100.0)")
+
+
 def test_the_answers_that_are_farthest_off_come_first() -> None:
     compared = (*free_text().comparisons, replace(free_text().comparisons[0], tuned="Sorry."))
     title, shown = worst_first(replace(free_text(), comparisons=compared))

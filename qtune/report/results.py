@@ -20,7 +20,7 @@ def evaluation(results: Evaluation) -> Html:
     return section(
         "Base against tuned",
         paragraph(f"{results.rows} of {results.rows_held_out} {results.source}, which training did not see."),
-        table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3)),
+        table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3), class_="scores"),
         *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
     )

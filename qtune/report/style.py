@@ -60,7 +60,8 @@ pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }
 mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom: 1.5px solid; }
 code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer; }
-@media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; } }
+@media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; }
+  .scores .figure { white-space: normal; } .scores td, .scores th { padding-right: .7rem; } }
 
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } pre { max-height: none; }

@@ -88,12 +88,12 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
         return []
     if before is None or after is None:
         base, tuned = fmean(scores.base), fmean(scores.tuned)
-        return [(scores.name, f"{base:.1%}", f"{tuned:.1%}", _change(scores.rise, 1, _points))]
+        return [(scores.name, f"{base:.1%}", f"{tuned:.1%}", _change(scores.rise, 1, _points, most=1.0))]
     unended = [
         fmean(float(answer.endswith(CUT)) for answer in answers)
         for answers in ([one.base for one in evaluation.comparisons], [one.tuned for one in evaluation.comparisons])
     ]
-    change = _change(scores.rise, 1, "{:.3f}".format)
+    change = _change(scores.rise, 1, "{:.3f}".format, most=1.0)
     return [
         ("like the expected answer (ROUGE-L)", f"{before.rouge_l:.3f}", f"{after.rouge_l:.3f}", change),
         ("words in common (F1)", f"{before.word_f1:.3f}", f"{after.word_f1:.3f}", ""),
@@ -107,11 +107,15 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _change(fall: Fall | None, sign: int, text: Callable[[float], str]) -> str:
-    """ "−1.98 (−2.01 to −1.96)": with the sign of the change, the interval from low to high."""
+def _change(fall: Fall | None, sign: int, text: Callable[[float], str], most: float = math.inf) -> str:
+    """ "−1.98 (−2.01 to −1.96)": with the sign of the change, the interval from low to high.
+
+    most: what a change can be; the interval is a normal one, which does not know that a share ends at 1.
+    """
     if fall is None:
         return ""
-    low, mean, high = sorted((sign * fall.low, sign * fall.mean, sign * fall.high))
+    ends = (sign * max(-most, min(most, one)) for one in (fall.low, fall.mean, fall.high))
+    low, mean, high = sorted(ends)
 
     def signed(value: float) -> str:
         return f"{'−' if value < 0 else '+'}{text(abs(value))}"
