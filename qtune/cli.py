@@ -307,8 +307,9 @@ def evaluate(
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
-    Loss, share of tokens and of whole answers that are right, and answers side by side. The rows are the recipe's
-    data.test, else its validation rows. Everything is written to RUN/eval.json.
+    Did it learn, with a 95 % interval over rows; loss, perplexity, exactly right answers; for free text ROUGE-L, length
+    and repetition instead; answers side by side. The rows are the recipe's data.test, else its validation rows.
+    Everything is written to RUN/eval.json.
     """
     from qtune.run.folder import RunDir
 
