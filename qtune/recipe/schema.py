@@ -42,6 +42,8 @@ Rate = Annotated[float, Field(ge=1e-12, le=100, allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
 """Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
 Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Layers = Annotated[int, Field(gt=0, le=1024)]
+"""Of a model: the deepest published have some hundreds."""
 Epochs = Annotated[float, Field(ge=1e-6, le=1_000_000, allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """How often a row is seen in an epoch: each time takes eight bytes."""
@@ -408,7 +410,7 @@ class Training(Table):
     """Gradients are scaled down to this norm."""
     optimizer: Auto | Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "auto"
     """AdamW (arXiv:1711.05101) with fp32 or 8-bit state (arXiv:2110.02861), paged to the host when the card is full."""
-    gradient_checkpointing: Auto | bool | PositiveInt = "auto"
+    gradient_checkpointing: Auto | bool | Layers = "auto"
     """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174): in all layers,
     in none, or in so many of the first. "auto": in as few as memory allows, where that is the fastest step."""
     lean_step: Auto | bool = "auto"
