@@ -90,7 +90,7 @@ def test_a_template_that_fills_memory_is_ended_before_it_does(tokenizer, text: s
 
 @pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED)
 def test_whatever_a_template_fails_with_is_one_sentence_about_the_row(tokenizer, text: str) -> None:
-    with pytest.raises(RowError, match="the chat template refuses this conversation: .") as refused:
+    with pytest.raises(RowError, match=r"the chat template refuses this conversation: .") as refused:
         render(tokenizer, text, QUESTION)
     assert "\n" not in str(refused.value)
 
