@@ -53,7 +53,9 @@ def refusal_of(error: BaseException) -> str | None:
     place = f"{name}: " if name is not None and not isinstance(name, int) else ""
     if place and other is not None:
         place = f"{name} -> {other}: "
-    return f"{place}{os.strerror(number)}; {WAYS_OUT[number]}"
+    # Python itself raises some with words of its own: "No usable temporary directory found in …".
+    words = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(number)
+    return f"{place}{words}; {WAYS_OUT[number]}"
 
 
 @contextmanager

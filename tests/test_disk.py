@@ -164,7 +164,7 @@ def test_an_export_onto_such_a_disk_is_one_sentence_and_leaves_nothing(tmp_path:
 
 
 def test_a_run_whose_folder_cannot_be_made_takes_no_name(tmp_path: Path) -> None:
-    for refused in (2, 3):  # the first makes sure of a folder that is there already
+    for refused in (2, 4):  # the others make sure of folders that are there already
         with (
             disk(tmp_path, lambda number, at=refused: number == at),
             pytest.raises(QtuneError, match=r"cannot be made: .*No space left"),

@@ -64,6 +64,8 @@ class Prepared:
     """Tokens of each row of `train`, [rows], for grouping by length."""
     tokenizer: PreTrainedTokenizerBase
     """What the rows were tokenized with."""
+    order: np.ndarray | None = None
+    """The example that each row of `train` is, [rows]; None where several are packed into one."""
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -130,7 +132,8 @@ def survey(
     if weights.sum() > MOST_ROWS:
         message = f"the weights make {weights.sum():.3g} rows of an epoch, and at most {MOST_ROWS:,} can be ordered"
         raise DataError(Problem("data.train", f"{message}; lower them, or raise training.epochs instead"))
-    weighted = examples["train"].select(weighted_rows(weights, seed))
+    order = weighted_rows(weights, seed)
+    weighted = examples["train"].select(order)
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (
         pack(weighted, data.max_length, maker.cache) if data.packing else weighted.select_columns(TRAINED)
@@ -146,6 +149,7 @@ def survey(
         data.packing,
         _lengths(columns["train"]) if data.packing else np.asarray(weighted.with_format("numpy")["length"][:]),
         tokenizer,
+        None if data.packing else order,
     )
 
 

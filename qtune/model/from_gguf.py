@@ -40,6 +40,8 @@ def gguf_folder(file: Path) -> Path:
             tempfile.TemporaryDirectory(prefix=".alone-", dir=folder.parent) as alone,
         ):
             convert(_alone(file, Path(alone)), partial)
+            for made in partial.iterdir():
+                made.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
     except OSError as error:
         raise not_writable(folder.parent, error) from error
     # What transformers 5.23 raises depends on what it does not know; what its tokenizers raise is no Exception.

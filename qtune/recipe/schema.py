@@ -37,8 +37,8 @@ Width = Annotated[int, Field(gt=0, le=65_536)]
 """Of matrices and prompts: the widest published models have hidden sizes of about 20,000."""
 Tokens = Annotated[int, Field(gt=0, le=16_777_216)]
 """Of one example: the longest published contexts are of 10^7."""
-Rate = Annotated[float, Field(ge=1e-12, le=100, allow_inf_nan=False)]
-"""A step of AdamW moves a weight by about the rate. Smaller: nothing that float32 keeps; prompts were trained at 30."""
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+"""What float32 holds. A rate that is merely too large diverges, which is said when it does."""
 Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
 """Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
 Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -429,6 +429,9 @@ class Training(Table):
     """Also save a checkpoint when the last one is this old."""
     keep_checkpoints: Annotated[int, Field(gt=0, le=10_000)] = 2
     """How many checkpoints stay on disk."""
+    skip_outlier_steps: bool = False
+    """Leave out the update of a step whose loss or gradient norm is more than six standard deviations above the mean of
+    the last 128; such steps are marked in any case (arXiv:2501.00656). Needs log_every = 1."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to; each must be installed. None by default: nothing leaves the machine."""
 

@@ -39,6 +39,8 @@ class TrainRecord:
     """The mean step since the last record; None: an older run did not tell."""
     predicted_step_seconds: float | None = None
     """What was predicted for these steps, where the device's rates are known."""
+    outlier: str | None = None
+    """What stands out of the steps before, in words."""
     kind: Literal["train"] = "train"
 
     @property
@@ -156,7 +158,7 @@ def seconds_of(records: tuple[Metric, ...]) -> float:
 def _numbered(file: Path) -> list[tuple[str, Metric]]:
     """Each line with its record."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -176,5 +178,5 @@ def _record_in(line: str, place: str) -> Metric:
         return record_of(kind, {key: value for key, value in values.items() if key != "kind"})
     except NotARecord as error:
         raise RunError(Problem(place, f"is no record of a run: {error}")) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(Problem(place, "is no record of a run; remove the line")) from error

@@ -71,6 +71,7 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
             console.say(f"allocator snapshot: {meter.snapshot_written}")
         predicted = inputs.forecast.to_json() if inputs.forecast else None
         try:
-            write_memory(run_dir, RunMemory(predicted, measured))
+            if run_dir.path.is_dir():  # a folder that somebody has removed does not come back for these figures
+                write_memory(run_dir, RunMemory(predicted, measured))
         except OSError as error:  # neither the end of a run nor its reason is lost for these figures
             console.say(f"{run_dir.memory_file} was not written: {refusal_of(error) or first_line(error)}")

@@ -31,7 +31,7 @@ from qtune.run.folder import RunDir
 from qtune.run.lock import lock_of, read_lock, write_lock
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import resumed_recipe
+from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
@@ -43,8 +43,8 @@ from qtune.training.checkpoints import (
     step_of,
 )
 from qtune.training.display import TrainingDisplay
-from qtune.training.inputs import Inputs, gather, require_allocator, require_same_rows
-from qtune.training.outcome import Losses, require_change, rise_of, training_losses
+from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator, require_same_rows
+from qtune.training.outcome import Losses, require_change, require_gradients, rise_of, training_losses
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.whole import whole
 
@@ -79,7 +79,8 @@ def resume(
 ) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
-    changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`).
+    changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`); or a lower learning
+    rate, with which a new run goes on beside this one, from its last complete checkpoint.
 
     Raises:
         RunError: the run has already ended, or its rows are not what they were.
@@ -90,6 +91,8 @@ def resume(
         raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
     if snapshot:
         require_allocator()
+    if lowers_rate(run_dir, changes):
+        run_dir = _branched(run_dir)
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)
@@ -104,6 +107,18 @@ def resume(
         forget_after(run_dir.metrics_file, step)
     _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
     return run_dir
+
+
+def _branched(run_dir: RunDir) -> RunDir:
+    """A new run that goes on from another's last complete checkpoint; that one stays as it is."""
+    checkpoints = complete_checkpoints(run_dir.checkpoints)
+    if not checkpoints:
+        message = f"has no checkpoint to go on from; begin again with: qtune run {run_dir.resolved_file} --set …"
+        raise RunError(Problem(str(run_dir.path), message))
+    with told(TrainingError):
+        branch = begin_branch(run_dir, checkpoints[-1])
+    console.say(f"another learning rate makes another run: {branch.path}; {run_dir.path} stays as it is")
+    return branch
 
 
 def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: bool) -> None:
@@ -145,7 +160,14 @@ def _way_on(run_dir: RunDir) -> str:
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
     display = TrainingDisplay()
-    metrics = Metrics(run_dir.metrics_file, display.show, meter, lambda: complete_checkpoints(run_dir.checkpoints))
+    metrics = Metrics(
+        run_dir.metrics_file,
+        display.show,
+        meter,
+        lambda: complete_checkpoints(run_dir.checkpoints),
+        lambda step: batch_in_words(inputs, step),
+        scales_loss=inputs.plan.loss_scaling,
+    )
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
@@ -165,6 +187,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             if trainer.state.global_step >= trainer.state.max_steps:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step, run_dir.checkpoints)
+                require_gradients(read_metrics(run_dir.metrics_file))
                 if before:
                     require_change(before, trained_state(model))
                 losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))

@@ -34,6 +34,7 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.schedule import schedule_of
 
@@ -63,11 +64,13 @@ class QloraTrainer(SFTTrainer):
         note: Callable[[str], None],
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
+        outliers: Outliers | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
+        outliers: those of which no update is taken.
         """
         super().__init__(
             model=model,
@@ -93,6 +96,8 @@ class QloraTrainer(SFTTrainer):
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
+        self._losses_of_step: list[float] = []
+        self.outliers = outliers
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -135,7 +140,7 @@ class QloraTrainer(SFTTrainer):
             for batch, mask in zip(batches, masks, strict=True)
         ]
         self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
-        self._done_in_step = []
+        self._done_in_step, self._losses_of_step = [], []
         return batches, scored
 
     def compute_loss(
@@ -156,6 +161,16 @@ class QloraTrainer(SFTTrainer):
         loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
         self.meter.enter("backward")
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.outliers is not None and norm is not None:
+            found = self.outliers.found(sum(self._losses_of_step), float(norm))
+            if found is not None:
+                self.note(f"step {self.state.global_step + 1} is skipped: {found}")
+                model.zero_grad(set_to_none=True)
+        return norm
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
@@ -188,6 +203,8 @@ class QloraTrainer(SFTTrainer):
             loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
             if loss is not None:
                 self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
+        if self.outliers is not None:
+            self._losses_of_step.append(float(loss))
         return loss
 
     def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:
