@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Variant
+    from qtune.plan import Plan
     from qtune.recipe.schema import KeyPath, Recipe
 
 BAR = 60
@@ -72,6 +73,20 @@ def draw_savings(
         yield from (Text(""), _baselines(profile, sizes if is_card else (), step_seconds))
     if profile.attribution:
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
+        yield from (Text(""), Text("\n".join(_choices(profile.forecast.plan))))
+
+
+def _choices(plan: "Plan") -> Iterator[str]:
+    """What a step's time and memory hang on, where the recipe leaves it open, each with its reason."""
+    values = {
+        ("training", "lean_step"): plan.lean_step,
+        ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+        ("training", "micro_batch_size"): plan.micro_batch_size,
+        ("memory", "embeddings"): plan.embeddings,
+    }
+    for path, value in values.items():
+        if path in plan.reasons:
+            yield f"{'.'.join(path)} = {show_value(value)}: {plan.reasons[path]}"
 
 
 def refusals_text(refusals: "Sequence[Problem]") -> Text:
