@@ -385,6 +385,10 @@ def check(
         typer.Option("--rows", "--show", min=0, max=MOST_ROWS, help="How many rows to show as the model sees them."),
     ] = 3,
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
+    rehearsed: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Do once all that a run will do: step, evaluation, checkpoint, answer."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Look for everything that would spoil a run: rows, template, labels, lengths, memory, disk. Nothing is trained.
@@ -397,7 +401,9 @@ def check(
     from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
 
-    result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
+    result = stage.check(
+        load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed, rehearsed=rehearsed
+    )
     if as_json:
         console.out_raw(result.to_json())
     else:

@@ -321,6 +321,7 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
 
@@ -329,6 +330,7 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
+    assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples"):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
@@ -345,6 +347,15 @@ def the_trainer_has_what_the_step_asks_of_it() -> None:
     made = inspect.getsource(Trainer.__init__)
     for name in ("model_wrapped", "model_accepts_loss_kwargs", "callback_handler"):
         assert f"self.{name} = " in made
+
+
+@borrowed("torch", "_last_lr", files=("training/callbacks.py",))
+def a_schedule_keeps_its_peak_and_the_rate_that_it_gave_last() -> None:
+    """No public way to change the peak of a schedule that a checkpoint has brought back."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert (schedule.base_lrs, schedule._last_lr) == ([1e-2], [5e-3])
+    assert optimizer.param_groups[0]["initial_lr"] == 1e-2
 
 
 @borrowed("transformers", "_n_gpu", files=("training/build.py",))

@@ -137,17 +137,18 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(
     original = QloraTrainer._sums
 
     def sums(self, batch):
-        total = original(self, batch)
+        total, rows = original(self, batch)
         if self.state.global_step >= 4 and (all_rows or not getattr(self, "seen", False)):
             self.seen = True
-            return total * math.nan
-        return total
+            return total * math.nan, [(math.nan, scored) for _, scored in rows]
+        return total, rows
 
     monkeypatch.setattr(QloraTrainer, "_sums", sums)
     recipe = write_recipe(training=SHORT + "\neval_every = 2\nmicro_batch_size = 1", data="").read_text()
     file = write_recipe(training=SHORT + "\neval_every = 2\nmicro_batch_size = 1")
     file.write_text(recipe.replace("validation = 0.1", "validation = 0.3"))
-    with pytest.raises(TrainingError, match="the validation loss is nan after step 4: "):
+    blamed = "training has diverged" if all_rows else "validation rows 1 of "
+    with pytest.raises(TrainingError, match=f"the validation loss is nan after step 4: {blamed}"):
         run(file)
     assert not RunDir(file.parent / "runs" / "tiny").is_finished
 

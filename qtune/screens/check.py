@@ -201,6 +201,8 @@ def _time(check: "Check") -> str:
     if check.step_seconds is not None:
         total = check.step_seconds * check.batches.steps
         said.append(f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches")
+    if check.rehearsal is not None:
+        said.append(str(check.rehearsal))
     if not said:
         return "not measured; qtune check --time loads the model and runs a few micro-batches"
     return "; ".join(said)

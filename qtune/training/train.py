@@ -46,6 +46,7 @@ from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator, require_same_rows
 from qtune.training.outcome import Losses, require_change, require_gradients, rise_of, training_losses
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
+from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -176,6 +177,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
+        if checkpoint is None and is_worth_it(inputs):
+            console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and is_last(checkpoint):

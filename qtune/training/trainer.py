@@ -223,6 +223,12 @@ class QloraTrainer(SFTTrainer):
             return None
         return loss
 
+    def forget_step(self) -> None:
+        """Drops what was counted of a step that does not count."""
+        self._done_in_step, self._losses_of_step = [], []
+        self._correct, self._scored = None, 0
+        self.pieces = self.eval_pieces = 1
+
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
         _release_cached_memory()
@@ -243,7 +249,7 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                sums, of_rows = self._evaluated(inputs)
+                sums, of_rows = self.evaluated(inputs)
                 totals += sums
                 rows += of_rows
         self.meter.enter("idle")
@@ -258,7 +264,7 @@ class QloraTrainer(SFTTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
+    def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
         """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs; each row's
         summed loss and scored tokens."""
         pieces: list[tuple[Tensor, list[tuple[float, int]]]] | None = None
