@@ -143,7 +143,8 @@ def run(
 
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
-    memory is spent and what is logged and saved; what would make another run is refused.
+    memory is spent and what is logged and saved; a lower training.learning_rate goes on as a new run beside this one;
+    what else would make another run is refused. Runs of 50 steps or more are rehearsed first (training.rehearse).
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from qtune.errors import WorkError
+from qtune.errors import QtuneError, WorkError
 
 _FREE, _PERMIT = "free some of it, or name another place", "give yourself the right to it, or name another place"
 WAYS_OUT = {
@@ -64,7 +64,7 @@ def told(kind: type[WorkError], way_on: Callable[[], str] | str = "") -> Iterato
     try:
         yield
     except Exception as error:
-        if isinstance(error, WorkError) or (refused := refusal_of(error)) is None:
+        if isinstance(error, QtuneError) or (refused := refusal_of(error)) is None:
             raise
         way = way_on() if callable(way_on) else way_on
         raise kind(f"{refused}\n{way}" if way else refused) from error

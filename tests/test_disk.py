@@ -223,3 +223,27 @@ def test_a_run_that_may_write_no_large_files_says_so_and_keeps_its_last_checkpoi
             assert all(
                 (path / "trained_state.safetensors").stat().st_size for path in complete_checkpoints(run.checkpoints)
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+def test_reports_evaluations_and_exports_onto_a_failing_disk_are_one_sentence_each(
+    write_recipe: WriteRecipe, tmp_path: Path, number: int
+) -> None:
+    from qtune.export.export import Options, export_run
+    from qtune.report.page import write_report
+    from qtune.tuned.evaluate import evaluate
+
+    done = train.run(load_recipe(write_recipe(training="steps = 2\nbatch_size = 4")))
+    before = {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()}
+    for verb in (
+        lambda: write_report(done),
+        lambda: export_run(done, Options()),
+        lambda: export_run(done, Options(adapter_only=True)),
+    ):
+        with disk(done.path, lambda at: True, number), pytest.raises(QtuneError, match=os.strerror(number)):
+            verb()
+        assert {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()} == before
+    with disk(done.path, lambda at: True, number):
+        assert evaluate(done, rows=2, max_new_tokens=2).rows == 2, "what was asked for minutes is shown all the same"
+    assert not done.eval_file.exists()

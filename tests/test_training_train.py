@@ -451,7 +451,9 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monke
         run(recipe)
     assert str(caught.value) == (
         "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
-        f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before"
+        f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before\n"
+        f"a new run goes on from there at a lower rate with: qtune run --resume {latest_run(recipe).path} "
+        "--set training.learning_rate=RATE"
     )
     stopped = latest_run(recipe)
     assert not stopped.is_finished

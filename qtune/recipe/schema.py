@@ -429,9 +429,9 @@ class Training(Table):
     """Also save a checkpoint when the last one is this old."""
     keep_checkpoints: Annotated[int, Field(gt=0, le=10_000)] = 2
     """How many checkpoints stay on disk."""
-    rehearse: Auto | bool = "auto"
+    rehearse: bool | None = None
     """Before the first step, do once what comes later: the heaviest micro-batch, an evaluation, a checkpoint, an
-    answer; nothing of it is left. "auto": runs of 50 steps or more."""
+    answer; nothing of it is left. Left out, runs of 50 steps or more do."""
     skip_outlier_steps: bool = False
     """Leave out the update of a step whose loss or gradient norm is more than six standard deviations above the mean of
     the last 128; such steps are marked in any case (arXiv:2501.00656). Needs log_every = 1."""

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import InputError, QtuneError, first_line
+from qtune.disk import told
+from qtune.errors import InputError, QtuneError, WorkError, first_line
 from qtune.memory.profile import is_traced, trace_run
 from qtune.report import results, sections
 from qtune.report.answers import answers
@@ -53,7 +54,7 @@ def write_report(run_dir: RunDir) -> Path:
     """Writes RUN/report.html, finished run or not, and returns its path.
 
     Raises:
-        RunError: the run's files cannot be read.
+        RunError: the run's files cannot be read. WorkError: the page cannot be written.
     """
     quiet_loading()
     record = read_record(run_dir)
@@ -62,7 +63,8 @@ def write_report(run_dir: RunDir) -> Path:
         rows = rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
     except InputError as error:
         rows = str(error)
-    run_dir.write_text(run_dir.report, page(record, rows))
+    with told(WorkError):
+        run_dir.write_text(run_dir.report, page(record, rows))
     return run_dir.report
 
 
