@@ -30,22 +30,33 @@ def as_measured(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forward(
-    ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Any, tile_bytes: int
-) -> tuple[Tensor, Tensor]:
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rule: Any,
+    tile_bytes: int,
+    is_measuring: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """For a frozen head whose logits are scored as they are."""
     assert rule == loss.LogitRule()
     rows = max(1, tile_bytes // (4 * weight.shape[0]))
     exact = torch.float32
     total = torch.zeros((), dtype=exact, device=hidden.device)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    losses = torch.empty(hidden.shape[0] if is_measuring else 0, dtype=exact, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not is_measuring else None
     for start in range(0, hidden.shape[0], rows):
         part = hidden[start : start + rows]
         target = labels[start : start + rows].unsqueeze(1)
         logits = functional.linear(part, weight, bias).to(exact)
         correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
         normalizer = logits.logsumexp(dim=1, keepdim=True)
-        total += (normalizer - logits.gather(1, target)).sum()
+        of_tile = normalizer - logits.gather(1, target)
+        total += of_tile.sum()
+        if is_measuring:
+            losses[start : start + rows] = of_tile.squeeze(1)
         if grad_hidden is None:
             continue
         slope = logits.sub_(normalizer).exp_()
@@ -53,6 +64,6 @@ def _forward(
         slope_low = slope.to(weight.dtype)
         torch.mm(slope_low, weight, out=grad_hidden[start : start + rows])
     ctx.save_for_backward(grad_hidden, None, None)
-    ctx.mark_non_differentiable(correct)
+    ctx.mark_non_differentiable(correct, losses)
     ctx.dtypes = weight.dtype, None
-    return total, correct
+    return total, correct, losses
