@@ -308,8 +308,9 @@ def evaluate(
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
-    Loss, share of tokens and of whole answers that are right, and answers side by side. The rows are the recipe's
-    data.test, else its validation rows. Everything is written to RUN/eval.json.
+    Did it learn, with a 95 % interval over rows; loss, perplexity, exactly right answers; for free text ROUGE-L, length
+    and repetition instead; answers side by side. The rows are the recipe's data.test, else its validation rows.
+    Everything is written to RUN/eval.json.
     """
     from qtune.run.folder import RunDir
 
@@ -509,13 +510,13 @@ def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
 def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.memory.profile import read_run
+    from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_measured
 
     run_dir = RunDir.open(Path(target))
-    measured = read_run(run_dir, savings=savings, explain=explain)
+    measured = trace_run(run_dir, savings=savings, explain=explain)
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")

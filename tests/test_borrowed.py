@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,20 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert FakeTensorMode._should_skip_dynamo() in (True, False)
     assert torch.ops.aten._foreach_add_.List._schema.returns == []
     assert torch.ops.prim.device.default.__name__ == "device.default"
+
+
+@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py",))
+def a_tensor_counts_its_changes_and_many_are_copied_at_once() -> None:
+    """Not all of them: a fused optimizer's step is not counted, so the copies are renewed at every forward as well."""
+    parameters = [nn.Parameter(torch.randn(2, 2)) for _ in range(2)]
+    before = [parameter._version for parameter in parameters]
+    with torch.no_grad():
+        parameters[0].mul_(2)
+    assert parameters[0]._version > before[0]
+    assert parameters[1]._version == before[1]
+    low = [torch.empty(2, 2, dtype=torch.bfloat16) for _ in parameters]
+    torch._foreach_copy_(low, [parameter.detach() for parameter in parameters])
+    assert all(torch.equal(one, parameter.bfloat16()) for one, parameter in zip(low, parameters, strict=True))
 
 
 @borrowed("torch", "_make_subclass", files=("memory/tracing/fake_tensors.py",))
@@ -686,6 +701,8 @@ def classes_of_ours() -> Iterator[type]:
     for file in FILES:
         if file.name not in ("__main__.py", "__init__.py"):
             name = ".".join(("qtune", *file.relative_to(PACKAGE).with_suffix("").parts))
+            if name == "qtune.kernels.on_cuda" and find_spec("triton") is None:
+                continue  # it comes with PyTorch for cards; the file has functions alone
             module = importlib.import_module(name)
             yield from (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == name)
 

@@ -77,6 +77,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", WITHOUT_END.values(), ids=WITHOUT_END)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the timer may meet a destructor
 def test_a_template_without_an_end_is_ended_and_ends_the_preparation(hurried: None, tokenizer, text: str) -> None:
     with pytest.raises(DataError, match=r"data\.chat_template: the chat template takes longer than 0\.1 seconds"):
         render(tokenizer, text, QUESTION)

@@ -69,7 +69,7 @@ def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
 def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
     """What the kind of adapter rules out elsewhere."""
     adapter, training = recipe.adapter, recipe.training
-    if not adapter.checkpointable and training.gradient_checkpointing is True:
+    if not adapter.checkpointable and training.gradient_checkpointing not in ("auto", False):
         yield Fault(
             ("training", "gradient_checkpointing"),
             f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "

@@ -42,6 +42,8 @@ Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
 """Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
 Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Layers = Annotated[int, Field(gt=0, le=1024)]
+"""Of a model: DeepNet has 1,000 (arXiv:2203.00555)."""
 Epochs = Annotated[float, Field(ge=1e-6, le=1_000_000, allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """How often a row is seen in an epoch: each time takes eight bytes."""
@@ -408,8 +410,13 @@ class Training(Table):
     """Gradients are scaled down to this norm."""
     optimizer: Auto | Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "auto"
     """AdamW (arXiv:1711.05101) with fp32 or 8-bit state (arXiv:2110.02861), paged to the host when the card is full."""
-    gradient_checkpointing: Auto | bool = "auto"
-    """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    gradient_checkpointing: Auto | bool | Layers = "auto"
+    """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174): in all layers,
+    in none, or in so many of the first. "auto": in as few as memory allows, where that is the fastest step."""
+    lean_step: Auto | bool = "auto"
+    """Compute LoRA layers, gated MLPs, norms and rotations by qtune's own functions: the same loss and gradients to
+    rounding, in less time and memory. "auto": where a small layer has peft's gradients on this device; true: the run
+    stops where it has not; false: peft's and transformers' own."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the adapter's start, the order of rows and dropout."""
     log_every: Steps = 1
@@ -445,7 +452,7 @@ class Memory(Table):
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
     loss_tile: Size = "64MiB"
-    """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
+    """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 
 
 RUN_NAME = r"^[\w][\w.+-]*$"

@@ -6,7 +6,7 @@ from pathlib import Path
 from qtune import console
 from qtune.disk import told
 from qtune.errors import InputError, QtuneError, WorkError, first_line
-from qtune.memory.profile import is_traced, read_run
+from qtune.memory.profile import is_traced, trace_run
 from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
@@ -34,7 +34,7 @@ def trace_memory(run_dir: RunDir) -> None:
     quiet_loading()
     try:
         with console.progress("tracing the run's step, the usual ways of training and the step without each technique"):
-            read_run(run_dir, explain=True)
+            trace_run(run_dir, explain=True)
     except Exception as error:
         log.debug("the run's memory could not be traced", exc_info=True)
         reason = str(error) if isinstance(error, QtuneError) else f"{type(error).__name__}: {error}"

@@ -36,6 +36,7 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         ("model", "attention"): plan.attention,
         ("training", "micro_batch_size"): plan.micro_batch_size,
         ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+        ("training", "lean_step"): plan.lean_step,
         ("training", "optimizer"): plan.optimizer,
         ("training", "learning_rate"): plan.learning_rate,
         ("memory", "embeddings"): plan.embeddings,

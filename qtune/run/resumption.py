@@ -15,11 +15,15 @@ from qtune.run.folder import RunDir
 from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
+CHECKPOINTING = ("training", "gradient_checkpointing")
+BY_MEMORY = (MICRO_BATCH, CHECKPOINTING)
+"""What a run settles by the memory that there is."""
 
 CHANGEABLE: tuple[KeyPath, ...] = (
     # How a step's memory is spent: the gradient is the same, but for the order in which it is summed.
     MICRO_BATCH,
-    ("training", "gradient_checkpointing"),
+    CHECKPOINTING,
+    ("training", "lean_step"),
     BUDGET,
     ("memory", "embeddings"),
     ("memory", "activations"),
@@ -73,7 +77,8 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
 def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     """What was decided when the run began (resolved.toml), changed by `--set` texts; origins as they were written.
 
-    A budget that changes lets the micro-batch follow from memory again, if it did so before.
+    A budget that changes lets the micro-batch, and the layers that are computed twice, follow from memory again, where
+    they did so before.
 
     Raises:
         RecipeError: a change is wrong, or would make another run.
@@ -91,8 +96,9 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
         raise RecipeError([_refusal(path, new, run_dir) for path in refused])
     # What was set to the value that it has keeps its origin too.
     origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
-    if BUDGET in changed and MICRO_BATCH not in changed and before.origins[MICRO_BATCH].source == "rule":
-        training = after.recipe.training.model_copy(update={"micro_batch_size": "auto"})
+    if BUDGET in changed:
+        open_again = [path for path in BY_MEMORY if path not in changed and before.origins[path].source == "rule"]
+        training = after.recipe.training.model_copy(update={str(path[1]): "auto" for path in open_again})
         after = replace(after, recipe=after.recipe.model_copy(update={"training": training}))
     return replace(after, origins=origins | dict.fromkeys(changed, Origin("--set", "on resuming")))
 

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
+from qtune.model.checkpointed import checkpoint_first
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, grouped, read_metrics
 from qtune.training.outcome import NO_GRADIENT
 from qtune.training.outliers import Outliers
@@ -198,6 +199,19 @@ class Intervals(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)
         state.train_batch_size = args.per_device_train_batch_size
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Leaves gradient checkpointing, which transformers turns on in all layers, on in those that the plan says."""
+
+    def __init__(self, layers: bool | int) -> None:
+        self.layers = layers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.layers:
+            checkpoint_first(kwargs["model"], self.layers)
 
 
 class PeakRate(TrainerCallback):

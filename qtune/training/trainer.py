@@ -19,16 +19,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
+from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, TrainingError, first_line
+from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
+from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import complete_checkpoints, require_finite
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
@@ -75,11 +79,12 @@ class QloraTrainer(SFTTrainer):
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[CheckpointedLayers(plan.gradient_checkpointing), *callbacks],
         )
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        _install_lean_step(model, plan, note)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.schedule = training.schedule
@@ -103,6 +108,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers', which tells the lean step that it has changed the adapter."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        optimizer.register_step_post_hook(self._adapter_changed)
+        return optimizer
+
+    def _adapter_changed(self, *_: Any) -> None:
+        for copies in copies_of(self.model):
+            copies.forget()
 
     lr_scheduler: Any
 
@@ -161,7 +176,8 @@ class QloraTrainer(SFTTrainer):
         """One micro-batch, in as many pieces as memory needs.
 
         When a piece does not fit, the gradient of the step so far is dropped and its micro-batches are run again in
-        smaller pieces. The gradient is a sum over rows, so the optimization does not change.
+        smaller pieces; where there are none, with every layer computed twice. The gradient is a sum over rows, so the
+        optimization does not change.
 
         Raises:
             OutOfMemory: a single row does not fit.
@@ -170,6 +186,12 @@ class QloraTrainer(SFTTrainer):
         loss = self._try_pieces(model, [inputs], num_items_in_batch)
         while loss is None:
             rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
+            if self.pieces >= rows and checkpoint_all(self.model):
+                self._release_memory(model)
+                loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
+                if loss is not None:
+                    self.note("out of memory: every layer is now computed twice; the gradient stays the same")
+                continue
             if self.pieces >= rows:
                 longest = max(batch["input_ids"].shape[1] for batch in self._done_in_step)
                 raise OutOfMemory(
@@ -331,6 +353,17 @@ class QloraTrainer(SFTTrainer):
         self._load_from_checkpoint(str(checkpoint))
         if self.args.eval_on_start:
             self.evaluate()
+
+
+def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]) -> None:
+    """qtune's functions in place of peft's and transformers' own, as the plan says; on a card it is said which of its
+    kernels did not give there what PyTorch's operations give, and is left out."""
+    if not plan.lean_step:
+        return
+    if plan.device.kind == "cuda":
+        for name, reason in without_kernels().items():
+            note(f"PyTorch's own operations compute {name} here, not Triton's kernel: {reason}")
+    install_lean_step(model, getattr(torch, plan.compute_dtype))
 
 
 def _wait_for_device() -> None:

@@ -26,6 +26,7 @@ from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
+from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
@@ -59,6 +60,8 @@ class Score:
     loss: float
     token_accuracy: float
     exact_match: float | None
+    text: TextScore | None = None
+    """Where the expected answers are free text, of which exact match says nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ def evaluate(
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
-    limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    # Free text may be longer than expected: its length, its end and its repetitions are measured.
+    expected = [question.expected for question in questions]
+    is_free = is_free_text(expected)
+    times = 2 if is_free else 1
+    limits = [min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
@@ -145,7 +152,8 @@ def evaluate(
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
         scored = sum(examples["scored"])
         exact_match = sum(right) / len(right) if right else None
-        return Score(sum(losses) / scored, right_tokens / scored, exact_match), losses, answers
+        text = text_score(expected, answers) if is_free else None
+        return Score(sum(losses) / scored, right_tokens / scored, exact_match, text), losses, answers
 
     base, base_losses, base_answers = ask(run.model, "base")
     run = with_adapter(run)
