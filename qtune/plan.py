@@ -127,7 +127,7 @@ def compute_dtype_rule(device: "Device") -> tuple[str, str]:
 
 def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
     most = max(1, TOKENS_PER_MICRO_BATCH // max_length)
-    size = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+    size = max(size for size in range(1, min(most, batch_size) + 1) if batch_size % size == 0)
     return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
 
 

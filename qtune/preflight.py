@@ -18,7 +18,8 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.lean_check import examined
-from qtune.cache import cache_folder
+from qtune.cache import bytes_in, cache_folder
+from qtune.control_characters import visible
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
@@ -42,7 +43,7 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import LONGEST_NAME, Recipe
 from qtune.sizes import gib_text, size_text
 from qtune.startup.quiet import quiet_loading
 
@@ -140,6 +141,8 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     """
     quiet_loading()
     recipe, asked = resolved.recipe, _Asked()
+    if folder is None:
+        asked.of(_require_name, resolved.run_name)
     _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
     device = examined(present_device(), recipe)
     asked.of(_require_lean_step, recipe, device)
@@ -257,6 +260,13 @@ def _require_trackers(recipe: Recipe) -> None:
         raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
 
 
+def _require_name(name: str) -> None:
+    """A recipe's file may be called what no run can be called."""
+    if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
+        message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
+        raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
+
+
 def _require_writable(folder: Path) -> None:
     """By writing into it, or where it would be made: permissions alone do not tell of read-only file systems."""
     existing = _existing(folder)
@@ -270,8 +280,8 @@ def _require_writable(folder: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """The folder, or the nearest one around it that is there; a link to nowhere is, for nothing can take its place."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
 
 
 def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
@@ -308,10 +318,17 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
-    examples = cache_folder() / "examples"
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
-        sum(file.stat().st_size for file in examples.rglob("*") if file.is_file()),
-        shutil.disk_usage(_existing(directory)).free,
+        bytes_in(cache_folder() / "examples"),
+        _free_bytes(directory),
     )
+
+
+def _free_bytes(directory: Path) -> int:
+    """Free where a folder is or would be made; where that cannot be, which is refused elsewhere, nothing."""
+    try:
+        return shutil.disk_usage(_existing(directory)).free
+    except OSError:
+        return 0

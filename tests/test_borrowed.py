@@ -226,6 +226,17 @@ def questions_about_the_device_are_asked_by_these_names() -> None:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
+@borrowed("transformers", "ImmutableSandboxedEnvironment", files=("data/bounds.py",))
+def templates_are_compiled_in_the_environment_of_this_name() -> None:
+    """No public way to give `apply_chat_template` an environment of one's own."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from qtune.data.bounds import BoundedEnvironment
+
+    _compile_jinja_template.cache_clear()
+    assert isinstance(_compile_jinja_template("{{ messages }}").environment, BoundedEnvironment)
+
+
 @borrowed("transformers", "accelerate_dispatch", files=("model/load.py",))
 def loading_to_two_places_calls_the_function_that_is_replaced() -> None:
     """No public way: a device_map with two places always comes with accelerate's hooks."""
@@ -310,6 +321,7 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
 
@@ -318,6 +330,7 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
+    assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples"):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
@@ -334,6 +347,15 @@ def the_trainer_has_what_the_step_asks_of_it() -> None:
     made = inspect.getsource(Trainer.__init__)
     for name in ("model_wrapped", "model_accepts_loss_kwargs", "callback_handler"):
         assert f"self.{name} = " in made
+
+
+@borrowed("torch", "_last_lr", files=("training/callbacks.py",))
+def a_schedule_keeps_its_peak_and_the_rate_that_it_gave_last() -> None:
+    """No public way to change the peak of a schedule that a checkpoint has brought back."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert (schedule.base_lrs, schedule._last_lr) == ([1e-2], [5e-3])
+    assert optimizer.param_groups[0]["initial_lr"] == 1e-2
 
 
 @borrowed("transformers", "_n_gpu", files=("training/build.py",))

@@ -14,6 +14,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qtune.errors import first_line
 from qtune.kernels import comparison, plain
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def card_kernel(name: str) -> Callable[..., Any] | str:
                 return f"differs by {found:.1e} in {str(dtype).removeprefix('torch.')}"
     except Exception as error:
         log.debug("Triton kernel %s", name, exc_info=True)
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return kernel
 
 

@@ -89,7 +89,7 @@ def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) 
     )
 
 
-def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
+def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
     """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
 
     The run's device need not be here: its lock tells what a trace must know of it.

@@ -155,6 +155,6 @@ def resolved_recipe(run_dir: RunDir) -> Recipe:
 
 def _parsed(run_dir: RunDir, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(run_dir.resolved_file.read_text(encoding="utf-8"))
+        return parse(run_dir.resolved_file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # tomllib's and tomlkit's errors are ValueErrors
         raise RunError(Problem(str(run_dir.resolved_file), f"cannot be read: {first_line(error)}")) from error

@@ -23,7 +23,8 @@ from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
-from qtune.errors import Failure, OutOfMemory, TrainingError
+from qtune.disk import refusal_of
+from qtune.errors import Failure, OutOfMemory, TrainingError, first_line
 from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
@@ -33,6 +34,7 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.schedule import schedule_of
 
@@ -62,11 +64,13 @@ class QloraTrainer(SFTTrainer):
         note: Callable[[str], None],
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
+        outliers: Outliers | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
+        outliers: those of which no update is taken.
         """
         super().__init__(
             model=model,
@@ -92,6 +96,8 @@ class QloraTrainer(SFTTrainer):
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
+        self._losses_of_step: list[float] = []
+        self.outliers = outliers
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -134,7 +140,7 @@ class QloraTrainer(SFTTrainer):
             for batch, mask in zip(batches, masks, strict=True)
         ]
         self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
-        self._done_in_step = []
+        self._done_in_step, self._losses_of_step = [], []
         return batches, scored
 
     def compute_loss(
@@ -155,6 +161,16 @@ class QloraTrainer(SFTTrainer):
         loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
         self.meter.enter("backward")
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.outliers is not None and norm is not None:
+            found = self.outliers.found(sum(self._losses_of_step), float(norm))
+            if found is not None:
+                self.note(f"step {self.state.global_step + 1} is skipped: {found}")
+                model.zero_grad(set_to_none=True)
+        return norm
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
@@ -187,6 +203,8 @@ class QloraTrainer(SFTTrainer):
             loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
             if loss is not None:
                 self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
+        if self.outliers is not None:
+            self._losses_of_step.append(float(loss))
         return loss
 
     def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:
@@ -204,6 +222,12 @@ class QloraTrainer(SFTTrainer):
             self._failure = self.meter.failure(error)
             return None
         return loss
+
+    def forget_step(self) -> None:
+        """Drops what was counted of a step that does not count."""
+        self._done_in_step, self._losses_of_step = [], []
+        self._correct, self._scored = None, 0
+        self.pieces = self.eval_pieces = 1
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
@@ -225,7 +249,7 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                sums, of_rows = self._evaluated(inputs)
+                sums, of_rows = self.evaluated(inputs)
                 totals += sums
                 rows += of_rows
         self.meter.enter("idle")
@@ -240,7 +264,7 @@ class QloraTrainer(SFTTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
+    def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
         """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs; each row's
         summed loss and scored tokens."""
         pieces: list[tuple[Tensor, list[tuple[float, int]]]] | None = None
@@ -300,15 +324,16 @@ class QloraTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
-        # A full disk: the writers of Python, safetensors and torch each say it in their own way.
-        except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if is_out_of_memory(error):
+            if refusal_of(error) is None and not isinstance(error, SafetensorError):
                 raise
             kept = complete_checkpoints(folder.parent)
             where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
+                f"the checkpoint of step {self.state.global_step} could not be written: "
+                f"{refusal_of(error) or first_line(error)}; {where}"
             ) from error
         self.model.train()
         for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
