@@ -33,6 +33,15 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-drift",
+        metavar="NAME",
+        help="Go on although this is not what the run was trained with: weights, config, generation, tokenizer, code, "
+        "template, rows, recipe, versions or processor. Repeatable.",
+    ),
+]
 
 
 def _version(value: bool) -> None:
@@ -121,12 +130,18 @@ def run(
             help="Keep the CUDA allocator's history of the first two steps for https://pytorch.org/memory_viz.",
         ),
     ] = False,
+    accept_drift: AcceptOption = None,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
+    ] = False,
 ) -> None:
     """Train a recipe into a new folder under runs/.
 
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
-    memory is spent and what is logged and saved; what would make another run is refused.
+    memory is spent and what is logged and saved; what would make another run is refused. So is a base, rows or
+    libraries that are not what the run began with, unless --accept-drift names what may differ.
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -134,6 +149,16 @@ def run(
     from qtune.run.resumption import newest_unfinished, resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
+    accepted = tuple(accept_drift or ())
+    if prove:
+        if not resume or not Path(target).is_dir() or changes:
+            raise typer.BadParameter("--prove goes with --resume and a run's folder, and with no --set")
+        proven = RunDir.open(Path(target))
+        import_libraries()
+        from qtune.training import proof
+
+        console.out(proof.prove(proven, accepted))
+        return
     if resume:
         run_dir = RunDir.open(Path(target)) if Path(target).is_dir() else None
         asked = list(changes or ())
@@ -149,13 +174,13 @@ def run(
         import_libraries()
         from qtune.training import train
 
-        _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot))
+        _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot, accepted=accepted))
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
     from qtune.training import train
 
-    _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot))
+    _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted))
 
 
 def _end_run(run_dir: "RunDir") -> None:
@@ -213,6 +238,7 @@ def export(
             help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
         ),
     ] = None,
+    accept_drift: AcceptOption = None,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
 
@@ -231,7 +257,7 @@ def export(
 
     opened = None if run is None else RunDir.open(run)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened, screen.show)}")
+        console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
         return
     if opened is None:
         raise typer.BadParameter("name a run")
@@ -245,6 +271,7 @@ def export(
         gguf=gguf,
         compare_bases=compare_bases,
         push_to=push_to,
+        accepted=tuple(accept_drift or ()),
         given=given,
     )
     console.out(f"{stage.export_run(opened, options, screen.show)}")
@@ -272,6 +299,7 @@ def evaluate(
     shown: Annotated[int, typer.Option("--show", min=0, help="How many answers to show side by side.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
+    accept_drift: AcceptOption = None,
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
@@ -281,12 +309,13 @@ def evaluate(
     from qtune.run.folder import RunDir
 
     run_dir = RunDir.open(target)
-    run_dir.finished_adapter()
     import_libraries()
     from qtune.screens import evaluation as evaluation_screen
     from qtune.tuned import evaluate as stage
 
-    evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
+    evaluation = stage.evaluate(
+        run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
+    )
     if as_json:
         console.out_json(evaluation.to_json())
     else:
@@ -314,6 +343,7 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    accept_drift: AcceptOption = None,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.
 
@@ -323,7 +353,7 @@ def chat(
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
 
-    session = stage.open_session(target, adapter=adapter)
+    session = stage.open_session(target, adapter=adapter, accepted=tuple(accept_drift or ()))
     session.sampling, session.max_new_tokens = Sampling(temperature, top_p, seed), max_new_tokens
     session.system = system if system is not None else session.system
     if prompt is None:
@@ -385,6 +415,17 @@ def report(
     if trace:
         trace_memory(run_dir)
     console.out(f"{write_report(run_dir)}")
+    _say_drifts(run_dir)
+
+
+def _say_drifts(run_dir: "RunDir") -> None:
+    from qtune.run.drift import said_of
+    from qtune.run.owner import owner_of
+
+    if (owner := owner_of(run_dir)) is not None:
+        console.say(f"{run_dir.path} belongs to {owner}: what is shown is what it has written so far")
+    for said in said_of(run_dir):
+        console.say(f"{run_dir.path}: {said}")
 
 
 @app.command(rich_help_panel="Prepare")
@@ -458,6 +499,7 @@ def profile(
     quiet_loading()
     if is_run:
         run_dir = RunDir.open(Path(target))
+        _say_drifts(run_dir)
         measured = stage.read_run(run_dir, savings=savings, explain=explain)
         console.out(draw_measured(measured))
         if measured.failure is not None:

@@ -1,5 +1,6 @@
 """A run's folder -> everything that an export starts from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from qtune.model.load import load_tokenizer
 from qtune.model.local import local_base
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import FourBit, Recipe
+from qtune.run.drift import require_same_base
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
@@ -42,16 +45,20 @@ class OpenedRun:
         return self.recipe.model.base
 
 
-def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
+def open_for_export(run: RunDir, adapter: Path | None = None, *, accepted: Sequence[str] = ()) -> OpenedRun:
     """Opens a run for export; `adapter` names another of its adapters, a checkpoint for example.
 
-    Raises RunError when training has not ended or its files are not readable, ModelError when the base model cannot be
+    accepted: kinds of drift (`run.drift`) that it goes on with.
+
+    Raises RunError when training has not ended, its files are not readable or not what was trained with, and ModelError
+    when the base model cannot be
     had.
     """
-    adapter = adapter or run.finished_adapter()
+    adapter = adapter or whole_adapter(run)
     recipe = resolved_recipe(run)
     tokenizer = load_tokenizer(recipe.model)
     trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
+    require_same_base(run, recipe, tokenizer, trained.text, accepted, device=present_device())
     template = asking_template(trained, recipe.data)
     tokenizer.chat_template = template.of_tokenizer
     return OpenedRun(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +63,7 @@ class Checkpoint:
             tensors |= _header(file)
         index = folder / INDEX
         if index.exists():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named = weight_map(index)
             if missing := sorted(set(named) - set(tensors)):
                 raise ModelError(Problem(str(index), f"names tensors that no shard holds: {', '.join(missing[:3])}"))
         return cls(folder, tensors)
@@ -74,14 +74,45 @@ class Checkpoint:
         The file is mapped for this one tensor only: a mapping kept open counts every page that was ever read
         as memory of the process.
         """
-        with safe_open(self.tensors[name].file, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
+        file = self.tensors[name].file
+        try:
+            with safe_open(file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(Problem(str(file), f"{name} cannot be read: {error}")) from error
+        return tensor
+
+    def read_finite(self, name: str) -> torch.Tensor:
+        """`read`, of a weight that is going to be used.
+
+        Raises:
+            ModelError: some of its numbers are infinite or none.
+        """
+        tensor = self.read(name)
+        if (problem := not_finite(name, tensor, self.tensors[name].file)) is not None:
+            raise ModelError(problem)
         return tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(stored.nbytes for stored in self.tensors.values())
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of several shards says.
+
+    Raises ModelError where the index cannot be read, or names a file that is not one of its folder.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = {str(tensor): str(file) for tensor, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ModelError(Problem(str(index), f"does not say where the weights are: {said}")) from error
+    if odd := sorted({file for file in named.values() if Path(file).name != file}):
+        raise ModelError(Problem(str(index), f"names {odd[0]!r}, which is no file beside it"))
+    return named
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -91,7 +122,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(weight_map(index).values()))
         files = [folder / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
@@ -107,11 +138,36 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
 
 
+def not_finite(name: str, tensor: torch.Tensor, file: Path) -> Problem | None:
+    """What is wrong with a tensor's numbers; None where all of them are numbers."""
+    if is_finite(tensor):
+        return None
+    bad = ~torch.isfinite(tensor.float())
+    first = [int(index) for index in bad.nonzero()[0]]
+    value = float(tensor[tuple(first)].float()) if first else float(tensor.float())
+    message = f"{int(bad.sum()):,} of the {tensor.numel():,} numbers of {name} are not finite, the first {value} at "
+    return Problem(str(file), f"{message}{first}; every result would be NaN; fetch the model again")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number is one; whole numbers always are.
+
+    A sum is infinite or none where any of its terms is, and takes no memory; one that only overflowed is looked at
+    again.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # there is no arithmetic in 8 bits
+    return bool(torch.isfinite(wide.sum(dtype=torch.float32))) or bool(torch.isfinite(wide).all())
+
+
 def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one shard, by name."""
     try:
         with safe_open(file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
+            if odd := sorted({part.get_dtype() for part in slices.values()} - DTYPES.keys()):
+                raise ModelError(Problem(str(file), f"holds numbers of type {odd[0]}, which qtune does not read"))
             return {
                 name: StoredTensor(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for name, part in slices.items()

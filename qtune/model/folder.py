@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.lfs import ADVICE, lfs_pointers
-
-INDEX = "model.safetensors.index.json"
+from qtune.model.checkpoint import INDEX, SINGLE, weight_map
 
 
 def refuse_other_folders(base: str) -> None:
@@ -23,7 +22,11 @@ def refuse_other_folders(base: str) -> None:
         raise ModelError(Problem(base, message))
     file = folder / "adapter_config.json"
     if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+        said = said if isinstance(said, dict) else {}
         of = said.get("base_model_name_or_path") or "a model that it does not name"
         kind = str(said.get("peft_type") or "peft").lower().replace("_", "-")
         message = f"is a {kind} adapter of {of}, not a model; set model.base to that, or merge the adapter first"
@@ -42,12 +45,15 @@ def require_weights(base: str) -> None:
     refuse_pointers(folder)
     index = folder / INDEX
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(weight_map(index).values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             message = f"{len(missing)} of {len(files)} files of weights are missing, the first of them {missing[0]}"
             raise ModelError(Problem(base, message))
-    elif not list(folder.glob("*.safetensors")):
+    elif not (folder / SINGLE).is_file():
+        if others := sorted(folder.glob("*.safetensors")):
+            message = f"has {others[0].name} and no {INDEX} that names it; its weights are not whole"
+            raise ModelError(Problem(base, message))
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         has = f"its weights are pickled ({pickled[0].name}), which can run code" if pickled else "it has no weights"
         raise ModelError(Problem(base, f"{has}; only safetensors are read"))

@@ -13,6 +13,21 @@ from qtune.recipe.schema import Model
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
 
+def base_on_disk(model: Model) -> Path | None:
+    """The base model's folder where its weights are on this disk already; nothing is fetched.
+
+    Raises ModelError when a built-in model or a GGUF file cannot be had.
+    """
+    folder = Path(base_folder(model))
+    if folder.is_dir():
+        return folder
+    try:
+        cached = Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return None
+    return cached if any(cached.glob("*.safetensors")) else None
+
+
 def local_base(model: Model) -> Path:
     """The base model's folder on this disk; a hub id is downloaded unless it is in the hub's cache.
 

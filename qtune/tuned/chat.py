@@ -1,7 +1,7 @@
 """`qtune chat`: talk to a run, an exported model or a base model; streamed, with history, adapter on or off."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +111,7 @@ def context_length(model: PreTrainedModel | PeftModel) -> int:
     return int(getattr(text_config, "max_position_embeddings", None) or 4096) - virtual
 
 
-def open_session(target: str, *, adapter: bool = True) -> Session:
+def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] = ()) -> Session:
     """A session with a run's folder, or with anything that `model.base` of a recipe may name.
 
     Raises:
@@ -123,7 +123,7 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
     if not is_run and (path.exists() or not looks_like_a_path):
         return _plain_session(target)
     run_dir = RunDir.open(path)
-    run = load_run(run_dir) if adapter else load_untuned(run_dir)
+    run = load_run(run_dir, accepted=accepted) if adapter else load_untuned(run_dir, accepted=accepted)
     ends = find_ends(run.model, run.tokenizer)
     return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt, plan=run.plan)
 

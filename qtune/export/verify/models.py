@@ -16,7 +16,8 @@ from qtune.export.opened_run import OpenedRun
 from qtune.export.verify.exact import in_float32
 from qtune.export.verify.streamed import streamed_exported, streamed_trained
 from qtune.model.checkpoint import Checkpoint
-from qtune.model.load import load_base
+from qtune.model.load import load_base, load_config
+from qtune.model.weights import load_weights
 from qtune.plan import Plan
 
 
@@ -100,9 +101,10 @@ def load_models(
         if streamed:
             unquantized = replace(source.basis, kind="none")
             return streamed_trained(source.base, source.adapter, unquantized, device, trust_remote_code=trusted)
-        base = AutoModelForCausalLM.from_pretrained(
-            source.base,
-            dtype=source.basis.compute_dtype,
+        base = load_weights(
+            str(source.base),
+            load_config(source.recipe.model),
+            source.basis.compute_dtype,
             attn_implementation=plan.attention,
             device_map={"": plan.device.torch_name},
             trust_remote_code=trusted,

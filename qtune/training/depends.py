@@ -1,0 +1,78 @@
+"""What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
+
+import tomllib
+from collections.abc import Sequence
+
+from qtune import console
+from qtune.model.load import base_folder, load_config
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
+from qtune.run.drift import (
+    Drift,
+    contents_here,
+    locked_sources,
+    require_no_drift,
+    resume_drifts,
+    said_of_an_old_lock,
+)
+from qtune.run.folder import RunDir
+from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, rows_hash, write_lock
+from qtune.run.resolved import resolved_recipe, resolved_text
+from qtune.training.inputs import Inputs
+
+
+def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe) -> Lock:
+    """What the run depends on, as it is here and now. `written`: its recipe with every value and absolute paths."""
+    model = inputs.recipe.model
+    return lock_of(
+        inputs.recipe,
+        inputs.plan,
+        base_folder(model),
+        getattr(load_config(model), "_commit_hash", None),
+        locked_sources(written, run_dir.path, ("train", "validation", "test")),
+        rows_hash(inputs.prepared),
+        inputs.prepared.template.text,
+        contents_here(model, inputs.tokenizer),
+        recipe_values(written),
+    )
+
+
+def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str]) -> list[Drift]:
+    """Compares what the run depends on with its lock; the drifts that were accepted.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    begun, written = read_lock(run_dir), resolved_recipe(run_dir)
+    if begun is None:
+        return []
+    now = lock_now(inputs, run_dir, written)
+    parts = locked_sources(written, run_dir.path, ("validation", "test"))
+    drifts = list(resume_drifts(begun, now, recipe_values(written), parts))
+    require_no_drift(run_dir, drifts, accepted)
+    return drifts
+
+
+def go_on_with(inputs: Inputs, run_dir: RunDir, step: int, accepted: Sequence[str], *, is_changed: bool) -> None:
+    """Compares what the run depends on with its lock, and adds to that what it goes on with; its beginning stays.
+
+    step: the one that it goes on after. is_changed: whether the recipe of `inputs` is another than resolved.toml's,
+    which is then written.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    begun = read_lock(run_dir)
+    drifts = require_unchanged(inputs, run_dir, accepted)
+    text = resolved_text(inputs.resolved, inputs.plan) if is_changed else None
+    if begun is not None:
+        if (said := said_of_an_old_lock(begun)) is not None:
+            console.say(f"{run_dir.path}: {said}")
+        written = resolved_recipe(run_dir) if text is None else parse_recipe(tomllib.loads(text))
+        now = lock_now(inputs, run_dir, written)
+        # The lock comes first: whoever is killed between the two finds values that the lock knows.
+        write_lock(run_dir, begun.resumed_as(now, step, tuple(dict.fromkeys(drift.kind for drift in drifts))))
+    elif step:
+        console.say(f"{run_dir.path} has no lock.json: what it began with cannot be compared")
+    if text is not None:
+        run_dir.write_text(run_dir.resolved_file, text)
