@@ -13,6 +13,7 @@ from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from qtune.recipe.schema import Model
     from qtune.run.folder import RunDir
 
 
@@ -42,12 +43,27 @@ AcceptOption = Annotated[
         "template, rows, recipe, versions or processor. Repeatable.",
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Agree that the Python code that comes with the model runs here; remembered for this code.",
+    ),
+]
 
 
 def _version(value: bool) -> None:
     if value:
         console.out(f"qtune {__version__}")
         raise typer.Exit
+
+
+def _agree(model: "Model") -> None:
+    """Remembers consent to a model's code."""
+    from qtune.model.load import base_folder
+    from qtune.model.trust import grant_for
+
+    grant_for(base_folder(model), model.revision)
 
 
 @app.callback()
@@ -131,6 +147,7 @@ def run(
         ),
     ] = False,
     accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -146,6 +163,7 @@ def run(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
+    from qtune.run.resolved import resolved_recipe
     from qtune.run.resumption import newest_unfinished, resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
@@ -155,6 +173,8 @@ def run(
             raise typer.BadParameter("--prove goes with --resume and a run's folder, and with no --set")
         proven = RunDir.open(Path(target))
         import_libraries()
+        if trust:
+            _agree(resolved_recipe(proven).model)
         from qtune.training import proof
 
         console.out(proof.prove(proven, accepted))
@@ -172,12 +192,16 @@ def run(
         if asked:
             resumed_recipe(run_dir, asked)
         import_libraries()
+        if trust:
+            _agree(resolved_recipe(run_dir).model)
         from qtune.training import train
 
         _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot, accepted=accepted))
         return
     resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
+    if trust:
+        _agree(resolved.recipe.model)
     from qtune.training import train
 
     _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted))
@@ -239,6 +263,7 @@ def export(
         ),
     ] = None,
     accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
 
@@ -256,6 +281,10 @@ def export(
     from qtune.screens import export as screen
 
     opened = None if run is None else RunDir.open(run)
+    if trust and opened is not None:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(opened).model)
     if verify_only is not None:
         console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
         return
@@ -300,6 +329,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
     accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
@@ -310,6 +340,10 @@ def evaluate(
 
     run_dir = RunDir.open(target)
     import_libraries()
+    if trust:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(run_dir).model)
     from qtune.screens import evaluation as evaluation_screen
     from qtune.tuned import evaluate as stage
 
@@ -344,6 +378,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.
 
@@ -353,7 +388,7 @@ def chat(
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
 
-    session = stage.open_session(target, adapter=adapter, accepted=tuple(accept_drift or ()))
+    session = stage.open_session(target, adapter=adapter, accepted=tuple(accept_drift or ()), trusted=trust)
     session.sampling, session.max_new_tokens = Sampling(temperature, top_p, seed), max_new_tokens
     session.system = system if system is not None else session.system
     if prompt is None:
@@ -376,6 +411,7 @@ def check(
     ] = 3,
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Look for everything that would spoil a run: rows, template, labels, lengths, memory, disk. Nothing is trained.
 
@@ -387,7 +423,10 @@ def check(
     from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
 
-    result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
+    resolved = load_recipe(find_recipe(recipe), changes or ())
+    if trust:
+        _agree(resolved.recipe.model)
+    result = stage.check(resolved, allow or (), samples=rows, timed=timed)
     if as_json:
         console.out_raw(result.to_json())
     else:
@@ -401,6 +440,7 @@ def report(
     trace: Annotated[
         bool, typer.Option("--trace/--no-trace", help="First trace what its memory is compared with, if not yet known.")
     ] = True,
+    trust: TrustOption = False,
 ) -> None:
     """Draw a run as one HTML page: curves, memory, rows with the trained tokens marked, answers, origins of values.
 
@@ -412,6 +452,10 @@ def report(
     run_dir = RunDir.open(target)
     from qtune.report.page import trace_memory, write_report
 
+    if trust:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(run_dir).model)
     if trace:
         trace_memory(run_dir)
     console.out(f"{write_report(run_dir)}")
@@ -464,6 +508,7 @@ def profile(
     timeline: Annotated[
         Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: an .svg file.")
     ] = None,
+    trust: TrustOption = False,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
 
@@ -499,6 +544,10 @@ def profile(
     quiet_loading()
     if is_run:
         run_dir = RunDir.open(Path(target))
+        if trust:
+            from qtune.run.resolved import resolved_recipe
+
+            _agree(resolved_recipe(run_dir).model)
         _say_drifts(run_dir)
         measured = stage.read_run(run_dir, savings=savings, explain=explain)
         console.out(draw_measured(measured))
@@ -511,6 +560,8 @@ def profile(
             attempt_report(run_dir)
     else:
         resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
+        if trust:
+            _agree(resolved.recipe.model)
         found = stage.profile(resolved, cards.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
         rates, plan = known_rates(found.forecast.plan.device), found.forecast.plan
@@ -542,6 +593,7 @@ def fit(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
 
@@ -581,6 +633,8 @@ def fit(
     from qtune.whole import write_text
 
     quiet_loading()
+    if trust:
+        _agree(resolved.recipe.model)
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return

@@ -15,6 +15,7 @@ from qtune.export.adapter_weights import read_config
 from qtune.export.basis import Basis
 from qtune.model.load import load_tokenizer
 from qtune.model.local import local_base
+from qtune.model.trust import code_files, code_hash, require_consent
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import FourBit, Recipe
 from qtune.run.drift import require_same_base
@@ -38,6 +39,16 @@ class OpenedRun:
     trained_template: ChatTemplate
     """As the rows were rendered, which had theirs."""
     basis: Basis
+
+    def trusts(self, folder: Path) -> bool:
+        """Whether the code in an exported folder may run: it is the base's own, which was agreed to.
+
+        Raises:
+            ModelError: it is other code, and nobody at this computer has agreed to it.
+        """
+        if self.recipe.model.trust_remote_code and not code_files(folder) <= code_files(self.base):
+            require_consent(str(folder), code_hash(folder))
+        return self.recipe.model.trust_remote_code
 
     @property
     def base_name(self) -> str:

@@ -26,6 +26,7 @@ from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
@@ -191,11 +192,12 @@ def _without_hooks() -> Iterator[None]:
 
 
 def _where(model: Model) -> dict[str, Any]:
-    return (
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        if model.revision
-        else {"trust_remote_code": model.trust_remote_code}
-    )
+    """Which revision, and whether its code may run: where the recipe says so and this computer's user has agreed."""
+    revision = model.revision
+    if model.trust_remote_code:
+        revision = trusted_revision(base_folder(model), revision)
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    return trusted | {"revision": revision} if revision else trusted
 
 
 def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory | ModelError:

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.load import base_folder
+from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
 
 # What a merge or a loader may need from the hub; weights in other formats stay there.
@@ -36,7 +37,9 @@ def local_base(model: Model) -> Path:
     base = Path(base_folder(model))
     if base.is_dir():
         return base
+    # Code that somebody agreed to is of one commit.
+    revision = trusted_revision(model.base, model.revision) if model.trust_remote_code else model.revision
     try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model.base, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -95,8 +95,8 @@ def resume(
     drift (`run.drift`) that it goes on with.
 
     Raises:
-        RunError: the run has already ended, another process has it, none of its checkpoints is whole, or something that it depends on is not
-            what it was.
+        RunError: the run has ended, another process has it, none of its checkpoints is whole, or something that it
+            depends on is not what it was.
         RecipeError: a change would make another run.
         InputError, WorkError, Interrupted: as `run`.
     """

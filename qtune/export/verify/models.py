@@ -71,7 +71,7 @@ def too_large(folder: Path, plan: Plan) -> bool:
 
 def load_exported(folder: Path, source: OpenedRun, plan: Plan, *, streamed: bool) -> Exported:
     """The folder as a user loads it, in its own dtype, on the run's device."""
-    trusted = source.recipe.model.trust_remote_code
+    trusted = source.trusts(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     device = torch.device(plan.device.torch_name)
     if streamed:
