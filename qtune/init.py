@@ -3,7 +3,6 @@
 Nothing is described here: every comment is a docstring of `recipe/schema.py`, every default is the schema's.
 """
 
-import difflib
 import os
 import textwrap
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from qtune.recipe.schema import (
 )
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.text import show_value
+from qtune.spelling import did_you_mean
 from qtune.whole import write_text
 
 LINE_LENGTH = 118
@@ -55,7 +55,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
         RecipeError: there is no such adapter, model or data, each named by the option that gave it.
     """
     if adapter not in ADAPTERS:
-        raise RecipeError(Problem("--adapter", f"{adapter}: no such kind{_nearest(adapter, ADAPTERS)}"))
+        raise RecipeError(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
     table = ADAPTERS[adapter]
     rate, _ = table.auto_learning_rate
     given: dict[KeyPath, Any] = {
@@ -93,7 +93,7 @@ def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str |
         RecipeError: there is no such recipe, model or data.
     """
     if name not in (shipped := shipped_recipes()):
-        raise RecipeError(Problem("--from", f"{name}: no such recipe{_nearest(name, shipped)}"))
+        raise RecipeError(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
     original = check_recipe(shipped[name].read_text(encoding="utf-8"), shipped[name])
     lines, places = original.text.splitlines(), toml_lines(original.text)
     edits: dict[int, str | None] = {}
@@ -156,8 +156,7 @@ def _key_lines(table: str, schema: type[Table], key: str, given: dict[KeyPath, A
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    return did_you_mean(word, known, f"known: {', '.join(known)}")
 
 
 def _scientific(value: float) -> str:

@@ -328,6 +328,12 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_scaler": ["self", "output_dir"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_scaler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
 }
 
 
@@ -336,7 +342,8 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
-    for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples"):
+    states = [f"_{way}_{state}" for way in ("save", "load") for state in ("optimizer_and_scheduler", "scaler", "rng_state")]
+    for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples", *states):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
 
@@ -517,7 +524,7 @@ def a_packed_weight_is_recognized_by_the_name_of_its_class() -> None:
 
 @borrowed(
     "bitsandbytes", "QuantState", "state2", "offset",
-    files=("memory/tracing/bare_model.py", "memory/tracing/categories.py", "export/basis.py"),
+    files=("memory/tracing/bare_model.py", "memory/tracing/adoption.py", "export/basis.py"),
 )  # fmt: skip
 def a_quantized_weights_state_has_the_parts_that_are_counted() -> None:
     _, state = bnb.functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
@@ -530,7 +537,7 @@ def a_quantized_weights_state_has_the_parts_that_are_counted() -> None:
     assert state.offset.shape == ()
 
 
-@borrowed("bitsandbytes", "SCB", "CB", files=("memory/tracing/bare_model.py", "memory/tracing/categories.py"))
+@borrowed("bitsandbytes", "SCB", "CB", files=("memory/tracing/bare_model.py", "memory/tracing/adoption.py"))
 def an_int8_weight_carries_its_row_scales() -> None:
     weight = bnb.nn.Int8Params(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False, SCB=torch.ones(3))
     assert weight.SCB.tolist() == [1, 1, 1]

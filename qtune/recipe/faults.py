@@ -1,6 +1,5 @@
 """What is wrong with a recipe: pydantic's errors with our paths and words."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
+from qtune.spelling import did_you_mean
 
 
 class Fault(NamedTuple):
@@ -67,10 +67,8 @@ def _pattern_in_words(path: KeyPath) -> str:
 
 
 def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known and list_known else ""
+    meant = did_you_mean(word, known, f"known: {', '.join(known)}" if known and list_known else "")
+    return f"; {meant}" if meant else ""
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -27,3 +27,9 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
+
+
+def written_beside(file: Path, suffix: str) -> Path:
+    """Where a changed copy of a recipe goes: beside it; of one that comes with qtune, into the current folder."""
+    beside = file.with_suffix(suffix)
+    return Path(beside.name) if file in shipped_recipes().values() else beside

@@ -155,16 +155,15 @@ def lock_of(
     plan: Plan,
     base: str,
     commit: str | None,
-    data: "Iterable[LockedSource]",
-    rows: str,
-    template: str,
+    prepared: "Prepared",
+    data: "Iterable[LockedSource]" = (),
     contents: Contents | None = None,
     values: dict[str, Any] | None = None,
 ) -> Lock:
     """The lock of a run that begins now, here.
 
-    base: what transformers loaded from; commit: the hub's, None for a folder. rows: `rows_hash` of what is trained on.
-    values: `recipe_values` of its resolved recipe.
+    base: what transformers loaded from; commit: the hub's, None for a folder. prepared: what is trained on. data: its
+    sources, under names that do not depend on where one stands. values: `recipe_values` of its resolved recipe.
     """
     device = plan.device
     return Lock(
@@ -173,8 +172,8 @@ def lock_of(
         packages=versions(),
         base=LockedBase(recipe.model.base, commit, sizes_hash(Path(base))),
         data=tuple(data),
-        training_rows_blake2b=rows,
-        chat_template_sha256=template_hash(template),
+        training_rows_blake2b=rows_hash(prepared),
+        chat_template_sha256=template_hash(prepared.template.text),
         seed=recipe.training.seed,
         device=LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability),
         contents=contents,

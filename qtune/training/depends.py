@@ -16,7 +16,7 @@ from qtune.run.drift import (
     said_of_an_old_lock,
 )
 from qtune.run.folder import RunDir
-from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, rows_hash, write_lock
+from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
 from qtune.run.resolved import resolved_recipe, resolved_text
 from qtune.training.inputs import Inputs
 
@@ -29,9 +29,8 @@ def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe) -> Lock:
         inputs.plan,
         base_folder(model),
         getattr(load_config(model), "_commit_hash", None),
+        inputs.prepared,
         locked_sources(written, run_dir.path, ("train", "validation", "test")),
-        rows_hash(inputs.prepared),
-        inputs.prepared.template.text,
         contents_here(model, inputs.tokenizer),
         recipe_values(written),
     )
