@@ -342,7 +342,8 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
-    states = [f"_{way}_{state}" for way in ("save", "load") for state in ("optimizer_and_scheduler", "scaler", "rng_state")]
+    parts = ("optimizer_and_scheduler", "scaler", "rng_state")
+    states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]
     for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples", *states):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
