@@ -150,6 +150,13 @@ def run(
     ] = False,
     accept_drift: AcceptOption = None,
     trust: TrustOption = False,
+    whole_weights: Annotated[
+        bool,
+        typer.Option(
+            "--hash-weights",
+            help="Hash every byte of the base's weights into lock.json, and compare on resuming; samples are, anyway.",
+        ),
+    ] = False,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -193,9 +200,18 @@ def run(
     from qtune.training import train
 
     if resume:
-        run_dir = train.resume(run_dir, changes or (), tuple(allow or ()), snapshot=snapshot, accepted=accepted)
+        run_dir = train.resume(
+            run_dir,
+            changes or (),
+            tuple(allow or ()),
+            snapshot=snapshot,
+            accepted=accepted,
+            whole_weights=whole_weights,
+        )
     else:
-        run_dir = train.run(resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted)
+        run_dir = train.run(
+            resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
+        )
     _end_run(run_dir)
 
 

@@ -404,3 +404,27 @@ def test_the_whole_of_a_large_file_finds_what_lies_between_samples(tmp_path, mon
     after, whole_after = contents_of(folder, None), contents_of(folder, None, whole=True)
     assert after.weights == before.weights
     assert whole_after.weights != whole_before.weights
+
+
+def test_a_run_can_be_begun_and_resumed_on_every_byte_of_its_weights(world, monkeypatch) -> None:
+    """Between two samples of a large file, which sampling alone passes by."""
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)
+    monkeypatch.setattr("qtune.model.contents.BLOCK_BYTES", 16)
+    lock = read_lock(world.stopped)
+    assert lock is not None
+    assert lock.contents is not None
+    now = contents_of(world.base, load_tokenizer(Model(base=str(world.base))), whole=True)
+    write_lock(world.stopped, replace(lock, contents=now))
+    file = world.base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + 100] ^= 1
+    file.write_bytes(content)
+    text = said(lambda: train.resume(world.stopped, whole_weights=True))
+    assert "weights: model.safetensors holds other numbers (sha256 " in text
+    content[header + 100] ^= 1
+    file.write_bytes(content)
+    # Less was read this time, and what is known of the whole stays.
+    lock = read_lock(train.resume(world.stopped))
+    assert lock is not None
+    assert lock.knows_whole_weights

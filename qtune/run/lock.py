@@ -122,6 +122,12 @@ class Lock:
         return lock
 
     @property
+    def knows_whole_weights(self) -> bool:
+        """Whether every byte of the base's weights was hashed."""
+        contents = self.latest.contents
+        return contents is not None and all(file.whole is not None for file in contents.weights.values())
+
+    @property
     def last_device(self) -> LockedDevice:
         """The one of the last part of the run, which its memory was measured on."""
         return self.resumed[-1].device if self.resumed else self.device
@@ -135,7 +141,7 @@ class Lock:
             now.python,
             now.packages,
             now.device,
-            contents=None if now.contents == last.contents else now.contents,
+            contents=None if now.contents == last.contents or _is_sampled_again(now, last) else now.contents,
             training_rows_blake2b=_new(now.training_rows_blake2b, last.training_rows_blake2b),
             chat_template_sha256=_new(now.chat_template_sha256, last.chat_template_sha256),
             data=() if now.data == last.data else now.data,
@@ -144,6 +150,15 @@ class Lock:
             accepted=accepted,
         )
         return replace(self, resumed=(*self.resumed, part))
+
+
+def _is_sampled_again(now: "Lock", last: "Lock") -> bool:
+    """Whether the base is the same as far as was read now, which is less than was read then."""
+    if now.contents is None or last.contents is None:
+        return False
+    weights = now.contents.weights
+    less = {name: replace(file, whole=None) for name, file in last.contents.weights.items() if name in weights}
+    return last.contents == replace(now.contents, weights=last.contents.weights) and less == weights
 
 
 def _new(now: str | None, before: str | None) -> str | None:

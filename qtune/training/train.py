@@ -56,12 +56,17 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = False, accepted: tuple[str, ...] = ()
+    resolved: Resolved,
+    allow: tuple[str, ...] = (),
+    *,
+    snapshot: bool = False,
+    accepted: tuple[str, ...] = (),
+    whole_weights: bool = False,
 ) -> RunDir:
     """Trains a recipe into a new run folder.
 
     snapshot: of the CUDA allocator, beside the other files of the run. accepted: drifts of the base of the run that it
-    starts from.
+    starts from. whole_weights: whether lock.json gets a hash of every byte of the base's weights.
 
     Raises:
         InputError: the recipe's data or model cannot be used.
@@ -77,6 +82,8 @@ def run(
     run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
     with owned(run_dir):
         run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+        if whole_weights:
+            write_lock(run_dir, lock_now(inputs, run_dir, resolved_recipe(run_dir), whole=True))
         _train(inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -88,11 +95,12 @@ def resume(
     *,
     snapshot: bool = False,
     accepted: tuple[str, ...] = (),
+    whole_weights: bool = False,
 ) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
     changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`). accepted: kinds of
-    drift (`run.drift`) that it goes on with.
+    drift (`run.drift`) that it goes on with. whole_weights: whether every byte of the base's weights is compared.
 
     Raises:
         RunError: the run has ended, another process has it, none of its checkpoints is whole, or something that it
@@ -115,7 +123,7 @@ def resume(
         remove_incomplete_checkpoints(run_dir.checkpoints)
         checkpoint = newest_whole(run_dir.checkpoints)
         step = step_of(checkpoint) if checkpoint else 0
-        go_on_with(inputs, run_dir, step, accepted, is_changed=bool(changes or allow))
+        go_on_with(inputs, run_dir, step, accepted, is_changed=bool(changes or allow), whole=whole_weights)
         console.say(f"resuming {run_dir.path} from step {step}")
         forget_after(run_dir.metrics_file, step)
         _train(inputs, run_dir, checkpoint, snapshot)
