@@ -181,11 +181,10 @@ def said_of(run_dir: RunDir) -> list[str]:
         if lock is None:
             return []
         drifts = list(recipe_drifts(lock, recipe_values(recipe)))
-        folder = base_on_disk(recipe.model)
-        if folder is None:
-            return [f"is no longer what it was: {drift}" for drift in drifts]
-        now = contents_of(folder, None)
-        drifts += base_drifts(lock, now, ("weights", "config", "generation", "code"), folder)
+        known = lock.latest.contents is not None
+        if known and (folder := base_on_disk(recipe.model)) is not None:
+            now = contents_of(folder, None)
+            drifts += base_drifts(lock, now, ("weights", "config", "generation", "code"), folder)
     except InputError as error:
         return [f"cannot be compared with its lock: {error}"]
     return [f"is no longer what it was: {drift}" for drift in drifts]

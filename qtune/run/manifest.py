@@ -36,7 +36,8 @@ def seal(folder: Path, step: int | None = None) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk."""
     files = {}
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != NAME and not file.name.startswith("."):
+        # Notes for people may be edited.
+        if file.is_file() and file.name != NAME and file.suffix != ".md" and not file.name.startswith("."):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
