@@ -115,7 +115,8 @@ def require_same_base(
     lock = _lock_or_said(run_dir, accepted)
     if lock is None:
         return
-    drifts = list(base_drifts(lock, contents_here(recipe.model, tokenizer), kinds, Path(base_folder(recipe.model))))
+    sizes = sizes_hash(Path(base_folder(recipe.model)))
+    drifts = list(base_drifts(lock, contents_here(recipe.model, tokenizer), kinds, sizes))
     if template is not None:
         drifts += template_drifts(lock, template)
     if "recipe" in kinds:
@@ -136,9 +137,7 @@ def resume_drifts(begun: Lock, now: Lock, values: dict[str, Any], parts: Sequenc
     """
     last = begun.latest
     if now.contents is not None:
-        yield from base_drifts(begun, now.contents, BASE, Path())
-    if begun.contents is None and begun.base.files_sha256 not in (None, now.base.files_sha256):
-        yield Drift("weights", "the sizes of the base's files or its config.json have changed")
+        yield from base_drifts(begun, now.contents, BASE, now.base.files_sha256)
     if last.chat_template_sha256 is not None and last.chat_template_sha256 != now.chat_template_sha256:
         yield _template(last.chat_template_sha256, now.chat_template_sha256)
     if last.training_rows_blake2b not in (None, now.training_rows_blake2b):
@@ -184,18 +183,18 @@ def said_of(run_dir: RunDir) -> list[str]:
         known = lock.latest.contents is not None
         if known and (folder := base_on_disk(recipe.model)) is not None:
             now = contents_of(folder, None)
-            drifts += base_drifts(lock, now, ("weights", "config", "generation", "code"), folder)
+            drifts += base_drifts(lock, now, ("weights", "config", "generation", "code"))
     except InputError as error:
         return [f"cannot be compared with its lock: {error}"]
     return [f"is no longer what it was: {drift}" for drift in drifts]
 
 
-def base_drifts(lock: Lock, now: Contents, kinds: Sequence[Kind], folder: Path) -> Iterator[Drift]:
-    """The base's files beside what they were; of an older lock only what it knows."""
+def base_drifts(lock: Lock, now: Contents, kinds: Sequence[Kind], sizes: str | None = None) -> Iterator[Drift]:
+    """The base's files beside what they were; an older lock knows their `sizes_hash` alone."""
     then = lock.latest.contents
     if then is None:
         known = lock.base.files_sha256
-        if known is not None and folder.is_dir() and sizes_hash(folder) != known:
+        if None not in (known, sizes) and known != sizes:
             yield Drift("weights", "the sizes of the base's files or its config.json have changed")
         return
     found: dict[Kind, list[str]] = {

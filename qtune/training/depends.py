@@ -4,14 +4,18 @@ import tomllib
 from collections.abc import Sequence
 
 from qtune import console
-from qtune.model.load import base_folder, load_config
+from qtune.data.template import choose_template
+from qtune.errors import InputError
+from qtune.model.load import base_folder, load_config, load_tokenizer
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.drift import (
+    BASE,
     Drift,
     contents_here,
     locked_sources,
     require_no_drift,
+    require_same_base,
     resume_drifts,
     said_of_an_old_lock,
 )
@@ -37,6 +41,21 @@ def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe, *, whole: bool = 
         contents_here(model, inputs.tokenizer, whole=whole),
         recipe_values(written),
     )
+
+
+def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:
+    """Whoever cannot go on is told first what changed under the run: the rest may follow from it.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    try:
+        recipe = resolved_recipe(run_dir)
+        tokenizer = load_tokenizer(recipe.model)
+        template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
+    except InputError:
+        return
+    require_same_base(run_dir, recipe, tokenizer, template, accepted, kinds=(*BASE, "recipe"))
 
 
 def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], *, whole: bool = False) -> list[Drift]:

@@ -21,7 +21,7 @@ from peft import PeftModel
 from qtune import console
 from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter, trained_state
-from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
+from qtune.errors import Failure, GateError, InputError, Interrupted, OutOfMemory, Problem, RunError
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import Resolved
@@ -45,7 +45,7 @@ from qtune.training.checkpoints import (
     require_finite,
     step_of,
 )
-from qtune.training.depends import go_on_with, lock_now
+from qtune.training.depends import blame_drift, go_on_with, lock_now
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, gather, require_allocator
 from qtune.training.outcome import Losses, require_change, rise_of, training_losses
@@ -118,7 +118,11 @@ def resume(
     # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
     resolved = resumed_recipe(run_dir, changes).allowing(allow)
     known_kinds(accepted)
-    inputs = gather(resolved, run_dir, accepted=accepted)
+    try:
+        inputs = gather(resolved, run_dir, accepted=accepted)
+    except (InputError, GateError):
+        blame_drift(run_dir, accepted)
+        raise
     with owned(run_dir):
         remove_incomplete_checkpoints(run_dir.checkpoints)
         checkpoint = newest_whole(run_dir.checkpoints)
