@@ -10,7 +10,7 @@ from conftest import run_qtune
 from export_models import tiny_run
 
 from qtune.check import check
-from qtune.errors import ModelError
+from qtune.errors import InputError, ModelError, VerificationError
 from qtune.export.export import Options, export_run
 from qtune.memory.profile import profile
 from qtune.model.load import load_config
@@ -72,7 +72,7 @@ VERBS: dict[str, Callable[[RunDir], object]] = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_code_of_somebody_elses_recipe_does_not_run(verb: str, run: RunDir, ran: Path) -> None:
-    with pytest.raises(ModelError, match=r"a recipe cannot agree to it for you; .* say --trust-remote-code once"):
+    with pytest.raises(InputError, match=r"a recipe cannot agree to it for you; .* say --trust-remote-code once"):
         VERBS[verb](run)
     assert not ran.exists()
 
@@ -136,7 +136,7 @@ def test_an_exported_folder_with_other_code_is_not_run_when_it_is_verified(run: 
     ran.unlink()
     marker = ran.with_name("other-code-ran")
     (folder / "modeling_own.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
-    with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+    with pytest.raises(VerificationError, match="a recipe cannot agree to it for you"):
         verify_only(folder, run)
     assert not marker.exists()
 

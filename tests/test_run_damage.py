@@ -314,7 +314,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
         assert f"belongs to process {process.pid}" in world.stopped.report.read_text()
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert (world.stopped.path / FILE).is_file()
     assert owner_of(world.stopped) is None
     assert train.resume(world.stopped).is_finished
