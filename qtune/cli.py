@@ -236,10 +236,10 @@ def _end_run(run_dir: "RunDir") -> None:
     """Writes the report of a run that has ended, says what the run has come to, and prints its folder."""
     from qtune.report.page import attempt_report
     from qtune.screens import verdicts as verdicts_screen
-    from qtune.verdicts.of_run import verdicts_of
+    from qtune.verdicts.of_run import attempt_verdicts
 
     attempt_report(run_dir)
-    verdicts_screen.show(verdicts_of(run_dir), as_messages=True)
+    verdicts_screen.show(attempt_verdicts(run_dir), as_messages=True)
     console.out(f"{run_dir.path}")
 
 

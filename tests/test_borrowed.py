@@ -431,7 +431,7 @@ def the_copied_rule_of_weight_decay_is_the_trainers() -> None:
     assert ours == decayed or {named[id(p)] for p in parameter_groups(model)[0]["params"]} == decayed
 
 
-@borrowed("transformers", "_commit_hash", files=("training/train.py",))
+@borrowed("transformers", "_commit_hash", files=("training/depends.py",))
 def a_configuration_keeps_the_commit_that_it_came_from() -> None:
     from transformers import configuration_utils, utils
 

@@ -18,9 +18,10 @@ from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
+from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
-from qtune.model.loss import IGNORED, install_loss, loss_agrees
+from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
@@ -28,7 +29,7 @@ from qtune.run.records import plain, read_record, write_record
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import require_embeddings
 
 TOKENS_PER_BATCH = 4096
@@ -144,7 +145,7 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
+        with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
