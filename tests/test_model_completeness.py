@@ -258,3 +258,23 @@ def test_a_gguf_file_without_a_weight_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "AutoTokenizer", Reading)
     with pytest.raises(ModelError, match=r"model\.gguf: has no model\.norm\.weight"):
         builtin.convert(tmp_path / "model.gguf", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_hub_model_that_is_half_fetched_is_not_blamed_for_it(is_whole, base, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from qtune.model.local import base_on_disk
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="60KB")
+    hub = tmp_path / "hub" / "models--owner--name"
+    snapshot = hub / "snapshots" / ("0" * 40)
+    shutil.copytree(base, snapshot)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if not is_whole:
+        next(iter(snapshot.glob("model-*.safetensors"))).unlink()
+    assert base_on_disk(Model(base="owner/name")) == (snapshot if is_whole else None)

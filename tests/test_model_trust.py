@@ -168,3 +168,28 @@ def test_the_command_agrees_once(run: RunDir, ran: Path) -> None:
     done = run_qtune(*asked, "--trust-remote-code")
     assert (done.returncode, ran.exists()) == (0, True), done.stderr
     assert run_qtune(*asked).returncode == 0
+
+
+def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from huggingface_hub import constants
+
+    from qtune.model.trust import trusted_revision
+
+    hub = tmp_path / "hub" / "models--owner--name"
+    old, new = "0" * 40, "1" * 40
+    for commit in (old, new):
+        shutil.copytree(tmp_path / "base", hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(old)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ModelError, match=rf"owner/name: brings Python code of its own \(commit {old}\)"):
+        trusted_revision("owner/name", None)
+    grant_for("owner/name", None)
+    # Whatever "main" is when the weights are fetched: what was agreed to is what runs.
+    assert trusted_revision("owner/name", None) == old
+    (hub / "refs" / "main").write_text(new)
+    with pytest.raises(ModelError, match=rf"\(commit {new}\)"):
+        trusted_revision("owner/name", None)
+    assert trusted_revision("owner/name", old) == old

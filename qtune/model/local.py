@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
+from qtune.model.checkpoint import weight_files
 from qtune.model.load import base_folder
 from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
@@ -26,7 +27,11 @@ def base_on_disk(model: Model) -> Path | None:
         cached = Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return None
-    return cached if any(cached.glob("*.safetensors")) else None
+    try:
+        weight_files(cached)
+    except ModelError:  # not all of them are here yet, and fetching brings the rest
+        return None
+    return cached
 
 
 def local_base(model: Model) -> Path:
