@@ -135,6 +135,15 @@ def test_what_is_no_folder_of_checkpoints_is_said(make: Callable[[Path], object]
     assert "is no folder; checkpoints were kept there" in said(lambda: train.resume(world.stopped))
 
 
+def test_a_first_save_that_was_killed_before_its_manifest_is_made_again(world: World, capsys) -> None:  # noqa: F811
+    shutil.rmtree(world.stopped.checkpoints / "checkpoint-2")
+    first = world.stopped.checkpoints / "checkpoint-1"
+    (first / manifest.NAME).unlink()
+    run = train.resume(world.stopped)
+    assert f"{first} is not whole: its manifest.json is missing" in capsys.readouterr().err
+    assert_same_adapter(run, world.finished)
+
+
 # --- checkpoints of older versions ---------------------------------------------------------------------------------
 
 

@@ -92,8 +92,9 @@ def newest_whole(folder: Path) -> Path | None:
                     "saved cannot be told; they can be read, and are of one step"
                 )
             return path
-        damaged.append(Problem(str(path), said))
         console.say(f"{path} is not whole: {said}; it is left as it is, and the one before it is looked at")
+        if not _is_unsealed(path):  # a save that was killed before its last file is no damage
+            damaged.append(Problem(str(path), said))
     if damaged:
         advice = f"{len(damaged)} are there" if len(damaged) > 1 else "there is no other"
         raise RunError(
@@ -102,12 +103,17 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def _is_unsealed(checkpoint: Path) -> bool:
+    """Whether a checkpoint of this version has no manifest, which comes last."""
+    return checkpoint.is_dir() and (checkpoint / OPTIMIZER).exists() and not manifest.is_sealed(checkpoint)
+
+
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None where it is whole, as far as its version lets that be told."""
     if not checkpoint.is_dir():
         return "it is no folder"
     step = step_of(checkpoint)
-    if manifest.is_sealed(checkpoint) or (checkpoint / OPTIMIZER).exists():
+    if manifest.is_sealed(checkpoint) or _is_unsealed(checkpoint):
         return manifest.fault(checkpoint, step)
     return _older_fault(checkpoint, step)
 
