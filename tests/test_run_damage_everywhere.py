@@ -5,7 +5,7 @@ Nothing may end in a traceback, and nothing may come out that differs without a 
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,9 @@ def files_of(run: RunDir) -> list[Path]:
     return sorted(file for file in run.path.rglob("*") if file.is_file())
 
 
-def damages(run: RunDir) -> Iterator[tuple[Path, str, random.Random]]:
-    for file in files_of(run):
-        for way in WAYS:
-            yield file, way, random.Random(f"{SEED} {file.relative_to(run.path)} {way}")
+def chance_of(run: Path, file: Path, way: str) -> random.Random:
+    """The same draws whenever the same file is damaged in the same way."""
+    return random.Random(f"{SEED} {file.relative_to(run)} {way}")
 
 
 def outcome(verb: Callable[[], Any]) -> tuple[str, Any]:
@@ -106,65 +105,65 @@ def restored(kept: tuple[Path, Path]) -> World:  # noqa: F811
     return World(home)
 
 
+def is_same(result: Any, expected: Any) -> bool:
+    return same_tensors(result, expected) if isinstance(result, dict) else bool(result == expected)
+
+
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_stopped_run_goes_on_exactly_or_says_why_not(kept: tuple[Path, Path]) -> None:  # noqa: F811
-    whole = load_file(restored(kept).finished.adapter / STATE_FILE)
-    stopped = World(kept[0]).home / "runs" / "stopped"
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_run_goes_on_exactly_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:  # noqa: F811
+    home = restored(kept)
+    whole, stopped = load_file(home.finished.adapter / STATE_FILE), home.stopped.path
     bad = []
-    tried = list(damages(RunDir(stopped)))
-    for file, way, chance in tried:
+    tried = files_of(home.stopped)
+    for file in tried:
         restored(kept)
-        WAYS[way](file, chance)
+        WAYS[way](file, chance_of(stopped, file, way))
         kind, result = outcome(lambda: train.resume(RunDir.open(stopped)))
         if kind == "traceback":
-            bad.append(f"{file.relative_to(stopped)} {way}: {type(result).__name__}: {result}")
+            bad.append(f"{file.relative_to(stopped)}: {type(result).__name__}: {result}")
         elif kind == "done" and not same_tensors(load_file(result.adapter / STATE_FILE), whole):
-            bad.append(f"{file.relative_to(stopped)} {way}: another adapter, without a word")
+            bad.append(f"{file.relative_to(stopped)}: another adapter, without a word")
     assert bad == [], f"{len(bad)} of {len(tried)}"
 
 
-def result_of(run: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+def figures(run: Path) -> tuple[Any, Any]:
     evaluation = evaluate(RunDir.open(run))
+    return evaluation.base, evaluation.tuned
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
     folder = export_run(RunDir.open(run), Options(adapter_only=True))
-    write_report(RunDir.open(run))
-    return evaluation.base, evaluation.tuned, load_file(folder / "adapter_model.safetensors")
+    return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_finished_run_is_used_as_it_was_or_says_why_not(kept: tuple[Path, Path]) -> None:  # noqa: F811
+def resumed(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(train.resume(RunDir.open(run)).adapter / "adapter_model.safetensors")
+
+
+def reported(run: Path) -> bool:
+    return write_report(RunDir.open(run)).is_file()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_finished_run_is_used_as_it_was_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:  # noqa: F811
     finished = restored(kept).finished.path
-    base, tuned, weights = result_of(finished)
+    weights = exported(finished)
+    verbs = {"eval": (figures, figures(finished)), "export": (exported, weights), "report": (reported, True)}
     bad = []
-    tried = list(damages(RunDir(restored(kept).finished.path)))
-    for file, way, _ in tried:
-        place = f"{file.relative_to(finished)} {way}"
-        if file.is_relative_to(finished / "checkpoints") and way != "deleted":
-            continue  # nothing of a finished run reads them
-        for name, verb in {
-            "eval": lambda: evaluate(RunDir.open(finished)),
-            "export": lambda: export_run(RunDir.open(finished), Options(adapter_only=True)),
-            "report": lambda: write_report(RunDir.open(finished)),
-            "resume": lambda: train.resume(RunDir.open(finished)),
-        }.items():
+    # Nothing but a resumption, which the other test looks at, reads the checkpoints of a run.
+    tried = [file for file in files_of(restored(kept).finished) if "checkpoints" not in file.parts]
+    for file in tried:
+        for name, (verb, expected) in {**verbs, "resume": (resumed, weights)}.items():
             restored(kept)
-            WAYS[way](file, random.Random(f"{SEED} {place}"))  # the same bit for every verb
-            kind, result = outcome(verb)
+            WAYS[way](file, chance_of(finished, file, way))
+            kind, result = outcome(lambda verb=verb: verb(finished))
+            place = f"{file.relative_to(finished)}, {name}"
             if kind == "traceback":
-                bad.append(f"{place}, {name}: {type(result).__name__}: {result}")
-            elif kind == "done" and name == "eval" and (result.base, result.tuned) != (base, tuned):
-                bad.append(f"{place}, eval: other figures, without a word")
-            elif (
-                kind == "done"
-                and name == "export"
-                and not same_tensors(load_file(result / "adapter_model.safetensors"), weights)
-            ):
-                bad.append(f"{place}, export: another adapter, without a word")
-            elif (
-                kind == "done"
-                and name == "resume"
-                and not same_tensors(load_file(result.adapter / "adapter_model.safetensors"), weights)
-            ):
-                bad.append(f"{place}, resume: another adapter, without a word")
+                bad.append(f"{place}: {type(result).__name__}: {result}")
+            elif kind == "done" and not is_same(result, expected):
+                bad.append(f"{place}: something else, without a word")
     assert bad == [], f"{len(bad)} of {len(tried)}"
