@@ -132,7 +132,7 @@ budget = "8GB"
         ),
         (
             '[training]\ngradient_checkpointing = "yes"',
-            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean',
+            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean or a valid integer',
         ),
         ('[memory]\nbudget = "8 GB"', '6: memory.budget = "8 GB": must be "auto" or must look like "8GiB" or "512MiB"'),
         (

@@ -148,14 +148,14 @@ class RowEncoder:
         conversation = to_conversation(
             value, row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
         )
-        unused = dict.fromkeys([*replaced(row.value, rules.columns), *conversation.unused])
+        unused = dict.fromkeys(map(_writable, [*replaced(row.value, rules.columns), *conversation.unused]))
         if conversation.is_document:
             self._count(unused)
             return [self.encoder.document(replace(conversation, unused=tuple(unused)))]
         gate = self.tool_gate if conversation.tools else self.gate
         rendered = render_examples(gate.renderer, conversation, rules.loss_on, rules.on_rewritten)
         lost = gate.lost(rendered)
-        unused |= lost.unused
+        unused |= {_writable(name): None for name in lost.unused}
         self._count(unused)
         notes = conversation.notes | lost.notes
         return [
@@ -173,6 +173,11 @@ class RowEncoder:
         names = list(unused)
         self.batch.unused.update(names)
         self.batch.rows_with_unused += bool(names)
+
+
+def _writable(name: str) -> str:
+    """JSON's keys may hold half a character, which no file can."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _order_advice(policy: str) -> str:

@@ -1,6 +1,5 @@
 """A checkpoint folder of safetensors files, read one tensor at a time."""
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qtune.errors import ModelError, Problem, first_line
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from qtune.errors import ModelError, Problem
+from qtune.model.folder import INDEX, SINGLE, weight_map
+from qtune.model.safetensors_file import require_whole
 
 # The names of the safetensors header and what torch calls them.
 DTYPES = {
@@ -61,11 +59,10 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in weight_files(folder):
             tensors |= _header(file)
-        index = folder / INDEX
-        if index.exists():
-            named = weight_map(index)
-            if missing := sorted(set(named) - set(tensors)):
-                raise ModelError(Problem(str(index), f"names tensors that no shard holds: {', '.join(missing[:3])}"))
+        if (named := weight_map(folder)) is not None and (missing := sorted(set(named) - set(tensors))):
+            raise ModelError(
+                Problem(str(folder / INDEX), f"names tensors that no shard holds: {', '.join(missing[:3])}")
+            )
         return cls(folder, tensors)
 
     def read(self, name: str) -> torch.Tensor:
@@ -99,30 +96,13 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as the index of several shards says.
-
-    Raises ModelError where the index cannot be read, or names a file that is not one of its folder.
-    """
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = {str(tensor): str(file) for tensor, file in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"has no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise ModelError(Problem(str(index), f"does not say where the weights are: {said}")) from error
-    if odd := sorted({file for file in named.values() if Path(file).name != file}):
-        raise ModelError(Problem(str(index), f"names {odd[0]!r}, which is no file beside it"))
-    return named
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The shards of a model folder in the order of their names.
 
     Raises ModelError when there are none or when the index names a file that is not there.
     """
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(weight_map(index).values()))
+    if (named := weight_map(folder)) is not None:
+        names = sorted(set(named.values()))
         files = [folder / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
@@ -163,6 +143,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one shard, by name."""
+    require_whole(file)
     try:
         with safe_open(file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
@@ -172,5 +153,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
                 name: StoredTensor(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for name, part in slices.items()
             }
+    except KeyError as error:
+        raise ModelError(Problem(str(file), f"has tensors of the type {error}, which is not read")) from error
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(str(file), f"cannot be read as safetensors: {error}")) from error

@@ -1,11 +1,15 @@
 """A base folder before anything is loaded from it: what it is instead of a model, and whether its weights are there."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from qtune.errors import ModelError, Problem, first_line
+from qtune.errors import ModelError, Problem
 from qtune.lfs import ADVICE, lfs_pointers
-from qtune.model.checkpoint import INDEX, SINGLE, weight_map
+from qtune.model.safetensors_file import require_whole
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 def refuse_other_folders(base: str) -> None:
@@ -24,8 +28,8 @@ def refuse_other_folders(base: str) -> None:
     if file.is_file():
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+        except (OSError, ValueError, RecursionError):
+            said = {}
         said = said if isinstance(said, dict) else {}
         of = said.get("base_model_name_or_path") or "a model that it does not name"
         kind = str(said.get("peft_type") or "peft").lower().replace("_", "-")
@@ -43,20 +47,56 @@ def require_weights(base: str) -> None:
     if not folder.is_dir():
         return
     refuse_pointers(folder)
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(weight_map(index).values()))
+    if (index := weight_map(folder)) is not None:
+        files = sorted(set(index.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             message = f"{len(missing)} of {len(files)} files of weights are missing, the first of them {missing[0]}"
             raise ModelError(Problem(base, message))
-    elif not (folder / SINGLE).is_file():
-        if others := sorted(folder.glob("*.safetensors")):
-            message = f"has {others[0].name} and no {INDEX} that names it; its weights are not whole"
+        _require_whole([folder / name for name in files])
+    elif found := sorted(folder.glob("*.safetensors")):
+        if not (folder / SINGLE).is_file():
+            message = f"has {found[0].name} and no {INDEX} that names it; its weights are not whole"
             raise ModelError(Problem(base, message))
+        _require_whole(found)
+    else:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         has = f"its weights are pickled ({pickled[0].name}), which can run code" if pickled else "it has no weights"
         raise ModelError(Problem(base, f"{has}; only safetensors are read"))
+
+
+def _require_whole(files: Sequence[Path]) -> None:
+    """Every file has what its header says; those that do not are named together."""
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            require_whole(file)
+        except ModelError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ModelError(problems)
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor's name, as the index of a folder in several files says; None where there is no index.
+
+    Raises:
+        ModelError: it is damaged, or names what is no file of the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(found.values())
+    except OSError as error:
+        raise ModelError(Problem(str(index), f"cannot be read: {error.strerror}")) from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(Problem(str(index), "is damaged: it has no weight_map from tensors to files")) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(Problem(str(index), f"names {str(name)[:200]!r}, which is no safetensors file beside it"))
+    return dict(found)
 
 
 def refuse_pointers(folder: Path) -> None:

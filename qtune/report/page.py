@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import InputError, QtuneError, first_line
-from qtune.memory.profile import is_traced, read_run
+from qtune.disk import told
+from qtune.errors import InputError, QtuneError, WorkError, first_line
+from qtune.memory.profile import is_traced, trace_run
 from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
@@ -36,7 +37,7 @@ def trace_memory(run_dir: RunDir) -> None:
     quiet_loading()
     try:
         with console.progress("tracing the run's step, the usual ways of training and the step without each technique"):
-            read_run(run_dir, explain=True)
+            trace_run(run_dir, explain=True)
     except Exception as error:
         log.debug("the run's memory could not be traced", exc_info=True)
         reason = str(error) if isinstance(error, QtuneError) else f"{type(error).__name__}: {error}"
@@ -56,7 +57,7 @@ def write_report(run_dir: RunDir) -> Path:
     """Writes RUN/report.html, finished run or not, and returns its path.
 
     Raises:
-        RunError: the run's files cannot be read.
+        RunError: the run's files cannot be read. WorkError: the page cannot be written.
     """
     quiet_loading()
     record = read_record(run_dir)
@@ -67,7 +68,8 @@ def write_report(run_dir: RunDir) -> Path:
         rows = str(error)
     owner = owner_of(run_dir)
     busy = [] if owner is None else [f"belongs to {owner}; this page has what it had written until then"]
-    run_dir.write_text(run_dir.report, page(record, rows, [*busy, *said_of(run_dir)]))
+    with told(WorkError):
+        run_dir.write_text(run_dir.report, page(record, rows, [*busy, *said_of(run_dir)]))
     return run_dir.report
 
 

@@ -32,7 +32,7 @@ from qtune.run.lock import (
 )
 from qtune.run.records import plain
 from qtune.run.resolved import resolved_recipe
-from qtune.run.resumption import CHANGEABLE
+from qtune.run.resumption import CHANGEABLE, RATE
 
 Kind = Literal[
     "weights", "config", "generation", "tokenizer", "code", "template", "rows", "recipe", "versions", "processor"
@@ -225,7 +225,7 @@ def recipe_drifts(lock: Lock, values: dict[str, Any]) -> Iterator[Drift]:
     if then is None:
         return
     history = [one for one in (lock.recipe, *(part.recipe for part in lock.resumed)) if one is not None]
-    changeable = {".".join(map(str, path)) for path in CHANGEABLE}
+    changeable = {".".join(map(str, path)) for path in (*CHANGEABLE, RATE)}
     said = [
         text
         for key in sorted(then.keys() | values.keys())

@@ -24,7 +24,7 @@ from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
 from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_state
 
-NAMED = re.compile(r"checkpoint-([0-9]+)")
+CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,12}")
 
 
 def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
@@ -45,12 +45,12 @@ def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder whose saving came to its end, oldest first. What has happened to them since is for
     `newest_whole` to say."""
-    return [path for path in named_checkpoints(folder) if _was_completed(path)]
+    return [path for path in named_checkpoints(folder) if path.is_dir() and _was_completed(path)]
 
 
 def named_checkpoints(folder: Path) -> list[Path]:
     """Everything in a folder that is called as a checkpoint is, oldest first; checkpoint-6.bak is not."""
-    found = [path for path in folder.glob("checkpoint-*") if NAMED.fullmatch(path.name)]
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 
