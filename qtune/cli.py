@@ -17,7 +17,7 @@ from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_stre
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
-    from qtune.recipe.schema import Recipe
+    from qtune.recipe.schema import Model, Recipe
     from qtune.run.folder import RunDir
 
 
@@ -38,6 +38,22 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-drift",
+        metavar="NAME",
+        help="Go on although this is not what the run was trained with: weights, config, generation, tokenizer, code, "
+        "template, rows, recipe, versions or processor. Repeatable.",
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Agree that the Python code that comes with the model runs here; remembered for this code.",
+    ),
+]
 
 
 MOST_TOKENS = 16_777_216
@@ -56,6 +72,14 @@ def _version(value: bool) -> None:
     if value:
         console.out(f"qtune {__version__}")
         raise typer.Exit
+
+
+def _agree(model: "Model") -> None:
+    """Remembers consent to a model's code."""
+    from qtune.model.load import base_folder
+    from qtune.model.trust import grant_for
+
+    grant_for(base_folder(model), model.revision)
 
 
 @app.callback()
@@ -138,19 +162,47 @@ def run(
             help="Keep the CUDA allocator's history of the first two steps for https://pytorch.org/memory_viz.",
         ),
     ] = False,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
+    whole_weights: Annotated[
+        bool,
+        typer.Option(
+            "--hash-weights",
+            help="Hash every byte of the base's weights into lock.json, and compare on resuming; samples are, anyway.",
+        ),
+    ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
+    ] = False,
 ) -> None:
     """Train a recipe into a new folder under runs/.
 
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
     memory is spent and what is logged and saved; a lower training.learning_rate goes on as a new run beside this one;
-    what else would make another run is refused. Runs of 50 steps or more are rehearsed first (training.rehearse).
+    what else would make another run is refused. A base, rows or libraries that are not what the run began with stop it,
+    unless --accept-drift names what may differ. Runs of 50 steps or more are rehearsed first (training.rehearse).
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
+    from qtune.run.folder import RunDir
+    from qtune.run.resolved import resolved_recipe
     from qtune.run.resumption import resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
+    accepted = tuple(accept_drift or ())
+    if prove:
+        if not resume or not Path(target).is_dir() or changes:
+            raise typer.BadParameter("--prove goes with --resume and a run's folder, and with no --set")
+        proven = RunDir.open(Path(target))
+        import_libraries()
+        if trust:
+            _agree(resolved_recipe(proven).model)
+        from qtune.training import proof
+
+        console.out(proof.prove(proven, accepted))
+        return
     if resume:
         run_dir, changes = _unfinished(target, changes or [])
         if changes:
@@ -158,12 +210,23 @@ def run(
     else:
         resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
+    if trust:
+        _agree(resolved_recipe(run_dir).model if resume else resolved.recipe.model)
     from qtune.training import train
 
     if resume:
-        run_dir = train.resume(run_dir, changes or (), tuple(allow or ()), snapshot=snapshot)
+        run_dir = train.resume(
+            run_dir,
+            changes or (),
+            tuple(allow or ()),
+            snapshot=snapshot,
+            accepted=accepted,
+            whole_weights=whole_weights,
+        )
     else:
-        run_dir = train.run(resolved, tuple(allow or ()), snapshot=snapshot)
+        run_dir = train.run(
+            resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
+        )
     _end_run(run_dir)
 
 
@@ -242,6 +305,8 @@ def export(
             help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
         ),
     ] = None,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
 
@@ -259,8 +324,12 @@ def export(
     from qtune.screens import export as screen
 
     opened = None if run is None else RunDir.open(run)
+    if trust and opened is not None:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(opened).model)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened, screen.show)}")
+        console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
         return
     if opened is None:
         raise typer.BadParameter("name a run")
@@ -274,6 +343,7 @@ def export(
         gguf=gguf,
         compare_bases=compare_bases,
         push_to=push_to,
+        accepted=tuple(accept_drift or ()),
         given=given,
     )
     console.out(f"{stage.export_run(opened, options, screen.show)}")
@@ -305,6 +375,8 @@ def evaluate(
     ] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
@@ -315,14 +387,19 @@ def evaluate(
     from qtune.run.folder import RunDir
 
     run_dir = RunDir.open(target)
-    run_dir.finished_adapter()
     import_libraries()
+    if trust:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(run_dir).model)
     from qtune.screens import evaluation as evaluation_screen
     from qtune.screens import verdicts as verdicts_screen
     from qtune.tuned import evaluate as stage
     from qtune.verdicts.learning import learned_against_base
 
-    evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
+    evaluation = stage.evaluate(
+        run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
+    )
     if as_json:
         console.out_json(evaluation.to_json())
     else:
@@ -354,6 +431,8 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.
 
@@ -363,7 +442,7 @@ def chat(
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
 
-    session = stage.open_session(target, adapter=adapter)
+    session = stage.open_session(target, adapter=adapter, accepted=tuple(accept_drift or ()), trusted=trust)
     session.sampling, session.max_new_tokens = Sampling(temperature, top_p, seed), max_new_tokens
     session.system = system if system is not None else session.system
     if prompt is None:
@@ -391,6 +470,7 @@ def check(
         typer.Option("--rehearse", help="Do once all that a run will do: step, evaluation, checkpoint, answer."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Look for everything that would spoil a run: rows, template, labels, lengths, memory, disk. Nothing is trained.
 
@@ -402,9 +482,10 @@ def check(
     from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
 
-    result = stage.check(
-        load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed, rehearsed=rehearsed
-    )
+    resolved = load_recipe(find_recipe(recipe), changes or ())
+    if trust:
+        _agree(resolved.recipe.model)
+    result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
     if as_json:
         console.out_raw(result.to_json())
     else:
@@ -418,6 +499,7 @@ def report(
     trace: Annotated[
         bool, typer.Option("--trace/--no-trace", help="First trace what its memory is compared with, if not yet known.")
     ] = True,
+    trust: TrustOption = False,
 ) -> None:
     """Draw a run as one HTML page: curves, memory, rows with the trained tokens marked, answers, origins of values.
 
@@ -429,9 +511,24 @@ def report(
     run_dir = RunDir.open(target)
     from qtune.report.page import trace_memory, write_report
 
+    if trust:
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(resolved_recipe(run_dir).model)
     if trace:
         trace_memory(run_dir)
     console.out(f"{write_report(run_dir)}")
+    _say_drifts(run_dir)
+
+
+def _say_drifts(run_dir: "RunDir") -> None:
+    from qtune.run.drift import said_of
+    from qtune.run.owner import owner_of
+
+    if (owner := owner_of(run_dir)) is not None:
+        console.say(f"{run_dir.path} belongs to {owner}: what is shown is what it has written so far")
+    for said in said_of(run_dir):
+        console.say(f"{run_dir.path}: {said}")
 
 
 @app.command(rich_help_panel="Prepare")
@@ -472,6 +569,7 @@ def profile(
     timeline: Annotated[
         Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: an .svg file.")
     ] = None,
+    trust: TrustOption = False,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
 
@@ -493,6 +591,17 @@ def profile(
     from qtune.startup.quiet import quiet_loading
 
     quiet_loading()
+    if trust:
+        from qtune.recipe.file import load_recipe
+        from qtune.recipe.shipped import find_recipe
+        from qtune.run.folder import RunDir
+        from qtune.run.resolved import resolved_recipe
+
+        _agree(
+            resolved_recipe(RunDir.open(Path(target))).model
+            if is_run
+            else load_recipe(find_recipe(target), changes or (), need_rows=False).recipe.model
+        )
     if is_run:
         name, prediction = _profile_run(target, savings=savings, explain=explain)
     else:
@@ -516,6 +625,7 @@ def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Pr
     from qtune.screens.memory import draw_measured
 
     run_dir = RunDir.open(Path(target))
+    _say_drifts(run_dir)
     measured = trace_run(run_dir, savings=savings, explain=explain)
     console.out(draw_measured(measured))
     if measured.failure is not None:
@@ -576,6 +686,7 @@ def fit(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
 
@@ -605,6 +716,8 @@ def fit(
     from qtune.whole import write_text
 
     quiet_loading()
+    if trust:
+        _agree(resolved.recipe.model)
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return

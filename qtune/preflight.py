@@ -31,9 +31,11 @@ from qtune.memory.forecast import Forecast, attempted
 from qtune.memory.kept_layers import could_fill
 from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
 from qtune.model.host import keep_embeddings_on_host
 from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_kernels
+from qtune.model.local import base_on_disk
 from qtune.model.quantization import (
     ParameterCount,
     count_parameters,
@@ -43,7 +45,9 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import LONGEST_NAME, Recipe
+from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
+from qtune.run.drift import BASE, require_same_base
+from qtune.run.folder import RunDir
 from qtune.sizes import gib_text, size_text
 from qtune.startup.quiet import quiet_loading
 
@@ -128,11 +132,13 @@ class Preflight:
         gate(self.inspection.findings, self.resolved.recipe.data.allow)
 
 
-def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = False) -> Preflight:
+def examine(
+    resolved: Resolved, *, folder: Path | None = None, traced: bool = False, accepted: Sequence[str] = ()
+) -> Preflight:
     """Looks at everything that a run depends on. What stops it is collected: `Preflight.require` raises it.
 
     folder: where the run writes; left out, a new one in output.directory. traced: whether the step's memory is traced
-    where nothing is decided by it, on a CPU.
+    where nothing is decided by it, on a CPU. accepted: drifts of the base of the run that the adapter starts from.
 
     Raises:
         InputError: model or rows cannot be read at all, so that there is nothing more to look at; with whatever else
@@ -149,7 +155,10 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
     if config is None or tokenizer is None:
         raise together(asked.refusals)
-    asked.of(require_weights, base_folder(recipe.model))
+    asked.of(_require_whole_base, recipe.model, config)
+    if recipe.adapter.start_from is not None and not asked.refusals:
+        earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
+        asked.of(require_same_base, earlier, recipe, tokenizer, None, accepted, kinds=BASE)
     plan = make_plan(recipe, device, attention_rule(config))
     asked.of(require_kernels, recipe.quantization, plan)
     if recipe.output.gguf is not None:
@@ -235,6 +244,13 @@ def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
 def _require_one_process() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
+
+
+def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
+    """The base's weights are there, and are those of its model; one that is not on this disk yet is not asked."""
+    require_weights(base_folder(model))
+    if (folder := base_on_disk(model)) is not None:
+        require_complete(folder, config)
 
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:

@@ -38,6 +38,21 @@ def write_text(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder, to the disk: without it a power cut may take back a file that was written and renamed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not on every platform can a folder be opened
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # nor synced on every file system
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def clear_leftovers(path: Path) -> None:
@@ -52,6 +67,8 @@ def clear_leftovers(path: Path) -> None:
 
 def _take_the_name(partial: Path, path: Path) -> None:
     """Renames; an old folder, which a rename does not replace, steps aside first and is deleted last."""
+    if path.is_symlink() and partial.is_dir():
+        path.unlink()  # of the link alone: no folder takes the place of one
     if not path.is_dir():
         partial.replace(path)
         return

@@ -269,6 +269,39 @@ def names_of_a_checkpoint_are_mapped_by_these() -> None:
 
 
 @borrowed(
+    "transformers", "convert_and_load_state_dict_in_model", "LoadStateDictConfig", "get_model_conversion_mapping",
+    "mark_tied_weights_as_initialized", "tie_weights", "_adjust_missing_and_unexpected_keys",
+    files=("model/completeness.py",),
+)  # fmt: skip
+def a_checkpoint_is_loaded_without_its_storage_and_reported() -> None:
+    """No public way: `from_pretrained` on the meta device reads the weights, and tells of a first misfit alone."""
+    from transformers import modeling_utils
+
+    with torch.device("meta"):
+        tied = LlamaForCausalLM(tiny_config(tie_word_embeddings=True))
+    stored = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tied.state_dict().items()}
+    del stored["lm_head.weight"], stored["model.norm.weight"]
+    stored["odd"] = torch.empty(1, device="meta")
+    settings = modeling_utils.LoadStateDictConfig(device_map={"": "meta"}, ignore_mismatched_sizes=True)
+    report, _ = modeling_utils.convert_and_load_state_dict_in_model(tied, stored, settings, None)
+    tied.mark_tied_weights_as_initialized(report)
+    tied.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+    tied._adjust_missing_and_unexpected_keys(report)
+    assert (report.missing_keys, report.unexpected_keys) == ({"model.norm.weight"}, {"odd"})
+    source = inspect.getsource(modeling_utils.PreTrainedModel._finalize_model_loading)
+    steps = ("mark_tied_weights_as_initialized", "tie_weights(missing_keys", "_adjust_missing_and_unexpected_keys")
+    assert [source.index(step) for step in steps] == sorted(source.index(step) for step in steps)
+
+
+@borrowed("transformers", "_materialize_copy", "core_model_loading", files=("model/weights.py",))
+def every_weight_passes_here_when_it_is_read() -> None:
+    from transformers import core_model_loading
+
+    assert parameters_of(core_model_loading._materialize_copy) == ["tensor", "device", "dtype"]
+    assert "_materialize_copy(tensor, device, dtype)" in inspect.getsource(core_model_loading.spawn_materialize)
+
+
+@borrowed(
     "transformers", "param_needs_quantization", "preprocess_model", "postprocess_model", "local_torch_dtype",
     files=("export/layout.py", "memory/tracing/bare_model.py"),
 )  # fmt: skip
@@ -321,6 +354,12 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_scaler": ["self", "output_dir"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_scaler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
@@ -331,7 +370,9 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
     assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
-    for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples"):
+    parts = ("optimizer_and_scheduler", "scaler", "rng_state")
+    states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]
+    for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples", *states):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
 
@@ -427,7 +468,7 @@ def the_copied_rule_of_weight_decay_is_the_trainers() -> None:
     assert ours == decayed or {named[id(p)] for p in parameter_groups(model)[0]["params"]} == decayed
 
 
-@borrowed("transformers", "_commit_hash", files=("training/train.py",))
+@borrowed("transformers", "_commit_hash", files=("training/depends.py",))
 def a_configuration_keeps_the_commit_that_it_came_from() -> None:
     from transformers import configuration_utils, utils
 

@@ -171,5 +171,5 @@ def test_an_export_refuses_options_of_which_one_would_be_ignored(option: str, ot
 def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
     command = typer.main.get_command(cli.app).commands["export"]  # type: ignore[attr-defined]
     names = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
-    own = {"run", "--verify-only", "--help", "-h", "-o"}
+    own = {"run", "--verify-only", "--accept-drift", "--trust-remote-code", "--help", "-h", "-o"}
     assert names - own == set(CONFLICTS["--verify-only"])

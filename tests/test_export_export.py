@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qtune.errors import InputError, ModelError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.verification import read_proof
+from qtune.model.trust import grant_for
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.screens.export import show
@@ -181,6 +182,9 @@ def test_code_that_comes_with_a_model_is_trusted_all_the_way_where_the_recipe_tr
     run.write_text(run.resolved_file, text)
     recipe = tmp_path / "own.toml"
     recipe.write_text(text.replace("minimum_share = 0.0", "minimum_share = 1.0"))
+    with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+        export_run(run, Options())
+    grant_for(str(base), None)
     with pytest.raises(ModelError, match=r"quantization\.minimum_share asks for 100%"):
         examine(load_recipe(recipe), traced=True).require()
     folder = export_run(run, Options())

@@ -560,7 +560,7 @@ def test_the_lock_of_a_resumed_run_says_under_which_versions_each_part_was_train
     assert begun is not None
     assert begun.resumed == ()
     monkeypatch.setattr("qtune.run.lock.version", lambda package: "9.9" if package == "torch" else "1.0")
-    train.resume(stopped)
+    train.resume(stopped, accepted=("versions",))
     lock = read_lock(stopped)
     assert lock is not None
     assert replace(lock, resumed=()) == begun
@@ -724,10 +724,9 @@ def test_rows_that_have_changed_cannot_be_gone_on_with(
     stopped = latest_run(recipe)
     with pytest.raises(RunError) as caught:
         train.resume(stopped)
-    assert str(caught.value) == (
-        f"{stopped.path}: the training rows are not those that the run began with, so the rest would not be the same "
-        "run; put the data back as it was, or begin again with qtune run"
-    )
+    said = f"{stopped.path}: is no longer what it was: rows: the training rows are not those that the run began with"
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith("or go on with what is here now: --accept-drift rows")
 
 
 def stopped_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> RunDir:

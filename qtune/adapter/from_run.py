@@ -5,6 +5,7 @@ from pathlib import Path
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import Problem, RunError
 from qtune.recipe.schema import Recipe
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
@@ -21,7 +22,7 @@ def earlier_adapter(recipe: Recipe) -> Path | None:
     if recipe.adapter.start_from is None:
         return None
     run = RunDir.open(Path(recipe.adapter.start_from).expanduser())
-    folder = run.finished_adapter()
+    folder = whole_adapter(run)
     earlier = resolved_recipe(run)
     problems = []
     if _place(earlier.model.base) != _place(recipe.model.base):

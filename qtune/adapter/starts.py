@@ -110,7 +110,7 @@ def start_from_residual(model: PeftModel, base: Checkpoint) -> None:
     with console.progress("LoftQ: decomposing the quantization error", len(layers)) as bar:
         for name, module in layers:
             packed = module.get_base_layer().weight
-            original = base.read(_stored_name(base, f"{name}.weight")).to(packed.device, torch.float32)
+            original = base.read_finite(_stored_name(base, f"{name}.weight")).to(packed.device, torch.float32)
             error = original - bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
             for adapter, rank in module.r.items():
                 left, values, right = torch.linalg.svd(error, full_matrices=False)

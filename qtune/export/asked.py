@@ -34,7 +34,7 @@ def require_same_questions(source: OpenedRun, folder: Path, virtual_ids: tuple[i
     Raises:
         ExportError: it asks in other words than training.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.recipe.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trusts(folder))
     for questions in (QUESTIONS[:1], (QUESTIONS[0], "Hi.", QUESTIONS[1])):
         turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(questions)]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

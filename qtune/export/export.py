@@ -1,6 +1,6 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,6 +62,8 @@ class Options:
     gguf: GgufType | None = None
     compare_bases: bool = False
     push_to: str | None = None
+    accepted: tuple[str, ...] = ()
+    """Kinds of drift (`run.drift`) that the export goes on with."""
     given: frozenset[str] = frozenset()
     """Options as they were written on a command line (`export.conflicts`)."""
 
@@ -82,7 +84,7 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
 def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
-    source = open_for_export(run)
+    source = open_for_export(run, accepted=options.accepted)
     is_alone = source.recipe.adapter.export == "alone"
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
@@ -134,11 +136,11 @@ def _asked(options: Options) -> set[str]:
     return {option for option, is_asked in asked.items() if is_asked}
 
 
-def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen) -> Path:
+def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accepted: Sequence[str] = ()) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or _run_around(folder)
-    source = open_for_export(run)
+    source = open_for_export(run, accepted=accepted)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.completeness import require_complete
 from qtune.model.kept_precision import kept_in_fp32
 
 
@@ -105,7 +106,7 @@ def open_base(base: Path, *, trust_remote_code: bool = False) -> tuple[Checkpoin
     """A base model's stored tensors, and its modules on the meta device.
 
     Raises:
-        ModelError: it cannot be read, or is stored quantized by anything but bitsandbytes.
+        ModelError: it cannot be read, is not whole, or is stored quantized by anything but bitsandbytes.
     """
     network = empty_model(base, trust_remote_code=trust_remote_code)
     quantization = getattr(network.config, "quantization_config", None)
@@ -114,4 +115,4 @@ def open_base(base: Path, *, trust_remote_code: bool = False) -> tuple[Checkpoin
     if method is not None and str(method) not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
         message = f"is stored as {method}, which cannot be merged; export the adapter alone (--adapter-only)"
         raise ModelError(Problem(str(base), message))
-    return Checkpoint.open(base), network
+    return require_complete(base, network.config), network

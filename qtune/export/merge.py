@@ -114,7 +114,7 @@ def write_merge(
 def merged_tensor(merge: Merge, planned: Planned) -> torch.Tensor:
     """One output tensor: the base's values, the adapter's change in fp32, one rounding to the output dtype."""
     parameter = merge.targets[planned.name]
-    stored = merge.base.read(merge.sources[planned.name])
+    stored = merge.base.read_finite(merge.sources[planned.name])
     values = base_values(merge, merge.sources[planned.name], parameter, stored)
     update = _update_for(merge, parameter)
     if update is not None:

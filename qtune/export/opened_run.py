@@ -1,5 +1,6 @@
 """A run's folder -> everything that an export starts from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from qtune.export.adapter_weights import adapter_config
 from qtune.export.basis import Basis
 from qtune.model.load import load_tokenizer
 from qtune.model.local import local_base
+from qtune.model.trust import code_files, code_hash, require_consent
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import FourBit, Recipe
+from qtune.run.drift import require_same_base
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
@@ -36,22 +40,36 @@ class OpenedRun:
     """As the rows were rendered, which had theirs."""
     basis: Basis
 
+    def trusts(self, folder: Path) -> bool:
+        """Whether the code in an exported folder may run: it is the base's own, which was agreed to.
+
+        Raises:
+            ModelError: it is other code, and nobody at this computer has agreed to it.
+        """
+        if self.recipe.model.trust_remote_code and not code_files(folder) <= code_files(self.base):
+            require_consent(str(folder), code_hash(folder))
+        return self.recipe.model.trust_remote_code
+
     @property
     def base_name(self) -> str:
         """The base as the user knows it: a hub id, a built-in name, a path."""
         return self.recipe.model.base
 
 
-def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
+def open_for_export(run: RunDir, adapter: Path | None = None, *, accepted: Sequence[str] = ()) -> OpenedRun:
     """Opens a run for export; `adapter` names another of its adapters, a checkpoint for example.
 
-    Raises RunError when training has not ended or its files are not readable, ModelError when the base model cannot be
+    accepted: kinds of drift (`run.drift`) that it goes on with.
+
+    Raises RunError when training has not ended, its files are not readable or not what was trained with, and ModelError
+    when the base model cannot be
     had.
     """
-    adapter = adapter or run.finished_adapter()
+    adapter = adapter or whole_adapter(run)
     recipe = resolved_recipe(run)
     tokenizer = load_tokenizer(recipe.model)
     trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
+    require_same_base(run, recipe, tokenizer, trained.text, accepted, device=present_device())
     template = asking_template(trained, recipe.data)
     tokenizer.chat_template = template.of_tokenizer
     return OpenedRun(

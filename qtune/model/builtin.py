@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qtune import console
 from qtune.cache import cache_folder
@@ -211,11 +212,25 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from qtune.model.checkpoint import not_finite
+    from qtune.model.completeness import refuse, refuse_report
+
     # transformers 5 leaves GGUF weights packed by default, and a packed model cannot be saved.
     unpacked = GgufConfig(dequantize=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    network = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=unpacked, dtype=torch.float16, output_loading_info=True
+    )
+    network, report = loaded
+    refuse_report(str(gguf), report)
+    refuse(
+        [
+            problem
+            for name, tensor in network.state_dict().items()
+            if (problem := not_finite(name, tensor, gguf)) is not None
+        ]
+    )
     tokenizer.model_max_length = network.config.max_position_embeddings
     network.generation_config.update(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

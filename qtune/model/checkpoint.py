@@ -8,10 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtune.errors import ModelError, Problem
-from qtune.model.folder import INDEX, weight_map
+from qtune.model.folder import INDEX, SINGLE, weight_map
 from qtune.model.safetensors_file import require_whole
-
-SINGLE = "model.safetensors"
 
 # The names of the safetensors header and what torch calls them.
 DTYPES = {
@@ -73,8 +71,23 @@ class Checkpoint:
         The file is mapped for this one tensor only: a mapping kept open counts every page that was ever read
         as memory of the process.
         """
-        with safe_open(self.tensors[name].file, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
+        file = self.tensors[name].file
+        try:
+            with safe_open(file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(Problem(str(file), f"{name} cannot be read: {error}")) from error
+        return tensor
+
+    def read_finite(self, name: str) -> torch.Tensor:
+        """`read`, of a weight that is going to be used.
+
+        Raises:
+            ModelError: some of its numbers are infinite or none.
+        """
+        tensor = self.read(name)
+        if (problem := not_finite(name, tensor, self.tensors[name].file)) is not None:
+            raise ModelError(problem)
         return tensor
 
     @property
@@ -105,12 +118,37 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
 
 
+def not_finite(name: str, tensor: torch.Tensor, file: Path) -> Problem | None:
+    """What is wrong with a tensor's numbers; None where all of them are numbers."""
+    if is_finite(tensor):
+        return None
+    bad = ~torch.isfinite(tensor.float())
+    first = [int(index) for index in bad.nonzero()[0]]
+    value = float(tensor[tuple(first)].float()) if first else float(tensor.float())
+    message = f"{int(bad.sum()):,} of the {tensor.numel():,} numbers of {name} are not finite, the first {value} at "
+    return Problem(str(file), f"{message}{first}; every result would be NaN; fetch the model again")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number is one; whole numbers always are.
+
+    A sum is infinite or none where any of its terms is, and takes no memory; one that only overflowed is looked at
+    again.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # there is no arithmetic in 8 bits
+    return bool(torch.isfinite(wide.sum(dtype=torch.float32))) or bool(torch.isfinite(wide).all())
+
+
 def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one shard, by name."""
     require_whole(file)
     try:
         with safe_open(file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
+            if odd := sorted({part.get_dtype() for part in slices.values()} - DTYPES.keys()):
+                raise ModelError(Problem(str(file), f"holds numbers of type {odd[0]}, which qtune does not read"))
             return {
                 name: StoredTensor(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for name, part in slices.items()

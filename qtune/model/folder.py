@@ -9,6 +9,7 @@ from qtune.lfs import ADVICE, lfs_pointers
 from qtune.model.safetensors_file import require_whole
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 def refuse_other_folders(base: str) -> None:
@@ -54,6 +55,9 @@ def require_weights(base: str) -> None:
             raise ModelError(Problem(base, message))
         _require_whole([folder / name for name in files])
     elif found := sorted(folder.glob("*.safetensors")):
+        if not (folder / SINGLE).is_file():
+            message = f"has {found[0].name} and no {INDEX} that names it; its weights are not whole"
+            raise ModelError(Problem(base, message))
         _require_whole(found)
     else:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])

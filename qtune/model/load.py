@@ -27,6 +27,8 @@ from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.model.trust import trusted_revision
+from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
 from qtune.sizes import gib_text
@@ -123,12 +125,8 @@ def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedMo
         OutOfMemory: it does not fit the device. ModelError: it cannot be found or read.
     """
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base_folder(model),
-            dtype=dtype,
-            device_map={"": device.torch_name},
-            use_safetensors=True,
-            **_where(model),
+        network = load_weights(
+            base_folder(model), load_config(model), dtype, device_map={"": device.torch_name}, **_where(model)
         )
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, device) from error
@@ -160,12 +158,12 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             ours.llm_int8_enable_fp32_cpu_offload = True
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
-            network = AutoModelForCausalLM.from_pretrained(
+            network = load_weights(
                 base_folder(model),
-                dtype=dtype,
+                config,
+                dtype,
                 attn_implementation=plan.attention,
                 device_map=places,
-                use_safetensors=True,
                 # Even a None would hide the quantization that a checkpoint brings along.
                 **({"quantization_config": ours} if ours else {}),
                 **_where(model),
@@ -206,11 +204,12 @@ def _without_hooks() -> Iterator[None]:
 
 
 def _where(model: Model) -> dict[str, Any]:
-    return (
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        if model.revision
-        else {"trust_remote_code": model.trust_remote_code}
-    )
+    """Which revision, and whether its code may run: where the recipe says so and this computer's user has agreed."""
+    revision = model.revision
+    if model.trust_remote_code:
+        revision = trusted_revision(base_folder(model), revision)
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    return trusted | {"revision": revision} if revision else trusted
 
 
 def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory | ModelError:

@@ -6,11 +6,32 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
+from qtune.model.checkpoint import weight_files
 from qtune.model.load import base_folder
+from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
 
 # What a merge or a loader may need from the hub; weights in other formats stay there.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def base_on_disk(model: Model) -> Path | None:
+    """The base model's folder where its weights are on this disk already; nothing is fetched.
+
+    Raises ModelError when a built-in model or a GGUF file cannot be had.
+    """
+    folder = Path(base_folder(model))
+    if folder.is_dir():
+        return folder
+    try:
+        cached = Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return None
+    try:
+        weight_files(cached)
+    except ModelError:  # not all of them are here yet, and fetching brings the rest
+        return None
+    return cached
 
 
 def local_base(model: Model) -> Path:
@@ -21,7 +42,9 @@ def local_base(model: Model) -> Path:
     base = Path(base_folder(model))
     if base.is_dir():
         return base
+    # Code that somebody agreed to is of one commit.
+    revision = trusted_revision(model.base, model.revision) if model.trust_remote_code else model.revision
     try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model.base, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -1,6 +1,7 @@
 """The page itself: all parts in one file, with a policy that forbids it to load or run anything."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtune import console
@@ -14,7 +15,9 @@ from qtune.report.memory import memory
 from qtune.report.record import Record, read_record
 from qtune.report.rows import ShownRows, rows_of
 from qtune.report.style import STYLE
+from qtune.run.drift import said_of
 from qtune.run.folder import RunDir
+from qtune.run.owner import owner_of
 from qtune.startup.quiet import quiet_loading
 from qtune.verdicts.of_run import verdicts
 
@@ -63,13 +66,15 @@ def write_report(run_dir: RunDir) -> Path:
         rows = rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
     except InputError as error:
         rows = str(error)
+    owner = owner_of(run_dir)
+    busy = [] if owner is None else [f"belongs to {owner}; this page has what it had written until then"]
     with told(WorkError):
-        run_dir.write_text(run_dir.report, page(record, rows))
+        run_dir.write_text(run_dir.report, page(record, rows, [*busy, *said_of(run_dir)]))
     return run_dir.report
 
 
-def page(record: Record, rows: ShownRows | str) -> Html:
-    """The whole page; `rows` may be the reason why there are none to show."""
+def page(record: Record, rows: ShownRows | str, drifts: Sequence[str] = ()) -> Html:
+    """The whole page; `rows` may be the reason why there are none to show. `drifts` are sentences of `run.drift`."""
     name = record.run_dir.name
     what = f"{record.value('adapter', 'kind')} on {record.value('model', 'base')}"
     head = element(
@@ -86,6 +91,7 @@ def page(record: Record, rows: ShownRows | str) -> Html:
         "body",
         element("h1", name),
         element("p", f"{what}; {where}{f', on {device}' if device else ''}", class_="dim"),
+        *(sections.note(f"This run {said}") for said in drifts),
         *answers(verdicts(record.facts)),
         sections.summary(record),
         *_parts(record, rows),

@@ -2,20 +2,25 @@
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from qtune import __version__
+from qtune.model.contents import Contents
 from qtune.plan import Plan
+from qtune.recipe.file import leaves
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.run.records import read_record, write_record
+from qtune.run.records import plain, read_record, write_record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qtune.data.prepare import Prepared
 
 PACKAGES = (
@@ -68,6 +73,14 @@ class Continued:
     python: str
     packages: dict[str, str | None]
     device: LockedDevice
+    contents: Contents | None = None
+    training_rows_blake2b: str | None = None
+    chat_template_sha256: str | None = None
+    data: tuple[LockedSource, ...] = ()
+    compute_dtype: str | None = None
+    recipe: dict[str, Any] | None = None
+    accepted: tuple[str, ...] = ()
+    """The drifts that this part was told to go on with."""
 
 
 @dataclass(frozen=True)
@@ -83,36 +96,142 @@ class Lock:
     chat_template_sha256: str | None = None
     seed: int | None = None
     device: LockedDevice = field(default_factory=LockedDevice)
+    contents: Contents | None = None
+    """What was in the base's files; locks of older versions do not know."""
+    compute_dtype: str | None = None
+    recipe: dict[str, Any] | None = None
+    """The values of resolved.toml by their keys."""
     resumed: tuple[Continued, ...] = ()
+
+    @property
+    def latest(self) -> "Lock":
+        """What the run went on with last, as a lock: what its weights belong to now."""
+        lock = self
+        for part in self.resumed:
+            lock = replace(
+                lock,
+                packages=part.packages,
+                device=part.device,
+                contents=part.contents or lock.contents,
+                training_rows_blake2b=part.training_rows_blake2b or lock.training_rows_blake2b,
+                chat_template_sha256=part.chat_template_sha256 or lock.chat_template_sha256,
+                data=part.data or lock.data,
+                compute_dtype=part.compute_dtype or lock.compute_dtype,
+                recipe=part.recipe or lock.recipe,
+            )
+        return lock
+
+    @property
+    def knows_whole_weights(self) -> bool:
+        """Whether every byte of the base's weights was hashed."""
+        contents = self.latest.contents
+        return contents is not None and all(file.whole is not None for file in contents.weights.values())
 
     @property
     def last_device(self) -> LockedDevice:
         """The one of the last part of the run, which its memory was measured on."""
         return self.resumed[-1].device if self.resumed else self.device
 
-    def resumed_as(self, now: "Lock", step: int) -> "Lock":
-        """This lock with what another process goes on with after `step`."""
-        part = Continued(step, now.qtune, now.python, now.packages, now.device)
+    def resumed_as(self, now: "Lock", step: int, accepted: tuple[str, ...] = ()) -> "Lock":
+        """This lock with what another process goes on with after `step`; what is as it was is not written again."""
+        last = self.latest
+        part = Continued(
+            step,
+            now.qtune,
+            now.python,
+            now.packages,
+            now.device,
+            contents=None if now.contents == last.contents or _is_sampled_again(now, last) else now.contents,
+            training_rows_blake2b=_new(now.training_rows_blake2b, last.training_rows_blake2b),
+            chat_template_sha256=_new(now.chat_template_sha256, last.chat_template_sha256),
+            data=() if now.data == last.data else now.data,
+            compute_dtype=_new(now.compute_dtype, last.compute_dtype),
+            recipe=None if now.recipe == last.recipe else now.recipe,
+            accepted=accepted,
+        )
         return replace(self, resumed=(*self.resumed, part))
 
 
-def lock_of(recipe: Recipe, plan: Plan, base: str, commit: str | None, prepared: "Prepared") -> Lock:
+def _is_sampled_again(now: "Lock", last: "Lock") -> bool:
+    """Whether the base is the same as far as was read now, which is less than was read then."""
+    if now.contents is None or last.contents is None:
+        return False
+    weights = now.contents.weights
+    less = {name: replace(file, whole=None) for name, file in last.contents.weights.items() if name in weights}
+    return last.contents == replace(now.contents, weights=last.contents.weights) and less == weights
+
+
+def _new(now: str | None, before: str | None) -> str | None:
+    return None if now == before else now
+
+
+def lock_of(
+    recipe: Recipe,
+    plan: Plan,
+    base: str,
+    commit: str | None,
+    prepared: "Prepared",
+    data: "Iterable[LockedSource]" = (),
+    contents: Contents | None = None,
+    values: dict[str, Any] | None = None,
+) -> Lock:
     """The lock of a run that begins now, here.
 
-    base: what transformers loaded from; commit: the hub's, None for a folder. prepared: what is trained on.
+    base: what transformers loaded from; commit: the hub's, None for a folder. prepared: what is trained on. data: its
+    sources, under names that do not depend on where one stands. values: `recipe_values` of its resolved recipe.
     """
     device = plan.device
     return Lock(
         qtune=__version__,
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
-        base=LockedBase(recipe.model.base, commit, _folder_hash(Path(base))),
-        data=tuple(LockedSource(source.name, source.fingerprint) for source in prepared.sources),
+        packages=versions(),
+        base=LockedBase(recipe.model.base, commit, sizes_hash(Path(base))),
+        data=tuple(data),
         training_rows_blake2b=rows_hash(prepared),
-        chat_template_sha256=hashlib.sha256(prepared.template.text.encode()).hexdigest(),
+        chat_template_sha256=template_hash(prepared.template.text),
         seed=recipe.training.seed,
         device=LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability),
+        contents=contents,
+        compute_dtype=plan.compute_dtype,
+        recipe=values,
     )
+
+
+PLACES = (
+    ("model", "base"), ("adapter", "start_from"), ("data", "train"), ("data", "validation"), ("data", "test"),
+    ("data", "chat_template"), ("output", "directory"), ("output", "name"),
+)  # fmt: skip
+"""Keys that say where something is. It may be moved; what is in it is asked by its contents."""
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The values of a run's resolved recipe by their keys, as JSON has them; those that name a place stay out."""
+    values = {
+        ".".join(map(str, path)): plain(_jsonable(value))
+        for path, value in leaves(recipe)
+        if value is not None and (path not in PLACES or isinstance(value, (int, float)))
+    }
+    return dict(sorted(values.items()))
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(inner) for inner in value]
+    return value
+
+
+def template_hash(template: str) -> str:
+    """Of a chat template's text."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that compute."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def write_lock(run_dir: RunDir, lock: Lock) -> None:
@@ -144,8 +263,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _folder_hash(folder: Path) -> str | None:
-    """Names, sizes and configuration of a local model; hashing gigabytes of weights would delay every run."""
+def sizes_hash(folder: Path) -> str | None:
+    """Names, sizes and configuration of a local model: all that locks of older versions know of it."""
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()

@@ -130,7 +130,7 @@ def forget_after(file: Path, step: int) -> None:
     Raises:
         RunError: as `read_metrics`.
     """
-    if not file.is_file():
+    if not file.exists():
         return
     kept = [line for line, record in _numbered(file) if isinstance(record, NoteRecord) or record.step <= step]
     write_text(file, "".join(f"{line}\n" for line in kept))

@@ -1,5 +1,6 @@
 """What a run needs before anything heavy is loaded, as a value."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from qtune.data.batches import rows_of_step
 from qtune.data.findings import said_before_a_run
 from qtune.data.prepare import Prepared
 from qtune.device.present import present_device
-from qtune.errors import InputError, Problem, RunError
+from qtune.errors import InputError, Problem
 from qtune.memory.forecast import Forecast, attempted
 from qtune.memory.longest import longest_of
 from qtune.model.load import load_config
@@ -18,7 +19,6 @@ from qtune.preflight import Preflight, examine
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
-from qtune.run.lock import read_lock, rows_hash
 from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.timing.known import known_rates
 
@@ -42,15 +42,15 @@ class Inputs:
         return self.resolved.recipe
 
 
-def gather(resolved: Resolved, run_dir: RunDir | None = None) -> Inputs:
+def gather(resolved: Resolved, run_dir: RunDir | None = None, *, accepted: Sequence[str] = ()) -> Inputs:
     """A recipe whose preflight found nothing that stops it; what it warns of is said.
 
-    run_dir: of a run that goes on.
+    run_dir: of a run that goes on. accepted: drifts of the base of the run that it starts from.
 
     Raises:
         InputError, GateError: something stops it.
     """
-    preflight = examine(resolved, folder=run_dir.path if run_dir else None)
+    preflight = examine(resolved, folder=run_dir.path if run_dir else None, accepted=accepted)
     preflight.require()
     for warning in (*said_before_a_run(preflight.inspection.findings), *preflight.warnings):
         console.say(warning)
@@ -94,13 +94,3 @@ def require_allocator() -> None:
     if device.kind != "cuda":
         message = f"only a CUDA card's allocator can be asked for it, and this would run on {device.name}; leave it out"
         raise InputError(Problem("--memory-snapshot", message))
-
-
-def require_same_rows(inputs: Inputs, run_dir: RunDir) -> None:
-    lock = read_lock(run_dir)
-    if lock is not None and lock.training_rows_blake2b != rows_hash(inputs.prepared):
-        message = (
-            "the training rows are not those that the run began with, so the rest would not be the same run; put the "
-            "data back as it was, or begin again with qtune run"
-        )
-        raise RunError(Problem(str(run_dir.path), message))

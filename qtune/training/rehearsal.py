@@ -29,6 +29,7 @@ from qtune.memory.measured.meter import Meter
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
 from qtune.training.inputs import Inputs
+from qtune.training.saved_state import OPTIMIZER, save_tree
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.generate import find_ends, stream
 
@@ -161,7 +162,7 @@ def _save(
         if not has_initial:
             save_adapter(model, folder)
         inputs.tokenizer.save_pretrained(folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        save_tree(folder / OPTIMIZER, optimizer.state_dict())
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         written = {name: tensor.clone() for name, tensor in trained_state(model).items()}
         load_trained_state(model, folder)

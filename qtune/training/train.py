@@ -22,15 +22,27 @@ from qtune import console
 from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter, trained_state
 from qtune.disk import told
-from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError, TrainingError
+from qtune.errors import (
+    Failure,
+    GateError,
+    InputError,
+    Interrupted,
+    OutOfMemory,
+    Problem,
+    RunError,
+    TrainingError,
+)
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
-from qtune.model.load import base_folder
 from qtune.recipe.file import Resolved
+from qtune.run.drift import known_kinds
+from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
-from qtune.run.lock import lock_of, read_lock, write_lock
+from qtune.run.lock import read_lock, write_lock
+from qtune.run.manifest import seal
 from qtune.run.metrics import forget_after, read_metrics
-from qtune.run.resolved import resolved_text
+from qtune.run.owner import owned, require_free
+from qtune.run.resolved import resolved_recipe, resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
@@ -38,12 +50,14 @@ from qtune.training.checkpoints import (
     complete_checkpoints,
     is_last,
     is_owed_evaluation,
+    newest_whole,
     remove_incomplete_checkpoints,
     require_finite,
     step_of,
 )
+from qtune.training.depends import blame_drift, go_on_with, lock_now
 from qtune.training.display import TrainingDisplay
-from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator, require_same_rows
+from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.outcome import Losses, require_change, require_gradients, rise_of, training_losses
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.rehearsal import is_worth_it, rehearse
@@ -52,10 +66,18 @@ from qtune.whole import whole
 log = logging.getLogger(__name__)
 
 
-def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = False) -> RunDir:
+def run(
+    resolved: Resolved,
+    allow: tuple[str, ...] = (),
+    *,
+    snapshot: bool = False,
+    accepted: tuple[str, ...] = (),
+    whole_weights: bool = False,
+) -> RunDir:
     """Trains a recipe into a new run folder.
 
-    snapshot: of the CUDA allocator, beside the other files of the run.
+    snapshot: of the CUDA allocator, beside the other files of the run. accepted: drifts of the base of the run that it
+    starts from. whole_weights: whether lock.json gets a hash of every byte of the base's weights.
 
     Raises:
         InputError: the recipe's data or model cannot be used.
@@ -67,57 +89,77 @@ def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = Fal
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
     with told(TrainingError):
-        inputs = gather(resolved)
+        inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
-    _train(inputs, run_dir, None, snapshot)
+    with owned(run_dir):
+        with told(TrainingError):
+            run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+            if whole_weights:
+                write_lock(run_dir, lock_now(inputs, run_dir, resolved_recipe(run_dir), whole=True))
+        _train(inputs, run_dir, None, snapshot)
     return run_dir
 
 
 def resume(
-    run_dir: RunDir, changes: Sequence[str] = (), allow: tuple[str, ...] = (), *, snapshot: bool = False
+    run_dir: RunDir,
+    changes: Sequence[str] = (),
+    allow: tuple[str, ...] = (),
+    *,
+    snapshot: bool = False,
+    accepted: tuple[str, ...] = (),
+    whole_weights: bool = False,
 ) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
     changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`); or a lower learning
-    rate, with which a new run goes on beside this one, from its last complete checkpoint.
+    rate, with which a new run goes on beside this one, from its last whole checkpoint. accepted: kinds of drift
+    (`run.drift`) that it goes on with. whole_weights: whether every byte of the base's weights is compared.
 
     Raises:
-        RunError: the run has already ended, or its rows are not what they were.
+        RunError: the run has ended, another process has it, none of its checkpoints is whole, or something that it
+            depends on is not what it was.
         RecipeError: a change would make another run.
         InputError, WorkError, Interrupted: as `run`.
     """
+    require_free(run_dir)
     if run_dir.is_finished:
-        raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
+        if (said := adapter_fault(run_dir)) is None:
+            raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
+        console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
     if snapshot:
         require_allocator()
+    known_kinds(accepted)
     if lowers_rate(run_dir, changes):
         run_dir = _branched(run_dir)
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)
-        inputs = gather(resolved, run_dir)
-        require_same_rows(inputs, run_dir)
-        if changes or allow:
-            run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
-        remove_incomplete_checkpoints(run_dir.checkpoints)
-        checkpoints = complete_checkpoints(run_dir.checkpoints)
-        step = step_of(checkpoints[-1]) if checkpoints else 0
-        console.say(f"resuming {run_dir.path} from step {step}")
-        forget_after(run_dir.metrics_file, step)
-    _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
+        try:
+            inputs = gather(resolved, run_dir, accepted=accepted)
+        except (InputError, GateError):
+            blame_drift(run_dir, accepted)
+            raise
+    with owned(run_dir):
+        with told(TrainingError, lambda: _way_on(run_dir)):
+            remove_incomplete_checkpoints(run_dir.checkpoints)
+            checkpoint = newest_whole(run_dir.checkpoints)
+            step = step_of(checkpoint) if checkpoint else 0
+            go_on_with(inputs, run_dir, step, accepted, is_changed=bool(changes or allow), whole=whole_weights)
+            console.say(f"resuming {run_dir.path} from step {step}")
+            forget_after(run_dir.metrics_file, step)
+        _train(inputs, run_dir, checkpoint, snapshot)
     return run_dir
 
 
 def _branched(run_dir: RunDir) -> RunDir:
-    """A new run that goes on from another's last complete checkpoint; that one stays as it is."""
-    checkpoints = complete_checkpoints(run_dir.checkpoints)
-    if not checkpoints:
+    """A new run that goes on from another's last whole checkpoint; that one stays as it is."""
+    checkpoint = newest_whole(run_dir.checkpoints)
+    if checkpoint is None:
         message = f"has no checkpoint to go on from; begin again with: qtune run {run_dir.resolved_file} --set …"
         raise RunError(Problem(str(run_dir.path), message))
     with told(TrainingError):
-        branch = begin_branch(run_dir, checkpoints[-1])
+        branch = begin_branch(run_dir, checkpoint)
     console.say(f"another learning rate makes another run: {branch.path}; {run_dir.path} stays as it is")
     return branch
 
@@ -173,7 +215,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
         model, tiled = build_model(inputs)
-        _write_lock(inputs, run_dir, model, step_of(checkpoint) if checkpoint else 0)
+        if read_lock(run_dir) is None:
+            write_lock(run_dir, lock_now(inputs, run_dir, resolved_recipe(run_dir)))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
@@ -205,16 +248,9 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         )
 
 
-def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel, step: int) -> None:
-    """What the run depends on; of a run that goes on after `step`, what it began with stays beside it."""
-    commit = getattr(model.get_base_model().config, "_commit_hash", None)
-    now = lock_of(inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, inputs.prepared)
-    begun = read_lock(run_dir)
-    write_lock(run_dir, now if begun is None else begun.resumed_as(now, step))
-
-
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
+        seal(partial)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
@@ -24,7 +24,7 @@ from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
-from qtune.errors import Failure, OutOfMemory, TrainingError, first_line
+from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
 from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
@@ -32,10 +32,21 @@ from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.run.manifest import seal
 from qtune.training.callbacks import CheckpointedLayers
-from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.checkpoints import complete_checkpoints, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
+from qtune.training.saved_state import (
+    OPTIMIZER,
+    RANDOM,
+    SCALER,
+    SCHEDULE,
+    load_state,
+    random_state,
+    save_tree,
+    set_random_state,
+)
 from qtune.training.schedule import schedule_of
 
 
@@ -311,7 +322,7 @@ class QloraTrainer(SFTTrainer):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint with the whole trained state, written last: without that file a checkpoint is not complete."""
+        """A checkpoint with the whole trained state, and its manifest last: without that it is not complete."""
         with self.pace.stopped():
             self._write_checkpoint(model, trial)
 
@@ -322,8 +333,11 @@ class QloraTrainer(SFTTrainer):
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
         self.model.eval()
         try:
+            make_room(folder)
             super()._save_checkpoint(model, trial)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
+            seal(folder, self.state.global_step)
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -336,9 +350,40 @@ class QloraTrainer(SFTTrainer):
                 f"{refusal_of(error) or first_line(error)}; {where}"
             ) from error
         self.model.train()
-        for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_older(folder, self.keep_checkpoints)
         self.meter.enter("idle")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As safetensors, not as pickles."""
+        save_tree(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+        save_tree(Path(output_dir) / SCHEDULE, _plain_schedule(self.lr_scheduler.state_dict()))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            save_tree(Path(output_dir) / SCALER, scaler.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_tree(Path(output_dir) / RANDOM, random_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Both of them: a run that went on with one alone would be another one.
+
+        Raises:
+            RunError: one is missing or cannot be read.
+        """
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(_required(checkpoint, OPTIMIZER))
+            self.lr_scheduler.load_state_dict(_required(checkpoint, SCHEDULE))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None:
+            scaler.load_state_dict(_required(checkpoint, SCALER))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(_required(checkpoint, RANDOM))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""
@@ -353,6 +398,18 @@ class QloraTrainer(SFTTrainer):
         self._load_from_checkpoint(str(checkpoint))
         if self.args.eval_on_start:
             self.evaluate()
+
+
+def _required(checkpoint: str, name: str) -> Any:
+    state = load_state(Path(checkpoint), name)
+    if state is None:
+        raise RunError(Problem(checkpoint, f"has no {name}, without which the run would go on as another one"))
+    return state
+
+
+def _plain_schedule(state: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's factors are functions, which torch leaves out of its state as None."""
+    return {key: value for key, value in state.items() if not callable(value)}
 
 
 def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """`qtune chat`: talk to a run, an exported model or a base model; streamed, with history, adapter on or off."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,12 @@ from qtune.data.conversation import Conversation, RowError
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem
-from qtune.model.load import load_plain, load_tokenizer
+from qtune.model.load import base_folder, load_plain, load_tokenizer
+from qtune.model.trust import grant_for
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
@@ -111,8 +113,10 @@ def context_length(model: PreTrainedModel | PeftModel) -> int:
     return int(getattr(text_config, "max_position_embeddings", None) or 4096) - virtual
 
 
-def open_session(target: str, *, adapter: bool = True) -> Session:
+def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] = (), trusted: bool = False) -> Session:
     """A session with a run's folder, or with anything that `model.base` of a recipe may name.
+
+    accepted: kinds of drift (`run.drift`). trusted: whoever asks agrees that code that comes with the model runs.
 
     Raises:
         RunError, ModelError: it is neither, or cannot be loaded.
@@ -121,17 +125,22 @@ def open_session(target: str, *, adapter: bool = True) -> Session:
     looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
     is_run = (path / "resolved.toml").is_file()
     if not is_run and (path.exists() or not looks_like_a_path):
-        return _plain_session(target)
+        return _plain_session(target, trusted=trusted)
     run_dir = RunDir.open(path)
-    run = load_run(run_dir) if adapter else load_untuned(run_dir)
+    if trusted:
+        recipe = resolved_recipe(run_dir)
+        grant_for(base_folder(recipe.model), recipe.model.revision)
+    run = load_run(run_dir, accepted=accepted) if adapter else load_untuned(run_dir, accepted=accepted)
     ends = find_ends(run.model, run.tokenizer)
     return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt, plan=run.plan)
 
 
-def _plain_session(target: str) -> Session:
+def _plain_session(target: str, *, trusted: bool) -> Session:
     """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
     quiet_loading()
-    named, device = Model(base=target), present_device()
+    named, device = Model(base=target, trust_remote_code=trusted), present_device()
+    if trusted:
+        grant_for(base_folder(named), None)
     tokenizer = load_tokenizer(named)
     dtype, _ = compute_dtype_rule(device)
     model = load_plain(named, device, getattr(torch, dtype))

@@ -24,8 +24,11 @@ from qtune.device.present import one_sentence
 from qtune.disk import refusal_of
 from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
+from qtune.recipe.schema import Recipe
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
+from qtune.run.resolved import resolved_recipe
 from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
@@ -114,17 +117,25 @@ class Evaluation:
 
 
 def evaluate(
-    run_dir: RunDir, *, rows: int = 100, data_file: Path | None = None, max_new_tokens: int = 512
+    run_dir: RunDir,
+    *,
+    rows: int = 100,
+    data_file: Path | None = None,
+    max_new_tokens: int = 512,
+    accepted: Sequence[str] = (),
 ) -> Evaluation:
     """Asks both models `rows` held-out rows, spread evenly over all of them, and writes eval.json into the run.
+
+    accepted: kinds of drift (`run.drift`) that it goes on with.
 
     The base model is asked before the adapter is attached, so that nothing of it can be left on.
 
     Raises:
-        RunError: the run has not ended. DataError: there are no held-out rows, or they cannot be used.
+        RunError: the run has not ended, or is not what was trained.
+        DataError: there are no held-out rows, or they cannot be used.
     """
-    run_dir.finished_adapter()
-    run = load_untuned(run_dir)
+    whole_adapter(run_dir)
+    run = load_untuned(run_dir, accepted=accepted, parts=_parts(resolved_recipe(run_dir), data_file))
     source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
     examples = held_out.select(spread(len(held_out), rows))
     for row in examples:
@@ -184,6 +195,15 @@ def evaluate(
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation
+
+
+def _parts(recipe: Recipe, data_file: Path | None) -> tuple[str, ...]:
+    """The keys of [data] whose files the rows come from; a share is one of the training rows."""
+    if data_file is not None:
+        return ()
+    if recipe.data.test is not None:
+        return ("test",)
+    return ("train",) if isinstance(recipe.data.validation, float) else ("validation",)
 
 
 def require_finite_losses(losses: Sequence[float], places: Sequence[str], name: str) -> None:

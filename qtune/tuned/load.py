@@ -1,5 +1,6 @@
 """A run's folder -> its base model, tokenizer and adapter, put together as they were trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
@@ -12,6 +13,8 @@ from qtune.device.present import Device, present_device
 from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.recipe.schema import Recipe
+from qtune.run.drift import require_same_base
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
@@ -28,17 +31,23 @@ class LoadedRun:
     model: PreTrainedModel | PeftModel
 
 
-def load_untuned(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
+def load_untuned(
+    run_dir: RunDir, device: Device | None = None, *, accepted: Sequence[str] = (), parts: Sequence[str] = ()
+) -> LoadedRun:
     """The run's base model without its adapter, quantized and in the dtypes that it was trained with.
 
+    accepted: kinds of drift (`run.drift`) that it is loaded with. parts: keys of [data] whose rows will be used.
+
     Raises:
-        RunError, ModelError: the run's files or its base model cannot be read.
+        RunError, ModelError: the run's files or its base model cannot be read, or are not what was trained with.
     """
     quiet_loading()
     recipe = resolved_recipe(run_dir)
-    plan = make_plan(recipe, device or present_device())
+    device = device or present_device()
+    plan = make_plan(recipe, device)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path)
+    require_same_base(run_dir, recipe, tokenizer, template.text, accepted, device=device, parts=parts)
     tokenizer.chat_template = merging_template(template, recipe.data).of_tokenizer
     network = load_base(recipe.model, recipe.quantization, plan)
     return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
@@ -55,11 +64,11 @@ def with_adapter(untuned: LoadedRun) -> LoadedRun:
     return replace(untuned, model=load_adapter(untuned.model, folder).eval())
 
 
-def load_run(run_dir: RunDir, device: Device | None = None) -> LoadedRun:
-    """The base model with the trained adapter.
+def load_run(run_dir: RunDir, device: Device | None = None, *, accepted: Sequence[str] = ()) -> LoadedRun:
+    """The base model with the trained adapter; `accepted` as in `load_untuned`.
 
     Raises:
         RunError, ModelError: the run has not ended, or its files or base model cannot be read.
     """
-    run_dir.finished_adapter()
-    return with_adapter(load_untuned(run_dir, device))
+    whole_adapter(run_dir)
+    return with_adapter(load_untuned(run_dir, device, accepted=accepted))

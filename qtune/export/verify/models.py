@@ -16,7 +16,8 @@ from qtune.export.opened_run import OpenedRun
 from qtune.export.verify.exact import in_float32
 from qtune.export.verify.streamed import streamed_exported, streamed_trained
 from qtune.model.checkpoint import Checkpoint
-from qtune.model.load import load_base
+from qtune.model.load import load_base, load_config
+from qtune.model.weights import load_weights
 from qtune.plan import Plan
 
 
@@ -70,7 +71,7 @@ def too_large(folder: Path, plan: Plan) -> bool:
 
 def load_exported(folder: Path, source: OpenedRun, plan: Plan, *, streamed: bool) -> Exported:
     """The folder as a user loads it, in its own dtype, on the run's device."""
-    trusted = source.recipe.model.trust_remote_code
+    trusted = source.trusts(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     device = torch.device(plan.device.torch_name)
     if streamed:
@@ -100,9 +101,10 @@ def load_models(
         if streamed:
             unquantized = replace(source.basis, kind="none")
             return streamed_trained(source.base, source.adapter, unquantized, device, trust_remote_code=trusted)
-        base = AutoModelForCausalLM.from_pretrained(
-            source.base,
-            dtype=source.basis.compute_dtype,
+        base = load_weights(
+            str(source.base),
+            load_config(source.recipe.model),
+            source.basis.compute_dtype,
             attn_implementation=plan.attention,
             device_map={"": plan.device.torch_name},
             trust_remote_code=trusted,

@@ -22,6 +22,7 @@ from qtune.export.basis import Basis
 from qtune.export.layout import Layout, empty_model, layout_of
 from qtune.export.verify.exact import is_low
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.completeness import require_complete
 from qtune.model.safetensors_file import tensors_of
 
 DORA = "lora_magnitude_vector.weight"
@@ -32,8 +33,8 @@ Read = Callable[[str], Tensor]
 
 def streamed_exported(folder: Path, device: torch.device, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """An exported folder as a model that reads its weights to `device` while it runs."""
-    checkpoint = Checkpoint.open(folder)
     model = empty_model(folder, trust_remote_code=trust_remote_code)
+    checkpoint = require_complete(folder, model.config)
     layout = layout_of(
         empty_model(folder, trust_remote_code=trust_remote_code), list(checkpoint.tensors), replace_layers=False
     )
@@ -45,8 +46,8 @@ def streamed_trained(
     base: Path, adapter: Path, basis: Basis, device: torch.device, *, trust_remote_code: bool = False
 ) -> PeftModel:
     """The model that was trained, quantized on `device` module by module while it runs, peft's adapter in memory."""
-    checkpoint = Checkpoint.open(base)
     model = empty_model(base, trust_remote_code=trust_remote_code)
+    checkpoint = require_complete(base, model.config)
     layout = layout_of(empty_model(base, trust_remote_code=trust_remote_code), list(checkpoint.tensors))
     with warnings.catch_warnings():
         # An adapter that was trained on GPT-2's layers in 4 bits says nothing of how they are stored.
@@ -79,7 +80,7 @@ def _reader(checkpoint: Checkpoint, layout: Layout, basis: Basis | None, device:
 
     def read(parameter: str) -> Tensor:
         name = names[parameter] if parameter in names else names[layout.tied[parameter]]
-        stored = checkpoint.read(name).to(device)
+        stored = checkpoint.read_finite(name).to(device)
         if not stored.is_floating_point():
             return stored
         if basis is None or parameter in layout.kept_in_fp32:

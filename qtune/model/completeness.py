@@ -1,0 +1,195 @@
+"""Whether a folder's weights are all that its model needs, and nothing else: asked of headers, without reading weights.
+
+transformers fills what a checkpoint lacks with random numbers and drops what it does not know, each with a warning.
+Here its own loading runs on tensors without storage, so that its rules of names and shapes are the ones that count,
+and what it reports is an error.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from qtune.errors import ModelError, Problem, first_line
+from qtune.model.checkpoint import INDEX, SINGLE, Checkpoint, StoredTensor, weight_files
+
+SHOWN = 6
+"""Names that are written out; of more the number is said."""
+
+STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "SCB", "weight_format")
+"""What bitsandbytes stores beside a weight, as the last parts of names."""
+
+
+def require_complete(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Checkpoint:
+    """The tensors of a model folder, which are those that its model is made of, in its shapes.
+
+    A tied parameter may lack where the one that it is tied to is stored, by the model's own word on what it ties.
+
+    Raises:
+        ModelError: weights are missing, unknown, of another shape, or cannot be put together; each is named with its
+            file. A shard is missing or cannot be read.
+    """
+    checkpoint = checkpoint or Checkpoint.open(folder)
+    model = _without_storage(config)
+    if model is None:
+        return checkpoint  # loading it says why
+    refuse(list(_misfits(model, checkpoint)))
+    return checkpoint
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raises a ModelError with all of the problems, if there are any."""
+    if problems:
+        raise ModelError(problems)
+
+
+def refuse_report(place: str, report: dict[str, Any]) -> None:
+    """Judges what transformers says that it did on loading (`output_loading_info`).
+
+    Raises:
+        ModelError: it made up weights, dropped some, or found them in other shapes.
+    """
+    missing = set(report["missing_keys"])
+    shapes = {name: (stored, wanted) for name, stored, wanted in report["mismatched_keys"]}
+    problems = [
+        *_missing_ones(place, missing),
+        *_unknown_ones(place, set(report["unexpected_keys"])),
+        *(_other_shape(place, name, *shapes[name]) for name in sorted(shapes)),
+        *(Problem(place, f"cannot be put together: {said}") for said in report.get("error_msgs", ())),
+    ]
+    refuse(problems)
+
+
+def _without_storage(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model as it is stored: unquantized, on the meta device. None where it cannot be built there."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    trusted = type(config).__module__.startswith("transformers_modules")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError, OSError):
+        return None
+    return model
+
+
+def _misfits(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Problem]:
+    """What loading the checkpoint would report, each with the file that it is about."""
+    tensors = _stand_ins(checkpoint)
+    buffers = {name for name, _ in model.named_buffers()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(
+        device_map={"": "meta"},
+        ignore_mismatched_sizes=True,  # all of them are wanted, not the first
+        weight_mapping=mapping,
+    )
+    report, _ = convert_and_load_state_dict_in_model(model, tensors, settings, None)
+    # As `from_pretrained` goes on (transformers 5.23): a parameter that is tied to one that is there, is there.
+    model.mark_tied_weights_as_initialized(report)
+    model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+    made_up = set(report.missing_keys)
+    model._adjust_missing_and_unexpected_keys(report)
+    # A class may say that it can do without a name. That is good for buffers, which it computes, and never for
+    # parameters, which would be random.
+    missing = set(report.missing_keys) | {name for name in made_up if name in names and name not in buffers}
+    yield from _missing_ones(_place(checkpoint), missing)
+    for file, unknown in _by_file(checkpoint, set(report.unexpected_keys)).items():
+        yield from _unknown_ones(file, unknown)
+    for name, stored, wanted in sorted(report.mismatched_keys):
+        yield _other_shape(_file_of(checkpoint, name), name, stored, wanted)
+    for name, said in sorted(report.conversion_errors.items()):
+        if "meta" in str(said):
+            continue  # what cannot be tried without storage is tried when the weights are read
+        yield Problem(_file_of(checkpoint, name), f"{name} cannot be put together: {first_line(Exception(said))}")
+
+
+def _stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Tensors without storage for the stored ones; what bitsandbytes has packed in its shape before that."""
+    found = {}
+    for name, stored in checkpoint.tensors.items():
+        if _is_statistic(name, checkpoint):
+            continue
+        found[name] = torch.empty(_unpacked_shape(name, stored, checkpoint), dtype=stored.dtype, device="meta")
+    return found
+
+
+def _is_statistic(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is what bitsandbytes keeps beside a weight: weight.absmax, weight.quant_state.*, SCB."""
+    for part in STATISTICS:
+        head, found, _ = name.partition(f".{part}")
+        if found and (head in checkpoint.tensors or f"{head}.weight" in checkpoint.tensors):
+            return True
+    return False
+
+
+def _unpacked_shape(name: str, stored: StoredTensor, checkpoint: Checkpoint) -> tuple[int, ...]:
+    states = [other for other in checkpoint.tensors if other.startswith(f"{name}.quant_state.")]
+    if not states:
+        return stored.shape
+    try:
+        described = json.loads(checkpoint.read(states[0]).numpy().tobytes())
+        return tuple(int(size) for size in described["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            Problem(str(stored.file), f"{states[0]} does not say how {name} is packed: {first_line(error)}")
+        ) from error
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    """The file that says which weights there are."""
+    index = checkpoint.folder / INDEX
+    if index.exists():
+        return str(index)
+    files = weight_files(checkpoint.folder)
+    return str(files[0] if len(files) == 1 else checkpoint.folder / SINGLE)
+
+
+def _file_of(checkpoint: Checkpoint, parameter: str) -> str:
+    """The file of a tensor by its parameter's name, where the two are called alike; else the one that lists them."""
+    for name in (parameter, parameter.partition(".")[2], f"model.{parameter}"):
+        if name in checkpoint.tensors:
+            return str(checkpoint.tensors[name].file)
+    return _place(checkpoint)
+
+
+def _by_file(checkpoint: Checkpoint, names: set[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name in names:
+        found.setdefault(_file_of(checkpoint, name), set()).add(name)
+    return dict(sorted(found.items()))
+
+
+def _missing_ones(place: str, names: set[str]) -> Iterator[Problem]:
+    if names:
+        weights = "a weight" if len(names) == 1 else f"{len(names)} weights"
+        message = f"has no {_listed(names)}: {weights} of the model would be random; fetch the model again"
+        yield Problem(place, message)
+
+
+def _unknown_ones(place: str, names: set[str]) -> Iterator[Problem]:
+    if names:
+        message = f"holds {_listed(names)}, which the model that config.json describes has not; is it of another model?"
+        yield Problem(place, message)
+
+
+def _other_shape(place: str, name: str, stored: Any, wanted: Any) -> Problem:
+    return Problem(place, f"{name} is {list(stored)}, config.json makes it {list(wanted)}")
+
+
+def _listed(names: set[str]) -> str:
+    ordered = sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    )
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + rest

@@ -1,0 +1,178 @@
+"""What is in a base model's files, in a few hundred bytes: enough to notice later that it is another one.
+
+Weights are sampled: the header of each file whole, and blocks of each tensor. That finds other weights, a tensor that
+was replaced, and a file that was cut, in a fraction of a second; a few numbers changed between two samples are found by
+`whole` alone, which reads everything.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune.errors import ModelError, Problem, first_line
+from qtune.model.checkpoint import weight_files
+from qtune.sizes import MIB
+
+BLOCK_BYTES = 4096
+SMALL_BYTES = 64 * MIB
+"""A file up to this size is read whole."""
+MANY_TENSORS = 2000
+"""Of a file with more tensors, one block of each is read, else three."""
+
+CONFIGS = ("config.json", "generation_config.json")
+
+UNIMPORTANT = ("_name_or_path", "transformers_version", "_commit_hash")
+"""Keys of a configuration that change nothing."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights."""
+
+    nbytes: int
+    sampled: str
+    """Of its header and of blocks of its tensors; of all of it where it is small."""
+    whole: str | None = None
+    """Of all of it, where that was asked for."""
+
+
+@dataclass(frozen=True)
+class TokenizerContents:
+    """A tokenizer as it is used, wherever its files are."""
+
+    tokens: int
+    vocabulary: str
+    """Of the tokens in the order of their numbers."""
+    rules: str
+    """Of everything else that its file says: how text is normalized, split and merged."""
+    special: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A base model's files. Configurations stand in full, so that it can be said what changed in them."""
+
+    weights: dict[str, WeightFile]
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    tokenizer: TokenizerContents | None = None
+    """None where nobody has asked it."""
+    code: dict[str, str] = field(default_factory=dict)
+    """Python files that come with the model."""
+
+
+def contents_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, whole: bool = False) -> Contents:
+    """The contents of a model folder; `whole` reads every byte of the weights.
+
+    Raises:
+        ModelError: a file is not there or cannot be read.
+    """
+    try:
+        return Contents(
+            weights={file.name: _weight_file(file, whole=whole) for file in weight_files(folder)},
+            config=_json(folder / CONFIGS[0]),
+            generation=_json(folder / CONFIGS[1]),
+            tokenizer=None if tokenizer is None else tokenizer_contents(tokenizer),
+            code={file.name: _digest(file.read_bytes()) for file in sorted(folder.glob("*.py"))},
+        )
+    except OSError as error:
+        raise ModelError(Problem(str(folder), f"cannot be read: {first_line(error)}")) from error
+
+
+def tokenizer_contents(tokenizer: PreTrainedTokenizerBase) -> TokenizerContents:
+    """What decides which ids a text becomes; the chat template is asked elsewhere, which a recipe may replace."""
+    by_number = sorted(tokenizer.get_vocab().items(), key=lambda one: (one[1], one[0]))
+    text = "\n".join(f"{number} {token}" for token, number in by_number)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    for state in ("padding", "truncation", "version"):  # what the last call left there
+        rules.pop(state, None)
+    if isinstance(rules.get("model"), dict):
+        rules["model"].pop("vocab", None)
+    special: dict[str, Any] = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    special |= {
+        name: value
+        for name in ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "add_prefix_space")
+        if isinstance(value := getattr(tokenizer, name, None), bool)
+    }
+    return TokenizerContents(
+        len(by_number),
+        _digest(text.encode("utf-8", errors="surrogatepass")),
+        _digest(json.dumps(rules, sort_keys=True).encode()),
+        special,
+    )
+
+
+def _weight_file(file: Path, *, whole: bool) -> WeightFile:
+    nbytes = file.stat().st_size
+    everything = None
+    if whole:
+        with file.open("rb") as stream:
+            everything = hashlib.file_digest(stream, "sha256").hexdigest()
+    return WeightFile(nbytes, _sampled(file, nbytes), everything)
+
+
+def _sampled(file: Path, nbytes: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        if nbytes <= SMALL_BYTES:
+            digest.update(stream.read())
+            return digest.hexdigest()
+        length = stream.read(8)
+        header = stream.read(min(struct.unpack("<Q", length)[0], nbytes))
+        digest.update(length + header)
+        first = 8 + len(header)
+        places = _places(header)
+        for begin, end in places:
+            last = max(begin, end - BLOCK_BYTES)
+            starts = (begin,) if len(places) > MANY_TENSORS else (begin, begin + (last - begin) // 2, last)
+            for start in dict.fromkeys(starts):
+                stream.seek(first + start)
+                digest.update(stream.read(min(BLOCK_BYTES, end - start)))
+    return digest.hexdigest()
+
+
+def _places(header: bytes) -> list[tuple[int, int]]:
+    """Where each tensor begins and ends, in bytes after the header; none where it is no header."""
+    try:
+        described = json.loads(header)
+        return sorted(
+            (int(one["data_offsets"][0]), int(one["data_offsets"][1]))
+            for name, one in described.items()
+            if name != "__metadata__"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return []
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A configuration as flat keys -> values; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(Problem(str(file), f"is not JSON: {first_line(error)}")) from error
+    return dict(_flat(values, "")) if isinstance(values, Mapping) else {"": values}
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in sorted(values.items()):
+        if key in UNIMPORTANT:
+            continue
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,152 @@
+"""Consent to Python code that comes with a model: given on this computer, for this code, and never read from a folder.
+
+`model.trust_remote_code = true` in a recipe says that its author trusted the code. Recipes and runs travel; trust does
+not. Before such code runs, whoever is at this computer is asked once, or says so with --trust-remote-code. What is
+remembered is a hash of the code (and, from the hub, the commit), so that other code under the same name is asked again.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PretrainedConfig
+
+from qtune import console
+from qtune.errors import ModelError, Problem, first_line
+from qtune.whole import write_text
+
+FILE = "trusted_code.json"
+DESCRIBING = ("config.json", "tokenizer_config.json", "generation_config.json")
+"""Files whose `auto_map` names the classes that are imported."""
+
+
+def config_folder() -> Path:
+    """XDG_CONFIG_HOME/qtune, else ~/.config/qtune: what a person has decided, unlike a cache."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser() / "qtune"
+
+
+def trusted_revision(base: str, revision: str | None) -> str | None:
+    """The revision whose code may run: that of a hub id is its commit from here on, so that what was agreed to is what
+    is fetched.
+
+    Raises:
+        ModelError: nobody at this computer has agreed to this code.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        require_consent(base, code_hash(folder))
+        return revision
+    commit = _commit(base, revision)
+    if not _is_without_code(base, commit):
+        require_consent(base, f"commit {commit}")
+    return commit
+
+
+def require_consent(base: str, code: str | None) -> None:
+    """Asks whoever sits at the terminal, where nobody has agreed to this code yet; `code` is None where there is none.
+
+    Raises:
+        ModelError: nobody has agreed, and nobody can be asked, or the answer was no.
+    """
+    if code is None or code in _known():
+        return
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        console.say(f"{base} brings Python code of its own, which would run with your rights ({code})")
+        console.say("It runs if you type yes; that is remembered for this code: ")
+        if input().strip().lower() == "yes":
+            grant(base, code)
+            return
+    message = (
+        f"brings Python code of its own ({code}), and a recipe cannot agree to it for you; read it, and if you trust "
+        "it say --trust-remote-code once"
+    )
+    raise ModelError(Problem(base, message))
+
+
+def grant_for(base: str, revision: str | None) -> None:
+    """Remembers consent to the code that a folder or a hub id has now.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    folder = Path(base)
+    code = code_hash(folder) if folder.is_dir() else f"commit {_commit(base, revision)}"
+    if code is not None:
+        grant(base, code)
+
+
+def grant(base: str, code: str) -> None:
+    """Remembers consent to code, on this computer and for this user."""
+    known = _known()
+    known[code] = base
+    try:
+        write_text(config_folder() / FILE, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        message = f"consent cannot be kept: {error.strerror}; XDG_CONFIG_HOME can name another folder"
+        raise ModelError(Problem(str(config_folder()), message)) from error
+
+
+def code_hash(folder: Path) -> str | None:
+    """A hash of a folder's Python files and of what its configurations import; None where it has no code."""
+    files = sorted(folder.glob("**/*.py"))
+    named = {name: auto_map for name in DESCRIBING if (auto_map := _auto_map(folder / name))}
+    if not files and not named:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(folder)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(json.dumps(named, sort_keys=True).encode())
+    return f"sha256 {digest.hexdigest()}"
+
+
+def code_files(folder: Path) -> set[str]:
+    """Hashes of a folder's Python files, whatever they are called."""
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("**/*.py")}
+
+
+def _is_without_code(base: str, commit: str) -> bool:
+    """Whether a hub model that is on this disk has no code; one that is not there may have some."""
+    try:
+        folder = Path(snapshot_download(base, revision=commit, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return False
+    return code_hash(folder) is None
+
+
+def _auto_map(file: Path) -> Any:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values.get("auto_map") if isinstance(values, dict) else None
+
+
+def _commit(base: str, revision: str | None) -> str:
+    """The hub's commit of what would be loaded: from this disk, else from the hub. Runs nothing."""
+    try:
+        return Path(snapshot_download(base, revision=revision, local_files_only=True)).name
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        pass
+    try:
+        options = {} if revision is None else {"revision": revision}
+        values, _ = PretrainedConfig.get_config_dict(base, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(base, f"cannot be loaded: {first_line(error)}")) from error
+    return str(values.get("_commit_hash") or revision)
+
+
+def _known() -> dict[str, str]:
+    try:
+        values = json.loads((config_folder() / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        console.say(f"{config_folder() / FILE} cannot be read ({first_line(error)}): nothing counts as agreed to")
+        return {}
+    return {str(code): str(base) for code, base in values.items()} if isinstance(values, dict) else {}

@@ -1,0 +1,55 @@
+"""A finished run's adapter: there, and what was saved."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from qtune import console
+from qtune.errors import Problem, RunError, first_line
+from qtune.run import manifest
+from qtune.run.folder import RunDir
+from qtune.run.owner import owner_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def whole_adapter(run_dir: RunDir) -> Path:
+    """The folder of a run's adapter, file by file what was saved.
+
+    Raises:
+        RunError: training has not ended, or something of the adapter is damaged.
+    """
+    if (said := adapter_fault(run_dir)) is not None:
+        advice = f"qtune run --resume {run_dir.path} saves it again from the last checkpoint"
+        raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {advice}"))
+    if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
+        raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
+    folder = run_dir.finished_adapter()
+    if not manifest.is_sealed(folder):
+        console.say(
+            f"{folder} is of an older version and has no {manifest.NAME}: whether it is what was saved cannot be told"
+        )
+    return folder
+
+
+def adapter_fault(run_dir: RunDir) -> str | None:
+    """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
+    folder = run_dir.adapter
+    if manifest.is_sealed(folder):
+        return manifest.fault(folder)
+    if not run_dir.is_finished:
+        return None
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or "peft_type" not in values:
+            return f"{CONFIG} describes no adapter"
+    except (OSError, ValueError) as error:
+        return f"{CONFIG} cannot be read: {first_line(error)}"
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as stored:
+            if not list(stored.keys()):
+                return f"{WEIGHTS} is empty"
+    except (OSError, SafetensorError) as error:
+        return f"{WEIGHTS} cannot be read: {first_line(error)}"
+    return None

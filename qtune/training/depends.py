@@ -1,0 +1,103 @@
+"""What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
+
+import tomllib
+from collections.abc import Sequence
+
+from qtune import console
+from qtune.data.template import choose_template
+from qtune.errors import InputError
+from qtune.model.load import base_folder, load_config, load_tokenizer
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
+from qtune.run.drift import (
+    BASE,
+    Drift,
+    contents_here,
+    locked_sources,
+    require_no_drift,
+    require_same_base,
+    resume_drifts,
+    said_of_an_old_lock,
+)
+from qtune.run.folder import RunDir
+from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
+from qtune.run.resolved import resolved_recipe, resolved_text
+from qtune.training.inputs import Inputs
+
+
+def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe, *, whole: bool = False) -> Lock:
+    """What the run depends on, as it is here and now.
+
+    written: its recipe with every value and absolute paths. whole: whether every byte of the weights is read.
+    """
+    model = inputs.recipe.model
+    return lock_of(
+        inputs.recipe,
+        inputs.plan,
+        base_folder(model),
+        getattr(load_config(model), "_commit_hash", None),
+        inputs.prepared,
+        locked_sources(written, run_dir.path, ("train", "validation", "test")),
+        contents_here(model, inputs.tokenizer, whole=whole),
+        recipe_values(written),
+    )
+
+
+def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:
+    """Whoever cannot go on is told first what changed under the run: the rest may follow from it.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    try:
+        recipe = resolved_recipe(run_dir)
+        tokenizer = load_tokenizer(recipe.model)
+        template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path).text
+    except InputError:
+        return
+    require_same_base(run_dir, recipe, tokenizer, template, accepted, kinds=(*BASE, "recipe"))
+
+
+def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], *, whole: bool = False) -> list[Drift]:
+    """Compares what the run depends on with its lock; the drifts that were accepted.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    begun, written = read_lock(run_dir), resolved_recipe(run_dir)
+    if begun is None:
+        return []
+    now = lock_now(inputs, run_dir, written, whole=whole)
+    parts = locked_sources(written, run_dir.path, ("validation", "test"))
+    drifts = list(resume_drifts(begun, now, recipe_values(written), parts))
+    require_no_drift(run_dir, drifts, accepted)
+    return drifts
+
+
+def go_on_with(
+    inputs: Inputs, run_dir: RunDir, step: int, accepted: Sequence[str], *, is_changed: bool, whole: bool = False
+) -> None:
+    """Compares what the run depends on with its lock, and adds to that what it goes on with; its beginning stays.
+
+    step: the one that it goes on after. is_changed: whether the recipe of `inputs` is another than resolved.toml's,
+    which is then written. whole: whether every byte of the weights is read.
+
+    Raises:
+        RunError: something is not what it was, and that was not accepted.
+    """
+    begun = read_lock(run_dir)
+    drifts = require_unchanged(inputs, run_dir, accepted, whole=whole)
+    text = resolved_text(inputs.resolved, inputs.plan) if is_changed else None
+    if begun is not None:
+        if (said := said_of_an_old_lock(begun)) is not None:
+            console.say(f"{run_dir.path}: {said}")
+        if whole and not begun.knows_whole_weights:
+            console.say(f"{run_dir.path}: its lock.json has no hash of the whole weights to compare with; now it has")
+        written = resolved_recipe(run_dir) if text is None else parse_recipe(tomllib.loads(text))
+        now = lock_now(inputs, run_dir, written, whole=whole)
+        # The lock comes first: whoever is killed between the two finds values that the lock knows.
+        write_lock(run_dir, begun.resumed_as(now, step, tuple(dict.fromkeys(drift.kind for drift in drifts))))
+    elif step:
+        console.say(f"{run_dir.path} has no lock.json: what it began with cannot be compared")
+    if text is not None:
+        run_dir.write_text(run_dir.resolved_file, text)

@@ -1,0 +1,195 @@
+"""Python code that comes with a model runs where somebody at this computer has agreed to it, and nowhere else."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import run_qtune
+from export_models import tiny_run
+
+from qtune.check import check
+from qtune.errors import InputError, ModelError, VerificationError
+from qtune.export.export import Options, export_run
+from qtune.memory.profile import profile
+from qtune.model.load import load_config
+from qtune.model.trust import FILE, code_hash, config_folder, grant_for
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Model
+from qtune.report.page import trace_memory, write_report
+from qtune.run.folder import RunDir
+from qtune.training import train
+from qtune.tuned.chat import open_session
+from qtune.tuned.evaluate import evaluate
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    """The file that the code writes when it runs."""
+    return tmp_path / "it-ran"
+
+
+@pytest.fixture
+def run(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run from somebody else: its recipe trusts, and its base has code that writes a file."""
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    made = tiny_run(tmp_path)
+    base = tmp_path / "base"
+    marks = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    (base / "configuration_own.py").write_text(
+        f"{marks}from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (base / "modeling_own.py").write_text(
+        f"{marks}from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    text = made.resolved_file.read_text().replace("[model]", "[model]\ntrust_remote_code = true")
+    made.write_text(made.resolved_file, text)
+    return made
+
+
+def trained(run: RunDir) -> object:
+    return train.run(load_recipe(run.resolved_file, [f"output.directory={run.path.parent / 'runs'}"]))
+
+
+VERBS: dict[str, Callable[[RunDir], object]] = {
+    "config": lambda run: load_config(Model(base=str(run.path.parent / "base"), trust_remote_code=True)),
+    "eval": evaluate,
+    "chat": lambda run: open_session(str(run.path)),
+    "chat with the base": lambda run: open_session(str(run.path), adapter=False),
+    "export": lambda run: export_run(run, Options()),
+    "the adapter alone": lambda run: export_run(run, Options(adapter_only=True)),
+    "check": lambda run: check(load_recipe(run.resolved_file)).require(),
+    "profile": lambda run: profile(load_recipe(run.resolved_file), None, None),
+    "run": trained,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_code_of_somebody_elses_recipe_does_not_run(verb: str, run: RunDir, ran: Path) -> None:
+    with pytest.raises(InputError, match=r"a recipe cannot agree to it for you; .* say --trust-remote-code once"):
+        VERBS[verb](run)
+    assert not ran.exists()
+
+
+def test_a_report_goes_on_without_running_it(run: RunDir, ran: Path) -> None:
+    trace_memory(run)
+    assert "a recipe cannot agree to it for you" in write_report(run).read_text()
+    assert not ran.exists()
+
+
+def test_code_runs_where_this_computer_has_agreed_to_it(run: RunDir, ran: Path) -> None:
+    base = run.path.parent / "base"
+    grant_for(str(base), None)
+    load_config(Model(base=str(base), trust_remote_code=True))
+    assert ran.exists()
+    assert json.loads((config_folder() / FILE).read_text()) == {code_hash(base): str(base)}
+
+
+def test_other_code_under_the_same_name_is_asked_again(run: RunDir, ran: Path) -> None:
+    base = run.path.parent / "base"
+    grant_for(str(base), None)
+    with (base / "modeling_own.py").open("a") as file:
+        file.write("\n# one more line\n")
+    with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+        open_session(str(run.path))
+    assert not ran.exists()
+
+
+def test_the_same_code_in_another_folder_is_agreed_to(run: RunDir, tmp_path: Path) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    grant_for(str(base), None)
+    shutil.copytree(base, tmp_path / "moved")
+    load_config(Model(base=str(tmp_path / "moved"), trust_remote_code=True))
+
+
+def test_consent_is_not_read_from_a_runs_folder(run: RunDir, ran: Path) -> None:
+    code = str(code_hash(run.path.parent / "base"))
+    for folder in (run.path, run.adapter, run.path.parent / "base"):
+        (folder / FILE).write_text(json.dumps({code: "anyone"}))
+    with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+        open_session(str(run.path))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+def test_a_damaged_list_of_consent_agrees_to_nothing(text: str, run: RunDir, ran: Path) -> None:
+    config_folder().mkdir(parents=True)
+    (config_folder() / FILE).write_text(text)
+    with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+        open_session(str(run.path))
+    assert not ran.exists()
+
+
+def test_an_exported_folder_with_other_code_is_not_run_when_it_is_verified(run: RunDir, ran: Path) -> None:
+    from qtune.export.export import verify_only
+
+    grant_for(str(run.path.parent / "base"), None)
+    folder = export_run(run, Options())
+    ran.unlink()
+    marker = ran.with_name("other-code-ran")
+    (folder / "modeling_own.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    with pytest.raises(VerificationError, match="a recipe cannot agree to it for you"):
+        verify_only(folder, run)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(("answer", "agrees"), [("yes", True), ("", False), ("no", False), ("y", False)])
+def test_a_person_at_a_terminal_is_asked(
+    answer: str, agrees: bool, run: RunDir, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: answer)
+    model = Model(base=str(run.path.parent / "base"), trust_remote_code=True)
+    if agrees:
+        load_config(model)
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a second time"))
+        load_config(model)
+    else:
+        with pytest.raises(ModelError, match="a recipe cannot agree to it for you"):
+            load_config(model)
+    assert ran.exists() == agrees
+    assert sys.stdin is not None
+
+
+def test_the_command_agrees_once(run: RunDir, ran: Path) -> None:
+    asked = ("chat", run.path, "-p", "Hello", "--max-new-tokens", "1")
+    done = run_qtune(*asked)
+    assert (done.returncode, ran.exists()) == (2, False)
+    assert "a recipe cannot agree to it for you" in done.stderr
+    done = run_qtune(*asked, "--trust-remote-code")
+    assert (done.returncode, ran.exists()) == (0, True), done.stderr
+    assert run_qtune(*asked).returncode == 0
+
+
+def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from huggingface_hub import constants
+
+    from qtune.model.trust import trusted_revision
+
+    hub = tmp_path / "hub" / "models--owner--name"
+    old, new = "0" * 40, "1" * 40
+    for commit in (old, new):
+        shutil.copytree(tmp_path / "base", hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(old)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ModelError, match=rf"owner/name: brings Python code of its own \(commit {old}\)"):
+        trusted_revision("owner/name", None)
+    grant_for("owner/name", None)
+    # Whatever "main" is when the weights are fetched: what was agreed to is what runs.
+    assert trusted_revision("owner/name", None) == old
+    (hub / "refs" / "main").write_text(new)
+    with pytest.raises(ModelError, match=rf"\(commit {new}\)"):
+        trusted_revision("owner/name", None)
+    assert trusted_revision("owner/name", old) == old

@@ -1,0 +1,430 @@
+"""A run whose base, rows, recipe or libraries changed under it: every verb says so in words and stops."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROWS, run_qtune
+from export_models import tiny_base, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from qtune.errors import ModelError, RunError
+from qtune.export.export import Options, export_run
+from qtune.model.contents import SMALL_BYTES, contents_of
+from qtune.model.load import load_tokenizer
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Model
+from qtune.run.drift import KINDS, said_of
+from qtune.run.folder import RunDir
+from qtune.run.lock import Lock, read_lock, write_lock
+from qtune.training import train
+from qtune.training.trainer import QloraTrainer
+from qtune.tuned.chat import open_session
+from qtune.tuned.evaluate import evaluate
+
+RECIPE = """\
+[model]
+base = "{home}/base"
+[quantization]
+compute_dtype = "float32"
+minimum_share = 0.0
+[adapter]
+kind = "lora"
+rank = 4
+[data]
+train = "{home}/rows.jsonl"
+validation = "{home}/validation.jsonl"
+max_length = 128
+{data}
+[training]
+steps = 4
+batch_size = 2
+micro_batch_size = 1
+checkpoint_every = 1
+[output]
+directory = "{home}/runs"
+"""
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, rows, a finished run on them and one that was stopped after its second step."""
+
+    home: Path
+
+    @property
+    def base(self) -> Path:
+        return self.home / "base"
+
+    @property
+    def finished(self) -> RunDir:
+        return RunDir.open(self.home / "runs" / "finished")
+
+    @property
+    def stopped(self) -> RunDir:
+        return RunDir.open(self.home / "runs" / "stopped")
+
+
+def rows_text(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """(where the world is, a copy of it as it was)."""
+    home, copy = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("copy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        tiny_base(home / "base")
+        tiny_tokenizer(home / "base")
+        (home / "rows.jsonl").write_text(rows_text(ROWS[:16]))
+        (home / "validation.jsonl").write_text(rows_text(ROWS[16:]))
+        (home / "recipe.toml").write_text(RECIPE.format(home=home, data=""))
+        train.run(load_recipe(home / "recipe.toml", ["output.name=finished"]))
+        original = QloraTrainer.compute_loss
+
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        patch.setattr(QloraTrainer, "compute_loss", compute_loss)
+        with pytest.raises(Killed):
+            train.run(load_recipe(home / "recipe.toml", ["output.name=stopped"]))
+        patch.setattr(QloraTrainer, "compute_loss", original)
+        shutil.copytree(home, copy / "world")
+        yield home, copy / "world"
+
+
+@pytest.fixture
+def world(kept: tuple[Path, Path]) -> World:
+    home, copy = kept
+    shutil.rmtree(home)
+    shutil.copytree(copy, home)
+    return World(home)
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def negate_weights(world: World) -> None:
+    file = world.base / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def other_weights(world: World) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(8)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(world.base)).to(torch.bfloat16).save_pretrained(
+        world.base
+    )
+
+
+def one_number(world: World) -> None:
+    file = world.base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def permute_vocabulary(world: World) -> None:
+    file = world.base / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [token for token in vocabulary if len(token) == 1 and token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+
+
+def other_template(world: World) -> None:
+    for file in (world.base / "chat_template.jinja", world.base / "tokenizer_config.json"):
+        if file.is_file():
+            text = file.read_text()
+            assert "assistant" in text or file.suffix == ".json"
+            file.write_text(text.replace("assistant", "model"))
+
+
+def config(**changes: object) -> Callable[[World], None]:
+    return lambda world: edit_json(world.base / "config.json", **changes)
+
+
+def edit_recipe(old: str, new: str) -> Callable[[World], None]:
+    def change(world: World) -> None:
+        for run in (world.finished, world.stopped):
+            text = run.resolved_file.read_text()
+            assert old in text
+            run.resolved_file.write_text(text.replace(old, new))
+
+    return change
+
+
+def rope(world: World) -> None:
+    values = json.loads((world.base / "config.json").read_text())
+    parameters = values.get("rope_parameters")
+    if parameters:
+        config(rope_parameters=parameters | {"rope_theta": 500000.0})(world)
+    else:
+        config(rope_theta=500000.0)(world)
+
+
+def device_of_another_kind(world: World) -> None:
+    for run in (world.finished, world.stopped):
+        lock = read_lock(run)
+        assert lock is not None
+        write_lock(run, replace(lock, device=replace(lock.device, name="CPU of then", bf16=not lock.device.bf16)))
+
+
+def other_versions(world: World) -> None:
+    for run in (world.finished, world.stopped):
+        lock = read_lock(run)
+        assert lock is not None
+        write_lock(run, replace(lock, packages=lock.packages | {"torch": "2.0.0"}))
+
+
+DRIFTS: dict[str, tuple[Callable[[World], None], str, str]] = {
+    "negated weights": (negate_weights, "weights", "model.safetensors holds other numbers (blake2b "),
+    "other weights": (other_weights, "weights", "model.safetensors holds other numbers (blake2b "),
+    "one bit": (one_number, "weights", "model.safetensors holds other numbers (blake2b "),
+    "rope_theta": (rope, "config", "rope_theta 10000.0 -> 500000.0"),
+    "eps": (config(rms_norm_eps=1e-3), "config", "rms_norm_eps 1e-06 -> 0.001"),
+    "head counts": (
+        config(num_attention_heads=2, num_key_value_heads=1, head_dim=32),
+        "config",
+        "head_dim 16 -> 32; num_attention_heads 4 -> 2; num_key_value_heads 2 -> 1",
+    ),
+    "activation": (config(hidden_act="gelu"), "config", "hidden_act 'silu' -> 'gelu'"),
+    "generation": (
+        lambda world: edit_json(world.base / "generation_config.json", eos_token_id=5),
+        "generation",
+        "eos_token_id 2 -> 5",
+    ),
+    "vocabulary": (permute_vocabulary, "tokenizer", "the 320 tokens are others, or in another order"),
+    "template": (other_template, "template", "the chat template is another (sha256 "),
+    "versions": (other_versions, "versions", "torch 2.0.0 -> "),
+    "processor": (device_of_another_kind, "processor", "CPU of then, which "),
+    "alpha": (
+        edit_recipe("alpha = 32", "alpha = 33"),
+        "recipe",
+        "says otherwise: adapter.alpha 32 -> 33",
+    ),
+    "system prompt": (
+        edit_recipe("max_length = 128", 'max_length = 128\nsystem_prompt = "Lie."'),
+        "recipe",
+        "data.system_prompt = 'Lie.' is new",
+    ),
+    "validation rows": (
+        lambda world: (world.home / "validation.jsonl").write_text(rows_text(ROWS[10:])),
+        "rows",
+        "validation.jsonl has other rows (blake2b ",
+    ),
+}
+
+
+def said(action: Callable[[], object]) -> str:
+    with pytest.raises((RunError, ModelError)) as error:
+        action()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", DRIFTS)
+def test_every_verb_says_what_changed_and_stops(name: str, world: World) -> None:
+    change, kind, words = DRIFTS[name]
+    change(world)
+    verbs: list[Callable[[], object]] = [
+        lambda: train.resume(world.stopped),
+        lambda: evaluate(world.finished),
+    ]
+    if kind != "rows":
+        verbs += [lambda: open_session(str(world.finished.path)), lambda: export_run(world.finished, Options())]
+    before = {file: file.read_bytes() for file in world.home.rglob("*") if file.is_file()}
+    for verb in verbs:
+        text = said(verb)
+        assert f"is no longer what it was: {kind}: " in text
+        assert words in text
+        assert f"--accept-drift {kind}" in text
+    assert {file: file.read_bytes() for file in world.home.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["negated weights", "eps", "alpha"])
+def test_what_only_shows_says_it_too_and_goes_on(name: str, world: World) -> None:
+    change, kind, words = DRIFTS[name]
+    change(world)
+    (sentence,) = said_of(world.finished)
+    assert sentence.startswith(f"is no longer what it was: {kind}: ")
+    assert words in sentence
+
+
+def test_nothing_is_said_of_a_run_that_is_what_it_was(world: World) -> None:
+    assert said_of(world.finished) == []
+    assert evaluate(world.finished).rows == 6
+    assert train.resume(world.stopped).is_finished
+
+
+def test_training_rows_that_were_edited_are_another_run(world: World) -> None:
+    (world.home / "rows.jsonl").write_text(rows_text([*ROWS[:15], ROWS[20]]))
+    text = said(lambda: train.resume(world.stopped))
+    assert "rows: the training rows are not those that the run began with (blake2b " in text
+    assert "--accept-drift rows" in text
+
+
+def test_a_drift_that_is_accepted_is_said_kept_and_asked_no_second_time(world: World, capsys) -> None:
+    negate_weights(world)
+    begun = read_lock(world.stopped)
+    assert begun is not None
+    run = train.resume(world.stopped, accepted=("weights",))
+    assert "accepted: weights: model.safetensors holds other numbers" in capsys.readouterr().err
+    lock = read_lock(run)
+    assert lock is not None
+    assert replace(lock, resumed=()) == begun
+    (part,) = lock.resumed
+    assert (part.from_step, part.accepted) == (2, ("weights",))
+    assert part.contents is not None
+    assert part.contents.weights != begun.contents.weights  # type: ignore[union-attr]
+    # The adapter belongs to the negated weights now: on those of the beginning it is not what was trained.
+    evaluate(run)
+    negate_weights(world)
+    assert "weights: " in said(lambda: evaluate(run))
+
+
+def test_one_acceptance_does_not_cover_another_drift(world: World) -> None:
+    negate_weights(world)
+    config(rms_norm_eps=1e-3)(world)
+    text = said(lambda: evaluate(world.finished, accepted=("weights",)))
+    assert "config: " in text
+    assert "weights: " not in text
+
+
+def test_a_name_that_is_no_drift_is_refused(world: World) -> None:
+    assert said(lambda: evaluate(world.finished, accepted=("wieghts",))) == (
+        f"--accept-drift: 'wieghts' is none of {', '.join(KINDS)}"
+    )
+
+
+def test_an_adapter_starts_from_a_run_on_the_same_base_alone(world: World) -> None:
+    changes = [f"adapter.start_from={world.finished.path}", "output.name=further", "training.steps=1"]
+    negate_weights(world)
+    text = said(lambda: train.run(load_recipe(world.home / "recipe.toml", changes)))
+    assert f"{world.finished.path}: is no longer what it was: weights: " in text
+    run = train.run(load_recipe(world.home / "recipe.toml", changes), accepted=("weights",))
+    assert run.is_finished
+
+
+def test_the_command_takes_the_name(world: World) -> None:
+    negate_weights(world)
+    done = run_qtune("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1")
+    assert done.returncode == 2
+    assert "--accept-drift weights" in done.stderr
+    done = run_qtune("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1", "--accept-drift", "weights")
+    assert done.returncode == 0
+    assert "accepted: weights: " in done.stderr
+
+
+def old_lock(run: RunDir) -> None:
+    """As versions before this wrote it: sizes of the base's files, and none of the values."""
+    lock = read_lock(run)
+    assert isinstance(lock, Lock)
+    values = json.loads(run.lock_file.read_text())
+    for key in ("contents", "recipe", "compute_dtype"):
+        values.pop(key)
+    run.lock_file.write_text(json.dumps(values))
+
+
+def test_an_older_lock_is_read_and_what_it_cannot_say_is_said(world: World, capsys) -> None:
+    for run in (world.finished, world.stopped):
+        old_lock(run)
+    negate_weights(world)
+    evaluate(world.finished)
+    words = "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
+    assert words in capsys.readouterr().err
+    resumed = train.resume(world.stopped)
+    assert words in capsys.readouterr().err
+    # From here on it is known.
+    lock = read_lock(resumed)
+    assert lock is not None
+    assert lock.latest.contents is not None
+    negate_weights(world)
+    assert "weights: " in said(lambda: evaluate(resumed))
+
+
+def test_an_older_lock_knows_sizes_and_configuration(world: World) -> None:
+    old_lock(world.finished)
+    config(rms_norm_eps=1e-3)(world)
+    text = said(lambda: evaluate(world.finished))
+    assert "weights: the sizes of the base's files or its config.json have changed" in text
+
+
+def test_a_run_without_a_lock_goes_on_and_says_so(world: World, capsys) -> None:
+    world.finished.lock_file.unlink()
+    evaluate(world.finished)
+    assert "has no lock.json: whether its base is the one it was trained on cannot be told" in capsys.readouterr().err
+
+
+# --- large files ---------------------------------------------------------------------------------------------------
+
+
+def large_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny base that counts as a large one."""
+    tiny_base(folder)
+    tiny_tokenizer(folder)
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)
+    assert SMALL_BYTES > 0
+    return folder
+
+
+def test_a_change_in_any_tensor_of_a_large_file_is_seen_in_its_samples(tmp_path, monkeypatch) -> None:
+    folder = large_model(tmp_path, monkeypatch)
+    tokenizer = load_tokenizer(Model(base=str(folder)))
+    before = contents_of(folder, tokenizer)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: -tensor}, file, metadata={"format": "pt"})
+        assert contents_of(folder, tokenizer).weights != before.weights, name
+
+
+def test_the_whole_of_a_large_file_finds_what_lies_between_samples(tmp_path, monkeypatch) -> None:
+    folder = large_model(tmp_path, monkeypatch)
+    monkeypatch.setattr("qtune.model.contents.BLOCK_BYTES", 16)
+    before, whole_before = contents_of(folder, None), contents_of(folder, None, whole=True)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + 100] ^= 1
+    file.write_bytes(content)
+    after, whole_after = contents_of(folder, None), contents_of(folder, None, whole=True)
+    assert after.weights == before.weights
+    assert whole_after.weights != whole_before.weights
+
+
+def test_a_run_can_be_begun_and_resumed_on_every_byte_of_its_weights(world, monkeypatch) -> None:
+    """Between two samples of a large file, which sampling alone passes by."""
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)
+    monkeypatch.setattr("qtune.model.contents.BLOCK_BYTES", 16)
+    lock = read_lock(world.stopped)
+    assert lock is not None
+    assert lock.contents is not None
+    now = contents_of(world.base, load_tokenizer(Model(base=str(world.base))), whole=True)
+    write_lock(world.stopped, replace(lock, contents=now))
+    file = world.base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + 100] ^= 1
+    file.write_bytes(content)
+    text = said(lambda: train.resume(world.stopped, whole_weights=True))
+    assert "weights: model.safetensors holds other numbers (sha256 " in text
+    content[header + 100] ^= 1
+    file.write_bytes(content)
+    # Less was read this time, and what is known of the whole stays.
+    lock = read_lock(train.resume(world.stopped))
+    assert lock is not None
+    assert lock.knows_whole_weights
