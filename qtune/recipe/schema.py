@@ -241,6 +241,7 @@ Waivable = Literal[
     "tools-lost",
     "reasoning-lost",
     "message-lost",
+    "unused-input",
     "label-text",
     "generation-prompt",
     "rewritten-turn",

@@ -23,7 +23,7 @@ from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import as_trained
-from qtune.tuned.vocabulary import require_embeddings
+from qtune.tuned.vocabulary import require_embeddings, require_known
 
 HELP = """\
 /adapter on|off   answer with or without the adapter
@@ -69,6 +69,7 @@ class Session:
         require_embeddings(self.model, self.tokenizer, prompt, "the message")
         with one_sentence(SHORTER), self._switched(), as_trained(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
+        require_known(self.tokenizer, made)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
         return answer
