@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtune import __version__, console
-from qtune.errors import QtuneError
+from qtune.errors import InputError, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
@@ -356,8 +356,17 @@ def check(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
+    from qtune.screens.memory import draw_forecast
 
-    result = stage.check(load_recipe(find_recipe(recipe), changes or ()), allow or (), samples=rows, timed=timed)
+    file = find_recipe(recipe)
+    try:
+        result = stage.check(load_recipe(file, changes or ()), allow or (), samples=rows, timed=timed)
+    except InputError:
+        # What is known all the same is said, and then what is wrong.
+        known = None if as_json else stage.memory_alone(file, changes or ())
+        if known is not None:
+            console.out(draw_forecast(known))
+        raise
     if as_json:
         console.out_raw(result.to_json())
     else:
@@ -444,7 +453,7 @@ def profile(
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.model.load import load_config
+    from qtune.model.geometry import load_geometry
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.report.timeline import write_timeline
@@ -472,7 +481,7 @@ def profile(
         found = stage.profile(resolved, cards.device_for(gpu, vram), length)
         console.out(draw_forecast(found))
         rates, plan = known_rates(found.forecast.plan.device), found.forecast.plan
-        console.out(draw_time(time_of(load_config(found.recipe.model), found.recipe, found.forecast)))
+        console.out(draw_time(time_of(load_geometry(found.recipe.model), found.recipe, found.forecast)))
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
         if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
             for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES, timed):
@@ -530,7 +539,8 @@ def fit(
     import_libraries()
     from qtune.memory import fit as stage
     from qtune.memory.forecast import refusal
-    from qtune.model.load import attention_rule, load_config
+    from qtune.model.geometry import load_geometry
+    from qtune.model.load import attention_rule
     from qtune.plan import make_plan
     from qtune.recipe.parse import changed
     from qtune.screens.memory import draw_fit, refusal_text
@@ -544,7 +554,7 @@ def fit(
         return
     found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
     console.out(draw_fit(found, resolved.recipe, length_is_allowed=bool(allow)))
-    config, fitted = load_config(resolved.recipe.model), changed(resolved.recipe, found.changes)
+    config, fitted = load_geometry(resolved.recipe.model), changed(resolved.recipe, found.changes)
     asked = make_plan(resolved.recipe, found.plan.device, attention_rule(config))
     steps = [step_of(config, resolved.recipe, asked, found.rows.longest)]
     steps += [step_of(config, fitted, found.plan, found.longest)] if found.changes else []

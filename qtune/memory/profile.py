@@ -11,10 +11,8 @@ from qtune.memory.cached import predicted
 from qtune.memory.forecast import Forecast, forecast, refusal
 from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
-from qtune.model.load import (
-    attention_rule,
-    load_config,
-)
+from qtune.model.geometry import load_geometry
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.run.lock import LockedDevice, read_lock
 from qtune.run.memory import RunMemory, measured_memory, write_memory
@@ -71,7 +69,7 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
         ModelError: the configuration cannot be read, or no model can be built from it.
     """
     recipe = resolved.recipe
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     found = forecast(config, recipe, device, longest_rows(resolved, length))
     return Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
 
@@ -81,7 +79,7 @@ def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> 
     from qtune.memory.savings import Way, attribution, ways
 
     recipe, plan, longest = found.recipe, found.forecast.plan, found.forecast.rows.longest
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     ours = Way("this recipe", "as `qtune run` does it", found.forecast.prediction)
     return replace(
         found,
@@ -106,7 +104,7 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
     recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
         return Measured(found, None, [], [], memory.failure)
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
     batch = {
