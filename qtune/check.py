@@ -12,9 +12,10 @@ import torch
 
 from qtune import console
 from qtune.data.batches import StepSampler, padding_share
-from qtune.data.figures import Sample, SplitFigures, samples_of, split_figures
+from qtune.data.figures import SplitFigures, split_figures
 from qtune.data.findings import Finding
 from qtune.data.prepare import Prepared
+from qtune.data.samples import Sample, samples_of
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, InputError, Problem
 from qtune.memory.forecast import Forecast

@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtune import __version__, console
-from qtune.errors import InputError, QtuneError
+from qtune.errors import InputError, Interrupted, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
+from qtune.verbs import Verbs
 
 if TYPE_CHECKING:
+    from qtune.memory.fit import Fitted
+    from qtune.memory.predict import Prediction
+    from qtune.recipe.schema import Recipe
     from qtune.run.folder import RunDir
 
 
 app = typer.Typer(
     name="qtune",
+    cls=Verbs,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -130,32 +135,40 @@ def run(
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.run.folder import RunDir
-    from qtune.run.resumption import newest_unfinished, resumed_recipe
+    from qtune.run.resumption import resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     if resume:
-        run_dir = RunDir.open(Path(target)) if Path(target).is_dir() else None
-        asked = list(changes or ())
-        if run_dir is None:
-            resolved = load_recipe(find_recipe(target), asked)
-            run_dir = newest_unfinished(Path(resolved.recipe.output.directory), resolved.run_name)
-            # These have said which run is meant.
-            asked = [one for one in asked if one.partition("=")[0].strip() not in ("output.directory", "output.name")]
-        if run_dir is None:
-            raise typer.BadParameter(f"{target} has no unfinished run")
-        if asked:
-            resumed_recipe(run_dir, asked)
-        import_libraries()
-        from qtune.training import train
-
-        _end_run(train.resume(run_dir, asked, tuple(allow or ()), snapshot=snapshot))
-        return
-    resolved = load_recipe(find_recipe(target), changes or ())
+        run_dir, changes = _unfinished(target, changes or [])
+        if changes:
+            resumed_recipe(run_dir, changes)
+    else:
+        resolved = load_recipe(find_recipe(target), changes or ())
     import_libraries()
     from qtune.training import train
 
-    _end_run(train.run(resolved, tuple(allow or ()), snapshot=snapshot))
+    if resume:
+        run_dir = train.resume(run_dir, changes or (), tuple(allow or ()), snapshot=snapshot)
+    else:
+        run_dir = train.run(resolved, tuple(allow or ()), snapshot=snapshot)
+    _end_run(run_dir)
+
+
+def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
+    """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
+    from qtune.run.folder import RunDir
+    from qtune.run.resumption import newest_unfinished
+
+    if Path(target).is_dir():
+        return RunDir.open(Path(target)), changes
+    resolved = load_recipe(find_recipe(target), changes)
+    run_dir = newest_unfinished(Path(resolved.recipe.output.directory), resolved.run_name)
+    if run_dir is None:
+        raise typer.BadParameter(f"{target} has no unfinished run")
+    naming = ("output.directory", "output.name")
+    return run_dir, [change for change in changes if change.partition("=")[0].strip() not in naming]
 
 
 def _end_run(run_dir: "RunDir") -> None:
@@ -252,14 +265,14 @@ def export(
 
 def _given(context: typer.Context) -> frozenset[str]:
     """The options that were written on the command line, by their names; a switch by the side that was chosen."""
-    found: set[str] = set()
+    options: set[str] = set()
     for option in context.command.params:
         name, value = str(option.name), context.params.get(str(option.name))
         source = context.get_parameter_source(name)
         if option.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
             written = option.secondary_opts if value is False and option.secondary_opts else option.opts
-            found |= {written[0], f"{written[0]} {value}"}
-    return frozenset(found)
+            options |= {written[0], f"{written[0]} {value}"}
+    return frozenset(options)
 
 
 @app.command(name="eval", rich_help_panel="Try")
@@ -365,7 +378,7 @@ def check(
         # What is known all the same is said, and then what is wrong.
         known = None if as_json else stage.memory_alone(file, changes or ())
         if known is not None:
-            console.out(draw_forecast(known))
+            console.out(draw_forecast(known, []))
         raise
     if as_json:
         console.out_raw(result.to_json())
@@ -443,54 +456,81 @@ def profile(
 
     if timeline is not None:
         require_writable(timeline, "--timeline")
-    if gpu is not None and vram is not None:
-        raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
+    _refuse_two_cards(gpu, vram)
     is_run = Path(target).is_dir()
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     import_libraries()
-    from qtune.device import cards
-    from qtune.memory import profile as stage
-    from qtune.memory.measured.failure_text import failure_text
-    from qtune.model.geometry import load_geometry
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.shipped import find_recipe
     from qtune.report.timeline import write_timeline
-    from qtune.run.folder import RunDir
-    from qtune.screens.memory import draw_forecast, draw_measured, draw_savings
-    from qtune.screens.time import draw_time
     from qtune.startup.quiet import quiet_loading
-    from qtune.timing.forecast import step_duration, time_of
-    from qtune.timing.known import known_rates
 
     quiet_loading()
     if is_run:
-        run_dir = RunDir.open(Path(target))
-        measured = stage.read_run(run_dir, savings=savings, explain=explain)
-        console.out(draw_measured(measured))
-        if measured.failure is not None:
-            console.out(f"\n{failure_text(measured.failure)}")
-        name, prediction = target, measured.prediction
-        if run_dir.report.is_file():
-            from qtune.report.page import attempt_report
-
-            attempt_report(run_dir)
+        name, prediction = _profile_run(target, savings=savings, explain=explain)
     else:
-        resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
-        found = stage.profile(resolved, cards.device_for(gpu, vram), length)
-        console.out(draw_forecast(found))
-        rates, plan = known_rates(found.forecast.plan.device), found.forecast.plan
-        console.out(draw_time(time_of(load_geometry(found.recipe.model), found.recipe, found.forecast)))
-        timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
-        if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
-            for part in draw_savings(stage.compared(found, savings=savings, explain=explain), cards.SIZES, timed):
-                console.out(part)
-        prediction = found.forecast.prediction
-        name = f"{found.recipe.model.base} on {found.forecast.plan.device.name}"
+        name, prediction = _profile_recipe(target, changes, (gpu, vram), length, savings=savings, explain=explain)
     if timeline is not None and prediction is not None:
         write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
+
+
+def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
+    if gpu is not None and vram is not None:
+        raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
+
+
+def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
+    """Shows what a run measured; its name, and what is traced for it."""
+    from qtune.memory.measured.failure_text import failure_text
+    from qtune.memory.profile import read_run
+    from qtune.report.page import attempt_report
+    from qtune.run.folder import RunDir
+    from qtune.screens.memory import draw_measured
+
+    run_dir = RunDir.open(Path(target))
+    measured = read_run(run_dir, savings=savings, explain=explain)
+    console.out(draw_measured(measured))
+    if measured.failure is not None:
+        console.out(f"\n{failure_text(measured.failure)}")
+    if run_dir.report.is_file():
+        attempt_report(run_dir)
+    return target, measured.prediction
+
+
+def _profile_recipe(
+    target: str,
+    changes: list[str] | None,
+    card: tuple[str | None, str | None],
+    length: int | None,
+    *,
+    savings: bool,
+    explain: bool,
+) -> "tuple[str, Prediction]":
+    """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
+    from qtune.device import cards
+    from qtune.memory import profile as stage
+    from qtune.model.geometry import load_geometry
+    from qtune.preflight import foreseen
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
+    from qtune.screens.memory import draw_forecast, draw_savings
+    from qtune.screens.time import draw_time
+    from qtune.timing.forecast import step_duration, time_of
+    from qtune.timing.known import known_rates
+
+    resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
+    profiled = stage.profile(resolved, cards.device_for(*card), length)
+    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
+    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
+    console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+    if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
+        rates = known_rates(plan.device)
+        timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
+        compared = stage.compared(profiled, savings=savings, explain=explain)
+        for part in draw_savings(compared, cards.SIZES, timed):
+            console.out(part)
+    return f"{recipe.model.base} on {plan.device.name}", profiled.forecast.prediction
 
 
 @app.command(rich_help_panel="Prepare")
@@ -517,13 +557,11 @@ def fit(
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
     from qtune.recipe.file import load_recipe
-    from qtune.recipe.shipped import find_recipe, shipped_recipes
-    from qtune.startup.quiet import quiet_loading
+    from qtune.recipe.shipped import find_recipe, written_beside
 
     if largest not in (None, "length", "batch"):
         raise typer.BadParameter("--max is length or batch")
-    if gpu is not None and vram is not None:
-        raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
+    _refuse_two_cards(gpu, vram)
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
     others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
@@ -531,43 +569,48 @@ def fit(
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)
     resolved = load_recipe(file, changes or (), need_rows=False)
-    # A shipped recipe's place is not the user's.
-    beside = file.with_suffix(".fit.toml")
-    target = output or (Path(beside.name) if file in shipped_recipes().values() else beside)
+    target = output or written_beside(file, ".fit.toml")
     if largest is None and target.exists() and not force:
         raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
     import_libraries()
     from qtune.memory import fit as stage
-    from qtune.memory.forecast import refusal
-    from qtune.model.geometry import load_geometry
-    from qtune.model.load import attention_rule
-    from qtune.plan import make_plan
-    from qtune.recipe.parse import changed
-    from qtune.screens.memory import draw_fit, refusal_text
-    from qtune.screens.time import draw_steps
-    from qtune.timing.forecast import step_of
+    from qtune.startup.quiet import quiet_loading
     from qtune.whole import write_text
 
     quiet_loading()
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return
-    found = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
-    console.out(draw_fit(found, resolved.recipe, length_is_allowed=bool(allow)))
-    config, fitted = load_geometry(resolved.recipe.model), changed(resolved.recipe, found.changes)
-    asked = make_plan(resolved.recipe, found.plan.device, attention_rule(config))
-    steps = [step_of(config, resolved.recipe, asked, found.rows.longest)]
-    steps += [step_of(config, fitted, found.plan, found.longest)] if found.changes else []
-    console.out(draw_steps(steps))
-    if (refused := refusal(config, resolved.recipe, found.plan)) is not None:
-        console.out(refusal_text(refused))
-    if not found.fits:
+    fitted = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
+    _show_fitted(resolved.recipe, fitted, length_is_allowed=bool(allow))
+    if not fitted.fits:
         raise typer.Exit(1)
-    if found.changes or output is not None:
-        write_text(target, stage.fitted_text(resolved, found, target))
-        console.say(f"written: {target}{'' if found.changes else ', unchanged'}")
+    if fitted.changes or output is not None:
+        write_text(target, stage.fitted_text(resolved, fitted, target))
+        console.say(f"written: {target}{'' if fitted.changes else ', unchanged'}")
     else:
         console.say("nothing to change, so nothing is written")
+
+
+def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool) -> None:
+    """Shows how a search ended: the changes, the time of a step before and after them, what a run would refuse."""
+    from qtune.model.geometry import load_geometry
+    from qtune.model.load import attention_rule
+    from qtune.plan import make_plan
+    from qtune.preflight import foreseen
+    from qtune.recipe.parse import changed
+    from qtune.screens.memory import draw_fit, refusals_text
+    from qtune.screens.time import draw_steps
+    from qtune.timing.forecast import step_of
+
+    console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
+    config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
+    asked = make_plan(recipe, fitted.plan.device, attention_rule(config))
+    steps = [step_of(config, recipe, asked, fitted.rows.longest)]
+    steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
+    console.out(draw_steps(steps))
+    if refusals := foreseen(ended, config, fitted.plan):
+        console.out(refusals_text(refusals))
 
 
 def main() -> None:
@@ -576,11 +619,15 @@ def main() -> None:
     use_expandable_segments()
     try:
         app()
+    except Interrupted as stopped:
+        # What the user asked for is no error.
+        console.say(str(stopped))
+        sys.exit(stopped.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.say_error("interrupted")
+        console.say("stopped")
         sys.exit(130)
     except Exception as error:
         if "torch" not in sys.modules:

@@ -85,12 +85,12 @@ def version_finding(requirement: Requirement) -> Diagnosis:
     """Whether a library is there in a version within our bounds."""
     install = f"pip install '{requirement}'"
     try:
-        found = importlib.metadata.version(requirement.name)
+        installed = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return Diagnosis("versions", requirement.name, "not installed", "problem", install)
-    if requirement.specifier.contains(found, prereleases=True):
-        return Diagnosis("versions", requirement.name, found)
-    return Diagnosis("versions", requirement.name, f"{found}, tested: {requirement.specifier}", "note", install)
+    if requirement.specifier.contains(installed, prereleases=True):
+        return Diagnosis("versions", requirement.name, installed)
+    return Diagnosis("versions", requirement.name, f"{installed}, tested: {requirement.specifier}", "note", install)
 
 
 def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -> Iterator[Diagnosis]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.folder import require_weights
 from qtune.model.host import keep_embeddings_on_host
-from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_attention
+from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_kernels
 from qtune.model.quantization import (
     ParameterCount,
     count_parameters,
@@ -39,10 +40,9 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import FourBit, Recipe
+from qtune.recipe.schema import Recipe
 from qtune.sizes import gib_text, size_text
 from qtune.startup.quiet import quiet_loading
-from qtune.startup.safe_bitsandbytes import require_right_kernels
 
 log = logging.getLogger(__name__)
 
@@ -136,19 +136,14 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     """
     quiet_loading()
     recipe, asked = resolved.recipe, _Asked()
-    asked.of(_require_one_process)
-    asked.of(_require_trackers, recipe)
-    asked.of(_require_writable, folder or Path(recipe.output.directory))
-    asked.of(earlier_adapter, recipe)
+    _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
     device = present_device()
     config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
     if config is None or tokenizer is None:
         raise together(asked.refusals)
     asked.of(require_weights, base_folder(recipe.model))
     plan = make_plan(recipe, device, attention_rule(config))
-    asked.of(require_attention, plan.attention)
-    if device.kind == "cpu" and isinstance(recipe.quantization, FourBit):
-        asked.of(require_right_kernels)
+    asked.of(require_kernels, recipe.quantization, plan)
     if recipe.output.gguf is not None:
         asked.of(refuse_unconvertible, config, tokenizer, recipe.model.base)
     count = _examined_model(config, recipe, plan, asked)
@@ -175,6 +170,21 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
         None if count is None else _disk(recipe, plan, count, folder or Path(recipe.output.directory)),
         tuple(asked.refusals),
     )
+
+
+def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Problem]:
+    """What `qtune run` would refuse whatever rows and memory there are, for verbs that need neither rows nor weights.
+
+    A tokenizer that is not here is not asked for: a configuration alone is enough to plan with.
+    """
+    asked = _Asked()
+    _ask_of_recipe(recipe, Path(recipe.output.directory), asked)
+    if recipe.output.gguf is not None:
+        with suppress(ModelError):
+            tokenizer = load_tokenizer(recipe.model)
+            asked.of(refuse_unconvertible, config, tokenizer, recipe.model.base)
+    _examined_model(config, recipe, plan, asked)
+    return [problem for error in asked.refusals for problem in error.problems]
 
 
 def together(refusals: Sequence[InputError]) -> InputError:
@@ -204,6 +214,14 @@ class _Asked:
         except InputError as error:
             self.refusals.append(error)
             return None
+
+
+def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
+    """What neither model nor rows are needed for."""
+    asked.of(_require_one_process)
+    asked.of(_require_trackers, recipe)
+    asked.of(_require_writable, folder)
+    asked.of(earlier_adapter, recipe)
 
 
 def _require_one_process() -> None:

@@ -484,7 +484,7 @@ def a_packed_weight_is_recognized_by_the_name_of_its_class() -> None:
 
 @borrowed(
     "bitsandbytes", "QuantState", "state2", "offset",
-    files=("memory/tracing/bare_model.py", "memory/tracing/categories.py", "export/basis.py"),
+    files=("memory/tracing/bare_model.py", "memory/tracing/adoption.py", "export/basis.py"),
 )  # fmt: skip
 def a_quantized_weights_state_has_the_parts_that_are_counted() -> None:
     _, state = bnb.functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
@@ -497,7 +497,7 @@ def a_quantized_weights_state_has_the_parts_that_are_counted() -> None:
     assert state.offset.shape == ()
 
 
-@borrowed("bitsandbytes", "SCB", "CB", files=("memory/tracing/bare_model.py", "memory/tracing/categories.py"))
+@borrowed("bitsandbytes", "SCB", "CB", files=("memory/tracing/bare_model.py", "memory/tracing/adoption.py"))
 def an_int8_weight_carries_its_row_scales() -> None:
     weight = bnb.nn.Int8Params(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False, SCB=torch.ones(3))
     assert weight.SCB.tolist() == [1, 1, 1]

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from qtune.check import TIMED_STEPS, Check, batches_of, check
 from qtune.cli import app
-from qtune.data.figures import Piece, Sample, lengths_of
+from qtune.data.figures import lengths_of
+from qtune.data.samples import Piece, Sample
 from qtune.device.present import present_device
 from qtune.errors import DataError, GateError
 from qtune.memory import predict

@@ -20,6 +20,7 @@ ROOMS = (
     "console",
     "cache",
     "sizes",
+    "spelling",
     "whole",
     "lfs",
     "recipe",
@@ -42,6 +43,7 @@ ROOMS = (
     "doctor",
     "init",
     "screens",
+    "verbs",
     "cli",
     "__main__",
 )
@@ -50,8 +52,8 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "cli", "console", "errors", "init", "plan", "cache", "control_characters", "sizes", "whole", "lfs", "startup",
-    "recipe", "screens", "device.cards", "run.folder", "run.resolved", "run.resumption",
+    "cli", "console", "errors", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole", "lfs",
+    "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.resolved", "run.resumption",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 

@@ -63,7 +63,7 @@ def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
     base: PreTrainedModel, tmp_path: Path, adapter: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "load_base", lambda *args: copy.deepcopy(base))
-    monkeypatch.setattr("qtune.memory.savings.ways", lambda *args: [])
+    monkeypatch.setattr("qtune.memory.savings.baselines", lambda *args: [])
     monkeypatch.setattr("qtune.memory.cached.cache_folder", lambda: tmp_path)
     found = read_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))
     batch = found.measured["largest_batch"]["forward"]

@@ -15,7 +15,8 @@ from qtune.errors import ModelError
 from qtune.memory.longest import longest_of, longest_rows
 from qtune.memory.predict import Longest
 from qtune.memory.profile import profile, read_run
-from qtune.model.load import load_tokenizer
+from qtune.model.load import load_config, load_tokenizer
+from qtune.preflight import foreseen
 from qtune.recipe.file import load_recipe
 from qtune.screens.memory import draw_forecast
 from qtune.training import train
@@ -76,13 +77,13 @@ def test_a_length_that_is_given_stands_for_the_data(write_recipe: WriteRecipe) -
 def test_a_model_that_a_run_would_refuse_is_profiled_and_that_is_said(write_recipe: WriteRecipe) -> None:
     resolved = load_recipe(write_recipe(quantization="minimum_share = 0.9"))
     found = profile(resolved, CPU)
+    refusals = foreseen(resolved.recipe, load_config(resolved.recipe.model), found.forecast.plan)
     with pytest.raises(ModelError) as refused:
         train.run(resolved)
-    assert str(found.refusal) == str(refused.value)
+    assert [str(refusal) for refusal in refusals] == [str(refused.value)]
     screen = StringIO()
-    Console(file=screen, width=900).print(draw_forecast(found))
-    assert f"qtune run would refuse this model: {refused.value}" in screen.getvalue()
-    assert profile(load_recipe(write_recipe()), CPU).refusal is None
+    Console(file=screen, width=900).print(draw_forecast(found, refusals))
+    assert f"qtune run would refuse this: {refused.value}" in screen.getvalue()
 
 
 def test_a_forecast_is_plain_json_and_adds_up(write_recipe: WriteRecipe) -> None:

@@ -5,7 +5,7 @@ from test_memory_trace import CARD, recipe_with, tiny
 
 from qtune.memory.cached import predicted
 from qtune.memory.predict import Longest, Prediction
-from qtune.memory.savings import Way, attribution, trl_version, ways
+from qtune.memory.savings import Variant, attribution, baselines, trl_version
 from qtune.plan import Plan, make_plan
 from qtune.recipe.schema import Recipe
 
@@ -38,7 +38,7 @@ def planned(**tables) -> tuple[Recipe, Plan]:
 
 @pytest.fixture(scope="module")
 def usual() -> dict[str, Prediction]:
-    found = ways(tiny(layers=1), *planned(training={"gradient_checkpointing": True}), LENGTH)
+    found = baselines(tiny(layers=1), *planned(training={"gradient_checkpointing": True}), LENGTH)
     return {way.name: way.prediction for way in found}
 
 
@@ -96,12 +96,12 @@ def test_the_usual_ways_of_old_hold_the_whole_logits_in_fp32_more_than_once(usua
 
 def test_the_usual_ways_accumulate_where_the_recipe_does() -> None:
     recipe, plan = planned(training={"batch_size": 4, "micro_batch_size": 2})
-    whole = ways(tiny(layers=1), recipe, plan, LENGTH)[0].prediction
+    whole = baselines(tiny(layers=1), recipe, plan, LENGTH)[0].prediction
     # The gradients of the earlier micro-batch are there while the next one goes forward.
     assert whole.by_phase["forward"].alive["gradients"] == in_the_optimizer(whole)["gradients"]
 
 
-def explained(config, recipe: Recipe, plan: Plan, rows: Longest = LENGTH) -> tuple[Prediction, dict[str, Way]]:
+def explained(config, recipe: Recipe, plan: Plan, rows: Longest = LENGTH) -> tuple[Prediction, dict[str, Variant]]:
     found = attribution(config, recipe, plan, rows)
     return predicted(config, recipe, plan, rows), {way.name: way for way in found}
 

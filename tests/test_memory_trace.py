@@ -9,7 +9,7 @@ from qtune.adapter.attach import attach_adapter
 from qtune.device.present import Device
 from qtune.errors import ModelError
 from qtune.memory.predict import Longest, build, predict, training_step
-from qtune.memory.tracing import categories
+from qtune.memory.tracing import adoption, categories
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import History, history_of
@@ -52,9 +52,9 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     if step.accumulates:
         forward_backward(model, step, warm_up)
     ledger = Ledger(workspace=lambda func, args: workspace(func, args, cuda=False))
-    categories.adopt_model(ledger, model)
-    categories.adopt_optimizer(ledger, optimizer)
-    categories.adopt_gradients(ledger, trained(model))
+    adoption.adopt_model(ledger, model)
+    adoption.adopt_optimizer(ledger, optimizer)
+    adoption.adopt_gradients(ledger, trained(model))
     handles = follow_modules(ledger, model)
     with ledger:
         forward_backward(model, step, ledger)

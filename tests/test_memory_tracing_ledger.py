@@ -2,7 +2,8 @@
 
 import torch
 
-from qtune.memory.tracing.categories import GRADIENTS, OPTIMIZER, adopt_gradients, adopt_optimizer
+from qtune.memory.tracing.adoption import adopt_gradients, adopt_optimizer
+from qtune.memory.tracing.categories import GRADIENTS, OPTIMIZER
 from qtune.memory.tracing.history import history_of
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 

@@ -72,7 +72,7 @@ def problems(tmp_path: Path, content: Any) -> list[str]:
         ),
         "an architecture": (
             {"model_type": "lama"},
-            f'model_type = "lama": unknown to transformers {transformers.__version__}; did you mean "llama"?',
+            f"model_type = \"lama\": unknown to transformers {transformers.__version__}; did you mean 'llama'?",
         ),
         "an encoder": (
             {"model_type": "bert"},

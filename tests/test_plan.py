@@ -95,12 +95,11 @@ def test_cards_checkpoint_activations_but_for_prefix_tuning(kind: str) -> None:
     assert make_plan(given, OLD_CPU).gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_has_a_learning_rate_of_its_own(kind: str) -> None:
-    given = recipe(adapter={"kind": kind})
-    plan = make_plan(given, OLD_CPU)
-    rate, reason = given.adapter.auto_learning_rate
-    assert (plan.learning_rate, plan.reasons["training", "learning_rate"]) == (rate, reason)
+def test_lora_gets_the_rate_of_qlora_s_table_and_few_free_numbers_many_times_that() -> None:
+    plans = {kind: make_plan(recipe(adapter={"kind": kind}), OLD_CPU) for kind in KINDS}
+    assert plans["lora"].learning_rate == 2e-4  # arXiv:2305.14314, table 9: 7B and 13B
+    assert "arXiv:2305.14314" in plans["lora"].reasons["training", "learning_rate"]
+    assert all(plans[kind].learning_rate >= 10 * 2e-4 for kind in KINDS if kind != "lora")
 
 
 def test_soft_prompts_spend_context() -> None:

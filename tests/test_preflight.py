@@ -97,23 +97,28 @@ def places(tmp_path: Path) -> dict[str, str]:
     return {**{name: str(path) for name, path in found.items()}, "bad": "bad.jsonl"}
 
 
+def prepared_for(name: str, recipe: Path, places: dict[str, str], folder: Path) -> tuple[list[str], str]:
+    """Makes what the bad recipe of this name needs; its options, and what is said of it."""
+    changes, said = BAD[name]
+    if "gguf" in name:
+        tiny_tokenizer(tiny_base(folder / "opt", "opt", ffn_dim=64, word_embed_proj_dim=64))
+    if "start" in name:
+        earlier = RunDir(folder / "earlier")
+        resolved = load_recipe(recipe, ["adapter.kind=ia3"])
+        earlier.write_text(earlier.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+        earlier.adapter.mkdir()
+        for file in ("adapter_config.json", STATE_FILE):
+            (earlier.adapter / file).touch()
+    return [part for change in changes for part in ("--set", change.format_map(places))], said.format_map(places)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_check_and_run_say_the_same_before_a_weight_is_read(
     name: str, write_recipe: WriteRecipe, places: dict[str, str], tmp_path: Path
 ) -> None:
     recipe = write_recipe()
-    changes, said = BAD[name]
-    if "gguf" in name:
-        tiny_tokenizer(tiny_base(tmp_path / "opt", "opt", ffn_dim=64, word_embed_proj_dim=64))
-    if "start" in name:
-        earlier = RunDir(tmp_path / "earlier")
-        resolved = load_recipe(recipe, ["adapter.kind=ia3"])
-        earlier.write_text(earlier.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
-        earlier.adapter.mkdir()
-        for file in ("adapter_config.json", STATE_FILE):
-            (earlier.adapter / file).touch()
-    options = [part for change in changes for part in ("--set", change.format_map(places))]
+    options, said = prepared_for(name, recipe, places, tmp_path)
     options += ["--allow", "nothing"] if "waived" in name else []
     errors = []
     for verb in ("check", "run"):
@@ -121,8 +126,30 @@ def test_check_and_run_say_the_same_before_a_weight_is_read(
         assert isinstance(result.exception, QtuneError), result.output
         errors.append((type(result.exception), str(result.exception)))
     assert errors[0] == errors[1]
-    assert said.format_map(places) in errors[0][1]
+    assert said in errors[0][1]
     assert not (tmp_path / "runs").exists()
+
+
+FORESEEN = [
+    "a tracker that is not installed", "a gguf that the family cannot have", "too little quantized",
+    "a start of another kind", "an output directory that is a file",
+]  # fmt: skip
+"""What needs neither rows nor weights. Attention and target modules are not in it: without them nothing is traced."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["profile", "fit"])
+@pytest.mark.parametrize("name", FORESEEN)
+def test_profile_and_fit_say_what_a_run_would_refuse(
+    verb: str, name: str, write_recipe: WriteRecipe, places: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = write_recipe()
+    changes, said = prepared_for(name, recipe, places, tmp_path)
+    options = ["--vram", "8GiB", *(["--no-savings"] if verb == "profile" else [])]
+    result = CliRunner().invoke(cli.app, [verb, str(recipe), *options, *changes])
+    assert result.exit_code == 0, result.output
+    assert "qtune run would refuse this: " in result.output
+    assert said.split()[0] in result.output.replace("\n", "")
 
 
 def test_everything_that_stops_a_run_is_said_at_once_and_shown_by_check(

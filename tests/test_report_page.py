@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qtune.data.prepare import prepare
+from qtune.data.samples import pieces_of
 from qtune.device.present import Device
 from qtune.errors import RunError
 from qtune.export.verification import Answer, Verification, write_verification
@@ -29,7 +30,7 @@ from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import attempt_report, page, write_report
 from qtune.report.record import read_record
-from qtune.report.rows import pieces_of, rows_of
+from qtune.report.rows import rows_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
 from qtune.run.memory import RunMemory, write_memory

@@ -13,7 +13,7 @@ from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, predict, summarize
 from qtune.memory.profile import Profile
-from qtune.memory.savings import Way
+from qtune.memory.savings import Variant
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan
 from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
@@ -36,9 +36,9 @@ def screen(device: Device, *, terminal: bool) -> str:
     plan = make_plan(recipe, device)
     found = summarize(predict(tiny(layers=1), recipe, plan))
     names = ("full fine-tuning, fp32", "full fine-tuning, bf16", "prompt-tuning, bf16 base", "QLoRA as in 2023")
-    ways = [Way(name, "as said", found) for name in (*names, "this recipe")]
+    ways = [Variant(name, "as said", found) for name in (*names, "this recipe")]
     forecast = Forecast(plan, Rows(Longest(128), "told"), found, 24 << 30)
-    profile = Profile(recipe, forecast, ways, [Way("nf4 weights", "the base in bf16", found)])
+    profile = Profile(recipe, forecast, ways, [Variant("nf4 weights", "the base in bf16", found)])
     stream = StringIO()
     console = Console(file=stream, width=80, force_terminal=terminal, no_color=True, highlight=False, markup=False)
     console.print(draw_forecast(profile), *draw_savings(profile, SIZES), sep="\n")

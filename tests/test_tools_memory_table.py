@@ -15,6 +15,7 @@ from qtune.model.quantization import count_parameters
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
+BEGIN, END = "<!-- memory table: begin -->", "<!-- memory table: end -->"
 
 PUBLISHED = {
     "SmolLM2 135M": 134_515_008,
@@ -68,10 +69,10 @@ def test_under_each_card_stands_the_longest_row_that_fits_it(tool: ModuleType, m
 def test_the_table_replaces_what_stands_between_the_marks_and_nothing_else(tool, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tool, "need_of", linear_need)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n", encoding="utf-8")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["memory_table.py", "--write", str(readme)])
     tool.main()
-    assert readme.read_text(encoding="utf-8") == f"before\n{tool.BEGIN}\n{tool.table()}\n{tool.END}\nafter\n"
+    assert readme.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{tool.table()}\n{END}\nafter\n"
     for library in ("torch", "transformers", "peft", "bitsandbytes"):
         assert f"{library} {importlib.metadata.version(library)}" in readme.read_text(encoding="utf-8")
 
@@ -86,6 +87,7 @@ def test_a_file_without_the_marks_is_left_alone_and_says_what_is_missing(tool, m
     assert readme.read_text(encoding="utf-8") == "nothing"
 
 
-def test_the_readme_has_the_marks(tool: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["memory table", "time table"])
+def test_the_readme_has_the_marks_of_both_tables(name: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(tool.BEGIN) == readme.count(tool.END) == 1
+    assert readme.count(f"<!-- {name}: begin -->") == readme.count(f"<!-- {name}: end -->") == 1

@@ -486,7 +486,7 @@ def test_a_profile_of_a_run_keeps_what_the_usual_ways_would_take(write_recipe: W
     kept = json.loads(run_dir.memory_file.read_text())
     assert kept["measured"] == found.measured
     assert kept["traced"]["by_phase"]["forward"]["bytes"] == found.prediction.by_phase["forward"].bytes
-    assert [way["name"] for way in kept["ways"]] == [way.name for way in found.ways]
+    assert [way["name"] for way in kept["ways"]] == [baseline.name for baseline in found.baselines]
     assert kept["ways"][0]["name"] == "full fine-tuning, fp32"
     assert all(way["peak_bytes"] > 0 and way["how"].startswith("traced: ") for way in kept["ways"])
 

@@ -3,14 +3,13 @@
     python tools/bench_trace.py [1B 8B 70B]
 
 One trace: the recipe's own step (rank-16 LoRA on NF4, one row of 2048 tokens, checkpointing) on a card of 24 GiB, in
-seconds of this process's CPU, the best of two, so that other work on the computer counts little. A profile: the same
-and the four usual ways, in seconds of the clock. Nothing comes from a cache.
+seconds of this process's CPU, the best of two, so that other work on the computer counts little. Nothing comes from a
+cache.
 """
 
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -21,10 +20,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import LlamaConfig
 
 from qtune.device.cards import described
-from qtune.memory import cached, predict
+from qtune.memory import predict
 from qtune.memory.predict import Longest
-from qtune.memory.savings import ways
-from qtune.memory.tracing import fake_tensors, in_parallel, trace
+from qtune.memory.tracing import fake_tensors, trace
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
@@ -83,13 +81,6 @@ def nothing_remembered() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """No second process (`in_parallel.py`)."""
-    with mock.patch.object(in_parallel, "may_fork", return_value=False):
-        yield
-
-
 def forget() -> None:
     trace._built.clear()
     fake_tensors._known.clear()
@@ -100,24 +91,13 @@ def traced(name: str) -> Callable[[], object]:
     return lambda: predict.predict(llama(name), recipe, plan, Longest(LENGTH))
 
 
-def profiled(name: str) -> Callable[[], object]:
-    recipe, plan = recipe_and_plan()
-
-    def profile() -> None:
-        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"QTUNE_CACHE": folder}):
-            cached.predicted(llama(name), recipe, plan, Longest(LENGTH))
-            ways(llama(name), recipe, plan, Longest(LENGTH))
-
-    return profile
-
-
-def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(2):
         forget()
-        began = clock()
+        began = time.process_time()
         work()
-        best = min(best, clock() - began)
+        best = min(best, time.process_time() - began)
     return best
 
 
@@ -126,17 +106,13 @@ def main() -> None:
     import_libraries()
     traced("1B")()  # what is built once for a process
     for name in sys.argv[1:] or GEOMETRIES:
-        trace_seconds = {"all of it": seconds(traced(name), time.process_time)}
+        trace_seconds = {"all of it": seconds(traced(name))}
         for off in (every_layer, nothing_remembered):
             with off():
-                trace_seconds[f"without {off.__name__}"] = seconds(traced(name), time.process_time)
+                trace_seconds[f"without {off.__name__}"] = seconds(traced(name))
         with every_layer(), nothing_remembered():
-            trace_seconds["neither"] = seconds(traced(name), time.process_time)
+            trace_seconds["neither"] = seconds(traced(name))
         print(f"{name}, one trace, CPU s:", ", ".join(f"{what} {took:.2f}" for what, took in trace_seconds.items()))
-        profile_seconds = {"two processes": seconds(profiled(name), time.monotonic)}
-        with one_process():
-            profile_seconds["one"] = seconds(profiled(name), time.monotonic)
-        print(f"{name}, a profile, s:", ", ".join(f"{what} {took:.2f}" for what, took in profile_seconds.items()))
         sys.stdout.flush()
 
 

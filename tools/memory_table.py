@@ -6,7 +6,6 @@ longest row of a doubling series that still fits it. Sizes of the models are tho
 written down here so that nothing is downloaded. What was traced before comes from the cache of predictions.
 """
 
-import argparse
 import importlib.metadata
 import sys
 import warnings
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from readme_table import print_or_write  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -34,7 +34,6 @@ SHOWN = 2048
 """Tokens of the row whose bytes are shown."""
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CARDS = (6, 8, 12, 16, 24, 48, 80)
-BEGIN, END = "<!-- memory table: begin -->", "<!-- memory table: end -->"
 
 # (name, model type, hidden, layers, heads, key-value heads, head size, intermediate, vocabulary, tied embeddings)
 MODELS = (
@@ -121,21 +120,10 @@ def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
-    target = parser.parse_args().write
     use_expandable_segments()  # as the command does
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # peft 0.21 asks for an attribute by the name that transformers 5 has deprecated
-    text = table()
-    if target is None:
-        print(text)
-        return
-    before, begin, rest = target.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{target} has no place for the table: put {BEGIN} and {END} where it belongs")
-    target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print_or_write(__doc__.splitlines()[0], "memory table", table)
 
 
 if __name__ == "__main__":

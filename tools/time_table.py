@@ -5,7 +5,6 @@ checkpointing, ROWS x LENGTH tokens, all rows equally long, every token scored) 
 kernels take at the rates of its data sheet and what the processor takes to launch them. Nothing in it was measured.
 """
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from memory_table import MODELS, config_of  # noqa: E402
+from readme_table import print_or_write  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
@@ -30,7 +30,6 @@ from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
 
 ROWS, LENGTH = 4, 2048
 CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "A100 80GB", "H100")
-BEGIN, END = "<!-- time table: begin -->", "<!-- time table: end -->"
 
 
 def recipe_of() -> Recipe:
@@ -78,19 +77,8 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
-    target = parser.parse_args().write
     transformers_logging.set_verbosity_error()
-    text = table()
-    if target is None:
-        print(text)
-        return
-    before, begin, rest = target.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{target} has no place for the table: put {BEGIN} and {END} where it belongs")
-    target.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print_or_write(__doc__.splitlines()[0], "time table", table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Names that a recipe gives to modules: each has to be that of one, and the nearest is said where it is not."""
 
-import difflib
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtune.errors import Problem
 from qtune.recipe.schema import IA3, Adapter
+from qtune.spelling import did_you_mean
 
 
 def unmatched_names(network: torch.nn.Module, adapter: Adapter, model: str) -> Iterator[Problem]:
@@ -20,7 +20,7 @@ def unmatched_names(network: torch.nn.Module, adapter: Adapter, model: str) -> I
         names = getattr(adapter, key, None)
         for name in names if isinstance(names, tuple) else ():
             if not any(module == name or module.endswith(f".{name}") for module in modules):
-                message = f"{name!r}: no module of {model} is called so{_nearest_module(network, name)}"
+                message = f"{name!r}: no module of {model} is called so; {_nearest_module(network, name)}"
                 yield Problem(f"adapter.{key}", message)
     if isinstance(adapter, IA3):
         for name in sorted({*(adapter.feedforward_modules or ())} - {*(adapter.target_modules or ())}):
@@ -36,5 +36,4 @@ def _nearest_module(network: torch.nn.Module, name: str) -> str:
         if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not network
     ]
     known = list(dict.fromkeys(module.rpartition(".")[2] for module in layers))
-    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; this model's layers are {', '.join(known)}"
+    return did_you_mean(name.rpartition(".")[2], known, f"this model's layers are {', '.join(known)}")

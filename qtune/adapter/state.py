@@ -8,11 +8,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtune.errors import ModelError, Problem
+from qtune.model.checkpoint import DTYPES
 from qtune.whole import whole
 
 STATE_FILE = "trained_state.safetensors"
@@ -87,9 +89,15 @@ def load_adapter(network: PreTrainedModel, folder: Path) -> PeftModel:
     """The base model with a saved adapter on it, frozen, bit for bit in the dtype it was saved in."""
     # Left alone, peft 0.21 would round a float32 adapter to the 16 bits of its base before it is asked for anything.
     model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=True)
-    saved = {tensor.dtype for tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values()}
-    if len(saved) == 1:
+    if (saved := _only_dtype(folder / SAFETENSORS_WEIGHTS_NAME)) is not None:
         for parameter in adapter_parameters(model):
-            parameter.data = parameter.data.to(next(iter(saved)))
+            parameter.data = parameter.data.to(saved)
     model.requires_grad_(False)  # peft leaves soft prompts trainable
     return model
+
+
+def _only_dtype(file: Path) -> torch.dtype | None:
+    """The dtype that all tensors of a file have, from its header; None where they differ."""
+    with safe_open(file, "pt") as tensors:
+        dtypes = {DTYPES[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}  # noqa: SIM118  not a dict
+    return dtypes.pop() if len(dtypes) == 1 else None

@@ -1,13 +1,10 @@
-"""Figures of prepared data: how long its parts are, what is scored, and a few rows as the model will see them."""
+"""Figures of prepared data: how long its parts are, and how much of them is scored."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from qtune.data.inspection import Columns
-from qtune.data.masks import IGNORED
 
 BINS = 8
 
@@ -37,26 +34,6 @@ class SplitFigures:
     total: Lengths
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of tokens of one kind, as text."""
-
-    text: str
-    scored: bool
-    special: bool
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A row as the model will see it."""
-
-    place: str
-    tokens: int
-    pieces: tuple[Piece, ...]
-    unused: tuple[str, ...] = ()
-    """Columns and keys of its row that nothing reads."""
-
-
 def split_figures(split: Columns) -> SplitFigures:
     """The figures of a split."""
     return SplitFigures(
@@ -80,31 +57,3 @@ def lengths_of(values: np.ndarray) -> Lengths:
     edges = edges[: np.searchsorted(edges, largest, side="right") + 1]
     counts, _ = np.histogram(values, edges)
     return Lengths(smallest, median, p95, largest, tuple(edges.tolist()), tuple(counts.tolist()))
-
-
-def samples_of(examples: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sample]:
-    """The shortest, the median and the longest example and some between: `count` of them, spread over the lengths."""
-    if not len(examples):
-        return []
-    order = np.argsort(np.asarray(examples.with_format("numpy")["length"][:]), kind="stable")
-    chosen = dict.fromkeys(order[np.linspace(0, len(order) - 1, count).round().astype(int)].tolist())
-    return [_sample(examples[row], tokenizer) for row in chosen]
-
-
-def _sample(example: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Sample:
-    ids, labels = example["input_ids"], example["labels"]
-    assert isinstance(ids, list)
-    assert isinstance(labels, list)
-    special = set(tokenizer.added_tokens_decoder)
-    kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
-    borders = [0, *(at for at in range(1, len(ids)) if kinds[at] != kinds[at - 1]), len(ids)]
-    # By decoding ever longer beginnings: what one token says may depend on the one before it.
-    texts = [str(tokenizer.decode(ids[:end], skip_special_tokens=False)) for end in borders]
-    pieces = [
-        Piece(texts[number + 1][len(texts[number]) :], *kinds[start])
-        for number, start in enumerate(borders[:-1])
-        if start < len(ids)
-    ]
-    unused = example["unused"]
-    assert isinstance(unused, list)
-    return Sample(str(example["place"]), len(ids), tuple(pieces), tuple(unused))

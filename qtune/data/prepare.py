@@ -4,7 +4,6 @@ rows -> conversations -> ids and labels happen once per source and are kept on d
 packing are choices of rows and cost nothing.
 """
 
-import difflib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +26,7 @@ from qtune.data.store import Stored, open_store, remove_unused, store_key
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
 from qtune.recipe.schema import Data
+from qtune.spelling import did_you_mean
 
 TRAINED = ["input_ids", "labels"]
 
@@ -40,6 +40,8 @@ class SourceReport:
     row_format: str
     weight: float
     stored: Stored
+    fingerprint: str
+    """`Source.fingerprint`, read once: it is a hash of everything that the source holds."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,11 @@ class _Maker:
         for source in sources:
             row_format = source.row_format if source.row_format != "auto" else _detected(source)
             rules = self._rules(source, row_format)
-            folder = self.cache / store_key(source.fingerprint, self.template_key, rules)
+            fingerprint = source.fingerprint
+            folder = self.cache / store_key(fingerprint, self.template_key, rules)
             stored = open_store(folder) or encode_source(source, self.tokenizer, self.template, rules, folder)
             _require_mapped(source, stored)
-            self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored))
+            self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored, fingerprint))
             parts.append(stored.examples)
             weights.append(np.full(len(parts[-1]), source.weight))
         return concatenate_datasets(parts), np.concatenate(weights)
@@ -221,14 +224,14 @@ def _detected(source: Source) -> str:
     first: list[Row] = [row for row in islice(source.rows(), 100) if isinstance(row, Row)]
     if not first:
         return "messages"  # nothing but bad rows, which are reported with their own reasons
-    found = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
-    if found is None:
+    shape = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
+    if shape is None:
         present = {key for row in first for key in row.value}
         missing = [
             _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
         ]
         raise DataError([*missing, Problem(first[0].place, unknown_columns(first[0].value))])
-    return found
+    return shape
 
 
 def _require_mapped(source: Source, stored: Stored) -> None:
@@ -246,8 +249,7 @@ def _require_mapped(source: Source, stored: Stored) -> None:
 
 
 def _missing_column(ours: str, theirs: str, present: Collection[str]) -> Problem:
-    close = difflib.get_close_matches(theirs, sorted(present), n=1, cutoff=0.5)
-    advice = f"did you mean {close[0]!r}?" if close else f"found {', '.join(sorted(present))}"
+    advice = did_you_mean(theirs, sorted(present), f"found {', '.join(sorted(present))}")
     return Problem(f"data.columns.{ours}", f"no row has a column {theirs!r}; {advice}")
 
 

@@ -64,16 +64,16 @@ def find_sources(given: object, data: Data, folder: Path, split: str = "train") 
         DataError: with every source that is missing.
     """
     entries = given if isinstance(given, tuple) else (given,)
-    found: list[Source] = []
+    sources: list[Source] = []
     problems: list[Problem] = []
     for entry in entries:
         try:
-            found.append(_source(entry, data, folder, split))
+            sources.append(_source(entry, data, folder, split))
         except DataError as error:
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    return found
+    return sources
 
 
 def _source(entry: object, data: Data, folder: Path, split: str) -> Source:

@@ -272,12 +272,12 @@ def _common_closing(added: re.Pattern[str], answered: str, continued: str) -> li
 
 def _tokens_after(added: re.Pattern[str], text: str, start: int) -> list[str]:
     """The first added token from `start` on, and those that follow it directly."""
-    found: list[str] = []
+    tokens: list[str] = []
     token = added.search(text, start)
     while token:
-        found.append(token[0])
+        tokens.append(token[0])
         token = added.match(text, token.end())
-    return found
+    return tokens
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtune.errors import InputError, Problem
 from qtune.sizes import GIB, size_in_bytes
+from qtune.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -158,9 +158,11 @@ def card_named(name: str) -> Card:
         raise InputError(
             Problem("--gpu", f"{name!r}: a {named[0].name} has {sizes} GB. Or give its memory: --vram 12GiB")
         )
-    near = difflib.get_close_matches(name, [card.name for card in CARDS], n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}" if near else f"; known are {', '.join(card.name for card in CARDS)}"
-    raise InputError(Problem("--gpu", f"{name!r} is not in the table of cards{hint}. Or give its memory: --vram 12GiB"))
+    known = [card.name for card in CARDS]
+    hint = did_you_mean(name, known, f"known are {', '.join(known)}.", most=3)
+    raise InputError(
+        Problem("--gpu", f"{name!r} is not in the table of cards; {hint} Or give its memory: --vram 12GiB")
+    )
 
 
 def described(gib: float) -> Device:

@@ -44,13 +44,13 @@ class Rates:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Rates:
+    def from_json(cls, stored: dict[str, Any]) -> Rates:
         """Rates from what `to_json` gave.
 
         Raises:
             TypeError: they are of another version.
         """
-        return cls(**found)
+        return cls(**stored)
 
 
 # Shares of a data sheet's figures that training reaches. From two profiled steps of Llama 3.1 8B, 4 x 2048 tokens, on

@@ -6,13 +6,11 @@ smallest micro-batch; as soon as that is enough, the micro-batch is made as larg
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
-from qtune.memory.tracing.in_parallel import may_fork, side_by_side
 from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
@@ -169,8 +167,6 @@ def settle(search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Seque
     Raises:
         ModelError: the recipe's own step cannot be traced.
     """
-    if len(sizes) > 1 and may_fork():  # the second size is nearly always asked for, and costs no time there
-        side_by_side([functools.partial(search.trace, recipe, size) for size in sizes[:2]])
     prediction = search.trace(recipe, sizes[0])
     pulled: list[Lever] = []
     trials: list[Trial] = []
@@ -226,16 +222,16 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
     free_rows = any_rows or (is_card and recipe.training.micro_batch_size == "auto")
     sizes = whole_parts(recipe.training.batch_size) if free_rows else [plan.micro_batch_size]
     own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
-    found = settle(search, recipe, own, sizes)
-    if EMBEDDINGS in found.changes:
+    settled_here = settle(search, recipe, own, sizes)
+    if EMBEDDINGS in settled_here.changes:
         what = "one row" if sizes[0] == 1 else f"{sizes[0]} rows"
-        needed = found.trials[-1].before.total_bytes / GIB
+        needed = settled_here.trials[-1].before.total_bytes / GIB
         reason = f"with them on the card {what} would need {needed:.2f} GiB of {search.limit / GIB:.2f}"
         plan = plan.with_embeddings_on_host(reason)
     if free_rows:
-        words = f"{gib_text(found.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
-        plan = plan.with_micro_batch(found.rows, f"the largest that fits: {words}")
-    return found, plan
+        words = f"{gib_text(settled_here.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
+        plan = plan.with_micro_batch(settled_here.rows, f"the largest that fits: {words}")
+    return settled_here, plan
 
 
 def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:

@@ -195,11 +195,11 @@ def _longest_within(low: int, high: int, cost: Callable[[int], int], limit: int)
         on_line = low + (high - low) * (limit - below) // (above - below)
         guess = on_line if turn < INTERPOLATIONS else (low + high) // 2
         guess = min(max(guess // LENGTH_STEP * LENGTH_STEP, low + LENGTH_STEP), high - LENGTH_STEP)
-        found = cost(guess)
-        if found <= limit:
-            low, below = guess, found
+        needed = cost(guess)
+        if needed <= limit:
+            low, below = guess, needed
         else:
-            high, above = guess, found
+            high, above = guess, needed
         turn += 1
     return low
 
@@ -251,7 +251,7 @@ def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, in
     return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
 
 
-def fitted_text(resolved: Resolved, found: Fitted, target: Path) -> str:
+def fitted_text(resolved: Resolved, fitted: Fitted, target: Path) -> str:
     """The recipe's text for the file `target`, with what was found and what --set changed; paths right from there."""
     asked = _set_changes(resolved)
     if target.parent.resolve() != resolved.folder.resolve():
@@ -261,7 +261,7 @@ def fitted_text(resolved: Resolved, found: Fitted, target: Path) -> str:
             if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
                 asked["data", key] = moved
     text = rewritten(resolved.text, asked, "")
-    return rewritten(text, found.changes, f"to fit {gib_text(found.budget_bytes)}")
+    return rewritten(text, fitted.changes, f"to fit {gib_text(fitted.budget_bytes)}")
 
 
 def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:

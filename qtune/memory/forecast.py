@@ -6,21 +6,16 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from qtune.errors import first_line
 from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
-from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.load import attention_rule
-from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.plan import make_plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.device.present import Device
-    from qtune.errors import Problem
     from qtune.memory.allowance import Verdict
     from qtune.memory.longest import Rows
     from qtune.memory.predict import Prediction
@@ -53,7 +48,7 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         """The prediction of a run as it stands in memory.json, sizes in bytes."""
-        found = asdict(self.prediction)
+        plain = asdict(self.prediction)
         return {
             "device": self.plan.device.name,
             "micro_batch_size": self.plan.micro_batch_size,
@@ -62,7 +57,7 @@ class Forecast:
             "needed_bytes": self.prediction.need.total_bytes,
             "verdict": self.verdict,
             "budget_bytes": self.budget_bytes,
-            **{name: found[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
+            **{name: plain[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
         }
 
 
@@ -87,12 +82,3 @@ def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Ro
         log.debug("the step could not be traced", exc_info=True)
         name, said = type(error).__name__, first_line(error)
         return name if said == name else f"{name}: {said}"
-
-
-def refusal(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Problem | None:
-    """What `qtune run` would say once the weights are loaded, known before: too little of the model is quantized."""
-    if is_stored_quantized(config):
-        return None
-    dtype = getattr(torch, plan.compute_dtype)
-    network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), plan.attention)
-    return quantized_too_little(recipe.model.base, network, recipe.quantization)

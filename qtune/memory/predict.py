@@ -195,23 +195,23 @@ class Prediction:
     """What one micro-batch, a step of the optimizer and a batch of an evaluation give the device to do."""
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Prediction:
+    def from_json(cls, stored: dict[str, Any]) -> Prediction:
         """A prediction from what `dataclasses.asdict` made of one.
 
         Raises:
             KeyError, TypeError: it is one of another version.
         """
-        moments = {name: Moment(**moment) for name, moment in found["by_phase"].items()}
-        phases = [(int(point), str(name)) for point, name in found["phases"]]
-        peak, need = Moment(**found["peak"]), Need(**found["need"])
+        moments = {name: Moment(**moment) for name, moment in stored["by_phase"].items()}
+        phases = [(int(point), str(name)) for point, name in stored["phases"]]
+        peak, need = Moment(**stored["peak"]), Need(**stored["need"])
         return cls(
-            **found
+            **stored
             | {
                 "peak": peak,
                 "by_phase": moments,
                 "need": need,
                 "phases": phases,
-                "work": [tuple(row) for row in found["work"]],
+                "work": [tuple(row) for row in stored["work"]],
             }
         )
 

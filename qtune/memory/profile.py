@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qtune.device.present import Device, present_device
-from qtune.errors import Problem, RunError
+from qtune.errors import RunError
 from qtune.memory.cached import predicted
-from qtune.memory.forecast import Forecast, forecast, refusal
+from qtune.memory.forecast import Forecast, forecast
 from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.geometry import load_geometry
@@ -20,7 +20,7 @@ from qtune.run.resolved import resolved_recipe
 
 if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
-    from qtune.memory.savings import Way
+    from qtune.memory.savings import Variant
     from qtune.plan import Plan
     from qtune.recipe.file import Resolved
     from qtune.recipe.schema import Recipe
@@ -33,10 +33,8 @@ class Profile:
 
     recipe: Recipe
     forecast: Forecast
-    ways: list[Way]
-    attribution: list[Way]
-    refusal: Problem | None = None
-    """Why `qtune run` would not train this model, whatever its memory."""
+    baselines: list[Variant]
+    attribution: list[Variant]
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class Measured:
 
     measured: dict[str, Any]
     prediction: Prediction | None
-    ways: list[Way]
-    attribution: list[Way]
+    baselines: list[Variant]
+    attribution: list[Variant]
     failure: dict[str, Any] | None = None
     """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
 
@@ -71,19 +69,19 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
     recipe = resolved.recipe
     config = load_geometry(recipe.model)
     found = forecast(config, recipe, device, longest_rows(resolved, length))
-    return Profile(recipe, found, [], [], refusal(config, recipe, found.plan))
+    return Profile(recipe, found, [], [])
 
 
-def compared(found: Profile, *, savings: bool = True, explain: bool = False) -> Profile:
+def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) -> Profile:
     """A profile with the usual ways of training the same model, and with what each technique saves."""
-    from qtune.memory.savings import Way, attribution, ways
+    from qtune.memory.savings import Variant, attribution, baselines
 
-    recipe, plan, longest = found.recipe, found.forecast.plan, found.forecast.rows.longest
+    recipe, plan, longest = profiled.recipe, profiled.forecast.plan, profiled.forecast.rows.longest
     config = load_geometry(recipe.model)
-    ours = Way("this recipe", "as `qtune run` does it", found.forecast.prediction)
+    ours = Variant("this recipe", "as `qtune run` does it", profiled.forecast.prediction)
     return replace(
-        found,
-        ways=[*ways(config, recipe, plan, longest), ours] if savings else [],
+        profiled,
+        baselines=[*baselines(config, recipe, plan, longest), ours] if savings else [],
         attribution=attribution(config, recipe, plan, longest) if explain else [],
     )
 
@@ -97,28 +95,28 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         RunError: the run has no measurement (it was killed before its end).
         ModelError: the base model's configuration is not to be had any more.
     """
-    from qtune.memory.savings import attribution, ways
+    from qtune.memory.savings import attribution, baselines
 
     memory = measured_memory(run_dir)
-    found = memory.measured or {}
+    measured = memory.measured or {}
     recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
-        return Measured(found, None, [], [], memory.failure)
+        return Measured(measured, None, [], [], memory.failure)
     config = load_geometry(recipe.model)
-    plan, longest = _measured_batch(found, make_plan(recipe, device, attention_rule(config)))
+    plan, longest = _measured_batch(measured, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
     batch = {
         "rows": plan.micro_batch_size,
         **asdict(longest),
-        "is_measured": "forward" in found.get("largest_batch", {}),
+        "is_measured": "forward" in measured.get("largest_batch", {}),
     }
     needed = prediction.need.total_bytes
     traced = {"device": device.name, "batch": batch, "needed_bytes": needed, **_without_work(prediction)}
-    traced["differs"] = differences(found, prediction)
+    traced["differs"] = differences(measured, prediction)
     result = Measured(
-        found,
+        measured,
         prediction,
-        ways(config, recipe, plan, longest) if savings else [],
+        baselines(config, recipe, plan, longest) if savings else [],
         attribution(config, recipe, plan, longest) if explain else [],
         memory.failure,
     )
@@ -128,8 +126,8 @@ def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) ->
         memory.measured,
         memory.failure,
         traced,
-        tuple(way.to_json() for way in result.ways) or memory.ways,
-        tuple(way.to_json() for way in result.attribution) or memory.attribution,
+        tuple(variant.to_json() for variant in result.baselines) or memory.ways,
+        tuple(variant.to_json() for variant in result.attribution) or memory.attribution,
     )
     write_memory(run_dir, told)
     return result
@@ -151,12 +149,12 @@ def differences(measured: dict[str, Any], prediction: Prediction) -> dict[str, f
     """
     is_card = measured["device"] != "cpu"
     beside = prediction.need.workspace_bytes if is_card else 0
-    found = {}
+    errors = {}
     for phase, moment in prediction.by_phase.items():
         seen = measured["phases"].get(phase, {}).get("allocated_peak_bytes" if is_card else "tensor_peak_bytes", 0)
         if seen > beside and abs(error := moment.bytes / (seen - beside) - 1) > NOTABLE:
-            found[phase] = round(error, 4)
-    return found
+            errors[phase] = round(error, 4)
+    return errors
 
 
 def is_traced(run_dir: RunDir) -> bool:
@@ -190,4 +188,6 @@ def _measured_batch(measured: dict[str, Any], plan: Plan) -> tuple[Plan, Longest
     each = None if scored is None else -(-scored // train["rows"])
     equal = not train.get("padded", True)
     longest = Longest(train["length"], each, equal, evaluated=held_out["length"] if held_out else None)
-    return replace(plan, micro_batch_size=train["rows"]), longest
+    # The last batch of an epoch may have been the largest, and need not divide the effective one.
+    effective, rows = plan.micro_batch_size * plan.accumulation_steps, train["rows"]
+    return replace(plan, micro_batch_size=rows, accumulation_steps=-(-effective // rows)), longest

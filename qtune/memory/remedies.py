@@ -115,7 +115,7 @@ def remedies(
 
     search = replace(asking, cost=cost)
     batch = plan.micro_batch_size * plan.accumulation_steps
-    found: list[Remedy] = []
+    working: list[Remedy] = []
 
     def ask(pulled: Sequence[Lever], sizes: Sequence[int]) -> bool:
         outcome = settle(search, recipe, pulled, sizes)
@@ -128,7 +128,7 @@ def remedies(
                 price = (
                     price or f"{batch // outcome.rows} micro-batches make a step: the same gradient, a little slower"
                 )
-            found.append(Remedy(changes, price, outcome.prediction.peak.bytes, outcome.need.total_bytes))
+            working.append(Remedy(changes, price, outcome.prediction.peak.bytes, outcome.need.total_bytes))
         return outcome.is_enough
 
     size = rows
@@ -141,11 +141,11 @@ def remedies(
     ordered = list(levers(recipe, plan))
     if room.is_begun:
         ordered.sort(key=lambda lever: lever.key not in CHANGEABLE)
-    not_enough = [lever for lever in ordered if _is_wanted(lever, found) and not ask((lever,), [size])]
-    together = [lever for lever in not_enough if _is_wanted(lever, found)]
+    not_enough = [lever for lever in ordered if _is_wanted(lever, working) and not ask((lever,), [size])]
+    together = [lever for lever in not_enough if _is_wanted(lever, working)]
     if len(together) > 1:
         ask(together, [size])
-    return Remedies(failed, found, min(prediction.need.total_bytes for prediction in search.traced.values()))
+    return Remedies(failed, working, min(prediction.need.total_bytes for prediction in search.traced.values()))
 
 
 def _is_wanted(lever: Lever, found: Sequence[Remedy]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import logging
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from qtune.adapter.attach import attach_adapter
 from qtune.memory.cached import predicted, remembered
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.memory.tracing.in_parallel import side_by_side
 from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
 from qtune.model.load import attention_rule
@@ -26,7 +24,7 @@ from qtune.recipe.schema import FourBit, Lora, Unquantized
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from transformers import PretrainedConfig
 
@@ -47,7 +45,7 @@ def trl_version() -> str:
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way of training the same model on the same batch."""
 
     name: str
@@ -65,7 +63,7 @@ class Way:
         }
 
 
-def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
+def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
     """The usual ways: full fine-tuning, 16-bit adapter, QLoRA as its first scripts had it, TRL's trainer of today; on
     the recipe's model, batch, length.
 
@@ -96,7 +94,7 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
         return made
 
-    def trl() -> Way | None:
+    def trl() -> Variant | None:
         from qtune.memory.trl_step import trace_trl
 
         def traced() -> Prediction:
@@ -104,53 +102,50 @@ def ways(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
 
         name = f"TRL {trl_version()} as it comes"
         try:
-            return Way(name, TRL_HOW, remembered(config, recipe, plan, longest, traced, name))
+            return Variant(name, TRL_HOW, remembered(config, recipe, plan, longest, traced, name))
         except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError):
             log.debug("TRL's step of a %s cannot be traced", config.model_type, exc_info=True)
             return None
 
-    def way(name: str, how: str, made: Any) -> Callable[[], Way | None]:
+    def baseline(name: str, how: str, made: Any) -> Variant:
         def traced() -> Prediction:
             return summarize(trace(config, made, plain, card=card))
 
         said = f"{how}, AdamW, whole logits"
-        return lambda: Way(name, said, remembered(config, recipe, plan, longest, traced, name))
+        return Variant(name, said, remembered(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
     computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
-    found = side_by_side(
-        [
-            way("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
-            way(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
-            way(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
-            way("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
-            trl,
-        ]
-    )
-    return [one for one in found if one is not None]
+    older = [
+        baseline("full fine-tuning, fp32", f"fp32 weights, {computed}", full(torch.float32)),
+        baseline(f"full fine-tuning, {word}", f"{word} weights and moments", full(low)),
+        baseline(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
+        baseline("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
+    ]
+    newest = trl()
+    return older if newest is None else [*older, newest]
 
 
-def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Way]:
+def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
     """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
     rows = longest or Longest(plan.max_length)
     recipe = changed(recipe, {("memory", "embeddings"): plan.embeddings})  # as memory chose it, in every variant
 
-    def without(name: str, how: str, other: Recipe) -> Way:
+    def without(name: str, how: str, other: Recipe) -> Variant:
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
             plan.micro_batch_size, "as in the recipe"
         )
-        return Way(name, how, predicted(config, other, other_plan, rows))
+        return Variant(name, how, predicted(config, other, other_plan, rows))
 
     def untiled() -> Prediction:
         step = training_step(recipe, plan, rows)
         return summarize(trace(config, lambda shape: _untiled(shape, recipe, plan), step, card=card_of(plan.device)))
 
-    def whole_logits() -> Way:
+    def whole_logits() -> Variant:
         whole = remembered(config, recipe, plan, rows, untiled, "untiled")
-        return Way("tiled loss", "the logits of all labelled positions at once", whole)
+        return Variant("tiled loss", "the logits of all labelled positions at once", whole)
 
-    off = [functools.partial(without, *variant) for variant in _switched_off(recipe, plan)]
-    return side_by_side([*off, whole_logits])
+    return [*(without(*variant) for variant in _switched_off(recipe, plan)), whole_logits()]
 
 
 def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe]]:

@@ -4,7 +4,6 @@ transformers fills what is missing with the sizes of some other model, and notic
 layer. Here every problem is said at once, by its key.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qtune.errors import ModelError, Problem, last_line
+from qtune.spelling import did_you_mean
 
 FILE = "config.json"
 
@@ -94,8 +94,7 @@ def _faults(raw: Mapping[str, Any]) -> Iterator[str]:
         yield 'model_type: is missing; it names the architecture, as "llama"'
     elif kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
-            close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
-            meant = f"did you mean {_shown(close[0])}?" if close else "a newer one may have it"
+            meant = did_you_mean(str(kind), CONFIG_MAPPING, "a newer one may have it")
             yield f"model_type = {_shown(kind)}: unknown to transformers {transformers.__version__}; {meant}"
     elif unfit := list(_not_causal(CONFIG_MAPPING[kind], raw)):
         yield from unfit

@@ -1,7 +1,7 @@
 """The base model and its tokenizer: found, and loaded as the plan says."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,17 @@ def require_attention(attention: str) -> None:
         raise ModelError(Problem("model.attention", message + 'or use "sdpa"'))
 
 
+def require_kernels(quantization: Quantization, plan: Plan) -> None:
+    """What a plan computes with has to be here, and right: asked before a run, and by each verb that loads a model.
+
+    Raises:
+        ModelError: the attention is not installed, or bitsandbytes computes wrong on this processor.
+    """
+    require_attention(plan.attention)
+    if plan.device.kind == "cpu" and isinstance(quantization, FourBit):
+        require_right_kernels()
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token in any case: labels are built before padding, so any token will do.
 
@@ -134,12 +145,10 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
 
     Raises:
         OutOfMemory: it does not fit the device.
-        ModelError: it cannot be found or read, less of it than `minimum_share` can be quantized, or bitsandbytes
-            computes wrong on this processor.
+        ModelError: it cannot be found or read, less of it than `minimum_share` can be quantized, or `require_kernels`
+            refuses.
     """
-    require_attention(plan.attention)
-    if plan.device.kind == "cpu" and isinstance(quantization, FourBit):
-        require_right_kernels()
+    require_kernels(quantization, plan)
     dtype = getattr(torch, plan.compute_dtype)
     config = load_config(model)
     stored = is_stored_quantized(config)
@@ -151,7 +160,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
     try:
-        with _without_hooks():
+        with _without_hooks() if len(places) > 1 else nullcontext():
             network = AutoModelForCausalLM.from_pretrained(
                 base_folder(model),
                 dtype=dtype,

@@ -133,10 +133,26 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
         key, equals, value = override.partition("=")
         keys = tuple(part.strip() for part in key.split("."))
         if not equals or len(keys) < 2 or not all(keys):
-            problems.append(Problem(f"--set {override}", "must look like table.key=value"))
+            whole = (
+                [f"{table}.{keys[0]}={value.strip()}" for table in _tables_with(keys[0])]
+                if equals and len(keys) == 1
+                else []
+            )
+            advice = f"; did you mean {' or '.join(whole)}?" if whole else ""
+            problems.append(Problem(f"--set {override}", f"must look like table.key=value{advice}"))
         else:
             changes[keys] = _toml_value(value.strip())
     return changes, problems
+
+
+def _tables_with(key: str) -> list[str]:
+    """The tables of a recipe that have a key of this name."""
+    found = []
+    for name, field in Recipe.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        if any(isinstance(kind, type) and key in getattr(kind, "model_fields", {}) for kind in kinds):
+            found.append(name)
+    return found
 
 
 def _toml_value(text: str) -> Any:

@@ -31,13 +31,13 @@ Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
 def _not_empty(size: str) -> str:
     """A number below 1 MiB is a slip of the pen."""
-    number, unit = float(size[:-3]), size[-3:]
-    if number * (1024 if unit == "GiB" else 1) < 1:
+    number = float(size.rstrip("GMiB "))
+    if number * (1024 if "G" in size else 1) < 1:
         raise PydanticCustomError("size", 'must be at least "1MiB"')
     return size
 
 
-Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB)$"), AfterValidator(_not_empty)]
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB|GB|MB)$"), AfterValidator(_not_empty)]
 
 
 class Table(BaseModel):

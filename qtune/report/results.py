@@ -10,22 +10,22 @@ from qtune.tuned.evaluate import Evaluation
 SHOWN_ANSWERS = 10
 
 
-def evaluation(found: Evaluation) -> Html:
+def evaluation(results: Evaluation) -> Html:
     """Base against tuned: the scores, and answers side by side, wrong ones first."""
-    base, tuned = found.base, found.tuned
+    base, tuned = results.base, results.tuned
     scores = [
         ("loss, nats per token", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
         ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}"),
     ]
     if base.exact_match is not None:
         scores.append(("answers exactly right", f"{base.exact_match:.1%}", f"{tuned.exact_match or 0.0:.1%}"))
-    compared = sorted(found.comparisons, key=lambda one: one.is_right)
+    compared = sorted(results.comparisons, key=lambda one: one.is_right)
     head = ("", "request", "expected", "base", "tuned")
     answers = [("✓" if one.is_right else "✗", one.request, one.expected, one.base, one.tuned) for one in compared]
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
-        paragraph(f"{found.rows} of {found.rows_held_out} {found.source}, which training did not see."),
+        paragraph(f"{results.rows} of {results.rows_held_out} {results.source}, which training did not see."),
         table(("", "base", "tuned"), scores, figures=(1, 2)),
         *([table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
@@ -47,8 +47,13 @@ def _export(name: str, proof: Proof) -> list[Html]:
     return drawn
 
 
-def _figures(found: Verification) -> list[Html]:
-    exported, bare, limits, perplexity = found.exported, found.bare_base, found.limits, found.perplexity
+def _figures(verification: Verification) -> list[Html]:
+    exported, bare, limits, perplexity = (
+        verification.exported,
+        verification.bare_base,
+        verification.limits,
+        verification.perplexity,
+    )
     measured = [
         ("KL divergence, nats per token", *(f"{one.kl:.2e}" for one in (exported, bare, limits))),
         ("same likeliest token", *(f"{one.top1:.2%}" for one in (exported, bare, limits))),
@@ -60,20 +65,21 @@ def _figures(found: Verification) -> list[Html]:
     ]
     drawn = [
         paragraph(
-            f"Compared on {found.rows} {found.rows_from}, computed in float32; merged into the "
-            f"{found.weights} weights.{_noise(found)}"
+            f"Compared on {verification.rows} {verification.rows_from}, computed in float32; merged into the "
+            f"{verification.weights} weights.{_noise(verification)}"
         ),
         table(("", "exported", "base without adapter", "limit"), measured, figures=(1, 2, 3)),
     ]
-    answers = [(one.request, one.trained, one.exported) for one in found.answers]
+    answers = [(one.request, one.trained, one.exported) for one in verification.answers]
     if answers:
         head = ("request", "trained model", "exported model")
         drawn.append(details("Its answers", table(head, answers, class_="answers")))
     return drawn
 
 
-def _noise(found: Verification) -> str:
+def _noise(verification: Verification) -> str:
     """What the precision of training does to the trained model itself, where that was measured."""
-    if found.live is None:
+    if verification.live is None:
         return ""
-    return f" Computing with {found.compute_dtype} alone changes the trained model by a KL of {found.live.kl:.2e}."
+    change = f"changes the trained model by a KL of {verification.live.kl:.2e}"
+    return f" Computing with {verification.compute_dtype} alone {change}."

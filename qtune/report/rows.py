@@ -1,15 +1,13 @@
 """Training rows as the model sees them: every token of the rendered conversation, those that are scored told apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
+from qtune.data.samples import by_length, is_scored, pieces_of
 from qtune.model.load import load_tokenizer
 from qtune.run.folder import RunDir
 from qtune.run.lock import rows_hash
@@ -65,35 +63,17 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
 
 def _chosen(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Iterator[ShownRow]:
     train = prepared.examples["train"]
-    by_length = np.argsort(np.asarray(train.with_format("numpy")["length"][:]), kind="stable")
-    wanted = {"first row": 0, "middle length": int(by_length[len(by_length) // 2]), "longest": int(by_length[-1])}
+    order = by_length(train)
+    wanted = {"first row": 0, "middle length": int(order[len(order) // 2]), "longest": int(order[-1])}
     seen = set()
     for title, number in wanted.items():
         if number not in seen:
             seen.add(number)
-            yield shown_row(title, train[number], tokenizer)
+            yield _shown_row(title, train[number], tokenizer)
     if "validation" in prepared.examples:
-        yield shown_row("held out for validation", prepared.examples["validation"][0], tokenizer)
+        yield _shown_row("held out for validation", prepared.examples["validation"][0], tokenizer)
 
 
-def shown_row(title: str, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> ShownRow:
-    """An example of `data.examples` as text with its scored pieces."""
-    ids, labels = example["input_ids"], example["labels"]
-    scored = [label != IGNORED for label in labels]
+def _shown_row(title: str, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> ShownRow:
+    ids, scored = example["input_ids"], is_scored(example)
     return ShownRow(title, example["place"], len(ids), sum(scored), tuple(pieces_of(ids, scored, tokenizer)))
-
-
-def pieces_of(
-    ids: Sequence[int], scored: Sequence[bool], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, bool]]:
-    """The text of the ids, cut where scoring begins or ends.
-
-    Pieces are differences of growing prefixes: a piece decoded alone would lose a space at its start with tokenizers
-    that write it into the first token.
-    """
-    end, before = 0, ""
-    for is_scored, group in groupby(scored):
-        end += len(list(group))
-        text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield text[len(before) :], is_scored
-        before = text

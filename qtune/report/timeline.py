@@ -42,27 +42,7 @@ HEADROOM = 1.12
 LABEL = 11.0
 """Size of the labels inside the areas."""
 
-_DARK, _MIDDLE, _LIGHT = "#34425c", "#7f90ad", "#d3dcea"
-LOOKS: Mapping[str, Look] = {
-    "base weights 4-bit": Look(_DARK),
-    "base weights int8": Look(_DARK, "-"),
-    "base weights fp16": Look(_DARK, "/"),
-    "base weights bf16": Look(_DARK, "x"),
-    "base weights fp32": Look(_DARK, "."),
-    categories.CONSTANTS: Look("#ffffff", "//"),
-    categories.EMBEDDINGS: Look(_MIDDLE, "|"),
-    categories.HEAD: Look(_LIGHT, "-"),
-    categories.ADAPTER: Look("#f2b880", "\\\\"),
-    categories.GRADIENTS: Look("#b4622d", "+"),
-    categories.OPTIMIZER: Look("#fbe6cf", "."),
-    categories.CHECKPOINTED: Look("#2f6b53", "\\"),
-    categories.ACTIVATIONS: Look("#7fb49b"),
-    categories.RECOMPUTED: Look("#d6ebdf", "/"),
-    categories.LOSS: Look("#ffffff", "x"),
-    categories.WORKSPACE: Look("#c9b6d8", "o"),
-    categories.OTHER: Look("#ffffff"),
-}
-"""One look for each category in every picture. No two have the same hatch on fills of like lightness."""
+LOOKS = {category.name: Look(category.fill, category.hatch) for category in categories.CATEGORIES}
 
 
 @dataclass(frozen=True)
@@ -89,15 +69,17 @@ class Timeline:
         return cls.from_json(asdict(prediction))
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Timeline:
+    def from_json(cls, prediction: Mapping[str, Any]) -> Timeline:
         """The curves of a prediction as it stands in memory.json.
 
         That a model is larger while it is loaded is no part of a step.
         """
-        moments = [moment for phase, moment in found["by_phase"].items() if phase != "load"]
+        moments = [moment for phase, moment in prediction["by_phase"].items() if phase != "load"]
         highest = max(moments, key=lambda moment: int(moment["bytes"]))
         where = f"{highest['phase']}, {highest['module'] or 'outside the model'}"
-        return cls(found["timeline"], [(first, phase) for first, phase in found["phases"]], highest["alive"], where)
+        return cls(
+            prediction["timeline"], [(first, phase) for first, phase in prediction["phases"]], highest["alive"], where
+        )
 
 
 def write_timeline(prediction: Prediction, title: str, file: Path) -> None:

@@ -16,10 +16,7 @@ from qtune.run.folder import RunDir
 from qtune.run.records import read_record, write_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from qtune.data.prepare import Prepared
-    from qtune.data.sources import Source
 
 PACKAGES = (
     "torch",
@@ -99,12 +96,10 @@ class Lock:
         return replace(self, resumed=(*self.resumed, part))
 
 
-def lock_of(
-    recipe: Recipe, plan: Plan, base: str, commit: str | None, sources: "Iterable[Source]", rows: str, template: str
-) -> Lock:
+def lock_of(recipe: Recipe, plan: Plan, base: str, commit: str | None, prepared: "Prepared") -> Lock:
     """The lock of a run that begins now, here.
 
-    base: what transformers loaded from; commit: the hub's, None for a folder. rows: `rows_hash` of what is trained on.
+    base: what transformers loaded from; commit: the hub's, None for a folder. prepared: what is trained on.
     """
     device = plan.device
     return Lock(
@@ -112,9 +107,9 @@ def lock_of(
         python=platform.python_version(),
         packages={name: _version(name) for name in PACKAGES},
         base=LockedBase(recipe.model.base, commit, _folder_hash(Path(base))),
-        data=tuple(LockedSource(source.name, source.fingerprint) for source in sources),
-        training_rows_blake2b=rows,
-        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest(),
+        data=tuple(LockedSource(source.name, source.fingerprint) for source in prepared.sources),
+        training_rows_blake2b=rows_hash(prepared),
+        chat_template_sha256=hashlib.sha256(prepared.template.text.encode()).hexdigest(),
         seed=recipe.training.seed,
         device=LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability),
     )

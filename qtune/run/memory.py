@@ -24,7 +24,7 @@ class RunMemory:
     traced: dict[str, Any] | None = None
     """`memory.predict.Prediction` of the largest batch that was measured."""
     ways: tuple[dict[str, Any], ...] | None = None
-    """`memory.savings.Way`: the usual ways of training the same model on that batch."""
+    """`memory.savings.Variant`: the usual ways of training the same model on that batch."""
     attribution: tuple[dict[str, Any], ...] | None = None
     """The step without each technique."""
 

@@ -15,8 +15,9 @@ from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from qtune.check import Check
-    from qtune.data.figures import Lengths, Sample
+    from qtune.data.figures import Lengths
     from qtune.data.prepare import SourceReport
+    from qtune.data.samples import Sample
     from qtune.preflight import Disk
 
 # Rows are shown up to here; the middle of longer ones is left out.
@@ -176,15 +177,15 @@ def _disk(disk: "Disk | None") -> str:
 
 
 def _memory(check: "Check") -> str:
-    found = check.memory
-    if isinstance(found, str):
-        return f"not known, the step could not be traced: {found}"
-    peak, need = found.prediction.peak, found.prediction.need
-    batch = f"{found.plan.micro_batch_size} x {found.rows.longest.length} tokens"
+    forecast = check.memory
+    if isinstance(forecast, str):
+        return f"not known, the step could not be traced: {forecast}"
+    peak, need = forecast.prediction.peak, forecast.prediction.need
+    batch = f"{forecast.plan.micro_batch_size} x {forecast.rows.longest.length} tokens"
     beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
         f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size_text(found.budget_bytes)}: {need.verdict(found.budget_bytes)}"
+        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}"
     )
 
 

@@ -1,7 +1,7 @@
 """How memory looks on the screen: a table by category, a stacked bar, ways compared, a run's phases, a fit's steps."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.device.cards import fitting_cards
+from qtune.memory.tracing.categories import CATEGORIES
 from qtune.recipe.text import show_value
 from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
@@ -19,58 +20,41 @@ if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
-    from qtune.memory.savings import Way
+    from qtune.memory.savings import Variant
     from qtune.recipe.schema import KeyPath, Recipe
 
 BAR = 60
-LETTERS = {
-    "base weights 4-bit": "4",
-    "base weights int8": "8",
-    "base weights fp16": "6",
-    "base weights bf16": "b",
-    "base weights fp32": "f",
-    "quantization constants": "q",
-    "embeddings": "E",
-    "head": "H",
-    "adapter": "A",
-    "gradients": "G",
-    "optimizer state": "S",
-    "checkpointed activations": "C",
-    "activations": "V",
-    "recomputed activations": "R",
-    "logits and loss": "L",
-    "dequantized workspace": "D",
-    "other": "o",
-}
-"""Each category's letter in the bar: it is read without colour, in a log file too."""
-
+LETTERS = {category.name: category.letter for category in CATEGORIES}
 
 StepSeconds = Callable[["Prediction"], float]
 """Seconds of a step that was traced."""
 
 
-def draw_forecast(profile: "Profile") -> RenderableType:
-    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then."""
-    found, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
+def draw_forecast(profile: "Profile", refusals: "Sequence[Problem]" = ()) -> RenderableType:
+    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then.
+
+    refusals: why a run would not begin, whatever its memory.
+    """
+    prediction, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
     is_card = plan.device.kind == "cuda"
-    needed = f", {size_text(found.need.total_bytes)} needed" if is_card else ""
-    title = (
-        f"{profile.recipe.model.base} on {plan.device.name}: {size_text(found.peak.bytes)} traced at its peak{needed}"
-    )
+    sizes = f"{size_text(prediction.peak.bytes)} traced at its peak"
+    sizes += f", {size_text(prediction.need.total_bytes)} needed" if is_card else ""
+    title = f"{profile.recipe.model.base} on {plan.device.name}: {sizes}"
     often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
     about = (
         f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {often} a step; "
-        f"peak in {found.peak.phase}, {found.peak.module or 'outside the model'}\n"
+        f"peak in {prediction.peak.phase}, {prediction.peak.module or 'outside the model'}\n"
         f"length: {rows.known_from}"
     )
-    parts: list[RenderableType] = [Text(title, style="bold"), Text(about), Text(""), categories_table(found.peak.alive)]
-    parts += [stacked_bar(found.peak.alive), Text(""), _need(found, profile.forecast.budget_bytes, is_card=is_card)]
-    parts.append(Text(""))
-    parts.append(_phases(found))
-    how = f"{found.layers_executed} of {found.layers} layers executed" if found.layers_executed < found.layers else ""
-    parts += [Text(""), Text(f"traced without a GPU in {found.seconds:.1f} s{', ' + how if how else ''}", style="dim")]
-    if profile.refusal is not None:
-        parts += [Text(""), refusal_text(profile.refusal)]
+    executed, layers = prediction.layers_executed, prediction.layers
+    how = f", {executed} of {layers} layers executed" if executed < layers else ""
+    need = _need(prediction, profile.forecast.budget_bytes, is_card=is_card)
+    alive = prediction.peak.alive
+    parts: list[RenderableType] = [Text(title, style="bold"), Text(about)]
+    parts += [Text(""), categories_table(alive), stacked_bar(alive), Text(""), need, Text(""), _phases(prediction)]
+    parts += [Text(""), Text(f"traced without a GPU in {prediction.seconds:.1f} s{how}", style="dim")]
+    if refusals:
+        parts += [Text(""), refusals_text(refusals)]
     if not is_card:
         parts.append(Text("this is the memory of a run on the processor; for a card add --gpu or --vram", style="dim"))
     return Group(*parts)
@@ -83,16 +67,17 @@ def draw_savings(
 
     step_seconds: of a step that was traced, where the rates of the device are known.
     """
-    if profile.ways:
+    if profile.baselines:
         is_card = profile.forecast.plan.device.kind == "cuda"
-        yield from (Text(""), _ways(profile, sizes if is_card else (), step_seconds))
+        yield from (Text(""), _baselines(profile, sizes if is_card else (), step_seconds))
     if profile.attribution:
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
 
 
-def refusal_text(refusal: "Problem") -> Text:
-    """That a run would not begin, whatever its memory."""
-    return Text.assemble(("qtune run would refuse this model: ", "bold"), str(refusal))
+def refusals_text(refusals: "Sequence[Problem]") -> Text:
+    """That a run would not begin, whatever its memory, a line for each reason."""
+    lines = [Text.assemble(("qtune run would refuse this: ", "bold"), str(refusal)) for refusal in refusals]
+    return Text("\n").join(lines)
 
 
 def categories_table(alive: dict[str, int]) -> Table:
@@ -127,48 +112,50 @@ def stacked_bar(alive: dict[str, int]) -> Text:
     return Text(f"[{line}]")
 
 
-def _need(found: "Prediction", budget_bytes: int, *, is_card: bool) -> Table:
+def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_row("tensors at the peak", size_text(found.need.traced_bytes), "traced")
+    table.add_row("tensors at the peak", size_text(prediction.need.traced_bytes), "traced")
     if is_card:
-        need = found.need
+        need = prediction.need
         table.add_row("context of CUDA", size_text(need.context_bytes), "allowance, as measured on an H100")
         table.add_row("cuBLAS workspaces", size_text(need.workspace_bytes), "allowance")
         table.add_row("gaps between tensors", size_text(need.gap_bytes), "allowance: PyTorch's allocator, played")
         verdict = f"of {size_text(budget_bytes)}: {need.verdict(budget_bytes)}"
         table.add_row("needed free on the card", size_text(need.total_bytes), verdict, style="bold")
-    if found.paged_bytes:
+    if prediction.paged_bytes:
         table.add_row(
             "paged optimizer state",
-            size_text(found.paged_bytes),
+            size_text(prediction.paged_bytes),
             "managed memory: moves to the host when the card is full",
         )
-    if found.host_bytes:
+    if prediction.host_bytes:
         table.add_row(
-            "in host memory", size_text(found.host_bytes), "pinned; the host's allocator rounds up to a power of two"
+            "in host memory",
+            size_text(prediction.host_bytes),
+            "pinned; the host's allocator rounds up to a power of two",
         )
     return table
 
 
-def _phases(found: "Prediction") -> Table:
+def _phases(prediction: "Prediction") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("phase")
     table.add_column("peak", justify="right")
     table.add_column("where")
-    for phase, moment in found.by_phase.items():
+    for phase, moment in prediction.by_phase.items():
         table.add_row(phase, size_text(moment.bytes), moment.module or moment.op)
     return table
 
 
-def _ways(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
+def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
     """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
-    ours, whole = profile.forecast.prediction.peak.bytes, profile.ways[0].prediction.peak.bytes
+    ours, whole = profile.forecast.prediction.peak.bytes, profile.baselines[0].prediction.peak.bytes
     table = Table(box=None, padding=(0, 2, 0, 0))
     figures = ("peak", "share", "recipe saves")
     timed = ["a step"] if step_seconds is not None else []
     for name in ("way of training", *figures, *timed, *(["fits cards of"] if sizes else [])):
         table.add_column(name, justify="right" if name in (*figures, *timed) else "left")
-    for way in profile.ways:
+    for way in profile.baselines:
         peak = way.prediction.peak.bytes
         saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
         cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
@@ -177,7 +164,7 @@ def _ways(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds
     return table
 
 
-def _attribution(attribution: "list[Way]", ours: "Prediction", step_seconds: "StepSeconds | None") -> Table:
+def _attribution(attribution: "list[Variant]", ours: "Prediction", step_seconds: "StepSeconds | None") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     timed = ["for"] if step_seconds is not None else []
     for name in ("technique", "saves", *timed, "without it"):
@@ -194,9 +181,9 @@ def _price(with_it: float, without: float) -> str:
     return "no time" if abs(change) < 0.005 else f"{change:+.0%} time"
 
 
-def draw_measured(found: "Measured") -> RenderableType:
+def draw_measured(run: "Measured") -> RenderableType:
     """The answer to `qtune profile RUN`: predicted, measured and the difference by phase; what stays between steps."""
-    measured = found.measured
+    measured = run.measured
     cuda = measured["device"] != "cpu"
     key = "allocated_peak_bytes" if cuda else "tensor_peak_bytes"
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -204,7 +191,7 @@ def draw_measured(found: "Measured") -> RenderableType:
     for name in ("phase", "predicted", "measured", "error", other):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, peaks in measured["phases"].items():
-        expected = found.prediction.by_phase.get(phase) if found.prediction else None
+        expected = run.prediction.by_phase.get(phase) if run.prediction else None
         seen = peaks[key]
         error = f"{expected.bytes / seen - 1:+.1%}" if expected and seen else ""
         beside = peaks["reserved_peak_bytes"] if cuda else peaks["resident_peak_bytes"]
@@ -216,28 +203,28 @@ def draw_measured(found: "Measured") -> RenderableType:
             size_text(beside),
         )
     parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
-    if found.differs:
-        told = ", ".join(f"{phase} {error:+.1%}" for phase, error in found.differs.items())
+    if run.differs:
+        told = ", ".join(f"{phase} {error:+.1%}" for phase, error in run.differs.items())
         parts += [Text(""), Text(f"traced and measured differ: {told} (workspaces of libraries left out)")]
     if "at_peak" in measured:
         alive = measured["at_peak"]["alive"]
         parts += [Text(""), categories_table(alive), stacked_bar(alive)]
     if measured["static"]:
         parts += [Text(""), *_static(measured["static"])]
-    if found.ways and measured["peak_bytes"]:
-        parts += [Text(""), _saved(found)]
-    if found.attribution and found.prediction:
-        parts += [Text(""), _attribution(found.attribution, found.prediction, None)]
+    if run.baselines and measured["peak_bytes"]:
+        parts += [Text(""), _saved(run)]
+    if run.attribution and run.prediction:
+        parts += [Text(""), _attribution(run.attribution, run.prediction, None)]
     return Group(*parts)
 
 
-def _saved(found: "Measured") -> Table:
+def _saved(run: "Measured") -> Table:
     """The measured peak against the usual ways of training the same model on the same batch."""
-    ours = found.measured["peak_bytes"]
+    ours = run.measured["peak_bytes"]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("the same step in other ways", "traced peak", "this run saves", "how"):
         table.add_column(name, justify="right" if name in ("traced peak", "this run saves") else "left")
-    for way in found.ways:
+    for way in run.baselines:
         peak = way.prediction.peak.bytes
         table.add_row(way.name, size_text(peak), f"{1 - ours / peak:.0%}", way.how)
     return table
@@ -247,32 +234,30 @@ def _static(static: dict[str, int]) -> Iterator[RenderableType]:
     yield Text("what stays between steps: " + ", ".join(f"{name} {size_text(value)}" for name, value in static.items()))
 
 
-def draw_fit(found: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
+def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
     """What was asked, every step of the search, how it ended, and what `qtune run` then settles by itself."""
-    plan = found.plan
-    asked = found.asked
-    needed = f"{asked.rows} x {found.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
-    changes, own = _assignments(found.changes), _assignments(found.left)
+    plan = fitted.plan
+    asked = fitted.asked
+    needed = f"{asked.rows} x {fitted.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
+    changes, own = _assignments(fitted.changes), _assignments(fitted.left)
     parts: list[RenderableType] = [
-        Text(f"{recipe.model.base} on {plan.device.name}, {size_text(found.budget_bytes)}", style="bold"),
-        Text(f"as qtune run would do it, {needed}: {asked.need.verdict(found.budget_bytes)}"),
-        Text(f"length: {found.rows.known_from}"),
+        Text(f"{recipe.model.base} on {plan.device.name}, {size_text(fitted.budget_bytes)}", style="bold"),
+        Text(f"as qtune run would do it, {needed}: {asked.need.verdict(fitted.budget_bytes)}"),
+        Text(f"length: {fitted.rows.known_from}"),
     ]
-    if found.trials:
-        parts += [Text(""), _trials(found)]
+    if fitted.trials:
+        parts += [Text(""), _trials(fitted)]
     if asked.is_enough:
-        ended = f"fits {size_text(found.budget_bytes)} as it is"
-    elif found.fits:
-        ended = f"fits {size_text(found.budget_bytes)} with {size_text(found.need.total_bytes)}: {changes}"
+        ended = f"fits {size_text(fitted.budget_bytes)} as it is"
+    elif fitted.fits:
+        ended = f"fits {size_text(fitted.budget_bytes)} with {size_text(fitted.need.total_bytes)}: {changes}"
     else:
-        smallest = math.ceil(100 * found.need.total_bytes / GIB) / 100  # rounded down it would not be enough
-        ended = (
-            f"{_against(found.need.verdict(found.budget_bytes), size_text(found.budget_bytes))}; with all that saves, "
-            f"the smallest budget that would surely do is {smallest:.2f} GiB"
-        )
+        smallest = math.ceil(100 * fitted.need.total_bytes / GIB) / 100  # rounded down it would not be enough
+        against = _against(fitted.need.verdict(fitted.budget_bytes), size_text(fitted.budget_bytes))
+        ended = f"{against}; with all that saves, the smallest budget that would surely do is {smallest:.2f} GiB"
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
-    if own and found.fits:
+    if own and fitted.fits:
         ended += f"\nqtune run settles by itself: {own}"
     return Group(*parts, Text(""), Text(ended, style="bold"))
 
@@ -287,14 +272,14 @@ def _assignments(values: "dict[KeyPath, Any]") -> str:
     return ", ".join(f"{'.'.join(map(str, path))} = {show_value(value)}" for path, value in values.items())
 
 
-def _trials(found: "Fitted") -> Table:
+def _trials(fitted: "Fitted") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("change", "a row needs", "and then", "", "price"):
         table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
-    for trial in found.trials:
+    for trial in fitted.trials:
         before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
         if trial.verdict == "kept":
-            mark = trial.need.verdict(found.budget_bytes)
+            mark = trial.need.verdict(fitted.budget_bytes)
             table.add_row(trial.what, before, after, mark, trial.why)
         else:
             reason = trial.why if trial.verdict == "not possible" else "left as it was"

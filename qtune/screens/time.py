@@ -41,9 +41,9 @@ def draw_steps(steps: "list[Duration | None]") -> RenderableType:
     )
 
 
-def lines(found: "TimeForecast") -> list[str]:
+def lines(forecast: "TimeForecast") -> list[str]:
     """A step; the run where its rows are known; whose rates."""
-    step = found.longest_step
+    step = forecast.longest_step
     if step.is_own_processor:
         parts = f"{seconds(step.device_seconds)} of computing, {seconds(step.processor_seconds)} of launching"
     else:
@@ -51,12 +51,11 @@ def lines(found: "TimeForecast") -> list[str]:
         limit = "the processor" if step.waits_for_processor else "the card"
         parts = f"{card} of the card, {processor} of the processor for {step.launches:,} launches; {limit} is the limit"
     said = [f"time: {seconds(step.seconds)} for a step of the longest rows ({parts})"]
-    if found.epoch_seconds is not None and found.run_seconds is not None:
-        said.append(
-            f"      {seconds(found.step_seconds)} for the mean step, {seconds(found.epoch_seconds)} for an epoch of "
-            f"{found.steps_per_epoch:,} steps, {seconds(found.run_seconds)} for the run of {found.steps:,}"
-        )
-    said.append(f"      {found.tokens_per_second:,.0f} tokens/s; predicted from {evidence(found)}")
+    if forecast.epoch_seconds is not None and forecast.run_seconds is not None:
+        mean, epoch, run = map(seconds, (forecast.step_seconds, forecast.epoch_seconds, forecast.run_seconds))
+        steps = f"{epoch} for an epoch of {forecast.steps_per_epoch:,} steps, {run} for the run of {forecast.steps:,}"
+        said.append(f"      {mean} for the mean step, {steps}")
+    said.append(f"      {forecast.tokens_per_second:,.0f} tokens/s; predicted from {evidence(forecast)}")
     return said
 
 

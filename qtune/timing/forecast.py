@@ -105,27 +105,27 @@ class TimeForecast:
         }
 
 
-def time_of(config: PretrainedConfig, recipe: Recipe, found: Forecast) -> TimeForecast | None:
+def time_of(config: PretrainedConfig, recipe: Recipe, forecast: Forecast) -> TimeForecast | None:
     """How long the run of a forecast takes on the forecast's device; None where no rates of it are known.
 
     Raises:
         ModelError: as the forecast itself.
     """
-    rates = known_rates(found.plan.device)
+    rates = known_rates(forecast.plan.device)
     if rates is None:
         return None
-    plan, rows = found.plan, found.rows
+    plan, rows = forecast.plan, forecast.rows
     if rows.data is None:
-        return _of_one_length(recipe, plan, rows.longest.length, found.prediction, rates)
-    return _of_data(config, recipe, plan, rows, rows.data, found.prediction, rates)
+        return _of_one_length(recipe, plan, rows.longest.length, forecast.prediction, rates)
+    return _of_data(config, recipe, plan, rows, rows.data, forecast.prediction, rates)
 
 
-def attempted_time(recipe: Recipe, found: Forecast | str | None) -> TimeForecast | None:
+def attempted_time(recipe: Recipe, forecast: Forecast | str | None) -> TimeForecast | None:
     """`time_of` a forecast; None where there is none, or its other rows cannot be traced: nothing depends on it."""
-    if found is None or isinstance(found, str) or known_rates(found.plan.device) is None:
+    if forecast is None or isinstance(forecast, str) or known_rates(forecast.plan.device) is None:
         return None
     try:
-        return time_of(load_geometry(recipe.model), recipe, found)
+        return time_of(load_geometry(recipe.model), recipe, forecast)
     except ModelError:
         log.debug("the time could not be predicted", exc_info=True)
         return None
@@ -169,20 +169,20 @@ class _Step:
 def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Prediction, rates: Rates) -> TimeForecast:
     """Every row as long as the longest, for nothing is known of them."""
     step = _Step.of(from_rows(prediction.work), rates)
-    found = step.duration(plan.accumulation_steps, rates)
+    estimate = step.duration(plan.accumulation_steps, rates)
     tokens = plan.micro_batch_size * plan.accumulation_steps * length
     steps = recipe.training.steps
     return TimeForecast(
         rates.kind,
         rates.source,
         StepModel(length, length, step.micro_batch, step.micro_batch, step.update, rates),
-        found,
-        found.seconds,
-        tokens / found.seconds,
+        estimate,
+        estimate.seconds,
+        tokens / estimate.seconds,
         None,
         steps,
         None,
-        None if steps is None else steps * found.seconds,
+        None if steps is None else steps * estimate.seconds,
     )
 
 

@@ -78,15 +78,15 @@ def training_part(work: Work) -> Work:
 
 def cost_by(work: Work, rates: Rates, group: Callable[[Place, Kernel], Hashable]) -> dict[Hashable, Cost]:
     """The costs of work, added up by what `group` says of each part."""
-    found: dict[Hashable, Cost] = defaultdict(Cost)
+    costs: dict[Hashable, Cost] = defaultdict(Cost)
     for (place, kernel), count in work.items():
-        found[group(place, kernel)] += Cost(
+        costs[group(place, kernel)] += Cost(
             count * kernel.launches,
             count * kernel.bytes,
             count * kernel.flops,
             count * kernel_seconds(kernel, rates),
         )
-    return dict(found)
+    return dict(costs)
 
 
 def duration(costs: Iterable[Cost], rates: Rates) -> Duration:

@@ -21,14 +21,13 @@ from peft import PeftModel
 from qtune import console
 from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter, trained_state
-from qtune.data.sources import find_sources
 from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.model.load import base_folder
 from qtune.recipe.file import Resolved
 from qtune.run.folder import RunDir
-from qtune.run.lock import lock_of, read_lock, rows_hash, write_lock
+from qtune.run.lock import lock_of, read_lock, write_lock
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
@@ -158,17 +157,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
 
 def _write_lock(inputs: Inputs, run_dir: RunDir, model: PeftModel, step: int) -> None:
     """What the run depends on; of a run that goes on after `step`, what it began with stays beside it."""
-    data = inputs.recipe.data
-    given = [data.train, data.validation, data.test]
-    sources = [
-        source
-        for value in given
-        if value is not None and not isinstance(value, float)
-        for source in find_sources(value, data, inputs.resolved.folder)
-    ]
     commit = getattr(model.get_base_model().config, "_commit_hash", None)
-    base, template = base_folder(inputs.recipe.model), inputs.prepared.template.text
-    now = lock_of(inputs.recipe, inputs.plan, base, commit, sources, rows_hash(inputs.prepared), template)
+    now = lock_of(inputs.recipe, inputs.plan, base_folder(inputs.recipe.model), commit, inputs.prepared)
     begun = read_lock(run_dir)
     write_lock(run_dir, now if begun is None else begun.resumed_as(now, step))
 

@@ -9,6 +9,7 @@ to the base model directly.
     prefix tuning              virtual keys and values | pads | text    the prefix as a cache, its positions in the mask
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _inputs(model: PreTrainedModel | PeftModel, prompts: Sequence[Ids], pad: int
         ids = torch.cat([ids.new_full((batch, virtual), pad), ids], dim=1)
         mask = torch.cat([mask.new_ones((batch, virtual)), mask], dim=1)
         cache = model.get_prompt(batch_size=batch)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, virtual + length
+        return {"input_ids": ids, "attention_mask": mask, cache_name(model.get_base_model()): cache}, virtual + length
     text = cast("torch.nn.Module", model.get_base_model().get_input_embeddings())(ids)
     prompt_vectors = model.get_prompt(batch_size=batch).to(text.dtype)
     embeds = text.new_zeros((batch, virtual + length, text.shape[-1]))
@@ -217,6 +218,11 @@ def _inputs(model: PreTrainedModel | PeftModel, prompts: Sequence[Ids], pad: int
         embeds[row, start + virtual :] = text[row, start:]
         full_mask[row, start:] = 1
     return {"inputs_embeds": embeds, "attention_mask": full_mask}, 0
+
+
+def cache_name(network: torch.nn.Module) -> str:
+    """What a model calls its key-value cache: transformers 5.24 renamed it, code that comes with a model did not."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _active_soft_prompt(model: PreTrainedModel | PeftModel) -> Any | None:

@@ -130,12 +130,12 @@ def limits(stored: torch.dtype, effect: float) -> Limits:
     return Limits(absolute, TOP1_LIMITS[stored], f"{name} rounding, with a tenfold margin")
 
 
-def shortfalls(found: Closeness, allowed: Limits) -> list[str]:
+def shortfalls(closeness: Closeness, allowed: Limits) -> list[str]:
     """What is wrong, in words; empty when the limits are kept."""
     problems = []
-    if not found.kl <= allowed.kl:
-        problems.append(f"KL divergence {found.kl:.3g} nats per token, at most {allowed.kl:.3g} ({allowed.reason})")
+    if not closeness.kl <= allowed.kl:
+        problems.append(f"KL divergence {closeness.kl:.3g} nats per token, at most {allowed.kl:.3g} ({allowed.reason})")
     # One token more than the share: with few tokens a single tie must not decide.
-    if found.tokens * (1 - found.top1) > found.tokens * (1 - allowed.top1) + 1:
-        problems.append(f"the likeliest token agrees at {found.top1:.2%} of positions, at least {allowed.top1:.1%}")
+    if closeness.tokens * (1 - closeness.top1) > closeness.tokens * (1 - allowed.top1) + 1:
+        problems.append(f"the likeliest token agrees at {closeness.top1:.2%} of positions, at least {allowed.top1:.1%}")
     return problems

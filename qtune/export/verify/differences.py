@@ -36,10 +36,10 @@ def differing_tensors(merge: Merge, folder: Path) -> list[Difference]:
         if name not in written.tensors:
             differences.append(Difference(name, "is missing"))
             continue
-        expected, found = merged_tensor(merge, tensor), written.read(name)
-        if expected.shape != found.shape:
-            differences.append(Difference(name, f"is {list(found.shape)} instead of {list(expected.shape)}"))
-        elif not torch.equal(expected, found):
-            gap = (expected.double() - found.double()).abs().max().item()
+        expected, stored = merged_tensor(merge, tensor), written.read(name)
+        if expected.shape != stored.shape:
+            differences.append(Difference(name, f"is {list(stored.shape)} instead of {list(expected.shape)}"))
+        elif not torch.equal(expected, stored):
+            gap = (expected.double() - stored.double()).abs().max().item()
             differences.append(Difference(name, f"differs by up to {gap:.3g}"))
     return differences

@@ -18,7 +18,7 @@ import torch
 
 from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
-from qtune.memory.tracing import categories
+from qtune.memory.tracing import adoption, categories
 from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import Moment, history_of, in_order
 from qtune.memory.tracing.ledger import Ledger, follow_modules
@@ -80,12 +80,12 @@ class SeenBatch:
 
     def to_json(self) -> dict[str, int]:
         """rows, length, padded (0 or 1) and, once it is known, scored."""
-        found = {
+        report = {
             "rows": self.rows,
             "length": self.length,
             "padded": int(self.padding is not None and bool(self.padding)),
         }
-        return found if self.scored is None else found | {"scored": self.scored}
+        return report if self.scored is None else report | {"scored": self.scored}
 
 
 REST = "activations, logits and loss"
@@ -265,13 +265,13 @@ class Meter:
 
     def _adopt_all(self, ledger: Ledger) -> None:
         if self._model is not None:
-            categories.adopt_model(ledger, self._model)
+            adoption.adopt_model(ledger, self._model)
         self._adopt_training(ledger)
 
     def _adopt_training(self, ledger: Ledger) -> None:
         if self._model is not None and self._optimizer is not None:
-            categories.adopt_gradients(ledger, self._model.parameters())
-            categories.adopt_optimizer(ledger, self._optimizer)
+            adoption.adopt_gradients(ledger, self._model.parameters())
+            adoption.adopt_optimizer(ledger, self._optimizer)
 
     def _open_ledger(self, phase: str) -> None:
         assert self._model is not None
@@ -287,7 +287,7 @@ class Meter:
         assert self._ledger is not None
         if phase in ("backward", "optimizer") or (phase == "forward" and self.phase == "backward"):
             if phase == "optimizer" and self._model is not None:
-                categories.adopt_gradients(self._ledger, self._model.parameters())
+                adoption.adopt_gradients(self._ledger, self._model.parameters())
             self._ledger.enter(phase)
         else:
             self._close_ledger()
@@ -301,7 +301,7 @@ class Meter:
         for handle in self._handles:
             handle.remove()
         if self._optimizer is not None:
-            categories.adopt_optimizer(ledger, self._optimizer)
+            adoption.adopt_optimizer(ledger, self._optimizer)
         history = history_of(ledger, self._checkpointing())
         for name in ("forward", "backward", "optimizer", "eval"):
             if peak_bytes := history.peak(name).bytes:

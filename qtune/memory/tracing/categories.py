@@ -1,18 +1,6 @@
-"""What a storage is for: weights, constants, adapter, gradients, optimizer state, activations, loss, workspace."""
+"""What memory is for: one table of categories, with what tells each apart on a screen and in a picture."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from qtune.memory.tracing.ledger import LOSS_REGION
-from qtune.model.host import host_weight
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from qtune.memory.tracing.ledger import Ledger, Life
+from dataclasses import dataclass
 
 CONSTANTS = "quantization constants"
 EMBEDDINGS = "embeddings"
@@ -20,8 +8,6 @@ HEAD = "head"
 ADAPTER = "adapter"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer state"
-PAGED = "optimizer state (paged)"
-HOST = "host memory"
 ACTIVATIONS = "activations"
 CHECKPOINTED = "checkpointed activations"
 RECOMPUTED = "recomputed activations"
@@ -29,120 +15,45 @@ LOSS = "logits and loss"
 WORKSPACE = "dequantized workspace"
 OTHER = "other"
 
-PAGED_FROM = 100_000
-"""Elements of a parameter from which bitsandbytes keeps a paged optimizer's state in managed memory."""
+PAGED = "optimizer state (paged)"
+HOST = "host memory"
+"""These two are beside the card: in no table and in no sum."""
 
-_DTYPE_WORDS = {"uint8": "4-bit", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-ORDER = (
-    *("base weights 4-bit", "base weights int8", "base weights fp16", "base weights bf16", "base weights fp32"),
-    *(CONSTANTS, EMBEDDINGS, HEAD, ADAPTER, GRADIENTS, OPTIMIZER, CHECKPOINTED, ACTIVATIONS, RECOMPUTED),
-    *(LOSS, WORKSPACE, OTHER),
+@dataclass(frozen=True)
+class Category:
+    """What bytes are for."""
+
+    name: str
+    letter: str
+    """In the bar on the screen: it is read without colour, in a log file too. No two are alike, whatever their case."""
+    fill: str
+    """Colour of its area in a picture."""
+    hatch: str = ""
+    """Marks on that area (`report.drawing.Look`). No two have the same on fills of like lightness."""
+
+
+_DARK, _MIDDLE, _LIGHT, _WHITE = "#34425c", "#7f90ad", "#d3dcea", "#ffffff"
+
+CATEGORIES = (
+    Category("base weights 4-bit", "4", _DARK),
+    Category("base weights int8", "8", _DARK, "-"),
+    Category("base weights fp16", "6", _DARK, "/"),
+    Category("base weights bf16", "b", _DARK, "x"),
+    Category("base weights fp32", "f", _DARK, "."),
+    Category(CONSTANTS, "q", _WHITE, "//"),
+    Category(EMBEDDINGS, "E", _MIDDLE, "|"),
+    Category(HEAD, "H", _LIGHT, "-"),
+    Category(ADAPTER, "A", "#f2b880", "\\\\"),
+    Category(GRADIENTS, "G", "#b4622d", "+"),
+    Category(OPTIMIZER, "S", "#fbe6cf", "."),
+    Category(CHECKPOINTED, "C", "#2f6b53", "\\"),
+    Category(ACTIVATIONS, "V", "#7fb49b"),
+    Category(RECOMPUTED, "R", "#d6ebdf", "/"),
+    Category(LOSS, "L", _WHITE, "x"),
+    Category(WORKSPACE, "D", "#c9b6d8", "o"),
+    Category(OTHER, "o", _WHITE),
 )
-"""The order in which tables and bars show categories: from what stays to what comes and goes."""
+"""In the order of tables and bars: from what stays to what comes and goes."""
 
-
-def dtype_word(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> 'bf16'; packed 4-bit codes are stored as uint8 and called '4-bit'."""
-    name = str(dtype).removeprefix("torch.")
-    return _DTYPE_WORDS.get(name, name)
-
-
-def quantization_constants(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that bitsandbytes needs to read a quantized weight back: absmax, code book, nested absmax, SCB."""
-    state = getattr(weight, "quant_state", None)
-    while state is not None:
-        yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
-        state = state.state2
-    scale = getattr(weight, "SCB", None)
-    if isinstance(scale, torch.Tensor):
-        yield scale
-
-
-def _weight_of(module: Any) -> torch.Tensor | None:
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
-    return weight if isinstance(weight, torch.Tensor) else None
-
-
-def static_tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
-    """Every parameter, quantization constant and buffer of a model with its category.
-
-    Trainable parameters beside frozen ones are the adapter; where everything trains, the weights are base weights.
-    """
-    get_input = getattr(model, "get_input_embeddings", lambda: None)
-    get_output = getattr(model, "get_output_embeddings", lambda: None)
-    embedding, head = _weight_of(get_input()), _weight_of(get_output())
-    parameters = list(model.parameters())
-    frozen_too = any(not p.requires_grad for p in parameters)
-    for parameter in parameters:
-        yield from ((constant, CONSTANTS) for constant in quantization_constants(parameter))
-        if parameter.requires_grad and frozen_too:
-            yield parameter, ADAPTER
-        elif parameter is embedding:
-            yield parameter, EMBEDDINGS
-        elif parameter is head:
-            yield parameter, HEAD
-        else:
-            yield parameter, f"base weights {dtype_word(parameter.dtype)}"
-    for module in model.modules():  # Linear8bitLt moves its row scales from the weight into its state
-        scale = getattr(getattr(module, "state", None), "SCB", None)
-        if isinstance(scale, torch.Tensor):
-            yield scale, CONSTANTS
-    yield from ((buffer, OTHER) for buffer in model.buffers())
-
-
-def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tuple[torch.Tensor, str]]:
-    """Everything that a loaded model holds, with its category.
-
-    cuda: a weight in host memory is beside the card, wherever its stand-in was traced; on a CPU it is memory like any.
-    """
-    yield from static_tensors(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for module in model.modules():
-        if (host := host_weight(module)) is not None:
-            is_apart = cuda or host.device.type != module.weight.device.type
-            yield host, HOST if is_apart else HEAD if module is head else EMBEDDINGS
-
-
-def adopt_model(ledger: Ledger, model: torch.nn.Module) -> None:
-    """Enter everything that a loaded model holds."""
-    for tensor, category in loaded_tensors(model):
-        ledger.adopt(tensor, category)
-
-
-def adopt_gradients(ledger: Ledger, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Say which storages are gradients; call it before the optimizer step, while they are alive."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            ledger.adopt(parameter.grad, GRADIENTS)
-
-
-def adopt_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer, *, paged: bool = False) -> None:
-    """Say which storages are optimizer state; call it after the step that makes them.
-
-    paged: states as large as bitsandbytes pages (100,000 elements; bitsandbytes.optim.optimizer, `get_state_buffer`)
-    are in managed memory on CUDA, whatever device the ledger saw them on.
-    """
-    for parameter, state in optimizer.state.items():
-        is_paged = paged and parameter.numel() >= PAGED_FROM
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                ledger.adopt(value, PAGED if is_paged and name in ("state1", "state2") else OPTIMIZER)
-
-
-def category_of(life: Life, phase_end: int, checkpointing: bool) -> str:
-    """The category of one storage.
-
-    `phase_end` is the first tick after the phase it was born in: what outlives a forward was kept for the backward.
-    """
-    if life.category:
-        return life.category
-    if "dequantize" in life.op:
-        return WORKSPACE
-    if life.module == LOSS_REGION:
-        return LOSS
-    if life.recomputed:
-        return RECOMPUTED
-    if life.phase == "forward" and life.died >= phase_end:
-        return CHECKPOINTED if checkpointing else ACTIVATIONS
-    return OTHER
+ORDER = tuple(category.name for category in CATEGORIES)

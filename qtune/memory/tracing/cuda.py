@@ -178,14 +178,14 @@ def _attention_backward(args: Sequence[Any]) -> Workspace:
     batch, heads, length, head_dim = query.shape
     rows = -(-length // _FLASH_ROUNDING) * _FLASH_ROUNDING
     wide = -(-head_dim // 32) * 32
-    found = [
+    gradients = [
         (batch * heads * rows * wide * 4, "dq accumulator (inside attention backward)"),
         (batch * heads * rows * 4, "row sums (inside attention backward)"),
     ]
     if key.shape[1] != heads:
         each = batch * key.shape[2] * heads * head_dim * key.element_size()
-        found.append((2 * each, "expanded dk and dv (inside attention backward)"))
-    return found
+        gradients.append((2 * each, "expanded dk and dv (inside attention backward)"))
+    return gradients
 
 
 WORKSPACE_BYTES = 32 * MIB

@@ -58,11 +58,11 @@ def answered_as_on_a_card(capability: Capability, questions: tuple[DeviceQuestio
     absent = object()
     with contextlib.ExitStack() as before:
         for question in questions:
-            found = getattr(question.owner, question.name, absent)
-            if found is absent:
+            present = getattr(question.owner, question.name, absent)
+            if present is absent:
                 before.callback(delattr, question.owner, question.name)
             else:
-                before.callback(setattr, question.owner, question.name, found)
+                before.callback(setattr, question.owner, question.name, present)
             setattr(question.owner, question.name, question.on_card(capability))
         yield
 

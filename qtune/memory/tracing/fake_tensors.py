@@ -123,16 +123,16 @@ class RememberingMode(FakeTensorMode):
             return None
         tensors: list[FakeTensor] = []
         key = _key(func, args, kwargs, tensors)
-        found = _UNKNOWN if key is None else _known.get(key)
-        if isinstance(found, _Result):
-            made = [None if one is None else self._made(one, tensors) for one in found.made]
-            return made[0] if found.container is None else found.container(made)
+        answer = _UNKNOWN if key is None else _known.get(key)
+        if isinstance(answer, _Result):
+            made = [None if one is None else self._made(one, tensors) for one in answer.made]
+            return made[0] if answer.container is None else answer.container(made)
         before, self._is_inside = self._is_inside, True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
             self._is_inside = before
-        if found is None and key is not None:
+        if answer is None and key is not None:
             unchanged = _key(func, args, kwargs, []) == key
             _known[key] = _description(out, tensors) if unchanged else _UNKNOWN
         return out

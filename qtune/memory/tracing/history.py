@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from qtune.memory.tracing import categories
+from qtune.memory.tracing import adoption, categories
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,7 +105,7 @@ def history_of(ledger: Ledger, checkpointing: bool) -> History:
     """Add up a ledger. `checkpointing` names the activations that a forward keeps."""
     lives = ledger.lives
     visit, phase_end = _phases(ledger)
-    names = [categories.category_of(life, int(phase_end[life.born]), checkpointing) for life in lives]
+    names = [adoption.category_of(life, int(phase_end[life.born]), checkpointing) for life in lives]
     paged = sum(life.size for life, name in zip(lives, names, strict=True) if name == categories.PAGED)
     rows = tuple(in_order({name for name in names if name != categories.PAGED}))
     place = {name: row for row, name in enumerate(rows)}

@@ -29,7 +29,7 @@ class Repetition:
     period: int
 
 
-def repetition(found: list[Signature], text: PretrainedConfig) -> Repetition | None:
+def repetition(each: list[Signature], text: PretrainedConfig) -> Repetition | None:
     """How the layers of a model repeat, from their signatures; None where they do not.
 
     Two layers are the same when all of their modules are: class, shapes and types of the parameters, numbers and words
@@ -37,10 +37,10 @@ def repetition(found: list[Signature], text: PretrainedConfig) -> Repetition | N
     one entry for each layer have the same for both. A number that counts the layers does not part them.
     """
     layers = int(text.num_hidden_layers)
-    if len(found) != layers:
+    if len(each) != layers:
         return None
     lists = [list(v) for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == layers]
-    entries = [(signature, [str(items[layer]) for items in lists]) for layer, signature in enumerate(found)]
+    entries = [(signature, [str(items[layer]) for items in lists]) for layer, signature in enumerate(each)]
     kinds = [entries.index(entry) for entry in entries]
     shapes = [Repetition(_front(kinds, period), period) for period in range(1, layers // GROUPS + 1)]
     shortest = min(shapes, key=lambda shape: depth_for(layers, shape), default=None)
@@ -70,26 +70,26 @@ def is_worth_it(layers: int, shape: Repetition) -> bool:
 def signatures(model: torch.nn.Module) -> list[Signature]:
     """What each layer of the model's longest list of layers is made of."""
     container = dict((backbone_of(model) or model).named_modules()).get(layer_container(model))
-    found = [_signature(layer) for layer in container.children()] if container is not None else []
-    for key in {key for signature in found for key in signature}:
-        having = [(layer, signature) for layer, signature in enumerate(found) if key in signature]
+    each = [_signature(layer) for layer in container.children()] if container is not None else []
+    for key in {key for signature in each for key in signature}:
+        having = [(layer, signature) for layer, signature in enumerate(each) if key in signature]
         if len(having) > 1 and _counts([(layer, signature[key]) for layer, signature in having]):
             for _, signature in having:
                 signature[key] = "the layer's number"
-    return found
+    return each
 
 
 def _signature(layer: torch.nn.Module) -> Signature:
-    found: Signature = {}
+    signature: Signature = {}
     for name, module in layer.named_modules():
-        found[name, "class"] = type(module)
+        signature[name, "class"] = type(module)
         for about, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                found[name, f"tensor {about}"] = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+                signature[name, f"tensor {about}"] = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
         for about, value in vars(module).items():
             if (plain := _plain(value)) is not _NOT_PLAIN:
-                found[name, about] = plain
-    return found
+                signature[name, about] = plain
+    return signature
 
 
 _NOT_PLAIN = object()

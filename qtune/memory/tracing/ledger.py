@@ -2,7 +2,7 @@
 
 It is a `TorchDispatchMode`, so it sees real tensors and fake ones alike: the same ledger runs over a traced step
 (no storage behind the tensors) and over a real one on the CPU. It only writes down lives; what they add up to is read
-from them in `history.py`, and what they are for in `categories.py`.
+from them in `history.py`, and what they are for in `adoption.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Life:
     module: str
     """Dotted name of the innermost module at work; empty outside the model."""
     category: str = ""
-    """Set where it is known for certain (weights, gradients, optimizer state); else `categories.py` infers it."""
+    """Set where it is known for certain (weights, gradients, optimizer state); else `adoption.py` infers it."""
     recomputed: bool = False
     """Made by a forward inside a backward: gradient checkpointing at work."""
 

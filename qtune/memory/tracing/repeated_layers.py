@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """A stretch of ticks within one phase and one layer (None: outside the layers)."""
 
     visit: int
@@ -44,23 +44,23 @@ def stretch(short: History, longer: History, shape: Repetition, layers: int, con
     small, period = depth_for(layers, shape), shape.period
     names = tuple(in_order({*short.names, *longer.names}))
     a, b = _aligned(short, names), _aligned(longer, names)
-    runs_a, runs_b = _runs(short, container), _runs(longer, container)
+    spans_a, spans_b = _spans(short, container), _spans(longer, container)
     more = layers - small
-    if more % period or not runs_a or not _middle_is_affine(b, longer, runs_b, shape, small + period):
+    if more % period or not spans_a or not _middle_is_affine(b, longer, spans_b, shape, small + period):
         return None
-    paired = _paired(runs_a, runs_b, small, period)
+    paired = _paired(spans_a, spans_b, small, period)
     if paired is None:
         return None
     blocks: list[NDArray[numpy.int64]] = []
     labels: list[Label] = []
-    for run, twin in paired:
-        if not _same_work(short, run, longer, twin):
+    for span, twin in paired:
+        if not _same_work(short, span, longer, twin):
             return None
-        deeper = a[:, run.first : run.last]
+        deeper = a[:, span.first : span.last]
         step = b[:, twin.first : twin.last] - deeper
         blocks.append(deeper + step * (more // period))
-        labels += short.labels[run.first : run.last]
-    blocks, labels = _with_middle([run for run, _ in paired], blocks, labels, period, small, more)
+        labels += short.labels[span.first : span.last]
+    blocks, labels = _with_middle([span for span, _ in paired], blocks, labels, period, small, more)
     return History(names, numpy.concatenate(blocks, axis=1), tuple(labels), short.paged)
 
 
@@ -71,55 +71,55 @@ def _aligned(history: History, names: tuple[str, ...]) -> NDArray[numpy.int64]:
     return rows
 
 
-def _runs(history: History, container: str) -> list[Run]:
+def _spans(history: History, container: str) -> list[Span]:
     pattern = re.compile(rf"(?:^|\.){re.escape(container)}\.(\d+)(?:\.|$)")
     known: dict[str, int | None] = {}
-    found: list[Run] = []
+    spans: list[Span] = []
     for tick, label in enumerate(history.labels):
         if label.module not in known:
             match = pattern.search(label.module)
             known[label.module] = int(match[1]) if match else None
         layer = known[label.module]
-        if found and (found[-1].visit, found[-1].layer) == (label.visit, layer):
-            found[-1] = Run(label.visit, layer, found[-1].first, tick + 1)
+        if spans and (spans[-1].visit, spans[-1].layer) == (label.visit, layer):
+            spans[-1] = Span(label.visit, layer, spans[-1].first, tick + 1)
         else:
-            found.append(Run(label.visit, layer, tick, tick + 1))
-    return found
+            spans.append(Span(label.visit, layer, tick, tick + 1))
+    return spans
 
 
-def _paired(runs: list[Run], twins: list[Run], small: int, period: int) -> list[tuple[Run, Run]] | None:
-    """Each run of the short history with its counterpart, counted from the nearer end; None if orders differ."""
+def _paired(spans: list[Span], twins: list[Span], small: int, period: int) -> list[tuple[Span, Span]] | None:
+    """Each span of the short history with its counterpart, counted from the nearer end; None if orders differ."""
     front = small - 2 * period
 
-    def place(run: Run, depth: int) -> int | None:
+    def place(span: Span, depth: int) -> int | None:
         """The same number for the same place: from the front, or (negative) from the back."""
-        if run.layer is None:
+        if span.layer is None:
             return None
-        return run.layer if run.layer < front else run.layer - depth
+        return span.layer if span.layer < front else span.layer - depth
 
     kept = [twin for twin in twins if twin.layer is None or not front <= twin.layer < front + period]
-    if len(kept) != len(runs):
+    if len(kept) != len(spans):
         return None
-    for run, twin in zip(runs, kept, strict=True):
-        if place(run, small) != place(twin, small + period) or run.visit != twin.visit:
+    for span, twin in zip(spans, kept, strict=True):
+        if place(span, small) != place(twin, small + period) or span.visit != twin.visit:
             return None
-    return list(zip(runs, kept, strict=True))
+    return list(zip(spans, kept, strict=True))
 
 
-def _same_work(history: History, run: Run, other: History, twin: Run) -> bool:
-    ops = [label.op for label in history.labels[run.first : run.last]]
+def _same_work(history: History, span: Span, other: History, twin: Span) -> bool:
+    ops = [label.op for label in history.labels[span.first : span.last]]
     return ops == [label.op for label in other.labels[twin.first : twin.last]]
 
 
 def _middle_is_affine(
-    matrix: NDArray[numpy.int64], history: History, runs: list[Run], shape: Repetition, depth: int
+    matrix: NDArray[numpy.int64], history: History, spans: list[Span], shape: Repetition, depth: int
 ) -> bool:
     """Whether the middle groups do the same work and differ by the same bytes from one to the next, at every tick."""
     period = shape.period
-    for visit in {run.visit for run in runs if run.layer is not None}:
-        by_layer = {run.layer: run for run in runs if run.visit == visit and run.layer is not None}
+    for visit in {span.visit for span in spans if span.layer is not None}:
+        by_layer = {span.layer: span for span in spans if span.visit == visit and span.layer is not None}
         if (
-            len([run for run in runs if run.visit == visit and run.layer is not None]) != depth
+            len([span for span in spans if span.visit == visit and span.layer is not None]) != depth
             or len(by_layer) != depth
         ):
             return False
@@ -127,42 +127,42 @@ def _middle_is_affine(
             first, second, third = (by_layer[layer + step * period] for step in range(3))
             if not (_same_work(history, first, history, second) and _same_work(history, second, history, third)):
                 return False
-            x, y, z = (matrix[:, run.first : run.last] for run in (first, second, third))
+            x, y, z = (matrix[:, span.first : span.last] for span in (first, second, third))
             if (y - x != z - y).any():
                 return False
     return True
 
 
 def _with_middle(
-    runs: list[Run], blocks: list[NDArray[numpy.int64]], labels: list[Label], period: int, small: int, more: int
+    spans: list[Span], blocks: list[NDArray[numpy.int64]], labels: list[Label], period: int, small: int, more: int
 ) -> tuple[list[NDArray[numpy.int64]], list[Label]]:
     """Put the layers between the second group and the last but one, each on the line between those two."""
     out_blocks: list[NDArray[numpy.int64]] = []
     out_labels: list[Label] = []
-    place = {(run.visit, run.layer): number for number, run in enumerate(runs)}
+    place = {(span.visit, span.layer): number for number, span in enumerate(spans)}
     front = small - 2 * period
     at = 0
-    for number, run in enumerate(runs):
-        here = labels[at : at + run.last - run.first]
+    for number, span in enumerate(spans):
+        here = labels[at : at + span.last - span.first]
         at += len(here)
-        forward = run.layer is not None and (run.visit, run.layer + 1) in place
-        ascending = forward and place[run.visit, (run.layer or 0) + 1] > number
+        forward = span.layer is not None and (span.visit, span.layer + 1) in place
+        ascending = forward and place[span.visit, (span.layer or 0) + 1] > number
         out_blocks.append(blocks[number])
-        out_labels += [_renumbered(label, run.layer, small, more, front) for label in here]
-        leaves_front = run.layer == front - 1 and ascending
-        leaves_back = run.layer == front and not ascending
+        out_labels += [_renumbered(label, span.layer, small, more, front) for label in here]
+        leaves_front = span.layer == front - 1 and ascending
+        leaves_back = span.layer == front and not ascending
         if not (leaves_front or leaves_back):
             continue
         middle = range(front, front + more)
         for layer in middle if ascending else reversed(middle):
             below = front - period + (layer - front) % period
             above = below + period  # the first group after the inserted ones, `more` layers further down
-            low, high = blocks[place[run.visit, below]], blocks[place[run.visit, above]]
+            low, high = blocks[place[span.visit, below]], blocks[place[span.visit, above]]
             groups = (more + period) // period
             step = (high - low) // groups
             out_blocks.append(low + step * ((layer - below) // period))
-            source = runs[place[run.visit, below]]
-            start = sum(len(block[0]) for block in blocks[: place[run.visit, below]])
+            source = spans[place[span.visit, below]]
+            start = sum(len(block[0]) for block in blocks[: place[span.visit, below]])
             chosen = labels[start : start + source.last - source.first]
             out_labels += [_with_layer(label, below, layer) for label in chosen]
     return out_blocks, out_labels

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers.trainer_pt_utils import get_parameter_names
 
-from qtune.memory.tracing import categories
+from qtune.memory.tracing import adoption, categories
 from qtune.model.host import activations_on_host
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ def update(
     foreach: whether clipping walks through lists of tensors; left out, torch decides by their device: on CUDA it does.
     """
     parameters = trained(model)
-    categories.adopt_gradients(ledger, parameters)
+    adoption.adopt_gradients(ledger, parameters)
     ledger.enter("optimizer")
     if step.max_gradient_norm is not None:
         torch.nn.utils.clip_grad_norm_(parameters, step.max_gradient_norm, foreach=foreach)
     optimizer.step()
-    categories.adopt_optimizer(ledger, optimizer, paged=step.paged)
+    adoption.adopt_optimizer(ledger, optimizer, paged=step.paged)
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import masking_utils
 
 from qtune.errors import ModelError
-from qtune.memory.tracing import categories
+from qtune.memory.tracing import adoption
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
 from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
@@ -175,7 +175,7 @@ def _shallow(
     real: what the layers of the whole one are made of.
     """
     layers = len(real)
-    found: list[_Tracer] = []
+    tracers: list[_Tracer] = []
     for depth in (depth_for(layers, shape), depth_for(layers, shape) + shape.period):
         try:
             shallow = _Tracer(build(shortened(config, depth)), step, card)
@@ -185,8 +185,8 @@ def _shallow(
         if signatures(shallow.model) != real[:depth]:
             log.debug("with %d layers the model is made of others", depth)
             return []
-        found.append(shallow)
-    return found
+        tracers.append(shallow)
+    return tracers
 
 
 def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
@@ -224,7 +224,7 @@ class _Tracer:
         self.container = layer_container(model)
         self.trained = trained(model)
         self.groups = parameter_groups(model)
-        self.held = list(categories.loaded_tensors(model, cuda=card is not None))
+        self.held = list(adoption.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
@@ -256,10 +256,10 @@ class _Tracer:
             if self.step.accumulates:
                 self.ledger.enter("first micro-batch")
                 give_gradients(self.trained)
-                categories.adopt_gradients(self.ledger, self.trained)
+                adoption.adopt_gradients(self.ledger, self.trained)
             handles = follow_modules(self.ledger, self.model)
             kept = forward_backward(self.model, self.step, self.ledger, backward=self.step.ends_after == "step")
-            categories.adopt_gradients(self.ledger, self.trained)
+            adoption.adopt_gradients(self.ledger, self.trained)
             for parameter in self.trained:
                 parameter.grad = None
             if self.step.eval_batch is not None:
@@ -279,7 +279,7 @@ class _Tracer:
         optimizer = self.step.optimizer([dict(group) for group in self.groups])
         give_gradients(self.trained)
         optimizer.step()
-        categories.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
+        adoption.adopt_optimizer(self.ledger, optimizer, paged=self.step.paged)
         optimizer.zero_grad(set_to_none=True)
         return optimizer
 

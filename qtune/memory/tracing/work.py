@@ -101,11 +101,11 @@ def rows_of(work: Work) -> list[WorkRow]:
 
 def from_rows(rows: Sequence[Sequence[Any]]) -> Work:
     """Work from what `rows_of` gave."""
-    found: Work = Counter()
+    work: Work = Counter()
     for phase, part, recomputed, op, kind, launches, moved, flops, dtype, scattered, count in rows:
         kernel = Kernel(op, kind, launches, moved, flops, getattr(torch, dtype), scattered)
-        found[Place(phase, part, recomputed), kernel] += count
-    return found
+        work[Place(phase, part, recomputed), kernel] += count
+    return work
 
 
 def work_of(func: Any, args: Sequence[Any], out: Any, *, cuda: bool = True) -> list[Kernel]:
@@ -231,11 +231,11 @@ def _four_bit_product(
     n, k = shape
     rows = x.numel() // x.shape[-1]
     absmax, nested = args[3], args[7] if len(args) > 7 else None
-    found = []
+    kernels = []
     constants = absmax.numel() * 4
     if nested is not None:
         blocks = nested.numel()
-        found += [
+        kernels += [
             Kernel(
                 "dequantize absmax", "dequantization", 1, blocks + 4 * absmax.numel() + 4 * blocks, 0, torch.float32
             ),
@@ -243,9 +243,9 @@ def _four_bit_product(
         ]
         constants = 4 * blocks
     weight = n * k * x.element_size()
-    found.append(Kernel("dequantize_4bit", "dequantization", 1, _size([packed]) + constants + weight, 0, x.dtype))
-    found.append(_product_kernel(name, 1, rows, n, k, _size([x]) + weight + _size(outs), x.dtype))
-    return found
+    kernels.append(Kernel("dequantize_4bit", "dequantization", 1, _size([packed]) + constants + weight, 0, x.dtype))
+    kernels.append(_product_kernel(name, 1, rows, n, k, _size([x]) + weight + _size(outs), x.dtype))
+    return kernels
 
 
 def _product_in_int8(

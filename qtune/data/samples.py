@@ -1,0 +1,76 @@
+"""A few rows as the model will see them: their text in pieces, those that are scored told apart."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.masks import IGNORED
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens of one kind, as text."""
+
+    text: str
+    scored: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row as the model will see it."""
+
+    place: str
+    tokens: int
+    pieces: tuple[Piece, ...]
+    unused: tuple[str, ...] = ()
+    """Columns and keys of its row that nothing reads."""
+
+
+def samples_of(examples: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sample]:
+    """The shortest, the median and the longest example and some between: `count` of them, spread over the lengths."""
+    if not len(examples):
+        return []
+    order = by_length(examples)
+    chosen = dict.fromkeys(order[np.linspace(0, len(order) - 1, count).round().astype(int)].tolist())
+    return [_sample(examples[row], tokenizer) for row in chosen]
+
+
+def by_length(examples: Dataset) -> np.ndarray:
+    """Numbers of the examples, the shortest first: [examples]."""
+    return np.argsort(np.asarray(examples.with_format("numpy")["length"][:]), kind="stable")
+
+
+def is_scored(example: dict[str, Any]) -> list[bool]:
+    """Whether the loss sees a token: [length]."""
+    return [label != IGNORED for label in example["labels"]]
+
+
+def pieces_of(
+    ids: Sequence[int], kinds: Sequence[Kind], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, Kind]]:
+    """The text of the ids, cut where the kind of the tokens changes.
+
+    Pieces are differences of growing prefixes: a piece decoded alone would lose a space at its start with tokenizers
+    that write it into the first token.
+    """
+    end, before = 0, ""
+    for kind, group in groupby(kinds):
+        end += len(list(group))
+        text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield text[len(before) :], kind
+        before = text
+
+
+def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    ids, special = example["input_ids"], set(tokenizer.added_tokens_decoder)
+    kinds = list(zip(is_scored(example), [token in special for token in ids], strict=True))
+    pieces = tuple(Piece(text, *kind) for text, kind in pieces_of(ids, kinds, tokenizer))
+    return Sample(example["place"], len(ids), pieces, tuple(example["unused"]))

@@ -1,0 +1,13 @@
+"""What a mistyped word was meant to be."""
+
+import difflib
+from collections.abc import Iterable
+
+LIKENESS = 0.5
+"""Share of letters that two words must have in common, in order, for one to be offered for the other."""
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:
+    """ "did you mean 'rank'?" with up to `most` known words, the nearest first; `otherwise` where none is near."""
+    near = difflib.get_close_matches(word, [*known], n=most, cutoff=LIKENESS)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise

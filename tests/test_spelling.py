@@ -1,0 +1,19 @@
+"""A mistyped word is answered with the known ones that are near, and with nothing that is not."""
+
+from qtune.spelling import did_you_mean
+
+KEYS = ["rank", "alpha", "target_modules"]
+
+
+def test_two_swapped_letters_are_seen_through() -> None:
+    assert did_you_mean("rnak", KEYS) == "did you mean 'rank'?"
+
+
+def test_several_are_offered_the_nearest_first_where_that_is_asked() -> None:
+    cards = ["RTX 3060", "RTX 3090", "H100"]
+    assert did_you_mean("RTX 3096", cards, most=2) == "did you mean 'RTX 3090' or 'RTX 3060'?"
+
+
+def test_a_word_that_is_like_none_gets_the_other_answer() -> None:
+    assert did_you_mean("zzz", KEYS, "known: all of them") == "known: all of them"
+    assert did_you_mean("zzz", KEYS) == ""
