@@ -172,10 +172,13 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 
 
 def _end_run(run_dir: "RunDir") -> None:
-    """Writes the report of a run that has ended, and prints its folder."""
+    """Writes the report of a run that has ended, says what came of it, and prints its folder."""
     from qtune.report.page import attempt_report
+    from qtune.run.summary import summary_of
+    from qtune.screens.run import summary_text
 
     attempt_report(run_dir)
+    console.say(summary_text(summary_of(run_dir)))
     console.out(f"{run_dir.path}")
 
 
@@ -385,6 +388,25 @@ def check(
     else:
         console.out(draw_check(result))
     result.require()
+
+
+@app.command(name="list", rich_help_panel="Try")
+def list_all(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
+) -> None:
+    """List the runs of a folder, the latest first: state, base, adapter, losses, size and age."""
+    import time
+    from dataclasses import asdict
+
+    from qtune.run.listing import list_runs
+    from qtune.screens.listing import draw_runs
+
+    runs = list_runs(directory)
+    if as_json:
+        console.out_json([asdict(run) for run in runs])
+    else:
+        console.out(draw_runs(runs, directory, time.time()))
 
 
 @app.command(rich_help_panel="Try")

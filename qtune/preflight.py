@@ -159,7 +159,7 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
         forecast = "there are no rows"
     elif traced or (device.kind == "cuda" and not asked.refusals):
         with console.progress("tracing a step"):
-            forecast = attempted(config, recipe, device, longest_of(prepared))
+            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data))
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,

@@ -204,6 +204,9 @@ def test_a_name_of_a_module_that_matches_nothing_is_refused_with_the_nearest(tmp
     file = recipe_for(tmp_path, base, "colours.jsonl", extra='[adapter]\ntarget_modules = ["q_proj", "v_porj"]')
     with pytest.raises(ModelError, match=r"'v_porj': no module of .* is called so; did you mean 'v_proj'\?"):
         check(load_recipe(file)).require()
+    with pytest.raises(ModelError, match="'v_porj'"):
+        train.run(load_recipe(file))
+    assert not (tmp_path / "runs").exists()  # it is said before a folder is made
 
 
 def test_more_tokens_than_embeddings_are_noticed_and_a_typed_one_is_one_error(tmp_path, tmp_path_factory):

@@ -26,10 +26,11 @@ from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
+from qtune.run.summary import Losses
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
 from qtune.training.checkpoints import complete_checkpoints
-from qtune.training.outcome import Losses, rise_of
+from qtune.training.outcome import rise_of
 from qtune.training.schedule import schedule_of
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session

@@ -65,12 +65,13 @@ def read_turns(value: object, key: str, account: Account, *, role_key: str, cont
 def listed(value: object, key: str) -> Sequence[Any]:
     """A list; tables without nesting (CSV) keep it as JSON text."""
     if isinstance(value, str):
+        text = value
         try:
-            value = strict_json(value)
+            value = strict_json(text)
         except BrokenJson as error:
             raise RowError(f"{key} is a text that is not usable JSON: {error}") from error
         except (ValueError, RecursionError) as error:
-            pythons = "; single quotes are Python's, JSON has double ones" if "{'" in value else ""
+            pythons = "; single quotes are Python's, JSON has double ones" if "{'" in text else ""
             raise RowError(f"{key} is a text that is not a JSON list{pythons}") from error
     if not isinstance(value, list):
         raise RowError(f"{key} = {shown(value)}: not a list of messages")

@@ -31,6 +31,7 @@ from qtune.run.lock import lock_of, read_lock, write_lock
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import resumed_recipe
+from qtune.run.summary import Losses, training_losses
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
@@ -43,7 +44,7 @@ from qtune.training.checkpoints import (
 )
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, gather, require_allocator, require_same_rows
-from qtune.training.outcome import Losses, require_change, rise_of, training_losses
+from qtune.training.outcome import require_change, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.whole import whole
 
@@ -68,6 +69,8 @@ def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = Fal
     recipe = inputs.recipe
     run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
     run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+    taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
+    console.say(f"this run is in {run_dir.path}{taken}")
     _train(inputs, run_dir, None, snapshot)
     return run_dir
 
