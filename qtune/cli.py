@@ -172,12 +172,15 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 
 
 def _end_run(run_dir: "RunDir") -> None:
-    """Writes the report of a run that has ended, says what came of it, and prints its folder."""
+    """Writes the report of a run that has ended, says what the run has come to, and prints its folder."""
     from qtune.report.page import attempt_report
     from qtune.run.summary import summary_of
+    from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.run import summary_text
+    from qtune.verdicts.of_run import verdicts_of
 
     attempt_report(run_dir)
+    verdicts_screen.show(verdicts_of(run_dir), as_messages=True)
     console.say(summary_text(summary_of(run_dir)))
     console.out(f"{run_dir.path}")
 
@@ -300,12 +303,16 @@ def evaluate(
     run_dir.finished_adapter()
     import_libraries()
     from qtune.screens import evaluation as evaluation_screen
+    from qtune.screens import verdicts as verdicts_screen
     from qtune.tuned import evaluate as stage
+    from qtune.verdicts.learning import learned_against_base
 
     evaluation = stage.evaluate(run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens)
     if as_json:
         console.out_json(evaluation.to_json())
     else:
+        verdicts_screen.show([learned_against_base(evaluation, str(target))])
+        console.out("")
         evaluation_screen.show(evaluation, shown)
 
 

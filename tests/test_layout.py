@@ -38,6 +38,7 @@ ROOMS = (
     "export",
     "preflight",
     "training",
+    "verdicts",
     "report",
     "check",
     "doctor",

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.model import loss as module
+from qtune.model.host import keep_embeddings_on_host
 from qtune.model.loss import (
     IGNORED,
     LogitRule,
@@ -281,3 +282,24 @@ def test_a_head_in_4_bits_is_no_head_for_tiles() -> None:
     assert not loss_agrees(model, ids[:1])
     install_loss(model, tiled=False)
     assert torch.isfinite(model(input_ids=ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize("way", ["tiled", "streamed", "untiled"])
+def test_without_gradients_every_row_has_its_own_loss(way: str) -> None:
+    """Each row alone, by torch's own cross-entropy; a row of which nothing is scored has none."""
+    model = tiny("llama").eval()
+    ids, labels = some_batch()
+    labels[1] = IGNORED
+    with torch.no_grad():
+        by_hand = [
+            functional.cross_entropy(logits[0, :-1], of_row[1:], ignore_index=IGNORED, reduction="sum")
+            for logits, of_row in zip([model(input_ids=row[None]).logits for row in ids], labels, strict=True)
+        ]
+        if way == "streamed":
+            keep_embeddings_on_host(model, "cpu")
+        install_loss(model, tiled=way != "untiled", tile_bytes=5 * 4 * 96)
+        output = model(input_ids=ids, labels=labels)
+    torch.testing.assert_close(output.row_losses, torch.stack(by_hand))
+    assert output.row_losses[1] == 0
+    assert output.row_scored.tolist() == [int((row[1:] != IGNORED).sum()) for row in labels]
+    assert model(input_ids=ids, labels=labels).row_losses is None

@@ -56,7 +56,7 @@ def fails_with(error: Exception) -> Any:
 @pytest.mark.parametrize(
     ("verb", "place", "way_out"),
     [
-        (("eval", "{run}"), "qtune.tuned.evaluate.mean_loss", "A smaller --max-new-tokens leaves more room"),
+        (("eval", "{run}"), "qtune.tuned.evaluate.row_losses", "A smaller --max-new-tokens leaves more room"),
         (("eval", "{run}"), "qtune.tuned.generate._generate_batch", "A smaller --max-new-tokens leaves more room"),
         (
             ("chat", "{run}", "--max-new-tokens", "4", "-p", "Hi"),
@@ -124,7 +124,7 @@ def test_a_timing_that_runs_out_says_that_a_run_would_not_fit_either(
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtune.tuned.evaluate.mean_loss", fails_with(RuntimeError("no such kernel")))
+    monkeypatch.setattr("qtune.tuned.evaluate.row_losses", fails_with(RuntimeError("no such kernel")))
     monkeypatch.setattr(sys, "argv", ["qtune", "eval", str(run.path)])
     with pytest.raises(RuntimeError, match="no such kernel"):
         cli.main()

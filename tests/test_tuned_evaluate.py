@@ -122,6 +122,19 @@ def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model,
     assert [one.request for one in evaluation.comparisons] == questions
 
 
+def test_every_row_has_its_own_losses_and_their_mean_is_the_score(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model)
+    evaluation = evaluate(run_dir)
+    rows = evaluation.row_losses
+    assert [one.place for one in rows] == [f"test.jsonl:{number}" for number in range(1, 9)]
+    assert sum(one.tokens for one in rows) == evaluation.scored_tokens
+    for name in ("base", "tuned"):
+        mean = sum(one.tokens * getattr(one, name) for one in rows) / evaluation.scored_tokens
+        assert getattr(evaluation, name).loss == pytest.approx(mean)
+    alone, _ = by_hand(run_dir, ["Name letter c"], ["It is c"], tuned=True)
+    assert rows[2].tuned == pytest.approx(alone, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)

@@ -39,11 +39,14 @@ class ScoredOutput(ModelOutput):
     loss: scalar fp32, the SUM of the negative log-likelihoods, so that the caller chooses the mean's denominator.
     correct: scalar, labelled positions whose most likely token is the label.
     scored: number of labelled positions.
+    row_losses, row_scored: [batch], the first and the last of these for each row; None while gradients are wanted.
     """
 
     loss: Tensor | None = None
     correct: Tensor | None = None
     scored: int | None = None
+    row_losses: Tensor | None = None
+    row_scored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,29 @@ def scored_positions(labels: Tensor) -> Tensor:
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """(hidden [n, hidden], head [vocab, hidden], bias [vocab] or None, labels [n]) -> (summed NLL, correct)."""
+    """(hidden [n, hidden], head [vocab, hidden], bias [vocab] or None, labels [n]) -> (summed NLL, correct, NLLs).
+
+    NLLs: of each position [n] where `is_measuring`; else empty, for a step of training has no use for them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rule: LogitRule,
+        tile_bytes: int,
+        is_measuring: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = max(1, tile_bytes // (4 * weight.shape[0]))
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        # Under no_grad a trained weight still says that it needs a gradient.
+        want_hidden, want_weight, want_bias = (one and not is_measuring for one in ctx.needs_input_grad[:3])
+        losses = torch.empty(hidden.shape[0] if is_measuring else 0, dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
@@ -97,7 +112,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
             capped_slope = _apply_rule(logits, rule, want_slope=want_hidden or want_weight or want_bias)
             correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
             normalizer = logits.logsumexp(dim=1, keepdim=True)
-            loss += (normalizer - logits.gather(1, target)).sum()
+            of_tile = normalizer - logits.gather(1, target)
+            loss += of_tile.sum()
+            if is_measuring:
+                losses[start : start + rows] = of_tile.squeeze(1)
             if not (want_hidden or want_weight or want_bias):
                 continue
             # d NLL / d logits = softmax - onehot, written over the logits.
@@ -115,17 +133,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += slope.sum(dim=0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(correct, losses)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
-        return loss, correct
+        return loss, correct, losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scaled_hidden = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
         scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.dtypes[0])
         scaled_bias = None if grad_bias is None else (grad_bias * grad_loss).to(ctx.dtypes[1])
-        return scaled_hidden, scaled_weight, scaled_bias, None, None, None
+        return scaled_hidden, scaled_weight, scaled_bias, None, None, None, None
 
 
 class _StreamedCrossEntropy(torch.autograd.Function):
@@ -137,8 +155,15 @@ class _StreamedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: LogitRule, tile_bytes: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rule: LogitRule,
+        tile_bytes: int,
+        is_measuring: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         vocabulary, width = weight.shape
         # Neither the block of weights nor its fp32 logits are larger than a tile.
         rows = max(1, tile_bytes // max(4 * hidden.shape[0], width * weight.element_size()))
@@ -153,10 +178,11 @@ class _StreamedCrossEntropy(torch.autograd.Function):
             running.take(logits, labels, piece)
             del logits
         normalizer = running.normalizer()
-        loss = (normalizer - running.target).sum()
+        losses = normalizer - running.target
+        loss = losses.sum()
         correct = (running.likeliest == labels).sum()
         grad_hidden = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and not is_measuring:
             grad = torch.zeros_like(hidden, dtype=exact)
             for piece in pieces:
                 block = on_card(weight[piece], hidden.device)
@@ -164,15 +190,17 @@ class _StreamedCrossEntropy(torch.autograd.Function):
                 grad += _slope(logits, normalizer, labels, piece, rule).to(weight.dtype) @ block
                 del block, logits
             grad_hidden = grad.to(hidden.dtype)
+        if not is_measuring:
+            losses = losses.new_empty(0)
         ctx.save_for_backward(grad_hidden)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct, losses)
+        return loss, correct, losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
         scaled = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
-        return scaled, None, None, None, None, None
+        return scaled, None, None, None, None, None, None
 
 
 @dataclass
@@ -252,7 +280,7 @@ def tiled_cross_entropy(
     hidden: [n, hidden]; weight: [vocab, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored.
     Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`.
     """
-    loss, correct = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
+    loss, correct, _ = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes, False)
     return loss, correct
 
 
@@ -269,7 +297,7 @@ def streamed_cross_entropy(
     Memory there above the inputs: a block of the head, its logits in fp32 and in the head's dtype, and a gradient like
     `hidden` in fp32.
     """
-    loss, correct = _StreamedCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes)
+    loss, correct, _ = _StreamedCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes, False)
     return loss, correct
 
 
@@ -293,22 +321,32 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int 
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()[positions]
         if not tiled:
             logits = original(*args, **kwargs).logits.flatten(0, 1)[positions].float()
-            return ScoredOutput(
-                loss=functional.cross_entropy(logits, targets, reduction="sum"),
-                correct=(logits.argmax(dim=1) == targets).sum(),
-                scored=len(targets),
-            )
+            losses = functional.cross_entropy(logits, targets, reduction="none")
+            correct = (logits.argmax(dim=1) == targets).sum()
+            return ScoredOutput(losses.sum(), correct, len(targets), *_by_row(losses, positions, labels))
         hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)[positions]
         head = self.get_output_embeddings()
         # Under autocast the head would be cast to 16 bits; without it a 16-bit head decides the products' dtype.
         hidden = hidden.to(head.weight.dtype)
-        if (streamed := host_weight(head)) is not None:
-            loss, correct = streamed_cross_entropy(hidden, streamed, head.bias, targets, rule, tile_bytes)
-        else:
-            loss, correct = tiled_cross_entropy(hidden, head.weight, head.bias, targets, rule, tile_bytes)
-        return ScoredOutput(loss=loss, correct=correct, scored=len(targets))
+        streamed, is_measuring = host_weight(head), not torch.is_grad_enabled()
+        function = _TiledCrossEntropy if streamed is None else _StreamedCrossEntropy
+        weight = head.weight if streamed is None else streamed
+        loss, correct, losses = function.apply(hidden, weight, head.bias, targets, rule, tile_bytes, is_measuring)
+        return ScoredOutput(loss, correct, len(targets), *_by_row(losses, positions, labels))
 
     model.forward = types.MethodType(forward, model)
+
+
+def _by_row(losses: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(summed NLL, scored positions) of each row of `labels` [batch, length]; None where gradients are wanted.
+
+    losses: of each position [n]; positions: [n], into the flattened labels.
+    """
+    if torch.is_grad_enabled():
+        return None, None
+    rows, nothing = positions // labels.shape[1], losses.new_zeros(len(labels))
+    scored = nothing.long().index_add_(0, rows, torch.ones_like(rows))
+    return nothing.index_add(0, rows, losses), scored
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ class EvalRecord:
     seconds: float
     loss: float
     accuracy: float
+    group_losses: tuple[float, ...] = ()
+    """The rows' losses, so that two evaluations can be compared row by row: of each row, or of each group of rows
+    where there are more than GROUPS (the same rows in each evaluation), per scored token, in nats."""
+    group_tokens: tuple[int, ...] = ()
+    """The scored tokens of each group."""
     kind: Literal["eval"] = "eval"
 
 
@@ -65,6 +71,21 @@ class NoteRecord:
     message: str
     seconds: float = 0.0
     kind: Literal["note"] = "note"
+
+
+GROUPS = 64
+"""How many groups of rows a record of an evaluation tells apart: enough for an interval, and a line of a kilobyte."""
+
+
+def grouped(losses: Sequence[float], tokens: Sequence[int]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Rows' summed losses and scored tokens -> `EvalRecord.group_losses` and `group_tokens`.
+
+    Row n is in group n modulo GROUPS; a group without a scored token is left out.
+    """
+    groups = range(min(GROUPS, len(losses)))
+    sums = [(sum(losses[at::GROUPS]), sum(tokens[at::GROUPS])) for at in groups]
+    scored = [(loss / count, count) for loss, count in sums if count]
+    return tuple(round(loss, 6) for loss, _ in scored), tuple(count for _, count in scored)
 
 
 Metric = TrainRecord | EvalRecord | NoteRecord

@@ -95,6 +95,7 @@ def make_trainer(
         callbacks=[Intervals(), metrics, stop, OptimizerPhase(metrics.meter), *clock],
         tiled_loss=tiled,
         note=metrics.note,
+        take_rows=metrics.take_rows,
         comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
     )
     # transformers' own: it prints a dictionary for every record.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, grouped
 
 
 def after_divergence(checkpoints: Sequence[Path]) -> str:
@@ -36,6 +36,11 @@ class Metrics(TrainerCallback):
         self.meter = meter
         self.checkpoints = checkpoints
         self.began = time.monotonic()
+        self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
+
+    def take_rows(self, losses: Sequence[float], tokens: Sequence[int]) -> None:
+        """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
+        self._rows = losses, tokens
 
     def note(self, message: str) -> None:
         """Records something that happened."""
@@ -47,7 +52,8 @@ class Metrics(TrainerCallback):
         logs = logs or {}
         where = (state.global_step, state.max_steps, round(state.epoch or 0.0, 4), self._seconds())
         if "eval_loss" in logs:
-            self._write(EvalRecord(*where, float(logs["eval_loss"]), float(logs["eval_accuracy"])))
+            means = float(logs["eval_loss"]), float(logs["eval_accuracy"])
+            self._write(EvalRecord(*where, *means, *grouped(*self._rows)))
         elif "loss" in logs:
             now, peak = memory_now(self.meter)
             record = TrainRecord(

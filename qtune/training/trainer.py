@@ -57,9 +57,11 @@ class QloraTrainer(SFTTrainer):
         tiled_loss: bool,
         note: Callable[[str], None],
         comparison: ExpectedPace | None = None,
+        take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
+        take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
         """
         super().__init__(
@@ -82,6 +84,7 @@ class QloraTrainer(SFTTrainer):
         self.effective_batch = training.batch_size
         self.row_lengths = lengths
         self.note = note
+        self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
         self._failure: Failure | None = None
@@ -196,11 +199,15 @@ class QloraTrainer(SFTTrainer):
     def _evaluate_all(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64)
+        rows: list[tuple[float, int]] = []
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                totals += self._evaluated(inputs)
+                sums, of_rows = self._evaluated(inputs)
+                totals += sums
+                rows += of_rows
         self.meter.enter("idle")
+        self.take_rows([loss for loss, _ in rows], [tokens for _, tokens in rows])
         loss, correct, scored = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(1, scored),
@@ -211,27 +218,29 @@ class QloraTrainer(SFTTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, batch: dict[str, Any]) -> Tensor:
-        """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs."""
-        sums: Tensor | None = None
-        while sums is None:
+    def _evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
+        """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs; each row's
+        summed loss and scored tokens."""
+        pieces: list[tuple[Tensor, list[tuple[float, int]]]] | None = None
+        while pieces is None:
             try:
-                sums = torch.stack([self._sums(piece) for piece in _split(batch, self.eval_pieces)]).sum(dim=0)
+                pieces = [self._sums(piece) for piece in _split(batch, self.eval_pieces)]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]):
                     raise
-            if sums is None:
+            if pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
                 _release_cached_memory()
                 self.note(f"out of memory: batches of the evaluation are now split into {self.eval_pieces}")
-        return sums
+        return torch.stack([sums for sums, _ in pieces]).sum(dim=0), [row for _, rows in pieces for row in rows]
 
-    def _sums(self, batch: dict[str, Any]) -> Tensor:
+    def _sums(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
         self.meter.enter("eval", batch["input_ids"], batch.get("attention_mask"))
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.model_wrapped(**self._prepare_inputs(batch) | {"use_cache": False})
         self.meter.scored(outputs.scored)
-        return torch.tensor([float(outputs.loss), float(outputs.correct), outputs.scored], dtype=torch.float64)
+        rows = list(zip(outputs.row_losses.tolist(), outputs.row_scored.tolist(), strict=True))
+        return torch.tensor([float(outputs.loss), float(outputs.correct), outputs.scored], dtype=torch.float64), rows
 
     # --- what is said ----------------------------------------------------------------------------------------------
 

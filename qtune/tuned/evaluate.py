@@ -59,6 +59,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class RowLoss:
+    """One row under both models: its scored tokens, and their mean negative log-likelihood in nats."""
+
+    place: str
+    tokens: int
+    base: float
+    tuned: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One row and the greedy answers to it, without white space around them."""
 
@@ -88,6 +98,8 @@ class Evaluation:
     base: Score
     tuned: Score
     comparisons: tuple[Comparison, ...]
+    row_losses: tuple[RowLoss, ...] = ()
+    """Of each row with a scored token; none in files of older versions."""
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
@@ -119,19 +131,21 @@ def evaluate(
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
-    def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[str]]:
+    def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
         with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
-            loss, accuracy = mean_loss(model, examples, ends.pad, shown)
+            losses, right_tokens = row_losses(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
         answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
-        return Score(loss, accuracy, sum(right) / len(right) if right else None), answers
+        scored = sum(examples["scored"])
+        exact_match = sum(right) / len(right) if right else None
+        return Score(sum(losses) / scored, right_tokens / scored, exact_match), losses, answers
 
-    base, base_answers = ask(run.model, "base")
+    base, base_losses, base_answers = ask(run.model, "base")
     run = with_adapter(run)
-    tuned, tuned_answers = ask(run.model, "tuned")
+    tuned, tuned_losses, tuned_answers = ask(run.model, "tuned")
     evaluation = Evaluation(
         run=str(run_dir.path),
         source=source,
@@ -144,6 +158,13 @@ def evaluate(
         comparisons=tuple(
             Comparison(question.place, question.request, question.expected, before, after)
             for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
+        ),
+        row_losses=tuple(
+            RowLoss(place, tokens, before / tokens, after / tokens)
+            for place, tokens, before, after in zip(
+                examples["place"], examples["scored"], base_losses, tuned_losses, strict=True
+            )
+            if tokens
         ),
     )
     write_record(run_dir.eval_file, evaluation)
@@ -189,15 +210,20 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def mean_loss(
+def row_losses(
     model: PreTrainedModel | PeftModel, examples: Dataset, pad: int, shown: console.Bar
-) -> tuple[float, float]:
-    """Mean negative log-likelihood of the scored tokens, in nats, and the share of them that was the likeliest."""
+) -> tuple[list[float], int]:
+    """The summed negative log-likelihood of each row's scored tokens, in nats, and how many of all were the likeliest.
+
+    model: with `install_loss`.
+    """
     collate = PaddedCollator(pad)
-    loss, correct, scored = 0.0, 0, 0
+    losses, correct = [0.0] * len(examples), 0
     for rows in batches_of([(length, 0) for length in examples["length"]], TOKENS_PER_BATCH):
         batch = collate([{key: examples[row][key] for key in ("input_ids", "labels")} for row in rows])
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
-        loss, correct, scored = loss + float(output.loss), correct + int(output.correct), scored + int(output.scored)
+        for row, loss in zip(rows, output.row_losses.tolist(), strict=True):
+            losses[row] = loss
+        correct += int(output.correct)
         shown.advance(len(rows))
-    return loss / max(1, scored), correct / max(1, scored)
+    return losses, correct

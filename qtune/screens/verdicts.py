@@ -1,0 +1,16 @@
+"""The verdicts at the end of a run and above an evaluation's tables."""
+
+from collections.abc import Sequence
+
+from qtune import console
+from qtune.verdicts.verdict import QUESTIONS, Verdict
+
+MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "open": "–"}
+
+
+def show(verdicts: Sequence[Verdict], *, as_messages: bool = False) -> None:
+    """Prints a question, its answer and the sentence of each; as messages where stdout has another result."""
+    rows = [[MARKS[one.standing], QUESTIONS[one.question], one.text] for one in verdicts]
+    drawn = console.table("", ["", "", ""], rows)
+    drawn.title, drawn.show_header = None, False
+    (console.say if as_messages else console.out)(drawn)

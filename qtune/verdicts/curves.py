@@ -1,0 +1,114 @@
+"""Does it overfit, and was the learning rate right? What the curves of a run carry, and no more."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.verdicts.facts import Facts
+from qtune.verdicts.interval import FEWEST, fall_between
+from qtune.verdicts.learning import LITTLE, fall_of, windows
+from qtune.verdicts.verdict import Verdict, number
+
+SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
+SURE = 0.99
+"""Confidence of an alarm, all comparisons of a run together."""
+FEWEST_FOR_RATE = 30
+"""Logged steps after the warm-up: three thirds of ten."""
+
+
+def overfits(facts: Facts) -> Verdict:
+    """Validation above its best by more than noise while training went on falling.
+
+    That is what early stopping looks for (Prechelt, Early Stopping - But When?, 1998; Goodfellow et al., Deep Learning,
+    section 7.8). The best of several evaluations is partly luck, so the interval is widened for as many
+    comparisons as there were (Bonferroni), and it is one of 99 %: this is an alarm.
+    """
+    found = [one for one in facts.validation if math.isfinite(one.loss)]
+    if not found:
+        return Verdict("overfits", "open", "Not measured", "no validation row was looked at", SPLIT)
+    best, last = min(found, key=lambda one: one.loss), found[-1]
+    if len(found) == 1:
+        told = f"validation was looked at once: {number(last.loss)} at step {last.step:,}"
+        return Verdict("overfits", "open", "Not measured", told, "training.eval_every = 50 would show its course")
+    at_last = f"{number(last.loss)} at the last, step {last.step:,}"
+    if last is best:
+        return Verdict("overfits", "good", "No", f"validation was best, {at_last}")
+    told = f"validation was {number(best.loss)} at its best, step {best.step:,}, and {at_last}"
+    rise = fall_of(last, best, 1 - (1 - SURE) / (len(found) - 1))
+    if rise is None:
+        return Verdict("overfits", "unsure", "Not certain", f"{told}; whether that is more than noise was not measured")
+    if not rise.is_positive or rise.mean < LITTLE * best.loss:
+        return Verdict("overfits", "good", "No", f"{told}, which is little beside noise (± {number(rise.half_width)})")
+    before, after = _training_around(facts.train, best, last)
+    told += f", more than noise (± {number(rise.half_width)})"
+    if before is None or after is None or after >= before:
+        return Verdict("overfits", "unsure", "Not by itself", f"{told}, but training did not go on falling either")
+    told += f", while training went on from {number(before)} to {number(after)}"
+    return Verdict("overfits", "bad", "Yes", told, f"training.steps = {best.step} would end at its best")
+
+
+def _training_around(
+    train: Sequence[TrainRecord], best: EvalRecord, last: EvalRecord
+) -> tuple[float | None, float | None]:
+    """The mean training loss up to the best evaluation and up to the last one, over as many records each."""
+    losses = [(one.step, one.loss) for one in train if one.is_finite]
+    until_best = [loss for step, loss in losses if step <= best.step]
+    since = [loss for step, loss in losses if best.step < step <= last.step]
+    size = min(len(until_best), len(since), max(FEWEST, len(losses) // 10))
+    return (fmean(until_best[-size:]), fmean(since[-size:])) if size else (None, None)
+
+
+def rate(facts: Facts) -> Verdict:
+    """Whether the training loss looks like a rate that is too high or too low.
+
+    Too high: the loss is no number, ends above its start, or comes back up to it after it had fallen (instability:
+    Godbole et al., Deep Learning Tuning Playbook, 2023; Smith, arXiv:1506.01186, section 3.3). Too low: it falls in a
+    straight line to the end, where a sufficient rate falls steeply first (Stanford's CS231n, Neural Networks Part 3,
+    "Babysitting the learning process"). More steps would look the same, and that is said.
+    """
+    lower = "a lower training.learning_rate, or a longer training.warmup"
+    for one in facts.train:
+        if not one.is_finite:
+            return Verdict("rate", "bad", "Too high", f"the loss is {one.loss} at step {one.step:,}", lower)
+    losses = after_warmup(facts.train)
+    if len(losses) < FEWEST_FOR_RATE:
+        told = f"{len(losses)} logged steps after the warm-up are too few to judge by"
+        return Verdict("rate", "open", "Too few steps", told)
+    first, last = windows(losses)
+    fall = fall_between(first, last)
+    start, end = fmean(first), fmean(last)
+    told = f"the training loss went from {number(start)} to {number(end)}"
+    if fall is None or fall.is_negative:
+        return Verdict("rate", "bad", "Too high", f"{told}, above its start", lower)
+    if not fall.is_positive:
+        told = f"{told}, less than its noise (± {number(fall.half_width)}): no fall to judge the rate by"
+        return Verdict("rate", "unsure", "Not certain", told, "try three times training.learning_rate, then a third")
+    if (peak := _return(losses, start, fall.half_width)) is not None:
+        told = f"{told}, but came back up to {number(peak)} after it had fallen"
+        return Verdict("rate", "bad", "Too high", told, lower)
+    thirds = [losses[at * len(losses) // 3 : (at + 1) * len(losses) // 3] for at in range(3)]
+    early, late = fall_between(thirds[0], thirds[1]), fall_between(thirds[1], thirds[2])
+    if early is not None and late is not None and late.is_positive and late.mean >= 0.8 * early.mean:
+        told = (
+            f"{told}, and fell as fast in its last third (by {number(late.mean)}) as before (by {number(early.mean)})"
+        )
+        return Verdict("rate", "unsure", "Perhaps too low", told, "a higher training.learning_rate, or more steps")
+    return Verdict("rate", "good", "No sign against it", f"{told}, steeply first and without coming back up")
+
+
+def after_warmup(train: Sequence[TrainRecord]) -> list[float]:
+    """The losses from the step with the highest rate on; all of them where the rate does not change."""
+    rates = [one.learning_rate for one in train]
+    top = max(rates, default=0.0)
+    begin = next((at for at, one in enumerate(rates) if one >= 0.999 * top), 0)
+    return [one.loss for one in train[begin:]]
+
+
+def _return(losses: Sequence[float], start: float, noise: float) -> float | None:
+    """The highest mean of neighbouring steps at or above the start, after one that was clearly below; None: none."""
+    size = max(FEWEST, len(losses) // 20)
+    means = [fmean(losses[at : at + size]) for at in range(len(losses) - size + 1)]
+    fallen = next((at for at, mean in enumerate(means) if mean < start - 2 * noise), len(means))
+    highest = max(means[fallen + size :], default=-math.inf)
+    return highest if highest >= start else None

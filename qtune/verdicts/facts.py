@@ -1,0 +1,45 @@
+"""A run's folder -> what verdicts are made of. Whatever is not there yet is None or empty."""
+
+from dataclasses import dataclass
+
+from qtune.export.verification import Proof, proven_folders, read_proof
+from qtune.run.folder import RunDir
+from qtune.run.lock import Lock, read_lock
+from qtune.run.memory import RunMemory, read_memory
+from qtune.run.metrics import EvalRecord, TrainRecord, read_metrics
+from qtune.tuned.evaluate import Evaluation, read_evaluation
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run has written of its results."""
+
+    run: str
+    """The folder, as commands name it."""
+    is_finished: bool
+    train: tuple[TrainRecord, ...]
+    validation: tuple[EvalRecord, ...]
+    evaluation: Evaluation | None
+    memory: RunMemory | None
+    lock: Lock | None
+    exports: tuple[tuple[str, Proof], ...]
+    """Name of each exported folder inside the run, and what is proven of it."""
+
+
+def read_facts(run_dir: RunDir) -> Facts:
+    """Reads the files of a run.
+
+    Raises:
+        RunError: one of them is damaged.
+    """
+    metrics = read_metrics(run_dir.metrics_file)
+    return Facts(
+        run=str(run_dir.path),
+        is_finished=run_dir.is_finished,
+        train=tuple(one for one in metrics if isinstance(one, TrainRecord)),
+        validation=tuple(one for one in metrics if isinstance(one, EvalRecord)),
+        evaluation=read_evaluation(run_dir),
+        memory=read_memory(run_dir),
+        lock=read_lock(run_dir),
+        exports=tuple((folder.name, read_proof(folder)) for folder in proven_folders(run_dir.path)),
+    )

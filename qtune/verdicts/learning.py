@@ -1,0 +1,122 @@
+"""Did it learn? Against the base where that was measured, else on validation rows, else by the training loss."""
+
+from collections.abc import Sequence
+
+from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.tuned.evaluate import Evaluation
+from qtune.verdicts.facts import Facts
+from qtune.verdicts.interval import FEWEST, Fall, fall_between, paired_fall
+from qtune.verdicts.verdict import Standing, Verdict, number
+
+LITTLE = 0.02
+"""A share of the base's loss below which a fall, however certain, is called little. Ours: no source names one."""
+
+
+def learned(facts: Facts) -> Verdict:
+    """The verdict of a run, by the strongest of what it has measured."""
+    if facts.train and not facts.train[-1].is_finite:
+        last = facts.train[-1]
+        return Verdict("learned", "bad", "Diverged", f"the training loss is {last.loss} at step {last.step:,}")
+    if facts.evaluation is not None:
+        return learned_against_base(facts.evaluation, facts.run)
+    ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
+    return _on_validation(facts.validation, ask) or _by_training(facts.train, facts.validation, ask)
+
+
+def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
+    """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
+    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
+    told = f"on {evaluation.rows} held-out rows the loss went from {number(base.loss)} to {number(tuned.loss)} nats"
+    answers, more = _answers(evaluation), _more_right(evaluation)
+    if not rows:
+        if more is not None and more.is_positive:
+            return Verdict("learned", "good", "Learned", f"{told}{answers}")
+        told = f"{told}{answers}, kept without the rows' own losses and so without an interval"
+        return Verdict("learned", "unsure", "Not certain", told, f"qtune eval {run} measures it anew")
+    fall = paired_fall([one.base for one in rows], [one.tuned for one in rows], [one.tokens for one in rows])
+    if fall is None:
+        return Verdict("learned", "unsure", "Too few rows", f"{told}{answers}; fewer than {FEWEST} rows say little")
+    standing, answer = _judged(fall, base.loss)
+    if standing == "bad" and more is not None and more.is_positive:
+        standing, answer = "unsure", "Mixed"
+    return Verdict("learned", standing, answer, f"{told}, {_by(fall)}{answers}")
+
+
+def _judged(fall: Fall, base: float) -> tuple[Standing, str]:
+    if fall.is_negative:
+        return "bad", "Worse than the base"
+    if not fall.is_positive:
+        return "bad", "Did not learn"
+    return ("unsure", "Learned little") if fall.mean < LITTLE * base else ("good", "Learned")
+
+
+def _by(fall: Fall) -> str:
+    """The fall with its interval; where noise is as large, that is said."""
+    interval = f"95 % interval {number(fall.low)} to {number(fall.high)}"
+    if fall.is_negative:
+        return f"a rise by {number(-fall.mean)} (95 % interval {number(-fall.high)} to {number(-fall.low)})"
+    if not fall.is_positive:
+        return f"no more than noise (a fall by {number(fall.mean)}, {interval})"
+    return f"a fall by {number(fall.mean)} ({interval})"
+
+
+def _answers(evaluation: Evaluation) -> str:
+    """The exactly right answers of both models, where any was asked for one and one was right."""
+    base, tuned, count = evaluation.base.exact_match, evaluation.tuned.exact_match, len(evaluation.comparisons)
+    if base is None or tuned is None or not (base or tuned):
+        return ""
+    return f"; answers exactly right: {round(base * count)} → {round(tuned * count)} of {count}"
+
+
+def _more_right(evaluation: Evaluation) -> Fall | None:
+    """How much the share of exactly right answers rose."""
+    compared = evaluation.comparisons
+    base, tuned = ([float(text == one.expected) for one in compared for text in (getattr(one, who),)] for who in _WHO)
+    return paired_fall(tuned, base, [1] * len(compared))
+
+
+_WHO = ("base", "tuned")
+
+
+def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | None:
+    """From the first evaluation to the last one; None where that carries nothing."""
+    if len(records) < 2:
+        return None
+    first, last = records[0], records[-1]
+    fall = fall_of(first, last)
+    if fall is None or not fall.is_positive or fall.mean < LITTLE * first.loss:
+        return None
+    told = (
+        f"the loss of the validation rows went from {number(first.loss)} (step {first.step:,}) to {number(last.loss)}"
+    )
+    return Verdict("learned", "good", "Learned", f"{told}, {_by(fall)}", ask)
+
+
+def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> Fall | None:
+    """How far the validation loss fell between two evaluations of the same rows; None where they cannot be paired."""
+    if not before.group_tokens or before.group_tokens != after.group_tokens:
+        return None
+    return paired_fall(before.group_losses, after.group_losses, before.group_tokens, confidence)
+
+
+def windows(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """The first and the last tenth of a series, at least FEWEST values each; they may not overlap."""
+    size = max(FEWEST, len(values) // 10)
+    return (values[:size], values[-size:]) if len(values) >= 2 * size else ((), ())
+
+
+def _by_training(train: Sequence[TrainRecord], validation: Sequence[EvalRecord], ask: str | None) -> Verdict:
+    if not train:
+        return Verdict("learned", "open", "No step yet", "nothing was trained so far")
+    first, last = windows([one.loss for one in train])
+    fall = fall_between(first, last)
+    if fall is None:
+        told = f"the training loss is {number(train[-1].loss)} at step {train[-1].step:,}, too early to tell a fall"
+        return Verdict("learned", "open", "Too few steps", told, ask)
+    start, end = sum(first) / len(first), sum(last) / len(last)
+    told = f"the training loss went from {number(start)} to {number(end)}, {_by(fall)}"
+    if fall.is_positive and fall.mean >= LITTLE * start:
+        held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
+        return Verdict("learned", "unsure", "Training loss fell", f"{told}{held_out}", ask)
+    answer = "Learned little" if fall.is_positive else "Loss rose" if fall.is_negative else "Did not learn"
+    return Verdict("learned", "unsure" if fall.is_positive else "bad", answer, told, ask)

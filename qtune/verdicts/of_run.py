@@ -1,0 +1,23 @@
+"""All verdicts of a run, in the order in which one asks."""
+
+from qtune.run.folder import RunDir
+from qtune.verdicts.curves import overfits, rate
+from qtune.verdicts.export import exported
+from qtune.verdicts.facts import Facts, read_facts
+from qtune.verdicts.learning import learned
+from qtune.verdicts.memory import fits
+from qtune.verdicts.verdict import Verdict
+
+
+def verdicts(facts: Facts) -> tuple[Verdict, ...]:
+    """One for each of `verdict.QUESTIONS`."""
+    return learned(facts), overfits(facts), rate(facts), fits(facts), exported(facts)
+
+
+def verdicts_of(run_dir: RunDir) -> tuple[Verdict, ...]:
+    """The verdicts of a run's folder, finished or not.
+
+    Raises:
+        RunError: one of its files is damaged.
+    """
+    return verdicts(read_facts(run_dir))
