@@ -691,7 +691,10 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training="steps = 1\nbatch_size = 1"))
     with pytest.raises(RunError) as caught:
         train.resume(finished)
-    assert str(caught.value) == f"{finished.path}: has ended; there is nothing to resume"
+    assert str(caught.value) == (
+        f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
+        f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
+    )
 
 
 def test_rows_that_have_changed_cannot_be_gone_on_with(

@@ -23,6 +23,7 @@ from qtune.errors import DataError, Problem
 from qtune.model.loss import IGNORED, install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
+from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import as_trained
@@ -56,6 +57,8 @@ class Score:
     loss: float
     token_accuracy: float
     exact_match: float | None
+    text: TextScore | None = None
+    """Where the expected answers are free text, of which exact match says nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,9 @@ def evaluate(
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
         scored = sum(examples["scored"])
         exact_match = sum(right) / len(right) if right else None
-        return Score(sum(losses) / scored, right_tokens / scored, exact_match), losses, answers
+        expected = [question.expected for question in questions]
+        text = text_score(expected, answers) if is_free_text(expected) else None
+        return Score(sum(losses) / scored, right_tokens / scored, exact_match, text), losses, answers
 
     base, base_losses, base_answers = ask(run.model, "base")
     run = with_adapter(run)
