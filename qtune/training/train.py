@@ -88,7 +88,8 @@ def resume(
         InputError, WorkError, Interrupted: as `run`.
     """
     if run_dir.is_finished:
-        further = f"qtune run {run_dir.resolved_file} --set adapter.start_from={run_dir.path} --set output.name={run_dir.name}"
+        further = f"qtune run {run_dir.resolved_file} --set adapter.start_from={run_dir.path}"
+        further += f" --set output.name={run_dir.name}"
         message = f"has ended; there is nothing to resume. A new run goes on from its adapter with: {further}"
         raise RunError(Problem(str(run_dir.path), message))
     if snapshot:
