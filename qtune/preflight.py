@@ -240,7 +240,7 @@ def _require_one_process() -> None:
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
     """Whether on a processor the layers that are computed twice depend on its memory."""
     is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
-    return is_open and could_fill(config, plan, longest_of(prepared).longest.length)
+    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:
