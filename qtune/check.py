@@ -17,14 +17,16 @@ from qtune.data.figures import SplitFigures, split_figures
 from qtune.data.findings import Finding
 from qtune.data.prepare import Prepared
 from qtune.data.samples import Sample, samples_of
-from qtune.device.present import one_sentence
+from qtune.device.present import one_sentence, present_device
 from qtune.disk import told
-from qtune.errors import DataError, Problem, TrainingError
+from qtune.errors import DataError, InputError, Problem, TrainingError
 from qtune.memory.forecast import Forecast
 from qtune.memory.measured.meter import Meter
+from qtune.memory.profile import Profile, profile
+from qtune.model.geometry import shipped_geometry
 from qtune.plan import Plan
 from qtune.preflight import Disk, Preflight, examine
-from qtune.recipe.file import Resolved
+from qtune.recipe.file import Resolved, load_recipe
 from qtune.recipe.schema import Data, Recipe
 from qtune.recipe.text import show_value
 from qtune.run.folder import RunDir
@@ -213,6 +215,17 @@ def check(
         _timed(preflight) if is_timed else None,
         _rehearsed(preflight) if rehearsed and not preflight.refusals else None,
     )
+
+
+def memory_alone(file: Path, changes: Sequence[str]) -> Profile | None:
+    """The step's memory where model and rows cannot be had and the sizes of the model are known all the same."""
+    try:
+        resolved = load_recipe(file, changes, need_rows=False)
+        if shipped_geometry(resolved.recipe.model) is None:
+            return None
+        return profile(resolved, present_device())
+    except InputError:
+        return None
 
 
 def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:

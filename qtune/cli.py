@@ -8,11 +8,12 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import QtuneError
+from qtune.errors import InputError, Interrupted, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
+from qtune.verbs import Verbs
 
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="qtune",
+    cls=Verbs,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -250,11 +252,14 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 def _end_run(run_dir: "RunDir") -> None:
     """Writes the report of a run that has ended, says what the run has come to, and prints its folder."""
     from qtune.report.page import attempt_report
+    from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen
+    from qtune.screens.run import summary_text
     from qtune.verdicts.of_run import attempt_verdicts
 
     attempt_report(run_dir)
     verdicts_screen.show(attempt_verdicts(run_dir), as_messages=True)
+    console.say(summary_text(summary_of(run_dir)))
     console.out(f"{run_dir.path}")
 
 
@@ -481,16 +486,44 @@ def check(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.screens.check import draw_check
+    from qtune.screens.memory import draw_forecast
 
-    resolved = load_recipe(find_recipe(recipe), changes or ())
-    if trust:
-        _agree(resolved.recipe.model)
-    result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
+    file = find_recipe(recipe)
+    try:
+        resolved = load_recipe(file, changes or ())
+        if trust:
+            _agree(resolved.recipe.model)
+        result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
+    except InputError:
+        # What is known all the same is said, and then what is wrong.
+        known = None if as_json else stage.memory_alone(file, changes or ())
+        if known is not None:
+            console.out(draw_forecast(known, []))
+        raise
     if as_json:
         console.out_raw(result.to_json())
     else:
         console.out(draw_check(result))
     result.require()
+
+
+@app.command(name="list", rich_help_panel="Try")
+def list_all(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
+) -> None:
+    """List the runs of a folder, the latest first: state, base, adapter, losses, size and age."""
+    import time
+    from dataclasses import asdict
+
+    from qtune.run.listing import list_runs
+    from qtune.screens.listing import draw_runs
+
+    runs = list_runs(directory)
+    if as_json:
+        console.out_json([asdict(run) for run in runs])
+    else:
+        console.out(draw_runs(runs, directory, time.time()))
 
 
 @app.command(rich_help_panel="Try")
@@ -647,7 +680,7 @@ def _profile_recipe(
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
     from qtune.device import cards
     from qtune.memory import profile as stage
-    from qtune.model.load import load_config
+    from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -658,7 +691,7 @@ def _profile_recipe(
 
     resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
     profiled = stage.profile(resolved, cards.device_for(*card), length)
-    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_config(resolved.recipe.model)
+    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
@@ -734,7 +767,8 @@ def fit(
 
 def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool) -> None:
     """Shows how a search ended: the changes, the time of a step before and after them, what a run would refuse."""
-    from qtune.model.load import attention_rule, load_config
+    from qtune.model.geometry import load_geometry
+    from qtune.model.load import attention_rule
     from qtune.plan import make_plan
     from qtune.preflight import foreseen
     from qtune.recipe.parse import changed
@@ -743,7 +777,7 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
     from qtune.timing.forecast import step_of
 
     console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
-    config, ended = load_config(recipe.model), changed(recipe, fitted.changes)
+    config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
     asked = make_plan(recipe, fitted.plan.device, attention_rule(config))
     steps = [step_of(config, recipe, asked, fitted.rows.longest)]
     steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
@@ -767,11 +801,15 @@ def main() -> None:
             sys.exit(BROKEN_PIPE_CODE)
         console.say_error(str(error))
         sys.exit(1)
+    except Interrupted as stopped:
+        # What the user asked for is no error.
+        console.say(str(stopped))
+        sys.exit(stopped.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.say_error("interrupted")
+        console.say("stopped")
         sys.exit(130)
     except Exception as error:
         if (known := _told(error)) is None:

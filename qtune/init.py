@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from qtune.errors import Problem, RecipeError
+from qtune.errors import ModelError, Problem, RecipeError
+from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.recipe.file import check_recipe
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
@@ -56,6 +57,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     """
     if adapter not in ADAPTERS:
         raise RecipeError(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
+    _require_base(base)
     table = ADAPTERS[adapter]
     rate, _ = table.auto_learning_rate
     given: dict[KeyPath, Any] = {
@@ -84,6 +86,36 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     return _checked("\n".join(lines) + "\n", file)
 
 
+def _require_base(base: str) -> None:
+    """What can be told of a base by its name and by the folder that it names; a hub id is not asked for.
+
+    Raises:
+        RecipeError: it is none, with what is meant.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        # Who names no folder does not wait for what reads weights.
+        from qtune.model.folder import refuse_other_folders
+
+        try:
+            refuse_other_folders(base)
+        except ModelError as error:
+            raise RecipeError([Problem("--base", str(problem)) for problem in error.problems]) from error
+        if not (path / "config.json").is_file():
+            raise RecipeError(Problem("--base", f"{base}: has no config.json, so it is no model folder"))
+    elif base.startswith(PREFIX):
+        name = base.removeprefix(PREFIX)
+        if name not in BUILTIN_MODELS:
+            raise RecipeError(Problem("--base", f"{base}: no such built-in model; {_nearest(name, BUILTIN_MODELS)}"))
+    elif "/" not in base and not path.exists():
+        name = base.lower()
+        meant = [one for one in BUILTIN_MODELS if one == name or one.startswith(f"{name}-")]
+        if meant:
+            raise RecipeError(
+                Problem("--base", f"{base}: is no hub id (owner/name); did you mean '{PREFIX}{meant[0]}'?")
+            )
+
+
 def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str | None = None) -> str:
     """The text of a shipped recipe, whose data paths are right for `file`; with another model or other data.
 
@@ -94,6 +126,8 @@ def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str |
     """
     if name not in (shipped := shipped_recipes()):
         raise RecipeError(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
+    if base is not None:
+        _require_base(base)
     original = check_recipe(shipped[name].read_text(encoding="utf-8"), shipped[name])
     lines, places = original.text.splitlines(), toml_lines(original.text)
     edits: dict[int, str | None] = {}

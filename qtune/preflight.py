@@ -176,7 +176,7 @@ def examine(
         forecast = "there are no rows"
     elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
         with console.progress("tracing a step"):
-            forecast = attempted(config, recipe, device, longest_of(prepared))
+            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data))
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,
@@ -256,7 +256,7 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
     """Whether on a processor the layers that are computed twice depend on its memory."""
     is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
-    return is_open and could_fill(config, plan, longest_of(prepared).longest.length)
+    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:

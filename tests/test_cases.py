@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_qtune
 from export_models import tiny_base
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -204,6 +206,9 @@ def test_a_name_of_a_module_that_matches_nothing_is_refused_with_the_nearest(tmp
     file = recipe_for(tmp_path, base, "colours.jsonl", extra='[adapter]\ntarget_modules = ["q_proj", "v_porj"]')
     with pytest.raises(ModelError, match=r"'v_porj': no module of .* is called so; did you mean 'v_proj'\?"):
         check(load_recipe(file)).require()
+    with pytest.raises(ModelError, match="'v_porj'"):
+        train.run(load_recipe(file))
+    assert not (tmp_path / "runs").exists()  # it is said before a folder is made
 
 
 def test_more_tokens_than_embeddings_are_noticed_and_a_typed_one_is_one_error(tmp_path, tmp_path_factory):
@@ -297,3 +302,98 @@ def test_an_answer_of_nothing_but_invisible_characters_is_empty(tmp_path, base):
         examined(tmp_path, base, "invisible.jsonl").require()
     message = "completion is empty: nothing but characters that cannot be seen (U+200B, U+FEFF)"
     assert [problem.message for problem in caught.value.problems[:2]] == [message, message]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_merge_verifies_in_whatever_dtype_training_computed(tmp_path, base, dtype):
+    file = recipe_for(tmp_path, base, "colours.jsonl")
+    file.write_text(file.read_text().replace('compute_dtype = "float32"', f'compute_dtype = "{dtype}"'))
+    runs = tmp_path / "runs" / "recipe"
+    assert run_qtune("run", file).returncode == 0
+    assert run_qtune("export", runs).returncode == 0
+    proof = json.loads((runs / "model" / "verify.json").read_text())
+    assert (proof["verified"], proof["compute_dtype"]) == (True, dtype)
+    # Compared in float32: what bfloat16 alone changes stands beside it, and is far more than what the merge does.
+    assert proof["exported"]["kl"] < 1e-4
+    if dtype == "bfloat16":
+        assert proof["live"]["kl"] > 10 * proof["exported"]["kl"]
+
+
+# --- the same kinds in other words -----------------------------------------------------------------------------------
+
+
+def named_base(tmp_path_factory, **templates) -> Path:
+    def change(tokenizer):
+        tokenizer.chat_template = templates
+
+    return make_base(tmp_path_factory.mktemp("named"), change)
+
+
+def test_a_template_for_documents_beside_the_default_is_kept_and_may_be_named(tmp_path, tmp_path_factory):
+    rag = "{{ '<|im_start|>system\\nSources:<|im_end|>\\n' }}" + CHAT
+    named = named_base(tmp_path_factory, default=CHAT, rag=rag)
+    assert all("Sources:" not in text for text in texts(examined(tmp_path, named, "colours.jsonl")))
+    # Rows with tools have no template of their own here, and the default prints no tools.
+    with_tools = examined(tmp_path, named, "toolcalls_chatml.jsonl")
+    assert "tools-lost" in {finding.kind for finding in with_tools.stopping}
+    chosen = examined(tmp_path, named, "colours.jsonl", 'chat_template = "rag"')
+    assert all("Sources:" in text for text in texts(chosen))
+    assert 'Chat template: the tokenizer\'s "rag"' in screen(chosen)
+
+
+def test_several_templates_without_a_default_are_asked_about(tmp_path, tmp_path_factory):
+    named = named_base(tmp_path_factory, rag=CHAT, tool_use=TOOLS + CHAT)
+    with pytest.raises(DataError) as caught:
+        examined(tmp_path, named, "colours.jsonl").require()
+    assert str(caught.value) == (
+        "data.chat_template: is not set, and the tokenizer has the templates rag, tool_use but no default; "
+        "name one of them"
+    )
+    examined(tmp_path, named, "colours.jsonl", 'chat_template = "rag"').require()
+
+
+def test_padding_and_rows_outside_of_the_embedding_stop_a_run(tmp_path, tmp_path_factory):
+    def change(tokenizer):
+        tokenizer.add_tokens(["<|extra|>"])
+        tokenizer.pad_token = "<|extra|>"
+
+    added = make_base(tmp_path_factory.mktemp("padding"), change)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is <|extra|>?", "completion": "A token."}\n')
+    result = examined(tmp_path, added, str(rows))
+    findings = [finding for finding in result.stopping if finding.kind == "out-of-vocabulary"]
+    assert findings[0].detail == "the padding, <|extra|>, is token 49152; the model has 49152"
+    assert findings[1].places == (f"{rows}:1",)
+
+
+def test_a_generated_token_that_the_tokenizer_does_not_know_is_one_error(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("roomy")
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("smollm2-135m-instruct"))
+    tiny_base(folder, vocab_size=len(tokenizer) + 64, intermediate_size=192, tie_word_embeddings=False)
+    tokenizer.save_pretrained(folder)
+    session = open_session(str(folder))
+    head = session.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+        session.model.get_input_embeddings().weight.abs_()
+        head.bias = torch.nn.Parameter(torch.zeros(head.out_features, dtype=head.weight.dtype))
+        head.bias[len(tokenizer) + 7] = 9
+    session.max_new_tokens = 3
+    with pytest.raises(DataError) as caught:
+        session.ask("Hello", lambda text: None)
+    assert str(caught.value).startswith(f"the answer: holds token {len(tokenizer) + 7}, which the tokenizer does not")
+    assert not session.turns
+
+
+@pytest.mark.parametrize(
+    ("mapped", "advice"), [("anwser", "did you mean 'answer'?"), ("xyz", "found answer, question")]
+)
+def test_a_mapping_to_a_column_that_no_row_has_is_refused_with_the_nearest(tmp_path, base, mapped, advice):
+    rows = tmp_path / "qa.jsonl"
+    rows.write_text('{"question": "What does red mean?", "answer": "stop"}\n' * 3)
+    with pytest.raises(DataError) as caught:
+        examined(tmp_path, base, str(rows), f'columns = {{ prompt = "question", completion = "{mapped}" }}').require()
+    assert f"data.columns.completion: no row has a column {mapped!r}; {advice}" in str(caught.value)
+    # Also where the rows are usable without it.
+    with pytest.raises(DataError, match=f"data.columns.system: no row has a column '{mapped}'"):
+        examined(tmp_path, base, str(rows), f'columns = {{ system = "{mapped}" }}').require()

@@ -100,7 +100,7 @@ def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:
     [
         (InputError([Problem("a:1", "x"), Problem("b:2", "y")]), 2, "error: a:1: x\nb:2: y\n"),
         (GateError("the data would train the wrong thing"), 1, "error: the data would train the wrong thing\n"),
-        (Interrupted("stopped at step 3"), 130, "error: stopped at step 3\n"),
+        (Interrupted("stopped at step 3"), 130, "stopped at step 3\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
     ids=["input", "work", "interrupted", "ctrl-c"],
@@ -143,7 +143,7 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     assert (code, out) == (2, "")
     assert "No such option: --resum" in err
     assert no_verb[0] == 2
-    assert "No such command 'trian'" in no_verb[2]
+    assert "no such verb; here that is: qtune run" in no_verb[2]
 
 
 OPTIONS = {

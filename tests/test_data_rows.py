@@ -285,3 +285,47 @@ def test_how_many_rows_there_are_is_estimated_from_the_first_ones(tmp_path, name
     rows = source.rows(read)
     estimates = [source.estimated_rows(number, read) for number, _ in enumerate(rows, 1) if number in (4000, 5000)]
     assert estimates == [pytest.approx(5000, rel=0.25), pytest.approx(5000, rel=0.01)]
+
+
+def test_lists_that_were_put_together_in_one_file_are_all_read(tmp_path):
+    file = tmp_path / "two.json"
+    file.write_text('[{"text": "a"},\n{"text": "b"}]\n[{"text": "c"}] {"text": "d"}')
+    assert [row.value["text"] for row in rows_of(file)] == ["a", "b", "c", "d"]
+
+
+def test_a_list_inside_of_a_list_is_no_row(tmp_path):
+    file = tmp_path / "nested.json"
+    file.write_text('[[{"text": "a"}], {"text": "b"}]')
+    bad, row = rows_of(file)
+    assert (bad.message, row.value) == ("a row is a list; expected an object with named columns", {"text": "b"})
+
+
+@pytest.mark.parametrize("text", ['{\n  "text": "a"\n}\n', '[\n{"text": "a"}\n]\n'])
+def test_json_over_several_lines_under_the_name_of_json_lines_is_one_error(tmp_path, text):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    (bad,) = rows_of(file)
+    assert (bad.message, bad.ends_file) == ("JSON over several lines; name the file .json", True)
+
+
+def test_a_list_of_rows_on_one_line_is_told_its_name(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('[{"text": "a"}, {"text": "b"}]\n')
+    (bad,) = rows_of(file)
+    assert bad.message == "a list of 2 objects on one line; name the file .json if these are rows"
+
+
+def test_columns_without_a_name_are_numbered_and_a_second_header_is_no_row(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(",question,answer,,\n0,red,stop,,\n,question,answer,,\n1,blue,go,,x\n")
+    first, bad, last = rows_of(file)
+    assert first.value == {"(column 1)": "0", "question": "red", "answer": "stop", "(column 4)": "", "(column 5)": ""}
+    assert (bad.place, bad.message) == (f"{file}:3", "the header once more, as where tables were put together")
+    assert last.value["(column 5)"] == "x"
+
+
+def test_a_number_beyond_any_float_is_not_read_as_infinity(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_text('{"text": "a", "n": 1e999}\n')
+        (bad,) = rows_of(tmp_path / name)
+        assert "the number 1e999 is larger than any float" in bad.message

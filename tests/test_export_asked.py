@@ -9,7 +9,7 @@ from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 from qtune.data.asking import asking_template, merging_template
-from qtune.data.conversation import Conversation
+from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import to_conversation
 from qtune.data.template import CHATML, ChatTemplate, Renderer
 from qtune.errors import ExportError
@@ -101,3 +101,42 @@ def test_an_export_that_asks_in_other_words_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its chat template puts other words before 'Hello' than training did"):
         require_same_questions(open_for_export(run), folder)
     assert json.loads((folder / "adapter_config.json").read_text())
+
+
+RULE = {"role": "system", "content": "Now in French."}
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "What is red?"},
+]
+
+
+@pytest.mark.parametrize("prompt", [None, "Be brief."])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [*TURNS, RULE],  # right before the answer that is asked for
+        [TURNS[0], RULE, *TURNS[1:]],  # right before an earlier answer
+        [*TURNS[:2], RULE, RULE, TURNS[2]],
+        [RULE, TURNS[0], RULE],
+        [TURNS[0], RULE, {"role": "system", "content": "And in capitals."}],
+    ],
+)
+def test_a_system_message_in_any_place_is_merged_as_in_training(
+    tmp_path: Path, asked: list[dict[str, str]], prompt: str | None
+) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    data = Data(train="rows.jsonl", system="merge", system_prompt=prompt)
+    row = {"messages": [*asked, {"role": "assistant", "content": "!"}]}
+    trained = to_conversation(row, "messages", "", "merge", prompt)
+    expected = Renderer.of(tokenizer, CHATML).prompt(trained)
+    exported = asking_template(ChatTemplate(CHATML, ""), data)
+    assert Renderer.of(tokenizer, exported.text).render(asked, generation_prompt=True) == expected
+
+
+def test_a_system_message_beside_no_question_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    template = asking_template(ChatTemplate(CHATML, ""), Data(train="rows.jsonl", system="merge"))
+    renderer = Renderer.of(tiny_tokenizer(tmp_path), template.text)
+    for turns in ([RULE], [RULE, TURNS[1]], [*TURNS[:2], RULE]):
+        with pytest.raises(RowError, match="a system message stands beside no user turn"):
+            renderer.render(turns, generation_prompt=True)

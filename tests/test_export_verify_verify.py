@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.soft_prompt import open_soft_prompt
+from qtune.export.verification import Answer
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.run.folder import RunDir
+from qtune.screens.export import why_answers_part
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -245,3 +248,18 @@ def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good:
     source = open_for_export(run)
     cost = verify(source, good, rows_for(source), compare_bases=True).cost
     assert cost["original"].kl > 10 * cost["dequantized"].kl
+
+
+def test_a_pass_with_other_answers_says_what_that_means_and_where_they_part(run: RunDir, good: Path) -> None:
+    source = open_for_export(run)
+    verification = verify(source, good, rows_for(source))
+    answers = (
+        Answer("What is red?", "It means stop, always.", "It means stop, mostly."),
+        Answer("And green?", "Go.", "Walk."),
+        Answer("Blue?", "Sky.", "Sky."),
+    )
+    text = why_answers_part(replace(verification, answers=answers, answers_equal=1))
+    assert text.splitlines()[1:] == [
+        "  “What is red?”: the same up to “It means stop,”, then “always.” and “mostly.”",
+        "  “And green?”: from the first word: “Go.” and “Walk.”",
+    ]

@@ -278,3 +278,32 @@ def test_init_needs_none_of_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("smollm2-135m-instruct", "is no hub id (owner/name); did you mean 'builtin:smollm2-135m-instruct'?"),
+        ("SmolLM2", "is no hub id (owner/name); did you mean 'builtin:smollm2-135m-instruct'?"),
+        ("builtin:smolm2-135m-instruct", "no such built-in model; did you mean 'smollm2-135m-instruct'?"),
+        ("empty", "has no config.json, so it is no model folder"),
+    ],
+)
+def test_a_base_is_checked_where_it_is_named(here, base, message):
+    (here / "empty").mkdir()
+    (here / "rows.jsonl").touch()
+    for make in (
+        lambda: new_recipe(base, "rows.jsonl", "lora", here / "recipe.toml"),
+        lambda: copied_recipe("quickstart", here / "recipe.toml", base=base),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            make()
+        assert str(caught.value) == f"--base: {base}: {message}"
+
+
+def test_an_adapter_and_a_run_are_no_bases(here):
+    (here / "rows.jsonl").touch()
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
+    with pytest.raises(RecipeError, match="--base: adapter: is a peft adapter of org/model, not a model"):
+        new_recipe("adapter", "rows.jsonl", "lora", here / "recipe.toml")

@@ -51,6 +51,7 @@ ROOMS = (
     "doctor",
     "init",
     "screens",
+    "verbs",
     "cli",
     "__main__",
 )
@@ -60,7 +61,7 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
     "cli", "console", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole",
-    "lfs", "startup", "recipe", "screens", "device.cards", "run.folder", "run.resolved", "run.resumption",
+    "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.resolved", "run.resumption",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,16 +36,40 @@ def test_the_longest_row_and_the_most_scored_tokens_are_those_of_the_data(write_
     prepared = prepare(resolved.recipe.data, tokenizer, resolved.folder, seed=resolved.recipe.training.seed)
     labels = [labels for split in prepared.examples.values() for labels in split["labels"]]
     assert found.longest.scored == max(sum(label != -100 for label in row) for row in labels)
+    trained = list(prepared.examples["train"])
+    decides = next(row for row in trained if row["length"] == found.longest.length)
     assert found.known_from == (
-        f"the longest of {len(prepared.train)} training rows; at most {found.longest.scored} tokens of a row are scored"
+        f"the longest of {len(prepared.train)} training rows ({decides['place']}); "
+        f"at most {found.longest.scored} tokens of a row are scored"
     )
+
+
+def test_a_row_that_the_gate_refuses_for_its_length_decides_nothing_unless_it_is_allowed(
+    write_recipe: WriteRecipe, rows_file: Path
+) -> None:
+    usual = longest_rows(load_recipe(write_recipe(data="")))
+    long = {"messages": [{"role": "user", "content": "long " * 300}, {"role": "assistant", "content": "Yes."}]}
+    rows_file.write_text(rows_file.read_text() + json.dumps(long) + "\n")
+    resolved = load_recipe(write_recipe(), ["data.validation=0"])
+    found = longest_rows(resolved)
+    assert found.longest.length <= resolved.recipe.data.max_length
+    assert found.longest.length >= usual.longest.length
+    assert ", 1 beyond max_length left out; " in found.known_from
+    tokens = tokens_of(long, load_tokenizer(resolved.recipe.model))
+    allowed = longest_rows(load_recipe(write_recipe(), ["data.validation=0", 'data.allow=["too-long"]']))
+    assert allowed.longest.length == tokens > resolved.recipe.data.max_length
+    assert f"({rows_file.name}:{len(ROWS) + 1})" in allowed.known_from
+    rows_file.write_text(json.dumps(long) + "\n")
+    alone = longest_rows(load_recipe(write_recipe(), ["data.validation=0"]))
+    assert alone.longest.length == resolved.recipe.data.max_length
+    assert alone.known_from.endswith("the rows cannot be read: each is longer than max_length = 128")
 
 
 def test_packed_rows_count_as_they_are_packed(write_recipe: WriteRecipe) -> None:
     resolved = load_recipe(write_recipe(data="packing = true"))
     recipe = resolved.recipe
     prepared = prepare(recipe.data, load_tokenizer(recipe.model), resolved.folder, seed=recipe.training.seed)
-    found = longest_of(prepared).longest
+    found = longest_of(prepared, recipe.data).longest
     assert found.length == max(map(len, prepared.train["input_ids"])) > found.evaluated
     assert found.scored == max(sum(label != -100 for label in labels) for labels in prepared.train["labels"])
 

@@ -8,6 +8,7 @@ from qtune.errors import RecipeError
 from qtune.recipe.file import Origin, Resolved, check_recipe, load_recipe
 from qtune.recipe.schema import Lora, PTuning, Unquantized
 from qtune.recipe.shipped import find_recipe, shipped_recipes
+from qtune.sizes import size_in_bytes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
 
@@ -82,13 +83,13 @@ budget = "8GB"
         "recipe.toml:1: model.base: is required and missing",
         "recipe.toml:2: model.bse = \"org/model\": no such key in [model]; did you mean 'base'?",
         "recipe.toml:6: adapter.rnak = 16: no such key in [adapter]; did you mean 'rank'?",
-        'recipe.toml:7: adapter.alpha = "32": must be a valid integer',
+        'recipe.toml:7: adapter.alpha = "32": must be a number without quotes: 32',
         'recipe.toml:10: quantization.kind = "nf5": must be "nf4", "fp4", "int8" or "none"; did you mean \'nf4\'?',
         'recipe.toml:13: data.train = "missing.jsonl": no such file or folder in HERE',
         "recipe.toml:14: data.max_length = 0: must be greater than 0",
         'recipe.toml:15: data.on_long_row = "cut": must be "error", "drop", "cut-left" or "cut-right"; '
         "did you mean 'cut-left'?",
-        'recipe.toml:20: training.micro_batch_size = "four": must be "auto" or a valid integer',
+        'recipe.toml:20: training.micro_batch_size = "four": must be "auto" or a whole number',
         'recipe.toml:21: training.optimizer = "adam": must be "auto" or "adamw", "adamw-8bit", "paged-adamw" or '
         "\"paged-adamw-8bit\"; did you mean 'adamw'?",
         "recipe.toml:23: memroy: no such key in a recipe; did you mean 'memory'?",
@@ -98,17 +99,17 @@ budget = "8GB"
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        ("[adapter]\nrank = true", "6: adapter.rank = true: must be a valid integer"),
-        ("[adapter]\nrank = 1.5", "6: adapter.rank = 1.5: must be a valid integer"),
+        ("[adapter]\nrank = true", "6: adapter.rank = true: must be a whole number"),
+        ("[adapter]\nrank = 1.5", "6: adapter.rank = 1.5: must be a whole number"),
         ("[adapter]\nrank = 0", "6: adapter.rank = 0: must be greater than 0"),
         ("[adapter]\ndropout = 1", "6: adapter.dropout = 1: must be less than 1"),
         (
             '[adapter]\ntarget_modules = "q_proj"',
-            '6: adapter.target_modules = "q_proj": must be a valid array or "all-linear"',
+            '6: adapter.target_modules = "q_proj": must be a list, as ["q_proj"] or "all-linear"',
         ),
         (
             '[adapter]\ntarget_modules = ["q_proj", 3]',
-            "6: adapter.target_modules.1 = 3: must be a valid string",
+            "6: adapter.target_modules.1 = 3: must be a text in quotes",
         ),
         (
             '[adapter]\nkind = "p-tunning"',
@@ -132,9 +133,17 @@ budget = "8GB"
         ),
         (
             '[training]\ngradient_checkpointing = "yes"',
-            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean or a valid integer',
+            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean or a whole number',
         ),
-        ('[memory]\nbudget = "8 GB"', '6: memory.budget = "8 GB": must be "auto" or must look like "8GiB" or "512MiB"'),
+        ('[memory]\nbudget = "8 GO"', '6: memory.budget = "8 GO": must be "auto" or must look like "8GiB" or "512MiB"'),
+        ("[memory]\nbudget = 8", '6: memory.budget = 8: must be "auto" or a text in quotes: "8GiB"'),
+        ('[training]\nlearning_rate = "fast"', '6: training.learning_rate = "fast": must be "auto" or a number'),
+        (
+            '[training]\nlearning_rate = "1e-4"',
+            '6: training.learning_rate = "1e-4": must be "auto" or a number without quotes: 1e-4',
+        ),
+        ('[training]\ntrackers = "wandb"', '6: training.trackers = "wandb": must be a list, as ["wandb"]'),
+        ("[training]\ntrackers = 1", "6: training.trackers = 1: must be a list"),
         (
             '[output]\nname = "../x"',
             '6: output.name = "../x": must look like a folder name: letters, digits, . _ + -',
@@ -308,12 +317,48 @@ def test_set_changes_values_and_shells_may_eat_their_quotes(check) -> None:
 def test_set_is_checked_like_the_file(problems) -> None:
     text = GOOD + "[training]\nepochs = 1\n"
     assert problems(text, "training.epohcs=2", "adapter.rank=many", "rank=3", "training.epochs", "model.base.x=1") == [
-        "--set rank=3: must look like table.key=value",
+        "--set rank=3: must look like table.key=value; did you mean adapter.rank=3?",
         "--set training.epochs: must look like table.key=value",
         "--set model.base.x: base is not a table",
-        '--set: adapter.rank = "many": must be a valid integer',
+        '--set: adapter.rank = "many": must be a whole number',
         "--set: training.epohcs = 2: no such key in [training]; did you mean 'epochs'?",
     ]
+
+
+def test_a_key_without_its_table_is_found_in_the_tables_that_have_it(problems) -> None:
+    assert problems(GOOD, "learning_rate=1e-4", "kind=none", "colour=red") == [
+        "--set learning_rate=1e-4: must look like table.key=value; did you mean training.learning_rate=1e-4?",
+        "--set kind=none: must look like table.key=value; did you mean quantization.kind=none or adapter.kind=none?",
+        "--set colour=red: must look like table.key=value",
+    ]
+
+
+@pytest.mark.parametrize("size", ["8GB", "8 GB", "512MB"])
+def test_sizes_are_written_in_a_recipe_as_for_the_card(check, size: str) -> None:
+    recipe = check(GOOD + f'[memory]\nbudget = "{size}"\n').recipe
+    assert size_in_bytes(recipe.memory.budget, "memory.budget") == size_in_bytes(size, "--vram")
+
+
+def test_a_name_that_is_near_a_shipped_recipe_and_folders_are_answered(tmp_path: Path) -> None:
+    for name, said in (
+        ("quickstrat", "no such file, nor a recipe that comes with qtune; did you mean 'quickstart'?"),
+        ("lama_lora", "no such file, nor a recipe that comes with qtune; did you mean 'llama_lora'?"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            find_recipe(name)
+        assert str(caught.value) == f"{name}: {said}"
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "resolved.toml").touch()
+    with pytest.raises(RecipeError) as caught:
+        find_recipe(str(run))
+    assert str(caught.value) == (
+        f"{run}: is a run's folder, not a recipe: qtune run --resume {run} goes on with it, "
+        f"qtune run {run}/recipe.toml begins anew"
+    )
+    (tmp_path / "a.toml").touch()
+    with pytest.raises(RecipeError, match=rf"is a folder, not a recipe; it holds {tmp_path}/a.toml$"):
+        find_recipe(str(tmp_path))
 
 
 def test_another_kind_takes_the_place_of_the_whole_table(check) -> None:

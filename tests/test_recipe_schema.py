@@ -59,7 +59,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_whole_numbers_are_taken_where_fractions_are_meant_but_not_the_reverse() -> None:
     assert parsed(training={"epochs": 2}).training.epochs == 2.0
     assert parsed(data={"validation": 0}).data.validation == 0.0
-    assert faults(training={"batch_size": 2.0}) == [Fault(("training", "batch_size"), "must be a valid integer")]
+    assert faults(training={"batch_size": 2.0}) == [Fault(("training", "batch_size"), "must be a whole number")]
 
 
 def test_each_kind_is_a_table_of_its_own_and_a_missing_kind_means_the_usual_one() -> None:
@@ -97,8 +97,8 @@ def test_sources_are_names_files_and_hub_datasets_in_any_mixture() -> None:
         ({"train": [{"hub": "name"}]}, ("data", "train", 0, "hub"), "must look like owner/name"),
         ({"train": [{"path": "x", "weight": 0}]}, ("data", "train", 0, "weight"), "must be greater than 0"),
         ({"validation": 1.5}, ("data", "validation"), "must be less than 1"),
-        ({"validation": True}, ("data", "validation"), "must be a valid number"),
-        ({"columns": {"instruction": 3}}, ("data", "columns", "instruction"), "must be a valid string"),
+        ({"validation": True}, ("data", "validation"), "must be a number"),
+        ({"columns": {"instruction": 3}}, ("data", "columns", "instruction"), "must be a text in quotes"),
     ],
 )
 def test_a_source_that_is_none_is_named_by_its_place_in_the_list(data: dict, path: tuple, message: str) -> None:

@@ -68,6 +68,15 @@ def test_the_newest_unfinished_run_of_a_name_is_found(tmp_path: Path) -> None:
     assert newest_unfinished(tmp_path, "quick") == second
 
 
+def test_a_run_whose_model_was_never_loaded_is_not_gone_on_with_before_one_that_trained(tmp_path: Path) -> None:
+    trained, dead = started(tmp_path, "quick"), started(tmp_path, "quick")
+    trained.lock_file.write_text("{}")
+    os.utime(trained.resolved_file, (time.time() - 60,) * 2)
+    assert newest_unfinished(tmp_path, "quick") == trained
+    dead.lock_file.write_text("{}")
+    assert newest_unfinished(tmp_path, "quick") == dead
+
+
 def test_a_name_may_hold_what_a_pattern_would_mean(tmp_path: Path) -> None:
     run = started(tmp_path, "try[1]")
     assert newest_unfinished(tmp_path, "try[1]") == run

@@ -27,10 +27,11 @@ from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
+from qtune.run.summary import Losses
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
 from qtune.training.checkpoints import complete_checkpoints
-from qtune.training.outcome import Losses, rise_of
+from qtune.training.outcome import rise_of
 from qtune.training.schedule import schedule_of
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session
@@ -708,7 +709,10 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training="steps = 1\nbatch_size = 1"))
     with pytest.raises(RunError) as caught:
         train.resume(finished)
-    assert str(caught.value) == f"{finished.path}: has ended; there is nothing to resume"
+    assert str(caught.value) == (
+        f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
+        f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
+    )
 
 
 def test_rows_that_have_changed_cannot_be_gone_on_with(

@@ -22,6 +22,7 @@ from qtune.tuned import evaluate as stage
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
+from qtune.tuned.vocabulary import decoded
 
 RECIPE = """\
 [model]
@@ -329,3 +330,11 @@ def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_p
     assert found.comparisons[0].request == "Name a colour."
     with pytest.raises(DataError, match="none of the rows that were taken has an answer left to measure on"):
         evaluate(run, data_file=lost)
+
+
+def test_a_token_that_the_tokenizer_does_not_know_stays_to_be_seen_in_an_answer(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer("It is", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*ids, len(tokenizer) + 3]) == "It is"  # it would look exactly right
+    assert decoded(tokenizer, [*ids, len(tokenizer) + 3]) == f"It is<unknown token {len(tokenizer) + 3}>"
+    assert decoded(tokenizer, ids) == "It is"

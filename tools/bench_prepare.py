@@ -1,12 +1,14 @@
 """Preparing a large file: speed, cores, memory, and what a second start costs.
 
-    python tools/bench_prepare.py [--rows 100000]
+    python tools/bench_prepare.py [--rows 100000] [--trl]
 
 Rows: questions about the standard library's docstrings (tools/make_docstring_data.py), again and again with a number
 that makes each of them its own. They are rendered with SmolLM2's chat template, tokenized, masked and inspected as at
 the start of a run, twice: with an empty cache, and with what the first time has left, each time in a new process.
 Printed for each: seconds of the whole process and of the preparation in it, processor seconds, and the peak of the
 proportional set size (PSS) summed over the process and its workers, which counts shared pages once. Linux only.
+With --trl the same rows are also prepared by TRL's own SFTTrainer, as prompts and completions of which the completion
+is scored, once, on as many processes as there are cores; the model beside it is a tiny one.
 """
 
 import argparse
@@ -27,17 +29,19 @@ def main() -> None:
     """Writes the rows, prepares them twice and prints what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--trl", action="store_true", help="also measure TRL's own preparation")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        prepare_and_inspect(options.worker)
+        (prepare_with_trl if options.trl else prepare_and_inspect)(options.worker)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_rows(folder / "rows.jsonl", options.rows)
         print(f"{options.rows:,} rows, {size / 2**20:.0f} MiB")
-        for what in ("first time", "second time"):
-            wall, cpu, peak, inside = watched([sys.executable, __file__, "--worker", str(folder)])
+        for what in ("first time", "second time", *(["TRL"] if options.trl else [])):
+            flag = ["--trl"] if what == "TRL" else []
+            wall, cpu, peak, inside = watched([sys.executable, __file__, *flag, "--worker", str(folder)])
             prepared = (
                 f"{inside['seconds']:.1f} s to prepare {inside['examples']:,} examples, {inside['tokens']:,} tokens"
             )
@@ -120,6 +124,39 @@ def prepare_and_inspect(folder: Path) -> None:
     seconds = time.perf_counter() - began
     found = {"seconds": seconds, "examples": len(prepared.train), "tokens": int(prepared.lengths.sum())}
     print(json.dumps(found))
+
+
+def prepare_with_trl(folder: Path) -> None:
+    """TRL's own way from the same rows to ids and masks."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from qtune.model.load import load_tokenizer
+    from qtune.recipe.schema import Model
+
+    tokenizer = load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))
+    rows = [json.loads(line)["messages"] for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    data = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    cores = len(os.sched_getaffinity(0))
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"),
+        max_length=1024,
+        completion_only_loss=True,
+        dataset_num_proc=cores if cores > 1 else None,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    began = time.perf_counter()
+    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    seconds = time.perf_counter() - began
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    print(json.dumps({"seconds": seconds, "examples": len(trainer.train_dataset), "tokens": tokens}))
 
 
 if __name__ == "__main__":

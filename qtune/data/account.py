@@ -21,7 +21,7 @@ class Account:
         known = set(taken)
         for key, held in value.items():
             if key not in known and holds_something(held):
-                self.unused[f"{prefix}{key}"] = None
+                self.unused[f"{prefix}{key or '(no name)'}"] = None
 
 
 def holds_something(value: object) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from qtune.data.template import ChatTemplate
 from qtune.recipe.schema import Data
 
-# Only what every reader of chat templates knows (transformers, vLLM, llama.cpp): loops, if, set, namespace.
+# Only what every reader of chat templates knows (transformers, vLLM, llama.cpp): loops, if, set, namespace,
+# the last of a list and what is before it.
 _DEFAULT = """\
 {%- set asked = namespace(has_system=false) -%}
 {%- for message in messages -%}
@@ -16,20 +17,33 @@ _DEFAULT = """\
 {%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}
 {%- endif -%}
 """
+# A system message that an answer follows stands behind the question before it.
+_BEHIND = """\
+{%- if asked.waiting -%}
+{%- if not asked.messages or asked.messages[-1]['role'] != 'user' -%}
+{{- raise_exception('a system message stands beside no user turn, so there is none to merge it into') -}}
+{%- endif -%}
+{%- set told = asked.messages[-1]['content'] + '\\n\\n' + asked.waiting -%}
+{%- set asked.messages = asked.messages[:-1] + [{'role': 'user', 'content': told}] -%}
+{%- set asked.waiting = '' -%}
+{%- endif -%}"""
 _MERGED = """\
 {%- set asked = namespace(messages=[], waiting='') -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
-{%- set asked.waiting = asked.waiting + message['content'] + '\\n\\n' -%}
+{%- set asked.waiting = (asked.waiting + '\\n\\n' if asked.waiting else '') + message['content'] -%}
 {%- elif message['role'] == 'user' and asked.waiting -%}
-{%- set asked.messages = asked.messages + [{'role': 'user', 'content': asked.waiting + message['content']}] -%}
+{%- set told = asked.waiting + '\\n\\n' + message['content'] -%}
+{%- set asked.messages = asked.messages + [{'role': 'user', 'content': told}] -%}
 {%- set asked.waiting = '' -%}
 {%- else -%}
+BEHIND
 {%- set asked.messages = asked.messages + [message] -%}
 {%- endif -%}
 {%- endfor -%}
+BEHIND
 {%- set messages = asked.messages -%}
-"""
+""".replace("BEHIND", _BEHIND)
 # Rows of a run have the text in their first question already; it is not put there twice.
 _DEFAULT_TO_MERGE = """\
 {%- set given = namespace(system=false, question='') -%}

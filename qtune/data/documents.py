@@ -22,6 +22,7 @@ _MARKERS = (
     ("[INST]", "[/INST]"),
     ("### Instruction:", "### Response:"),
     ("### Human:", "### Assistant:"),
+    ("USER: ", " ASSISTANT: "),
 )
 # Words that people write, too: only at the start of lines, one below the other.
 _SPOKEN = re.compile(r"^(?:User|USER|Human): .*^(?:Assistant|ASSISTANT|AI|Bot): ", re.MULTILINE | re.DOTALL)

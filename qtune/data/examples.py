@@ -22,6 +22,7 @@ from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_example
 from qtune.data.order import OutOfOrder
 from qtune.data.render_gate import RenderGate
 from qtune.data.rows import BadRow, Row
+from qtune.data.suspect import Suspicions
 from qtune.data.template import ChatTemplate, Renderer
 
 COLUMNS = pa.schema(
@@ -101,6 +102,7 @@ class RowEncoder:
         self.renderer = Renderer.of(tokenizer, template.text)
         self.encoder = Encoder(self.renderer)
         self.gate = RenderGate(self.renderer)
+        self.suspicions = Suspicions.of(self.renderer.added_tokens)
         # Rows with tools may have a template of their own.
         with_tools = template.for_tools(["a tool"])
         self.tool_gate = self.gate if with_tools == template.text else RenderGate(Renderer.of(tokenizer, with_tools))
@@ -149,15 +151,16 @@ class RowEncoder:
             value, row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
         )
         unused = dict.fromkeys(map(_writable, [*replaced(row.value, rules.columns), *conversation.unused]))
+        suspected = conversation.notes.union(self.suspicions.about(conversation))
         if conversation.is_document:
             self._count(unused)
-            return [self.encoder.document(replace(conversation, unused=tuple(unused)))]
+            return [self.encoder.document(replace(conversation, unused=tuple(unused), notes=suspected))]
         gate = self.tool_gate if conversation.tools else self.gate
         rendered = render_examples(gate.renderer, conversation, rules.loss_on, rules.on_rewritten)
         lost = gate.lost(rendered)
         unused |= {_writable(name): None for name in lost.unused}
         self._count(unused)
-        notes = conversation.notes | lost.notes
+        notes = suspected | lost.notes
         return [
             replace(one, conversation=replace(one.conversation, unused=tuple(unused), notes=notes)) for one in rendered
         ]

@@ -72,6 +72,32 @@ KINDS = {
         "the row has columns or keys that are not used",
         "map them with columns if they matter, else they may stay",
     ),
+    "unused-input": Kind(
+        "error",
+        "a column that a question needs (context, choices) is not used, so answers are learned without it",
+        'put it into the question, or map it: columns = { instruction = "question", input = "context", '
+        'output = "answer" } learns the input below the instruction',
+    ),
+    "word-for-nothing": Kind(
+        "warning",
+        "a text is what a program writes where a table has no value (nan, None, null)",
+        "write an empty text there, or leave the row out; as a label it may be meant",
+    ),
+    "broken-text": Kind(
+        "warning",
+        "the text was decoded wrongly before (cafÃ©, \ufffd, a byte order mark inside)",
+        "read the source as UTF-8 once more; the model will learn to write so",
+    ),
+    "foreign-token": Kind(
+        "warning",
+        "a text begins or ends with a special token of another model, which would be learned as ordinary text",
+        "take it out of the rows: the chat template ends turns itself",
+    ),
+    "missing-media": Kind(
+        "warning",
+        "the text has a placeholder for a picture, video or sound that is not there",
+        "only text is trained on; leave such rows out",
+    ),
     "padded-nulls": Kind(
         "warning",
         "a tool call or tool had nulls where a table has no value; they are left out",
@@ -286,6 +312,10 @@ _SAID = (
     "null-arguments",
     "answer-trimmed",
     "rendered-chat",
+    "word-for-nothing",
+    "broken-text",
+    "foreign-token",
+    "missing-media",
     "tokens-without-embedding",
 )
 

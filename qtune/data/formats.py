@@ -1,6 +1,7 @@
 """The shapes that rows come in -> conversations. A shape is named in the recipe or recognized by its columns."""
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from qtune.data.conversation import (
     text_of,
 )
 from qtune.data.order import ordered, with_system
+from qtune.data.suspect import is_word_for_nothing
 from qtune.data.tool_calls import read_tools, without_padding
 from qtune.data.turn_keys import REASONING, is_like_a_switch, reasoning_of
 from qtune.data.turns import Turn, listed, read_turns
@@ -43,11 +45,16 @@ BESIDE = {
     "question-answer": (*SYSTEM, *TOOLS, *REASONING, HISTORY),
     "text": (),
 }
+# Columns that belong to a question, which the row would have to hold in it.
+INPUTS = ("context", "choices", "options", "passage")
 # Columns whose meaning is known and would change what is learned, in a way that a row cannot ask for here.
 REFUSED = {
     "images": "only text can be trained on",
     "videos": "only text can be trained on",
     "audios": "only text can be trained on",
+    "image": "only text can be trained on",
+    "video": "only text can be trained on",
+    "audio": "only text can be trained on",
     "chat_template_kwargs": "a row cannot choose how the template renders it; give a chat_template that does",
 }
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
@@ -89,12 +96,53 @@ def unknown_columns(row: RawRow) -> str:
     """What to say about a row of no known shape."""
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in COLUMNS.items())
     said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); rename them with columns"
+    if (mapping := _mapping(row)) and "chosen" not in row:
+        said = said.removesuffix("rename them with columns") + f"try {mapping}"
+    inner = [key for key, value in row.items() if isinstance(value, list) and _are_rows(value)]
+    if inner:
+        said += f". Its {inner[0]!r} holds rows: write that list alone into the file"
     if "chosen" in row and "rejected" in row:
         said += (
             ". Pairs of a chosen and a rejected answer are for preference training, which qtune does not do; "
             'columns = { completion = "chosen" } learns the chosen ones'
         )
     return said
+
+
+# What data sets call our columns.
+_OTHER_NAMES = {
+    "messages": ("dialogue", "dialog", "chat", "conversation", "turns"),
+    "prompt": ("query", "input", "question", "user", "source", "instruction"),
+    "completion": ("response", "answer", "output", "reply", "assistant", "target", "chosen"),
+    "instruction": ("question", "prompt", "query"),
+    "input": ("context", "passage"),
+    "output": ("response", "answer", "completion", "reply", "target"),
+}
+
+
+def _mapping(row: RawRow) -> str:
+    """The `columns` that would make a known shape of a row, as a recipe has them; "" where none is near."""
+    present = {str(key).strip().lower().replace(" ", "_"): str(key) for key in row}
+    shapes = [COLUMNS["messages"], *(COLUMNS[name] for name in _ONE_QUESTION)]
+    if any(key in present for key in ("context", "passage")):
+        shapes = [("instruction", "input", "output"), *shapes]
+    found = [{ours: _called(ours, present) for ours in needed} for needed in shapes]
+    whole = [names for names in found if all(names.values()) and len(set(names.values())) == len(names)]
+    if not whole:
+        return ""
+    # The more of a shape's own names a row has, the likelier it is meant; shapes with more columns lose less.
+    best = max(whole, key=lambda names: (sum(ours in present for ours in names), len(names)))
+    pairs = ", ".join(f"{ours} = {json.dumps(theirs)}" for ours, theirs in best.items() if ours != theirs)
+    return f"columns = {{ {pairs} }}"
+
+
+def _called(ours: str, present: Mapping[str, str]) -> str | None:
+    """The column of a row that is meant by one of ours."""
+    return next((present[name] for name in (ours, *_OTHER_NAMES.get(ours, ())) if name in present), None)
+
+
+def _are_rows(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], dict) and detect_format(values[0]) is not None
 
 
 def to_conversation(
@@ -120,6 +168,8 @@ def to_conversation(
     account.rest({key: value for key, value in row.items() if not _means_once(key, value)}, used)
     if row_format == "text":
         return document(row["text"], place, account.unused)
+    if row_format in _ONE_QUESTION and any(holds_something(row.get(key)) for key in INPUTS):
+        account.notes.add("unused-input")
     turns = _READERS[row_format](row, account)
     if not turns:
         raise RowError(f"{COLUMNS[row_format][0]} is empty; expected at least a user and an assistant turn")
@@ -135,6 +185,10 @@ def to_conversation(
         for message in messages
     ]
     return conversation(messages, tools, place, account.unused, account.notes)
+
+
+# Shapes whose rows are a question and an answer in columns of their own.
+_ONE_QUESTION = ("prompt-completion", "alpaca", "question-answer")
 
 
 def _means_once(column: str, value: object) -> bool:
@@ -214,6 +268,8 @@ def _from_prompt_completion(row: RawRow, account: Account) -> list[Turn]:
 
 def _from_alpaca(row: RawRow, account: Account) -> list[Turn]:
     instruction, given = said(row["instruction"], "instruction"), row.get("input")
+    if given is not None and is_word_for_nothing(text_of(given, "input")):
+        account.notes.add("word-for-nothing")
     if given is not None and text_of(given, "input").strip():
         instruction = f"{instruction}\n\n{given}"
     return _one_turn(row, ("instruction", instruction), ("output", said(row["output"], "output")), account)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 from typing import Any, BinaryIO
 
@@ -26,7 +27,9 @@ class JsonValues:
         self._ended = False
         # Bytes that are not UTF-8 stay visible, so that the value that holds them can be named.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
-        self._decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys)
+        self._decoder = json.JSONDecoder(
+            parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys, parse_float=finite
+        )
 
     def next_character(self, *, over_commas: bool = False) -> str:
         """Moves over white space (and commas) to the next character; "" at the end."""
@@ -110,6 +113,24 @@ def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
         raise BrokenJson(f"the key {json.dumps(repeated)} stands twice in one object")
+    return value
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text that says one thing: no key twice, no NaN, no number beyond a float.
+
+    Raises:
+        BrokenJson: it says more or less than that.
+        ValueError, RecursionError: it is no JSON.
+    """
+    return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys, parse_float=finite)
+
+
+def finite(text: str) -> float:
+    """A number as a float; Python would read 1e999 as infinity, which no JSON can say."""
+    value = float(text)
+    if math.isinf(value):
+        raise BrokenJson(f"the number {text} is larger than any float")
     return value
 
 

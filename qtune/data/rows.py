@@ -19,8 +19,7 @@ from qtune.data.json_stream import (
     BrokenJson,
     JsonValues,
     has_broken_bytes,
-    refuse_constant,
-    without_repeated_keys,
+    strict_json,
 )
 from qtune.errors import first_line
 
@@ -72,13 +71,16 @@ def _json_lines(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
                 yield text
                 if text.ends_file:
                     return
+            elif text.strip() in ("{", "["):
+                yield BadRow(place, "JSON over several lines; name the file .json", ends_file=True)
+                return
             elif text.strip():
                 yield _json_row(text, place)
 
 
 def _json_row(text: str, place: str) -> Row | BadRow:
     try:
-        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeated_keys)
+        value = strict_json(text)
     except ValueError as error:
         message = str(error) if isinstance(error, BrokenJson) else "a number has too many digits"
         if isinstance(error, json.JSONDecodeError):
@@ -86,6 +88,8 @@ def _json_row(text: str, place: str) -> Row | BadRow:
         return BadRow(place, f"not valid JSON: {message}; expected one object like {{…}} on the line")
     except RecursionError:
         return BadRow(place, "not usable JSON: nested too deeply")
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return BadRow(place, f"a list of {len(value)} objects on one line; name the file .json if these are rows")
     return _row_of(value, place)
 
 
@@ -96,12 +100,16 @@ def _row_of(value: object, place: str) -> Row | BadRow:
 
 
 def _json_document(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
-    """A list of objects, or objects one after the other (as in JSON lines), read piece by piece."""
+    """Lists of objects, or objects one after the other (as in JSON lines), read piece by piece."""
     with open_bytes(file, progress) as stream:
         values = JsonValues(stream, LONGEST_ROW_BYTES)
-        if values.next_character() == "[":
-            values.step()
-        while (character := values.next_character(over_commas=True)) and character != "]":
+        inside = False
+        while character := values.next_character(over_commas=True):
+            # Behind the end of a list there may be another one, where files were put together.
+            if character == ("]" if inside else "["):
+                inside = not inside
+                values.step()
+                continue
             place = f"{file.name}:{values.line}"
             try:
                 value = values.value()
@@ -133,17 +141,24 @@ def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
             if not fields:
                 continue
             if header is None:
-                header = [name.strip() for name in fields]
+                header = _names(fields)
                 if has_broken_bytes("".join(header)) or len(set(header)) < len(header):
                     reason = "is not UTF-8" if has_broken_bytes("".join(header)) else "names a column twice"
                     yield BadRow(place, f"the header {reason}: {_short(delimiter.join(header))}", ends_file=True)
                     return
             elif has_broken_bytes("".join(fields)):
                 yield BadRow(place, "not UTF-8 text; save the file as UTF-8")
+            elif _names(fields) == header:
+                yield BadRow(place, "the header once more, as where tables were put together")
             elif len(fields) != len(header):
                 yield BadRow(place, f"{len(fields)} fields; the header names {len(header)} columns")
             else:
                 yield Row(place, dict(zip(header, fields, strict=True)))
+
+
+def _names(fields: list[str]) -> list[str]:
+    """The columns of a header; those without a name, which spreadsheets write behind the last used one, by number."""
+    return [name.strip() or f"(column {number})" for number, name in enumerate(fields, 1)]
 
 
 _EXCEL_DELIMITER = re.compile(r"sep=(.)\r?\n?\Z")

@@ -125,7 +125,7 @@ def _of_several(own: Mapping[str, str]) -> ChatTemplate:
         DataError: none of them is the default, so that transformers would render no row without tools.
     """
     if "default" not in own:
-        names = ", ".join(own)
+        names = ", ".join(sorted(own))
         message = f"is not set, and the tokenizer has the templates {names} but no default; name one of them"
         raise DataError(Problem("data.chat_template", message))
     others = {name: text for name, text in own.items() if name != "default"}
@@ -228,7 +228,7 @@ def render(
     # A template is a program: it fails in every way in which Python does.
     except Exception as error:
         reason = first_line(error)
-        raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason)}") from error
+        raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason, messages)}") from error
     return str(text)
 
 
@@ -295,7 +295,9 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _advice(reason: str) -> str:
+def _advice(reason: str, messages: Sequence[Message]) -> str:
+    if "content" in reason and any("content" not in message for message in messages):
+        return "; it cannot render a turn that calls a tool without a text: set a chat_template that prints calls"
     if "system" in reason.lower():
         return '; [data] system = "merge" puts the system message into the first user message'
     if "alternat" in reason.lower():

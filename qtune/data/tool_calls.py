@@ -1,11 +1,11 @@
 """Tool calls and tool definitions in the forms that data sets write them in -> OpenAI's, which templates print."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtune.data.account import Account
 from qtune.data.conversation import RowError, shown
+from qtune.data.json_stream import BrokenJson, strict_json
 
 # Names of a call's arguments: OpenAI's, Llama's, Anthropic's.
 ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -33,7 +33,9 @@ def calls_in_text(text: str, where: str, account: Account) -> list[Call]:
         RowError: it is something else.
     """
     try:
-        value = json.loads(text)
+        value = strict_json(text)
+    except BrokenJson as error:
+        raise RowError(f"{where} = {shown(text)}: {error}") from error
     except ValueError as error:
         raise RowError(
             f'{where} = {shown(text)}: a call is JSON like {{"name": …, "arguments": {{…}}}}; one that is written '
@@ -164,7 +166,8 @@ def parsed(text: str, key: str) -> object:
         RowError: it is no JSON.
     """
     try:
-        value: object = json.loads(text)
+        return strict_json(text)
+    except BrokenJson as error:
+        raise RowError(f"{key} = {shown(text)}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise RowError(f"{key} = {shown(text)}: a text that is not JSON") from error
-    return value

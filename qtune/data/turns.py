@@ -1,11 +1,11 @@
 """Turns as data sets write them -> messages as chat templates take them, each with its place in the row."""
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qtune.data.account import Account, holds_something
 from qtune.data.conversation import ROLES, Message, RowError, shown, text_of
+from qtune.data.json_stream import BrokenJson, strict_json
 from qtune.data.tool_calls import calls_in_text, read_calls
 from qtune.data.turn_keys import REASONING, SWITCHES, loss_weight, reasoning_of
 
@@ -65,10 +65,14 @@ def read_turns(value: object, key: str, account: Account, *, role_key: str, cont
 def listed(value: object, key: str) -> Sequence[Any]:
     """A list; tables without nesting (CSV) keep it as JSON text."""
     if isinstance(value, str):
+        text = value
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"{key} is a text that is not a JSON list") from error
+            value = strict_json(text)
+        except BrokenJson as error:
+            raise RowError(f"{key} is a text that is not usable JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            pythons = "; single quotes are Python's, JSON has double ones" if "{'" in text else ""
+            raise RowError(f"{key} is a text that is not a JSON list{pythons}") from error
     if not isinstance(value, list):
         raise RowError(f"{key} = {shown(value)}: not a list of messages")
     return value

@@ -25,7 +25,8 @@ from qtune.memory.cached import predicted
 from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
-from qtune.model.load import attention_rule, load_config
+from qtune.model.geometry import load_geometry
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
 from qtune.recipe.text import rewritten
@@ -249,7 +250,7 @@ def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) 
 
 def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
     """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget."""
-    device, config = examined(device_for(gpu, vram), recipe), load_config(recipe.model)
+    device, config = examined(device_for(gpu, vram), recipe), load_geometry(recipe.model)
     given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
     return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
 

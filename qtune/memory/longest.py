@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qtune.data.prepare import Prepared
     from qtune.recipe.file import Resolved
+    from qtune.recipe.schema import Data
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,9 @@ def longest_rows(resolved: Resolved, length: int | None = None) -> Rows:
     except InputError as error:
         first = error.problems[0]
         return unread(recipe.data.max_length, f"{first.place}: {first.message.partition(';')[0]}")
-    return longest_of(prepared) if len(prepared.train) else unread(recipe.data.max_length, "there are none")
+    return (
+        longest_of(prepared, recipe.data) if len(prepared.train) else unread(recipe.data.max_length, "there are none")
+    )
 
 
 def unread(max_length: int, reason: str) -> Rows:
@@ -63,25 +66,47 @@ def unread(max_length: int, reason: str) -> Rows:
     return Rows(Longest(max_length), f"data.max_length, every token scored; the rows cannot be read: {reason}")
 
 
-def longest_of(prepared: Prepared) -> Rows:
-    """The longest training row, and the most labelled tokens that any of them has.
+def longest_of(prepared: Prepared, data: Data) -> Rows:
+    """The longest row that would be trained on, and the most labelled tokens that any of them has.
+
+    A row beyond max_length stops the run until it is cut, dropped or allowed: unless it is, it decides nothing here.
 
     A micro-batch is padded to its longest row, and rows of like length share one: the largest of a run holds
     micro_batch_size x length positions, exactly. That all of its rows have as many labelled tokens as any row has is
     the most that can come.
     """
     lengths = prepared.lengths
-    longest, scored = int(lengths.max()), _most_in_packed(prepared.train) if prepared.packed else 0
+    limit = data.max_length if "too-long" not in data.allow and not prepared.packed else int(lengths.max())
+    if not (lengths <= limit).any():
+        return unread(data.max_length, f"each is longer than max_length = {limit}")
+    longest, scored = int(lengths[lengths <= limit].max()), _most_in_packed(prepared.train) if prepared.packed else 0
     evaluated = None
     for split in ("train", "validation"):
         if split in prepared.examples and not (split == "train" and prepared.packed):
-            scored = max(scored, int(_column(prepared.examples[split], "scored").max()))
+            scored = max(scored, _largest(prepared.examples[split], "scored", limit))
     if "validation" in prepared.examples:
-        evaluated = int(_column(prepared.examples["validation"], "length").max())
+        evaluated = _largest(prepared.examples["validation"], "length", limit) or None
     row = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
     what = "packed rows" if prepared.packed else "training rows"
-    known_from = f"the longest of {len(lengths):,} {what}; at most {scored:,} tokens of a row are scored"
+    beyond = int((lengths > limit).sum())
+    left_out = f", {beyond:,} beyond max_length left out" if beyond else ""
+    where = "" if prepared.packed else f" ({_place(prepared, longest)})"
+    known_from = (
+        f"the longest of {len(lengths):,} {what}{where}{left_out}; at most {scored:,} tokens of a row are scored"
+    )
     return Rows(row, known_from, _all_of(prepared))
+
+
+def _largest(examples: Dataset, name: str, limit: int) -> int:
+    """The largest figure of the rows of at most `limit` tokens; 0 where there are none."""
+    values = _column(examples, name)[_column(examples, "length") <= limit]
+    return int(values.max()) if len(values) else 0
+
+
+def _place(prepared: Prepared, longest: int) -> str:
+    """Where the row stands that decides: the first of its length."""
+    examples = prepared.examples["train"]
+    return str(examples[int(np.flatnonzero(_column(examples, "length") == longest)[0])]["place"])
 
 
 def _all_of(prepared: Prepared) -> RowLengths:

@@ -12,10 +12,8 @@ from qtune.memory.cached import predicted
 from qtune.memory.forecast import Forecast, forecast
 from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
-from qtune.model.load import (
-    attention_rule,
-    load_config,
-)
+from qtune.model.geometry import load_geometry
+from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.run.lock import LockedDevice, read_lock
 from qtune.run.memory import RunMemory, measured_memory, write_memory
@@ -70,7 +68,7 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
         ModelError: the configuration cannot be read, or no model can be built from it.
     """
     recipe = resolved.recipe
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     found = forecast(config, recipe, examined(device, recipe), longest_rows(resolved, length))
     return Profile(recipe, found, [], [])
 
@@ -80,7 +78,7 @@ def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) 
     from qtune.memory.savings import Variant, attribution, baselines
 
     recipe, plan, longest = profiled.recipe, profiled.forecast.plan, profiled.forecast.rows.longest
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     ours = Variant("this recipe", "as `qtune run` does it", profiled.forecast.prediction)
     return replace(
         profiled,
@@ -105,7 +103,7 @@ def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -
     recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
         return Measured(measured, None, [], [], memory.failure)
-    config = load_config(recipe.model)
+    config = load_geometry(recipe.model)
     plan, longest = _measured_batch(measured, make_plan(recipe, device, attention_rule(config)))
     prediction = predicted(config, recipe, plan, longest)
     batch = {

@@ -34,14 +34,16 @@ LARGEST_WIDTH = 4_194_304
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def read_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False, local_files_only: bool = False
+) -> PretrainedConfig:
     """The configuration of a model folder or hub id; needs no weights.
 
     Raises:
         ModelError: there is none, it is no configuration of a causal LM, or its numbers do not fit together.
         OSError, ValueError, KeyError: a hub id cannot be had.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     if revision is not None:
         options["revision"] = revision
     folder = Path(base)

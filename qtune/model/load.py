@@ -26,6 +26,7 @@ from qtune.model.finite import require_finite_weights
 from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
@@ -59,6 +60,7 @@ def load_config(model: Model) -> PretrainedConfig:
     """
     base = base_folder(model)
     refuse_other_folders(base)
+    require_reachable(model, "config.json")
     try:
         return read_config(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
@@ -103,6 +105,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """
     base = base_folder(model)
     refuse_other_folders(base)
+    require_reachable(model, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
@@ -208,8 +211,12 @@ def _where(model: Model) -> dict[str, Any]:
     revision = model.revision
     if model.trust_remote_code:
         revision = trusted_revision(base_folder(model), revision)
-    trusted = {"trust_remote_code": model.trust_remote_code}
-    return trusted | {"revision": revision} if revision else trusted
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if revision:
+        options["revision"] = revision
+    if is_local_only(model.base):
+        options["local_files_only"] = True
+    return options
 
 
 def _not_loaded(model: Model, error: Exception, device: Device) -> OutOfMemory | ModelError:
@@ -222,6 +229,8 @@ def _unreadable(model: Model, error: Exception) -> ModelError:
     folder = Path(base_folder(model))
     if folder.is_dir():
         refuse_pointers(folder)
+    if (refusal := hub_refusal(model, error)) is not None:
+        return refusal
     if "trust_remote_code" in str(error):
         advice = "brings Python code of its own; read it, and if you trust it set model.trust_remote_code = true"
         return ModelError(Problem(model.base, advice))

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import weight_files
+from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.load import base_folder
 from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
@@ -44,7 +45,17 @@ def local_base(model: Model) -> Path:
         return base
     # Code that somebody agreed to is of one commit.
     revision = trusted_revision(model.base, model.revision) if model.trust_remote_code else model.revision
+    require_reachable(model, "config.json")
     try:
-        return Path(snapshot_download(model.base, revision=revision, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(
+                model.base,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                local_files_only=is_local_only(model.base),
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if (refusal := hub_refusal(model, error)) is not None:
+            raise refusal from error
         raise ModelError(Problem(model.base, f"its weights cannot be fetched: {first_line(error)}")) from error

@@ -1,5 +1,6 @@
 """What is wrong with a recipe: pydantic's errors with our paths and words."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -57,7 +58,21 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             *others, last = (f'"{choice}"' for choice in choices)
             expected = f"{', '.join(others)} or {last}" if others else last
             word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-            return f"must be {expected}{_nearest(str(word), choices, list_known=False)}"
+            # Of one word alone the sentence has said it; where a number is meant, another word is no slip of it.
+            near = _nearest(str(word), choices, list_known=False) if len(choices) > 1 else ""
+            return f"must be {expected}{near}"
+        case "tuple_type" | "list_type" if isinstance(detail["input"], str):
+            return f'must be a list, as ["{detail["input"]}"]'
+        case "tuple_type" | "list_type":
+            return "must be a list"
+        case "float_type" | "int_type" if _is_number(detail["input"]):
+            return f"must be a number without quotes: {detail['input']}"
+        case "float_type":
+            return "must be a number"
+        case "int_type" | "int_from_float":
+            return "must be a whole number"
+        case "string_type":
+            return f"must be a text in quotes{_as_size(path, detail['input'])}"
         case "string_too_short" | "too_short":
             return "must not be empty"
         case "string_pattern_mismatch":
@@ -74,8 +89,25 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
 
 
+def _is_number(value: object) -> bool:
+    """Whether a text is a number that somebody has put into quotes."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _as_size(path: KeyPath, value: object) -> str:
+    """How a bare number is written where a size is meant."""
+    is_size = path in SIZES and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f': "{value}GiB"' if is_size else ""
+
+
+SIZES: tuple[KeyPath, ...] = (("memory", "budget"), ("memory", "loss_tile"))
+
+
 def _pattern_in_words(path: KeyPath) -> str:
-    if path in (("memory", "budget"), ("memory", "loss_tile")):
+    if path in SIZES:
         return '"8GiB" or "512MiB"'
     return "owner/name" if path[-1] == "hub" else "a folder name: letters, digits, . _ + -"
 

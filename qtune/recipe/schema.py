@@ -69,8 +69,7 @@ Columns = Annotated[dict[Line, Line], Field(max_length=1000)]
 
 def _sensible(size: str) -> str:
     """A number below 1 MiB or beyond a petabyte is a slip of the pen."""
-    number, unit = float(size[:-3]), size[-3:]
-    mebibytes = number * (1024 if unit == "GiB" else 1)
+    mebibytes = float(size.rstrip("GMiB \t")) * (1024 if "G" in size else 1)
     if mebibytes < 1:
         raise PydanticCustomError("size", 'must be at least "1MiB"')
     if mebibytes > LARGEST_MIB:
@@ -80,7 +79,7 @@ def _sensible(size: str) -> str:
 
 LARGEST_MIB = 2**30
 """1 PiB: more than any machine has."""
-Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s?(GiB|MiB)$", max_length=40), AfterValidator(_sensible)]
+Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s?(GiB|MiB|GB|MB)$", max_length=40), AfterValidator(_sensible)]
 
 
 class Table(BaseModel):
@@ -284,6 +283,7 @@ Waivable = Literal[
     "tools-lost",
     "reasoning-lost",
     "message-lost",
+    "unused-input",
     "label-text",
     "generation-prompt",
     "rewritten-turn",

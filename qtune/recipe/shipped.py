@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qtune.errors import Problem, RecipeError
+from qtune.spelling import did_you_mean
 
 # The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
 _SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
@@ -26,7 +27,17 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune ({', '.join(shipped)})"))
+    if (path / "resolved.toml").is_file():
+        ways = f"qtune run --resume {name} goes on with it, qtune run {path / 'recipe.toml'} begins anew"
+        raise RecipeError(Problem(name, f"is a run's folder, not a recipe: {ways}"))
+    if path.is_dir():
+        inside = ", ".join(sorted(str(file) for file in path.glob("*.toml"))[:5])
+        raise RecipeError(Problem(name, f"is a folder, not a recipe{f'; it holds {inside}' if inside else ''}"))
+    known = f"({', '.join(shipped)})"
+    meant = did_you_mean(path.stem, shipped)
+    raise RecipeError(
+        Problem(name, f"no such file, nor a recipe that comes with qtune{f'; {meant}' if meant else f' {known}'}")
+    )
 
 
 def written_beside(file: Path, suffix: str) -> Path:

@@ -112,7 +112,8 @@ def newest_unfinished(directory: Path, name: str) -> RunDir | None:
     runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
     open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
     ours = [run for run in open_runs if _asked_name(run) in (None, name)]
-    return max(ours, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
+    # A run whose model was never loaded has no lock.json, and nothing in it to go on with.
+    return max(ours, key=lambda run: (run.lock_file.is_file(), run.resolved_file.stat().st_mtime), default=None)
 
 
 def _asked_name(run_dir: RunDir) -> str | None:

@@ -30,3 +30,41 @@ def show(verification: "Verification") -> None:
         )
     if verification.answers:
         console.out(f"greedy answers equal: {verification.answers_equal} of {len(verification.answers)}")
+        if verification.verified and verification.answers_equal < len(verification.answers):
+            console.out(why_answers_part(verification))
+
+
+def why_answers_part(verification: "Verification") -> str:
+    """What it means that a verified export answers otherwise, and where each answer parts."""
+    lines = [
+        "  A greedy answer takes the likeliest token, however narrowly, and goes its own way after one that differs; "
+        "what is compared and bounded is every token's distribution (KL above)."
+    ]
+    for answer in verification.answers:
+        if answer.trained != answer.exported:
+            at = _first_difference(answer.trained, answer.exported)
+            shared = f"the same up to “{_end_of(answer.trained[:at])}”, then" if at else "from the first word:"
+            after = f"“{_begin_of(answer.trained[at:])}” and “{_begin_of(answer.exported[at:])}”"
+            lines.append(f"  “{_begin_of(answer.request)}”: {shared} {after}")
+    return "\n".join(lines)
+
+
+def _first_difference(one: str, other: str) -> int:
+    return next(
+        (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right),
+        min(len(one), len(other)),
+    )
+
+
+SHOWN = 30
+"""Characters of an answer beside the place where it parts from the other."""
+
+
+def _begin_of(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"
+
+
+def _end_of(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else f"…{line[-SHOWN:]}"

@@ -17,7 +17,7 @@ from qtune.errors import ModelError
 from qtune.memory.cached import traced_work
 from qtune.memory.predict import Longest
 from qtune.memory.tracing.work import from_rows
-from qtune.model.load import load_config
+from qtune.model.geometry import load_geometry
 from qtune.timing.known import known_rates
 from qtune.timing.price import Cost, Duration, cost_by, duration
 
@@ -125,7 +125,7 @@ def attempted_time(recipe: Recipe, forecast: Forecast | str | None) -> TimeForec
     if forecast is None or isinstance(forecast, str) or known_rates(forecast.plan.device) is None:
         return None
     try:
-        return time_of(load_config(recipe.model), recipe, forecast)
+        return time_of(load_geometry(recipe.model), recipe, forecast)
     except ModelError:
         log.debug("the time could not be predicted", exc_info=True)
         return None

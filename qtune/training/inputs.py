@@ -70,7 +70,9 @@ def _time(recipe: Recipe, preflight: Preflight) -> TimeForecast | None:
     device = preflight.plan.device
     if known_rates(device) is None:
         return None
-    found = preflight.forecast or attempted(load_config(recipe.model), recipe, device, longest_of(preflight.prepared))
+    found = preflight.forecast or attempted(
+        load_config(recipe.model), recipe, device, longest_of(preflight.prepared, recipe.data)
+    )
     return attempted_time(recipe, found)
 
 

@@ -2,45 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qtune.errors import TrainingError
 from qtune.run.metrics import Metric, TrainRecord
-
-# The start and the end of a run are means of this share of its steps each: one batch is easier than another.
-SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The logged training losses of a run in their order, in nats per token."""
-
-    values: Sequence[float]
-
-    @property
-    def start(self) -> float:
-        """The mean of the first tenth."""
-        return self._mean(self.values[: self._count])
-
-    @property
-    def end(self) -> float:
-        """The mean of the last tenth."""
-        return self._mean(self.values[-self._count :])
-
-    @property
-    def _count(self) -> int:
-        return max(1, round(SHARE * len(self.values)))
-
-    def _mean(self, values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
-
-def training_losses(records: Sequence[Metric]) -> list[float]:
-    """The finite training losses among the records of a run, in their order."""
-    return [record.loss for record in records if isinstance(record, TrainRecord) and record.is_finite]
+from qtune.run.summary import Losses
 
 
 def rise_of(losses: Losses, vocabulary: int) -> str | None:

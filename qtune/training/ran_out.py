@@ -34,7 +34,7 @@ def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
     kept = read_memory(run_dir) or RunMemory()
     write_memory(run_dir, replace(kept, failure=report.to_json()))
     with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
-        rows = longest_of(inputs.prepared)
+        rows = longest_of(inputs.prepared, inputs.recipe.data)
         report = with_offers(
             report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
         )

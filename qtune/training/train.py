@@ -44,6 +44,7 @@ from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_recipe, resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
+from qtune.run.summary import Losses, training_losses
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
@@ -58,7 +59,7 @@ from qtune.training.checkpoints import (
 from qtune.training.depends import blame_drift, go_on_with, lock_now
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
-from qtune.training.outcome import Losses, require_change, require_gradients, rise_of, training_losses
+from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.whole import whole
@@ -92,6 +93,8 @@ def run(
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
+    taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
+    console.say(f"this run is in {run_dir.path}{taken}")
     with owned(run_dir):
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
@@ -125,7 +128,10 @@ def resume(
     require_free(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
-            raise RunError(Problem(str(run_dir.path), "has ended; there is nothing to resume"))
+            further = f"qtune run {run_dir.resolved_file} --set adapter.start_from={run_dir.path}"
+            further += f" --set output.name={run_dir.name}"
+            message = f"has ended; there is nothing to resume. A new run goes on from its adapter with: {further}"
+            raise RunError(Problem(str(run_dir.path), message))
         console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
     if snapshot:
         require_allocator()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.data.conversation import Conversation, RowError
+from qtune.data.conversation import Conversation, RowError, shown
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem
@@ -25,11 +25,13 @@ from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import training_autocast
-from qtune.tuned.vocabulary import require_embeddings
+from qtune.tuned.trained_system import usual_system
+from qtune.tuned.vocabulary import require_embeddings, require_known
 
 HELP = """\
 /adapter on|off   answer with or without the adapter
 /system TEXT      set the system message and start anew; without TEXT, none
+/trained          ask with the system message of the training rows, where most have one
 /reset            forget the conversation
 /help             this list
 /exit             leave (or Ctrl-D)"""
@@ -53,6 +55,8 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     plan: Plan | None = None
     """How a run's model computes; None for a plain model."""
+    trained_system: str | None = None
+    """The system message that most training rows have."""
 
     @property
     def has_adapter(self) -> bool:
@@ -71,6 +75,7 @@ class Session:
         require_embeddings(self.model, self.tokenizer, prompt, "the message")
         with one_sentence(SHORTER), self._switched(), training_autocast(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
+        require_known(self.tokenizer, made)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
         return answer
@@ -121,6 +126,7 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
     Raises:
         RunError, ModelError: it is neither, or cannot be loaded.
     """
+    console.say(f"loading {target}")
     path = Path(target)
     looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
     is_run = (path / "resolved.toml").is_file()
@@ -131,8 +137,15 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
         recipe = resolved_recipe(run_dir)
         grant_for(base_folder(recipe.model), recipe.model.revision)
     run = load_run(run_dir, accepted=accepted) if adapter else load_untuned(run_dir, accepted=accepted)
-    ends = find_ends(run.model, run.tokenizer)
-    return Session(run.model, run.tokenizer, ends, system=run.recipe.data.system_prompt, plan=run.plan)
+    data = run.recipe.data
+    return Session(
+        run.model,
+        run.tokenizer,
+        find_ends(run.model, run.tokenizer),
+        system=data.system_prompt,
+        plan=run.plan,
+        trained_system=usual_system(data, run_dir.path),
+    )
 
 
 def _plain_session(target: str, *, trusted: bool) -> Session:
@@ -149,6 +162,10 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
 
 def chat(session: Session, lines: Iterator[str]) -> None:
     """Answers each line on stdout until the lines or the user end; Ctrl-C stops an answer, not the conversation."""
+    if session.trained_system is not None and session.trained_system != session.system:
+        console.say(
+            f"training's rows have a system message; /trained asks with it: {shown(session.trained_system, 120)}"
+        )
     for line in lines:
         text = line.strip()
         if not text:
@@ -178,6 +195,11 @@ def command(session: Session, text: str) -> str:
                 return "there is no adapter to switch"
             session.adapter_is_on = state == "on"
             return f"adapter {state}"
+        case ["/trained"] if session.trained_system is None:
+            return "most training rows have no system message, or they are not known any more"
+        case ["/trained"]:
+            session.system, session.turns = session.trained_system, []
+            return "the training rows' system message is set, conversation forgotten"
         case ["/system", prompt]:
             session.system, session.turns = prompt, []
             return "system message set, conversation forgotten"

@@ -33,7 +33,7 @@ from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
-from qtune.tuned.vocabulary import require_embeddings
+from qtune.tuned.vocabulary import decoded, require_embeddings
 
 TOKENS_PER_BATCH = 4096
 # Room behind the expected answer: enough to see that an answer goes on where it should have ended.
@@ -260,7 +260,7 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: i
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return decoded(tokenizer, ids).strip()
 
 
 @torch.no_grad()

@@ -15,6 +15,31 @@ def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
     return int(rows or network.config.get_text_config().vocab_size)
 
 
+def require_known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Every token of an answer is the tokenizer's; an unknown one would vanish from the text.
+
+    Raises:
+        DataError: with the tokens that are not.
+    """
+    unknown = sorted({token for token in ids if token >= len(tokenizer)})
+    if unknown:
+        names = ", ".join(map(str, unknown[:5]))
+        message = f"holds token {names}, which the tokenizer does not know (it has {len(tokenizer)})"
+        raise DataError(Problem("the answer", message))
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer without special tokens; a token that the tokenizer does not know stays to be seen."""
+    known, parts = list[int](), list[str]()
+    for token in ids:
+        if token < len(tokenizer):
+            known.append(token)
+            continue
+        parts += [str(tokenizer.decode(known, skip_special_tokens=True)), f"<unknown token {token}>"]
+        known = []
+    return "".join([*parts, str(tokenizer.decode(known, skip_special_tokens=True))])
+
+
 def require_embeddings(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], place: str
 ) -> None:

@@ -1,0 +1,72 @@
+"""The runs of a folder, each in a line: what it trained, how far it came, what it learned, how large and old it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtune.errors import Problem, RunError
+from qtune.run.folder import RunDir
+from qtune.run.resolved import read_values
+from qtune.run.summary import Summary, summary_of
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """One run; figures that its files do not have, or that cannot be read, are None."""
+
+    name: str
+    state: str
+    base: str | None
+    adapter: str | None
+    loss_start: float | None
+    loss_end: float | None
+    validation: float | None
+    """The lowest validation loss."""
+    size_bytes: int
+    changed: float
+    """When it was last written to, in seconds since 1970."""
+
+
+def list_runs(directory: Path) -> list[ListedRun]:
+    """The runs in a folder, the latest first; a damaged one is listed with what is wrong.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    if not directory.is_dir():
+        raise RunError(Problem(str(directory), "no such folder"))
+    runs = [RunDir(file.parent) for file in directory.glob("*/resolved.toml")]
+    return sorted((_listed(run) for run in runs), key=lambda one: (-one.changed, one.name))
+
+
+def _listed(run_dir: RunDir) -> ListedRun:
+    base = adapter = summary = None
+    try:
+        values = {one.path: one.plain_text for one in read_values(run_dir)}
+        base, adapter = values.get(("model", "base")), values.get(("adapter", "kind"))
+        summary = summary_of(run_dir)
+        state = _state(run_dir, summary)
+    except RunError as error:
+        state = f"damaged: {error.problems[0].message}"
+    losses = summary.losses if summary else None
+    best = summary.best if summary else None
+    files = [file for file in run_dir.path.rglob("*") if file.is_file() and not file.is_symlink()]
+    written = run_dir.metrics_file if run_dir.metrics_file.is_file() else run_dir.resolved_file
+    return ListedRun(
+        run_dir.name,
+        state,
+        base,
+        adapter,
+        losses.start if losses else None,
+        losses.end if losses else None,
+        best.loss if best else None,
+        sum(file.stat().st_size for file in files),
+        written.stat().st_mtime,
+    )
+
+
+def _state(run_dir: RunDir, summary: Summary) -> str:
+    if run_dir.is_finished:
+        return f"finished, {summary.steps:,} steps"
+    if not summary.step:
+        return "no step was taken"
+    return f"step {summary.step:,} of {summary.steps:,}"

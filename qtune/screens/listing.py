@@ -1,0 +1,50 @@
+"""The screen of `qtune list`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from qtune.console import table
+from qtune.sizes import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qtune.run.listing import ListedRun
+
+UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
+
+
+def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> RenderableType:
+    """The runs as a table; `now` is what their age is counted from, in seconds since 1970."""
+    if not runs:
+        return Text(f"no runs in {directory}")
+    rows = [
+        (
+            run.name,
+            run.state,
+            _short_base(run.base),
+            run.adapter or "?",
+            "" if run.loss_start is None else f"{run.loss_start:.3f} -> {run.loss_end:.3f}",
+            "" if run.validation is None else f"{run.validation:.4f}",
+            size_text(run.size_bytes),
+            age_text(now - run.changed),
+        )
+        for run in runs
+    ]
+    columns = ("run", "state", "base", "adapter", "training loss", "best validation", "size", "age")
+    return table(f"Runs in {directory}", columns, rows, right=(4, 5, 6, 7))
+
+
+def age_text(seconds: float) -> str:
+    """ "3 d", "5 h", "12 min", of less "now"."""
+    return next((f"{int(seconds // size)} {unit}" for unit, size in UNITS if seconds >= size), "now")
+
+
+def _short_base(base: str | None) -> str:
+    """A hub id whole, of a folder its name."""
+    if base is None:
+        return "?"
+    return Path(base).name if base.startswith("/") else base

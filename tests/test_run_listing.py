@@ -1,0 +1,76 @@
+"""`qtune list`: the runs of a folder, finished or not, damaged or not, without loading anything heavy."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_qtune
+from test_run_summary import looked, trained
+
+from qtune.errors import RunError
+from qtune.run.folder import RunDir
+from qtune.run.listing import list_runs
+from qtune.run.metrics import append_metric
+from qtune.screens.listing import age_text
+
+RESOLVED = '[model]\nbase = "org/model"  # recipe\n\n[adapter]\nkind = "lora"  # default\n'
+
+
+def made(directory: Path, name: str, *records, age: float = 0) -> RunDir:
+    run_dir = RunDir(directory / name)
+    run_dir.path.mkdir(parents=True)
+    run_dir.resolved_file.write_text(RESOLVED)
+    for record in records:
+        append_metric(run_dir.metrics_file, record)
+    for file in (run_dir.resolved_file, run_dir.metrics_file):
+        if file.exists():
+            os.utime(file, (time.time() - age,) * 2)
+    return run_dir
+
+
+def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> None:
+    done = made(tmp_path, "done", trained(1, 3.0, 1), trained(20, 1.0, 9), looked(10, 1.5, 5), looked(20, 2.0, 9))
+    (done.adapter / "adapter_config.json").parent.mkdir()
+    (done.adapter / "adapter_config.json").write_text("{}" + " " * 98)
+    made(tmp_path, "stopped", trained(7, 3.0, 1), age=60)
+    made(tmp_path, "dead", age=120)
+    broken = made(tmp_path, "broken", age=180)
+    broken.resolved_file.write_text("[model\n")
+    os.utime(broken.resolved_file, (time.time() - 180,) * 2)
+    (tmp_path / "no run").mkdir()
+    runs = list_runs(tmp_path)
+    assert [run.name for run in runs] == ["done", "stopped", "dead", "broken"]
+    first, second, third, last = runs
+    assert (first.state, second.state, third.state) == ("finished, 20 steps", "step 7 of 20", "no step was taken")
+    assert last.state.startswith("damaged: cannot be read: ")
+    assert (first.base, first.adapter, last.base) == ("org/model", "lora", None)
+    assert (first.loss_start, first.loss_end, first.validation) == (3.0, 1.0, 1.5)
+    files = [done.resolved_file, done.metrics_file, done.adapter / "adapter_config.json"]
+    assert first.size_bytes == sum(len(file.read_bytes()) for file in files)
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"none: no such folder$"):
+        list_runs(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "now"), (60, "1 min"), (3599, "59 min"), (7200, "2 h"), (200_000, "2 d")]
+)
+def test_ages_are_in_the_largest_whole_unit(seconds: float, text: str) -> None:
+    assert age_text(seconds) == text
+
+
+def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
+    made(tmp_path, "mine", trained(20, 1.25, 9))
+    shown = run_qtune("list", tmp_path)
+    assert shown.returncode == 0
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("mine"))
+    assert "step 20 of 20" in line
+    assert "1.250 -> 1.250" in line
+    (found,) = json.loads(run_qtune("list", tmp_path, "--json").stdout)
+    assert (found["name"], found["loss_end"]) == ("mine", 1.25)
+    (tmp_path / "empty").mkdir()
+    assert run_qtune("list", tmp_path / "empty").stdout == f"no runs in {tmp_path / 'empty'}\n"

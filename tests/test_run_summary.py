@@ -1,0 +1,72 @@
+"""The end of a run: where it is, what it learned, what it took, and the next commands."""
+
+from pathlib import Path
+
+import pytest
+from conftest import run_qtune
+
+from qtune.run.folder import RunDir
+from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, append_metric
+from qtune.run.summary import summary_of
+from qtune.screens.run import summary_text
+from qtune.sizes import GIB
+
+
+def trained(step: int, loss: float, seconds: float, peak: int = GIB) -> TrainRecord:
+    return TrainRecord(step, 20, step / 20, seconds, loss, 0.5, 1e-4, 1.0, 100.0, peak, peak)
+
+
+def looked(step: int, loss: float, seconds: float) -> EvalRecord:
+    return EvalRecord(step, 20, step / 20, seconds, loss, 0.75)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(tmp_path / "mine")
+    run_dir.path.mkdir()
+    return run_dir
+
+
+def written(run_dir: RunDir, *records: TrainRecord | EvalRecord | NoteRecord) -> str:
+    for record in records:
+        append_metric(run_dir.metrics_file, record)
+    return summary_text(summary_of(run_dir)).replace(str(run_dir.path), "RUN")
+
+
+def test_the_summary_is_made_of_the_runs_own_records(run: RunDir) -> None:
+    losses = [3.0, 2.0, *[1.5] * 16, 0.5, 0.25]
+    records = [trained(step, loss, 3.0 * step) for step, loss in enumerate(losses, 1)]
+    text = written(run, *records[:10], looked(10, 1.0, 31), *records[10:], looked(20, 1.25, 63))
+    assert text.splitlines() == [
+        "RUN: 20 steps in 1:03, memory peak 1.00 GiB",
+        "training loss 2.5000 -> 0.3750 (first and last tenth)",
+        "validation loss 1.2500, accuracy 75.0%; the best was 1.0000 at step 10",
+        "  qtune eval RUN   base against tuned on held-out rows",
+        "  qtune chat RUN   talk to it",
+        "  qtune export RUN a plain model for transformers, vLLM and Ollama",
+    ]
+
+
+def test_the_parts_of_a_resumed_run_are_added_and_the_best_at_the_end_is_not_said_twice(run: RunDir) -> None:
+    text = written(run, trained(10, 2.0, 60), NoteRecord("stopped", 61), trained(20, 1.0, 30), looked(20, 1.0, 31))
+    assert "20 steps in 1:32" in text
+    assert "the best" not in text
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
+    written(run, trained(1, 2.0, 1), looked(1, float("nan"), 1), looked(2, 3.0, 2))
+    best = summary_of(run).best
+    assert best is not None
+    assert best.step == 2
+
+
+def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(write_recipe, tmp_path: Path) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 2")
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    process = run_qtune("run", recipe)
+    run_dir = tmp_path / "runs" / "tiny-2"
+    assert process.stdout == f"{run_dir}\n"
+    assert f"this run is in {run_dir}; {tmp_path / 'runs' / 'tiny'} is taken\n" in process.stderr
+    begins, ends = process.stderr.index("this run is in"), process.stderr.index("training loss")
+    assert begins < process.stderr.index("step 1/2") < ends
+    assert process.stderr.rstrip().splitlines()[-1].split("  ")[1].startswith(f"qtune export {run_dir}")
