@@ -62,6 +62,15 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {adapter.kind}",
         )
+    is_measured = training.eval_every != "never" and recipe.data.validation != 0
+    for key, asks in (("patience", training.patience is not None), ("result", training.result == "best")):
+        if asks and not is_measured:
+            yield Fault(
+                ("training", key),
+                "needs a validation loss: set rows aside with data.validation, and training.eval_every",
+            )
+    if training.evaluate_first and not is_measured:
+        yield Fault(("training", "evaluate_first"), "needs validation rows: set some aside with data.validation")
     if training.steps is not None and "epochs" in training.model_fields_set:
         yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
