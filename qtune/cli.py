@@ -177,10 +177,10 @@ def _end_run(run_dir: "RunDir") -> None:
     from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.run import summary_text
-    from qtune.verdicts.of_run import verdicts_of
+    from qtune.verdicts.of_run import attempt_verdicts
 
     attempt_report(run_dir)
-    verdicts_screen.show(verdicts_of(run_dir), as_messages=True)
+    verdicts_screen.show(attempt_verdicts(run_dir), as_messages=True)
     console.say(summary_text(summary_of(run_dir)))
     console.out(f"{run_dir.path}")
 

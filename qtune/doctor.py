@@ -22,7 +22,7 @@ from qtune.errors import first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
-from qtune.sizes import GIB, MIB
+from qtune.sizes import GIB, MIB, size_text
 from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
 from qtune.timing.known import card_of, keep_rates, known_rates
 
@@ -211,7 +211,7 @@ def disk_findings(folders: Mapping[str, Path]) -> Iterator[Diagnosis]:
     for name, folder in folders.items():
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(existing).free
-        value = f"{folder}, {free / GIB:.1f} GiB free"
+        value = f"{folder}, {size_text(free) if free < GIB else f'{free / GIB:.1f} GiB'} free"
         if not os.access(existing, os.W_OK):
             yield Diagnosis("disk", name, f"{folder} cannot be written", "problem", "choose a folder of your own")
         elif free < ENOUGH_DISK_BYTES:

@@ -27,15 +27,17 @@ def size_in_bytes(text: str, place: str) -> int:
 
 
 def size_text(size_bytes: float) -> str:
-    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that."""
+    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that, and bytes below one of them."""
     if size_bytes >= GIB / 10:
         return f"{size_bytes / GIB:.2f} GiB"
-    return f"{size_bytes / MIB:.1f} MiB" if size_bytes >= MIB / 10 else f"{size_bytes / KIB:.1f} KiB"
+    if size_bytes >= MIB / 10:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / KIB:.1f} KiB" if size_bytes >= KIB else f"{size_bytes:.0f} B"
 
 
 def gib_text(size_bytes: float) -> str:
-    """Always in GiB, for sizes that stand beside each other: "6.98 GiB"."""
-    return f"{size_bytes / GIB:.2f} GiB"
+    """In GiB for sizes that stand beside each other, "6.98 GiB"; smaller where that would be 0.00 of something."""
+    return size_text(size_bytes) if 0 < size_bytes < GIB / 200 else f"{size_bytes / GIB:.2f} GiB"
 
 
 def saving_text(without: int, ours: int) -> str:

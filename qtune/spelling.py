@@ -11,3 +11,8 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: 
     """ "did you mean 'rank'?" with up to `most` known words, the nearest first; `otherwise` where none is near."""
     near = difflib.get_close_matches(word, [*known], n=most, cutoff=LIKENESS)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is nearest; None where none is near."""
+    return next(iter(difflib.get_close_matches(word, [*known], n=1, cutoff=LIKENESS)), None)

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qtune.spelling import did_you_mean
+from qtune.spelling import nearest
 
 # What other tools call ours, with what theirs does.
 ELSEWHERE = {
@@ -51,8 +51,16 @@ class Verbs(TyperGroup):
         """click's search for the verb that the first argument names."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            rest = f"; the verbs: {', '.join(self.list_commands(ctx))}"
-            meant = ELSEWHERE.get(name.lower())
-            advice = f"here that is: qtune {meant}" if meant else did_you_mean(name, self.list_commands(ctx))
-            raise typer.BadParameter(f"no such verb{f'; {advice}' if advice else rest}", param_hint=f"qtune {name}")
+            raise typer.BadParameter(
+                f"no such verb; {_meant(name, self.list_commands(ctx))}", param_hint=f"qtune {name}"
+            )
         return super().resolve_command(ctx, args)
+
+
+def _meant(name: str, verbs: list[str]) -> str:
+    """What to say of a verb that is not there: what another tool's word, or a mistyped one, means here; else all."""
+    word = name.lower()
+    near = word if word in ELSEWHERE else nearest(word, [*verbs, *ELSEWHERE])
+    if near in ELSEWHERE:
+        return f"here that is: qtune {ELSEWHERE[near]}"
+    return f"did you mean {near!r}?" if near else f"the verbs: {', '.join(verbs)}"

@@ -193,6 +193,7 @@ def test_rows_without_tools_use_the_default_of_several_templates(tmp_path, two_t
     assert 'Chat template: the tokenizer\'s "default", "tool_use" for rows with tools' in screen(result)
 
 
+@pytest.mark.slow
 def test_all_templates_of_a_tokenizer_are_exported(tmp_path, two_templates):
     finished = train.run(load_recipe(recipe_for(tmp_path, two_templates, "colours.jsonl")))
     folder = export_run(finished, Options())
@@ -225,6 +226,7 @@ def test_more_tokens_than_embeddings_are_noticed_and_a_typed_one_is_one_error(tm
     assert str(caught.value).startswith("the message: holds <|coef|> (49152), and the model has embeddings for 49152")
 
 
+@pytest.mark.slow
 def test_the_system_prompt_of_a_run_is_the_default_of_its_export(tmp_path, base):
     prompt = "Answer in one word, in capital letters."
     file = recipe_for(tmp_path, base, "colours.jsonl", f'system_prompt = "{prompt}"')

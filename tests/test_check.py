@@ -161,7 +161,7 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     found = check(load_recipe(recipe, ["memory.budget=1MiB"]))
     rows = found.plan.micro_batch_size
     need = found.memory.prediction.need.total_bytes / 2**30
-    warning = f"warning  memory: {rows} rows are predicted to need {need:.2f} GiB of 0.00 GiB; qtune fit shows"
+    warning = f"warning  memory: {rows} rows are predicted to need {need:.2f} GiB of 1.0 MiB; qtune fit shows"
     assert warning in screen(found)
 
     def fails(*_):

@@ -143,7 +143,7 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     assert (code, out) == (2, "")
     assert "No such option: --resum" in err
     assert no_verb[0] == 2
-    assert "No such command 'trian'" in no_verb[2]
+    assert "no such verb; here that is: qtune run" in no_verb[2]
 
 
 OPTIONS = {

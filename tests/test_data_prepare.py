@@ -52,7 +52,7 @@ def test_rows_become_ids_and_labels_in_their_order(folder):
     )
     assert prepared.lengths.tolist() == [len(row["input_ids"]) for row in prepared.train]
     assert prepared.end_of_turn == "<|im_end|>"
-    assert [talk.place for talk in prepared.conversations("train")][:2] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert prepared.examples["train"]["place"][:2] == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
 def test_a_share_of_the_rows_is_set_aside_by_the_seed(folder):

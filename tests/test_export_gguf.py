@@ -112,6 +112,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @llama_cpp.needed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_itself_predicts_the_same_tokens(variant: str, tmp_path: Path) -> None:

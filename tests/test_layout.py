@@ -36,6 +36,9 @@ ROOMS = (
     "memory.measured",
     "timing",
     "export",
+    "export.verify",
+    "export.gguf",
+    "export.export",
     "verdicts",
     "preflight",
     "training",
@@ -285,3 +288,32 @@ def test_the_readme_shows_every_room_in_this_order() -> None:
 
 def test_every_file_of_the_package_is_on_a_floor() -> None:
     assert [module for module in modules(PACKAGE) if not room_of(module, ROOMS)] == []
+
+
+def named_files(text: str) -> list[str]:
+    """The files of the package that a text names, `room/{one,other}.py` as two."""
+    named = []
+    for folder, together, alone in re.findall(r"\b((?:\w+/)+)(?:\{([\w,]+)\}|(\w+))\.py", text):
+        named += [f"{folder}{name}.py" for name in (together or alone).split(",")]
+    return [name for name in named if not name.startswith(("tests/", "tools/"))]
+
+
+def test_the_files_that_a_text_names_are_found_in_it() -> None:
+    text = "see `run/{lock,folder}.py`, then export/verify/rows.py; tests/test_x.py holds it"
+    assert named_files(text) == ["run/lock.py", "run/folder.py", "export/verify/rows.py"]
+
+
+def test_who_asks_what_happens_on_a_run_is_sent_to_one_file_that_names_the_stages_and_their_files() -> None:
+    story = ast.get_docstring(ast.parse((PACKAGE / "training" / "train.py").read_text(encoding="utf-8"))) or ""
+    assert story.startswith("What happens on `qtune run`")
+    stages = [line.split()[0] for line in story.splitlines()[2:]]
+    assert stages == ["recipe", "inputs", "folder", "model", "lock", "trainer", "steps", "adapter", "report"]
+    for document in ("README.md", "CONTRIBUTING.md"):
+        assert "training/train.py" in (PACKAGE.parent / document).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "qtune/training/train.py"])
+def test_every_file_that_a_guide_names_is_there(document: str) -> None:
+    named = named_files((PACKAGE.parent / document).read_text(encoding="utf-8"))
+    assert named
+    assert [name for name in named if not (PACKAGE / name).is_file()] == []

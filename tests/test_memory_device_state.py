@@ -123,6 +123,7 @@ def in_the_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], s
     return traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_no_function_of_a_step_asks_for_a_device_that_is_not_accounted_for(name: str, in_the_step) -> None:
     found = asking(in_the_step(STEPS[name]))

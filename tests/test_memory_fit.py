@@ -249,6 +249,7 @@ def test_what_a_run_settles_by_itself_is_left_to_it(mib: int, rows: int, embeddi
     assert found.left == {("training", "micro_batch_size"): rows, ("memory", "embeddings"): embeddings}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_head")
 @pytest.mark.parametrize("mib", range(1090, 2300, 40))
 @pytest.mark.parametrize("given", [{}, {"training": AUTO}, {"memory": {"embeddings": "device"}}])

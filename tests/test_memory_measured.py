@@ -76,6 +76,7 @@ def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
     return trace(config, lambda shape: build(shape, recipe, plan), replace(step, eval_batch=None), card=CARD.capability)
 
 
+@pytest.mark.slow
 @each_run
 def test_traced_bytes_are_what_the_allocator_of_the_card_counted(run: Run) -> None:
     history, measured = traced(run).history, MEASURED[run.name]["by_phase"]
@@ -94,6 +95,7 @@ def test_traced_bytes_are_what_the_allocator_of_the_card_counted(run: Run) -> No
         assert either < tolerance, (phase, expected / GIB, counted / GIB)
 
 
+@pytest.mark.slow
 @each_run
 def test_traced_bytes_by_category_are_what_the_ledger_of_the_run_saw(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = MEASURED[run.name]["ledger"]
@@ -109,6 +111,7 @@ def test_traced_bytes_by_category_are_what_the_ledger_of_the_run_saw(run: Run, m
         assert at_peak.get(name, 0) == pytest.approx(alive.get(name, 0), abs=CLOSE * total), name
 
 
+@pytest.mark.slow
 @each_run
 def test_the_need_is_never_less_than_the_card_used_and_at_most_five_per_cent_more(run: Run) -> None:
     need = summarize(traced(run)).need
@@ -118,6 +121,7 @@ def test_the_need_is_never_less_than_the_card_used_and_at_most_five_per_cent_mor
     assert used <= need.total_bytes <= 1.05 * used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", H100["trl"], ids=lambda script: f"{script['rows']}x{script['length']}")
 def test_trl_as_it_comes_is_traced_as_the_card_counted_it(script: dict[str, Any]) -> None:
     rows, length = script["rows"], script["length"]

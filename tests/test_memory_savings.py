@@ -142,6 +142,7 @@ def test_each_technique_saves_what_a_count_by_hand_gives() -> None:
     assert found["nf4 weights"].prediction.peak.bytes - ours.peak.bytes > 0
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_the_activations_of_all_layers_but_one() -> None:
     peaks = {}
     plan = planned(quantization={"kind": "none"}, training={"gradient_checkpointing": True})
@@ -168,6 +169,7 @@ def test_a_tiled_loss_saves_the_logits() -> None:
     assert found["smaller loss tiles"].how == f"tiles of {tile // 2**20} MiB"
 
 
+@pytest.mark.slow
 def test_what_waits_in_host_memory_is_what_it_saves_on_the_card() -> None:
     rows = Longest(4096, equal=True)  # a hidden state of a layer is 1 MiB, the least that is moved
     memory = {"embeddings": "host", "activations": "host"}

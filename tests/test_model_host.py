@@ -230,6 +230,7 @@ def traced(tied: bool = False, **memory) -> History:
     return predict(config, recipe, make_plan(recipe, CARD), Longest(LENGTH, equal=True)).history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_host_embeddings_leave_the_card_and_come_to_it_block_by_block(tied: bool) -> None:
     device, host = traced(tied, embeddings="device"), traced(tied, embeddings="host", loss_tile="1MiB")

@@ -158,7 +158,7 @@ def test_techniques_come_in_the_order_of_what_they_save_and_one_may_cost(traced)
     assert cells_after(page, "costly", 1) == ["costs 5.0 MiB"]
     cells = page.texts["td"]
     assert cells.index("much") < cells.index("little") < cells.index("costly")
-    assert (saving_text(3, 1), saving_text(1, 3)) == ("0.0 KiB", "costs 0.0 KiB")
+    assert (saving_text(3, 1), saving_text(1, 3)) == ("2 B", "costs 2 B")
 
 
 def test_memory_that_ran_out_is_told_as_the_command_told_it() -> None:

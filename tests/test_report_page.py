@@ -19,8 +19,8 @@ from qtune.data.prepare import prepare
 from qtune.data.samples import pieces_of
 from qtune.device.present import Device
 from qtune.errors import RunError
+from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import Answer, Verification, write_verification
-from qtune.export.verify.closeness import Closeness, Limits
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
@@ -275,16 +275,36 @@ def test_an_attack_in_a_row_or_in_an_answer_is_shown_as_the_text_it_is(drawn):
     assert ATTACK in drawn.texts["td"]
 
 
+def test_three_verdicts_stand_before_everything_and_the_others_below_them(finished, drawn):
+    """Of this made-up run: no interval was kept, the memory was measured, the export was not proven."""
+    text = finished.report.read_text(encoding="utf-8")
+    body = text[text.index("<h1>") :]
+    tiles = re.findall(r'<p class="answer">(.*?)</p>', body)
+    assert tiles == ["? Not certain", "✓ Fits", "✗ Not proven"]
+    places = [body.index(one) for one in ("Not proven", "Does it overfit?", "<dl", "<h2")]
+    assert places == sorted(places)
+
+
+def test_what_the_terminal_said_in_between_is_no_part_of_the_report(drawn):
+    assert "stopped and resumed" not in drawn.text
+
+
+@pytest.mark.parametrize(("size", "shown"), [(300, "300 B"), (40 << 10, "40.0 KiB"), (50 << 20, "50.0 MiB")])
+def test_an_adapters_size_has_the_unit_that_fits_it(tmp_path, size, shown):
+    run_dir = make_run(tmp_path)
+    run_dir.adapter.mkdir()
+    (run_dir.adapter / "adapter_model.safetensors").write_bytes(bytes(size))
+    assert shown in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
+
+
 def test_the_figures_that_one_looks_for_first_are_at_the_top(drawn):
     tiles = dict(zip(drawn.texts["dt"], drawn.texts["dd"], strict=True))
     assert tiles == {
         "state": "finished",
         "trained for": "0:11",
         "steps": "10 of 10",
-        "last training loss": "0.2000",
-        "validation loss": "0.7500",
-        "best validation loss": "0.7500 at step 10",
-        "answers exactly right": "50%, base 0%",
+        "last training loss": "0.200",
+        "validation loss": "0.750",
         "adapter": "3.0 MiB",
     }
 
@@ -299,7 +319,6 @@ def test_every_part_has_its_heading(drawn):
         "What was decided, and by whom",
         "What it depended on",
     ]
-    assert "stopped and resumed" in drawn.text
 
 
 def test_wrong_answers_come_first(drawn):
@@ -375,6 +394,7 @@ def test_rows_that_are_gone_are_a_note_and_no_failure(tmp_path):
     assert "no such file or folder" in text
 
 
+@pytest.mark.slow
 def test_rows_that_have_changed_since_are_not_passed_off_as_those_trained_on(tmp_path):
     run_dir = make_run(tmp_path)
     tokenizer = load_tokenizer(Model(base=str(builtin_folder("smollm2-135m-instruct"))))
@@ -391,7 +411,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     tell(run_dir, train_record(1), train_record(2))
     run_dir.metrics_file.write_text(run_dir.metrics_file.read_text()[:-60])
     record = read_record(run_dir)
-    assert [one.step for one in record.train] == [1]
+    assert [one.step for one in record.facts.train] == [1]
     assert "step 1 of 10" in page(record, "not asked for")
 
 
@@ -411,16 +431,17 @@ def test_a_figure_that_is_no_number_is_no_obstacle(tmp_path, key, odd):
     run_dir = make_run(tmp_path)
     tell(run_dir, train_record(1), train_record(2, **{key: odd}))
     shown = Page(write_report(run_dir).read_text(encoding="utf-8"))
-    assert (f"{odd:.4f}" in shown.texts["dd"]) == (key == "loss")
+    assert ("no number" in shown.texts["dd"]) == (key == "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     run_dir = make_run(tmp_path)
     where = {"steps": 10, "epoch": 0.5, "seconds": 1.0, "accuracy": 0.5}
     losses = {5: abs(odd), 6: 0.5, 7: 0.75}
     tell(run_dir, *(EvalRecord(step=step, loss=loss, **where) for step, loss in losses.items()))
-    assert "0.5000 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
+    assert "0.500 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
 
 
 def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import qtune
 from qtune.errors import RunError
+from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import (
     VERIFICATION,
     Answer,
@@ -24,7 +25,6 @@ from qtune.export.verification import (
     read_proof,
     write_verification,
 )
-from qtune.export.verify.closeness import Closeness, Limits
 from qtune.run.folder import RunDir
 from qtune.run.lock import Continued, Lock, LockedBase, LockedDevice, LockedSource, read_lock, write_lock
 from qtune.run.memory import RunMemory, measured_memory, read_memory, write_memory

@@ -149,6 +149,7 @@ def test_a_measurement_far_beyond_the_data_sheet_is_not_believed() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_every_rate_of_this_computer_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CPU", replace(measure.CPU, tokens=32, rows=1, length=32, seconds=0.01))
     found = measure.measured_rates(replace(HERE, bf16=False))
@@ -213,6 +214,7 @@ def test_evaluations_take_time_as_often_as_they_come() -> None:
     assert once > quiet
 
 
+@pytest.mark.slow
 def test_shorter_rows_take_less_time_and_the_longest_step_is_said_beside_the_mean_one() -> None:
     mixed, equal = of_lengths([128] * 2 + [16] * 30), of_lengths([128] * 32)
     assert mixed.longest_step == equal.longest_step
@@ -244,6 +246,7 @@ def test_check_says_what_an_epoch_and_the_run_take_where_this_device_was_measure
     assert value["epoch_seconds"] == pytest.approx(5 * value["step_seconds"])
 
 
+@pytest.mark.slow
 def test_profile_says_what_a_step_takes_and_what_each_technique_costs(write_recipe: WriteRecipe) -> None:
     file = write_recipe(training="batch_size = 4\nmicro_batch_size = 2")
     shown = run_qtune("profile", file, "--gpu", "RTX 3060", "--explain").stdout

@@ -108,6 +108,7 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 # --- what a run leaves behind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: WriteRecipe, tiny_model: Path) -> None:
     recipe = write_recipe(training=TWO_EPOCHS)
     finished = run(recipe)
@@ -187,6 +188,7 @@ def test_no_step_is_taken_at_rate_0_and_none_above_the_peak(schedule: str, warmu
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_trains_something(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training="steps = 1\nbatch_size = 4\nlearning_rate = 1e-2"))
     (record,) = records(finished, "train")
@@ -231,6 +233,7 @@ def test_the_start_and_end_of_a_loss_are_means_of_a_tenth(values: list[float], w
     assert rise is None if words is None else rise is not None and words in rise
 
 
+@pytest.mark.slow
 def test_weight_decay_and_clipping_reach_the_optimizer(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +250,7 @@ def test_weight_decay_and_clipping_reach_the_optimizer(
     assert seen["norm"] == pytest.approx(0.125, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_saved_prompt_is_the_encoders_without_its_dropout(write_recipe: WriteRecipe, tiny_model: Path) -> None:
     adapter = ADAPTERS["p-tuning-lstm"].replace("encoder_dropout = 0.1", "encoder_dropout = 0.9")
     finished = run(write_recipe(adapter=adapter, training="steps = 2\nbatch_size = 2"))
@@ -414,6 +418,11 @@ def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
     for one, other in zip(records(narrow, "eval"), records(roomy, "eval"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["accuracy"] == other["accuracy"]
+        assert one["group_tokens"] == other["group_tokens"]
+        assert one["group_losses"] == pytest.approx(other["group_losses"], rel=1e-3)
+        losses = zip(one["group_losses"], one["group_tokens"], strict=True)
+        assert sum(loss * tokens for loss, tokens in losses) / sum(one["group_tokens"]) == pytest.approx(one["loss"])
+        assert len(one["group_tokens"]) == 7
     for name, tensor in final_state(roomy).items():
         assert torch.equal(final_state(narrow)[name], tensor), name  # what training draws next is the same
 
@@ -431,6 +440,7 @@ def loss_becomes_nan(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(training="steps = 6\nbatch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1")
     loss_becomes_nan(monkeypatch, step=3)
@@ -507,6 +517,7 @@ def test_a_finding_that_was_waived_stays_waived_when_the_run_goes_on(
     assert train.resume(latest_run(recipe)).is_finished
 
 
+@pytest.mark.slow
 def test_who_decided_what_stays_known_when_a_run_goes_on_with_a_waiver(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,13 @@ def said(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("verb", "ours"),
-    [("train", "qtune run"), ("merge", "qtune export"), ("evaluate", "qtune eval"), ("Finetune", "qtune run")],
+    [
+        ("train", "qtune run"),
+        ("merge", "qtune export"),
+        ("evaluate", "qtune eval"),
+        ("Finetune", "qtune run"),
+        ("trian", "qtune run"),
+    ],
 )
 def test_a_verb_of_another_tool_is_answered_with_ours(verb: str, ours: str) -> None:
     assert f"no such verb; here that is: {ours}" in said(verb, "recipe.toml")

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from qtune.export.closeness import Closeness
 from qtune.export.verification import GgufProof, Proof
-from qtune.export.verify.closeness import Closeness
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.memory import RunMemory
 from qtune.run.metrics import GROUPS, EvalRecord, TrainRecord, grouped
@@ -126,7 +126,7 @@ def test_rows_keep_their_group_however_many_there_are() -> None:
 def test_a_fall_against_the_base_is_learning_and_has_its_interval() -> None:
     found = learned(replace(NOTHING, evaluation=evaluation(spread(2.4), spread(0.4, seed=1), right=(0, 29))))
     assert (found.standing, found.answer) == ("good", "Learned")
-    assert found.sentence.startswith("on 30 held-out rows the loss went from 2.4 to 0.4")
+    assert found.sentence.startswith("on 30 held-out rows the loss went from 2.40 to 0.402 nats per token, a fall by ")
     assert found.sentence.endswith("; answers exactly right: 0 → 29 of 30")
 
 
@@ -181,6 +181,11 @@ def test_a_training_loss_that_only_wavers_has_not_fallen(seed: int) -> None:
         assert "no more than noise" in found.sentence
 
 
+def test_what_a_long_run_learns_in_its_first_steps_is_not_called_little() -> None:
+    losses = noisy(lambda at: 1.0 + 2 * math.exp(-2000 * at), steps=10_000)
+    assert learned(replace(NOTHING, train=training(losses))).answer == "Training loss fell"
+
+
 def test_a_run_that_diverged_did_not_learn() -> None:
     found = learned(replace(NOTHING, train=training([2.0, 3.0, math.nan])))
     assert (found.standing, found.answer) == ("bad", "Diverged")
@@ -229,6 +234,8 @@ def test_losses_that_are_no_numbers_are_no_best_and_rows_that_changed_are_not_pa
     best, last = validation(20, spread(0.9)), validation(100, spread(1.3, rows=20))
     found = overfits(replace(NOTHING, train=FALLING, validation=(best, odd, last)))
     assert (found.standing, found.answer) == ("unsure", "Not certain")
+    alone = overfits(replace(NOTHING, train=FALLING, validation=(odd,)))
+    assert (alone.sentence, alone.command) == ("the validation loss is no number at step 50", None)
 
 
 # --- rate ----------------------------------------------------------------------------------------------------------
@@ -296,9 +303,9 @@ def with_memory(peak: int, total: int | None, key: str = "device_used_bytes", de
 
 def test_a_run_fits_with_what_it_took_of_what_there_is() -> None:
     found = fits(with_memory(6 << 30, 8 << 30))
-    assert (found.standing, found.sentence) == ("good", "the card took 6.00 GiB of 8.00 GiB at its peak (75%)")
+    assert (found.standing, found.sentence) == ("good", "the card took 6.00 GiB of 8.00 GiB at the peak (75%)")
     on_cpu = fits(with_memory(2 << 30, 16 << 30, "resident_peak_bytes", "cpu"))
-    assert on_cpu.sentence == "this process took 2.00 GiB of 16.00 GiB at its peak (12%)"
+    assert on_cpu.sentence == "the process took 2.00 GiB of 16.00 GiB at the peak (12%)"
 
 
 def test_a_full_card_is_said_and_so_is_one_that_ran_out() -> None:
@@ -306,7 +313,12 @@ def test_a_full_card_is_said_and_so_is_one_that_ran_out() -> None:
     ran_out = fits(replace(NOTHING, memory=RunMemory(failure={"phase": "forward"})))
     assert (ran_out.standing, ran_out.command) == ("bad", "qtune profile runs/x")
     assert fits(NOTHING).standing == "open"
-    assert fits(with_memory(6 << 30, None)).sentence == "the card took 6.00 GiB at its peak"
+    assert fits(with_memory(6 << 30, None)).sentence == "the card took 6.00 GiB at the peak"
+
+
+def test_an_interrupted_run_is_judged_by_what_its_steps_took() -> None:
+    begun = replace(NOTHING, train=training([2.0]), lock=with_memory(1, 100).lock)
+    assert fits(begun).sentence == "the card, so far, took 1 B of 100 B at the peak (1%)"
 
 
 # --- export --------------------------------------------------------------------------------------------------------
@@ -325,6 +337,7 @@ def test_an_export_is_as_good_as_its_worst_proof() -> None:
 def test_without_an_export_the_next_command_is_named() -> None:
     assert exported(NOTHING).command == "qtune export runs/x"
     assert exported(replace(NOTHING, is_finished=False)).command == "qtune run --resume runs/x"
+    assert exported(replace(NOTHING, is_finished=False, train=training([math.nan]))).command is None
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------

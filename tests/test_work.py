@@ -225,6 +225,7 @@ def test_the_head_is_multiplied_with_twice_for_every_scored_position() -> None:
     assert flops(step_work(), phase="forward", part="loss") == 2 * 2 * (2 * 127) * 64 * 256
 
 
+@pytest.mark.slow
 def test_the_work_of_a_deep_model_is_that_of_tracing_every_layer() -> None:
     assert step_work(layers=12) == step_work(layers=12, every_layer=True)
 

@@ -202,8 +202,8 @@ def compare(run: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qtune.export.closeness import ClosenessMeter, PerplexityMeter
     from qtune.export.opened_run import open_for_export
-    from qtune.export.verify.closeness import ClosenessMeter, PerplexityMeter
     from qtune.export.verify.logits import logits_of
     from qtune.export.verify.rows import rows_for
     from qtune.run.folder import RunDir

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import COLUMNS as SHAPES
 from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation
-from qtune.data.lengths import fit, windows
+from qtune.data.lengths import shortened, windows
 from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
 from qtune.data.order import OutOfOrder
 from qtune.data.render_gate import RenderGate
@@ -133,7 +133,7 @@ class RowEncoder:
                 examples.extend(windows(one, self.rules.max_length))
                 continue
             bos = self.encoder.tokenizer.bos_token_id
-            fitted = fit(next(encoded), self.rules.max_length, self.rules.on_long_row, bos)
+            fitted = shortened(next(encoded), self.rules.max_length, self.rules.on_long_row, bos)
             if fitted is None:
                 dropped.append(one.conversation.place)
             else:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from qtune.data.masks import IGNORED, Encoded
 
 
-def fit(example: Encoded, max_length: int, on_long_row: str, bos: int | None) -> Encoded | None:
+def shortened(example: Encoded, max_length: int, on_long_row: str, bos: int | None) -> Encoded | None:
     """The example under the policy; None when it is dropped.
 
     "error" leaves a long row as it is with the note "too-long". The cuts note "cut-prompt", and "cut-answer" where

@@ -19,6 +19,7 @@ from qtune.data.template import Renderer
 from qtune.data.tokens import Tokens
 
 IGNORED = -100
+"""Label of a token that the loss does not see."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ rows -> conversations -> ids and labels happen once per source and are kept on d
 packing are choices of rows and cost nothing.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.cache import cache_folder
 from qtune.data.choice import rows_set_aside, weighted_rows
-from qtune.data.conversation import Conversation
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
 from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_name
@@ -54,7 +53,6 @@ class Prepared:
 
     train: Dataset
     validation: Dataset | None
-    test: Dataset | None
     examples: dict[str, Dataset]
     sources: tuple[SourceReport, ...]
     template: ChatTemplate
@@ -69,12 +67,6 @@ class Prepared:
     def bad_rows(self) -> list[BadRow]:
         """Rows that could not be used, of all sources; as many as are listed."""
         return [bad for source in self.sources for bad in source.stored.bad]
-
-    def conversations(self, split: str) -> Iterator[Conversation]:
-        """The conversations of "train", "validation" or "test" in their order, as they were rendered."""
-        if split in self.examples:
-            for row in self.examples[split].select_columns(["conversation", "place"]):
-                yield Conversation.from_json(row["conversation"], row["place"])
 
     @property
     def held_out(self) -> str | None:
@@ -142,7 +134,6 @@ def survey(
     return Prepared(
         columns["train"],
         columns.get("validation"),
-        columns.get("test"),
         examples,
         tuple(maker.reports),
         template,

@@ -117,7 +117,7 @@ def open_adapter(folder: Path) -> AdapterWeights:
     Raises RunError, naming what is in the way, when the folder holds no adapter or several, or one that changes the
     model in a way that a merge cannot express.
     """
-    config = read_config(folder)
+    config = adapter_config(folder)
     if not isinstance(config, LoraConfig | IA3Config):
         raise RunError(Problem(str(folder), f"a {config.peft_type.value} adapter has no weights to merge"))
     problems = [Problem(str(folder), text) for text in _obstacles(config)]
@@ -136,7 +136,7 @@ def open_adapter(folder: Path) -> AdapterWeights:
     return AdapterWeights(updates, "as the embedding" if together else "if changed")
 
 
-def read_config(folder: Path) -> PeftConfig:
+def adapter_config(folder: Path) -> PeftConfig:
     """The adapter's config; RunError when there is none, or when the folder holds several adapters."""
     if not (folder / CONFIG).exists():
         several = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))

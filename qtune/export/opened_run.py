@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.asking import asking_template
 from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
-from qtune.export.adapter_weights import read_config
+from qtune.export.adapter_weights import adapter_config
 from qtune.export.basis import Basis
 from qtune.model.load import load_tokenizer
 from qtune.model.local import local_base
@@ -59,7 +59,7 @@ def open_for_export(run: RunDir, adapter: Path | None = None) -> OpenedRun:
         recipe=recipe,
         base=local_base(recipe.model),
         adapter=adapter,
-        config=read_config(adapter),
+        config=adapter_config(adapter),
         tokenizer=tokenizer,
         template=template,
         trained_template=trained,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from qtune.errors import Problem, RunError, first_line
-from qtune.export.verify.closeness import Closeness, Limits
+from qtune.export.closeness import Closeness, Limits
 from qtune.run.records import NotARecord, plain, record_of
 from qtune.whole import write_text
 

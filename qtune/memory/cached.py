@@ -38,10 +38,10 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     def traced() -> Prediction:
         return summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
 
-    return remembered(config, recipe, plan, longest, traced)
+    return cached(config, recipe, plan, longest, traced)
 
 
-def remembered(
+def cached(
     config: PretrainedConfig,
     recipe: Recipe,
     plan: Plan,

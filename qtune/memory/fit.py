@@ -164,7 +164,7 @@ def longest_that_fits(
 
     Searched up to what the model has positions for.
     """
-    single = plan.with_micro_batch(1, "")
+    single = plan.with_micro_batch(1)
     scored = None if rows is None else rows.scored
     most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 131072)
     return _longest_within(

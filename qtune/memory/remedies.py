@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, levers, settle, whole_parts
@@ -94,15 +94,7 @@ def remedies(
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
-    # What the plan has settled is the recipe's now, so that a change of one value leaves the others alone.
-    recipe = changed(
-        recipe,
-        {
-            ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
-            ("training", "optimizer"): plan.optimizer,
-            EMBEDDINGS: plan.embeddings,
-        },
-    )
+    recipe = _as_planned(recipe, plan)
     asking = Search(config, plan.device, longest, room.available_bytes, tell=tell)
     failed = asking.trace(recipe, rows)
     # The step must need no more than there was, and save in the failed phase what was missing there: the prediction of
@@ -113,41 +105,59 @@ def remedies(
         over = phase_bytes(prediction, room.phase) - allowed
         return max(prediction.need.total_bytes, room.available_bytes + over)
 
-    search = replace(asking, cost=cost)
-    batch = plan.micro_batch_size * plan.accumulation_steps
-    working: list[Remedy] = []
-
-    def ask(pulled: Sequence[Lever], sizes: Sequence[int]) -> bool:
-        outcome = settle(search, recipe, pulled, sizes)
-        if outcome.is_enough:
-            whys = {lever.words: lever.why for lever in pulled}
-            price = "; ".join(whys[trial.what] for trial in outcome.trials if trial.verdict == "kept")
-            changes = dict(outcome.changes)
-            if outcome.rows != plan.micro_batch_size:
-                changes = {MICRO_BATCH: outcome.rows} | changes
-                price = (
-                    price or f"{batch // outcome.rows} micro-batches make a step: the same gradient, a little slower"
-                )
-            working.append(Remedy(changes, price, outcome.prediction.peak.bytes, outcome.need.total_bytes))
-        return outcome.is_enough
-
+    asked = _Asked(replace(asking, cost=cost), recipe, plan)
     size = rows
     fits_by_prediction = failed.need.fits(room.available_bytes)
     # Fewer rows at once change nothing where memory ran out beside them, as in loading or saving.
     if room.phase in ("forward", "backward", "eval") or not fits_by_prediction:
-        smaller = [part for part in whole_parts(batch) if part < rows]
-        is_enough = bool(smaller) and ask((), smaller)
+        smaller = [part for part in whole_parts(plan.micro_batch_size * plan.accumulation_steps) if part < rows]
+        is_enough = bool(smaller) and asked.fits((), smaller)
         size = rows if is_enough or fits_by_prediction else 1
     ordered = list(levers(recipe, plan))
     if room.is_begun:
         ordered.sort(key=lambda lever: lever.key not in CHANGEABLE)
-    not_enough = [lever for lever in ordered if _is_wanted(lever, working) and not ask((lever,), [size])]
-    together = [lever for lever in not_enough if _is_wanted(lever, working)]
+    not_enough = [lever for lever in ordered if asked.wants(lever) and not asked.fits((lever,), [size])]
+    together = [lever for lever in not_enough if asked.wants(lever)]
     if len(together) > 1:
-        ask(together, [size])
-    return Remedies(failed, working, min(prediction.need.total_bytes for prediction in search.traced.values()))
+        asked.fits(together, [size])
+    return Remedies(failed, asked.working, min(traced.need.total_bytes for traced in asking.traced.values()))
 
 
-def _is_wanted(lever: Lever, found: Sequence[Remedy]) -> bool:
-    """Whether more is looked for, and not just another value of what was found."""
-    return len(found) < WANTED and not any(lever.key in remedy.changes for remedy in found)
+def _as_planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """What the plan has settled is the recipe's, so that a change of one value leaves the others alone."""
+    return changed(
+        recipe,
+        {
+            ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+            ("training", "optimizer"): plan.optimizer,
+            EMBEDDINGS: plan.embeddings,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Changes that were traced, and those of them that would have fit."""
+
+    search: Search
+    recipe: Recipe
+    plan: Plan
+    working: list[Remedy] = field(default_factory=list)
+
+    def fits(self, pulled: Sequence[Lever], sizes: Sequence[int]) -> bool:
+        """Whether the levers are enough with one of these micro-batches; then they are a remedy."""
+        outcome = settle(self.search, self.recipe, pulled, sizes)
+        if outcome.is_enough:
+            whys = {lever.words: lever.why for lever in pulled}
+            price = "; ".join(whys[trial.what] for trial in outcome.trials if trial.verdict == "kept")
+            changes = dict(outcome.changes)
+            if outcome.rows != self.plan.micro_batch_size:
+                changes = {MICRO_BATCH: outcome.rows} | changes
+                parts = self.plan.micro_batch_size * self.plan.accumulation_steps // outcome.rows
+                price = price or f"{parts} micro-batches make a step: the same gradient, a little slower"
+            self.working.append(Remedy(changes, price, outcome.prediction.peak.bytes, outcome.need.total_bytes))
+        return outcome.is_enough
+
+    def wants(self, lever: Lever) -> bool:
+        """Whether more is looked for, and not just another value of what was found."""
+        return len(self.working) < WANTED and not any(lever.key in remedy.changes for remedy in self.working)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtune.adapter.attach import attach_adapter
-from qtune.memory.cached import predicted, remembered
+from qtune.memory.cached import cached, predicted
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.step import Step
@@ -94,25 +94,12 @@ def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
 
         return made
 
-    def trl() -> Variant | None:
-        from qtune.memory.trl_step import trace_trl
-
-        def traced() -> Prediction:
-            return summarize(trace_trl(config, recipe, plan, step, card))
-
-        name = f"TRL {trl_version()} as it comes"
-        try:
-            return Variant(name, TRL_HOW, remembered(config, recipe, plan, longest, traced, name))
-        except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError):
-            log.debug("TRL's step of a %s cannot be traced", config.model_type, exc_info=True)
-            return None
-
     def baseline(name: str, how: str, made: Any) -> Variant:
         def traced() -> Prediction:
             return summarize(trace(config, made, plain, card=card))
 
         said = f"{how}, AdamW, whole logits"
-        return Variant(name, said, remembered(config, recipe, plan, longest, traced, name))
+        return Variant(name, said, cached(config, recipe, plan, longest, traced, name))
 
     word = "bf16" if low is torch.bfloat16 else "fp16"
     computed = f"autocast to {word}" if step.autocast is not None else "computed in fp32"
@@ -122,8 +109,25 @@ def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
         baseline(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
         baseline("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
     ]
-    newest = trl()
+    newest = _as_trl(config, recipe, plan, longest, step)
     return older if newest is None else [*older, newest]
+
+
+def _as_trl(
+    config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, step: Step
+) -> Variant | None:
+    """SFTTrainer's own step on the batch of `step`; None where it cannot be traced."""
+    from qtune.memory.trl_step import trace_trl
+
+    def traced() -> Prediction:
+        return summarize(trace_trl(config, recipe, plan, step, card_of(plan.device)))
+
+    name = f"TRL {trl_version()} as it comes"
+    try:
+        return Variant(name, TRL_HOW, cached(config, recipe, plan, longest, traced, name))
+    except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError):
+        log.debug("TRL's step of a %s cannot be traced", config.model_type, exc_info=True)
+        return None
 
 
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
@@ -142,7 +146,7 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         return summarize(trace(config, lambda shape: _untiled(shape, recipe, plan), step, card=card_of(plan.device)))
 
     def whole_logits() -> Variant:
-        whole = remembered(config, recipe, plan, rows, untiled, "untiled")
+        whole = cached(config, recipe, plan, rows, untiled, "untiled")
         return Variant("tiled loss", "the logits of all labelled positions at once", whole)
 
     return [*(without(*variant) for variant in _switched_off(recipe, plan)), whole_logits()]

@@ -19,14 +19,12 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from qtune.data.masks import IGNORED
 from qtune.model.host import host_weight, on_card
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-IGNORED = -100
-"""Label of a position that is not scored."""
 
 TILE_BYTES = 64 * MIB
 """Size of one tile of fp32 logits, where nothing else is asked for: [memory] loss_tile."""

@@ -3,13 +3,74 @@
 from collections.abc import Iterator
 
 from qtune.recipe.faults import Fault
-from qtune.recipe.schema import IA3, FourBit, Lora, PrefixTuning, PromptTuning, PTuning, Recipe, Unquantized
+from qtune.recipe.schema import (
+    IA3,
+    Adapter,
+    Data,
+    FourBit,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Quantization,
+    Recipe,
+    Training,
+    Unquantized,
+)
 
 
 def conflicts(recipe: Recipe) -> Iterator[Fault]:
     """Pairs of values that cannot work together, each with its reason."""
+    yield from _within_adapter(recipe.adapter)
+    if isinstance(recipe.adapter, Lora):
+        yield from _of_lora(recipe.adapter, recipe.quantization)
+    yield from _of_adapter_and_run(recipe)
+    yield from _of_validation(recipe.data, recipe.training)
+    yield from _within_training(recipe.training)
+
+
+def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
+    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
+        yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
+    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_dropout:
+        yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
+    if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
+        yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
+    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
+        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
+    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
+        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
+    if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
+        yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
+
+
+def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
+    """How it starts and what it is put on decide what is possible."""
+    if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
+        yield Fault(
+            ("adapter", "target_modules"),
+            "the loss reads the LM head's weight directly, so an adapter on it would not be trained; remove lm_head",
+        )
+    if adapter.initialization == "pissa" and not isinstance(quantization, Unquantized):
+        yield Fault(
+            ("adapter", "initialization"),
+            f"PiSSA moves part of the base into the adapter, and a {quantization.kind} base cannot be "
+            'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
+        )
+    if adapter.initialization == "loftq" and not isinstance(quantization, FourBit):
+        yield Fault(
+            ("adapter", "initialization"),
+            'LoftQ corrects the error of a 4-bit base; use it with [quantization] kind = "nf4" or "fp4"',
+        )
+    if adapter.rslora and adapter.initialization == "pissa":
+        yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
+    if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
+        yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
+
+
+def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
+    """What the kind of adapter rules out elsewhere."""
     adapter, training = recipe.adapter, recipe.training
-    quantized = not isinstance(recipe.quantization, Unquantized)
     if not adapter.checkpointable and training.gradient_checkpointing is True:
         yield Fault(
             ("training", "gradient_checkpointing"),
@@ -22,47 +83,16 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
             f"a GGUF file holds a whole model, and {adapter.kind} cannot be put into one; its adapter is exported "
             "alone. Remove the key",
         )
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_layers is not None:
-        yield Fault(("adapter", "encoder_layers"), 'only the "lstm" encoder has layers to count; remove the key')
-    if isinstance(adapter, PTuning) and adapter.encoder == "mlp" and adapter.encoder_dropout:
-        yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
-    if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
-        yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
-    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
-        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
-    if isinstance(adapter, Lora):
-        if "lm_head" in adapter.target_modules and adapter.target_modules != "all-linear":
-            yield Fault(
-                ("adapter", "target_modules"),
-                "the loss reads the LM head's weight directly, so an adapter on it would not be trained; "
-                "remove lm_head",
-            )
-        if adapter.initialization == "pissa" and quantized:
-            yield Fault(
-                ("adapter", "initialization"),
-                f"PiSSA moves part of the base into the adapter, and a {recipe.quantization.kind} base cannot be "
-                'rewritten without rounding it again; use "loftq", "eva", or [quantization] kind = "none"',
-            )
-        if adapter.initialization == "loftq" and not isinstance(recipe.quantization, FourBit):
-            yield Fault(
-                ("adapter", "initialization"),
-                'LoftQ corrects the error of a 4-bit base; use it with [quantization] kind = "nf4" or "fp4"',
-            )
-        if adapter.rslora and adapter.initialization == "pissa":
-            yield Fault(("adapter", "rslora"), "not together with PiSSA, whose difference could not be saved")
-        if adapter.dora and adapter.initialization in ("pissa", "loftq", "eva"):
-            yield Fault(("adapter", "dora"), f"not together with {adapter.initialization} initialization")
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
-        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
-    if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
-        yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
     if recipe.data.packing and adapter.prompt_length:
         yield Fault(
             ("data", "packing"),
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {adapter.kind}",
         )
-    is_measured = training.eval_every != "never" and recipe.data.validation != 0
+
+
+def _of_validation(data: Data, training: Training) -> Iterator[Fault]:
+    is_measured = training.eval_every != "never" and data.validation != 0
     for key, asks in (("patience", training.patience is not None), ("result", training.result == "best")):
         if asks and not is_measured:
             yield Fault(
@@ -71,6 +101,9 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
             )
     if training.evaluate_first and not is_measured:
         yield Fault(("training", "evaluate_first"), "needs validation rows: set some aside with data.validation")
+
+
+def _within_training(training: Training) -> Iterator[Fault]:
     if training.steps is not None and "epochs" in training.model_fields_set:
         yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:

@@ -10,8 +10,10 @@ from qtune.report.html import Html, element
 Point = tuple[float, float]
 Layout = Callable[[float], str]
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
+WIDTH, HEIGHT = 440, 220
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
+DIGIT = 7.7
+"""Width of a digit at the size of the style sheet, in pixels: 12 px DejaVu Sans, the widest of the usual fonts."""
 MOST_POINTS = 400
 """More than the chart has room for; a longer series is drawn as means."""
 
@@ -41,17 +43,19 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
         y = frame.y(value)
         parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(element("text", layout(value), x=LEFT - 8, y=y + 4, text_anchor="end"))
-    parts += [
-        element("text", f"{value:,.0f}", x=frame.x(value), y=HEIGHT - 20, text_anchor="middle") for value in columns
-    ]
+    for value in columns:
+        told, x = f"{value:,.0f}", frame.x(value)
+        # Ten thousand at the end of the axis would be cut at the edge of the picture.
+        has_room = x + len(told) * DIGIT / 2 < WIDTH
+        where, anchor = (x, "middle") if has_room else (WIDTH, "end")
+        parts.append(element("text", told, x=where, y=HEIGHT - 20, text_anchor=anchor))
     parts.append(element("text", x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle"))
     for one in drawn:
         parts += _drawn(one, frame, layout)
     picture = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     names = [_key(one) for one in drawn] if len(drawn) > 1 else []
-    thinning = max(len(finite(one.points)) for one in series) > MOST_POINTS
-    note = [element("span", "each point is the mean of several steps")] if thinning else []
-    caption = element("figcaption", element("b", title), *names, *note)
+    # Title, legend and picture each take a row of the grid, so that charts beside each other stay on one level.
+    caption = element("figcaption", element("b", title), element("div", *names, class_="legend"))
     return element("figure", caption, picture)
 
 

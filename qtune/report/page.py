@@ -7,50 +7,20 @@ from qtune import console
 from qtune.errors import InputError, QtuneError, first_line
 from qtune.memory.profile import is_traced, read_run
 from qtune.report import results, sections
+from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
 from qtune.report.memory import memory
 from qtune.report.record import Record, read_record
 from qtune.report.rows import ShownRows, rows_of
+from qtune.report.style import STYLE
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
+from qtune.verdicts.of_run import verdicts
 
 log = logging.getLogger(__name__)
 
 # The second wall behind escaping: even if a row's text became markup, a browser would neither run nor fetch it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --dim: #5b6570; --faint: #d9dee4; --paper: #fff; --sheet: #f5f7f9;
-  --one: #1f5fbf; --two: #b4460f; --mark: #ffe58a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --dim: #9aa5b1; --faint: #353c45; --paper: #14171b;
-  --sheet: #1d2127; --one: #7fb0ff; --two: #ffab70; --mark: #5b4a00; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 74rem; padding: 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--faint); }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; } p { margin: .4rem 0; max-width: 60rem; }
-.dim, figcaption span, dt, th { color: var(--dim); } .note { border-left: 4px solid var(--two); padding-left: .7rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
-.tiles div { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6px; padding: .4rem .8rem; }
-dt { font-size: .8rem; } dd { margin: 0; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-figure { margin: .6rem 0; } figcaption { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; }
-figure > svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--dim); }
-svg .grid { stroke: var(--faint); } svg .solid, svg .dashed, svg .marked { fill: none; stroke-width: 1.8; }
-svg .solid { stroke: var(--one); } svg .dashed { stroke: var(--dim); stroke-dasharray: 2 3; }
-svg .marked { stroke: var(--two); stroke-dasharray: 6 4; } svg .dot { fill: var(--two); }
-svg.key { width: 30px; height: 12px; margin-right: .3rem; } .bar svg { width: 100%; height: 12px; display: block; }
-.name { white-space: nowrap; } .bar { width: 100%; min-width: 8rem; } svg rect { fill: var(--one); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--faint); }
-th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.answers td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 1rem; max-width: 22rem; }
-pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6px; padding: .7rem; margin: .3rem 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }
-mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom: 1.5px solid; }
-code { font-size: .9em; overflow-wrap: anywhere; } details { margin: .6rem 0; } summary { cursor: pointer; }
-@media print { pre { max-height: none; } body { max-width: none; } }
-"""
 
 
 def trace_memory(run_dir: RunDir) -> None:
@@ -89,7 +59,7 @@ def write_report(run_dir: RunDir) -> Path:
     record = read_record(run_dir)
     rows: ShownRows | str
     try:
-        rows = rows_of(run_dir, record.lock.training_rows_blake2b if record.lock else None)
+        rows = rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
     except InputError as error:
         rows = str(error)
     run_dir.write_text(run_dir.report, page(record, rows))
@@ -108,12 +78,13 @@ def page(record: Record, rows: ShownRows | str) -> Html:
         element("title", f"{name}: {what}"),
         element("style", Html(STYLE)),
     )
-    device = record.lock.last_device.name if record.lock else ""
+    device = record.facts.lock.last_device.name if record.facts.lock else ""
     where = f"{record.value('quantization', 'kind')} base, computed in {record.value('quantization', 'compute_dtype')}"
     body = element(
         "body",
         element("h1", name),
         element("p", f"{what}; {where}{f', on {device}' if device else ''}", class_="dim"),
+        *answers(verdicts(record.facts)),
         sections.summary(record),
         *_parts(record, rows),
     )
@@ -121,19 +92,19 @@ def page(record: Record, rows: ShownRows | str) -> Html:
 
 
 def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
-    parts = []
-    if record.evaluation:
-        parts.append(results.evaluation(record.evaluation))
+    parts, facts = [], record.facts
+    if facts.evaluation:
+        parts.append(results.evaluation(facts.evaluation))
     parts.append(sections.curves(record))
     if isinstance(rows, str):
         parts.append(sections.section("Rows as the model sees them", sections.note(f"They cannot be shown: {rows}")))
     else:
         parts.append(sections.training_rows(rows))
-    if record.memory:
-        parts.append(memory(record.memory, str(record.run_dir.path)))
-    if record.exports:
-        parts.append(results.exports(record.exports))
+    if facts.memory:
+        parts.append(memory(facts.memory, str(record.run_dir.path)))
+    if facts.exports:
+        parts.append(results.exports(facts.exports))
     parts.append(sections.values(record))
-    if record.lock:
-        parts.append(sections.versions(record.lock))
+    if facts.lock:
+        parts.append(sections.versions(facts.lock))
     return parts

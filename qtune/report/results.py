@@ -6,6 +6,7 @@ from qtune.export.verification import Proof, Verification
 from qtune.report.html import Html, details, element, table
 from qtune.report.sections import paragraph, section
 from qtune.tuned.evaluate import Evaluation
+from qtune.verdicts.verdict import number
 
 SHOWN_ANSWERS = 10
 
@@ -14,7 +15,7 @@ def evaluation(results: Evaluation) -> Html:
     """Base against tuned: the scores, and answers side by side, wrong ones first."""
     base, tuned = results.base, results.tuned
     scores = [
-        ("loss, nats per token", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
+        ("loss, nats per token", number(base.loss), number(tuned.loss)),
         ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}"),
     ]
     if base.exact_match is not None:
@@ -22,12 +23,14 @@ def evaluation(results: Evaluation) -> Html:
     compared = sorted(results.comparisons, key=lambda one: one.is_right)
     head = ("", "request", "expected", "base", "tuned")
     answers = [("✓" if one.is_right else "✗", one.request, one.expected, one.base, one.tuned) for one in compared]
+    wrong = sum(not one.is_right for one in compared)
+    title = f"Answers, the {wrong} wrong ones first" if wrong else "Answers, all of them right"
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
         paragraph(f"{results.rows} of {results.rows_held_out} {results.source}, which training did not see."),
         table(("", "base", "tuned"), scores, figures=(1, 2)),
-        *([table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
+        *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
     )
 

@@ -4,14 +4,15 @@ import math
 from collections.abc import Iterable, Sequence
 
 from qtune.console import clock
-from qtune.report.charts import Series, line_chart
+from qtune.report.charts import MOST_POINTS, Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Record
 from qtune.report.rows import ShownRow, ShownRows
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.records import plain
-from qtune.sizes import GIB, MIB
+from qtune.sizes import GIB, MIB, size_text
+from qtune.verdicts.verdict import number
 
 LONGEST_PIECE = 8000
 """Characters of a piece of a row that are shown; one row may be a whole book."""
@@ -29,7 +30,8 @@ def paragraph(*children: str) -> Html:
 
 def summary(record: Record) -> Html:
     """The figures that one looks for first."""
-    last = record.train[-1] if record.train else None
+    train, validation = record.facts.train, record.facts.validation
+    last = train[-1] if train else None
     state = f"not finished: step {last.step} of {last.steps}" if last else "not finished: no step taken"
     figures: dict[str, str] = {
         "state": "finished" if record.run_dir.is_finished else state,
@@ -37,60 +39,62 @@ def summary(record: Record) -> Html:
     }
     if last:
         figures["steps"] = f"{last.step:,} of {last.steps:,}"
-        figures["last training loss"] = f"{last.loss:.4f}"
-    if record.validation:
+        figures["last training loss"] = number(last.loss)
+    if validation:
         # NaN is smaller than nothing: a validation that has diverged is no best one.
-        best = min(record.validation, key=lambda one: (math.isnan(one.loss), one.loss))
-        figures["validation loss"] = f"{record.validation[-1].loss:.4f}"
-        figures["best validation loss"] = f"{best.loss:.4f} at step {best.step:,}"
-    if record.evaluation and record.evaluation.tuned.exact_match is not None:
-        base, tuned = record.evaluation.base.exact_match or 0.0, record.evaluation.tuned.exact_match
-        figures["answers exactly right"] = f"{tuned:.0%}, base {base:.0%}"
+        best = min(validation, key=lambda one: (math.isnan(one.loss), one.loss))
+        figures["validation loss"] = number(validation[-1].loss)
+        if best is not validation[-1]:
+            figures["best validation loss"] = f"{number(best.loss)} at step {best.step:,}"
     if record.adapter_bytes:
-        figures["adapter"] = f"{record.adapter_bytes / MIB:.1f} MiB"
-    tiles = [element("div", element("dt", name), element("dd", value)) for name, value in figures.items()]
-    return element("dl", *tiles, class_="tiles")
+        figures["adapter"] = size_text(record.adapter_bytes)
+    facts = [element("div", element("dt", name), element("dd", value)) for name, value in figures.items()]
+    return element("dl", *facts, class_="facts")
 
 
 def curves(record: Record) -> Html:
     """Loss, learning rate, gradient norm, memory and speed over the steps; what is no number is left out."""
 
+    train, validation = record.facts.train, record.facts.validation
+
     def points(records: Sequence[TrainRecord | EvalRecord], key: str, scale: float = 1) -> list[tuple[float, float]]:
         return [(one.step, getattr(one, key) / scale) for one in records]
 
     loss = [
-        Series("training", points(record.train, "loss")),
-        Series("validation", points(record.validation, "loss"), style="marked"),
+        Series("training", points(train, "loss")),
+        Series("validation", points(validation, "loss"), style="marked"),
     ]
     accuracy = [
-        Series("training", points(record.train, "accuracy")),
-        Series("validation", points(record.validation, "accuracy"), style="marked"),
+        Series("training", points(train, "accuracy")),
+        Series("validation", points(validation, "accuracy"), style="marked"),
     ]
+    most = max((one.memory_peak_bytes for one in train), default=0)
+    unit, size = ("GiB", GIB) if most >= GIB / 10 else ("MiB", MIB)
     memory = [
-        Series("now", points(record.train, "memory_bytes", GIB)),
-        Series("peak so far", points(record.train, "memory_peak_bytes", GIB), style="dashed"),
+        Series("now", points(train, "memory_bytes", size)),
+        Series("peak so far", points(train, "memory_peak_bytes", size), style="dashed"),
     ]
     charts = [
         line_chart("Loss, nats per scored token", loss, "{:.3g}".format),
-        line_chart("Share of scored tokens that were the likeliest", accuracy, "{:.0%}".format),
-        line_chart("Learning rate", [Series("", points(record.train, "learning_rate"))], "{:.2g}".format),
-        line_chart("Gradient norm", [Series("", points(record.train, "gradient_norm"))], "{:.3g}".format),
-        line_chart(memory_title(record), memory, "{:.3g}".format),
-        line_chart("Tokens per second", [Series("", points(record.train, "tokens_per_second"))], "{:,.0f}".format),
+        line_chart("Scored tokens that were the likeliest", accuracy, "{:.0%}".format),
+        line_chart("Learning rate", [Series("", points(train, "learning_rate"))], "{:.2g}".format),
+        line_chart("Gradient norm", [Series("", points(train, "gradient_norm"))], "{:.3g}".format),
+        line_chart(memory_title(record, unit), memory, "{:.3g}".format),
+        line_chart("Tokens per second", [Series("", points(train, "tokens_per_second"))], "{:,.0f}".format),
     ]
     drawn = [chart for chart in charts if chart is not None]
     if not drawn:
         return section("Training", paragraph("No step has been taken yet."))
-    notes = [f"{clock(note.seconds)} {note.message}" for note in record.notes]
-    return section("Training", element("div", *drawn, class_="charts"), *map(paragraph, notes))
+    thinned = [paragraph("Each point is the mean of several steps.")] if len(train) > MOST_POINTS else []
+    return section("Training", *thinned, element("div", *drawn, class_="charts"))
 
 
-def memory_title(record: Record) -> str:
+def memory_title(record: Record, unit: str) -> str:
     """What the memory in the metrics is: the allocator's on CUDA, the process's on a CPU."""
-    measured = (record.memory and record.memory.measured) or {}
-    device = record.lock.last_device if record.lock else LockedDevice()
+    measured = (record.facts.memory and record.facts.memory.measured) or {}
+    device = record.facts.lock.last_device if record.facts.lock else LockedDevice()
     on_cpu = measured.get("device") == "cpu" or device.kind == "cpu" or device.name.startswith("CPU")
-    return "Memory, GiB (resident set of the process)" if on_cpu else "Memory, GiB (allocated on the card)"
+    return f"Memory of the process, {unit}" if on_cpu else f"Memory allocated on the card, {unit}"
 
 
 def training_rows(rows: ShownRows) -> Html:
@@ -139,15 +143,15 @@ def values(record: Record) -> Html:
     )
     return section(
         "What was decided, and by whom",
-        table(head, chosen),
-        details(f"All {len(rows)} values, with the {left} defaults", table(head, rows)),
+        table(head, chosen, class_="values"),
+        details(f"All {len(rows)} values, with the {left} defaults", table(head, rows, class_="values")),
         *given,
     )
 
 
 def versions(lock: Lock) -> Html:
     """lock.json: what this run depended on."""
-    return section("What it depended on", table(("", ""), _flat(plain(lock))))
+    return section("What it depended on", table(("", ""), _flat(plain(lock)), class_="values"))
 
 
 def _flat(value: object, name: str = "") -> Iterable[tuple[str, Html]]:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 
 from qtune import console
-from qtune.verdicts.verdict import QUESTIONS, Verdict
-
-MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "open": "–"}
+from qtune.verdicts.verdict import MARKS, QUESTIONS, Verdict
 
 
 def show(verdicts: Sequence[Verdict], *, as_messages: bool = False) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qtune.console import clock, live_console, say
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord
-from qtune.sizes import GIB
+from qtune.sizes import gib_text
 
 SECONDS_BETWEEN_LINES = 5.0
 """Plain lines of training records; a log file needs no line for every step."""
@@ -96,14 +96,14 @@ def _figures(record: TrainRecord | EvalRecord) -> dict[str, str]:
     """What a record tells, as names and formatted values."""
     if isinstance(record, EvalRecord):
         return {"eval loss": f"{record.loss:.4f}"}
-    now, peak = record.memory_bytes / GIB, record.memory_peak_bytes / GIB
+    now, peak = gib_text(record.memory_bytes), gib_text(record.memory_peak_bytes)
     return {
         "loss": f"{record.loss:.4f}",
         "accuracy": f"{record.accuracy:.1%}",
         "lr": f"{record.learning_rate:.2e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
         **_step(record),
-        "memory": f"{now:.2f} GiB, peak {peak:.2f}",
+        "memory": f"{now}, peak {peak.removesuffix(' GiB') if now.endswith(' GiB') else peak}",
     }
 
 

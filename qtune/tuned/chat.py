@@ -22,7 +22,7 @@ from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
 from qtune.tuned.load import load_run, load_untuned
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 from qtune.tuned.trained_system import usual_system
 from qtune.tuned.vocabulary import require_embeddings, require_known
 
@@ -71,7 +71,7 @@ class Session:
         asked = [*self.turns, {"role": "user", "content": text}]
         prompt, asked = self._fitted(asked)
         require_embeddings(self.model, self.tokenizer, prompt, "the message")
-        with one_sentence(SHORTER), self._switched(), as_trained(self.plan):
+        with one_sentence(SHORTER), self._switched(), training_autocast(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
         require_known(self.tokenizer, made)
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()

@@ -18,15 +18,16 @@ from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
+from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.errors import DataError, Problem
-from qtune.model.loss import IGNORED, install_loss, loss_agrees
+from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
 from qtune.tuned.load import load_untuned, with_adapter
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded, require_embeddings
 
 TOKENS_PER_BATCH = 4096
@@ -136,7 +137,7 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[str]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown, as_trained(run.plan):
+        with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)

@@ -7,7 +7,7 @@ import torch
 from qtune.plan import Plan
 
 
-def as_trained(plan: Plan | None) -> AbstractContextManager[object]:
+def training_autocast(plan: Plan | None) -> AbstractContextManager[object]:
     """Autocast as in the training step; nothing for float32, or for a model that no run has trained (None).
 
     Without it adapters in float32 hand float32 on to a model in 16 bits: slowly for LoRA, and IA3's layers on a 4-bit

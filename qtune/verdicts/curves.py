@@ -25,6 +25,9 @@ def overfits(facts: Facts) -> Verdict:
     comparisons as there were (Bonferroni), and it is one of 99 %: this is an alarm.
     """
     found = [one for one in facts.validation if math.isfinite(one.loss)]
+    if not found and facts.validation:
+        told = f"the validation loss is no number at step {facts.validation[-1].step:,}"
+        return Verdict("overfits", "unsure", "Not certain", told)
     if not found:
         return Verdict("overfits", "open", "Not measured", "no validation row was looked at", SPLIT)
     best, last = min(found, key=lambda one: one.loss), found[-1]
@@ -70,7 +73,7 @@ def rate(facts: Facts) -> Verdict:
     lower = "a lower training.learning_rate, or a longer training.warmup"
     for one in facts.train:
         if not one.is_finite:
-            return Verdict("rate", "bad", "Too high", f"the loss is {one.loss} at step {one.step:,}", lower)
+            return Verdict("rate", "bad", "Too high", f"the loss is no number at step {one.step:,}", lower)
     losses = after_warmup(facts.train)
     if len(losses) < FEWEST_FOR_RATE:
         told = f"{len(losses)} logged steps after the warm-up are too few to judge by"
@@ -94,7 +97,7 @@ def rate(facts: Facts) -> Verdict:
             f"{told}, and fell as fast in its last third (by {number(late.mean)}) as before (by {number(early.mean)})"
         )
         return Verdict("rate", "unsure", "Perhaps too low", told, "a higher training.learning_rate, or more steps")
-    return Verdict("rate", "good", "No sign against it", f"{told}, steeply first and without coming back up")
+    return Verdict("rate", "good", "No sign against it", f"{told}, and did not come back up in between")
 
 
 def after_warmup(train: Sequence[TrainRecord]) -> list[float]:

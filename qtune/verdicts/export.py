@@ -8,6 +8,8 @@ from qtune.verdicts.verdict import Verdict
 def exported(facts: Facts) -> Verdict:
     """The verdict of all folders inside the run: as bad as the worst of them."""
     if not facts.exports:
+        if facts.train and not facts.train[-1].is_finite:
+            return Verdict("export", "open", "Not exported", "the run has diverged")
         if not facts.is_finished:
             return Verdict("export", "open", "Not exported", "the run has not ended", f"qtune run --resume {facts.run}")
         told = "no export is in the run's folder"
@@ -26,10 +28,9 @@ def exported(facts: Facts) -> Verdict:
 
 def _proven(name: str, proof: Proof) -> str:
     found = proof.figures
-    if found is None:
-        return f"{name} is the model that was trained"
-    told = f"{name} differs from the trained model by a KL of {found.exported.kl:.1e} nats per token"
-    told += f" (limit {found.limits.kl:.1e}) on {found.rows} rows"
-    equal = f", greedy answers equal: {found.answers_equal} of {len(found.answers)}" if found.answers else ""
     files = "".join(f", {one.file} proven too" for one in proof.gguf.values())
-    return f"{told}{equal}{files}"
+    if found is None:
+        return f"{name}: the model that was trained{files}"
+    told = f"{name}: KL to the trained model {found.exported.kl:.1e} nats per token, limit {found.limits.kl:.1e}"
+    equal = f", greedy answers equal: {found.answers_equal} of {len(found.answers)}" if found.answers else ""
+    return f"{told}, on {found.rows} rows{equal}{files}"

@@ -11,12 +11,15 @@ from qtune.verdicts.verdict import Standing, Verdict, number
 LITTLE = 0.02
 """A share of the base's loss below which a fall, however certain, is called little. Ours: no source names one."""
 
+START = 20
+"""Logged steps that are taken for the start of a long run."""
+
 
 def learned(facts: Facts) -> Verdict:
     """The verdict of a run, by the strongest of what it has measured."""
     if facts.train and not facts.train[-1].is_finite:
         last = facts.train[-1]
-        return Verdict("learned", "bad", "Diverged", f"the training loss is {last.loss} at step {last.step:,}")
+        return Verdict("learned", "bad", "Diverged", f"the training loss is no number at step {last.step:,}")
     if facts.evaluation is not None:
         return learned_against_base(facts.evaluation, facts.run)
     ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
@@ -26,7 +29,8 @@ def learned(facts: Facts) -> Verdict:
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
-    told = f"on {evaluation.rows} held-out rows the loss went from {number(base.loss)} to {number(tuned.loss)} nats"
+    losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
+    told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
     answers, more = _answers(evaluation), _more_right(evaluation)
     if not rows:
         if more is not None and more.is_positive:
@@ -100,9 +104,12 @@ def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> 
 
 
 def windows(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """The first and the last tenth of a series, at least FEWEST values each; they may not overlap."""
+    """The first and the last tenth of a series, at least FEWEST values each; they may not overlap.
+
+    Of a long run's first tenth the first START values: most is learned early, and a mean over more would not show it.
+    """
     size = max(FEWEST, len(values) // 10)
-    return (values[:size], values[-size:]) if len(values) >= 2 * size else ((), ())
+    return (values[: min(size, START)], values[-size:]) if len(values) >= 2 * size else ((), ())
 
 
 def _by_training(train: Sequence[TrainRecord], validation: Sequence[EvalRecord], ask: str | None) -> Verdict:

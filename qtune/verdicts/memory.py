@@ -14,21 +14,33 @@ def fits(facts: Facts) -> Verdict:
     if record is not None and record.failure is not None:
         told = "memory ran out, and the report below says in which phase and what would have fit"
         return Verdict("fits", "bad", "Does not fit", told, f"qtune profile {facts.run}")
-    measured = record.measured if record is not None else None
-    phases = (measured or {}).get("phases", {}).values()
-    on_card = (measured or {}).get("device") != "cpu"
-    keys = ("device_used_bytes", "reserved_peak_bytes", "allocated_peak_bytes") if on_card else ("resident_peak_bytes",)
-    peaks = (max((phase.get(key, 0) for phase in phases), default=0) for key in keys)
-    peak = next((one for one in peaks if one), 0)
+    peak, what = _peak(facts)
     if not peak:
-        return Verdict("fits", "open", "Not measured", "the run did not reach the end that measures its memory")
-    device = facts.lock.last_device if facts.lock else None
-    total = device.total_bytes if device else None
-    what = "the card" if on_card else "this process"
-    if not total:
-        return Verdict("fits", "good", "Fits", f"{what} took {size_text(peak)} at its peak")
+        return Verdict("fits", "open", "Not measured", "no step has been taken that could be measured")
+    total = facts.lock.last_device.total_bytes if facts.lock else None
+    if not total or what == TENSORS:
+        return Verdict("fits", "good", "Fits", f"{what} took {size_text(peak)} at the peak")
     share = peak / total
-    told = f"{what} took {size_text(peak)} of {size_text(total)} at its peak ({share:.0%})"
+    told = f"{what} took {size_text(peak)} of {size_text(total)} at the peak ({share:.0%})"
     if share > CLOSE:
         return Verdict("fits", "unsure", "Fits barely", told, f"qtune profile {facts.run} shows what takes it")
     return Verdict("fits", "good", "Fits", told)
+
+
+CARD, PROCESS, TENSORS = "the card", "the process", "the tensors of a step"
+ON_CARD = ("device_used_bytes", "reserved_peak_bytes", "allocated_peak_bytes")
+"""From the widest to the narrowest; the first that was measured counts."""
+
+
+def _peak(facts: Facts) -> tuple[int, str]:
+    """The most bytes that were taken, and by what: as memory.json has it, and before its end as the metrics do."""
+    measured = (facts.memory and facts.memory.measured) or {}
+    kind = measured.get("device") or (facts.lock.last_device.kind if facts.lock else None) or "cuda"
+    keys, what = (("resident_peak_bytes",), PROCESS) if kind == "cpu" else (ON_CARD, CARD)
+    phases = measured.get("phases", {}).values()
+    for key in keys:
+        if peak := max((phase.get(key, 0) for phase in phases), default=0):
+            return peak, what
+    if tensors := measured.get("peak_bytes", 0):
+        return tensors, TENSORS
+    return max((one.memory_peak_bytes for one in facts.train), default=0), f"{what}, so far,"

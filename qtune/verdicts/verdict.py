@@ -1,5 +1,6 @@
 """A verdict: an answer in a few words, one sentence with its numbers, and where it is open what would answer it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ QUESTIONS: dict[Question, str] = {
     "fits": "Does it fit the memory?",
     "export": "Is the export the model that was trained?",
 }
+
+MARKS: dict[Standing, str] = {"good": "✓", "bad": "✗", "unsure": "?", "open": "–"}
+"""A sign for each standing, so that no colour is needed."""
 
 
 @dataclass(frozen=True)
@@ -36,5 +40,5 @@ class Verdict:
 
 
 def number(value: float) -> str:
-    """A loss or a rate with three digits: "2.37", "0.00572", "12"."""
-    return f"{value:.3g}"
+    """A loss with three digits: "2.37", "1.00", "0.00572"."""
+    return f"{value:#.3g}".rstrip(".") if math.isfinite(value) else "no number"

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from qtune import console
 from qtune.data.template import default_template
+from qtune.export.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
-from qtune.export.verify.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import CheckedRow, probes, rendered_ids
 

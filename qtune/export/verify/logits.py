@@ -7,10 +7,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtune.sizes import GIB
+
 # Logits that one group of rows may take, in bytes: a 4-bit model dequantizes every weight once for each group, and a
 # model that stays on the disk reads every weight.
-GROUP_BYTES = 2**28
-STREAMED_GROUP_BYTES = 2**30
+GROUP_BYTES = GIB // 4
+STREAMED_GROUP_BYTES = GIB
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
+from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
 from qtune.errors import DataError
 from qtune.export.opened_run import OpenedRun
@@ -60,7 +61,7 @@ def general_rows(source: OpenedRun) -> list[CheckedRow]:
         prompt, whole = renderer.prompt(conversation), renderer.render(messages)
         ids = encode(source.tokenizer, whole)
         prompted = len(encode(source.tokenizer, prompt))
-        rows.append(CheckedRow(ids, (-100,) * prompted + ids[prompted:], conversation))
+        rows.append(CheckedRow(ids, (IGNORED,) * prompted + ids[prompted:], conversation))
     return rows
 
 

@@ -16,17 +16,17 @@ from qtune import console
 from qtune.data.template import choose_template
 from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
+from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
 from qtune.export.merge import Merge, Weights
 from qtune.export.opened_run import OpenedRun
 from qtune.export.verification import Answer, Verification, mark_unverified, write_verification
-from qtune.export.verify.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
 from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
 from qtune.tuned.generate import find_ends, generate
-from qtune.tuned.precision import as_trained
+from qtune.tuned.precision import training_autocast
 
 ANSWERS = 3
 
@@ -69,15 +69,7 @@ def verify(
     began = time.monotonic()
     plan = comparing(make_plan(source.recipe, present_device()))
     rows = held_out.rows
-    try:
-        streamed = too_large(folder, plan) if streamed is None else streamed
-        exported = load_exported(folder, source, plan, streamed=streamed)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
-        if is_out_of_memory(error):  # which says nothing about the folder
-            raise
-        reason = f"cannot be loaded: {first_line(error)}"
-        mark_unverified(folder, reason)
-        raise VerificationError(f"{folder}: {reason}") from error
+    streamed, exported = _loaded(folder, source, plan, streamed)
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
     failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
     measured = _Measured()
@@ -88,14 +80,8 @@ def verify(
             bar.advance(len(group))
     closeness, effect = measured.exported.result(), measured.bare.result()
     allowed = limits(_stored_dtype(folder), effect.kl)
-    answers: tuple[Answer, ...] = ()
-    if not streamed:
-        with models.exactly():
-            answers = _answers(source, models, rows[:ANSWERS], virtual_ids)
-    found = shortfalls(closeness, allowed)
-    if found and merge is not None:
-        found += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
-    failures += found
+    answers = () if streamed else _answers(source, models, rows[:ANSWERS], virtual_ids)
+    failures += _shortfalls(closeness, allowed, merge, folder)
     cost: dict[str, Closeness] = {weights: measured.against_trained.result()}
     if models.other_weights is not None:
         cost["original"] = measured.other_weights.result()
@@ -119,6 +105,27 @@ def verify(
     )
     write_verification(folder, verification)
     return verification
+
+
+def _loaded(folder: Path, source: OpenedRun, plan: Plan, streamed: bool | None) -> tuple[bool, Exported]:
+    """Whether models are read module by module, and the exported one; a folder that cannot be loaded is marked."""
+    try:
+        streamed = too_large(folder, plan) if streamed is None else streamed
+        return streamed, load_exported(folder, source, plan, streamed=streamed)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
+        if is_out_of_memory(error):  # which says nothing about the folder
+            raise
+        reason = f"cannot be loaded: {first_line(error)}"
+        mark_unverified(folder, reason)
+        raise VerificationError(f"{folder}: {reason}") from error
+
+
+def _shortfalls(closeness: Closeness, allowed: Limits, merge: Merge | None, folder: Path) -> list[str]:
+    """What is too far from the trained model, and with the merge at hand which tensors that comes from."""
+    short = shortfalls(closeness, allowed)
+    if short and merge is not None:
+        short += [f"tensor {difference}" for difference in differing_tensors(merge, folder)]
+    return short
 
 
 def loading_failures(exported: Exported) -> list[str]:
@@ -165,7 +172,7 @@ def measure(
 
     as_it_runs: list[Tensor] = []
     if live is not None:
-        with as_trained(live):
+        with training_autocast(live):
             as_it_runs = of(models.trained)
     with models.exactly():
         trained = of(models.trained)
@@ -211,10 +218,11 @@ def _answers(
     ]
     ends = find_ends(models.trained, source.tokenizer)
     made: list[list[str]] = []
-    for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
-        given = [(*before, *prompt) for prompt in prompts]
-        answers = generate(model, given, [32] * len(given), ends)
-        made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
+    with models.exactly():
+        for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
+            given = [(*before, *prompt) for prompt in prompts]
+            answers = generate(model, given, [32] * len(given), ends)
+            made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
     requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
     return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))
 

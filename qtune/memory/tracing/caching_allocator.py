@@ -9,7 +9,8 @@ segments each pool is one range of addresses into which pages of 2 or 20 MiB are
 import bisect
 from dataclasses import dataclass, field
 
-MIB = 2**20
+from qtune.sizes import MIB
+
 SMALL = MIB  # kSmallSize
 SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB  # kSmallBuffer, kLargeBuffer
 OWN_SEGMENT_FROM, OWN_ROUNDING = 10 * MIB, 2 * MIB  # kMinLargeAlloc, kRoundLarge

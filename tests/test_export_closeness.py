@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qtune.export.verify.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
+from qtune.export.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
 
 
 def test_kl_is_the_definition_s_over_all_rows() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtune.data.masks import IGNORED
+
 # Largest mean KL divergence (nats per token) and smallest top-1 agreement that pass, by the dtype that the weights are
 # written in. Activations are float32 on both sides.
 #
@@ -100,7 +102,7 @@ class PerplexityMeter:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Logits [length, vocab] predict labels [length] of the next position; -100 is not scored."""
-        scored = labels[1:] != -100
+        scored = labels[1:] != IGNORED
         log_p = logits[:-1][scored].float().log_softmax(-1)
         self._loss -= log_p.gather(1, labels[1:][scored].unsqueeze(1)).double().sum().item()
         self._scored += int(scored.sum())
