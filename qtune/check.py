@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from qtune import console
+from qtune.adapter.starts import kept_start
 from qtune.data.batches import StepSampler, padding_share
 from qtune.data.figures import SplitFigures, split_figures
 from qtune.data.findings import Finding
 from qtune.data.prepare import Prepared
 from qtune.data.samples import Sample, samples_of
 from qtune.device.present import one_sentence, present_device
-from qtune.errors import DataError, InputError, Problem
+from qtune.disk import told
+from qtune.errors import DataError, InputError, Problem, TrainingError
 from qtune.memory.forecast import Forecast
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import Profile, profile
@@ -34,6 +36,7 @@ from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.inputs import Inputs
+from qtune.training.rehearsal import Rehearsal, rehearse
 
 TIMED_STEPS = 4
 """Steps of a timing; the first one does not count."""
@@ -67,6 +70,8 @@ class Check:
     """How long the run will take; None where the device's rates, or its memory, are not known."""
     step_seconds: float | None
     """Measured, where it was asked for."""
+    rehearsal: Rehearsal | None = None
+    """Where it was asked for."""
 
     @property
     def resolved(self) -> Resolved:
@@ -170,6 +175,7 @@ class Check:
             "memory": self._memory_json(),
             "time": None if self.time is None else self.time.to_json(),
             "step_seconds": self.step_seconds,
+            "rehearsal": None if self.rehearsal is None else asdict(self.rehearsal),
         }
         return console.json_text(value)
 
@@ -183,8 +189,16 @@ class Check:
         }
 
 
-def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, timed: bool = False) -> Check:
-    """Examines a recipe and its data. With `timed`, the model is loaded and a few micro-batches are run.
+def check(
+    resolved: Resolved,
+    allow: Sequence[str] = (),
+    *,
+    samples: int = 3,
+    timed: bool = False,
+    rehearsed: bool = False,
+) -> Check:
+    """Examines a recipe and its data. With `timed`, the model is loaded and a few micro-batches are run; with
+    `rehearsed`, all that a run will do is done once.
 
     Raises:
         InputError: the model or a data source cannot be found. Bad rows and findings do not raise: see `require`.
@@ -199,6 +213,7 @@ def check(resolved: Resolved, allow: Sequence[str] = (), *, samples: int = 3, ti
         samples_of(prepared.examples["train"], preflight.tokenizer, samples),
         attempted_time(recipe, preflight.forecast),
         _timed(preflight) if is_timed else None,
+        _rehearsed(preflight) if rehearsed and not preflight.refusals else None,
     )
 
 
@@ -235,6 +250,35 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
 def _timed(preflight: Preflight) -> float:
     with one_sentence(f"A run would not fit either; qtune fit {preflight.resolved.file} shows what would help"):
         return step_seconds(preflight)
+
+
+def _rehearsed(preflight: Preflight) -> Rehearsal:
+    """All that a run will do, once; in a folder beside where it will be, which is removed.
+
+    Raises:
+        OutOfMemory, TrainingError, InputError: a run would end so.
+    """
+    resolved, plan = preflight.resolved, preflight.plan
+    inputs = Inputs(
+        resolved,
+        plan,
+        preflight.tokenizer,
+        preflight.prepared,
+        preflight.forecast if isinstance(preflight.forecast, Forecast) else None,
+    )
+    directory = Path(resolved.recipe.output.directory)
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+    with told(TrainingError), tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing) as folder:
+        run_dir, meter = RunDir(Path(folder)), Meter(torch.device(plan.device.torch_name))
+        model, tiled = build_model(inputs)
+        initial = kept_start(model, resolved.recipe, run_dir.checkpoints / "initial")
+        metrics = Metrics(run_dir.metrics_file, lambda record: None, meter)
+        stop = StopOnSignal(lambda: None)
+        trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False)
+        try:
+            return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
+        finally:
+            meter.close()
 
 
 def step_seconds(preflight: Preflight) -> float:

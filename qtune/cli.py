@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtune import __version__, console
+from qtune.disk import refusal_of
 from qtune.errors import InputError, Interrupted, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_libraries
+from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -38,6 +40,18 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
+
+
+MOST_TOKENS = 16_777_216
+"""As data.max_length."""
+MOST_ROWS = 1_000_000
+
+
+def _a_number(value: float) -> float:
+    """A range lets NaN pass, which is neither below nor above it."""
+    if value != value:
+        raise typer.BadParameter("nan is not a number")
+    return value
 
 
 def _version(value: bool) -> None:
@@ -131,7 +145,8 @@ def run(
 
     Ctrl-C saves a checkpoint and says how to go on; a second Ctrl-C stops at once. The result is RUN/adapter; see what
     was learned with `qtune eval RUN`, and hand it over with `qtune export RUN`. On resuming, --set changes how
-    memory is spent and what is logged and saved; what would make another run is refused.
+    memory is spent and what is logged and saved; a lower training.learning_rate goes on as a new run beside this one;
+    what else would make another run is refused. Runs of 50 steps or more are rehearsed first (training.rehearse).
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -284,18 +299,23 @@ def _given(context: typer.Context) -> frozenset[str]:
 @app.command(name="eval", rich_help_panel="Try")
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many held-out rows, spread evenly over all of them.")] = 100,
+    rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, spread evenly over all of them.")
+    ] = 100,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows to use instead of the recipe's.", exists=True)
     ] = None,
-    shown: Annotated[int, typer.Option("--show", min=0, help="How many answers to show side by side.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    shown: Annotated[
+        int, typer.Option("--show", min=0, max=MOST_ROWS, help="How many answers to show side by side.")
+    ] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
 ) -> None:
     """Compare the tuned model with its base on rows that training did not see.
 
-    Loss, share of tokens and of whole answers that are right, and answers side by side. The rows are the recipe's
-    data.test, else its validation rows. Everything is written to RUN/eval.json.
+    Did it learn, with a 95 % interval over rows; loss, perplexity, exactly right answers; for free text ROUGE-L, length
+    and repetition instead; answers side by side. The rows are the recipe's data.test, else its validation rows.
+    Everything is written to RUN/eval.json.
     """
     from qtune.run.folder import RunDir
 
@@ -330,13 +350,15 @@ def chat(
         str | None, typer.Option(help="System message; by default the recipe's data.system_prompt.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token, 1 draws from the model.")
+        float,
+        typer.Option(min=0, max=100, callback=_a_number, help="0 takes the likeliest token, 1 draws from the model."),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total share.")
+        float,
+        typer.Option(min=0, max=1, callback=_a_number, help="Draw from the likeliest tokens of this total share."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.
 
@@ -365,9 +387,14 @@ def check(
         typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", "--show", min=0, help="How many rows to show as the model sees them.")
+        int,
+        typer.Option("--rows", "--show", min=0, max=MOST_ROWS, help="How many rows to show as the model sees them."),
     ] = 3,
     timed: Annotated[bool, typer.Option("--time", help="Load the model and measure how long a step takes.")] = False,
+    rehearsed: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Do once all that a run will do: step, evaluation, checkpoint, answer."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Look for everything that would spoil a run: rows, template, labels, lengths, memory, disk. Nothing is trained.
@@ -383,7 +410,9 @@ def check(
 
     file = find_recipe(recipe)
     try:
-        result = stage.check(load_recipe(file, changes or ()), allow or (), samples=rows, timed=timed)
+        result = stage.check(
+            load_recipe(file, changes or ()), allow or (), samples=rows, timed=timed, rehearsed=rehearsed
+        )
     except InputError:
         # What is known all the same is said, and then what is wrong.
         known = None if as_json else stage.memory_alone(file, changes or ())
@@ -468,7 +497,9 @@ def profile(
     changes: SetOption = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A card by its memory, as 8GiB.")] = None,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens of the longest row.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, max=MOST_TOKENS, help="Tokens of the longest row.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[
@@ -512,13 +543,13 @@ def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
 def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
     from qtune.memory.measured.failure_text import failure_text
-    from qtune.memory.profile import read_run
+    from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
     from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_measured
 
     run_dir = RunDir.open(Path(target))
-    measured = read_run(run_dir, savings=savings, explain=explain)
+    measured = trace_run(run_dir, savings=savings, explain=explain)
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
@@ -646,8 +677,17 @@ def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
     use_expandable_segments()
+    guard_streams()
     try:
-        app()
+        try:
+            app()
+        finally:  # what is still in the buffer may be what cannot be written
+            sys.stdout.flush()
+    except OutputEndedError as error:
+        if error.reader_left:
+            sys.exit(BROKEN_PIPE_CODE)
+        console.say_error(str(error))
+        sys.exit(1)
     except Interrupted as stopped:
         # What the user asked for is no error.
         console.say(str(stopped))
@@ -659,11 +699,20 @@ def main() -> None:
         console.say("stopped")
         sys.exit(130)
     except Exception as error:
-        if "torch" not in sys.modules:
+        if (known := _told(error)) is None:
             raise
-        from qtune.device.present import is_out_of_memory, memory_ran_out
-
-        if not is_out_of_memory(error):
-            raise
-        console.say_error(str(memory_ran_out(error, "Close what else takes memory, or use a larger device")))
+        console.say_error(known)
         sys.exit(1)
+
+
+def _told(error: Exception) -> str | None:
+    """What is said of an error that nobody has raised on purpose, and that is none of ours; None: a bug of ours."""
+    if (refused := refusal_of(error)) is not None:
+        return refused
+    if "torch" not in sys.modules:
+        return None
+    from qtune.device.present import is_out_of_memory, memory_ran_out
+
+    if not is_out_of_memory(error):
+        return None
+    return str(memory_ran_out(error, "Close what else takes memory, or use a larger device"))

@@ -54,8 +54,9 @@ def out_json(value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON with a line end. Its own escapes stand for every character that a terminal would obey."""
-    return escaped_in_json(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
+    """JSON with a line end. Its own escapes stand for every character that a terminal would obey, or cannot show."""
+    can_show_all = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return escaped_in_json(json.dumps(value, indent=2, ensure_ascii=not can_show_all)) + "\n"
 
 
 def say(message: RenderableType) -> None:

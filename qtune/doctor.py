@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from qtune import __version__, console
+from qtune.adapter.lean_check import examined
 from qtune.cache import cache_folder
 from qtune.device.present import Device, present_device
 from qtune.device.products import cpu_product_times, product_times
@@ -146,13 +147,14 @@ def _four_bit_error(device: Device, rows: int, columns: int) -> float:
 def choice_findings(device: Device) -> Iterator[Diagnosis]:
     """What a recipe that leaves everything open gets here, each with its reason."""
     recipe = parse_recipe({"model": {"base": "any/model"}, "data": {"train": "any.jsonl"}})
-    plan = make_plan(recipe, device)
+    plan = make_plan(recipe, examined(device, recipe))
     chosen: Mapping[tuple[str | int, ...], object] = {
         ("quantization", "compute_dtype"): plan.compute_dtype,
         ("adapter", "dtype"): plan.adapter_dtype,
         ("model", "attention"): plan.attention,
         ("training", "optimizer"): plan.optimizer,
         ("training", "gradient_checkpointing"): "on" if plan.gradient_checkpointing else "off",
+        ("training", "lean_step"): "on" if plan.lean_step else "off",
     }
     for path, value in chosen.items():
         yield Diagnosis("choices", ".".join(map(str, path)), f"{value}: {plan.reasons[path]}")

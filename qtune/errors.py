@@ -19,7 +19,7 @@ Anything else that reaches the user is a bug of ours and keeps its traceback.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class InputError(QtuneError):
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error of a process that works beside this one arrives as it was raised there."""
+        return type(self), (self.problems,)
 
 
 class RecipeError(InputError):

@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 from qtune.errors import ModelError, Problem, RecipeError
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
-from qtune.model.folder import refuse_other_folders
 from qtune.recipe.file import check_recipe
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
@@ -95,6 +94,9 @@ def _require_base(base: str) -> None:
     """
     path = Path(base).expanduser()
     if path.is_dir():
+        # Who names no folder does not wait for what reads weights.
+        from qtune.model.folder import refuse_other_folders
+
         try:
             refuse_other_folders(base)
         except ModelError as error:

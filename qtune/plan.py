@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from qtune.recipe.schema import Auto, KeyPath, Recipe
+from qtune.recipe.schema import Auto, EightBit, KeyPath, Lora, Recipe
 from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Plan:
     attention: str
     micro_batch_size: int
     accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
+    """In all layers, in none, or in so many of the first."""
     optimizer: str
     learning_rate: float
     max_length: int
@@ -39,6 +40,7 @@ class Plan:
     """"device" or "host", as is `activations`."""
     activations: str
     loss_tile_bytes: int
+    lean_step: bool
     reasons: Mapping[KeyPath, str]
 
     @property
@@ -57,6 +59,11 @@ class Plan:
             raise ValueError(f"a batch of {batch} rows is no whole number of micro-batches of {size}")
         reasons = {**self.reasons, ("training", "micro_batch_size"): reason}
         return replace(self, micro_batch_size=size, accumulation_steps=batch // size, reasons=reasons)
+
+    def with_checkpointing(self, layers: bool | int, reason: str) -> "Plan":
+        """The same plan with other layers computed twice."""
+        reasons = {**self.reasons, ("training", "gradient_checkpointing"): reason}
+        return replace(self, gradient_checkpointing=layers, reasons=reasons)
 
     def with_embeddings_on_host(self, reason: str) -> "Plan":
         """The same plan with embeddings and head in host memory."""
@@ -102,6 +109,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
         loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
+        lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
         reasons=reasons,
     )
 
@@ -119,11 +127,24 @@ def compute_dtype_rule(device: "Device") -> tuple[str, str]:
 
 def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
     most = max(1, TOKENS_PER_MICRO_BATCH // max_length)
-    size = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+    size = max(size for size in range(1, min(most, batch_size) + 1) if batch_size % size == 0)
     return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
 
 
-def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool, str]:
+def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:
+    if device.lean_problem is not None:
+        return False, f"qtune's functions do not agree with peft's layers on {device.name}: {device.lean_problem}"
+    blocks = "norms and rotations as one operation each"
+    if not isinstance(recipe.adapter, Lora):
+        return True, f"{blocks}; {recipe.adapter.kind} has no layers of its own to compute otherwise"
+    if recipe.adapter.dora:
+        return True, f"{blocks}; DoRA's layers stay peft's"
+    if isinstance(recipe.quantization, EightBit):
+        return True, f"{blocks}; int8 layers stay peft's"
+    return True, "the gradients of peft's layers to rounding, with less memory and fewer operations"
+
+
+def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool | int, str]:
     if not recipe.adapter.checkpointable:
         kind = recipe.adapter.kind
         return False, f"{kind} hands its keys and values over in the cache, which checkpointing turns off"

@@ -17,15 +17,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
-from qtune.cache import cache_folder
+from qtune.adapter.lean_check import examined
+from qtune.cache import bytes_in, cache_folder
+from qtune.control_characters import visible
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
-from qtune.device.present import present_device
+from qtune.device.present import Device, present_device
 from qtune.errors import InputError, ModelError, Problem
 from qtune.export.gguf.file import refuse_unconvertible
 from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.kept_layers import could_fill
 from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.folder import require_weights
@@ -40,7 +43,7 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import LONGEST_NAME, Recipe
 from qtune.sizes import gib_text, size_text
 from qtune.startup.quiet import quiet_loading
 
@@ -94,6 +97,8 @@ class Preflight:
         """What a run does not stop for, and may come to regret; a sentence each."""
         forecast = self.forecast
         said = []
+        if self.plan.device.lean_problem is not None and not self.plan.lean_step:
+            said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")
         if isinstance(forecast, str) and self.plan.device.kind == "cuda":
             said.append(f"memory: could not be predicted ({forecast}); micro-batches shrink if they must")
         if isinstance(forecast, Forecast) and not forecast.fits:
@@ -136,8 +141,11 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     """
     quiet_loading()
     recipe, asked = resolved.recipe, _Asked()
+    if folder is None:
+        asked.of(_require_name, resolved.run_name)
     _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
-    device = present_device()
+    device = examined(present_device(), recipe)
+    asked.of(_require_lean_step, recipe, device)
     config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
     if config is None or tokenizer is None:
         raise together(asked.refusals)
@@ -157,7 +165,7 @@ def examine(resolved: Resolved, *, folder: Path | None = None, traced: bool = Fa
     forecast: Forecast | str | None = None
     if not len(prepared.train):
         forecast = "there are no rows"
-    elif traced or (device.kind == "cuda" and not asked.refusals):
+    elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
         with console.progress("tracing a step"):
             forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data))
     return Preflight(
@@ -229,12 +237,34 @@ def _require_one_process() -> None:
         raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
 
 
+def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
+    """Whether on a processor the layers that are computed twice depend on its memory."""
+    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
+
+
+def _require_lean_step(recipe: Recipe, device: Device) -> None:
+    if recipe.training.lean_step is True and device.lean_problem is not None:
+        message = (
+            f"qtune's functions do not agree with peft's layers on {device.name}: {device.lean_problem}; "
+            "false trains with peft's own, which takes more memory"
+        )
+        raise InputError(Problem("training.lean_step = true", message))
+
+
 def _require_trackers(recipe: Recipe) -> None:
     """transformers would only say it after the model is loaded."""
     missing = [name for name in recipe.training.trackers if find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
+
+
+def _require_name(name: str) -> None:
+    """A recipe's file may be called what no run can be called."""
+    if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
+        message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
+        raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
 
 
 def _require_writable(folder: Path) -> None:
@@ -250,8 +280,8 @@ def _require_writable(folder: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """The folder, or the nearest one around it that is there; a link to nowhere is, for nothing can take its place."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
 
 
 def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
@@ -288,10 +318,17 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
-    examples = cache_folder() / "examples"
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
-        sum(file.stat().st_size for file in examples.rglob("*") if file.is_file()),
-        shutil.disk_usage(_existing(directory)).free,
+        bytes_in(cache_folder() / "examples"),
+        _free_bytes(directory),
     )
+
+
+def _free_bytes(directory: Path) -> int:
+    """Free where a folder is or would be made; where that cannot be, which is refused elsewhere, nothing."""
+    try:
+        return shutil.disk_usage(_existing(directory)).free
+    except OSError:
+        return 0

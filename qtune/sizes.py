@@ -9,6 +9,8 @@ from qtune.errors import InputError, Problem
 KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+LARGEST = 2**50
+"""1 PiB: more than any machine has."""
 
 
 def size_in_bytes(text: str, place: str) -> int:
@@ -19,11 +21,14 @@ def size_in_bytes(text: str, place: str) -> int:
     Raises:
         InputError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
-    if not match or float(match[1]) <= 0:
-        raise InputError(Problem(place, f"{text!r} is not a size; write it as 8GiB or 512MiB"))
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(gib|gb|g|mib|mb|m)?\s*", text.lower())
+    if not match or len(match[1]) > 40:
+        raise InputError(Problem(place, f"{text[:80]!r} is not a size; write it as 8GiB or 512MiB"))
     unit = MIB if (match[2] or "g").startswith("m") else GIB
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if not 1 <= size <= LARGEST:
+        raise InputError(Problem(place, f"{text[:80]!r} is no size of a memory; write it as 8GiB or 512MiB"))
+    return int(size)
 
 
 def size_text(size_bytes: float) -> str:

@@ -1,10 +1,11 @@
 """A file or a folder appears whole or not at all: it is made under another name, and renamed when it is complete."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,7 +27,9 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
         elif not path.exists():
             _rename_unless_there(partial, path)
     finally:
-        _remove(partial)
+        # What cannot be removed must not hide why the block has failed; the next one clears it away.
+        with suppress(OSError):
+            _remove(partial)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -39,9 +42,12 @@ def write_text(file: Path, text: str) -> None:
 
 def clear_leftovers(path: Path) -> None:
     """Removes what killed processes have left of `path`; those that still run keep theirs."""
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
-        if not _is_alive(int(leftover.name.rpartition("partial-")[2].partition("-")[0])):
-            _remove(leftover)
+    pattern = re.compile(re.escape(f".{path.name}.partial-") + r"([0-9]{1,9})-[0-9a-f]+(-old)?")
+    for leftover in path.parent.iterdir():
+        found = pattern.fullmatch(leftover.name)
+        if found is not None and not _is_alive(int(found[1])):
+            with suppress(OSError):
+                _remove(leftover)
 
 
 def _take_the_name(partial: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,20 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert FakeTensorMode._should_skip_dynamo() in (True, False)
     assert torch.ops.aten._foreach_add_.List._schema.returns == []
     assert torch.ops.prim.device.default.__name__ == "device.default"
+
+
+@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py",))
+def a_tensor_counts_its_changes_and_many_are_copied_at_once() -> None:
+    """Not all of them: a fused optimizer's step is not counted, so the copies are renewed at every forward as well."""
+    parameters = [nn.Parameter(torch.randn(2, 2)) for _ in range(2)]
+    before = [parameter._version for parameter in parameters]
+    with torch.no_grad():
+        parameters[0].mul_(2)
+    assert parameters[0]._version > before[0]
+    assert parameters[1]._version == before[1]
+    low = [torch.empty(2, 2, dtype=torch.bfloat16) for _ in parameters]
+    torch._foreach_copy_(low, [parameter.detach() for parameter in parameters])
+    assert all(torch.equal(one, parameter.bfloat16()) for one, parameter in zip(low, parameters, strict=True))
 
 
 @borrowed("torch", "_make_subclass", files=("memory/tracing/fake_tensors.py",))
@@ -211,6 +226,17 @@ def questions_about_the_device_are_asked_by_these_names() -> None:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
+@borrowed("transformers", "ImmutableSandboxedEnvironment", files=("data/bounds.py",))
+def templates_are_compiled_in_the_environment_of_this_name() -> None:
+    """No public way to give `apply_chat_template` an environment of one's own."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from qtune.data.bounds import BoundedEnvironment
+
+    _compile_jinja_template.cache_clear()
+    assert isinstance(_compile_jinja_template("{{ messages }}").environment, BoundedEnvironment)
+
+
 @borrowed("transformers", "accelerate_dispatch", files=("model/load.py",))
 def loading_to_two_places_calls_the_function_that_is_replaced() -> None:
     """No public way: a device_map with two places always comes with accelerate's hooks."""
@@ -295,6 +321,7 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
 
@@ -303,6 +330,7 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
+    assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples"):
         assert f"self.{name}" in loop, f"{name} is used by nobody"
 
@@ -319,6 +347,15 @@ def the_trainer_has_what_the_step_asks_of_it() -> None:
     made = inspect.getsource(Trainer.__init__)
     for name in ("model_wrapped", "model_accepts_loss_kwargs", "callback_handler"):
         assert f"self.{name} = " in made
+
+
+@borrowed("torch", "_last_lr", files=("training/callbacks.py",))
+def a_schedule_keeps_its_peak_and_the_rate_that_it_gave_last() -> None:
+    """No public way to change the peak of a schedule that a checkpoint has brought back."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert (schedule.base_lrs, schedule._last_lr) == ([1e-2], [5e-3])
+    assert optimizer.param_groups[0]["initial_lr"] == 1e-2
 
 
 @borrowed("transformers", "_n_gpu", files=("training/build.py",))
@@ -664,6 +701,8 @@ def classes_of_ours() -> Iterator[type]:
     for file in FILES:
         if file.name not in ("__main__.py", "__init__.py"):
             name = ".".join(("qtune", *file.relative_to(PACKAGE).with_suffix("").parts))
+            if name == "qtune.kernels.on_cuda" and find_spec("triton") is None:
+                continue  # it comes with PyTorch for cards; the file has functions alone
             module = importlib.import_module(name)
             yield from (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == name)
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import WriteRecipe
 from test_memory_trace import CARD, recipe_with, tiny
 
+from qtune.cache import bytes_in
 from qtune.data import store
 from qtune.errors import InputError
 from qtune.memory.cached import predicted
@@ -100,3 +101,32 @@ def test_a_file_of_rows_that_cannot_be_read_is_not_blamed_on_the_cache(
     monkeypatch.setattr(store.pa, "OSFile", broken)
     with pytest.raises(OSError, match="Input/output error"):
         examine(recipe)
+
+
+def test_what_other_processes_take_away_while_the_cache_is_counted_is_nothing(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe()
+    cache = tmp_path / "shared"
+    monkeypatch.setenv("QTUNE_CACHE", str(cache))
+    for name in (".unfinished-1/rows", "other/gone", "other/kept"):
+        (cache / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / "examples" / name).write_text("12345")
+    listed, looked_at = os.scandir, Path.stat
+
+    def scandir(folder="."):
+        if ".unfinished-1" in str(folder):
+            raise FileNotFoundError(folder)
+        return listed(folder)
+
+    def stat(path: Path, **how):
+        if path.name == "gone":
+            raise FileNotFoundError(path)
+        return looked_at(path, **how)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(Path, "stat", stat)
+    assert bytes_in(cache / "examples") == len("12345")
+    preflight = examine(load_recipe(recipe))
+    assert preflight.disk is not None
+    assert preflight.disk.cache_bytes > len("12345")

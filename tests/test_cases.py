@@ -22,6 +22,7 @@ from qtune.model.builtin import builtin_folder
 from qtune.recipe.file import load_recipe
 from qtune.screens.check import draw_check
 from qtune.training import train
+from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session
 
 CASES = Path(__file__).parent / "cases"
@@ -272,9 +273,14 @@ def test_steps_are_those_that_the_run_will_take(tmp_path, base):
     assert (record["steps"], record["learning_rate"] > 0) == (1, True)
 
 
-def test_a_run_whose_loss_becomes_no_number_names_no_checkpoint_that_is_not_there(tmp_path, base):
+def test_a_run_whose_loss_becomes_no_number_names_no_checkpoint_that_is_not_there(tmp_path, base, monkeypatch):
     file = recipe_for(tmp_path, base, "say.jsonl")
-    file.write_text(file.read_text().replace("batch_size = 4", "batch_size = 4\nlearning_rate = 1e30"))
+    real = QloraTrainer.compute_loss
+
+    def diverging(self, *args, **kwargs):
+        return real(self, *args, **kwargs) * (float("nan") if self.state.global_step else 1.0)
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", diverging)
     with pytest.raises(Exception, match=r"training has diverged\. Lower training\.learning_rate .*, and begin again$"):
         train.run(load_recipe(file))
 

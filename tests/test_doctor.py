@@ -62,6 +62,7 @@ def test_every_choice_that_a_recipe_leaves_open_is_explained():
         "model.attention",
         "training.optimizer",
         "training.gradient_checkpointing",
+        "training.lean_step",
     }
 
 

@@ -66,7 +66,7 @@ def test_a_checkpoint_is_read_by_name(tmp_path: Path) -> None:
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     shard = written(tmp_path, 40)[0]
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=rf"^{shard}: cannot be read as safetensors: "):
+    with pytest.raises(ModelError, match=rf"^{shard}: is damaged: .*not copied to its end"):
         Checkpoint.open(tmp_path)
 
 

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "qtune"
 
 ROOMS = (
     "errors",
+    "disk",
     "control_characters",
     "startup",
     "console",
@@ -27,11 +28,14 @@ ROOMS = (
     "device",
     "data",
     "plan",
+    "kernels",
     "model",
     "run",
     "adapter",
     "tuned",
     "memory.tracing",
+    "timing.price",
+    "timing.known",
     "memory",
     "memory.measured",
     "timing",
@@ -56,8 +60,8 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "cli", "console", "errors", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole", "lfs",
-    "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.resolved", "run.resumption",
+    "cli", "console", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole",
+    "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.resolved", "run.resumption",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from qtune.device.present import present_device
-from qtune.memory.profile import read_run
+from qtune.memory.profile import trace_run
 from qtune.model.load import load_base
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
@@ -65,7 +65,7 @@ def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
     monkeypatch.setattr(build, "load_base", lambda *args: copy.deepcopy(base))
     monkeypatch.setattr("qtune.memory.savings.baselines", lambda *args: [])
     monkeypatch.setattr("qtune.memory.cached.cache_folder", lambda: tmp_path)
-    found = read_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))
+    found = trace_run(train.run(load_recipe(recipe_file(tmp_path, adapter, checkpointing))))
     batch = found.measured["largest_batch"]["forward"]
     assert (batch["rows"], batch["length"], batch["padded"]) == (2, LENGTH, 0)
     assert found.prediction is not None

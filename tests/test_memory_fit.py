@@ -169,7 +169,7 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
     tile = 50 if plan.embeddings == "host" and plan.loss_tile_bytes == 64 * MIB else 0
     embeddings = 0 if plan.embeddings == "host" else 300
     traced = int((1000 + embeddings + plan.micro_batch_size * row + moments + tile) * MIB)
-    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER))
+    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[])
 
 
 @pytest.fixture

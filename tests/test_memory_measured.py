@@ -7,6 +7,7 @@ its batch was not the largest, the record says so.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu"))
 
+from measured_step import as_measured
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
@@ -49,10 +51,20 @@ def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLES[0], "expandable_segments:True")
 
 
+@pytest.fixture(autouse=True)
+def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The lean step has not been on a card yet."""
+    as_measured(monkeypatch)
+    tracing._built.clear()  # what was built under the same key is another step
+    yield
+    tracing._built.clear()
+
+
 def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan, Longest]:
     """What a prediction is made of, for the batch that was measured."""
     tables = run.recipe("models", "data", "runs")
     tables["data"]["max_length"] = batch["length"]
+    tables["training"] = {**tables.get("training", {}), "lean_step": False}
     recipe = parse_recipe(tables)
     assert isinstance(recipe, Recipe), recipe
     longest = Longest(batch["length"], -(-batch["scored"] // batch["rows"]), equal=not batch["padded"])

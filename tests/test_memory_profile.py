@@ -15,7 +15,7 @@ from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError
 from qtune.memory.longest import longest_of, longest_rows
 from qtune.memory.predict import Longest
-from qtune.memory.profile import profile, read_run
+from qtune.memory.profile import profile, trace_run
 from qtune.model.load import load_config, load_tokenizer
 from qtune.preflight import foreseen
 from qtune.recipe.file import load_recipe
@@ -137,7 +137,7 @@ def test_a_run_is_compared_with_the_batches_that_it_measured(write_recipe: Write
     measured = json.loads(run_dir.memory_file.read_text())["measured"]
     assert measured["largest_batch"]["forward"]["rows"] == 2
     assert measured["largest_batch"]["eval"].keys() == {"rows", "length", "scored", "padded"}
-    found = read_run(run_dir)
+    found = trace_run(run_dir)
     assert found.prediction is not None
     for phase in ("forward", "backward", "optimizer", "eval"):
         seen = measured["phases"][phase]["tensor_peak_bytes"]

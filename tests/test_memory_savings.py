@@ -124,7 +124,8 @@ def test_each_technique_saves_what_a_count_by_hand_gives() -> None:
     adapter = {"kind": "lora", "rank": 64, "target_modules": ["q_proj"]}
     ours, found = explained(config, *planned(adapter=adapter, training={"optimizer": "adamw-8bit"}))
     assert set(found) == {
-        "nf4 weights", "double quantization", "gradient checkpointing", "adamw-8bit optimizer", "tiled loss",
+        "nf4 weights", "double quantization", "lean step", "gradient checkpointing", "adamw-8bit optimizer",
+        "tiled loss",
     }  # fmt: skip
 
     def at_rest(name: str) -> int:
@@ -139,6 +140,7 @@ def test_each_technique_saves_what_a_count_by_hand_gives() -> None:
     plain = 2 * (2 * 4 * trained + 512)  # two fp32 moments and a step count
     blocks = 2 * rounded(4 * trained / 256)  # an fp32 absmax for each block of 256, of each moment
     assert at_rest("adamw-8bit optimizer") == plain - 2 * (2 * trained + blocks) - 2 * 1024  # two code books for all
+    assert at_rest("lean step") == -2 * 2 * trained  # A and B once more, in the 16 bits of their products
     assert found["nf4 weights"].prediction.peak.bytes - ours.peak.bytes > 0
 
 

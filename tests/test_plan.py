@@ -57,6 +57,7 @@ def test_what_the_recipe_says_is_kept_and_has_no_reason_of_ours() -> None:
             "gradient_checkpointing": True,
             "optimizer": "paged-adamw-8bit",
             "learning_rate": 0.5,
+            "lean_step": False,
         },
         memory={"embeddings": "device", "activations": "host", "loss_tile": "1.5MiB"},
     )
@@ -65,7 +66,37 @@ def test_what_the_recipe_says_is_kept_and_has_no_reason_of_ours() -> None:
     assert (plan.micro_batch_size, plan.accumulation_steps) == (3, 4)
     assert (plan.gradient_checkpointing, plan.optimizer, plan.learning_rate) == (True, "paged-adamw-8bit", 0.5)
     assert (plan.embeddings, plan.activations, plan.loss_tile_bytes) == ("device", "host", 3 * 2**19)
+    assert not plan.lean_step
     assert plan.reasons == {}
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({}, "the gradients of peft's layers to rounding, with less memory and fewer operations"),
+        (
+            {"adapter": {"kind": "lora", "dora": True}},
+            "norms and rotations as one operation each; DoRA's layers stay peft's",
+        ),
+        ({"quantization": {"kind": "int8"}}, "norms and rotations as one operation each; int8 layers stay peft's"),
+        (
+            {"adapter": {"kind": "p-tuning"}},
+            "norms and rotations as one operation each; p-tuning has no layers of its own to compute otherwise",
+        ),
+    ],
+)
+def test_the_lean_step_is_taken_and_says_what_stays_pefts(tables: dict, said: str) -> None:
+    plan = make_plan(recipe(**tables), AMPERE)
+    assert plan.lean_step
+    assert plan.reasons["training", "lean_step"] == said
+
+
+def test_on_a_device_where_gradients_differ_the_layers_are_pefts() -> None:
+    plan = make_plan(recipe(), replace(AMPERE, lean_problem="gradients differ by 3.0e-01"))
+    assert not plan.lean_step
+    assert plan.reasons["training", "lean_step"] == (
+        "qtune's functions do not agree with peft's layers on RTX 3060: gradients differ by 3.0e-01"
+    )
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ budget = "8GB"
         ),
         (
             '[training]\ngradient_checkpointing = "yes"',
-            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean',
+            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean or a whole number',
         ),
         ('[memory]\nbudget = "8 GO"', '6: memory.budget = "8 GO": must be "auto" or must look like "8GiB" or "512MiB"'),
         ("[memory]\nbudget = 8", '6: memory.budget = 8: must be "auto" or a text in quotes: "8GiB"'),

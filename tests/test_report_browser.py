@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser, browser
 from test_report_page import ATTACK, finish, make_run, tell, train_record
+from test_verdicts_scores import free_text
 
 from qtune.report.page import write_report
 from qtune.run.folder import RunDir
 from qtune.run.metrics import EvalRecord
+from qtune.run.records import write_record
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,10 +90,18 @@ def long_names(folder: Path) -> RunDir:
     return longer
 
 
+def free_text_evaluated(folder: Path) -> RunDir:
+    """With an evaluation of free text, every line of which has its interval."""
+    run_dir = without_validation(folder)
+    write_record(run_dir.eval_file, free_text())
+    return run_dir
+
+
 STATES: dict[str, Callable[[Path], RunDir]] = {
     state.__name__: state
     for state in (
-        make_run, interrupted, finished, without_validation, failed, p_tuning, one_step, ten_thousand_steps, long_names
+        make_run, interrupted, finished, without_validation, failed, p_tuning, one_step, ten_thousand_steps, long_names,
+        free_text_evaluated,
     )
 }  # fmt: skip
 
@@ -157,9 +167,9 @@ def test_nothing_is_wider_than_the_window_and_no_text_is_cut(
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_words_do_not_break(tab: Browser, reports: dict[str, Path], state: str, width: int) -> None:
-    tab.open(reports[state], width)
+@pytest.mark.parametrize(("width", "media"), [*((width, "screen") for width in WIDTHS), (700, "print")])
+def test_words_do_not_break(tab: Browser, reports: dict[str, Path], state: str, width: int, media: str) -> None:
+    tab.open(reports[state], width, media=media)
     tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert tab.value(BROKEN_WORDS) == []
 

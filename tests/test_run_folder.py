@@ -111,3 +111,57 @@ def test_nobody_asks_a_path_of_a_run_for_its_name() -> None:
     """The name of "." is ""."""
     files = Path(qtune.__file__).parent.rglob("*.py")
     assert [file.name for file in files if re.search(r"\b(run|run_dir)\.path\.name\b", file.read_text())] == []
+
+
+def test_foreign_files_among_checkpoints_are_passed_over_and_stay(tmp_path: Path) -> None:
+    from qtune.adapter.state import STATE_FILE
+    from qtune.training.checkpoints import complete_checkpoints, remove_incomplete_checkpoints
+
+    for name in (
+        "checkpoint-6",
+        "checkpoint-12",
+        "checkpoint-6.bak",
+        "checkpoint-",
+        "checkpoint-old",
+        "checkpoint-9 copy",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE_FILE).write_text("")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-5").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "checkpoint-4.bak").mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-12"]
+    remove_incomplete_checkpoints(tmp_path)
+    assert not (tmp_path / "checkpoint-8").exists()
+    assert (tmp_path / "checkpoint-4.bak").is_dir()
+    assert (tmp_path / "checkpoint-7").is_file()
+
+
+def test_foreign_names_among_leftovers_are_passed_over(tmp_path: Path) -> None:
+    from qtune.whole import clear_leftovers
+
+    for name in (".model.partial-x", ".model.partial-12-zz", ".model.partial-999999999-ab12cd"):
+        (tmp_path / name).write_text("")
+    clear_leftovers(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.partial-12-zz", ".model.partial-x"]
+
+
+def test_files_of_a_run_in_other_encodings_are_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    from qtune.run.lock import read_lock
+    from qtune.run.metrics import read_metrics
+
+    note = '{"kind": "note", "message": "café", "seconds": 0.0}\n'
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(note, encoding="utf-8-sig")
+    assert [one.message for one in read_metrics(file)] == ["café"]  # type: ignore[union-attr]
+    file.write_text(note, encoding="utf-16")
+    with pytest.raises(RunError, match=r"metrics\.jsonl:1: is no record of a run"):
+        read_metrics(file)
+    run = RunDir(tmp_path)
+    for content in ("{}".encode("utf-16"), b'{"qtune": "\xe9"}', b"[" * 100_000):
+        run.lock_file.write_bytes(content)
+        with pytest.raises(RunError, match=r"lock\.json: cannot be read"):
+            read_lock(run)
+    run.lock_file.write_text("{}", encoding="utf-8-sig")
+    assert read_lock(run) is not None

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+from measured_step import as_measured
 from memory_table import MODELS, config_of
 
 from qtune.device.cards import card_named
 from qtune.device.rates import data_sheet_rates
 from qtune.memory.predict import Longest, predict, training_step
+from qtune.memory.tracing import trace as tracing
 from qtune.memory.tracing.work import Work
 from qtune.memory.trl_step import trace_trl
 from qtune.plan import make_plan
@@ -29,6 +32,15 @@ MEASURED = json.loads((Path(__file__).parent / "measured" / "h100_time.json").re
 H100 = card_named("H100")
 
 
+@pytest.fixture(autouse=True)
+def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The lean step has not been on a card yet."""
+    as_measured(monkeypatch)
+    tracing._built.clear()  # what was built under the same key is another step
+    yield
+    tracing._built.clear()
+
+
 @cache
 def traced(what: str, rows: int, length: int, masked: bool, scored: int) -> Work:
     """Llama 3.1 8B, NF4, LoRA of rank 16 on all linear layers, checkpointing."""
@@ -37,7 +49,12 @@ def traced(what: str, rows: int, length: int, masked: bool, scored: int) -> Work
         {
             "model": {"base": "traced"},
             "data": {"train": "rows.jsonl", "max_length": length},
-            "training": {"batch_size": rows, "micro_batch_size": rows, "gradient_checkpointing": True},
+            "training": {
+                "batch_size": rows,
+                "micro_batch_size": rows,
+                "gradient_checkpointing": True,
+                "lean_step": False,
+            },
         }
     )
     assert isinstance(recipe, Recipe)

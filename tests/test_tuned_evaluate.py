@@ -237,6 +237,22 @@ def test_answers_longer_than_the_limit_are_counted(tmp_path, tiny_model, capsys)
     assert "2 expected answers are longer than --max-new-tokens and cannot match" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("answer", "times"), [("Blue.", 1), ("It is the colour of the sky on a clear day.", 2)])
+def test_free_text_has_room_to_go_on_and_an_exact_answer_has_none(tmp_path, tiny_model, monkeypatch, answer, times):
+    run_dir = make_run(tmp_path, tiny_model)
+    write_rows(tmp_path / "test.jsonl", [row("What is blue?", answer)])
+    room = []
+
+    def nothing(model, prompts, limits, ends, on_rows):
+        room.extend(limits)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(stage, "generate", nothing)
+    evaluate(run_dir)
+    tokens = len(AutoTokenizer.from_pretrained(tiny_model)(answer).input_ids)
+    assert room == [times * tokens + stage.EXTRA_TOKENS] * 2
+
+
 def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):
     run_dir = make_run(tmp_path, tiny_model, held_out="validation = 0.0")
     with pytest.raises(DataError) as caught:
@@ -270,12 +286,13 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "2 of 128 test rows, 50 scored tokens",
-        "                         base   tuned",
-        "loss, nats per token   2.5000  0.0123",
-        "tokens right            40.0%   99.6%",
-        "answers exactly right    0.0%   50.0%",
+        "                        base   tuned  change, 95 % interval",
+        "loss, nats per token    2.50  0.0123",
+        "perplexity              12.2  1.0124",
+        "tokens right           40.0%   99.6%",
+        "answers exactly right   0.0%   50.0%",
         "",
-        "Answers, wrong ones first",
+        "Answers, wrong ones first (1 of 2)",
         "request   expected  base   tuned",
         "Add tea   [tea]     Hm…    ✗ [bold]tee",
         "Add milk  [milk]    Sure!  ✓ [milk]",

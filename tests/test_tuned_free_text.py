@@ -105,8 +105,8 @@ def test_the_screen_shows_likeness_for_free_text_and_perplexity_with_its_interva
     # Six rows of ten tokens, losses 2 and 3: the mean is 2.5, its standard error sqrt(0.25 * 6/5 / 6) = sqrt(0.05).
     t = 2.5706  # Student's, 5 degrees of freedom
     low, high = (math.exp(2.5 + sign * t * math.sqrt(0.05)) for sign in (-1, 1))
-    assert f"{math.exp(2.5):.4g} (" in line
-    found_low, found_high = line.split("(")[2].split(")")[0].split(" to ")
+    assert f"{math.exp(2.5):.3g} (" in line
+    found_low, found_high = line.split("(")[1].split(")")[0].split(" to ")
     assert float(found_low) == pytest.approx(low, rel=5e-3)
     assert float(found_high) == pytest.approx(high, rel=5e-3)
 

@@ -225,8 +225,10 @@ def test_validation_that_rises_with_training_is_not_called_overfitting() -> None
 def test_without_two_evaluations_it_says_what_to_do() -> None:
     none, once = overfits(NOTHING), overfits(replace(NOTHING, validation=(validation(9, spread(1.0)),)))
     assert none.command == "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
-    assert once.command == "training.eval_every = 50 would show its course"
+    assert once.command == "training.eval_every = 20 would show its course"
     assert (none.standing, once.standing) == ("open", "open")
+    begun = overfits(replace(NOTHING, is_finished=False))
+    assert (begun.sentence, begun.command) == ("no validation row was looked at yet", None)
 
 
 def test_losses_that_are_no_numbers_are_no_best_and_rows_that_changed_are_not_paired() -> None:
@@ -351,5 +353,4 @@ def test_every_question_is_answered_whatever_is_missing() -> None:
 def test_the_screen_shows_a_line_for_each_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     show([exported(NOTHING)])
     shown = " ".join(capsys.readouterr().out.split())
-    question = "– Is the export the model that was trained?"
-    assert shown == f"{question} Not exported: no export is in the run's folder; qtune export runs/x"
+    assert shown == "– export? Not exported: no export is in the run's folder; qtune export runs/x"

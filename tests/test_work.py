@@ -80,16 +80,27 @@ def test_training_a_linear_layer_takes_three_times_its_forward() -> None:
 
 def test_a_four_bit_product_reads_codes_and_constants_writes_the_weight_and_multiplies_with_it() -> None:
     tokens, n, k = 256, 128, 64
-    kernels = layer_kernels("gemm_4bit", "dequantize_4bit", "dequantize absmax", "dequantize_blockwise")
+    names = ("gemm_4bit", "dequantize_4bit", "dequantize absmax", "dequantize_blockwise")
+    kernels = layer_kernels(*names, lean=False)
     one = [kernel for kernel in kernels if kernel.op == "gemm_4bit" and kernel.flops == 2 * tokens * n * k]
     assert {kernel.bytes for kernel in one} == {2 * (tokens * k + n * k + tokens * n)}
     read_back = {kernel.bytes for kernel in kernels if kernel.op == "dequantize_4bit"}
     assert n * k // 2 + 4 * n * k // 64 + 2 * n * k in read_back
 
 
-def layer_kernels(*ops: str) -> set[Kernel]:
+def test_the_lean_steps_product_dequantizes_in_one_pass_and_adds_to_the_update_that_is_there() -> None:
+    tokens, n, k = 256, 128, 64
+    packed = n * k // 2 + n * k // 64 + 4 * -(-n * k // 64 // 256)  # codes, an 8-bit absmax, one of 256 of them in fp32
+    books = 4 * (256 + 16 + 1)  # two code books and an offset
+    assert packed + books + 2 * n * k in {kernel.bytes for kernel in layer_kernels("dequantize_nested", lean=True)}
+    tile = tokens // 2  # the MLP's forward takes twice as many rows at once as the weight has columns
+    products = {kernel for kernel in layer_kernels("addmm_", lean=True) if kernel.flops == 2 * tile * n * k}
+    assert 2 * (tile * k + n * k + 2 * tile * n) in {kernel.bytes for kernel in products}
+
+
+def layer_kernels(*ops: str, lean: bool) -> set[Kernel]:
     """Of a step on a card with 2 x 128 tokens."""
-    recipe = recipe_with(training={"gradient_checkpointing": True})
+    recipe = recipe_with(training={"gradient_checkpointing": True, "lean_step": lean})
     found = predict(tiny(layers=1), recipe, make_plan(recipe, CARD), Longest(128, equal=True)).work
     return {kernel for _, kernel in found if kernel.op in ops}
 
@@ -202,17 +213,30 @@ def flops(work: Work, **where: Any) -> int:
 
 
 def test_the_products_of_a_step_are_those_of_a_count_by_hand() -> None:
-    """Frozen weights: forward, again under checkpointing, and the gradient of their input. Adapters: also their own."""
+    """Frozen weights: forward, again under checkpointing, and the gradient of their input. Adapters: also their own.
+
+    The MLP computes gate and up again in its own backward, and down's way down; its way up it never needs again.
+    """
     tokens, rank = 2 * 128, 4
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]  # q k v o gate up down
     base = 2 * tokens * sum(n * k for n, k in shapes)
     adapter = 2 * tokens * sum(rank * (n + k) for n, k in shapes)
     work = step_work(adapter={"kind": "lora", "rank": rank})
     assert flops(work, phase="forward", part="layers") == 2 * (base + adapter)
-    assert flops(work, phase="backward", part="layers", recomputed=False) == 2 * (base + 2 * adapter)
+    again = 2 * tokens * (sum(n * k + rank * (n + k) for n, k in shapes[4:6]) + rank * 128)
+    assert flops(work, phase="backward", part="layers", recomputed=False) == 2 * (base + 2 * adapter + again)
+    attention = 2 * tokens * sum(n * k + rank * (n + k) for n, k in shapes[:4])
+    assert flops(work, phase="backward", recomputed=True) == 2 * attention
+
+
+def test_with_pefts_layers_all_of_a_layer_but_its_last_product_is_computed_again() -> None:
+    tokens, rank = 2 * 128, 4
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    both = 2 * tokens * sum(n * k + rank * (n + k) for n, k in shapes)
+    work = step_work(adapter={"kind": "lora", "rank": rank}, training={"lean_step": False})
     # Recomputing stops when the last tensor that the backward needs is there: the last adapter's way up is not.
     last_up = 2 * tokens * rank * 64
-    assert flops(work, phase="backward", recomputed=True) == 2 * (base + adapter - last_up)
+    assert flops(work, phase="backward", recomputed=True) == 2 * (both - last_up)
 
 
 def test_nothing_is_recomputed_without_checkpointing() -> None:

@@ -24,7 +24,7 @@ from memory_record import GIB, Build, CannotBuildError, build_of, measured_gib  
 from old_transformers import as_in  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from qtune.memory.profile import read_run  # noqa: E402
+from qtune.memory.profile import trace_run  # noqa: E402
 from qtune.memory.tracing import categories  # noqa: E402
 from qtune.memory.tracing.bare_model import bare_model  # noqa: E402
 from qtune.memory.tracing.trace import trace  # noqa: E402
@@ -113,7 +113,7 @@ def compare(record: dict[str, Any]) -> Result:
 
 def of_run(folder: Path) -> list[Result]:
     """A run's own measurement as a record: each phase beside the trace of the largest batch that was measured."""
-    run = read_run(RunDir.open(folder), savings=False)
+    run = trace_run(RunDir.open(folder), savings=False)
     if run.prediction is None:
         return [Result(folder.name, None, None, False, "its device is not known here")]
     is_card = run.measured["device"] != "cpu"

@@ -41,6 +41,14 @@ class StepSampler(Sampler[int]):
         return np.concatenate(grouped) if grouped else shuffled
 
 
+def rows_of_step(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, step: int) -> list[int]:
+    """The row numbers of an optimizer step, which are counted from 1."""
+    sampler = StepSampler(lengths, batch_size, seed)
+    epoch, place = divmod(step - 1, -(-len(sampler) // batch_size))
+    sampler.set_epoch(epoch)
+    return [int(row) for row in sampler.order()[place * batch_size : (place + 1) * batch_size]]
+
+
 def padding_share(lengths: np.ndarray, micro_batch_size: int) -> float:
     """Share of the positions that is padding when rows of these lengths, in this order, are padded in micro-batches."""
     if not len(lengths):

@@ -17,6 +17,10 @@ class RowError(ValueError):
     """What is wrong with a row, said with the key, what was found and what is expected."""
 
 
+MOST_MESSAGES = 1000
+"""Of a row: each answer is rendered with all that stands before it, which takes time by the square of their number."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages as chat templates take them, the tools they may call, and the place of their row.
@@ -70,8 +74,12 @@ def conversation(
     """A conversation in which every text can be tokenized.
 
     Raises:
-        RowError: a tool call or description holds half a character.
+        RowError: a tool call or description holds half a character; there are more messages than any talk has.
     """
+    if len(messages) > MOST_MESSAGES:
+        raise RowError(
+            f"has {len(messages):,} messages; at most {MOST_MESSAGES:,} are read, so split it into several rows"
+        )
     made = Conversation(tuple(messages), tuple(tools), place, tuple(unused), frozenset(notes))
     text_of(made.to_json(), "a tool call or tool description")
     return made

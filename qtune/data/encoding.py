@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source
 from qtune.data.store import Stored, write_store
 from qtune.data.template import ChatTemplate
+from qtune.errors import WorkError
 
 BATCH_ROWS = 500
 # Where rows are long, a batch ends here: what is in memory at once is so much, however long they are.
@@ -101,12 +103,17 @@ def _in_parallel(
     rules: RowRules,
     workers: int,
 ) -> Iterator[EncodedBatch]:
-    """The batches in order, at most four per worker under way."""
+    """The batches in order, at most four per worker under way.
+
+    Raises:
+        WorkError: the system has killed one of the processes.
+    """
     # Forking this process, whose tokenizer has threads, could deadlock. The fork server has none, and imports the
     # libraries once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qtune.data.worker"])
-    with ProcessPoolExecutor(workers, context, worker.start, (tokenizer, template, rules)) as pool:
+    pool = ProcessPoolExecutor(workers, context, worker.start, (tokenizer, template, rules))
+    try:
         under_way: deque[Future[EncodedBatch]] = deque()
         for batch in batches:
             under_way.append(pool.submit(worker.encode, batch))
@@ -114,3 +121,11 @@ def _in_parallel(
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        message = (
+            "a process that tokenizes rows was ended from outside, most likely for want of memory; close what else "
+            "takes memory, and start again: what is prepared once is kept"
+        )
+        raise WorkError(message) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

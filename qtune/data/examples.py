@@ -150,7 +150,7 @@ class RowEncoder:
         conversation = to_conversation(
             value, row_format, row.place, rules.system, rules.system_prompt, rules.on_turn_order
         )
-        unused = dict.fromkeys([*replaced(row.value, rules.columns), *conversation.unused])
+        unused = dict.fromkeys(map(_writable, [*replaced(row.value, rules.columns), *conversation.unused]))
         suspected = conversation.notes.union(self.suspicions.about(conversation))
         if conversation.is_document:
             self._count(unused)
@@ -158,7 +158,7 @@ class RowEncoder:
         gate = self.tool_gate if conversation.tools else self.gate
         rendered = render_examples(gate.renderer, conversation, rules.loss_on, rules.on_rewritten)
         lost = gate.lost(rendered)
-        unused |= lost.unused
+        unused |= {_writable(name): None for name in lost.unused}
         self._count(unused)
         notes = suspected | lost.notes
         return [
@@ -176,6 +176,11 @@ class RowEncoder:
         names = list(unused)
         self.batch.unused.update(names)
         self.batch.rows_with_unused += bool(names)
+
+
+def _writable(name: str) -> str:
+    """JSON's keys may hold half a character, which no file can."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _order_advice(policy: str) -> str:

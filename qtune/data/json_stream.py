@@ -65,6 +65,10 @@ class JsonValues:
                 raise self._broken(error) from error
             except RecursionError as error:
                 raise BrokenJson("nested too deeply") from error
+            except BrokenJson:
+                raise
+            except ValueError as error:  # Python reads no number of more than 4,300 digits
+                raise BrokenJson("a number has too many digits") from error
             if end == len(self._text) and self._read(PIECE_BYTES):
                 continue  # a number may go on in the next piece
             if has_broken_bytes(self._text[self._at : end]):

@@ -28,6 +28,8 @@ from qtune.recipe.schema import Data
 from qtune.spelling import did_you_mean
 
 TRAINED = ["input_ids", "labels"]
+MOST_ROWS = 500_000_000
+"""Of an epoch: their numbers, eight bytes each, are shuffled in memory."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Prepared:
     """Tokens of each row of `train`, [rows], for grouping by length."""
     tokenizer: PreTrainedTokenizerBase
     """What the rows were tokenized with."""
+    order: np.ndarray | None = None
+    """The example that each row of `train` is, [rows]; None where several are packed into one."""
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -125,7 +129,11 @@ def survey(
         examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
     if data.test is not None:
         examples["test"], _ = maker.split("test", find_sources(data.test, data, folder, "test"))
-    weighted = examples["train"].select(weighted_rows(weights, seed))
+    if weights.sum() > MOST_ROWS:
+        message = f"the weights make {weights.sum():.3g} rows of an epoch, and at most {MOST_ROWS:,} can be ordered"
+        raise DataError(Problem("data.train", f"{message}; lower them, or raise training.epochs instead"))
+    order = weighted_rows(weights, seed)
+    weighted = examples["train"].select(order)
     columns = {split: rows.select_columns(TRAINED) for split, rows in examples.items()}
     columns["train"] = (
         pack(weighted, data.max_length, maker.cache) if data.packing else weighted.select_columns(TRAINED)
@@ -141,6 +149,7 @@ def survey(
         data.packing,
         _lengths(columns["train"]) if data.packing else np.asarray(weighted.with_format("numpy")["length"][:]),
         tokenizer,
+        None if data.packing else order,
     )
 
 

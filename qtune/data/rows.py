@@ -82,7 +82,9 @@ def _json_row(text: str, place: str) -> Row | BadRow:
     try:
         value = strict_json(text)
     except ValueError as error:
-        message = str(error) if not isinstance(error, json.JSONDecodeError) else f"{error.msg} at column {error.colno}"
+        message = str(error) if isinstance(error, BrokenJson) else "a number has too many digits"
+        if isinstance(error, json.JSONDecodeError):
+            message = f"{error.msg} at column {error.colno}"
         return BadRow(place, f"not valid JSON: {message}; expected one object like {{…}} on the line")
     except RecursionError:
         return BadRow(place, "not usable JSON: nested too deeply")

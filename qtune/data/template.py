@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.bounds import LONGEST_TEMPLATE, TemplateOutOfBoundsError, bounded_rendering
 from qtune.data.conversation import Conversation, Message, RowError
 from qtune.data.turn_keys import REASONING
-from qtune.errors import DataError, Problem
+from qtune.errors import DataError, Problem, first_line
 
 # ChatML, with tools, calls and reasoning between the tags that Hermes and Qwen models read.
 CHATML = """\
@@ -106,10 +106,13 @@ def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase, folder
         return ChatTemplate(own[name], f'the tokenizer\'s "{name}"')
     if name in BUILT_IN:
         return ChatTemplate(BUILT_IN[name], f'the built-in "{name}"')
-    path = folder / Path(name).expanduser()
     try:
-        return ChatTemplate(path.read_text(encoding="utf-8"), f"the file {name}")
-    except (OSError, UnicodeDecodeError) as error:
+        path = folder / Path(name).expanduser()
+        with path.open(encoding="utf-8-sig") as stream:
+            text = stream.read(LONGEST_TEMPLATE + 1)
+        return ChatTemplate(text, f"the file {name}")
+    # RuntimeError: a home that nobody has.
+    except (OSError, ValueError, RuntimeError) as error:
         built_in = ", ".join(BUILT_IN)
         message = f"no readable template file, nor a built-in template ({built_in})"
         raise DataError(Problem("data.chat_template", f"{name!r}: {message}")) from error
@@ -206,18 +209,25 @@ def render(
 
     Raises:
         RowError: the template refuses the messages, with its reason.
+        DataError: it takes more time or memory than any chat template does.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            _in_its_words(messages, template),
-            tools=list(tools) or None,
-            chat_template=template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
-    # A template is a program: what it does not raise itself fails as Python does.
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error) or type(error).__name__
+        with bounded_rendering():
+            text = tokenizer.apply_chat_template(
+                _in_its_words(messages, template),
+                tools=list(tools) or None,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+    except TemplateOutOfBoundsError as error:
+        message = f"the chat template {error} for one conversation: a loop without an end, or no template at all"
+        raise DataError(Problem("data.chat_template", message)) from error
+    except RecursionError as error:
+        raise RowError("the chat template refuses this conversation: it calls itself without an end") from error
+    # A template is a program: it fails in every way in which Python does.
+    except Exception as error:
+        reason = first_line(error)
         raise RowError(f"the chat template refuses this conversation: {reason}{_advice(reason, messages)}") from error
     return str(text)
 

@@ -1,6 +1,7 @@
 """A process that encodes rows beside others; it imports only what that takes."""
 
 import os
+import signal
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -9,16 +10,20 @@ from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
 from qtune.data.rows import BadRow, Row
 from qtune.data.template import ChatTemplate
 
-# Made once in each process; a pool's initializer is the only way to hand it over.
+# Handed over once to each process; a pool's initializer is the only way to do that.
+_given: list[tuple[PreTrainedTokenizerBase, ChatTemplate, RowRules]] = []
 _encoder: list[RowEncoder] = []
 
 
 def start(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules) -> None:
-    """Gives this process its encoder."""
+    """Gives this process what its encoder is made of; an error in here would only break the pool."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
-    _encoder[:] = [RowEncoder(tokenizer, template, rules)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that the user has started
+    _given[:] = [(tokenizer, template, rules)]
 
 
 def encode(rows: Sequence[Row | BadRow]) -> EncodedBatch:
     """The examples of some rows."""
+    if not _encoder:
+        _encoder.append(RowEncoder(*_given[0]))
     return _encoder[0](rows)

@@ -29,6 +29,8 @@ class Device:
     free_bytes: int
     bf16: bool
     capability: tuple[int, int] | None = None
+    lean_problem: str | None = None
+    """What speaks against the lean step on it (`adapter/lean_check.py`); None: nothing, as far as anybody has asked."""
 
     @property
     def torch_name(self) -> str:

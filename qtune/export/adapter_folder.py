@@ -16,7 +16,8 @@ PRIVATE = ("parent_library", "auto_mapping")
 def write_adapter(source: OpenedRun, output: Path, *, force: bool) -> Path:
     """Copies the adapter's two files, names the base as others know it, adds tokenizer and card.
 
-    Raises InputError when the folder is there and `force` is not given.
+    Raises:
+        InputError: the folder is there and `force` is not given.
     """
     weights = source.adapter / WEIGHTS
     with staged_folder(output, weights.stat().st_size, force=force) as work:

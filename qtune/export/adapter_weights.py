@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from qtune.errors import Problem, RunError
+from qtune.model.safetensors_file import tensors_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -121,7 +121,7 @@ def open_adapter(folder: Path) -> AdapterWeights:
     if not isinstance(config, LoraConfig | IA3Config):
         raise RunError(Problem(str(folder), f"a {config.peft_type.value} adapter has no weights to merge"))
     problems = [Problem(str(folder), text) for text in _obstacles(config)]
-    tensors = load_file(folder / WEIGHTS)
+    tensors = tensors_of(folder / WEIGHTS)
     modules = _by_module(tensors)
     updates: dict[str, Update] = {}
     for module, parts in modules.items():

@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 
 from qtune import console
 from qtune.device.present import one_sentence
-from qtune.errors import InputError, Problem, VerificationError
+from qtune.disk import told
+from qtune.errors import ExportError, InputError, Problem, VerificationError
 from qtune.export.adapter_folder import write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
@@ -71,7 +72,8 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
     is not the trained one; that folder stays, its verify.json and model card say so, and it is not uploaded.
     """
-    folder = write_export(run, options, show)
+    with told(ExportError):
+        folder = write_export(run, options, show)
     if options.push_to is not None:
         console.say(f"uploaded to {push(folder, options.push_to, HfApi())}")
     return folder

@@ -42,7 +42,8 @@ def open_merge(source: OpenedRun, target: Target) -> Merge:
 def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPrompt | None = None) -> Path:
     """Writes the model; the folder appears under its name when it is complete.
 
-    Raises InputError when the folder is there or the disk too small, ExportError when a value does not fit the dtype.
+    Raises:
+        InputError: the folder is there, or the disk too small. ExportError: a value does not fit the dtype.
     """
     with staged_folder(target.output, merge.nbytes, force=target.force) as work:
         with console.progress("merging (MiB)", round(merge.nbytes / MIB)) as bar:

@@ -13,7 +13,8 @@ def push(folder: Path, repository: str, api: HfApi) -> str:
 
     A repository that is not there is made, and is private. Nothing of the run but this folder leaves.
 
-    Raises ExportError with the hub's reason.
+    Raises:
+        ExportError: it could not be uploaded, with the hub's reason.
     """
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)

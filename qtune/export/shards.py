@@ -12,7 +12,8 @@ from typing import BinaryIO
 import torch
 
 from qtune.errors import ExportError
-from qtune.model.checkpoint import DTYPES, INDEX, SINGLE
+from qtune.model.checkpoint import DTYPES, SINGLE
+from qtune.model.folder import INDEX
 from qtune.sizes import GIB
 
 # Small enough to resume a broken download, large enough that a 70B model is not hundreds of files.
@@ -54,7 +55,10 @@ def write_shards(
     """Writes every shard, asking `produce` for one tensor after the other; memory stays at one tensor.
 
     One shard becomes `model.safetensors`; several get an index, as transformers writes them. Files are flushed to the
-    disk before this returns. Raises ExportError when `produce` returns another shape or dtype than planned.
+    disk before this returns.
+
+    Raises:
+        ExportError: `produce` returns another shape or dtype than planned.
     """
     names = [SINGLE]
     if len(shards) > 1:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from qtune.export.layout import Layout, layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge
 from qtune.export.opened_run import OpenedRun
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.safetensors_file import tensors_of
 
 # Kept in config.json, for readers of the file; no loader needs it.
 CONFIG_KEY = "qtune_soft_prompt"
@@ -51,7 +51,7 @@ def open_soft_prompt(source: OpenedRun) -> SoftPrompt:
 
     Raises RunError when the adapter file holds anything but one prompt.
     """
-    tensors = load_file(source.adapter / WEIGHTS)
+    tensors = tensors_of(source.adapter / WEIGHTS)
     if set(tensors) != {"prompt_embeddings"}:
         raise RunError(Problem(str(source.adapter), f"holds {', '.join(sorted(tensors))}; expected one soft prompt"))
     vectors = tensors["prompt_embeddings"].float()

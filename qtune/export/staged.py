@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qtune.errors import ExportError, InputError, Problem
+from qtune.disk import refusal_of
+from qtune.errors import ExportError, InputError, Problem, QtuneError
 from qtune.sizes import MIB, gib_text
 from qtune.whole import clear_leftovers, whole
 
@@ -24,8 +25,9 @@ def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> 
     An export that was killed leaves `.NAME.partial-PID-…` behind, never a folder that looks finished; the next export
     to the same name clears it away.
 
-    Raises InputError when `output` is there and `force` is not given, or when the disk has less than `expected_bytes`
-    free; ExportError when the disk fills up on the way.
+    Raises:
+        InputError: `output` is there and `force` is not given, or the disk has less than `expected_bytes` free.
+        ExportError: the disk fills up on the way.
     """
     refuse_existing(output, force=force)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,13 @@ def staged_folder(output: Path, expected_bytes: int, *, force: bool = False) -> 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{output.parent}: the disk is full; nothing was left behind") from error
+        if (refused := refusal_of(error)) is not None:
+            raise ExportError(f"{refused}; nothing was left behind") from error
         raise
+    except Exception as error:  # of safetensors and tokenizers, which say it in their own way
+        if isinstance(error, QtuneError) or (refused := refusal_of(error)) is None:
+            raise
+        raise ExportError(f"{output.parent}: {refused}; nothing was left behind") from error
 
 
 @contextmanager
@@ -59,13 +67,21 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
-    """Raises InputError when something would be overwritten without being asked for."""
+    """Nothing is overwritten without being asked for.
+
+    Raises:
+        InputError: the folder is there and `force` is not given.
+    """
     if output.exists() and not force:
         raise InputError(Problem(str(output), "is there already; another --output, or --force to replace it"))
 
 
 def refuse_small_disk(folder: Path, needed_bytes: int) -> None:
-    """Raises InputError when a folder's disk has less than `needed_bytes` free."""
+    """Nothing is begun that the disk cannot hold.
+
+    Raises:
+        InputError: the folder's disk has less than `needed_bytes` free.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise InputError(Problem(str(folder), f"needs {gib_text(needed_bytes)}, the disk has {gib_text(free)} free"))

@@ -71,13 +71,19 @@ class Need:
 
 
 def card_need(
-    traced_bytes: int, lasting_bytes: int, quantized_bytes: int, reserved_bytes: int, card: Capability
+    traced_bytes: int,
+    lasting_bytes: int,
+    quantized_bytes: int,
+    reserved_bytes: int,
+    card: Capability,
+    scratch_bytes: int = 0,
 ) -> Need:
     """The need of a step on a card, from its trace.
 
     quantized_bytes: of the weights. reserved_bytes: of the allocator, played (`tracing/reserved.py`), workspaces in it.
+    scratch_bytes: of operations that stand in for a kernel which the card may leave out.
     """
     workspaces = 2 * workspace_bytes(card)
     unseen = int(LOADING_SHARE * quantized_bytes + MOVING_SHARE * (traced_bytes - lasting_bytes))
-    gaps = max(0, reserved_bytes - traced_bytes - workspaces) + unseen
+    gaps = max(0, reserved_bytes - traced_bytes - workspaces) + unseen + scratch_bytes
     return Need(traced_bytes, lasting_bytes, CONTEXT_BYTES, workspaces, gaps)

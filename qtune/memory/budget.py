@@ -6,11 +6,12 @@ smallest micro-batch; as soon as that is enough, the micro-batch is made as larg
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
+from qtune.memory.kept_layers import CHECKPOINTING, Kept, Steps, fastest, pace_of, rates_of
 from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
@@ -56,9 +57,9 @@ HOST = Lever(EMBEDDINGS, "host", "the head crosses the bus twice a micro-batch, 
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if not plan.gradient_checkpointing and recipe.adapter.checkpointable:
+    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
         yield Lever(
-            ("training", "gradient_checkpointing"),
+            CHECKPOINTING,
             True,
             "the forward is computed twice: a third more time, same result",
         )
@@ -92,6 +93,8 @@ class Trial:
     need: Need
     """After the change."""
     verdict: Literal["kept", "saves nothing", "not possible"] = "kept"
+    pace: float | None = None
+    """Seconds of a step after the change over those before it; None where the card's rates are not known."""
 
 
 def needed_bytes(prediction: Prediction) -> int:
@@ -202,7 +205,9 @@ def _tried(
     except ModelError as error:  # an adapter that trains the embeddings keeps them on the card
         return Trial(lever.words, error.problems[0].message, before.need, before.need, "not possible"), None
     saves = (search.cost(after), needed_bytes(after)) < (search.cost(before), needed_bytes(before))
-    return Trial(lever.words, lever.why, before.need, after.need, "kept" if saves else "saves nothing"), after
+    verdict: Literal["kept", "saves nothing"] = "kept" if saves else "saves nothing"
+    pace = pace_of(search.device, before, after)
+    return Trial(lever.words, lever.why, before.need, after.need, verdict, pace), after
 
 
 def whole_parts(batch: int) -> list[int]:
@@ -211,9 +216,9 @@ def whole_parts(batch: int) -> list[int]:
 
 
 def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
-    """What `qtune run` settles by itself on a card, and the plan that it makes: micro-batch and embeddings, where the
-    recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where a step would not fit
-    otherwise and where that helps.
+    """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings and the layers that are
+    computed twice, where the recipe says "auto"; on a processor the last of these alone. Embeddings go to the host,
+    which changes nothing but the speed, where a step would not fit otherwise and where that helps.
 
     any_rows: whether the micro-batch is free also where the recipe gives a number.
     """
@@ -228,10 +233,45 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
         needed = settled_here.trials[-1].before.total_bytes / GIB
         reason = f"with them on the card {what} would need {needed:.2f} GiB of {search.limit / GIB:.2f}"
         plan = plan.with_embeddings_on_host(reason)
+    tried = [size for size in sizes if size <= settled_here.rows]
+    settled_here, plan, rule = _with_layers_kept(search, recipe, settled_here, plan, tried)
     if free_rows:
         words = f"{gib_text(settled_here.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
-        plan = plan.with_micro_batch(settled_here.rows, f"the largest that fits: {words}")
+        plan = plan.with_micro_batch(settled_here.rows, f"{rule}: {words}")
     return settled_here, plan
+
+
+def _with_layers_kept(
+    search: Search, recipe: Recipe, found: Settled, plan: Plan, sizes: Sequence[int]
+) -> tuple[Settled, Plan, str]:
+    """The layers that are computed twice, where the recipe leaves that open; and how rows were chosen.
+
+    On a card as few as there is room for; none at all where the embeddings had to make room already, for that step is
+    as lean as it can be. On a processor, whose memory is seldom the limit, only as many as must be.
+    """
+    largest, is_card = "the largest that fits", search.device.kind == "cuda"
+    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    if not is_open or found.is_enough != is_card or EMBEDDINGS in found.changes:
+        return found, plan, largest
+    count = int(search.config.get_text_config().num_hidden_layers)
+
+    def traced(layers: bool | int, rows: int) -> Prediction:
+        return search.trace(changed(found.recipe, {CHECKPOINTING: layers}), rows)
+
+    steps = Steps(traced, search.cost, search.limit, count)
+    best = fastest(steps, sizes, recipe.training.batch_size, rates_of(search.device))
+    if best is None:
+        if is_card:
+            return found, plan, largest
+        best = Kept(True, found.rows, traced(True, found.rows), 0.0)
+    words = f"{gib_text(best.prediction.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
+    some = "every layer" if best.layers is True else f"{best.layers} of {count} layers: so many are enough"
+    reason = f"{some}: {words}" if best.layers else f"not needed: {words}"
+    chosen = changed(found.recipe, {CHECKPOINTING: best.layers})
+    enough = search.is_enough(best.prediction)
+    settled = replace(found, recipe=chosen, rows=best.rows, prediction=best.prediction, is_enough=enough)
+    rule = largest if best.rows == found.rows else "the fastest that fits"
+    return settled, plan.with_checkpointing(best.layers, reason), rule
 
 
 def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:

@@ -103,7 +103,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 @functools.cache
 def _own_code() -> str:
     """Hash of the sources that a prediction runs through."""
-    rooms = (Path(__file__).parents[1] / name for name in ("memory", "adapter", "model"))
+    rooms = (Path(__file__).parents[1] / name for name in ("memory", "adapter", "model", "kernels"))
     files = [file for room in rooms for file in room.rglob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):

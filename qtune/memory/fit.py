@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from qtune.adapter.lean_check import examined
 from qtune.device.cards import device_for
 from qtune.memory.budget import (
     EMBEDDINGS,
@@ -21,6 +22,7 @@ from qtune.memory.budget import (
     settle,
 )
 from qtune.memory.cached import predicted
+from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.geometry import load_geometry
@@ -128,7 +130,9 @@ def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:
     """What `qtune run` chooses on a card."""
     if plan.device.kind != "cuda":
         return {}
-    own = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
+    own: dict[KeyPath, Any] = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
+    if recipe.training.gradient_checkpointing == "auto":
+        own[CHECKPOINTING] = plan.gradient_checkpointing
     return own | ({EMBEDDINGS: plan.embeddings} if recipe.memory.embeddings == "auto" else {})
 
 
@@ -246,7 +250,7 @@ def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) 
 
 def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
     """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget."""
-    device, config = device_for(gpu, vram), load_geometry(recipe.model)
+    device, config = examined(device_for(gpu, vram), recipe), load_geometry(recipe.model)
     given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
     return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
 

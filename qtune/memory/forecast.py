@@ -68,7 +68,7 @@ def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Row
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
     plan = make_plan(recipe, device, attention_rule(config))
-    if device.kind == "cuda":
+    if device.kind == "cuda" or recipe.training.gradient_checkpointing == "auto":
         plan = settled(config, recipe, plan, rows.longest)
     prediction = predicted(config, recipe, plan, rows.longest)
     return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.lean import install_lean_step
 from qtune.errors import ModelError, Problem, first_line
+from qtune.kernels.plain import SCRATCH_BYTES
 from qtune.memory.allowance import Need, card_need
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.bare_model import bare_model
@@ -73,7 +75,9 @@ def predict(
     try:
         made = functools.partial(build, recipe=recipe, plan=plan)
         key = model_key(config, recipe, plan) + ("" if plays_allocator else ", without its allocator")
-        return trace(config, made, step, card=card_of(plan.device), plays_allocator=plays_allocator, same_model=key)
+        card = card_of(plan.device)
+        traced = trace(config, made, step, card=card, plays_allocator=plays_allocator, same_model=key)
+        return replace(traced, scratch_bytes=SCRATCH_BYTES) if plan.lean_step and card is not None else traced
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
         reason += ". A run may work all the same"
@@ -96,6 +100,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
         "plan": [
             device.kind, device.capability, plan.compute_dtype, plan.adapter_dtype, plan.attention,
             plan.gradient_checkpointing, plan.optimizer, plan.embeddings, plan.activations, plan.loss_tile_bytes,
+            plan.lean_step,
         ],
     }  # fmt: skip
     return json.dumps(parts, sort_keys=True, default=str)
@@ -115,6 +120,8 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     base = model.get_base_model()
     # As a run finds out by `loss_agrees`: a class without a backbone apart from its head is given whole logits.
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
+    if plan.lean_step:
+        install_lean_step(model, dtype)
     return model
 
 
@@ -141,6 +148,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         accumulates=plan.accumulation_steps > 1,
         host_apart=plan.device.kind == "cuda",
         eval_batch=batch(longest.length if longest.evaluated is None else longest.evaluated),
+        checkpointed=plan.gradient_checkpointing or True,
     )
 
 
@@ -157,15 +165,10 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def optimizer_of(plan: Plan) -> Any:
-    """The class that transformers makes of the plan's optimizer, on the plan's device.
-
-    torch chooses its foreach implementation for CUDA parameters (torch.optim, `_default_to_fused_or_foreach`);
-    a trace on CPU tensors must ask for it.
-    """
-    cuda = plan.device.kind == "cuda"
+    """The class that transformers makes of the plan's optimizer."""
     match plan.optimizer:
         case "adamw":
-            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, foreach=cuda)
+            return lambda parameters: torch.optim.AdamW(parameters, lr=plan.learning_rate, fused=True)
         case "paged-adamw":
             return lambda parameters: bitsandbytes.optim.AdamW(parameters, lr=plan.learning_rate, optim_bits=32)
         case "adamw-8bit" | "paged-adamw-8bit":
@@ -236,7 +239,7 @@ def summarize(traced: Traced, *, loaded_whole: bool = False) -> Prediction:
     need = Need(peak.bytes, at_rest)
     if traced.card is not None:
         quantized = sum(history.at(0).alive.get(name, 0) for name in BEFORE_QUANTIZATION)
-        need = card_need(peak.bytes, at_rest, quantized, traced.reserved_bytes, traced.card)
+        need = card_need(peak.bytes, at_rest, quantized, traced.reserved_bytes, traced.card, traced.scratch_bytes)
     timeline, phases = _timeline(history)
     return Prediction(
         peak, {name: moment for name, moment in by_phase.items() if moment.bytes}, need,

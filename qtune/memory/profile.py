@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qtune.adapter.lean_check import examined
 from qtune.device.present import Device, present_device
 from qtune.errors import RunError
 from qtune.memory.cached import predicted
@@ -68,7 +69,7 @@ def profile(resolved: Resolved, device: Device, length: int | None = None) -> Pr
     """
     recipe = resolved.recipe
     config = load_geometry(recipe.model)
-    found = forecast(config, recipe, device, longest_rows(resolved, length))
+    found = forecast(config, recipe, examined(device, recipe), longest_rows(resolved, length))
     return Profile(recipe, found, [], [])
 
 
@@ -86,7 +87,7 @@ def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) 
     )
 
 
-def read_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
+def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
     """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
 
     The run's device need not be here: its lock tells what a trace must know of it.

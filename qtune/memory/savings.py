@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtune.adapter.attach import attach_adapter
+from qtune.memory.budget import EMBEDDINGS
 from qtune.memory.cached import cached, predicted
+from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.memory.tracing.step import Step
@@ -67,14 +69,15 @@ def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     """The usual ways: full fine-tuning, 16-bit adapter, QLoRA as its first scripts had it, TRL's trainer of today; on
     the recipe's model, batch, length.
 
-    They get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW. What a recipe
-    saves is against TRL: the others are there to see what quantization and the loss are worth.
+    They get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW; TRL's trainer
+    checkpoints by itself. What a recipe saves is against TRL: the others are there to see what quantization and the
+    loss are worth.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     validates_more = step.eval_batch is not None and step.eval_batch.length > step.batch.length
     plain = Step(
         step.batch, logits_loss, _adamw, step.checkpointing, step.autocast, step.max_gradient_norm,
-        accumulates=step.accumulates,
+        accumulates=step.accumulates, checkpointed=step.checkpointed,
         eval_batch=step.eval_batch if validates_more else None,  # of training rows it holds less than their step
     )  # fmt: skip
     low = torch.bfloat16 if plan.compute_dtype != "float16" else torch.float16
@@ -133,7 +136,8 @@ def _as_trl(
 def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
     """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
     rows = longest or Longest(plan.max_length)
-    recipe = changed(recipe, {("memory", "embeddings"): plan.embeddings})  # as memory chose it, in every variant
+    # As memory chose them, in every variant.
+    recipe = changed(recipe, {EMBEDDINGS: plan.embeddings, CHECKPOINTING: plan.gradient_checkpointing})
 
     def without(name: str, how: str, other: Recipe) -> Variant:
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
@@ -161,9 +165,15 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if isinstance(quantization, FourBit) and quantization.double_quantization:
         single = quantization.model_copy(update={"double_quantization": False})
         yield "double quantization", "an fp32 absmax for each block", recipe.model_copy(update={"quantization": single})
+    if plan.lean_step:
+        off = changed(recipe, {("training", "lean_step"): False})
+        yield "lean step", "peft's layers, transformers' blocks", off
     if plan.gradient_checkpointing:
-        off = changed(recipe, {("training", "gradient_checkpointing"): False})
+        off = changed(recipe, {CHECKPOINTING: False})
         yield "gradient checkpointing", "every activation kept", off
+    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
+        every = changed(recipe, {CHECKPOINTING: True})
+        yield "layers that keep all", "every layer computed twice", every
     if plan.optimizer != "adamw":
         yield f"{plan.optimizer} optimizer", "fp32 moments", changed(recipe, {("training", "optimizer"): "adamw"})
     if plan.embeddings == "host":

@@ -102,13 +102,14 @@ def trace_trl(
 ) -> Traced:
     """TRL's step on the recipe's model, adapter and batch.
 
-    step: the recipe's own; its batch, accumulation and checkpointing are taken over. plays_allocator: as in `trace`.
+    step: the recipe's own; its batch and accumulation are taken over. TRL 1.16 checkpoints every layer unless it is
+    told otherwise. plays_allocator: as in `trace`.
     """
     theirs = Step(
         step.batch,
         _loss,
         _adamw,
-        step.checkpointing,
+        "non-reentrant" if recipe.adapter.checkpointable else "none",
         step.autocast,
         max_gradient_norm=1.0,
         accumulates=step.accumulates,

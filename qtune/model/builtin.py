@@ -20,6 +20,7 @@ from pathlib import Path
 
 from qtune import console
 from qtune.cache import cache_folder
+from qtune.disk import refusal_of
 from qtune.errors import ModelError, Problem
 from qtune.sizes import MIB
 from qtune.whole import clear_leftovers, whole
@@ -193,7 +194,12 @@ def run_conversion(model: Builtin, gguf: Path, folder: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
     finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if finished.returncode:
-        raise ModelError(Problem(PREFIX + model.name, f"the conversion failed:\n{finished.stderr.strip()}"))
+        said = finished.stderr.strip()
+        if not said:
+            said = f"it was ended by signal {-finished.returncode}, most likely for want of memory"
+        elif (refused := refusal_of(RuntimeError(said.splitlines()[-1]))) is not None:
+            said = f"{refused}; QTUNE_CACHE names the place"
+        raise ModelError(Problem(PREFIX + model.name, f"the conversion failed:\n{said}"))
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """A checkpoint folder of safetensors files, read one tensor at a time."""
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -9,8 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtune.errors import ModelError, Problem
+from qtune.model.folder import INDEX, weight_map
+from qtune.model.safetensors_file import require_whole
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 # The names of the safetensors header and what torch calls them.
@@ -61,11 +61,10 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in weight_files(folder):
             tensors |= _header(file)
-        index = folder / INDEX
-        if index.exists():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if missing := sorted(set(named) - set(tensors)):
-                raise ModelError(Problem(str(index), f"names tensors that no shard holds: {', '.join(missing[:3])}"))
+        if (named := weight_map(folder)) is not None and (missing := sorted(set(named) - set(tensors))):
+            raise ModelError(
+                Problem(str(folder / INDEX), f"names tensors that no shard holds: {', '.join(missing[:3])}")
+            )
         return cls(folder, tensors)
 
     def read(self, name: str) -> torch.Tensor:
@@ -89,9 +88,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ModelError when there are none or when the index names a file that is not there.
     """
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (named := weight_map(folder)) is not None:
+        names = sorted(set(named.values()))
         files = [folder / name for name in names]
         if missing := [file.name for file in files if not file.exists()]:
             raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
@@ -109,6 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one shard, by name."""
+    require_whole(file)
     try:
         with safe_open(file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a dict
@@ -116,5 +115,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
                 name: StoredTensor(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for name, part in slices.items()
             }
+    except KeyError as error:
+        raise ModelError(Problem(str(file), f"has tensors of the type {error}, which is not read")) from error
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(str(file), f"cannot be read as safetensors: {error}")) from error

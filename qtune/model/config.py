@@ -28,6 +28,9 @@ SIZES = {
     "vocab_size": (),
 }
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size")
+# Far above what there is; what lies beyond would be built for hours before it fills memory.
+LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "vocab_size": 16_777_216}
+LARGEST_WIDTH = 4_194_304
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -76,6 +79,8 @@ def _from_folder(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ModelError(Problem(str(file), f"is not JSON: {error.msg} ({where})")) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a nest of thousands of brackets
+        raise ModelError(Problem(str(file), "is no configuration: numbers or brackets in it have no end")) from error
     if not isinstance(raw, dict):
         raise ModelError(Problem(str(file), f"must be an object with keys, not {_shown(raw)}"))
     return raw
@@ -133,6 +138,8 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
             value = raw.get(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 whole[size] = value
+                if value > LARGEST.get(size, LARGEST_WIDTH):
+                    yield f"{name} = {_shown(value)}: no model has more than {LARGEST.get(size, LARGEST_WIDTH):,}"
             # Some families have one for each layer, and none where there is a default.
             elif name in raw and not (size not in ("hidden_size", "vocab_size") and isinstance(value, list)):
                 if value is None and size in OPTIONAL_SIZES:
@@ -187,5 +194,5 @@ def _last_sentence(error: Exception) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = str(value)[:60] if isinstance(value, int) and value.bit_length() > 200 else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

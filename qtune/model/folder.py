@@ -1,10 +1,12 @@
 """A base folder before anything is loaded from it: what it is instead of a model, and whether its weights are there."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtune.errors import ModelError, Problem
 from qtune.lfs import ADVICE, lfs_pointers
+from qtune.model.safetensors_file import require_whole
 
 INDEX = "model.safetensors.index.json"
 
@@ -23,7 +25,11 @@ def refuse_other_folders(base: str) -> None:
         raise ModelError(Problem(base, message))
     file = folder / "adapter_config.json"
     if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            said = {}
+        said = said if isinstance(said, dict) else {}
         of = said.get("base_model_name_or_path") or "a model that it does not name"
         kind = str(said.get("peft_type") or "peft").lower().replace("_", "-")
         message = f"is a {kind} adapter of {of}, not a model; set model.base to that, or merge the adapter first"
@@ -40,17 +46,53 @@ def require_weights(base: str) -> None:
     if not folder.is_dir():
         return
     refuse_pointers(folder)
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (index := weight_map(folder)) is not None:
+        files = sorted(set(index.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             message = f"{len(missing)} of {len(files)} files of weights are missing, the first of them {missing[0]}"
             raise ModelError(Problem(base, message))
-    elif not list(folder.glob("*.safetensors")):
+        _require_whole([folder / name for name in files])
+    elif found := sorted(folder.glob("*.safetensors")):
+        _require_whole(found)
+    else:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         has = f"its weights are pickled ({pickled[0].name}), which can run code" if pickled else "it has no weights"
         raise ModelError(Problem(base, f"{has}; only safetensors are read"))
+
+
+def _require_whole(files: Sequence[Path]) -> None:
+    """Every file has what its header says; those that do not are named together."""
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            require_whole(file)
+        except ModelError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ModelError(problems)
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor's name, as the index of a folder in several files says; None where there is no index.
+
+    Raises:
+        ModelError: it is damaged, or names what is no file of the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(found.values())
+    except OSError as error:
+        raise ModelError(Problem(str(index), f"cannot be read: {error.strerror}")) from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(Problem(str(index), "is damaged: it has no weight_map from tensors to files")) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(Problem(str(index), f"names {str(name)[:200]!r}, which is no safetensors file beside it"))
+    return dict(found)
 
 
 def refuse_pointers(folder: Path) -> None:

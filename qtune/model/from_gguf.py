@@ -4,7 +4,6 @@ transformers can keep GGUF weights packed, but a packed model can be neither qua
 """
 
 import hashlib
-import struct
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qtune import console
 from qtune.cache import cache_folder, not_writable
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import convert
+from qtune.model.gguf_header import require_gguf
 from qtune.whole import whole
 
 
@@ -28,6 +28,11 @@ def gguf_folder(file: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(folder.parent, error) from error
+    require_gguf(file)
     console.say(f"{file.name}: dequantizing into the cache, once")
     try:
         with (
@@ -35,11 +40,15 @@ def gguf_folder(file: Path) -> Path:
             tempfile.TemporaryDirectory(prefix=".alone-", dir=folder.parent) as alone,
         ):
             convert(_alone(file, Path(alone)), partial)
-    # What transformers 5.23 raises depends on where the file stops being GGUF.
-    except (ValueError, NotImplementedError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
+            for made in partial.iterdir():
+                made.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
     except OSError as error:
         raise not_writable(folder.parent, error) from error
+    # What transformers 5.23 raises depends on what it does not know; what its tokenizers raise is no Exception.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(Problem(str(file), f"transformers cannot read this GGUF file: {first_line(error)}")) from error
     return folder
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.data.masks import IGNORED
 from qtune.model.host import host_weight, on_card
 from qtune.sizes import MIB
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TILE_BYTES = 64 * MIB
-"""Size of one tile of fp32 logits, where nothing else is asked for: [memory] loss_tile."""
+"""Size of one tile of logits, where nothing else is asked for: [memory] loss_tile."""
 
 
 @dataclass
@@ -93,43 +94,31 @@ class _TiledCrossEntropy(torch.autograd.Function):
         tile_bytes: int,
         is_measuring: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = max(1, tile_bytes // (4 * weight.shape[0]))
+        rows = max(1, tile_bytes // (hidden.element_size() * weight.shape[0]))
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        nll = hidden.new_empty(len(hidden), dtype=exact)
+        right = hidden.new_empty(len(hidden), dtype=torch.bool)
         # Under no_grad a trained weight still says that it needs a gradient.
         want_hidden, want_weight, want_bias = (one and not is_measuring for one in ctx.needs_input_grad[:3])
-        losses = torch.empty(hidden.shape[0] if is_measuring else 0, dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
-        for start in range(0, hidden.shape[0], rows):
-            part = hidden[start : start + rows]
-            target = labels[start : start + rows].unsqueeze(1)
-            logits = functional.linear(part, weight, bias).to(exact)
-            capped_slope = _apply_rule(logits, rule, want_slope=want_hidden or want_weight or want_bias)
-            correct += (logits.argmax(dim=1, keepdim=True) == target).sum()
-            normalizer = logits.logsumexp(dim=1, keepdim=True)
-            of_tile = normalizer - logits.gather(1, target)
-            loss += of_tile.sum()
-            if is_measuring:
-                losses[start : start + rows] = of_tile.squeeze(1)
-            if not (want_hidden or want_weight or want_bias):
-                continue
-            # d NLL / d logits = softmax - onehot, written over the logits.
-            slope = logits.sub_(normalizer).exp_()
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-            if capped_slope is not None:
-                slope *= capped_slope
-            if rule.scale != 1.0:
-                slope *= rule.scale
-            slope_low = slope.to(weight.dtype)
+        for start in range(0, len(hidden), rows):
+            tile = slice(start, start + rows)
+            logits = functional.linear(hidden[tile], weight, bias)
+            wanted = want_hidden or want_weight or want_bias
+            torch.ops.qtune.cross_entropy.default(
+                logits, labels[tile], rule.scale, rule.cap or 0.0, wanted, nll[tile], right[tile]
+            )
             if grad_hidden is not None:
-                torch.mm(slope_low, weight, out=grad_hidden[start : start + rows])
+                torch.mm(logits, weight, out=grad_hidden[tile])
             if grad_weight is not None:
-                grad_weight += slope_low.t() @ part
+                grad_weight += logits.t() @ hidden[tile]
             if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
+                grad_bias += logits.sum(dim=0, dtype=exact)
+            del logits  # or the next tile would come beside it
+        loss, correct = nll.sum(), right.sum()
+        losses = nll if is_measuring else nll.new_empty(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(correct, losses)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None

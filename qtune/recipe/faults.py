@@ -10,6 +10,9 @@ from pydantic import BaseModel, ValidationError
 from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
 from qtune.spelling import did_you_mean
 
+MOST_SHOWN = 100
+"""Mistakes that are told apart. Where there are more, the file is something else than a recipe."""
+
 
 class Fault(NamedTuple):
     """Something wrong with one key: where it is in the recipe and what would be right."""
@@ -29,14 +32,17 @@ class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory i
 def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
     """pydantic's errors with our paths and words; the branches of a union become one fault."""
     messages_of: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST_SHOWN]:
         if detail["type"] == "union_tag_invalid":
             detail["loc"] = (*detail["loc"], "kind")
         path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
         messages_of.setdefault(path, []).append(_in_our_words(path, detail))
     # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
     branches = {path[:length] for path in messages_of for length in range(len(path))}
-    return [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+    found = [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+    more = [Fault((), f"has {len(details) - MOST_SHOWN} mistakes more")] if len(details) > MOST_SHOWN else []
+    return found + more
 
 
 def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
@@ -71,6 +77,14 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return "must not be empty"
         case "string_pattern_mismatch":
             return f"must look like {_pattern_in_words(path)}"
+        case "string_too_long":
+            return f"must be at most {context['max_length']:,} characters long"
+        case "too_long":
+            return f"must have at most {context['max_length']:,} entries"
+        case "less_than_equal" if isinstance(context["le"], int):
+            return f"must be at most {context['le']:,}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
         case _:
             return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
 

@@ -18,6 +18,17 @@ from qtune.recipe.lines import line_of, toml_lines
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
+from qtune.sizes import MIB, size_text
+
+LONGEST_RECIPE = MIB // 4
+"""Bytes. The longest that comes with qtune has 2 KiB."""
+LONGEST_NUMBER = 1000
+"""Bits. Whatever is longer than its key allows is told with the key; this can still be written."""
+DEEPEST = 16
+"""Tables and lists in each other; a recipe has four."""
+# A dotted key of that many parts, which tomllib would take time for by the square of their number.
+_DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+TOO_DEEP = f"tables and lists stand in each other more than {DEEPEST} times, as in no recipe"
 
 
 @dataclass(frozen=True)
@@ -78,13 +89,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = 
     Raises:
         RecipeError: with every problem of the file and of the changes.
     """
+    return check_recipe(_recipe_text(path), path, overrides, need_rows=need_rows)
+
+
+def _recipe_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        with path.open("rb") as stream:
+            content = stream.read(LONGEST_RECIPE + 1)
     except OSError as error:
         raise RecipeError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    if len(content) > LONGEST_RECIPE:
+        message = f"is larger than {size_text(LONGEST_RECIPE)}, which no recipe is; rows belong into files of their own"
+        raise RecipeError(Problem(str(path), message))
+    try:
+        # Some editors begin a file with a byte order mark, and end lines with a carriage return.
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from error
-    return check_recipe(text, path, overrides, need_rows=need_rows)
 
 
 def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
@@ -116,14 +137,48 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
 
 
 def _parse_toml(text: str, path: Path) -> dict[str, Any]:
+    if _DEEP_KEY.search(text):
+        raise RecipeError(Problem(str(path), TOO_DEEP))
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
+        tables = tomllib.loads(text)
+    except RecursionError as error:
+        raise RecipeError(Problem(str(path), TOO_DEEP)) from error
+    except ValueError as error:  # tomllib's own is one; so is Python's of a number with thousands of digits
+        message = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "a number has too many digits"
         place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         reason = message[: place.start()].strip() if place else message
-        raise RecipeError(Problem(f"{path}:{line}", f"not valid TOML: {reason}")) from error
+        where = f"{path}:{line}" if isinstance(error, tomllib.TOMLDecodeError) else str(path)
+        raise RecipeError(Problem(where, f"not valid TOML: {reason}")) from error
+    if _is_deeper(tables, DEEPEST):
+        raise RecipeError(Problem(str(path), TOO_DEEP))
+    _refuse_huge_numbers(tables, path)
+    return tables
+
+
+def _refuse_huge_numbers(tables: dict[str, Any], path: Path) -> None:
+    """tomllib takes hexadecimal numbers of any length, and Python writes none of more than 4,300 digits."""
+    inside: list[Any] = [tables]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, (dict, list)):
+            inside.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+            raise RecipeError(Problem(str(path), "not valid TOML: a number has too many digits"))
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and tables stand in each other more often than `most` times."""
+    inside = [value]
+    for _ in range(most):
+        inside = [
+            inner
+            for one in inside
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (dict, list))
+        ]
+    return bool(inside)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list[Problem]]:
@@ -132,14 +187,13 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
     for override in overrides:
         key, equals, value = override.partition("=")
         keys = tuple(part.strip() for part in key.split("."))
-        if not equals or len(keys) < 2 or not all(keys):
-            whole = (
-                [f"{table}.{keys[0]}={value.strip()}" for table in _tables_with(keys[0])]
-                if equals and len(keys) == 1
-                else []
-            )
-            advice = f"; did you mean {' or '.join(whole)}?" if whole else ""
-            problems.append(Problem(f"--set {override}", f"must look like table.key=value{advice}"))
+        if any("\ud800" <= character <= "\udfff" for character in override):  # how Python takes other bytes
+            problems.append(Problem(f"--set {override!a}", "is not UTF-8 text"))
+        elif not equals or len(keys) < 2 or not all(keys) or len(keys) > DEEPEST:
+            near = _tables_with(keys[0]) if equals and len(keys) == 1 else []
+            meant = " or ".join(f"{table}.{keys[0]}={_shortened(value.strip())}" for table in near)
+            advice = f"; did you mean {meant}?" if meant else ""
+            problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
             changes[keys] = _toml_value(value.strip())
     return changes, problems
@@ -159,9 +213,12 @@ def _toml_value(text: str) -> Any:
     """A TOML value, or the text itself where it is none: shells eat the quotes of strings."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # a text; or a number or a nest that is refused as the text it is
         return text
-    return parsed["value"] if parsed.keys() == {"value"} else text
+    if parsed.keys() != {"value"} or _is_deeper(parsed, DEEPEST):
+        return text
+    value = parsed["value"]
+    return text if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER else value
 
 
 def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Problem]:
@@ -182,17 +239,29 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     """Files that the tables name and that are not there; the tables need not be a recipe."""
     base = _text_at(tables, "model", "base")
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
-        if not Path(base).expanduser().exists():
+        if not is_there(base):
             yield Fault(("model", "base"), "no such file or folder")
-    elif base.count("/") > 1 and not Path(base).exists():
+    elif base.count("/") > 1 and not is_there(base):
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
     earlier = _text_at(tables, "adapter", "start_from")
-    if earlier and not (Path(earlier).expanduser() / "adapter" / "adapter_config.json").is_file():
+    if earlier and not is_there(f"{earlier}/adapter/adapter_config.json"):
         yield Fault(("adapter", "start_from"), "is not a finished run")
+    template = _text_at(tables, "data", "chat_template")
+    if template.startswith("~") and not is_there(template):
+        yield Fault(("data", "chat_template"), "no such file")
     data = tables.get("data")
     if need_rows and isinstance(data, dict):
         for key in ("train", "validation", "test"):
             yield from _missing_sources(data.get(key), ("data", key), folder)
+
+
+def is_there(name: str, folder: Path = Path()) -> bool:
+    """Whether a path that somebody has written, from `folder`, leads to something."""
+    try:
+        return (folder / Path(name).expanduser()).exists()
+    # Too long a name, one with a zero byte in it, a home that nobody has.
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _text_at(tables: Mapping[str, Any], table: str, key: str) -> str:
@@ -211,13 +280,15 @@ def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]
     name = given.get("path") if isinstance(given, dict) else given
     if not isinstance(name, str) or not name or name.startswith("hub:") or any(mark in name for mark in "*?["):
         return
-    if not (folder / Path(name).expanduser()).exists():
+    if not is_there(name, folder):
         yield Fault((*path, "path") if is_table else path, f"no such file or folder in {folder}")
 
 
 def _problem(
     fault: Fault, tables: Mapping[str, Any], changes: Mapping[KeyPath, Any], lines: Mapping[KeyPath, int], path: Path
 ) -> Problem:
+    if not fault.path:
+        return Problem(str(path), fault.message)
     key = ".".join(str(part) for part in fault.path)
     value: Any = tables
     for part in fault.path:
@@ -225,7 +296,7 @@ def _problem(
             value = value.get(part, _ABSENT)
         elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
-    shown = "" if value is _ABSENT or isinstance(value, dict) else f" = {show_value(value)}"
+    shown = "" if value is _ABSENT or isinstance(value, dict) else f" = {_shortened(show_value(value))}"
     changed = next(
         (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
     )
@@ -234,6 +305,10 @@ def _problem(
 
 
 _ABSENT = object()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def leaves(table: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

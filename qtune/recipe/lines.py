@@ -4,7 +4,9 @@
 to find where keys and array elements begin, never to judge them. Grammar: TOML v1.0.0.
 """
 
+import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Mapping
 
 from qtune.recipe.schema import KeyPath
@@ -32,6 +34,7 @@ class _Scanner:
         self.at = 0
         self.lines: dict[KeyPath, int] = {}
         self.table_counts: dict[KeyPath, int] = {}
+        self.line_ends = [found.start() for found in re.finditer("\n", text)]
 
     def scan(self) -> dict[KeyPath, int]:
         table: KeyPath = ()
@@ -47,7 +50,7 @@ class _Scanner:
         return self.lines
 
     def _line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        return bisect_left(self.line_ends, self.at) + 1
 
     def _skip_blank(self) -> bool:
         """Moves over white space and comments; False at the end of the text."""

@@ -34,7 +34,7 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
 
 def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
     """Conflicts in the tables without a fault, where those can be told without the others."""
-    faulty = {str(fault.path[0]) for fault in faults}
+    faulty = {str(fault.path[0]) for fault in faults if fault.path}
     if faulty & {"model", "quantization", "adapter"} or any(len(fault.path) < 2 for fault in faults):
         return []  # what they are decides what goes with them
     without = {

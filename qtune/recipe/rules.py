@@ -71,11 +71,18 @@ def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
 def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
     """What the kind of adapter rules out elsewhere."""
     adapter, training = recipe.adapter, recipe.training
-    if not adapter.checkpointable and training.gradient_checkpointing is True:
+    if not adapter.checkpointable and training.gradient_checkpointing not in ("auto", False):
         yield Fault(
             ("training", "gradient_checkpointing"),
             f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
             'use false or "auto"',
+        )
+    rate = adapter.auto_learning_rate[0] if training.learning_rate == "auto" else training.learning_rate
+    if rate * training.weight_decay >= 1:
+        yield Fault(
+            ("training", "weight_decay"),
+            f"each step takes learning_rate x weight_decay = {rate * training.weight_decay:g} of a weight away, which "
+            "must be below 1",
         )
     if adapter.export == "alone" and recipe.output.gguf is not None:
         yield Fault(
@@ -106,6 +113,11 @@ def _of_validation(data: Data, training: Training) -> Iterator[Fault]:
 def _within_training(training: Training) -> Iterator[Fault]:
     if training.steps is not None and "epochs" in training.model_fields_set:
         yield Fault(("training", "steps"), "the run ends after steps or after epochs; give one of them")
+    if training.skip_outlier_steps and training.log_every != 1:
+        yield Fault(
+            ("training", "skip_outlier_steps"),
+            "a step is compared with each of those before it, which are read from the metrics; set log_every = 1",
+        )
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
         yield Fault(
             ("training", "micro_batch_size"),

@@ -14,30 +14,72 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PositiveInt,
+    StringConstraints,
     Tag,
 )
 from pydantic_core import PydanticCustomError
+
+from qtune.control_characters import visible
 
 KeyPath = tuple[str | int, ...]
 
 Auto = Literal["auto"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+# Bounds of numbers. Each is far beyond what has been published or could be of use, and below what would spin, overflow
+# or fill memory: what lies outside is a slip of the pen.
+Steps = Annotated[int, Field(gt=0, le=1_000_000_000)]
+"""Optimizer steps: at a millisecond each, 10^9 take eleven days."""
+Rows = Annotated[int, Field(gt=0, le=1_048_576)]
+"""Rows that are taken together: PaLM's largest batch had 2,048 (arXiv:2204.02311, section 5)."""
+Width = Annotated[int, Field(gt=0, le=65_536)]
+"""Of matrices and prompts: the widest published models have hidden sizes of about 20,000."""
+Tokens = Annotated[int, Field(gt=0, le=16_777_216)]
+"""Of one example: the longest published contexts are of 10^7."""
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+"""What float32 holds. A rate that is merely too large diverges, which is said when it does."""
+Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
+"""Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
+Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Layers = Annotated[int, Field(gt=0, le=1024)]
+"""Of a model: DeepNet has 1,000 (arXiv:2203.00555)."""
+Epochs = Annotated[float, Field(ge=1e-6, le=1_000_000, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+"""How often a row is seen in an epoch: each time takes eight bytes."""
+Minutes = Annotated[float, Field(ge=0.01, le=525_600, allow_inf_nan=False)]
+"""Up to a year."""
 
 
-def _not_empty(size: str) -> str:
-    """A number below 1 MiB is a slip of the pen."""
-    number = float(size.rstrip("GMiB "))
-    if number * (1024 if "G" in size else 1) < 1:
+def _one_line(text: str) -> str:
+    """No file, model or module has a control character in its name; a zero byte ends names in the system's calls."""
+    shown = visible(text)
+    if shown != text or "\n" in text or "\t" in text:
+        raise PydanticCustomError("control_character", "must be one line without control characters")
+    return text
+
+
+Line = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_one_line)]
+"""A path, name or pattern: Linux takes paths of 4,096 bytes."""
+Words = Annotated[str, StringConstraints(min_length=1, max_length=1_048_576)]
+"""Text that becomes tokens."""
+Names = Annotated[tuple[Line, ...], Field(max_length=10_000)]
+Columns = Annotated[dict[Line, Line], Field(max_length=1000)]
+
+
+def _sensible(size: str) -> str:
+    """A number below 1 MiB or beyond a petabyte is a slip of the pen."""
+    mebibytes = float(size.rstrip("GMiB \t")) * (1024 if "G" in size else 1)
+    if mebibytes < 1:
         raise PydanticCustomError("size", 'must be at least "1MiB"')
+    if mebibytes > LARGEST_MIB:
+        raise PydanticCustomError("size", 'must be at most "1048576GiB"')
     return size
 
 
-Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(GiB|MiB|GB|MB)$"), AfterValidator(_not_empty)]
+LARGEST_MIB = 2**30
+"""1 PiB: more than any machine has."""
+Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s?(GiB|MiB|GB|MB)$", max_length=40), AfterValidator(_sensible)]
 
 
 class Table(BaseModel):
@@ -49,9 +91,9 @@ class Table(BaseModel):
 class Model(Table):
     """The base model, which is never changed."""
 
-    base: str = Field(min_length=1)
+    base: Line
     """Hub id, local folder, GGUF file, or a built-in name such as "builtin:smollm2-135m-instruct"."""
-    revision: str | None = None
+    revision: Line | None = None
     """Branch, tag or commit of a hub id; the commit that was used is kept in the run's lock.json."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model is data."""
@@ -115,7 +157,7 @@ class AdapterTable(Table):
     """Which kind of adapter: each is a table of its own."""
     dtype: Auto | Dtype = "auto"
     """Type of what is trained; "auto" is float32, so that small updates are not rounded away."""
-    start_from: str | None = Field(default=None, min_length=1)
+    start_from: Line | None = None
     """Run whose adapter this one starts as, with the same kind and sizes; a path from the folder in which qtune is
     called. Optimizer and learning rate begin anew."""
 
@@ -135,9 +177,9 @@ class Lora(AdapterTable):
 
     kind: Literal["lora"] = "lora"
     """Low-rank updates next to the linear layers."""
-    rank: PositiveInt = 16
+    rank: Width = 16
     """Inner dimension of A [rank, in] and B [out, rank]; adapter memory grows linearly with it."""
-    alpha: PositiveInt = 32
+    alpha: Width = 32
     """Numerator of the scale alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
@@ -163,13 +205,13 @@ class PTuning(AdapterTable):
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
-    virtual_tokens: PositiveInt = 16
+    virtual_tokens: Width = 16
     """Length of the soft prompt; it spends context that data.max_length does not count."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """Prompt encoder: a three-layer MLP or a bidirectional LSTM with two linear layers."""
-    encoder_hidden_size: PositiveInt | None = None
+    encoder_hidden_size: Width | None = None
     """Width of the encoder; left out, the model's hidden size."""
-    encoder_layers: PositiveInt | None = None
+    encoder_layers: Annotated[int, Field(gt=0, le=128)] | None = None
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
@@ -186,11 +228,11 @@ class PromptTuning(AdapterTable):
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
-    virtual_tokens: PositiveInt = 16
+    virtual_tokens: Width = 16
     """Length of the soft prompt; it spends context that data.max_length does not count."""
     initialization: Literal["random", "vocabulary", "text"] = "vocabulary"
     """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
-    text: str | None = Field(default=None, min_length=1)
+    text: Words | None = None
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
 
 
@@ -205,11 +247,11 @@ class PrefixTuning(AdapterTable):
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
-    virtual_tokens: PositiveInt = 16
+    virtual_tokens: Width = 16
     """Length of the prefix; it spends context that data.max_length does not count."""
     projection: bool = False
     """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
-    encoder_hidden_size: PositiveInt | None = None
+    encoder_hidden_size: Width | None = None
     """Width of that MLP; left out, the model's hidden size."""
 
 
@@ -256,32 +298,32 @@ Waivable = Literal[
 class FileSource(Table):
     """Rows in files."""
 
-    path: str = Field(min_length=1)
+    path: Line
     """A file, a folder of files, or a pattern such as "data/*.jsonl.gz"."""
-    weight: PositiveReal = 1.0
+    weight: Weight = 1.0
     """How often each row is seen in an epoch: 2.0 is twice, 0.5 a random half of the rows."""
     format: Auto | RowFormat = "auto"
     """Shape of the rows of this source."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     """Our name of a column = its name in this source."""
 
 
 class HubSource(Table):
     """Rows of a hub dataset."""
 
-    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=200)
     """The dataset's id, owner/name."""
-    config: str | None = None
+    config: Line | None = None
     """Configuration, where the dataset has several."""
-    split: str = "train"
+    split: Line = "train"
     """Split; slices such as "train[:1000]" work."""
-    revision: str | None = None
+    revision: Line | None = None
     """Branch, tag or commit."""
-    weight: PositiveReal = 1.0
+    weight: Weight = 1.0
     """How often each row is seen in an epoch: 2.0 is twice, 0.5 a random half of the rows."""
     format: Auto | RowFormat = "auto"
     """Shape of the rows of this source."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     """Our name of a column = its name in this source."""
 
 
@@ -293,14 +335,12 @@ def _kind_of_source(value: Any) -> str:
 
 
 Source = Annotated[
-    Annotated[str, Field(min_length=1), Tag("name")]
-    | Annotated[FileSource, Tag("file source")]
-    | Annotated[HubSource, Tag("hub source")],
+    Annotated[Line, Tag("name")] | Annotated[FileSource, Tag("file source")] | Annotated[HubSource, Tag("hub source")],
     Discriminator(_kind_of_source),
 ]
 Sources = Annotated[
-    Annotated[str, Field(min_length=1), Tag("one source")]
-    | Annotated[Annotated[tuple[Source, ...], Field(min_length=1)], Tag("several sources")],
+    Annotated[Line, Tag("one source")]
+    | Annotated[Annotated[tuple[Source, ...], Field(min_length=1, max_length=10_000)], Tag("several sources")],
     Discriminator(lambda value: "several sources" if isinstance(value, (list, tuple)) else "one source"),
 ]
 SourcesOrShare = Annotated[
@@ -320,19 +360,19 @@ class Data(Table):
     """Rows for `qtune eval`; left out, it takes the validation rows."""
     format: Auto | RowFormat = "auto"
     """Shape of the rows; "auto" recognizes it by the columns of each source's first row."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     """Columns that have other names in the files, as { instruction = "query", output = "reply" }."""
     system: Literal["keep", "drop", "merge"] = "keep"
     """System messages: as they are, removed, or put into the first user message (for templates without that role)."""
-    system_prompt: str | None = Field(default=None, min_length=1)
+    system_prompt: Words | None = None
     """System message of the rows that have none."""
-    chat_template: str | None = None
+    chat_template: Line | None = None
     """A jinja file, or a built-in template: "chatml", "alpaca" or "plain". Left out, the tokenizer's own."""
     loss_on: Literal["all-answers", "last-answer"] = "all-answers"
     """Which assistant turns are scored."""
     on_rewritten_turn: Literal["split", "last", "error"] = "split"
     """Templates that render earlier turns differently: an example for each answer, the last answer only, or refuse."""
-    max_length: PositiveInt = 2048
+    max_length: Tokens = 2048
     """Longest example in tokens; raw text is cut into pieces of this length."""
     on_long_row: Literal["error", "drop", "cut-left", "cut-right"] = "error"
     """Rows that are longer: refuse them, leave them out, or cut them at the start or the end."""
@@ -350,47 +390,58 @@ class Data(Table):
 class Training(Table):
     """The optimization."""
 
-    epochs: PositiveReal = 1.0
+    epochs: Epochs = 1.0
     """Passes over the training rows."""
-    steps: PositiveInt | None = None
+    steps: Steps | None = None
     """Optimizer steps; given, it replaces epochs."""
-    batch_size: PositiveInt = 16
+    batch_size: Rows = 16
     """Rows per optimizer step. The effective one: it never changes behind your back."""
-    micro_batch_size: Auto | PositiveInt = "auto"
+    micro_batch_size: Auto | Rows = "auto"
     """Rows that are in memory at once; batch_size is made of such micro-batches. "auto" follows from memory."""
-    learning_rate: Auto | PositiveReal = "auto"
+    learning_rate: Auto | Rate = "auto"
     """Peak learning rate; "auto" follows the adapter's kind."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: NonNegativeReal = 0.0
+    weight_decay: Decay = 0.0
     """AdamW's decoupled weight decay."""
-    max_gradient_norm: PositiveReal = 1.0
+    max_gradient_norm: Norm = 1.0
     """Gradients are scaled down to this norm."""
     optimizer: Auto | Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "auto"
     """AdamW (arXiv:1711.05101) with fp32 or 8-bit state (arXiv:2110.02861), paged to the host when the card is full."""
-    gradient_checkpointing: Auto | bool = "auto"
-    """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    gradient_checkpointing: Auto | bool | Layers = "auto"
+    """Keep one activation per layer and compute the rest again in the backward pass (arXiv:1604.06174): in all layers,
+    in none, or in so many of the first. "auto": in as few as memory allows, where that is the fastest step."""
+    lean_step: Auto | bool = "auto"
+    """Compute LoRA layers, gated MLPs, norms and rotations by qtune's own functions: the same loss and gradients to
+    rounding, in less time and memory. "auto": where a small layer has peft's gradients on this device; true: the run
+    stops where it has not; false: peft's and transformers' own."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the adapter's start, the order of rows and dropout."""
-    log_every: PositiveInt = 1
+    log_every: Steps = 1
     """Optimizer steps between two lines of metrics."""
-    eval_every: PositiveInt | Literal["epoch", "never"] = "epoch"
+    eval_every: Steps | Literal["epoch", "never"] = "epoch"
     """Optimizer steps between two measurements of the validation loss."""
     evaluate_first: bool = False
     """Also measure the validation loss before the first step: what the run begins with."""
     result: Literal["auto", "best", "last"] = "auto"
     """Which state becomes the adapter: the "best" by validation loss, the "last", or the best where it is better than
     the last by more than noise."""
-    patience: PositiveInt | None = None
+    patience: Steps | None = None
     """End the run when so many evaluations in a row have found no lower validation loss."""
-    checkpoint_every: PositiveInt | Literal["epoch"] = "epoch"
+    checkpoint_every: Steps | Literal["epoch"] = "epoch"
     """Optimizer steps between two checkpoints."""
-    checkpoint_minutes: PositiveReal | None = 30.0
+    checkpoint_minutes: Minutes | None = 30.0
     """Also save a checkpoint when the last one is this old."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Annotated[int, Field(gt=0, le=10_000)] = 2
     """How many checkpoints stay on disk."""
+    rehearse: bool | None = None
+    """Before the first step, do once what comes later: the heaviest micro-batch, an evaluation, a checkpoint, an
+    answer; nothing of it is left. Left out, runs of 50 steps or more do."""
+    skip_outlier_steps: bool = False
+    """Leave out the update of a step whose loss or gradient norm is more than six standard deviations above the mean of
+    the last 128; such steps are marked in any case (arXiv:2501.00656). Needs log_every = 1."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Experiment trackers to report to; each must be installed. None by default: nothing leaves the machine."""
 
@@ -408,23 +459,31 @@ class Memory(Table):
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
     loss_tile: Size = "64MiB"
-    """Logits in fp32 that the loss holds at once; half as many take a little longer, the results are the same."""
+    """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 
 
 RUN_NAME = r"^[\w][\w.+-]*$"
+LONGEST_NAME = 200
+"""Bytes: with what stands around it while it is written, a name must fit the 255 bytes of a folder's."""
 
 
 def is_run_name(text: str) -> bool:
     """Whether a run can be called so: a folder's name without spaces and signs that shells take for their own."""
-    return re.fullmatch(RUN_NAME, text) is not None
+    return len(text.encode(errors="replace")) <= LONGEST_NAME and re.fullmatch(RUN_NAME, text) is not None
+
+
+def _short_enough(name: str) -> str:
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise PydanticCustomError("long_name", f"must be at most {LONGEST_NAME} bytes long")
+    return name
 
 
 class Output(Table):
     """Where the run goes."""
 
-    directory: str = Field(default="runs", min_length=1)
+    directory: Line = "runs"
     """Folder of runs, from the folder in which qtune is called."""
-    name: str | None = Field(default=None, pattern=RUN_NAME)
+    name: Annotated[str, Field(pattern=RUN_NAME), AfterValidator(_short_enough)] | None = None
     """Folder of this run; left out, the recipe's file name. A taken name gets -2, -3, …"""
     gguf: Literal["f16", "bf16", "q8_0"] | None = None
     """Type of a GGUF file that `qtune export` also writes; a model that can have none is refused before training."""

@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 
 from qtune import console
-from qtune.errors import InputError, QtuneError, first_line
-from qtune.memory.profile import is_traced, read_run
+from qtune.disk import told
+from qtune.errors import InputError, QtuneError, WorkError, first_line
+from qtune.memory.profile import is_traced, trace_run
 from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
@@ -33,7 +34,7 @@ def trace_memory(run_dir: RunDir) -> None:
     quiet_loading()
     try:
         with console.progress("tracing the run's step, the usual ways of training and the step without each technique"):
-            read_run(run_dir, explain=True)
+            trace_run(run_dir, explain=True)
     except Exception as error:
         log.debug("the run's memory could not be traced", exc_info=True)
         reason = str(error) if isinstance(error, QtuneError) else f"{type(error).__name__}: {error}"
@@ -53,7 +54,7 @@ def write_report(run_dir: RunDir) -> Path:
     """Writes RUN/report.html, finished run or not, and returns its path.
 
     Raises:
-        RunError: the run's files cannot be read.
+        RunError: the run's files cannot be read. WorkError: the page cannot be written.
     """
     quiet_loading()
     record = read_record(run_dir)
@@ -62,7 +63,8 @@ def write_report(run_dir: RunDir) -> Path:
         rows = rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
     except InputError as error:
         rows = str(error)
-    run_dir.write_text(run_dir.report, page(record, rows))
+    with told(WorkError):
+        run_dir.write_text(run_dir.report, page(record, rows))
     return run_dir.report
 
 

@@ -6,30 +6,21 @@ from qtune.export.verification import Proof, Verification
 from qtune.report.html import Html, details, element, table
 from qtune.report.sections import paragraph, section
 from qtune.tuned.evaluate import Evaluation
-from qtune.verdicts.verdict import number
+from qtune.verdicts.scores import score_table, worst_first
 
 SHOWN_ANSWERS = 10
 
 
 def evaluation(results: Evaluation) -> Html:
-    """Base against tuned: the scores, and answers side by side, wrong ones first."""
-    base, tuned = results.base, results.tuned
-    scores = [
-        ("loss, nats per token", number(base.loss), number(tuned.loss)),
-        ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}"),
-    ]
-    if base.exact_match is not None:
-        scores.append(("answers exactly right", f"{base.exact_match:.1%}", f"{tuned.exact_match or 0.0:.1%}"))
-    compared = sorted(results.comparisons, key=lambda one: one.is_right)
+    """Base against tuned: the scores, and answers side by side, the worst first."""
     head = ("", "request", "expected", "base", "tuned")
-    answers = [("✓" if one.is_right else "✗", one.request, one.expected, one.base, one.tuned) for one in compared]
-    wrong = sum(not one.is_right for one in compared)
-    title = f"Answers, the {wrong} wrong ones first" if wrong else "Answers, all of them right"
+    title, compared = worst_first(results)
+    answers = [(mark, one.request, one.expected, one.base, one.tuned) for mark, one in compared]
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
         paragraph(f"{results.rows} of {results.rows_held_out} {results.source}, which training did not see."),
-        table(("", "base", "tuned"), scores, figures=(1, 2)),
+        table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3), class_="scores"),
         *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
     )

@@ -54,13 +54,14 @@ th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0;
 th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td { max-width: 34rem; min-width: 3rem; overflow-wrap: break-word; }
 .answers { width: 100%; } .answers td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9.5rem; }
-.answers td:first-child { min-width: 1.2rem; width: 1.2rem; }
-.values td { overflow-wrap: anywhere; min-width: 11rem; }
+.answers td:first-child { min-width: 1.2rem; width: 1.2rem; white-space: nowrap; }
+.values td { overflow-wrap: anywhere; min-width: 11rem; } .values td:first-child { white-space: nowrap; }
 pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6px; padding: .7rem; margin: .3rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }
 mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom: 1.5px solid; }
 code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer; }
-@media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; } }
+@media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; }
+  .scores .figure { white-space: normal; } .scores td, .scores th { padding-right: .7rem; } }
 
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } pre { max-height: none; }
@@ -69,7 +70,7 @@ code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer
   h1, h2, h3, figcaption, summary { break-after: avoid; } figure, tr, .verdict, .facts { break-inside: avoid; }
   figure:has(> pre) { break-inside: auto; } thead { display: table-header-group; }
   .wide { overflow: visible; } table { max-width: 100%; } .wide > svg { min-width: 0; }
-  td, .answers td, .values td { min-width: 0; max-width: none; overflow-wrap: anywhere; } .name { white-space: normal; }
+  td, .answers td, .values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
 }
 """

@@ -1,10 +1,12 @@
 """A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtune import whole
-from qtune.errors import Problem, RunError
+from qtune.disk import refusal_of
+from qtune.errors import Problem, RunError, first_line
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,19 @@ class RunDir:
 
     @classmethod
     def create(cls, directory: Path, name: str, recipe_text: str) -> "RunDir":
-        """Makes `directory/name`, or name-2, name-3, … if that is taken, with the recipe as it was given."""
+        """Makes `directory/name`, or name-2, name-3, … if that is taken, with the recipe as it was given.
+
+        Raises:
+            RunError: it cannot be made.
+        """
+        try:
+            return cls._made(directory, name, recipe_text)
+        except OSError as error:
+            message = f"the run's folder cannot be made: {refusal_of(error) or first_line(error)}"
+            raise RunError(Problem(str(directory), message)) from error
+
+    @classmethod
+    def _made(cls, directory: Path, name: str, recipe_text: str) -> "RunDir":
         directory.mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):
             path = directory / (name if number == 1 else f"{name}-{number}")
@@ -24,7 +38,12 @@ class RunDir:
             except FileExistsError:
                 continue
             run_dir = cls(path)
-            run_dir.write_text(run_dir.recipe_file, recipe_text)
+            try:
+                run_dir.write_text(run_dir.recipe_file, recipe_text)
+            except OSError:
+                with suppress(OSError):
+                    path.rmdir()  # a folder without a recipe would only take a name
+                raise
             return run_dir
         raise RunError(Problem(str(directory), f"no free name for a run {name!r}"))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class TrainRecord:
     """The mean step since the last record; None: an older run did not tell."""
     predicted_step_seconds: float | None = None
     """What was predicted for these steps, where the device's rates are known."""
+    outlier: str | None = None
+    """What stands out of the steps before, in words."""
     kind: Literal["train"] = "train"
 
     @property
@@ -93,11 +96,23 @@ KINDS: dict[str, type[Metric]] = {"train": TrainRecord, "eval": EvalRecord, "not
 
 
 def append_metric(file: Path, record: Metric) -> None:
-    """Adds a record to the end of the file."""
+    """Adds a record to the end of the file.
+
+    Raises:
+        OSError: it could not be written; nothing of it is in the file.
+    """
     values = plain(record)
-    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False) + "\n"
+    left = memoryview(line.encode(errors="backslashreplace"))
+    with file.open("ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(before)
+            raise
 
 
 def read_metrics(file: Path) -> tuple[Metric, ...]:
@@ -143,7 +158,7 @@ def seconds_of(records: tuple[Metric, ...]) -> float:
 def _numbered(file: Path) -> list[tuple[str, Metric]]:
     """Each line with its record."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -163,5 +178,5 @@ def _record_in(line: str, place: str) -> Metric:
         return record_of(kind, {key: value for key, value in values.items() if key != "kind"})
     except NotARecord as error:
         raise RunError(Problem(place, f"is no record of a run: {error}")) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(Problem(place, "is no record of a run; remove the line")) from error

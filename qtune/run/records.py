@@ -39,12 +39,12 @@ def read_record(file: Path, kind: type[Record]) -> Record | None:
         RunError: the file cannot be read, or holds no such record.
     """
     try:
-        return record_of(kind, json.loads(file.read_text(encoding="utf-8")))
+        return record_of(kind, json.loads(file.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         return None
     except NotARecord as error:
         raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
 
 

@@ -36,6 +36,7 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         ("model", "attention"): plan.attention,
         ("training", "micro_batch_size"): plan.micro_batch_size,
         ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+        ("training", "lean_step"): plan.lean_step,
         ("training", "optimizer"): plan.optimizer,
         ("training", "learning_rate"): plan.learning_rate,
         ("memory", "embeddings"): plan.embeddings,
@@ -154,6 +155,6 @@ def resolved_recipe(run_dir: RunDir) -> Recipe:
 
 def _parsed(run_dir: RunDir, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(run_dir.resolved_file.read_text(encoding="utf-8"))
+        return parse(run_dir.resolved_file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # tomllib's and tomlkit's errors are ValueErrors
         raise RunError(Problem(str(run_dir.resolved_file), f"cannot be read: {first_line(error)}")) from error

@@ -1,6 +1,7 @@
 """A stopped run: which one is meant, and the few values of its recipe that may change: never what is learned."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +15,15 @@ from qtune.run.folder import RunDir
 from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
+CHECKPOINTING = ("training", "gradient_checkpointing")
+BY_MEMORY = (MICRO_BATCH, CHECKPOINTING)
+"""What a run settles by the memory that there is."""
 
 CHANGEABLE: tuple[KeyPath, ...] = (
     # How a step's memory is spent: the gradient is the same, but for the order in which it is summed.
     MICRO_BATCH,
-    ("training", "gradient_checkpointing"),
+    CHECKPOINTING,
+    ("training", "lean_step"),
     BUDGET,
     ("memory", "embeddings"),
     ("memory", "activations"),
@@ -38,10 +43,42 @@ CHANGEABLE: tuple[KeyPath, ...] = (
 learning rate are in the checkpoint, and rows, weights and the adapter are what they were made for."""
 
 
+RATE = ("training", "learning_rate")
+
+
+def lowers_rate(run_dir: RunDir, changes: Sequence[str]) -> bool:
+    """Whether the changes ask for a lower learning rate than the run's: what is done after it has diverged."""
+    if not any(change.partition("=")[0].strip() == ".".join(RATE) for change in changes):
+        return False
+    before, after = (read_resolved(run_dir, some).recipe.training.learning_rate for some in ((), changes))
+    return isinstance(before, float) and isinstance(after, float) and after < before
+
+
+def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
+    """A new run beside another, with its last complete checkpoint and its records: what goes on from there is its own.
+
+    Raises:
+        RunError: its folder cannot be made.
+    """
+    text = run_dir.recipe_file.read_text(encoding="utf-8", errors="replace") if run_dir.recipe_file.is_file() else ""
+    branch = RunDir.create(run_dir.path.parent, run_dir.name, text)
+    for file in (run_dir.lock_file, run_dir.metrics_file):
+        if file.is_file():
+            shutil.copy2(file, branch.path / file.name)
+    initial = run_dir.checkpoints / "initial"
+    for folder in (checkpoint, initial):
+        if folder.is_dir():
+            shutil.copytree(folder, branch.checkpoints / folder.name)
+    # Last, for it is what makes a folder a run.
+    branch.write_text(branch.resolved_file, run_dir.resolved_file.read_text(encoding="utf-8"))
+    return branch
+
+
 def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     """What was decided when the run began (resolved.toml), changed by `--set` texts; origins as they were written.
 
-    A budget that changes lets the micro-batch follow from memory again, if it did so before.
+    A budget that changes lets the micro-batch, and the layers that are computed twice, follow from memory again, where
+    they did so before.
 
     Raises:
         RecipeError: a change is wrong, or would make another run.
@@ -53,13 +90,15 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     old, new = dict(leaves(before.recipe)), dict(leaves(after.recipe))
     changed = [path for path in dict.fromkeys([*old, *new]) if old.get(path) != new.get(path)]
     kinds = {path[0] for path in changed if path[1] == "kind"}  # another kind has other keys: it alone is named
-    refused = [path for path in changed if path not in CHANGEABLE and (path[0] not in kinds or path[1] == "kind")]
+    changeable = (*CHANGEABLE, RATE) if lowers_rate(run_dir, changes) else CHANGEABLE
+    refused = [path for path in changed if path not in changeable and (path[0] not in kinds or path[1] == "kind")]
     if refused:
         raise RecipeError([_refusal(path, new, run_dir) for path in refused])
     # What was set to the value that it has keeps its origin too.
     origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
-    if BUDGET in changed and MICRO_BATCH not in changed and before.origins[MICRO_BATCH].source == "rule":
-        training = after.recipe.training.model_copy(update={"micro_batch_size": "auto"})
+    if BUDGET in changed:
+        open_again = [path for path in BY_MEMORY if path not in changed and before.origins[path].source == "rule"]
+        training = after.recipe.training.model_copy(update={str(path[1]): "auto" for path in open_again})
         after = replace(after, recipe=after.recipe.model_copy(update={"training": training}))
     return replace(after, origins=origins | dict.fromkeys(changed, Origin("--set", "on resuming")))
 

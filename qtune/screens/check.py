@@ -192,15 +192,17 @@ def _memory(check: "Check") -> str:
 def _time(check: "Check") -> str:
     """Predicted, where the device's rates are known, and measured, where that was asked for."""
     said = []
-    if (found := check.time) is not None and found.epoch_seconds is not None and found.run_seconds is not None:
+    if (duration := check.time) is not None and duration.epoch_seconds is not None and duration.run_seconds is not None:
         said.append(
-            f"about {seconds(found.run_seconds)}: {seconds(found.step_seconds)} per step, "
-            f"{seconds(found.epoch_seconds)} per epoch, {found.tokens_per_second:,.0f} tokens/s, predicted from "
-            f"{evidence(found)}"
+            f"about {seconds(duration.run_seconds)}: {seconds(duration.step_seconds)} per step, "
+            f"{seconds(duration.epoch_seconds)} per epoch, {duration.tokens_per_second:,.0f} tokens/s, predicted from "
+            f"{evidence(duration)}"
         )
     if check.step_seconds is not None:
         total = check.step_seconds * check.batches.steps
         said.append(f"about {clock(total)}: {check.step_seconds:.2f} s per step, measured on a few micro-batches")
+    if check.rehearsal is not None:
+        said.append(str(check.rehearsal))
     if not said:
         return "not measured; qtune check --time loads the model and runs a few micro-batches"
     return "; ".join(said)

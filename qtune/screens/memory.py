@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Variant
+    from qtune.plan import Plan
     from qtune.recipe.schema import KeyPath, Recipe
 
 BAR = 60
@@ -72,6 +73,20 @@ def draw_savings(
         yield from (Text(""), _baselines(profile, sizes if is_card else (), step_seconds))
     if profile.attribution:
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
+        yield from (Text(""), Text("\n".join(_choices(profile.forecast.plan))))
+
+
+def _choices(plan: "Plan") -> Iterator[str]:
+    """What a step's time and memory hang on, where the recipe leaves it open, each with its reason."""
+    values = {
+        ("training", "lean_step"): plan.lean_step,
+        ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+        ("training", "micro_batch_size"): plan.micro_batch_size,
+        ("memory", "embeddings"): plan.embeddings,
+    }
+    for path, value in values.items():
+        if path in plan.reasons:
+            yield f"{'.'.join(path)} = {show_value(value)}: {plan.reasons[path]}"
 
 
 def refusals_text(refusals: "Sequence[Problem]") -> Text:
@@ -274,14 +289,17 @@ def _assignments(values: "dict[KeyPath, Any]") -> str:
 
 def _trials(fitted: "Fitted") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("change", "a row needs", "and then", "", "price"):
-        table.add_column(name, justify="right" if name in ("a row needs", "and then") else "left")
+    is_timed = any(trial.pace is not None for trial in fitted.trials)
+    timed = ["for"] if is_timed else []
+    for name in ("change", "a row needs", "and then", *timed, "", "price"):
+        table.add_column(name, justify="right" if name in ("a row needs", "and then", *timed) else "left")
     for trial in fitted.trials:
         before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
+        pace = [] if not is_timed else ["" if trial.pace is None else _price(trial.pace, 1.0)]
         if trial.verdict == "kept":
             mark = trial.need.verdict(fitted.budget_bytes)
-            table.add_row(trial.what, before, after, mark, trial.why)
+            table.add_row(trial.what, before, after, *pace, mark, trial.why)
         else:
             reason = trial.why if trial.verdict == "not possible" else "left as it was"
-            table.add_row(trial.what, before, after, trial.verdict, reason, style="dim")
+            table.add_row(trial.what, before, after, *pace, trial.verdict, reason, style="dim")
     return table

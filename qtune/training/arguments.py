@@ -7,7 +7,7 @@ from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
 
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",
     "adamw-8bit": "adamw_8bit",
     "paged-adamw": "paged_adamw_32bit",
     "paged-adamw-8bit": "paged_adamw_8bit",
@@ -51,7 +51,7 @@ def sft_config(
         bf16=plan.compute_dtype == "bfloat16",
         fp16=plan.loss_scaling,
         tf32=None,
-        activation_checkpointing=plan.gradient_checkpointing,
+        activation_checkpointing=bool(plan.gradient_checkpointing),  # `CheckpointedLayers` narrows it
         activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
         activation_offloading=False,
         use_liger_kernel=False,

@@ -14,7 +14,7 @@ from qtune.model.quantization import count_parameters
 from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
 from qtune.training.best import KeepBest
-from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, StopOnSignal
+from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, PeakRate, StopOnSignal
 from qtune.training.inputs import Inputs
 from qtune.training.pace import ExpectedPace
 from qtune.training.trainer import QloraTrainer
@@ -94,11 +94,20 @@ def make_trainer(
         validation=prepared.validation,
         collator=collator_for(prepared.packed, pad_id, plan.attention),
         lengths=prepared.lengths.tolist(),
-        callbacks=[Intervals(), metrics, *([best] if best else []), stop, OptimizerPhase(metrics.meter), *clock],
+        callbacks=[
+            Intervals(),
+            PeakRate(plan.learning_rate),
+            metrics,
+            *([best] if best else []),
+            stop,
+            OptimizerPhase(metrics.meter),
+            *clock,
+        ],
         tiled_loss=tiled,
         note=metrics.note,
         take_rows=metrics.take_rows,
         comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
+        outliers=metrics.outliers if training.skip_outlier_steps else None,
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):

@@ -1,9 +1,12 @@
 """What happens between two steps: metrics to the file and the screen, checkpoints by the clock, stopping safely."""
 
+import errno
+import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,13 +17,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, grouped
+from qtune.model.checkpointed import checkpoint_first
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, grouped, read_metrics
+from qtune.training.outcome import NO_GRADIENT
+from qtune.training.outliers import Outliers
 
 
 def after_divergence(checkpoints: Sequence[Path]) -> str:
     """What to do about it; a checkpoint to go on from is named only where there is one."""
     advice = "Lower training.learning_rate or raise training.warmup, and begin again"
-    return f"{advice}; {checkpoints[-1]} was saved before" if checkpoints else advice
+    if not checkpoints:
+        return advice
+    # The folder of a run holds "checkpoints", which holds them.
+    return (
+        f"{advice}; {checkpoints[-1]} was saved before\na new run goes on from there at a lower rate with: "
+        f"qtune run --resume {checkpoints[-1].parents[1]} --set training.learning_rate=RATE"
+    )
+
+
+ZERO_GRADIENTS = 20
+"""Logged steps without any gradient after which a run ends: nothing can come of it."""
 
 
 Show = Callable[[Metric], None]
@@ -29,14 +45,45 @@ Show = Callable[[Metric], None]
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl, and shows each record as it is written."""
 
-    def __init__(self, file: Path, show: Show, meter: Meter, checkpoints: Callable[[], Sequence[Path]] = tuple) -> None:
-        """`checkpoints` are those that are complete, oldest first, whenever it is called."""
+    def __init__(
+        self,
+        file: Path,
+        show: Show,
+        meter: Meter,
+        checkpoints: Callable[[], Sequence[Path]] = tuple,
+        batch: Callable[[int], str] = "the rows of step {}".format,
+        *,
+        scales_loss: bool = False,
+    ) -> None:
+        """`checkpoints` are those that are complete, oldest first, whenever it is called; `batch` the rows of a step,
+        in words. scales_loss: an infinite gradient is left out by the scaling of the loss.
+        """
         self.file = file
         self.show = show
         self.meter = meter
         self.checkpoints = checkpoints
         self.began = time.monotonic()
+        self._waiting: deque[Metric] = deque()
+        self.batch = batch
+        self.scales_loss = scales_loss
+        taken = [one for one in read_metrics(file) if isinstance(one, TrainRecord)]
+        self.outliers = Outliers((one.loss, one.gradient_norm) for one in taken)
+        self._without_gradient = 0
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
+
+    def settle(self) -> None:
+        """Writes the records that could not be written before.
+
+        Raises:
+            OSError: they still cannot.
+        """
+        while self._waiting:
+            append_metric(self.file, self._waiting[0])
+            self._waiting.popleft()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Whoever goes on from a checkpoint goes on with the records up to it.
+        self.settle()
 
     def take_rows(self, losses: Sequence[float], tokens: Sequence[int]) -> None:
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
@@ -54,8 +101,10 @@ class Metrics(TrainerCallback):
         if "eval_loss" in logs:
             means = float(logs["eval_loss"]), float(logs["eval_accuracy"])
             self._write(EvalRecord(*where, *means, *grouped(*self._rows)))
+            self._require_finite_evaluation(state.global_step, means[0])
         elif "loss" in logs:
             now, peak = memory_now(self.meter)
+            outlier = self.outliers.add(float(logs["loss"]), float(logs.get("grad_norm", 0.0)))
             record = TrainRecord(
                 *where,
                 loss=float(logs["loss"]),
@@ -67,20 +116,64 @@ class Metrics(TrainerCallback):
                 memory_peak_bytes=peak,
                 step_seconds=round(logs["step_seconds"], 4),
                 predicted_step_seconds=_rounded(logs.get("predicted_step_seconds")),
+                outlier=outlier,
             )
             self._write(record)
-            if not record.is_finite:
-                raise TrainingError(
-                    f"the loss is {record.loss} at step {record.step}: training has diverged. "
-                    f"{after_divergence(self.checkpoints())}"
-                )
+            if outlier is not None:
+                self.note(f"step {record.step} stands out, {outlier}: {self.batch(record.step)}")
+            self._require_sound(record)
+
+    def _require_sound(self, record: TrainRecord) -> None:
+        """Ends a run of whose step a number is none, or that has had no gradient for long."""
+        self._without_gradient = 0 if record.gradient_norm else self._without_gradient + 1
+        if self._without_gradient >= ZERO_GRADIENTS:
+            raise TrainingError(NO_GRADIENT.format(steps=f"in the last {ZERO_GRADIENTS} logged steps"))
+        what = f"the loss is {record.loss}" if not record.is_finite else ""
+        if not what and not math.isfinite(record.gradient_norm) and not self.scales_loss:
+            what = f"the gradient norm is {record.gradient_norm}"
+        if not what:
+            return
+        self.note(f"{what} at step {record.step}, with {self.batch(record.step)}")
+        if record.step == 1:
+            raise TrainingError(
+                f"{what} at step 1, before any weight was changed: no learning rate has done that. Look at "
+                f"{self.batch(1)}, or compute in another type (quantization.compute_dtype)"
+            )
+        raise TrainingError(
+            f"{what} at step {record.step}: training has diverged. {after_divergence(self.checkpoints())}"
+        )
+
+    def _require_finite_evaluation(self, step: int, loss: float) -> None:
+        """Ends a run whose validation gives no number, and says whether that is due to a few rows or to all of them."""
+        if math.isfinite(loss):
+            return
+        losses = self._rows[0]
+        broken = [number for number, one in enumerate(losses, 1) if not math.isfinite(one)]
+        if broken and len(broken) < len(losses):
+            shown = ", ".join(map(str, broken[:8])) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
+            raise TrainingError(
+                f"the validation loss is {loss} after step {step}: validation rows {shown} of {len(losses)} give no "
+                "number, and the others do. Look at them, or compute in another type (quantization.compute_dtype)"
+            )
+        raise TrainingError(
+            f"the validation loss is {loss} after step {step}: training has diverged. "
+            f"{after_divergence(self.checkpoints())}"
+        )
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.began, 2)
 
     def _write(self, record: Metric) -> None:
-        append_metric(self.file, record)
+        self._waiting.append(record)
         self.show(record)
+        try:
+            self.settle()
+        except OSError as error:  # a disk that is full for a while stops no training
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):  # the run's folder is gone, and all that was saved in it
+                raise
+            if len(self._waiting) == 1:
+                reason = error.strerror or error
+                self.show(NoteRecord(f"{self.file} cannot be written ({reason}); its records wait in memory"))
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -106,6 +199,42 @@ class Intervals(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)
         state.train_batch_size = args.per_device_train_batch_size
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Leaves gradient checkpointing, which transformers turns on in all layers, on in those that the plan says."""
+
+    def __init__(self, layers: bool | int) -> None:
+        self.layers = layers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.layers:
+            checkpoint_first(kwargs["model"], self.layers)
+
+
+class PeakRate(TrainerCallback):
+    """A checkpoint brings back the learning rate that it was made under; a run that goes on at a lower one has its own.
+
+    torch's schedulers keep the peak in `base_lrs`, and each group of the optimizer in "initial_lr".
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        schedule, optimizer = kwargs.get("lr_scheduler"), kwargs.get("optimizer")
+        if schedule is None or optimizer is None:
+            return
+        for number, group in enumerate(optimizer.param_groups):
+            before = schedule.base_lrs[number]
+            if before != self.rate:
+                group["lr"] *= self.rate / before
+                group["initial_lr"] = schedule.base_lrs[number] = self.rate
+                schedule._last_lr[number] = group["lr"]
 
 
 class OptimizerPhase(TrainerCallback):
@@ -150,7 +279,7 @@ class CheckpointClock(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or a SIGTERM ends the run after the step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C, SIGTERM or a closed terminal ends the run after the step, with a checkpoint; a second one at once."""
 
     def __init__(self, on_request: Callable[[], None]) -> None:
         self.requested = False
@@ -159,7 +288,10 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals while training runs, and gives them back."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # `nohup` has asked for the run to go on when the terminal is closed.
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -170,7 +302,8 @@ class StopOnSignal(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.on_request()
+        with suppress(OSError):
+            self.on_request()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

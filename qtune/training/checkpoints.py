@@ -1,6 +1,7 @@
 """Checkpoints: which are complete, and that what they hold is finite."""
 
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from qtune.run.folder import RunDir
 from qtune.run.metrics import has_evaluation
 from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
+
+CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,12}")
 
 
 def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
@@ -34,8 +37,13 @@ def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    found = [path for path in _checkpoints(folder) if (path / STATE_FILE).is_file()]
     return sorted(found, key=step_of)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders that are called as checkpoints are; what else somebody has put there, a "checkpoint-6.bak", is his."""
+    return [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -45,7 +53,7 @@ def step_of(checkpoint: Path) -> int:
 
 def remove_incomplete_checkpoints(folder: Path) -> None:
     """Removes what a killed save has left."""
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if not (path / STATE_FILE).is_file():
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)

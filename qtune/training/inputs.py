@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
+from qtune.data.batches import rows_of_step
 from qtune.data.findings import said_before_a_run
 from qtune.data.prepare import Prepared
 from qtune.device.present import present_device
@@ -73,6 +74,20 @@ def _time(recipe: Recipe, preflight: Preflight) -> TimeForecast | None:
         load_config(recipe.model), recipe, device, longest_of(preflight.prepared, recipe.data)
     )
     return attempted_time(recipe, found)
+
+
+MOST_NAMED = 8
+
+
+def batch_in_words(inputs: Inputs, step: int) -> str:
+    """The rows of an optimizer step, by their places in the files: "rows a.jsonl:4, a.jsonl:9 and 14 more"."""
+    prepared, training = inputs.prepared, inputs.recipe.training
+    numbers = rows_of_step(prepared.lengths, training.batch_size, training.seed, step)
+    more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
+    if prepared.order is None:
+        return f"packed rows {', '.join(str(number + 1) for number in numbers[:MOST_NAMED])}{more}"
+    places = prepared.examples["train"].select_columns(["place"])
+    return f"rows {', '.join(places[int(prepared.order[number])]['place'] for number in numbers[:MOST_NAMED])}{more}"
 
 
 def require_allocator() -> None:

@@ -1,11 +1,13 @@
 """What a run has come to, read off its losses and weights: nothing learned, or more lost than gained."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qtune.errors import TrainingError
+from qtune.run.metrics import Metric, TrainRecord
 from qtune.run.summary import Losses
 
 
@@ -15,12 +17,30 @@ def rise_of(losses: Losses, vocabulary: int) -> str | None:
         return None
     sentence = f"the loss ended above its start: {losses.start:.3g} -> {losses.end:.3g}"
     guess = math.log(vocabulary)
-    if losses.end >= 0.99 * guess:
+    # One that began with guessing, an untrained base's, has nothing to lose.
+    if losses.end >= 0.99 * guess and losses.start < 0.9 * guess:
         return f"{sentence}; guessing among all {vocabulary:,} tokens gives {guess:.3g}. {LOWER_RATE}"
     return f"{sentence}; a lower training.learning_rate or more steps may help"
 
 
 LOWER_RATE = "Training has diverged: lower training.learning_rate"
+
+
+def require_gradients(records: Sequence[Metric]) -> None:
+    """A gradient has reached the adapter in some step. Weight decay alone would change its weights as well.
+
+    Raises:
+        TrainingError: none has.
+    """
+    norms = [record.gradient_norm for record in records if isinstance(record, TrainRecord)]
+    if norms and not any(norms):
+        raise TrainingError(NO_GRADIENT.format(steps=f"in all of {len(norms)} logged steps"))
+
+
+NO_GRADIENT = (
+    "nothing was trained: the gradient was zero {steps}. The adapter does not reach the loss, or the gradients are too "
+    "small for the compute dtype; try another adapter.target_modules or quantization.compute_dtype"
+)
 
 
 def require_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

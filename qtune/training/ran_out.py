@@ -10,7 +10,8 @@ import torch
 from qtune import console
 from qtune.device.present import is_out_of_memory
 from qtune.device.processes import other_holders
-from qtune.errors import Failure, OutOfMemory
+from qtune.disk import refusal_of
+from qtune.errors import Failure, OutOfMemory, first_line
 from qtune.memory.longest import longest_of
 from qtune.memory.measured.meter import Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
@@ -69,4 +70,8 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
         if meter.snapshot_written:
             console.say(f"allocator snapshot: {meter.snapshot_written}")
         predicted = inputs.forecast.to_json() if inputs.forecast else None
-        write_memory(run_dir, RunMemory(predicted, measured))
+        try:
+            if run_dir.path.is_dir():  # a folder that somebody has removed does not come back for these figures
+                write_memory(run_dir, RunMemory(predicted, measured))
+        except OSError as error:  # neither the end of a run nor its reason is lost for these figures
+            console.say(f"{run_dir.memory_file} was not written: {refusal_of(error) or first_line(error)}")

@@ -21,7 +21,8 @@ from peft import PeftModel
 from qtune import console
 from qtune.adapter.starts import kept_start
 from qtune.adapter.state import save_adapter, trained_state
-from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError
+from qtune.disk import told
+from qtune.errors import Failure, Interrupted, OutOfMemory, Problem, RunError, TrainingError
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.model.load import base_folder
@@ -30,7 +31,7 @@ from qtune.run.folder import RunDir
 from qtune.run.lock import lock_of, read_lock, write_lock
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import resumed_recipe
+from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.run.summary import Losses, training_losses
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
@@ -44,9 +45,10 @@ from qtune.training.checkpoints import (
     step_of,
 )
 from qtune.training.display import TrainingDisplay
-from qtune.training.inputs import Inputs, gather, require_allocator, require_same_rows
-from qtune.training.outcome import require_change, rise_of
+from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator, require_same_rows
+from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
+from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -66,10 +68,11 @@ def run(resolved: Resolved, allow: tuple[str, ...] = (), *, snapshot: bool = Fal
         require_allocator()
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
-    inputs = gather(resolved)
-    recipe = inputs.recipe
-    run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+    with told(TrainingError):
+        inputs = gather(resolved)
+        recipe = inputs.recipe
+        run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
+        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
     taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
     console.say(f"this run is in {run_dir.path}{taken}")
     _train(inputs, run_dir, None, snapshot)
@@ -81,7 +84,8 @@ def resume(
 ) -> RunDir:
     """Goes on with a run from its last complete checkpoint, exactly as if it had never stopped.
 
-    changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`).
+    changes: `--set` texts, of keys that do not decide what is learned (`resumption.CHANGEABLE`); or a lower learning
+    rate, with which a new run goes on beside this one, from its last complete checkpoint.
 
     Raises:
         RunError: the run has already ended, or its rows are not what they were.
@@ -95,41 +99,83 @@ def resume(
         raise RunError(Problem(str(run_dir.path), message))
     if snapshot:
         require_allocator()
-    # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
-    resolved = resumed_recipe(run_dir, changes).allowing(allow)
-    inputs = gather(resolved, run_dir)
-    require_same_rows(inputs, run_dir)
-    if changes or allow:
-        run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
-    remove_incomplete_checkpoints(run_dir.checkpoints)
-    checkpoints = complete_checkpoints(run_dir.checkpoints)
-    step = step_of(checkpoints[-1]) if checkpoints else 0
-    console.say(f"resuming {run_dir.path} from step {step}")
-    forget_after(run_dir.metrics_file, step)
+    if lowers_rate(run_dir, changes):
+        run_dir = _branched(run_dir)
+    with told(TrainingError, lambda: _way_on(run_dir)):
+        # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
+        resolved = resumed_recipe(run_dir, changes).allowing(allow)
+        inputs = gather(resolved, run_dir)
+        require_same_rows(inputs, run_dir)
+        if changes or allow:
+            run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
+        remove_incomplete_checkpoints(run_dir.checkpoints)
+        checkpoints = complete_checkpoints(run_dir.checkpoints)
+        step = step_of(checkpoints[-1]) if checkpoints else 0
+        console.say(f"resuming {run_dir.path} from step {step}")
+        forget_after(run_dir.metrics_file, step)
     _train(inputs, run_dir, checkpoints[-1] if checkpoints else None, snapshot)
     return run_dir
+
+
+def _branched(run_dir: RunDir) -> RunDir:
+    """A new run that goes on from another's last complete checkpoint; that one stays as it is."""
+    checkpoints = complete_checkpoints(run_dir.checkpoints)
+    if not checkpoints:
+        message = f"has no checkpoint to go on from; begin again with: qtune run {run_dir.resolved_file} --set …"
+        raise RunError(Problem(str(run_dir.path), message))
+    with told(TrainingError):
+        branch = begin_branch(run_dir, checkpoints[-1])
+    console.say(f"another learning rate makes another run: {branch.path}; {run_dir.path} stays as it is")
+    return branch
 
 
 def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: bool) -> None:
     """Trains, or says why memory ran out and what would have fit."""
     failure: Failure | None = None
     file = run_dir.snapshot_file if snapshot else None
+    meter = Meter(torch.device(inputs.plan.device.torch_name), snapshot=file)
     try:
-        _load_and_train(inputs, run_dir, checkpoint, Meter(torch.device(inputs.plan.device.torch_name), snapshot=file))
+        with told(TrainingError, lambda: _way_on(run_dir)):
+            _load_and_train(inputs, run_dir, checkpoint, meter)
     except OutOfMemory as error:
         log.debug("memory ran out", exc_info=True)
         failure = error.failure
         if failure is None:
             raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(_stopped_at_once(run_dir)) from error
     # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
     if failure is not None:
         raise OutOfMemory(failure_text(explained(failure, inputs, run_dir).to_json()), failure)
 
 
+def _stopped_at_once(run_dir: RunDir) -> str:
+    """What is left where nobody waited for the end of the step."""
+    return f"stopped at once\n{_way_on(run_dir)}"
+
+
+def _way_on(run_dir: RunDir) -> str:
+    """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    saved = complete_checkpoints(run_dir.checkpoints)
+    if not saved:
+        return f"nothing was saved yet; begin again with: qtune run --resume {run_dir.path}"
+    return (
+        f"step {step_of(saved[-1])} is saved, and what came after it is not\n"
+        f"go on with: qtune run --resume {run_dir.path}"
+    )
+
+
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
     display = TrainingDisplay()
-    metrics = Metrics(run_dir.metrics_file, display.show, meter, lambda: complete_checkpoints(run_dir.checkpoints))
+    metrics = Metrics(
+        run_dir.metrics_file,
+        display.show,
+        meter,
+        lambda: complete_checkpoints(run_dir.checkpoints),
+        lambda step: batch_in_words(inputs, step),
+        scales_loss=inputs.plan.loss_scaling,
+    )
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
@@ -140,6 +186,8 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
         best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best)
+        if checkpoint is None and is_worth_it(inputs):
+            console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and (is_last(checkpoint) or best.stopped_early):
@@ -151,6 +199,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             if trainer.state.global_step >= trainer.state.max_steps or best.stopped_early:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step, run_dir.checkpoints)
+                require_gradients(read_metrics(run_dir.metrics_file))
                 if before:
                     require_change(before, trained_state(model))
                 losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))
@@ -158,6 +207,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                     metrics.note(rise)
                 if said := best.take(model, read_metrics(run_dir.metrics_file), trainer.state.global_step):
                     metrics.note(said)
+                metrics.settle()
                 _save(model, inputs, run_dir, initial)
                 best.forget()
     if not run_dir.is_finished:

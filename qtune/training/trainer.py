@@ -19,16 +19,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
+from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.device.present import is_out_of_memory
-from qtune.errors import Failure, OutOfMemory, TrainingError
+from qtune.disk import refusal_of
+from qtune.errors import Failure, OutOfMemory, TrainingError, first_line
+from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
+from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import complete_checkpoints, require_finite
+from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.schedule import schedule_of
 
@@ -58,11 +64,13 @@ class QloraTrainer(SFTTrainer):
         note: Callable[[str], None],
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
+        outliers: Outliers | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
+        outliers: those of which no update is taken.
         """
         super().__init__(
             model=model,
@@ -71,11 +79,12 @@ class QloraTrainer(SFTTrainer):
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[CheckpointedLayers(plan.gradient_checkpointing), *callbacks],
         )
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
+        _install_lean_step(model, plan, note)
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.schedule = training.schedule
@@ -87,6 +96,8 @@ class QloraTrainer(SFTTrainer):
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
         self._done_in_step: list[dict[str, Any]] = []
+        self._losses_of_step: list[float] = []
+        self.outliers = outliers
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -97,6 +108,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers', which tells the lean step that it has changed the adapter."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        optimizer.register_step_post_hook(self._adapter_changed)
+        return optimizer
+
+    def _adapter_changed(self, *_: Any) -> None:
+        for copies in copies_of(self.model):
+            copies.forget()
 
     lr_scheduler: Any
 
@@ -119,7 +140,7 @@ class QloraTrainer(SFTTrainer):
             for batch, mask in zip(batches, masks, strict=True)
         ]
         self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
-        self._done_in_step = []
+        self._done_in_step, self._losses_of_step = [], []
         return batches, scored
 
     def compute_loss(
@@ -141,11 +162,22 @@ class QloraTrainer(SFTTrainer):
         self.meter.enter("backward")
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.outliers is not None and norm is not None:
+            found = self.outliers.found(sum(self._losses_of_step), float(norm))
+            if found is not None:
+                self.note(f"step {self.state.global_step + 1} is skipped: {found}")
+                model.zero_grad(set_to_none=True)
+        return norm
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
 
         When a piece does not fit, the gradient of the step so far is dropped and its micro-batches are run again in
-        smaller pieces. The gradient is a sum over rows, so the optimization does not change.
+        smaller pieces; where there are none, with every layer computed twice. The gradient is a sum over rows, so the
+        optimization does not change.
 
         Raises:
             OutOfMemory: a single row does not fit.
@@ -154,6 +186,12 @@ class QloraTrainer(SFTTrainer):
         loss = self._try_pieces(model, [inputs], num_items_in_batch)
         while loss is None:
             rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
+            if self.pieces >= rows and checkpoint_all(self.model):
+                self._release_memory(model)
+                loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
+                if loss is not None:
+                    self.note("out of memory: every layer is now computed twice; the gradient stays the same")
+                continue
             if self.pieces >= rows:
                 longest = max(batch["input_ids"].shape[1] for batch in self._done_in_step)
                 raise OutOfMemory(
@@ -165,6 +203,8 @@ class QloraTrainer(SFTTrainer):
             loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
             if loss is not None:
                 self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
+        if self.outliers is not None:
+            self._losses_of_step.append(float(loss))
         return loss
 
     def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:
@@ -182,6 +222,12 @@ class QloraTrainer(SFTTrainer):
             self._failure = self.meter.failure(error)
             return None
         return loss
+
+    def forget_step(self) -> None:
+        """Drops what was counted of a step that does not count."""
+        self._done_in_step, self._losses_of_step = [], []
+        self._correct, self._scored = None, 0
+        self.pieces = self.eval_pieces = 1
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
@@ -203,7 +249,7 @@ class QloraTrainer(SFTTrainer):
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                sums, of_rows = self._evaluated(inputs)
+                sums, of_rows = self.evaluated(inputs)
                 totals += sums
                 rows += of_rows
         self.meter.enter("idle")
@@ -218,7 +264,7 @@ class QloraTrainer(SFTTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
+    def evaluated(self, batch: dict[str, Any]) -> tuple[Tensor, list[tuple[float, int]]]:
         """(summed loss, right tokens, scored tokens) of a batch, [3], in as many pieces as memory needs; each row's
         summed loss and scored tokens."""
         pieces: list[tuple[Tensor, list[tuple[float, int]]]] | None = None
@@ -278,15 +324,16 @@ class QloraTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(model, trial)
             save_trained_state(self.model, folder)
-        # A full disk: the writers of Python, safetensors and torch each say it in their own way.
-        except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if is_out_of_memory(error):
+            if refusal_of(error) is None and not isinstance(error, SafetensorError):
                 raise
             kept = complete_checkpoints(folder.parent)
             where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} could not be written: {error}; {where}"
+                f"the checkpoint of step {self.state.global_step} could not be written: "
+                f"{refusal_of(error) or first_line(error)}; {where}"
             ) from error
         self.model.train()
         for old in complete_checkpoints(folder.parent)[: -self.keep_checkpoints]:
@@ -306,6 +353,17 @@ class QloraTrainer(SFTTrainer):
         self._load_from_checkpoint(str(checkpoint))
         if self.args.eval_on_start:
             self.evaluate()
+
+
+def _install_lean_step(model: PeftModel, plan: Plan, note: Callable[[str], None]) -> None:
+    """qtune's functions in place of peft's and transformers' own, as the plan says; on a card it is said which of its
+    kernels did not give there what PyTorch's operations give, and is left out."""
+    if not plan.lean_step:
+        return
+    if plan.device.kind == "cuda":
+        for name, reason in without_kernels().items():
+            note(f"PyTorch's own operations compute {name} here, not Triton's kernel: {reason}")
+    install_lean_step(model, getattr(torch, plan.compute_dtype))
 
 
 def _wait_for_device() -> None:

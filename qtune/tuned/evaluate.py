@@ -4,6 +4,7 @@ Every row is asked as the model saw it in training: the prompt is what stands be
 answer that is expected is that answer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
 from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
-from qtune.errors import DataError, Problem
+from qtune.disk import refusal_of
+from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
@@ -131,7 +133,11 @@ def evaluate(
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
-    limits = [min(len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    # Free text may be longer than expected: its length, its end and its repetitions are measured.
+    expected = [question.expected for question in questions]
+    is_free = is_free_text(expected)
+    times = 2 if is_free else 1
+    limits = [min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
@@ -139,14 +145,14 @@ def evaluate(
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
         with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
+            require_finite_losses(losses, examples["place"], name)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
         answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
         scored = sum(examples["scored"])
         exact_match = sum(right) / len(right) if right else None
-        expected = [question.expected for question in questions]
-        text = text_score(expected, answers) if is_free_text(expected) else None
+        text = text_score(expected, answers) if is_free else None
         return Score(sum(losses) / scored, right_tokens / scored, exact_match, text), losses, answers
 
     base, base_losses, base_answers = ask(run.model, "base")
@@ -173,8 +179,30 @@ def evaluate(
             if tokens
         ),
     )
-    write_record(run_dir.eval_file, evaluation)
+    try:
+        write_record(run_dir.eval_file, evaluation)
+    except OSError as error:  # what took minutes to ask is shown all the same
+        console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation
+
+
+def require_finite_losses(losses: Sequence[float], places: Sequence[str], name: str) -> None:
+    """Every row's loss is a number.
+
+    Raises:
+        WorkError: some are not; it says whether that is due to rows or to the model, which is "base" or "tuned".
+    """
+    broken = [place for place, loss in zip(places, losses, strict=True) if not math.isfinite(loss)]
+    if not broken:
+        return
+    if len(broken) < len(losses):
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        raise WorkError(
+            f"the {name} model's loss is no number on rows {', '.join(broken[:8])}{more}, and is one on the others; "
+            "look at them, or compute in another type (quantization.compute_dtype)"
+        )
+    reason = "training has diverged, or its adapter is damaged" if name == "tuned" else "it computes no numbers at all"
+    raise WorkError(f"the {name} model's loss is no number on any row: {reason}")
 
 
 def read_evaluation(run_dir: RunDir) -> Evaluation | None:

@@ -29,11 +29,13 @@ def overfits(facts: Facts) -> Verdict:
         told = f"the validation loss is no number at step {facts.validation[-1].step:,}"
         return Verdict("overfits", "unsure", "Not certain", told)
     if not found:
-        return Verdict("overfits", "open", "Not measured", "no validation row was looked at", SPLIT)
+        told = f"no validation row was looked at{'' if facts.is_finished else ' yet'}"
+        return Verdict("overfits", "open", "Not measured", told, SPLIT if facts.is_finished else None)
     best, last = min(found, key=lambda one: one.loss), found[-1]
     if len(found) == 1:
         told = f"validation was looked at once: {number(last.loss)} at step {last.step:,}"
-        return Verdict("overfits", "open", "Not measured", told, "training.eval_every = 50 would show its course")
+        often = f"training.eval_every = {max(1, last.steps // FEWEST)} would show its course"
+        return Verdict("overfits", "open", "Not measured", told, often)
     at_last = f"{number(last.loss)} at the last, step {last.step:,}"
     if last is best:
         return Verdict("overfits", "good", "No", f"validation was best, {at_last}")
@@ -76,7 +78,7 @@ def rate(facts: Facts) -> Verdict:
             return Verdict("rate", "bad", "Too high", f"the loss is no number at step {one.step:,}", lower)
     losses = after_warmup(facts.train)
     if len(losses) < FEWEST_FOR_RATE:
-        told = f"{len(losses)} logged steps after the warm-up are too few to judge by"
+        told = f"logged steps after the warm-up: {len(losses)}, too few to judge by"
         return Verdict("rate", "open", "Too few steps", told)
     first, last = windows(losses)
     fall = fall_between(first, last)

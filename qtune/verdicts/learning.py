@@ -1,11 +1,13 @@
 """Did it learn? Against the base where that was measured, else on validation rows, else by the training loss."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.tuned.evaluate import Evaluation
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import FEWEST, Fall, fall_between, paired_fall
+from qtune.verdicts.scores import AnswerScores, answer_scores
 from qtune.verdicts.verdict import Standing, Verdict, number
 
 LITTLE = 0.02
@@ -31,7 +33,8 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
     losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
     told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
-    answers, more = _answers(evaluation), _more_right(evaluation)
+    asked = answer_scores(evaluation)
+    answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
     if not rows:
         if more is not None and more.is_positive:
             return Verdict("learned", "good", "Learned", f"{told}{answers}")
@@ -64,22 +67,12 @@ def _by(fall: Fall) -> str:
     return f"a fall by {number(fall.mean)} ({interval})"
 
 
-def _answers(evaluation: Evaluation) -> str:
-    """The exactly right answers of both models, where any was asked for one and one was right."""
-    base, tuned, count = evaluation.base.exact_match, evaluation.tuned.exact_match, len(evaluation.comparisons)
-    if base is None or tuned is None or not (base or tuned):
-        return ""
-    return f"; answers exactly right: {round(base * count)} → {round(tuned * count)} of {count}"
-
-
-def _more_right(evaluation: Evaluation) -> Fall | None:
-    """How much the share of exactly right answers rose."""
-    compared = evaluation.comparisons
-    base, tuned = ([float(text == one.expected) for one in compared for text in (getattr(one, who),)] for who in _WHO)
-    return paired_fall(tuned, base, [1] * len(compared))
-
-
-_WHO = ("base", "tuned")
+def _answers(asked: AnswerScores) -> str:
+    """Both models' answers by the measure that the rows have chosen; nothing where no answer was exactly right."""
+    if asked.is_free:
+        return f"; {asked.name} {fmean(asked.base):.2f} → {fmean(asked.tuned):.2f}"
+    base, tuned = sum(asked.base), sum(asked.tuned)
+    return f"; {asked.name}: {base:.0f} → {tuned:.0f} of {len(asked.tuned)}" if base or tuned else ""
 
 
 def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | None:

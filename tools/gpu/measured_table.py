@@ -33,6 +33,7 @@ def row(run: Run, measured: dict[str, Any], context: float) -> str:
     batch = measured["batch"]
     tables = run.recipe("models", "data", "runs")
     tables["data"]["max_length"] = batch["length"]
+    tables["training"] = {**tables.get("training", {}), "lean_step": False}  # the runs came before it
     recipe = parse_recipe(tables)
     assert isinstance(recipe, Recipe)
     longest = Longest(batch["length"], -(-batch["scored"] // batch["rows"]), equal=not batch["padded"])

@@ -129,7 +129,8 @@ def ignored_window(config: PretrainedConfig) -> int | None:
 def family_of(config: PretrainedConfig, place: str) -> Family:
     """The family of a model.
 
-    Raises ModelError, by name, for a family that is not known or a variant of a known one that would come out wrong.
+    Raises:
+        ModelError: by name, the family is not known, or a variant of a known one would come out wrong.
     """
     kind = config.model_type
     problem = None

@@ -52,7 +52,11 @@ class GgufTensor:
 
 
 def refuse_unconvertible(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    """Raises ModelError when a model's family, variant or tokenizer has no GGUF here. Reads no weights."""
+    """Asks for a GGUF before a weight is read.
+
+    Raises:
+        ModelError: the model's family, variant or tokenizer has no GGUF here.
+    """
     family_of(config, place)
     vocabulary_of(tokenizer, config.vocab_size, place)
 
@@ -62,7 +66,8 @@ def gguf_tensors(folder: Path, config: PretrainedConfig, family: Family, kind: G
 
     Norms and biases stay fp32, as llama.cpp keeps them; so do rows that no block of Q8_0 divides, in fp16.
 
-    Raises ModelError when the checkpoint has a tensor that the family has no place for.
+    Raises:
+        ModelError: the checkpoint has a tensor that the family has no place for.
     """
     tensors, lost = [], []
     for source, stored in Checkpoint.open(folder).tensors.items():
@@ -79,8 +84,8 @@ def gguf_tensors(folder: Path, config: PretrainedConfig, family: Family, kind: G
 def write_gguf(folder: Path, file: Path, kind: GgufType, advance: Callable[[int], None]) -> Path:
     """Writes the model of an exported folder; memory stays at one tensor. The file appears when it is complete.
 
-    Raises ModelError for a family, a tokenizer or a tensor that would come out wrong, ExportError when a value does not
-    fit the type.
+    Raises:
+        ModelError: a family, a tokenizer or a tensor would come out wrong. ExportError: a value does not fit the type.
     """
     config = AutoConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -107,7 +112,8 @@ def gguf_vocabulary(folder: Path, config: PretrainedConfig, tokenizer: PreTraine
     With a baked soft prompt no beginning of text is put before a prompt: it would stand before the virtual tokens, and
     the template has its own behind them.
 
-    Raises ModelError for a tokenizer that llama.cpp would not follow.
+    Raises:
+        ModelError: llama.cpp would not follow the tokenizer.
     """
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, str(folder))
     return replace(vocabulary, adds_bos=False) if getattr(config, CONFIG_KEY, None) is not None else vocabulary

@@ -32,7 +32,8 @@ class _Block:
 def evaluate(template: str, values: Mapping[str, Any]) -> str:
     """The text that Go makes of a template with these values.
 
-    Raises GoTemplateError for anything outside of the part described above.
+    Raises:
+        GoTemplateError: there is anything outside of the part described above.
     """
     return _run(_parse(template), values, {"$": values})
 

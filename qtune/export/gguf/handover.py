@@ -26,8 +26,9 @@ def hand_over(
 ) -> Path:
     """Writes NAME-KIND.gguf into an exported folder, and a Modelfile where the template allows one; returns the file.
 
-    Raises ModelError for a model that has no GGUF here, ExportError when a value does not fit, VerificationError when
-    what is read back is not what was written; verify.json keeps the figures.
+    Raises:
+        ModelError: the model has no GGUF here. ExportError: a value does not fit.
+        VerificationError: what is read back is not what was written; verify.json keeps the figures.
     """
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     refuse_small_disk(folder, weights)

@@ -76,8 +76,10 @@ def modelfile_for(
 def derive(renderer: Renderer, bos: str) -> str:
     """The Go template that puts the same texts around messages as the chat template does around four probes.
 
-    Raises ValueError when the template does not put each probe into the text once and in order, or not the same texts
-    around each turn; RowError when it refuses a plain conversation.
+    Raises:
+        ValueError: the template does not put each probe into the text once and in order, or not the same texts around
+            each turn.
+        RowError: it refuses a plain conversation.
     """
     user, assistant = {"role": "user", "content": FIRST}, {"role": "assistant", "content": ANSWER}
     second, system = {"role": "user", "content": SECOND}, {"role": "system", "content": SYSTEM}

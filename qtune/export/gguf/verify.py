@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qtune import console
@@ -16,6 +15,7 @@ from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
 from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import CheckedRow, probes, rendered_ids
+from qtune.model.gguf_header import require_gguf
 
 LIMITS = {
     "f16": Limits(KL_LIMITS[torch.float16], TOP1_LIMITS[torch.float16], "float16 rounding, with a tenfold margin"),
@@ -72,7 +72,7 @@ def _compare(folder: Path, file: Path, rows: Sequence[CheckedRow], virtual: Sequ
 
 
 def _template_failures(file: Path, expected: str) -> list[str]:
-    field = GGUFReader(file).get_field("tokenizer.chat_template")
-    if field is None:
+    template = require_gguf(file).values.get("tokenizer.chat_template")
+    if template is None:
         return ["the GGUF file has no chat template"]
-    return [] if field.contents() == expected else ["the GGUF file has another chat template"]
+    return [] if template == expected else ["the GGUF file has another chat template"]

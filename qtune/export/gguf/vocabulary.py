@@ -60,7 +60,8 @@ class Vocabulary:
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int, place: str) -> Vocabulary:
     """Reads a fast tokenizer.
 
-    Raises ModelError when it is of a kind that llama.cpp would tokenize differently: better no file than a wrong one.
+    Raises:
+        ModelError: it is of a kind that llama.cpp would tokenize differently; better no file than a wrong one.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]

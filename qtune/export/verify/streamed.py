@@ -14,7 +14,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from qtune.export.basis import Basis
 from qtune.export.layout import Layout, empty_model, layout_of
 from qtune.export.verify.exact import is_low
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.safetensors_file import tensors_of
 
 DORA = "lora_magnitude_vector.weight"
 
@@ -53,7 +53,7 @@ def streamed_trained(
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
         warnings.filterwarnings("ignore", "for weight: copying from a non-meta parameter")  # `_fill_adapter` does it
         adapted = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    _fill_adapter(adapted, load_file(adapter / WEIGHTS), device)
+    _fill_adapter(adapted, tensors_of(adapter / WEIGHTS), device)
     _stream(adapted.get_base_model(), _reader(checkpoint, layout, basis, device), device)
     return adapted.eval()
 

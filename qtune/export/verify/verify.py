@@ -64,7 +64,8 @@ def verify(
     the tensors that are not as that merge makes them. With `compare_bases`, the cost of the original weights is
     measured as well. `streamed` models stay on the disk and are read module by module; None decides by the memory.
 
-    Raises VerificationError, after writing verify.json, when the folder cannot be loaded.
+    Raises:
+        VerificationError: the folder cannot be loaded; verify.json says so.
     """
     began = time.monotonic()
     plan = comparing(make_plan(source.recipe, present_device()))

@@ -22,6 +22,7 @@ from qtune.memory.tracing import adoption, categories
 from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import Moment, history_of, in_order
 from qtune.memory.tracing.ledger import Ledger, follow_modules
+from qtune.model.checkpointed import switched_layers
 from qtune.sizes import GIB, KIB, MIB
 
 if TYPE_CHECKING:
@@ -260,8 +261,11 @@ class Meter:
         return True
 
     def _checkpointing(self) -> bool:
-        modules = self._model.modules() if self._model is not None else ()
-        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
+        if self._model is None:
+            return False
+        if layers := switched_layers(self._model):
+            return all(layer.gradient_checkpointing for layer in layers)
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
 
     def _adopt_all(self, ledger: Ledger) -> None:
         if self._model is not None:

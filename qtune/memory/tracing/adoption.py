@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtune.adapter.lean import adapter_copies
 from qtune.memory.tracing.categories import (
     ACTIVATIONS,
     ADAPTER,
@@ -91,6 +92,7 @@ def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tu
     cuda: a weight in host memory is beside the card, wherever its stand-in was traced; on a CPU it is memory like any.
     """
     yield from static_tensors(model)
+    yield from ((copy, ADAPTER) for copy in adapter_copies(model))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if (host := host_weight(module)) is not None:

@@ -14,6 +14,7 @@ import torch
 from transformers.trainer_pt_utils import get_parameter_names
 
 from qtune.memory.tracing import adoption, categories
+from qtune.model.checkpointed import checkpoint_first
 from qtune.model.host import activations_on_host
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class Step:
     """Whether host memory is other memory than the device's: on a card, not on a CPU."""
     ends_after: Literal["forward", "step"] = "step"
     eval_batch: Batch | None = None
+    checkpointed: bool | int = True
+    """Of the layers, where there is checkpointing: all, or so many of the first."""
+
+    @property
+    def checkpoints_all(self) -> bool:
+        """Whether what a forward keeps are the checkpoints of its layers."""
+        return self.checkpointing != "none" and self.checkpointed is True
 
 
 def prepare(model: Any, step: Step) -> None:
@@ -79,6 +87,7 @@ def prepare(model: Any, step: Step) -> None:
     model.train()
     if step.checkpointing != "none":
         model.activation_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
+        checkpoint_first(model, step.checkpointed)
         if any(not p.requires_grad for p in model.parameters()):
             model.enable_input_require_grads()
 
@@ -154,7 +163,7 @@ def _autocast(step: Step) -> Any:
 def _activations(model: torch.nn.Module, step: Step, ledger: Ledger) -> Any:
     if step.activations == "device":
         return contextlib.nullcontext()
-    kept = categories.ACTIVATIONS if step.checkpointing == "none" else categories.CHECKPOINTED
+    kept = categories.CHECKPOINTED if step.checkpoints_all else categories.ACTIVATIONS
     return activations_on_host(
         model,
         left=lambda tensor: ledger.adopt(tensor, categories.HOST if step.host_apart else kept),

@@ -69,6 +69,8 @@ class Traced:
     """As whose it was counted; None: the CPU's."""
     reserved_bytes: int
     """The most that the allocator takes from the card; 0 where it was not played."""
+    scratch_bytes: int = 0
+    """What operations may take beside their results where a card leaves the kernel out that they were counted as."""
 
 
 def trace(
@@ -224,7 +226,8 @@ class _Tracer:
         self.container = layer_container(model)
         self.trained = trained(model)
         self.groups = parameter_groups(model)
-        self.held = list(adoption.loaded_tensors(model, cuda=card is not None))
+        with self.mode:  # what is made for the model now has no storage either
+            self.held = list(adoption.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
 
@@ -302,7 +305,7 @@ class _Tracer:
 
     def _history(self, phases: set[str]) -> History:
         """These phases; of the loading only its last tick, when everything static is there."""
-        whole = history_of(self.ledger, self.step.checkpointing != "none")
+        whole = history_of(self.ledger, self.step.checkpoints_all)
         loading = [tick for tick, label in enumerate(whole.labels) if label.phase == "static"]
         return whole.ticks([loading[-1], *(t for t, label in enumerate(whole.labels) if label.phase in phases)])
 

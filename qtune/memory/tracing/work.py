@@ -366,10 +366,36 @@ def _zero_padded(
     return [Kernel(name, "copies", 2, _size(outs) + 2 * _size(ins), 0, outs[0].dtype)]
 
 
+# --- our own operations (qtune.kernels) ------------------------------------------------------------------------------
+
+
+def _in_one_pass(
+    name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
+) -> list[Kernel]:
+    """One kernel that walks through its tensors as it was written to, whatever their layout."""
+    kind: Kind = "dequantization" if name == "dequantize_nested" else "elementwise"
+    return [Kernel(name, kind, 1, _size(ins) + _size(outs), 0, (outs or ins)[0].dtype)]
+
+
+def _gates_backward(
+    name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
+) -> list[Kernel]:
+    """Three tensors are read, and three written."""
+    return [Kernel(name, "elementwise", 1, 2 * _size(ins[:3]), 0, ins[0].dtype)]
+
+
+def _likelihoods(
+    name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
+) -> list[Kernel]:
+    """Logits are read once for the normalizer, and once more to write their gradient over them."""
+    passes = 3 if any(arg is True for arg in args) else 1
+    return [Kernel(name, "elementwise", 1, passes * _size(ins[:1]), 0, ins[0].dtype)]
+
+
 _Special = "Callable[[str, Sequence[Any], list[torch.Tensor], list[torch.Tensor], bool], list[Kernel]]"
 
 _SPECIAL: dict[str, Any] = {
-    **dict.fromkeys(("mm", "bmm", "addmm", "addmm_", "addmm_fp32", "baddbmm", "_grouped_mm"), _product),
+    **dict.fromkeys(("mm", "bmm", "addmm", "addmm_", "addmm_fp32", "baddbmm", "_grouped_mm", "product_in"), _product),
     "gemm_4bit": _four_bit_product,
     **dict.fromkeys(("int8_linear_matmul", "int8_mixed_scaled_mm", "int8_scaled_mm"), _product_in_int8),
     **dict.fromkeys(
@@ -387,6 +413,9 @@ _SPECIAL: dict[str, Any] = {
         ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_",
          "zero_", "arange", "scalar_tensor"), _filled,
     ),
+    **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate", "gated", "dequantize_nested"), _in_one_pass),
+    "gated_backward": _gates_backward,
+    "cross_entropy": _likelihoods,
     "nonzero": _nonzero,
     "logsumexp": _logsumexp,
     **dict.fromkeys(("slice_backward", "select_backward"), _zero_padded),

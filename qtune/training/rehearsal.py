@@ -1,0 +1,194 @@
+"""A rehearsal before the first step: whatever a run will only do after hours is done once, and undone.
+
+The heaviest micro-batch of the first epoch goes forward, backward and through the optimizer; the longest rows of the
+validation are evaluated; a checkpoint is written, read back and weighed against the disk; the model gives an answer.
+Parameters, gradients, the optimizer, random numbers and the order of rows are afterwards what they were, bit for bit.
+"""
+
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qtune.adapter.state import load_trained_state, save_adapter, save_trained_state, trained_state
+from qtune.data.batches import StepSampler
+from qtune.data.masks import IGNORED
+from qtune.errors import TrainingError
+from qtune.memory.measured import process
+from qtune.memory.measured.meter import Meter
+from qtune.run.folder import RunDir
+from qtune.sizes import size_text
+from qtune.training.inputs import Inputs
+from qtune.training.trainer import QloraTrainer
+from qtune.tuned.generate import find_ends, stream
+
+WORTH_STEPS = 50
+"""Steps of a run from which a rehearsal is taken unasked: it costs about two of them."""
+ANSWER_TOKENS = 4
+PROMPT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was done, in figures."""
+
+    rows: int
+    length: int
+    """Tokens of the longest row of the micro-batch."""
+    validated: bool
+    checkpoint_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        evaluation = "an evaluation, " if self.validated else ""
+        return (
+            f"rehearsed in {self.seconds:.1f} s: the heaviest micro-batch ({self.rows} x {self.length} tokens), "
+            f"{evaluation}a checkpoint of {size_text(self.checkpoint_bytes)} and an answer"
+        )
+
+
+def is_worth_it(inputs: Inputs) -> bool:
+    """What `training.rehearse` means for this run."""
+    training = inputs.recipe.training
+    if isinstance(training.rehearse, bool):
+        return training.rehearse
+    per_epoch = math.ceil(len(inputs.prepared.lengths) / training.batch_size)
+    return (training.steps or math.ceil(training.epochs * per_epoch)) >= WORTH_STEPS
+
+
+def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_initial: bool = False) -> Rehearsal:
+    """Does everything once. `has_initial`: the adapter is saved as a difference, which is left out.
+
+    Raises:
+        OutOfMemory: one row of the batch does not fit.
+        TrainingError: the loss is no number, a checkpoint reads back otherwise, or the disk will not hold them.
+        OSError: a checkpoint cannot be written.
+    """
+    began = time.monotonic()
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    rows = heaviest(inputs.prepared.lengths, inputs.plan.micro_batch_size, inputs)
+    with _undone(trainer, model):
+        optimizer = _step(trainer, model, rows)
+        if inputs.prepared.validation is not None:
+            _evaluate(trainer, inputs)
+        size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
+        _answer(model, inputs)
+    _require_disk(size, inputs, run_dir)
+    longest = int(inputs.prepared.lengths[rows].max())
+    return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
+
+
+def heaviest(lengths: np.ndarray, micro_batch_size: int, inputs: Inputs) -> list[int]:
+    """The rows of the micro-batch of the first epoch with the most positions, padding included."""
+    training = inputs.recipe.training
+    order = StepSampler(lengths, training.batch_size, training.seed).order()
+    batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
+    return [int(row) for row in max(batches, key=lambda batch: len(batch) * int(lengths[batch].max()))]
+
+
+@contextmanager
+def _undone(trainer: QloraTrainer, model: PeftModel) -> Iterator[None]:
+    """Puts everything back that the block changes."""
+    before = {name: tensor.clone() for name, tensor in trained_state(model).items()}
+    numbers = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    on_cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    was_training, meter = model.training, trainer.meter
+    meter.enter("idle")
+    trainer.meter = Meter(meter.device, first_steps=0, longest_steps=0)
+    try:
+        yield
+    finally:
+        trainer.meter.close()
+        trainer.meter = meter
+        trainer.forget_step()
+        trainer.optimizer = None
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, tensor in trained_state(model).items():
+                tensor.copy_(before[name])
+        model.train(was_training)
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+        torch.set_rng_state(numbers[2])
+        if on_cards:
+            torch.cuda.set_rng_state_all(on_cards)
+            torch.cuda.reset_peak_memory_stats()
+        process.reset_peak()
+
+
+def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int]) -> torch.optim.Optimizer:
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    scored = int((batch["labels"] != IGNORED).sum())
+    loss: Tensor = trainer.training_step(model, batch, torch.tensor(max(1, scored), device=model.device))
+    if not bool(torch.isfinite(loss)):
+        raise TrainingError(
+            f"the loss of the heaviest batch is {float(loss)} before any weight was changed: no learning rate has done "
+            "that. Look at its rows, or compute in another type (quantization.compute_dtype)"
+        )
+    optimizer: torch.optim.Optimizer = trainer.create_optimizer()
+    optimizer.step()
+    return optimizer
+
+
+def _evaluate(trainer: QloraTrainer, inputs: Inputs) -> None:
+    validation = inputs.prepared.validation
+    assert validation is not None
+    lengths = np.asarray(inputs.prepared.examples["validation"].with_format("numpy")["length"][:])
+    longest = np.argsort(-lengths, kind="stable")[: inputs.plan.micro_batch_size]
+    trainer.model.eval()
+    trainer.evaluated(trainer.data_collator([validation[int(row)] for row in longest]))
+
+
+def _save(
+    model: PeftModel, optimizer: torch.optim.Optimizer, inputs: Inputs, run_dir: RunDir, *, has_initial: bool
+) -> int:
+    """Writes and reads a checkpoint where the run's will be, and takes it away; its bytes."""
+    run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", dir=run_dir.checkpoints))
+    try:
+        save_trained_state(model, folder)
+        if not has_initial:
+            save_adapter(model, folder)
+        inputs.tokenizer.save_pretrained(folder)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        written = {name: tensor.clone() for name, tensor in trained_state(model).items()}
+        load_trained_state(model, folder)
+        if not all(torch.equal(written[name], tensor) for name, tensor in trained_state(model).items()):
+            raise TrainingError(
+                f"{folder}: a checkpoint reads back otherwise than it was written; the disk is at fault"
+            )
+        return size
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(model: PeftModel, inputs: Inputs) -> None:
+    row = inputs.prepared.train[0]
+    scored = next((at for at, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
+    prompt = row["input_ids"][: max(1, scored)][-PROMPT_TOKENS:]
+    ends = find_ends(model, inputs.tokenizer)
+    stream(model, inputs.tokenizer, prompt, ANSWER_TOKENS, ends, lambda text: None)
+
+
+def _require_disk(checkpoint_bytes: int, inputs: Inputs, run_dir: RunDir) -> None:
+    """A checkpoint is written before the oldest goes, so one more than is kept must fit; and the adapter at the end."""
+    keep = inputs.recipe.training.keep_checkpoints
+    needed, free = (keep + 2) * checkpoint_bytes, shutil.disk_usage(run_dir.checkpoints).free
+    if needed > free:
+        raise TrainingError(
+            f"{run_dir.path}: {size_text(free)} are free, and {keep} checkpoints of {size_text(checkpoint_bytes)}, one "
+            f"more while it is written, and the adapter take {size_text(needed)}; free some, lower "
+            "training.keep_checkpoints, or name another output.directory"
+        )

@@ -1,0 +1,222 @@
+"""The operations `torch.ops.qtune.*` against what transformers, bitsandbytes and PyTorch compute."""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import bitsandbytes
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from qtune.kernels import comparison, ops, plain
+from qtune.memory.tracing.fake_tensors import RememberingMode
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Relative tolerance of each type."""
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    ours, theirs = ours.detach(), theirs.detach()
+    assert ours.dtype == theirs.dtype
+    assert float((ours.float() - theirs.float()).norm()) <= tolerance * float(theirs.float().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_and_its_gradient_are_those_of_transformers(dtype):
+    norm = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.1)
+    x = torch.randn(2, 5, 96, dtype=dtype, requires_grad=True)
+    expected, grad = norm(x), torch.randn(2, 5, 96, dtype=dtype)
+    expected.backward(grad)
+    y, rstd = torch.ops.qtune.rms_norm(x.detach(), norm.weight.detach(), 1e-5)
+    assert_near(y, expected, DTYPES[dtype])
+    given = grad.clone(), x.detach().clone(), norm.weight.detach(), rstd.clone()
+    assert_near(torch.ops.qtune.rms_norm_backward(*given), x.grad, DTYPES[dtype])
+    assert torch.equal(given[0], grad)  # what autograd has saved is as it was
+    assert torch.equal(given[1], x)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_and_its_gradient_are_those_of_transformers(dtype, rows):
+    q = torch.randn(2, 7, 3, 24, dtype=dtype).transpose(1, 2).requires_grad_()
+    angles = torch.randn(rows, 7, 24)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    assert_near(torch.ops.qtune.rotate(q.detach(), cos, sin, False), expected, DTYPES[dtype])
+    assert_near(torch.ops.qtune.rotate(grad, cos, sin, True), q.grad, DTYPES[dtype])
+
+
+def test_a_rotation_keeps_the_layout_that_attention_reads():
+    q = torch.randn(2, 7, 3, 24).transpose(1, 2)
+    turned = torch.ops.qtune.rotate(q, torch.ones(1, 7, 24), torch.zeros(1, 7, 24), False)
+    assert turned.stride() == q.stride()
+    assert torch.equal(turned, q)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gated_activation_and_both_gradients_are_those_of_autograd(dtype, activation):
+    gate, up = (torch.randn(300, 250, dtype=dtype, requires_grad=True) for _ in range(2))  # more than one piece
+    act = functional.silu if activation == "silu" else lambda x: functional.gelu(x, approximate="tanh")
+    expected, grad = act(gate) * up, torch.randn(300, 250, dtype=dtype)
+    expected.backward(grad)
+    out = torch.empty_like(expected)
+    torch.ops.qtune.gated(gate.detach(), up.detach(), activation, out)
+    assert_near(out, expected, DTYPES[dtype])
+    value, g, u = grad.clone(), gate.detach().clone(), up.detach().clone()
+    torch.ops.qtune.gated_backward(value, g, u, activation, g, u)  # over gate and up themselves
+    for ours, theirs in ((value, expected), (g, gate.grad), (u, up.grad)):
+        assert_near(ours, theirs, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.5, 0.0), (1.3, 7.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tiles_likelihoods_and_gradient_are_those_of_pytorch(dtype, scale, cap):
+    logits = (3 * torch.randn(40, 3000)).to(dtype)
+    labels = torch.randint(0, 3000, (40,))
+    labels[0] = logits[0].argmax()
+    exact = logits.double().requires_grad_()
+    scaled = exact * scale
+    ruled = cap * (scaled / cap).tanh() if cap else scaled
+    expected = functional.cross_entropy(ruled, labels, reduction="none")
+    expected.sum().backward()
+    nll, correct, slope = torch.empty(40), torch.empty(40, dtype=torch.bool), logits.clone()
+    torch.ops.qtune.cross_entropy(slope, labels, scale, cap, True, nll, correct)
+    assert torch.allclose(nll.double(), expected, rtol=1e-4)
+    assert correct[0]
+    assert torch.equal(correct, logits.argmax(dim=1) == labels)
+    assert_near(slope, exact.grad.to(dtype), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_is_dequantized_as_bitsandbytes_does(dtype, kind, nested):
+    weight = torch.randn(64, 320, dtype=dtype)
+    packed = bitsandbytes.nn.Params4bit(weight, False, quant_type=kind, compress_statistics=nested).to("cpu")
+    expected = bitsandbytes.functional.dequantize_4bit(packed, packed.quant_state)
+    assert torch.equal(ops.dequantized(packed, packed.quant_state), expected)
+
+
+def test_every_operation_says_what_it_returns_without_computing_it():
+    mode = RememberingMode()
+    real = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16).transpose(1, 2)
+    with mode:
+        x = torch.empty(2, 3, 5, 8, dtype=torch.bfloat16).transpose(1, 2)
+        cos = torch.empty(1, 5, 8, dtype=torch.bfloat16)
+        y, rstd = torch.ops.qtune.rms_norm(x, cos[0, 0], 1e-5)
+        turned = torch.ops.qtune.rotate(x, cos, cos, False)
+        product = torch.ops.qtune.product_in(x[0, 0], x[0, 0].t(), torch.float32)
+    real_y, real_rstd = torch.ops.qtune.rms_norm(real, real[0, 0, 0], 1e-5)
+    real_turned = torch.ops.qtune.rotate(real, real[:1, 0], real[:1, 0], False)
+    real_product = torch.ops.qtune.product_in(real[0, 0], real[0, 0].t(), torch.float32)
+    for fake, there in ((y, real_y), (rstd, real_rstd), (turned, real_turned), (product, real_product)):
+        assert (fake.shape, fake.dtype, fake.stride()) == (there.shape, there.dtype, there.stride())
+
+
+def test_a_kernel_is_compared_with_pytorchs_operations_in_every_type():
+    own = {name: getattr(plain, name) for name in comparison.COMPARED}
+    for name, function in own.items():
+        for dtype in comparison.TOLERANCES:
+            assert comparison.difference(name, function, dtype, "cpu") == 0, (name, dtype)
+
+
+def test_a_kernel_that_is_wrong_in_one_row_differs_by_more_than_rounding():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rstd = plain.rms_norm(x, weight, eps)
+        y[0, 0] *= 2
+        return y, rstd
+
+    def broken(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y, rstd = plain.rms_norm(x, weight, eps)
+        return y * torch.nan, rstd
+
+    for dtype, tolerance in comparison.TOLERANCES.items():
+        assert comparison.difference("rms_norm", wrong, dtype, "cpu") > tolerance
+        assert comparison.difference("rms_norm", broken, dtype, "cpu") == float("inf")
+
+
+def test_comparing_kernels_draws_no_random_numbers_of_the_run():
+    state = torch.get_rng_state()
+    comparison.difference("rotate", plain.rotate, torch.float32, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of what was made inside, at most at once."""
+
+    def __init__(self, given: list) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self.seen = {one.untyped_storage().data_ptr() for one in given if isinstance(one, torch.Tensor)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.seen:
+                self.seen.add(place := storage.data_ptr())
+                self.bytes += (size := storage.nbytes())
+                weakref.finalize(storage, self.gone, place, size)
+        self.most = max(self.most, self.bytes)
+        return out
+
+    def gone(self, place: int, size: int) -> None:
+        self.bytes -= size
+        self.seen.discard(place)
+
+
+def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
+    """Arguments of an operation far larger than a piece, and the bytes of what it returns."""
+    x, wide = torch.randn(4000, 1024, dtype=dtype), torch.randn(64, 100_000, dtype=dtype)
+    rstd = torch.rand(4000, 1)
+    size, labels = x.nbytes, torch.zeros(64, dtype=torch.long)
+    weight = torch.empty(4096, 4096, dtype=dtype)
+    packed = bitsandbytes.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True).to("cpu")
+    head = x.view(2, 2000, 16, 64).transpose(1, 2)
+    angles = torch.randn(1, 2000, 64, dtype=dtype)
+    return {
+        "rms_norm": ([x, x[0], 1e-5], size + rstd.nbytes),
+        "rms_norm_backward": ([x, x, x[0], rstd], size),
+        "rotate": ([head, angles, angles, False], size),
+        "gated": ([x, x, "silu", x.clone()], 0),
+        "gated_backward": ([x.clone(), x, x, "silu", x.clone(), x.clone()], 0),
+        "cross_entropy": ([wide, labels, 1.0, 2.0, True, torch.empty(64), torch.empty(64, dtype=torch.bool)], 0),
+        "dequantize_nested": (list(plain.nested_arguments(packed, packed.quant_state)), weight.nbytes),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", comparison.COMPARED)
+def test_what_stands_in_for_a_kernel_takes_no_more_than_is_allowed_for(name, dtype, monkeypatch):
+    monkeypatch.setattr(plain, "PIECE", plain.CARD_PIECE)
+    arguments, returned = large(name, dtype)
+    with Alive(arguments) as alive:
+        kept = getattr(plain, name)(*arguments)
+    assert alive.most - returned <= plain.SCRATCH_BYTES
+    del kept
+
+
+def test_the_kernels_compute_the_same_where_triton_interprets_them():
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for cards")
+    code = (
+        "import torch; from qtune.kernels import comparison, on_cuda\n"
+        "for name in comparison.COMPARED:\n"
+        "    for dtype, tolerance in comparison.TOLERANCES.items():\n"
+        "        found = comparison.difference(name, getattr(on_cuda, name), dtype, 'cpu')\n"
+        "        assert found <= tolerance, (name, dtype, found)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+def test_a_kernel_that_is_not_there_has_its_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qtune.kernels.on_cuda", None)
+    ops.card_kernel.cache_clear()
+    assert set(ops.without_kernels()) == set(comparison.COMPARED)
+    ops.card_kernel.cache_clear()
