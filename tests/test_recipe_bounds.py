@@ -21,7 +21,7 @@ from qtune.recipe.schema import LONGEST_NAME, Recipe, Table
 from qtune.sizes import size_in_bytes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
-HUGE = "9" * 30
+HUGE = "9" * 36
 
 
 @pytest.fixture
@@ -48,7 +48,6 @@ ABSURD_NUMBERS = [
     ("training", "epochs", "1e300"),
     ("training", "epochs", "1e-300"),
     ("training", "learning_rate", "1e308"),
-    ("training", "learning_rate", "1e-300"),
     ("training", "weight_decay", "1e308"),
     ("training", "max_gradient_norm", "1e-300"),
     ("training", "max_gradient_norm", "1e308"),
@@ -58,7 +57,6 @@ ABSURD_NUMBERS = [
     ("training", "eval_every", "1000000000000000000"),
     ("training", "checkpoint_every", "1000000000000000000"),
     ("training", "checkpoint_minutes", "1e300"),
-    ("training", "checkpoint_minutes", "1e-300"),
     ("training", "keep_checkpoints", "1000000000"),
     ("data", "max_length", "1000000000000"),
     ("data", "validation", "1.0"),

@@ -47,7 +47,7 @@ Layers = Annotated[int, Field(gt=0, le=1024)]
 Epochs = Annotated[float, Field(ge=1e-6, le=1_000_000, allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """How often a row is seen in an epoch: each time takes eight bytes."""
-Minutes = Annotated[float, Field(ge=0.01, le=525_600, allow_inf_nan=False)]
+Minutes = Annotated[float, Field(gt=0, le=525_600, allow_inf_nan=False)]
 """Up to a year."""
 
 
