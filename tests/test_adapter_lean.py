@@ -97,7 +97,7 @@ def readied(model: PeftModel, dtype: torch.dtype, *, lean: bool, recompute: bool
         checkpoint_first(model, recompute)
         model.enable_input_require_grads()
     if lean:
-        install_lean_step(model, dtype)
+        install_lean_step(model, dtype, tile_bytes=0)  # as many tiles as there can be
     return model
 
 

@@ -1,5 +1,7 @@
 """The trace is the step that runs: a real one's bytes on the CPU."""
 
+from functools import partial
+
 import numpy
 import pytest
 import torch
@@ -9,6 +11,7 @@ from qtune.adapter.attach import attach_adapter
 from qtune.adapter.lean import install_lean_step
 from qtune.device.present import Device
 from qtune.errors import ModelError
+from qtune.memory import predict as prediction
 from qtune.memory.predict import Longest, build, predict, training_step
 from qtune.memory.tracing import adoption, categories
 from qtune.memory.tracing.bare_model import bare_model
@@ -171,7 +174,9 @@ def test_the_workspace_is_the_largest_weight_dequantized_and_its_absmax_twice():
 
 
 @pytest.mark.slow
-def test_a_checkpointed_backward_holds_less_than_a_layer_would_have_kept():
+def test_a_checkpointed_backward_holds_less_than_a_layer_would_have_kept(monkeypatch):
+    monkeypatch.setattr(prediction, "install_lean_step", partial(install_lean_step, tile_bytes=0))
+
     def kept(layers: int) -> int:
         recipe = recipe_with(training={"gradient_checkpointing": False})
         found = kept_for_the_backward(predict(wide(layers), recipe, make_plan(recipe, CARD)).history)

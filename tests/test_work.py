@@ -93,9 +93,8 @@ def test_the_lean_steps_product_dequantizes_in_one_pass_and_adds_to_the_update_t
     packed = n * k // 2 + n * k // 64 + 4 * -(-n * k // 64 // 256)  # codes, an 8-bit absmax, one of 256 of them in fp32
     books = 4 * (256 + 16 + 1)  # two code books and an offset
     assert packed + books + 2 * n * k in {kernel.bytes for kernel in layer_kernels("dequantize_nested", lean=True)}
-    tile = tokens // 2  # the MLP's forward takes twice as many rows at once as the weight has columns
-    products = {kernel for kernel in layer_kernels("addmm_", lean=True) if kernel.flops == 2 * tile * n * k}
-    assert 2 * (tile * k + n * k + 2 * tile * n) in {kernel.bytes for kernel in products}
+    square = {kernel for kernel in layer_kernels("addmm_", lean=True) if kernel.flops == 2 * tokens * k * k}  # q and o
+    assert 2 * (tokens * k + k * k + 2 * tokens * k) in {kernel.bytes for kernel in square}
 
 
 def layer_kernels(*ops: str, lean: bool) -> set[Kernel]:

@@ -25,11 +25,16 @@ import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.adapter.fast_lora import is_ours, require_unchanged
 from qtune.adapter.products import Layer, Stack
 from qtune.model.same_code import computes_the_same
+from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _ops: Any = torch.ops.qtune
+
+TILE_BYTES = 32 * MIB
+"""Of a tile [rows, intermediate] at least, where there are so many rows: below, launches would cost more than they
+save. A small model's step of 8,192 tokens is one tile."""
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -52,6 +57,8 @@ class Mlp:
     """Of `torch.ops.qtune.gated`."""
     layer: Any
     """Of the model, whose switch says whether it is checkpointed; None where it has none."""
+    tile_bytes: int
+    """Of a tile at least."""
 
     @property
     def recompute(self) -> bool:
@@ -62,10 +69,16 @@ class Mlp:
         """A and B of gate, up and down, in turn."""
         return [*self.into.parameters(), *self.down.parameters()]
 
+    @property
+    def least_rows(self) -> int:
+        """Of a tile, where there are more."""
+        hidden, wide = self.into.layers[0].a.shape[1], self.into.layers[0].b.shape[0]
+        return max(hidden, self.tile_bytes // (2 * wide))
+
     def tiles(self, rows: int, times: int = 1) -> Iterator[slice]:
         """Rows that are computed at once: [tile, intermediate] is as large as the weight that it is multiplied with,
-        so that dequantizing the weights once for each tile stays a small part of multiplying with them."""
-        most = times * self.into.layers[0].a.shape[1]
+        so that dequantizing the weights once for each tile stays a small part of multiplying with them; or larger."""
+        most = times * self.least_rows
         count = max(1, -(-rows // most))
         size = -(-rows // count)
         for start in range(0, rows, size):
@@ -164,7 +177,7 @@ def _backward(
     return [*into, *down]
 
 
-def gated_mlp(module: Any, layers: dict[str, Layer], layer: Any) -> Mlp | None:
+def gated_mlp(module: Any, layers: dict[str, Layer], layer: Any, tile_bytes: int) -> Mlp | None:
     """The MLP of a module whose code is LlamaMLP's, whatever its family calls it, with LoRA on all three layers.
 
     layer: of the model, that it is in.
@@ -176,7 +189,7 @@ def gated_mlp(module: Any, layers: dict[str, Layer], layer: Any) -> Mlp | None:
     if activation is None or any(name not in layers or layers[name].has_dropout for name in names):
         return None
     gate, up, down = (layers[name] for name in names)
-    return Mlp(Stack([gate, up]), Stack([down]), activation, layer)
+    return Mlp(Stack([gate, up]), Stack([down]), activation, layer, tile_bytes)
 
 
 def take_over_mlp(module: Any, mlp: Mlp) -> None:
@@ -188,7 +201,7 @@ def take_over_mlp(module: Any, mlp: Mlp) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         dtype = is_ours(x, layers)
         if dtype is None or dtype != x.dtype:
-            return original(x) if torch.is_grad_enabled() else _in_tiles(original, x, 2 * x.shape[-1])
+            return original(x) if torch.is_grad_enabled() else _in_tiles(original, x, 2 * mlp.least_rows)
         parameters = mlp.parameters()
         if not mlp.recompute:
             plain: Tensor = _GatedMlp.apply(x, None, mlp, *parameters)

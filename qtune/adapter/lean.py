@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtune.adapter.fast_lora import SHARING, Shared, plain_layers, take_over
-from qtune.adapter.fast_mlp import gated_mlp, take_over_mlp
+from qtune.adapter.fast_mlp import TILE_BYTES, gated_mlp, take_over_mlp
 from qtune.adapter.products import renew
 from qtune.model.checkpointed import switched_layers
 from qtune.model.fast_blocks import install_fast_blocks
@@ -55,10 +55,10 @@ class AdapterCopies:
         return [tensor for stack in self.stacks for tensor in stack.held(self.dtype)]
 
 
-def install_lean_step(model: PeftModel, dtype: torch.dtype) -> None:
+def install_lean_step(model: PeftModel, dtype: torch.dtype, tile_bytes: int = TILE_BYTES) -> None:
     """Puts our functions into a model, for training.
 
-    dtype: that products are computed in, by autocast where the adapter's is another.
+    dtype: that products are computed in, by autocast where the adapter's is another. tile_bytes: of an MLP's tile.
     """
     install_fast_blocks(model)
     layer_of = {id(part): layer for layer in switched_layers(model) for part in layer.modules()}
@@ -66,7 +66,7 @@ def install_lean_step(model: PeftModel, dtype: torch.dtype) -> None:
     for module, layers in list(plain_layers(model)):
         layer = layer_of.get(id(module))
         copies = by_layer.setdefault(module if layer is None else layer, AdapterCopies([], [], dtype))
-        stacks, seldom = _into_module(module, layers, layer)
+        stacks, seldom = _into_module(module, layers, layer, tile_bytes)
         copies.stacks += stacks
         copies.seldom += seldom
     for place, copies in by_layer.items():
@@ -85,11 +85,11 @@ def adapter_copies(model: Any) -> list[Tensor]:
     return [tensor for copies in copies_of(model) for tensor in copies.held()]
 
 
-def _into_module(module: Any, layers: dict[str, Layer], layer: Any) -> tuple[list[Stack], list[Stack]]:
+def _into_module(module: Any, layers: dict[str, Layer], layer: Any, tile_bytes: int) -> tuple[list[Stack], list[Stack]]:
     """Takes over what can be in one module, of one of the model's layers; the stacks that it will compute with, and
     those that it needs where layers that share an input are given another one each."""
     if {"gate_proj", "up_proj", "down_proj"} <= layers.keys():
-        mlp = gated_mlp(module, layers, layer)
+        mlp = gated_mlp(module, layers, layer, tile_bytes)
         if mlp is not None:
             take_over_mlp(module, mlp)
             return [mlp.into, mlp.down], []
