@@ -120,7 +120,7 @@ def require_same_base(
     if template is not None:
         drifts += template_drifts(lock, template)
     if "recipe" in kinds:
-        drifts += recipe_drifts(lock, recipe_values(resolved_recipe(run_dir)))
+        drifts += recipe_drifts(lock, values_of(run_dir))
     if "versions" in kinds:
         drifts += version_drifts(lock, without=LEARNING)
     if "processor" in kinds and device is not None:
@@ -170,6 +170,16 @@ def contents_here(model: Model, tokenizer: PreTrainedTokenizerBase, *, whole: bo
     return contents_of(base_on_disk(model) or local_base(model), tokenizer, whole=whole)
 
 
+def values_of(run_dir: RunDir) -> dict[str, Any]:
+    """What stands in a run's resolved.toml now (`recipe_values`).
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    resolved_recipe(run_dir)
+    return recipe_values(run_dir.resolved_file.read_text(encoding="utf-8"))
+
+
 def said_of(run_dir: RunDir) -> list[str]:
     """A sentence for each thing that is no longer what it was, for pages and screens, which go on.
 
@@ -179,7 +189,7 @@ def said_of(run_dir: RunDir) -> list[str]:
         lock, recipe = read_lock(run_dir), resolved_recipe(run_dir)
         if lock is None:
             return []
-        drifts = list(recipe_drifts(lock, recipe_values(recipe)))
+        drifts = list(recipe_drifts(lock, values_of(run_dir)))
         known = lock.latest.contents is not None
         if known and (folder := base_on_disk(recipe.model)) is not None:
             now = contents_of(folder, None)
