@@ -12,8 +12,8 @@ from typing import BinaryIO
 import torch
 
 from qtune.errors import ExportError
-from qtune.model.checkpoint import DTYPES, SINGLE
-from qtune.model.folder import INDEX
+from qtune.model.checkpoint import DTYPES
+from qtune.model.folder import INDEX, SINGLE
 from qtune.sizes import GIB
 
 # Small enough to resume a broken download, large enough that a 70B model is not hundreds of files.
