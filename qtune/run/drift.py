@@ -31,7 +31,7 @@ from qtune.run.lock import (
     versions,
 )
 from qtune.run.records import plain
-from qtune.run.resolved import resolved_recipe
+from qtune.run.resolved import resolved_recipe, written_text
 from qtune.run.resumption import CHANGEABLE, RATE
 
 Kind = Literal[
@@ -176,8 +176,7 @@ def values_of(run_dir: RunDir) -> dict[str, Any]:
     Raises:
         RunError: it cannot be read.
     """
-    resolved_recipe(run_dir)
-    return recipe_values(run_dir.resolved_file.read_text(encoding="utf-8"))
+    return recipe_values(written_text(run_dir))
 
 
 def said_of(run_dir: RunDir) -> list[str]:

@@ -1,13 +1,11 @@
 """What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
 
-import tomllib
 from collections.abc import Sequence
 
 from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.load import base_folder, load_config, load_tokenizer
-from qtune.recipe.parse import parse_recipe
 from qtune.run.drift import (
     BASE,
     Drift,
@@ -21,7 +19,7 @@ from qtune.run.drift import (
 )
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
-from qtune.run.resolved import resolved_recipe, resolved_text
+from qtune.run.resolved import recipe_of_text, resolved_recipe, resolved_text, written_text
 from qtune.training.inputs import Inputs
 
 
@@ -33,8 +31,8 @@ def lock_now(inputs: Inputs, run_dir: RunDir, text: str | None = None, *, whole:
     """
     model = inputs.recipe.model
     if text is None:
-        text = run_dir.resolved_file.read_text(encoding="utf-8")
-    written = parse_recipe(tomllib.loads(text))
+        text = written_text(run_dir)
+    written = recipe_of_text(text)
     return lock_of(
         inputs.recipe,
         inputs.plan,
