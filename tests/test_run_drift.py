@@ -339,6 +339,20 @@ def old_lock(run: RunDir) -> None:
     run.lock_file.write_text(json.dumps(values))
 
 
+def test_a_key_that_a_later_version_knows_is_no_drift(world: World) -> None:
+    """It stands in no resolved.toml of then; its default is what the run did."""
+    from qtune.run.drift import recipe_drifts, values_of
+
+    lock = read_lock(world.finished)
+    assert lock is not None
+    lines = world.finished.resolved_file.read_text().splitlines(keepends=True)
+    world.finished.resolved_file.write_text("".join(line for line in lines if not line.startswith("warmup")))
+    assert lock.recipe is not None
+    earlier = replace(lock, recipe={key: value for key, value in lock.recipe.items() if key != "training.warmup"})
+    assert list(recipe_drifts(earlier, values_of(world.finished))) == []
+    assert [drift.kind for drift in recipe_drifts(lock, values_of(world.finished))] == ["recipe"]
+
+
 def test_an_older_lock_is_read_and_what_it_cannot_say_is_said(world: World, capsys) -> None:
     for run in (world.finished, world.stopped):
         old_lock(run)

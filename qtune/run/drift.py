@@ -31,7 +31,7 @@ from qtune.run.lock import (
     versions,
 )
 from qtune.run.records import plain
-from qtune.run.resolved import resolved_recipe
+from qtune.run.resolved import resolved_recipe, written_text
 from qtune.run.resumption import CHANGEABLE, RATE
 
 Kind = Literal[
@@ -120,7 +120,7 @@ def require_same_base(
     if template is not None:
         drifts += template_drifts(lock, template)
     if "recipe" in kinds:
-        drifts += recipe_drifts(lock, recipe_values(resolved_recipe(run_dir)))
+        drifts += recipe_drifts(lock, values_of(run_dir))
     if "versions" in kinds:
         drifts += version_drifts(lock, without=LEARNING)
     if "processor" in kinds and device is not None:
@@ -170,6 +170,15 @@ def contents_here(model: Model, tokenizer: PreTrainedTokenizerBase, *, whole: bo
     return contents_of(base_on_disk(model) or local_base(model), tokenizer, whole=whole)
 
 
+def values_of(run_dir: RunDir) -> dict[str, Any]:
+    """What stands in a run's resolved.toml now (`recipe_values`).
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    return recipe_values(written_text(run_dir))
+
+
 def said_of(run_dir: RunDir) -> list[str]:
     """A sentence for each thing that is no longer what it was, for pages and screens, which go on.
 
@@ -179,7 +188,7 @@ def said_of(run_dir: RunDir) -> list[str]:
         lock, recipe = read_lock(run_dir), resolved_recipe(run_dir)
         if lock is None:
             return []
-        drifts = list(recipe_drifts(lock, recipe_values(recipe)))
+        drifts = list(recipe_drifts(lock, values_of(run_dir)))
         known = lock.latest.contents is not None
         if known and (folder := base_on_disk(recipe.model)) is not None:
             now = contents_of(folder, None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from qtune import __version__
 from qtune.model.contents import Contents
 from qtune.plan import Plan
 from qtune.recipe.file import leaves
+from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
@@ -204,12 +206,21 @@ PLACES = (
 """Keys that say where something is. It may be moved; what is in it is asked by its contents."""
 
 
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The values of a run's resolved recipe by their keys, as JSON has them; those that name a place stay out."""
+def recipe_values(text: str) -> dict[str, Any]:
+    """The values that stand in a run's resolved.toml by their keys, as JSON has them; those that name a place stay out.
+
+    Keys that are not written have the default of a version that did not know them, and say nothing.
+
+    Raises:
+        Faulty, ValueError: it is no recipe.
+    """
+    tables = tomllib.loads(text)
+    written = {(name, key) for name, table in tables.items() if isinstance(table, Mapping) for key in table}
+    recipe = parse_recipe(tables)
     values = {
         ".".join(map(str, path)): plain(_jsonable(value))
         for path, value in leaves(recipe)
-        if value is not None and (path not in PLACES or isinstance(value, (int, float)))
+        if path[:2] in written and value is not None and (path not in PLACES or isinstance(value, (int, float)))
     }
     return dict(sorted(values.items()))
 

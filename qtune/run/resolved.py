@@ -139,6 +139,21 @@ def read_resolved(run_dir: RunDir, changes: Sequence[str] = (), *, need_rows: bo
     return replace(resolved, origins=origins)
 
 
+def written_text(run_dir: RunDir) -> str:
+    """The text of a run's resolved.toml, which is a recipe.
+
+    Raises:
+        RunError: it is none, or cannot be read.
+    """
+    resolved_recipe(run_dir)
+    return run_dir.resolved_file.read_text(encoding="utf-8")
+
+
+def recipe_of_text(text: str) -> Recipe:
+    """The recipe in the text of a resolved.toml that this version has written or read."""
+    return parse_recipe(tomllib.loads(text))
+
+
 def resolved_recipe(run_dir: RunDir) -> Recipe:
     """The run's recipe with every value; unlike `read_resolved` it asks for no file that the recipe names.
 

@@ -35,6 +35,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     ("training", "checkpoint_minutes"),
     ("training", "keep_checkpoints"),
     ("training", "trackers"),
+    ("training", "rehearse"),
     # What the gate lets through (the rows themselves must be the same), and what an export writes afterwards.
     ("data", "allow"),
     ("output", "gguf"),

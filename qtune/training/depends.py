@@ -1,14 +1,11 @@
 """What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
 
-import tomllib
 from collections.abc import Sequence
 
 from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.load import base_folder, load_config, load_tokenizer
-from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import Recipe
 from qtune.run.drift import (
     BASE,
     Drift,
@@ -18,19 +15,24 @@ from qtune.run.drift import (
     require_same_base,
     resume_drifts,
     said_of_an_old_lock,
+    values_of,
 )
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
-from qtune.run.resolved import resolved_recipe, resolved_text
+from qtune.run.resolved import recipe_of_text, resolved_recipe, resolved_text, written_text
 from qtune.training.inputs import Inputs
 
 
-def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe, *, whole: bool = False) -> Lock:
+def lock_now(inputs: Inputs, run_dir: RunDir, text: str | None = None, *, whole: bool = False) -> Lock:
     """What the run depends on, as it is here and now.
 
-    written: its recipe with every value and absolute paths. whole: whether every byte of the weights is read.
+    text: of a resolved.toml that is about to be written, else the one that is there. whole: whether every byte of the
+    weights is read.
     """
     model = inputs.recipe.model
+    if text is None:
+        text = written_text(run_dir)
+    written = recipe_of_text(text)
     return lock_of(
         inputs.recipe,
         inputs.plan,
@@ -39,7 +41,7 @@ def lock_now(inputs: Inputs, run_dir: RunDir, written: Recipe, *, whole: bool = 
         inputs.prepared,
         locked_sources(written, run_dir.path, ("train", "validation", "test")),
         contents_here(model, inputs.tokenizer, whole=whole),
-        recipe_values(written),
+        recipe_values(text),
     )
 
 
@@ -67,9 +69,9 @@ def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], 
     begun, written = read_lock(run_dir), resolved_recipe(run_dir)
     if begun is None:
         return []
-    now = lock_now(inputs, run_dir, written, whole=whole)
+    now = lock_now(inputs, run_dir, whole=whole)
     parts = locked_sources(written, run_dir.path, ("validation", "test"))
-    drifts = list(resume_drifts(begun, now, recipe_values(written), parts))
+    drifts = list(resume_drifts(begun, now, values_of(run_dir), parts))
     require_no_drift(run_dir, drifts, accepted)
     return drifts
 
@@ -93,8 +95,7 @@ def go_on_with(
             console.say(f"{run_dir.path}: {said}")
         if whole and not begun.knows_whole_weights:
             console.say(f"{run_dir.path}: its lock.json has no hash of the whole weights to compare with; now it has")
-        written = resolved_recipe(run_dir) if text is None else parse_recipe(tomllib.loads(text))
-        now = lock_now(inputs, run_dir, written, whole=whole)
+        now = lock_now(inputs, run_dir, text, whole=whole)
         # The lock comes first: whoever is killed between the two finds values that the lock knows.
         write_lock(run_dir, begun.resumed_as(now, step, tuple(dict.fromkeys(drift.kind for drift in drifts))))
     elif step:

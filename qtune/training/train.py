@@ -42,7 +42,7 @@ from qtune.run.lock import read_lock, write_lock
 from qtune.run.manifest import seal
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
-from qtune.run.resolved import resolved_recipe, resolved_text
+from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.run.summary import Losses, training_losses
 from qtune.training.best import KeepBest
@@ -100,7 +100,7 @@ def run(
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
-                write_lock(run_dir, lock_now(inputs, run_dir, resolved_recipe(run_dir), whole=True))
+                write_lock(run_dir, lock_now(inputs, run_dir, whole=True))
         _train(inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -223,7 +223,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         meter.enter("load")
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
-            write_lock(run_dir, lock_now(inputs, run_dir, resolved_recipe(run_dir)))
+            write_lock(run_dir, lock_now(inputs, run_dir))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
