@@ -6,6 +6,7 @@ from qtune.recipe.faults import Fault
 from qtune.recipe.schema import (
     IA3,
     Adapter,
+    Data,
     FourBit,
     Lora,
     PrefixTuning,
@@ -24,6 +25,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(recipe.adapter, Lora):
         yield from _of_lora(recipe.adapter, recipe.quantization)
     yield from _of_adapter_and_run(recipe)
+    yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
 
 
@@ -94,6 +96,18 @@ def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {adapter.kind}",
         )
+
+
+def _of_validation(data: Data, training: Training) -> Iterator[Fault]:
+    is_measured = training.eval_every != "never" and data.validation != 0
+    for key, asks in (("patience", training.patience is not None), ("result", training.result == "best")):
+        if asks and not is_measured:
+            yield Fault(
+                ("training", key),
+                "needs a validation loss: set rows aside with data.validation, and training.eval_every",
+            )
+    if training.evaluate_first and not is_measured:
+        yield Fault(("training", "evaluate_first"), "needs validation rows: set some aside with data.validation")
 
 
 def _within_training(training: Training) -> Iterator[Fault]:

@@ -13,6 +13,7 @@ from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
 from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
+from qtune.training.best import KeepBest
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, PeakRate, StopOnSignal
 from qtune.training.inputs import Inputs
 from qtune.training.pace import ExpectedPace
@@ -71,6 +72,7 @@ def make_trainer(
     stop: StopOnSignal,
     *,
     evaluate_first: bool,
+    best: KeepBest | None = None,
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
@@ -92,7 +94,15 @@ def make_trainer(
         validation=prepared.validation,
         collator=collator_for(prepared.packed, pad_id, plan.attention),
         lengths=prepared.lengths.tolist(),
-        callbacks=[Intervals(), PeakRate(plan.learning_rate), metrics, stop, OptimizerPhase(metrics.meter), *clock],
+        callbacks=[
+            Intervals(),
+            PeakRate(plan.learning_rate),
+            metrics,
+            *([best] if best else []),
+            stop,
+            OptimizerPhase(metrics.meter),
+            *clock,
+        ],
         tiled_loss=tiled,
         note=metrics.note,
         take_rows=metrics.take_rows,

@@ -33,6 +33,7 @@ from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.run.summary import Losses, training_losses
+from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
@@ -182,18 +183,20 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         _write_lock(inputs, run_dir, model, step_of(checkpoint) if checkpoint else 0)
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
-        trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=owed)
+        first = owed or (checkpoint is None and recipe.training.evaluate_first)
+        best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
+        trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best)
         if checkpoint is None and is_worth_it(inputs):
             console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
-            if checkpoint is not None and is_last(checkpoint):
+            if checkpoint is not None and (is_last(checkpoint) or best.stopped_early):
                 trainer.take_state_of(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.comparison is not None:
                 metrics.note(f"{trainer.comparison}")
-            if trainer.state.global_step >= trainer.state.max_steps:
+            if trainer.state.global_step >= trainer.state.max_steps or best.stopped_early:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step, run_dir.checkpoints)
                 require_gradients(read_metrics(run_dir.metrics_file))
@@ -202,8 +205,11 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))
                 if rise := rise_of(losses, model.config.get_text_config().vocab_size):
                     metrics.note(rise)
+                if said := best.take(model, read_metrics(run_dir.metrics_file), trainer.state.global_step):
+                    metrics.note(said)
                 metrics.settle()
                 _save(model, inputs, run_dir, initial)
+                best.forget()
     if not run_dir.is_finished:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"

@@ -1,0 +1,155 @@
+"""The best state by validation loss is kept, taken where it is better by more than noise, and ends a run in time."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WriteRecipe
+from safetensors.torch import load_file
+
+from qtune.adapter.state import STATE_FILE
+from qtune.errors import RecipeError
+from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Training
+from qtune.run.folder import RunDir
+from qtune.run.metrics import EvalRecord, NoteRecord, read_metrics
+from qtune.training import train
+from qtune.training.best import KeepBest, choice, kept_states
+
+# A rate at which the tiny model soon learns its few rows by heart; no state depends on how many steps are to come.
+FAST = 'batch_size = 4\nmicro_batch_size = 4\nlearning_rate = 0.05\nschedule = "constant"\nwarmup = 0\neval_every = 1'
+
+
+def looked(step: int, loss: float, spread: float = 0.01) -> EvalRecord:
+    """An evaluation of eight rows whose losses lie around its mean in the same order each time."""
+    rows = tuple(loss + spread * (row - 3.5) for row in range(8))
+    return EvalRecord(step, 9, step / 9, float(step), loss, 0.5, rows, (10,) * 8)
+
+
+def noisy(step: int, loss: float) -> EvalRecord:
+    """An evaluation that is worse on every other row."""
+    rows = tuple(loss + (0.9 if (row + step) % 2 else -0.9) for row in range(8))
+    return EvalRecord(step, 9, step / 9, float(step), loss, 0.5, rows, (10,) * 8)
+
+
+def test_the_best_is_taken_where_the_last_is_worse_by_more_than_noise() -> None:
+    step, said = choice([looked(3, 2.0), looked(6, 1.0), looked(9, 1.5)], [6], "best-beyond-noise", 9)
+    assert step == 6
+    assert said is not None
+    assert said.startswith(
+        "the adapter is that of step 6, better than the last by more than noise: validation loss 1.0"
+    )
+
+
+def test_within_noise_the_last_is_taken_and_said() -> None:
+    step, said = choice([noisy(3, 2.0), noisy(6, 1.0), noisy(9, 1.05)], [6], "best-beyond-noise", 9)
+    assert step is None
+    assert said is not None
+    assert 'which may be noise; training.result = "best" takes the best' in said
+
+
+@pytest.mark.parametrize(("result", "step"), [("best", 6), ("last", None)])
+def test_the_recipe_may_say_which(result: str, step: int | None) -> None:
+    assert choice([noisy(6, 1.0), noisy(9, 1.05)], [6], result, 9)[0] == step
+
+
+def test_there_is_no_choice_where_the_last_is_the_best_or_nothing_was_kept() -> None:
+    assert choice([looked(3, 2.0), looked(9, 1.0)], [9], "best-beyond-noise", 9) == (None, None)
+    assert choice([looked(3, 1.0), looked(9, 2.0)], [], "best-beyond-noise", 9) == (None, None)
+    assert choice([], [], "best-beyond-noise", 9) == (None, None)
+    # What a run begins with is no result, and a loss that is no number is none.
+    assert choice([looked(0, 1.0), looked(9, 2.0)], [0], "best", 9) == (None, None)
+    assert choice([looked(3, 1.0), looked(9, math.nan)], [3], "best-beyond-noise", 9)[0] is None
+
+
+def test_steps_after_the_last_evaluation_are_not_called_worse() -> None:
+    step, said = choice([looked(3, 2.0), looked(6, 1.0)], [6], "best-beyond-noise", 9)
+    assert step is None
+    assert said is not None
+
+
+def recipe_of(write_recipe: WriteRecipe, training: str) -> Path:
+    """A recipe that sets seven of the fixture's rows aside."""
+    file = write_recipe(training=f"{FAST}\n{training}")
+    file.write_text(file.read_text().replace("validation = 0.1", "validation = 0.3"))
+    return file
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / STATE_FILE)
+
+
+def evaluations(run: RunDir) -> list[EvalRecord]:
+    return [one for one in read_metrics(run.metrics_file) if isinstance(one, EvalRecord)]
+
+
+def test_the_adapter_is_bit_for_bit_the_one_of_the_best_step(write_recipe: WriteRecipe) -> None:
+    finished = train.run(load_recipe(recipe_of(write_recipe, 'steps = 12\nresult = "best"')))
+    best = min(evaluations(finished), key=lambda one: one.loss)
+    assert best.step < 12  # else there was nothing to choose
+    shorter = train.run(load_recipe(recipe_of(write_recipe, f'steps = {best.step}\nresult = "last"')))
+    taken, expected = state_of(finished.adapter), state_of(shorter.adapter)
+    assert taken.keys() == expected.keys()
+    assert all(torch.equal(taken[name], expected[name]) for name in taken)
+    assert kept_states(finished.checkpoints) == []
+    notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
+    assert any(f"the adapter is that of step {best.step}, the best" in note for note in notes)
+
+
+def test_patience_ends_a_run_that_finds_nothing_better(write_recipe: WriteRecipe) -> None:
+    recipe = recipe_of(write_recipe, 'steps = 40\npatience = 2\nresult = "best"')
+    finished = train.run(load_recipe(recipe))
+    assert finished.is_finished
+    found = evaluations(finished)
+    best = min(found, key=lambda one: one.loss)
+    assert found[-1].step == best.step + 2 < 40
+    notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
+    stop = f"stopped at step {best.step + 2}: 2 evaluations in a row found no lower loss than {best.loss:.4f}"
+    assert stop in notes
+
+
+def test_the_validation_loss_before_the_first_step_is_that_of_the_base(write_recipe: WriteRecipe) -> None:
+    training = "steps = 1\nbatch_size = 2\nlearning_rate = 1e-5\neval_every = 1\nevaluate_first = true"
+    finished = train.run(load_recipe(write_recipe(training=training)))
+    before, after = evaluations(finished)
+    assert (before.step, after.step) == (0, 1)
+    # LoRA begins as the base, and one small step changes next to nothing.
+    assert before.loss == pytest.approx(after.loss, rel=1e-3)
+    assert before.loss == pytest.approx(math.log(320), rel=0.2)  # a random model of 320 tokens
+
+
+def test_a_run_that_goes_on_knows_its_best_and_forgets_states_of_steps_to_come(tmp_path: Path) -> None:
+    for step in (3, 8):
+        (tmp_path / f"best-{step}").mkdir()
+        (tmp_path / f"best-{step}" / STATE_FILE).touch()
+    keeper = KeepBest(tmp_path, Training(patience=3), lambda note: None, [looked(3, 1.0), looked(6, 2.0)])
+    assert [path.name for path in kept_states(tmp_path)] == ["best-3"]
+    assert (keeper.best_loss, keeper.since, keeper.stopped_early) == (1.0, 1, False)
+    # Patience that had ended the run before it was saved has ended it.
+    ended = [looked(1, 1.0), looked(2, 2.0), looked(3, 2.0), looked(4, 2.0)]
+    assert KeepBest(tmp_path, Training(patience=3), lambda note: None, ended).stopped_early
+
+
+@pytest.mark.parametrize(
+    ("training", "key"),
+    [
+        ("patience = 2", "training.patience"),
+        ('result = "best"', "training.result"),
+        ("evaluate_first = true", "training.evaluate_first"),
+    ],
+)
+def test_what_needs_validation_rows_is_refused_without(write_recipe: WriteRecipe, training: str, key: str) -> None:
+    recipe = write_recipe(training=training)
+    recipe.write_text(recipe.read_text().replace("validation = 0.1", "validation = 0"))
+    with pytest.raises(RecipeError, match=rf"{key} = .*: needs (a validation loss|validation rows)"):
+        load_recipe(recipe)
+
+
+def test_a_run_without_validation_rows_ends_as_before(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 2")
+    recipe.write_text(recipe.read_text().replace("validation = 0.1", "validation = 0"))
+    finished = train.run(load_recipe(recipe))
+    assert finished.is_finished
+    notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
+    assert not any("the adapter is" in note for note in notes)
