@@ -34,7 +34,7 @@ def noisy(step: int, loss: float) -> EvalRecord:
 
 
 def test_the_best_is_taken_where_the_last_is_worse_by_more_than_noise() -> None:
-    step, said = choice([looked(3, 2.0), looked(6, 1.0), looked(9, 1.5)], [6], "auto", 9)
+    step, said = choice([looked(3, 2.0), looked(6, 1.0), looked(9, 1.5)], [6], "best-beyond-noise", 9)
     assert step == 6
     assert said is not None
     assert said.startswith(
@@ -43,7 +43,7 @@ def test_the_best_is_taken_where_the_last_is_worse_by_more_than_noise() -> None:
 
 
 def test_within_noise_the_last_is_taken_and_said() -> None:
-    step, said = choice([noisy(3, 2.0), noisy(6, 1.0), noisy(9, 1.05)], [6], "auto", 9)
+    step, said = choice([noisy(3, 2.0), noisy(6, 1.0), noisy(9, 1.05)], [6], "best-beyond-noise", 9)
     assert step is None
     assert said is not None
     assert 'which may be noise; training.result = "best" takes the best' in said
@@ -55,16 +55,16 @@ def test_the_recipe_may_say_which(result: str, step: int | None) -> None:
 
 
 def test_there_is_no_choice_where_the_last_is_the_best_or_nothing_was_kept() -> None:
-    assert choice([looked(3, 2.0), looked(9, 1.0)], [9], "auto", 9) == (None, None)
-    assert choice([looked(3, 1.0), looked(9, 2.0)], [], "auto", 9) == (None, None)
-    assert choice([], [], "auto", 9) == (None, None)
+    assert choice([looked(3, 2.0), looked(9, 1.0)], [9], "best-beyond-noise", 9) == (None, None)
+    assert choice([looked(3, 1.0), looked(9, 2.0)], [], "best-beyond-noise", 9) == (None, None)
+    assert choice([], [], "best-beyond-noise", 9) == (None, None)
     # What a run begins with is no result, and a loss that is no number is none.
     assert choice([looked(0, 1.0), looked(9, 2.0)], [0], "best", 9) == (None, None)
-    assert choice([looked(3, 1.0), looked(9, math.nan)], [3], "auto", 9)[0] is None
+    assert choice([looked(3, 1.0), looked(9, math.nan)], [3], "best-beyond-noise", 9)[0] is None
 
 
 def test_steps_after_the_last_evaluation_are_not_called_worse() -> None:
-    step, said = choice([looked(3, 2.0), looked(6, 1.0)], [6], "auto", 9)
+    step, said = choice([looked(3, 2.0), looked(6, 1.0)], [6], "best-beyond-noise", 9)
     assert step is None
     assert said is not None
 

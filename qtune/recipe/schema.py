@@ -425,9 +425,9 @@ class Training(Table):
     """Optimizer steps between two measurements of the validation loss."""
     evaluate_first: bool = False
     """Also measure the validation loss before the first step: what the run begins with."""
-    result: Literal["auto", "best", "last"] = "auto"
-    """Which state becomes the adapter: the "best" by validation loss, the "last", or the best where it is better than
-    the last by more than noise."""
+    result: Literal["best-beyond-noise", "best", "last"] = "best-beyond-noise"
+    """Which state becomes the adapter: the "best" by validation loss, the "last", or the best only where it is better
+    than the last by more than noise."""
     patience: Steps | None = None
     """End the run when so many evaluations in a row have found no lower validation loss."""
     checkpoint_every: Steps | Literal["epoch"] = "epoch"

@@ -108,9 +108,9 @@ def kept_states(folder: Path) -> list[Path]:
 def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: int) -> tuple[int | None, str | None]:
     """The step whose state is the run's result, None for the last; and the reason in words, None without a choice.
 
-    kept: the steps that there are states of. Under "auto" the best is taken where the last evaluation is above it by
-    more than noise: by the paired interval over the validation rows, widened for as many comparisons as there were
-    (Bonferroni), for the lowest of several losses is partly luck.
+    kept: the steps that there are states of. Under "best-beyond-noise" the best is taken where the last evaluation is
+    above it by more than noise: by the paired interval over the validation rows, widened for as many comparisons as
+    there were (Bonferroni), for the lowest of several losses is partly luck.
     """
     looked = [one for one in records if isinstance(one, EvalRecord) and one.step and math.isfinite(one.loss)]
     best = next((one for one in reversed(looked) if one.step in kept), None)
