@@ -283,6 +283,13 @@ def test_an_adapter_without_a_manifest_is_checked_as_far_as_it_goes(world: World
     assert "adapter_model.safetensors cannot be read" in said(lambda: evaluate(run))
 
 
+def test_a_report_shows_a_recipe_in_another_encoding_as_far_as_it_goes(world: World) -> None:  # noqa: F811
+    from qtune.report.page import write_report
+
+    world.finished.recipe_file.write_bytes(b"\xff\xfe" + world.finished.recipe_file.read_text().encode("utf-16-le"))
+    assert write_report(world.finished).is_file()
+
+
 # --- two processes -------------------------------------------------------------------------------------------------
 
 HOLD = """

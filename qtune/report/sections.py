@@ -137,7 +137,7 @@ def values(record: Record) -> Html:
     left = len(rows) - len(chosen)
     recipe = record.run_dir.recipe_file
     given = (
-        [details("The recipe as it was given", element("pre", recipe.read_text(encoding="utf-8")))]
+        [details("The recipe as it was given", element("pre", recipe.read_text(encoding="utf-8", errors="replace")))]
         if recipe.is_file()
         else []
     )
