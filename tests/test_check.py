@@ -20,7 +20,7 @@ from qtune.memory.profile import profile
 from qtune.recipe.file import load_recipe
 from qtune.run.metrics import TrainRecord
 from qtune.screens.check import draw_check, draw_sample
-from qtune.sizes import size_text
+from qtune.sizes import gib_text
 from qtune.training.trainer import QloraTrainer
 
 
@@ -161,7 +161,7 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     recipe = write_recipe()
     found = check(load_recipe(recipe, ["memory.budget=1MiB"]))
     rows = found.plan.micro_batch_size
-    need = size_text(found.memory.prediction.need.total_bytes)
+    need = gib_text(found.memory.prediction.need.total_bytes)
     warning = f"warning  memory: {rows} rows are predicted to need {need} of 1.0 MiB; qtune fit shows"
     assert warning in screen(found)
 

@@ -193,7 +193,7 @@ def test_weights_that_are_broken_or_pickled_are_an_error_of_the_input(tiny_model
     with pytest.raises(ModelError, match=r"pickle files \(.bin\); convert them to safetensors"):
         load(tmp_path, Unquantized(kind="none"))
     (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ModelError, match=rf"^{tmp_path}/model.safetensors: cannot be read as safetensors: "):
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/model.safetensors: is cut off or no safetensors file: "):
         load(tmp_path, Unquantized(kind="none"))
 
 
