@@ -249,7 +249,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 if rise := rise_of(losses, model.config.get_text_config().vocab_size):
                     metrics.note(rise)
                 if said := best.take(model, read_metrics(run_dir.metrics_file), trainer.state.global_step):
-                    metrics.note(said)
+                    metrics.note(said, best.chosen)
                 metrics.settle()
                 _save(model, inputs, run_dir, initial)
                 best.forget()
