@@ -238,7 +238,7 @@ def test_steps_that_led_elsewhere_are_no_proof(world: World) -> None:  # noqa: F
     name = min(state)
     save_file(state | {name: state[name] + 1e-3}, last / STATE_FILE)
     manifest.seal(last, 4)
-    with pytest.raises(TrainingError, match=rf"steps 4 to 4 led elsewhere: 1 of .* the first of them the adapter's {name}"):
+    with pytest.raises(TrainingError, match=rf"led elsewhere: 1 of .* the first of them the adapter's {name}"):
         prove(world.finished)
 
 
