@@ -195,8 +195,9 @@ def run(
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     accepted = tuple(accept_drift or ())
     if prove:
-        if not resume or not Path(target).is_dir() or changes:
-            raise typer.BadParameter("--prove goes with --resume and a run's folder, and with no --set")
+        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
+            others = "no --set, --allow, --memory-snapshot or --hash-weights"
+            raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
         import_libraries()
         if trust:
@@ -211,6 +212,11 @@ def run(
             resumed_recipe(run_dir, changes)
     else:
         resolved = load_recipe(find_recipe(target), changes or ())
+        if accepted and resolved.recipe.adapter.start_from is None:
+            raise typer.BadParameter(
+                "--accept-drift goes with --resume, or with a recipe whose adapter.start_from names a run: a new run "
+                "depends on nothing that could have changed"
+            )
     import_libraries()
     if trust:
         _agree(resolved_recipe(run_dir).model if resume else resolved.recipe.model)
@@ -328,7 +334,7 @@ def export(
     from qtune.run.folder import RunDir
     from qtune.screens import export as screen
 
-    opened = None if run is None else RunDir.open(run)
+    opened = RunDir.open(run) if run is not None else stage.run_around(verify_only) if verify_only is not None else None
     if trust and opened is not None:
         from qtune.run.resolved import resolved_recipe
 

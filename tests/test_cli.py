@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import run_qtune
+from conftest import WriteRecipe, run_qtune
 from typer.testing import CliRunner
 
 from qtune import __version__, cli
@@ -173,3 +173,54 @@ def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
     names = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     own = {"run", "--verify-only", "--accept-drift", "--trust-remote-code", "--help", "-h", "-o"}
     assert names - own == set(CONFLICTS["--verify-only"])
+
+
+@pytest.mark.parametrize("option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"]])
+def test_a_proof_refuses_options_that_it_would_ignore(option: list[str], tmp_path: Path) -> None:
+    asked = CliRunner().invoke(cli.app, ["run", str(tmp_path), "--resume", "--prove", *option])
+    assert asked.exit_code == 2
+    assert "--prove goes with --resume and a run's folder, and with no --set" in re.sub(r"[\s│]+", " ", asked.output)
+
+
+def test_a_new_run_that_starts_from_none_refuses_to_accept_drift() -> None:
+    asked = CliRunner().invoke(cli.app, ["run", "quickstart", "--accept-drift", "weights"])
+    assert asked.exit_code == 2
+    assert "--accept-drift goes with --resume, or with a recipe whose adapter.start_from" in re.sub(
+        r"[\s│]+", " ", asked.output
+    )
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_switch_for_whole_hashes_reaches_the_run(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool, given: bool
+) -> None:
+    from qtune.training import train
+
+    asked: list[bool] = []
+    for name in ("run", "resume"):
+        monkeypatch.setattr(train, name, lambda *_, whole_weights, **__: asked.append(whole_weights))
+    monkeypatch.setattr(cli, "_end_run", lambda run_dir: None)
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "resolved.toml").touch()
+    target = ["--resume", str(tmp_path / "stopped")] if resumed else [str(write_recipe())]
+    CliRunner().invoke(cli.app, ["run", *target, *(["--hash-weights"] if given else [])], catch_exceptions=False)
+    assert asked == [given]
+
+
+def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtune.export import export as stage
+
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "resolved.toml").write_text(write_recipe().read_text())
+    agreed: list[str] = []
+    monkeypatch.setattr(cli, "_agree", lambda model: agreed.append(model.base))
+    monkeypatch.setattr(stage, "verify_only", lambda folder, run, *_, **__: run.path)
+    done = CliRunner().invoke(
+        cli.app, ["export", "--verify-only", str(folder), "--trust-remote-code"], catch_exceptions=False
+    )
+    assert done.output.strip() == str(tmp_path / "run")
+    assert len(agreed) == 1

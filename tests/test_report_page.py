@@ -500,3 +500,10 @@ def test_the_command_says_where_the_page_is(tmp_path):
     missing = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert missing.returncode == 2
     assert missing.stderr.startswith(f"error: {tmp_path / 'none'}: no such folder")
+
+
+def test_the_page_says_which_state_the_adapter_is(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    finish(run_dir)
+    tell(run_dir, NoteRecord("the adapter is that of step 4", 12.0, adapter_step=4))
+    assert "3.0 MiB, the state of step 4" in write_report(run_dir).read_text(encoding="utf-8")

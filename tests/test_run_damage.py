@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ from qtune.errors import RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.run import manifest
 from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
 from qtune.run.records import plain
-from qtune.training import train
+from qtune.run.resumption import begin_branch
+from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole
-from qtune.training.proof import prove
+from qtune.training.proof import _pairs, prove
 from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_tree, save_tree
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate
@@ -235,8 +238,58 @@ def test_steps_that_led_elsewhere_are_no_proof(world: World) -> None:  # noqa: F
     name = min(state)
     save_file(state | {name: state[name] + 1e-3}, last / STATE_FILE)
     manifest.seal(last, 4)
-    with pytest.raises(TrainingError, match=rf"steps 4 to 4 led elsewhere: 1 of .* the first of them {name} of the"):
+    with pytest.raises(TrainingError, match=rf"led elsewhere: 1 of .* the first of them the adapter's {name}"):
         prove(world.finished)
+
+
+def test_what_is_on_one_side_alone_is_no_proof(world: World) -> None:  # noqa: F811
+    last = world.finished.checkpoints / "checkpoint-4"
+    state = load_tree(last / OPTIMIZER)
+    first = min(state["state"])
+    del state["state"][first]["exp_avg"]
+    save_tree(last / OPTIMIZER, state)
+    manifest.seal(last, 4)
+    with pytest.raises(TrainingError, match=rf"1 places of .* missing on one side, .* state\.{first}\.exp_avg"):
+        prove(world.finished)
+
+
+def test_states_are_compared_place_by_place() -> None:
+    one = torch.ones(2)
+    assert _pairs({"a": [one, 1.5]}, {"a": [one, 1.5]}, "s") == [("s.a.0", (one, one))]
+    for saved, again, place in (
+        ({"a": one}, {}, "s.a"),
+        ({}, {"a": one}, "s.a"),
+        ([one], [one, one], "s"),
+        (one, 1.0, "s"),
+        ({"lr": 0.1}, {"lr": 0.2}, "s.lr"),
+        (one, torch.ones(3), "s"),
+    ):
+        assert _pairs(saved, again, "s") == [(place, None)]
+
+
+def test_a_branch_with_nothing_of_its_own_has_nothing_to_repeat(world: World) -> None:  # noqa: F811
+    branch = begin_branch(world.stopped, world.stopped.checkpoints / "checkpoint-2")
+    lock = read_lock(branch)
+    assert lock is not None
+    slower = {**(lock.recipe or {}), "training.learning_rate": 1e-9}
+    write_lock(branch, lock.resumed_as(replace(lock, recipe=slower), 2))
+    with pytest.raises(
+        RunError, match=r"went on otherwise from step 2 \(training.learning_rate\), so steps 1 to 2 cannot"
+    ):
+        prove(branch)
+
+
+def test_steps_are_repeated_with_the_outliers_that_they_had(world: World, monkeypatch) -> None:  # noqa: F811
+    seen: list[int] = []
+    original = proof.make_trainer
+
+    def make_trainer(inputs, run_dir, model, tiled, metrics, *rest, **more):
+        seen.append(len(metrics.outliers._losses))
+        return original(inputs, run_dir, model, tiled, metrics, *rest, **more)
+
+    monkeypatch.setattr(proof, "make_trainer", make_trainer)
+    prove(world.finished)
+    assert seen == [3]  # step 4 is repeated
 
 
 # --- the adapter at the end ----------------------------------------------------------------------------------------

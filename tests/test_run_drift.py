@@ -310,6 +310,22 @@ def test_a_name_that_is_no_drift_is_refused(world: World) -> None:
     )
 
 
+def test_a_name_that_is_no_drift_is_refused_by_a_new_run_and_a_plain_model(world: World) -> None:
+    for work in (
+        lambda: train.run(load_recipe(world.home / "recipe.toml"), accepted=("wieghts",)),
+        lambda: open_session(str(world.base), accepted=("wieghts",)),
+    ):
+        assert said(work) == f"--accept-drift: 'wieghts' is none of {', '.join(KINDS)}"
+
+
+def test_a_lower_rate_leaves_no_branch_where_something_has_changed(world: World) -> None:
+    negate_weights(world)
+    before = sorted((world.home / "runs").iterdir())
+    text = said(lambda: train.resume(world.stopped, ["training.learning_rate=1e-9"]))
+    assert f"{world.stopped.path}: is no longer what it was: weights: " in text
+    assert sorted((world.home / "runs").iterdir()) == before
+
+
 def test_an_adapter_starts_from_a_run_on_the_same_base_alone(world: World) -> None:
     changes = [f"adapter.start_from={world.finished.path}", "output.name=further", "training.steps=1"]
     negate_weights(world)

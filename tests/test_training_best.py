@@ -7,15 +7,20 @@ import pytest
 import torch
 from conftest import WriteRecipe
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import RecipeError
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
-from qtune.run.metrics import EvalRecord, NoteRecord, read_metrics
+from qtune.run.metrics import EvalRecord, NoteRecord, adapter_step, append_metric, forget_after, read_metrics
+from qtune.run.resumption import begin_branch
+from qtune.run.summary import summary_of
+from qtune.screens.run import summary_text
 from qtune.training import train
 from qtune.training.best import KeepBest, choice, kept_states
+from qtune.verdicts.facts import read_facts
 
 # A rate at which the tiny model soon learns its few rows by heart; no state depends on how many steps are to come.
 FAST = 'batch_size = 4\nmicro_batch_size = 4\nlearning_rate = 0.05\nschedule = "constant"\nwarmup = 0\neval_every = 1'
@@ -56,11 +61,46 @@ def test_the_recipe_may_say_which(result: str, step: int | None) -> None:
 
 def test_there_is_no_choice_where_the_last_is_the_best_or_nothing_was_kept() -> None:
     assert choice([looked(3, 2.0), looked(9, 1.0)], [9], "best-beyond-noise", 9) == (None, None)
-    assert choice([looked(3, 1.0), looked(9, 2.0)], [], "best-beyond-noise", 9) == (None, None)
     assert choice([], [], "best-beyond-noise", 9) == (None, None)
     # What a run begins with is no result, and a loss that is no number is none.
     assert choice([looked(0, 1.0), looked(9, 2.0)], [0], "best", 9) == (None, None)
     assert choice([looked(3, 1.0), looked(9, math.nan)], [3], "best-beyond-noise", 9)[0] is None
+
+
+def test_a_better_state_that_is_lost_is_said() -> None:
+    step, said = choice([looked(3, 1.0), looked(9, 2.0)], [], "best-beyond-noise", 9)
+    assert step is None
+    assert str(said).startswith(
+        "the adapter is the last, for the state of step 3, which was better, is no longer there"
+    )
+    # The next best one that is there is taken.
+    step, said = choice([looked(3, 1.5), looked(6, 1.0), looked(9, 2.0)], [3], "best-beyond-noise", 9)
+    assert step == 3
+    assert "for the state of step 6, which was better, is no longer there" in str(said)
+    # What would not have been taken is no loss.
+    assert "which may be noise" in str(choice([noisy(6, 1.0), noisy(9, 1.05)], [], "best-beyond-noise", 9)[1])
+
+
+def test_without_the_state_of_the_best_the_next_best_is_kept(tmp_path: Path, monkeypatch) -> None:
+    keeper = KeepBest(tmp_path, Training(), lambda note: None, [looked(3, 1.0)])
+    kept: list[int] = []
+    monkeypatch.setattr(keeper, "_keep", lambda model, step: kept.append(step))
+    for step, loss in ((6, 1.5), (9, 2.0), (12, 1.2)):
+        state, metrics = TrainerState(global_step=step, max_steps=20), {"eval_loss": loss}
+        keeper.on_evaluate(None, state, TrainerControl(), metrics=metrics, model=None)  # type: ignore[arg-type]
+    assert kept == [6, 12]
+    assert (keeper.best_loss, keeper.since) == (1.0, 3)
+
+
+def test_a_branch_takes_the_kept_states_of_its_steps_along(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "mine")
+    for name in ("checkpoint-6", "best-3", "best-8", "initial"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / STATE_FILE).touch()
+    run.resolved_file.touch()
+    branch = begin_branch(run, run.checkpoints / "checkpoint-6")
+    assert {path.name for path in branch.checkpoints.iterdir()} == {"checkpoint-6", "best-3", "initial"}
+    assert [path.name for path in kept_states(branch.checkpoints)] == ["best-3"]
 
 
 def test_steps_after_the_last_evaluation_are_not_called_worse() -> None:
@@ -92,7 +132,14 @@ def test_the_adapter_is_bit_for_bit_the_one_of_the_best_step(write_recipe: Write
     taken, expected = state_of(finished.adapter), state_of(shorter.adapter)
     assert taken.keys() == expected.keys()
     assert all(torch.equal(taken[name], expected[name]) for name in taken)
-    assert kept_states(finished.checkpoints) == []
+    assert [path.name for path in kept_states(finished.checkpoints)] == [f"best-{best.step}"]
+    assert adapter_step(read_metrics(finished.metrics_file)) == best.step
+    assert read_facts(finished).adapter_step == best.step
+    assert f"the adapter is the state of step {best.step}" in summary_text(summary_of(finished))
+    # An adapter that was damaged is made again, and is the same one.
+    (finished.adapter / "adapter_config.json").unlink()
+    again = state_of(train.resume(finished).adapter)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
     notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
     assert any(f"the adapter is that of step {best.step}, the best" in note for note in notes)
 
@@ -153,3 +200,12 @@ def test_a_run_without_validation_rows_ends_as_before(write_recipe: WriteRecipe)
     assert finished.is_finished
     notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
     assert not any("the adapter is" in note for note in notes)
+
+
+def test_what_a_run_was_to_end_with_is_forgotten_where_it_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for record in (looked(3, 1.0), NoteRecord("stopped"), NoteRecord("the adapter is that of step 3", 1.0, 3)):
+        append_metric(file, record)
+    assert adapter_step(read_metrics(file)) == 3
+    forget_after(file, 3)
+    assert read_metrics(file) == (looked(3, 1.0), NoteRecord("stopped"))

@@ -210,6 +210,28 @@ def test_validation_that_rises_while_training_falls_is_overfitting_and_its_best_
     assert found.command == "training.steps = 40 would end at its best"
 
 
+def test_an_adapter_that_is_the_best_state_is_judged_by_it() -> None:
+    rows = tuple(
+        validation(step, spread(mean, seed=step)) for step, mean in ((20, 1.5), (40, 1.0), (60, 1.1), (100, 1.7))
+    )
+    facts = replace(NOTHING, train=FALLING, validation=rows, adapter_step=40)
+    found = overfits(facts)
+    assert (found.answer, found.command) == ("Yes, and the adapter is that of step 40", None)
+    # The last state is worse than the first evaluation, and the adapter is not the last state.
+    assert learned(facts).standing == "good"
+    assert "from 1.50 (step 20) to 1.00 (step 40)" in learned(facts).sentence
+    assert learned(replace(facts, adapter_step=None)).standing != "good"
+
+
+def test_a_rise_that_is_certain_and_small_is_not_called_noise() -> None:
+    small = (validation(40, spread(1.0, noise=0)), validation(100, spread(1.01, noise=1e-4)))
+    found = overfits(replace(NOTHING, train=FALLING, validation=small))
+    assert found.standing == "good"
+    assert found.sentence.endswith(", a rise of less than 2 %")
+    wide = (validation(40, spread(1.0, noise=0.5)), validation(100, spread(1.05, noise=0.5, seed=1)))
+    assert "no more than noise (± " in overfits(replace(NOTHING, train=FALLING, validation=wide)).sentence
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_validation_that_wavers_around_its_best_is_no_overfitting(seed: int) -> None:
     rows = tuple(validation(step, spread(1.0, noise=0.1, seed=100 * seed + step)) for step in range(10, 101, 10))

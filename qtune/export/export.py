@@ -139,7 +139,7 @@ def _asked(options: Options) -> set[str]:
 def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accepted: Sequence[str] = ()) -> Path:
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
-    run = run or _run_around(folder)
+    run = run or run_around(folder)
     source = open_for_export(run, accepted=accepted)
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
@@ -163,7 +163,12 @@ def _weights_of(folder: Path) -> Weights:
     return "original" if read_proof(folder).weights == "original" else "dequantized"
 
 
-def _run_around(folder: Path) -> RunDir:
+def run_around(folder: Path) -> RunDir:
+    """The run that an exported folder is inside of.
+
+    Raises:
+        InputError: it is inside none.
+    """
     for parent in folder.resolve().parents:
         if (parent / "resolved.toml").is_file():
             return RunDir.open(parent)

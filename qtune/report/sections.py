@@ -47,7 +47,8 @@ def summary(record: Record) -> Html:
         if best is not validation[-1]:
             figures["best validation loss"] = f"{number(best.loss)} at step {best.step:,}"
     if record.adapter_bytes:
-        figures["adapter"] = size_text(record.adapter_bytes)
+        at = record.facts.adapter_step
+        figures["adapter"] = size_text(record.adapter_bytes) + ("" if at is None else f", the state of step {at:,}")
     facts = [element("div", element("dt", name), element("dd", value)) for name, value in figures.items()]
     return element("dl", *facts, class_="facts")
 

@@ -73,6 +73,8 @@ class NoteRecord:
 
     message: str
     seconds: float = 0.0
+    adapter_step: int | None = None
+    """Where it says that the adapter is the state of a step before the last: which step."""
     kind: Literal["note"] = "note"
 
 
@@ -125,14 +127,18 @@ def read_metrics(file: Path) -> tuple[Metric, ...]:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Removes the records of later steps, which a resumed run will take again.
+    """Removes the records of later steps, which a resumed run will take again, and what it was to end with.
 
     Raises:
         RunError: as `read_metrics`.
     """
     if not file.exists():
         return
-    kept = [line for line, record in _numbered(file) if isinstance(record, NoteRecord) or record.step <= step]
+    kept = [
+        line
+        for line, record in _numbered(file)
+        if (record.adapter_step is None if isinstance(record, NoteRecord) else record.step <= step)
+    ]
     write_text(file, "".join(f"{line}\n" for line in kept))
 
 
@@ -143,6 +149,12 @@ def has_evaluation(file: Path, step: int) -> bool:
         RunError: as `read_metrics`.
     """
     return any(isinstance(record, EvalRecord) and record.step == step for record in read_metrics(file))
+
+
+def adapter_step(records: Sequence[Metric]) -> int | None:
+    """The step whose state became the adapter of a run, where that is not the last one."""
+    told = [one.adapter_step for one in records if isinstance(one, NoteRecord) and one.adapter_step is not None]
+    return told[-1] if told else None
 
 
 def seconds_of(records: tuple[Metric, ...]) -> float:

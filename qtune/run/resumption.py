@@ -67,12 +67,27 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
         if file.is_file():
             shutil.copy2(file, branch.path / file.name)
     initial = run_dir.checkpoints / "initial"
-    for folder in (checkpoint, initial):
+    step = int(checkpoint.name.rpartition("-")[2])
+    best = [path for path in kept_folders(run_dir.checkpoints) if kept_step(path) <= step]
+    for folder in (checkpoint, initial, *best):
         if folder.is_dir():
             shutil.copytree(folder, branch.checkpoints / folder.name)
     # Last, for it is what makes a folder a run.
     branch.write_text(branch.resolved_file, run_dir.resolved_file.read_text(encoding="utf-8"))
     return branch
+
+
+_KEPT = re.compile(r"best-[0-9]{1,12}")
+
+
+def kept_step(path: Path) -> int:
+    """The step whose state a folder best-STEP holds."""
+    return int(path.name.removeprefix("best-"))
+
+
+def kept_folders(folder: Path) -> list[Path]:
+    """The folders best-STEP among the checkpoints of a run, the earliest first."""
+    return sorted((path for path in folder.glob("best-*") if _KEPT.fullmatch(path.name)), key=kept_step)
 
 
 def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:

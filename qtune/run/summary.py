@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtune.run.folder import RunDir
-from qtune.run.metrics import EvalRecord, Metric, TrainRecord, read_metrics, seconds_of
+from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, read_metrics, seconds_of
 
 # The start and the end of a run are means of this share of its steps each: one batch is easier than another.
 SHARE = 0.1
@@ -51,6 +51,8 @@ class Summary:
     """None where no step was logged."""
     validation: tuple[EvalRecord, ...]
     peak_bytes: int
+    adapter_step: int | None
+    """The step whose state the adapter is, where that is not the last one."""
 
     @property
     def best(self) -> EvalRecord | None:
@@ -76,4 +78,5 @@ def summary_of(run_dir: RunDir) -> Summary:
         Losses(losses) if losses else None,
         tuple(record for record in records if isinstance(record, EvalRecord)),
         max((record.memory_peak_bytes for record in train), default=0),
+        adapter_step(records),
     )

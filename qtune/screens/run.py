@@ -20,6 +20,8 @@ def summary_text(summary: "Summary") -> str:
         last = summary.validation[-1]
         at = "" if last.step == best.step else f"; the best was {best.loss:.4f} at step {best.step}"
         lines.append(f"validation loss {last.loss:.4f}, accuracy {last.accuracy:.1%}{at}")
+    if summary.adapter_step is not None:
+        lines.append(f"the adapter is the state of step {summary.adapter_step}")
     width = max(len(verb) for verb, _ in NEXT) + len(f"qtune  {path}")
     lines += [f"  {f'qtune {verb} {path}':<{width}} {does}" for verb, does in NEXT]
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """The best state of a run by validation loss: kept while it trains, taken at the end where it is better for sure."""
 
 import math
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qtune.adapter.state import STATE_FILE, load_trained_state, save_trained_state
 from qtune.recipe.schema import Training
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord
+from qtune.run.resumption import kept_folders, kept_step
+from qtune.verdicts.interval import Fall
 from qtune.verdicts.learning import fall_of
 
 CONFIDENCE = 0.95
-_NAME = re.compile(r"best-\d+")
 
 
 class KeepBest(TrainerCallback):
@@ -30,13 +30,19 @@ class KeepBest(TrainerCallback):
         self.training = training
         self.note = note
         self.best_loss, self.since = math.inf, 0
+        self.chosen: int | None = None
+        """The step whose state is the result, once that was decided; None: the last."""
         for record in before:
             if isinstance(record, EvalRecord) and record.step:
-                self._is_better(record.loss)
+                self._count(record.loss)
         last = max((record.step for record in before if not isinstance(record, NoteRecord)), default=0)
         for path in kept_states(folder):
-            if _step_of(path) > last:  # of steps that will be taken again
+            if kept_step(path) > last:  # of steps that will be taken again
                 shutil.rmtree(path, ignore_errors=True)
+        kept = {kept_step(path) for path in kept_states(folder)}
+        losses = [record.loss for record in before if isinstance(record, EvalRecord) and record.step in kept]
+        self.kept_loss = min(losses, default=math.inf)
+        """The lowest loss that there is a state of: the best one's may be lost."""
         self.stopped_early = training.patience is not None and self.since >= training.patience
         """Whether patience has ended the run before its last step."""
 
@@ -45,7 +51,10 @@ class KeepBest(TrainerCallback):
     ) -> TrainerControl:
         if not state.global_step:  # an adapter that has learned nothing is no result
             return control
-        if self._is_better(float(kwargs["metrics"]["eval_loss"])):
+        loss = float(kwargs["metrics"]["eval_loss"])
+        self._count(loss)
+        if loss < self.kept_loss:
+            self.kept_loss = loss
             self._keep(kwargs["model"], state.global_step)
         patience = self.training.patience
         if patience is not None and self.since >= patience and state.global_step < state.max_steps:
@@ -55,13 +64,12 @@ class KeepBest(TrainerCallback):
             self.note(f"stopped at step {state.global_step}: {times} found no lower loss than {self.best_loss:.4f}")
         return control
 
-    def _is_better(self, loss: float) -> bool:
-        """Counts an evaluation; a loss that is no number is none that is better."""
+    def _count(self, loss: float) -> None:
+        """Counts an evaluation for patience; a loss that is no number is none that is better."""
         if loss < self.best_loss:
             self.best_loss, self.since = loss, 0
-            return True
-        self.since += 1
-        return False
+        else:
+            self.since += 1
 
     def _keep(self, model: PeftModel, step: int) -> None:
         if self.training.result == "last":
@@ -84,25 +92,22 @@ class KeepBest(TrainerCallback):
         there was no choice.
         """
         kept = kept_states(self.folder)
-        chosen, said = choice(records, [_step_of(path) for path in kept], self.training.result, step)
-        if chosen is not None:
-            load_trained_state(model, self.folder / f"best-{chosen}")
+        self.chosen, said = choice(records, [kept_step(path) for path in kept], self.training.result, step)
+        if self.chosen is not None:
+            load_trained_state(model, self.folder / f"best-{self.chosen}")
         return said
 
     def forget(self) -> None:
-        """Removes what was kept, once the adapter is saved."""
+        """Removes what was kept, once the adapter is saved; not what the adapter is, of which it may have to be made
+        again (`run.finished.adapter_fault`)."""
         for path in kept_states(self.folder):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("best-"))
+            if kept_step(path) != self.chosen:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def kept_states(folder: Path) -> list[Path]:
     """The kept states in a folder that are whole, the earliest first."""
-    found = [path for path in folder.glob("best-*") if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
-    return sorted(found, key=_step_of)
+    return [path for path in kept_folders(folder) if (path / STATE_FILE).is_file()]
 
 
 def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: int) -> tuple[int | None, str | None]:
@@ -110,20 +115,47 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
 
     kept: the steps that there are states of. Under "best-beyond-noise" the best is taken where the last evaluation is
     above it by more than noise: by the paired interval over the validation rows, widened for as many comparisons as
-    there were (Bonferroni), for the lowest of several losses is partly luck.
+    there were (Bonferroni), for the lowest of several losses is partly luck. A best that there is no state of is said.
     """
     looked = [one for one in records if isinstance(one, EvalRecord) and one.step and math.isfinite(one.loss)]
-    best = next((one for one in reversed(looked) if one.step in kept), None)
-    if best is None or result == "last":
+    if not looked or result == "last":
         return None, None
-    last = looked[-1]
+    best, last = min(looked, key=lambda one: one.loss), looked[-1]
     if last.step == best.step and step == last.step:
         return None, None
-    told = f"validation loss {best.loss:.4f} at step {best.step:,}, {last.loss:.4f} at step {last.step:,}"
-    if result == "best":
+    fall = _beyond_noise(best, looked)
+    if result != "best" and fall is None:
+        told = f"the adapter is the last: {_compared(best, last)}, which may be noise"
+        return None, f'{told}; training.result = "best" takes the best'
+    if best.step not in kept:
+        return _second_best(best, looked, kept, result, step)
+    told = _compared(best, last)
+    if result == "best" or fall is None:
         return best.step, f"the adapter is that of step {best.step:,}, the best: {told}"
-    fall = fall_of(last, best, 1 - (1 - CONFIDENCE) / max(1, len(looked) - 1)) if last is not best else None
-    if fall is not None and fall.is_positive:
-        text = f"the adapter is that of step {best.step:,}, better than the last by more than noise: {told}"
-        return best.step, f'{text} (± {fall.half_width:.4f}); training.result = "last" takes the last'
-    return None, f'the adapter is the last: {told}, which may be noise; training.result = "best" takes the best'
+    text = f"the adapter is that of step {best.step:,}, better than the last by more than noise: {told}"
+    return best.step, f'{text} (± {fall.half_width:.4f}); training.result = "last" takes the last'
+
+
+def _second_best(
+    best: EvalRecord, looked: Sequence[EvalRecord], kept: Sequence[int], result: str, step: int
+) -> tuple[int | None, str]:
+    """What is taken, and why, where the best state is lost: the best that was kept, if it would have been taken."""
+    last = looked[-1]
+    lost = f"the state of step {best.step:,}, which was better, is no longer there: {_compared(best, last)}"
+    found = min((one for one in looked if one.step in kept), key=lambda one: one.loss, default=None)
+    is_last = found is None or (found is last and step == last.step)
+    if found is None or is_last or (result != "best" and _beyond_noise(found, looked) is None):
+        return None, f"the adapter is the last, for {lost}"
+    return found.step, f"the adapter is that of step {found.step:,}, validation loss {found.loss:.4f}, for {lost}"
+
+
+def _beyond_noise(best: EvalRecord, looked: Sequence[EvalRecord]) -> Fall | None:
+    """How far an evaluation is below the last one; None where that may be noise."""
+    if best is looked[-1]:
+        return None
+    fall = fall_of(looked[-1], best, 1 - (1 - CONFIDENCE) / max(1, len(looked) - 1))
+    return fall if fall is not None and fall.is_positive else None
+
+
+def _compared(best: EvalRecord, last: EvalRecord) -> str:
+    return f"validation loss {best.loss:.4f} at step {best.step:,}, {last.loss:.4f} at step {last.step:,}"

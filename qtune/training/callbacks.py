@@ -89,9 +89,9 @@ class Metrics(TrainerCallback):
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
         self._rows = losses, tokens
 
-    def note(self, message: str) -> None:
-        """Records something that happened."""
-        self._write(NoteRecord(message, self._seconds()))
+    def note(self, message: str, adapter_step: int | None = None) -> None:
+        """Records something that happened; `adapter_step` as in the record."""
+        self._write(NoteRecord(message, self._seconds(), adapter_step))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

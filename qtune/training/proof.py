@@ -1,7 +1,8 @@
 """Whether a run can be believed: its last steps taken again from a checkpoint, and compared bit for bit."""
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock
+from qtune.run.metrics import forget_after
 from qtune.run.owner import owned
 from qtune.run.resumption import resumed_recipe
 from qtune.training.build import build_model, make_trainer
@@ -35,23 +38,30 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
     in a sentence that they led to the same parameters. Nothing in the run's folder changes.
 
     Raises:
-        RunError: there is no checkpoint that is whole, or the run is not what it was.
-        TrainingError: other parameters came out.
+        RunError: there is no checkpoint that is whole, the run is not what it was, or went on otherwise since.
+        TrainingError: other parameters, or other parts of a state, came out.
     """
     with owned(run_dir, "proving the last steps"):
         whole = [path for path in named_checkpoints(run_dir.checkpoints) if fault_of(path) is None]
         if not whole:
             raise RunError(Problem(str(run_dir.checkpoints), "no checkpoint is whole, so there is nothing to repeat"))
         last, first = whole[-1], whole[-2] if len(whole) > 1 else None
+        begin, end = 0 if first is None else step_of(first), step_of(last)
+        _require_same_way(run_dir, begin, end)
         inputs = gather(resumed_recipe(run_dir), run_dir, accepted=accepted)
         require_unchanged(inputs, run_dir, accepted)
-        begin, end = 0 if first is None else step_of(first), step_of(last)
         console.say(f"repeating steps {begin + 1} to {end} from {first or 'the start'}")
-        model, optimizer = _repeated(inputs, first, end)
-    compared = {
-        f"{name} of the adapter": (tensor, model[name]) for name, tensor in load_file(last / STATE_FILE).items()
-    }
-    compared |= {f"the optimizer's {name}": pair for name, pair in _pairs(load_state(last, OPTIMIZER), optimizer)}
+        model, optimizer = _repeated(inputs, run_dir.metrics_file, first, end)
+    pairs = [
+        *_pairs(load_file(last / STATE_FILE), model, "the adapter's "),
+        *_pairs(load_state(last, OPTIMIZER), optimizer, "the optimizer's "),
+    ]
+    if unmatched := [name for name, pair in pairs if pair is None]:
+        raise TrainingError(
+            f"steps {begin + 1} to {end} led elsewhere: {len(unmatched)} places of {last} hold something else, or are "
+            f"missing on one side, the first of them {unmatched[0]}"
+        )
+    compared = {name: pair for name, pair in pairs if pair is not None}
     odd = [name for name, (saved, again) in compared.items() if not torch.equal(saved.cpu(), again.cpu())]
     if odd:
         largest = max(
@@ -81,8 +91,37 @@ class StopAt(TrainerCallback):
         return control
 
 
-def _repeated(inputs: Inputs, checkpoint: Path | None, end: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trained tensors and the optimizer's state after step `end`."""
+DECIDES_BITS = ("training.learning_rate", "training.micro_batch_size", "training.lean_step", "memory.loss_tile")
+"""What may change where a run goes on, and with it the numbers of a step, or their last bits."""
+
+
+def _require_same_way(run_dir: RunDir, begin: int, end: int) -> None:
+    """The steps after `begin` were taken as the run is now.
+
+    Raises:
+        RunError: the run went on otherwise, with another learning rate for example, after a later step.
+    """
+    lock = read_lock(run_dir)
+    if lock is None:
+        return
+    values = lock.recipe or {}
+    for part in lock.resumed:
+        now = part.recipe or values
+        changed = [key for key in DECIDES_BITS if values.get(key) != now.get(key)]
+        changed += part.accepted
+        if changed and part.from_step > begin:
+            message = (
+                f"the run went on otherwise from step {part.from_step} ({', '.join(changed)}), so steps {begin + 1} to "
+                f"{end} cannot be repeated as it is now; that needs another checkpoint since then"
+            )
+            raise RunError(Problem(str(run_dir.checkpoints), message))
+        values = now
+
+
+def _repeated(
+    inputs: Inputs, metrics_file: Path, checkpoint: Path | None, end: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The trained tensors and the optimizer's state after step `end`; `metrics_file` is the run's own."""
     changes = {
         "eval_every": "never", "checkpoint_every": NEVER, "checkpoint_minutes": None, "trackers": (),
     }  # fmt: skip
@@ -91,6 +130,9 @@ def _repeated(inputs: Inputs, checkpoint: Path | None, end: int) -> tuple[dict[s
     inputs = replace(inputs, resolved=replace(inputs.resolved, recipe=quiet))
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
+        if metrics_file.is_file():  # a step stands out, and is skipped, beside those before it
+            shutil.copyfile(metrics_file, run_dir.metrics_file)
+            forget_after(run_dir.metrics_file, 0 if checkpoint is None else step_of(checkpoint))
         meter = Meter(torch.device(inputs.plan.device.torch_name))
         metrics = Metrics(run_dir.metrics_file, lambda record: None, meter)
         model, tiled = build_model(inputs)
@@ -106,15 +148,21 @@ def _repeated(inputs: Inputs, checkpoint: Path | None, end: int) -> tuple[dict[s
         return {name: tensor.clone() for name, tensor in trained_state(model).items()}, state
 
 
-def _pairs(saved: Any, again: Any, name: str = "state") -> list[tuple[str, tuple[Tensor, Tensor]]]:
-    """The tensors at the same places of two states."""
-    if isinstance(saved, Tensor):
-        return [(name, (saved, again))] if isinstance(again, Tensor) else []
-    if isinstance(saved, dict):
-        return [
-            pair for key, inner in saved.items() if key in again for pair in _pairs(inner, again[key], f"{name}.{key}")
-        ]
-    if isinstance(saved, (list, tuple)):
-        found = zip(saved, again, strict=False)
-        return [pair for number, (one, two) in enumerate(found) for pair in _pairs(one, two, f"{name}.{number}")]
-    return []
+def _pairs(saved: Any, again: Any, name: str) -> list[tuple[str, tuple[Tensor, Tensor] | None]]:
+    """The values at the same places of two states, numbers as tensors; None where they cannot be compared."""
+    if isinstance(saved, Tensor) and isinstance(again, Tensor):
+        return [(name, (saved, again) if saved.shape == again.shape and saved.dtype == again.dtype else None)]
+    if isinstance(saved, Mapping) and isinstance(again, Mapping):
+        keys = dict.fromkeys([*saved, *again])
+        both = [(key, saved.get(key, _MISSING), again.get(key, _MISSING)) for key in keys]
+    elif isinstance(saved, (list, tuple)) and isinstance(again, (list, tuple)) and len(saved) == len(again):
+        both = [(at, one, two) for at, (one, two) in enumerate(zip(saved, again, strict=True))]
+    else:
+        kinds = (Tensor, Mapping, list, tuple)
+        is_same = not isinstance(saved, kinds) and not isinstance(again, kinds) and saved == again
+        return [] if is_same else [(name, None)]
+    within = name if name.endswith(" ") else f"{name}."
+    return [pair for key, one, two in both for pair in _pairs(one, two, f"{within}{key}")]
+
+
+_MISSING = object()

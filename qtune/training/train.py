@@ -57,7 +57,7 @@ from qtune.training.checkpoints import (
     require_finite,
     step_of,
 )
-from qtune.training.depends import blame_drift, go_on_with, lock_now
+from qtune.training.depends import blame_drift, go_on_with, lock_now, require_unchanged
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.outcome import require_change, require_gradients, rise_of
@@ -86,6 +86,7 @@ def run(
         GateError: the data would train the wrong thing, and `allow` or [data] allow does not waive it.
         WorkError: training failed. Interrupted: the user stopped it; the state is saved.
     """
+    known_kinds(accepted)
     if snapshot:
         require_allocator()
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
@@ -137,8 +138,6 @@ def resume(
     if snapshot:
         require_allocator()
     known_kinds(accepted)
-    if lowers_rate(run_dir, changes):
-        run_dir = _branched(run_dir)
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)
@@ -147,6 +146,10 @@ def resume(
         except (InputError, GateError):
             blame_drift(run_dir, accepted)
             raise
+    if lowers_rate(run_dir, changes):
+        # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
+        require_unchanged(inputs, run_dir, accepted, whole=whole_weights)
+        run_dir = _branched(run_dir)
     with owned(run_dir):
         with told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
@@ -249,7 +252,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 if rise := rise_of(losses, model.config.get_text_config().vocab_size):
                     metrics.note(rise)
                 if said := best.take(model, read_metrics(run_dir.metrics_file), trainer.state.global_step):
-                    metrics.note(said)
+                    metrics.note(said, best.chosen)
                 metrics.settle()
                 _save(model, inputs, run_dir, initial)
                 best.forget()

@@ -19,6 +19,7 @@ from qtune.model.load import base_folder, load_plain, load_tokenizer
 from qtune.model.trust import grant_for
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
+from qtune.run.drift import known_kinds
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
@@ -126,6 +127,7 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
     Raises:
         RunError, ModelError: it is neither, or cannot be loaded.
     """
+    known_kinds(accepted)
     console.say(f"loading {target}")
     path = Path(target)
     looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())

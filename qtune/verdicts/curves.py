@@ -43,13 +43,17 @@ def overfits(facts: Facts) -> Verdict:
     rise = fall_of(last, best, 1 - (1 - SURE) / (len(found) - 1))
     if rise is None:
         return Verdict("overfits", "unsure", "Not certain", f"{told}; whether that is more than noise was not measured")
-    if not rise.is_positive or rise.mean < LITTLE * best.loss:
-        return Verdict("overfits", "good", "No", f"{told}, which is little beside noise (± {number(rise.half_width)})")
+    if not rise.is_positive:
+        return Verdict("overfits", "good", "No", f"{told}, no more than noise (± {number(rise.half_width)})")
+    if rise.mean < LITTLE * best.loss:
+        return Verdict("overfits", "good", "No", f"{told}, a rise of less than {100 * LITTLE:.0f} %")
     before, after = _training_around(facts.train, best, last)
     told += f", more than noise (± {number(rise.half_width)})"
     if before is None or after is None or after >= before:
         return Verdict("overfits", "unsure", "Not by itself", f"{told}, but training did not go on falling either")
     told += f", while training went on from {number(before)} to {number(after)}"
+    if facts.adapter_step is not None:
+        return Verdict("overfits", "bad", f"Yes, and the adapter is that of step {facts.adapter_step:,}", told)
     return Verdict("overfits", "bad", "Yes", told, f"training.steps = {best.step} would end at its best")
 
 

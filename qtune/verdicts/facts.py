@@ -6,7 +6,7 @@ from qtune.export.verification import Proof, proven_folders, read_proof
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
-from qtune.run.metrics import EvalRecord, TrainRecord, read_metrics
+from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step, read_metrics
 from qtune.tuned.evaluate import Evaluation, read_evaluation
 
 
@@ -24,6 +24,13 @@ class Facts:
     lock: Lock | None
     exports: tuple[tuple[str, Proof], ...]
     """Name of each exported folder inside the run, and what is proven of it."""
+    adapter_step: int | None = None
+    """The step whose state the adapter is, where that is not the last one."""
+
+    @property
+    def judged(self) -> tuple[EvalRecord, ...]:
+        """The evaluations up to the state that the adapter is."""
+        return tuple(one for one in self.validation if self.adapter_step is None or one.step <= self.adapter_step)
 
 
 def read_facts(run_dir: RunDir) -> Facts:
@@ -42,4 +49,5 @@ def read_facts(run_dir: RunDir) -> Facts:
         memory=read_memory(run_dir),
         lock=read_lock(run_dir),
         exports=tuple((folder.name, read_proof(folder)) for folder in proven_folders(run_dir.path)),
+        adapter_step=adapter_step(metrics),
     )

@@ -25,7 +25,7 @@ def learned(facts: Facts) -> Verdict:
     if facts.evaluation is not None:
         return learned_against_base(facts.evaluation, facts.run)
     ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
-    return _on_validation(facts.validation, ask) or _by_training(facts.train, facts.validation, ask)
+    return _on_validation(facts.judged, ask) or _by_training(facts.train, facts.judged, ask)
 
 
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
@@ -76,16 +76,15 @@ def _answers(asked: AnswerScores) -> str:
 
 
 def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | None:
-    """From the first evaluation to the last one; None where that carries nothing."""
+    """From the first evaluation to that of the adapter; None where that carries nothing."""
     if len(records) < 2:
         return None
     first, last = records[0], records[-1]
     fall = fall_of(first, last)
     if fall is None or not fall.is_positive or fall.mean < LITTLE * first.loss:
         return None
-    told = (
-        f"the loss of the validation rows went from {number(first.loss)} (step {first.step:,}) to {number(last.loss)}"
-    )
+    went = f"from {number(first.loss)} (step {first.step:,}) to {number(last.loss)} (step {last.step:,})"
+    told = f"the loss of the validation rows went {went}"
     return Verdict("learned", "good", "Learned", f"{told}, {_by(fall)}", ask)
 
 
