@@ -122,7 +122,7 @@ def _is_without_code(base: str, commit: str) -> bool:
 def _auto_map(file: Path) -> Any:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values.get("auto_map") if isinstance(values, dict) else None
 
