@@ -61,6 +61,8 @@ TrustOption = Annotated[
 MOST_TOKENS = 16_777_216
 """As data.max_length."""
 MOST_ROWS = 1_000_000
+RUNS = Path("runs")
+"""The default of output.directory."""
 
 
 def _a_number(value: float) -> float:
@@ -509,7 +511,7 @@ def check(
 
 @app.command(name="list", rich_help_panel="Try")
 def list_all(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
     """List the runs of a folder, the latest first: state, base, adapter, losses, size and age."""
@@ -519,7 +521,8 @@ def list_all(
     from qtune.run.listing import list_runs
     from qtune.screens.listing import draw_runs
 
-    runs = list_runs(directory)
+    # Where nothing was trained yet there is no folder either; one that somebody names is there or misspelt.
+    runs = list_runs(directory) if directory.exists() or directory != RUNS else []
     if as_json:
         console.out_json([asdict(run) for run in runs])
     else:
@@ -579,7 +582,7 @@ def doctor(
     from qtune import doctor as stage
     from qtune.screens import doctor as doctor_screen
 
-    findings = stage.examine(Path("runs"), measure=measure)
+    findings = stage.examine(RUNS, measure=measure)
     if as_json:
         console.out_json(stage.to_json(findings))
     else:
