@@ -202,7 +202,8 @@ def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, mo
     grant_for("owner/name", None)
     # Whatever "main" is when the weights are fetched: what was agreed to is what runs.
     assert trusted_revision("owner/name", None) == old
-    assert is_granted("owner/name", None) and not is_granted("owner/other", None)
+    assert is_granted("owner/name", None)
+    assert not is_granted("owner/other", None)
     (hub / "refs" / "main").write_text(new)
     with pytest.raises(ModelError, match=rf"\(commit {new}\)"):
         trusted_revision("owner/name", None)

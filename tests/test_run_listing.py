@@ -74,19 +74,19 @@ def test_what_a_run_takes_away_meanwhile_counts_as_nothing(tmp_path: Path, monke
     (run.checkpoints / "checkpoint-1").mkdir(parents=True)
     gone = run.checkpoints / "checkpoint-1" / "state.safetensors"
     gone.write_bytes(b"0" * 100)
-    lstat, ask = os.lstat, os.stat
+    ask = os.stat
 
-    def taken_first(path, **options):
-        os.remove(path) if os.fspath(path) == str(gone) else None
-        return lstat(path, **options)
-
-    def taken_then(path, **options):
+    def taken_away(path, **options):
+        """Gone as soon as a link would be told from a file; else the moment after it was asked for."""
+        is_it = os.fspath(path) == str(gone)
+        if is_it and not options.get("follow_symlinks", True):
+            gone.unlink(missing_ok=True)
         found = ask(path, **options)
-        os.remove(path) if os.fspath(path) == str(gone) else None
+        if is_it:
+            gone.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(os, "lstat", taken_first)
-    monkeypatch.setattr(os, "stat", taken_then)
+    monkeypatch.setattr(os, "stat", taken_away)
     assert list_runs(tmp_path)[0].size_bytes == before
 
 

@@ -84,7 +84,7 @@ def _bytes_in(folder: Path) -> int:
     for place, _, names in os.walk(folder):  # which passes over folders that are gone
         for name in names:
             with suppress(OSError):
-                found = os.lstat(os.path.join(place, name))
+                found = Path(place, name).lstat()
                 total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
 
