@@ -1,5 +1,6 @@
 """`qtune check`: everything that can be wrong before a run, found without training."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from qtune.memory.profile import Profile, profile
 from qtune.model.geometry import shipped_geometry
 from qtune.plan import Plan
 from qtune.preflight import Disk, Preflight, examine
-from qtune.recipe.file import Resolved, load_recipe
+from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Data, Recipe
 from qtune.recipe.text import show_value
 from qtune.run.folder import RunDir
@@ -37,6 +38,8 @@ from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.inputs import Inputs
 from qtune.training.rehearsal import Rehearsal, rehearse
+
+log = logging.getLogger(__name__)
 
 TIMED_STEPS = 4
 """Steps of a timing; the first one does not count."""
@@ -217,14 +220,19 @@ def check(
     )
 
 
-def memory_alone(file: Path, changes: Sequence[str]) -> Profile | None:
-    """The step's memory where model and rows cannot be had and the sizes of the model are known all the same."""
+def memory_alone(resolved: Resolved) -> Profile | None:
+    """The step's memory where model and rows cannot be had and the sizes of the model are known all the same.
+
+    Whatever prevents it is not raised: it would take the place of the error that is being told.
+    """
     try:
-        resolved = load_recipe(file, changes, need_rows=False)
         if shipped_geometry(resolved.recipe.model) is None:
             return None
         return profile(resolved, present_device())
     except InputError:
+        return None
+    except Exception:  # a trace runs the code of torch, transformers and peft, which fails in every way
+        log.debug("the memory cannot be traced", exc_info=True)
         return None
 
 

@@ -18,6 +18,7 @@ from qtune.verbs import Verbs
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
+    from qtune.recipe.file import Resolved
     from qtune.recipe.schema import Model, Recipe
     from qtune.run.folder import RunDir
 
@@ -30,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune large language models in 4 bits on one ordinary graphics card.",
-    epilog="Exit codes: 0 done · 1 the work failed · 2 the input is wrong · 130 interrupted, state saved.",
+    epilog="Exit codes: 0 done · 1 the work failed · 2 the input is wrong · 130 interrupted, state saved · "
+    "141 nobody reads the results any more.",
 )
 
 RecipeArgument = Annotated[
@@ -61,6 +63,8 @@ TrustOption = Annotated[
 MOST_TOKENS = 16_777_216
 """As data.max_length."""
 MOST_ROWS = 1_000_000
+RUNS = Path("runs")
+"""The default of output.directory."""
 
 
 def _a_number(value: float) -> float:
@@ -487,24 +491,24 @@ def check(
 
     The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
     """
-    import_libraries()
-    from qtune import check as stage
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.screens.check import draw_check
-    from qtune.screens.memory import draw_forecast
 
     file = find_recipe(recipe)
     try:
+        # What is wrong with a recipe is said before seconds of imports.
         resolved = load_recipe(file, changes or ())
+        import_libraries()
+        from qtune import check as stage
+        from qtune.screens.check import draw_check
+
         if trust:
             _agree(resolved.recipe.model)
         result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
     except InputError:
         # What is known all the same is said, and then what is wrong.
-        known = None if as_json else stage.memory_alone(file, changes or ())
-        if known is not None:
-            console.out(draw_forecast(known, []))
+        if not as_json:
+            _show_memory_alone(file, changes or [])
         raise
     if as_json:
         console.out_raw(result.to_json())
@@ -513,9 +517,26 @@ def check(
     result.require()
 
 
+def _show_memory_alone(file: Path, changes: list[str]) -> None:
+    """Shows the step's memory where the recipe is right and its rows or its model are what cannot be had."""
+    from qtune.recipe.file import load_recipe
+
+    try:
+        resolved = load_recipe(file, changes, need_rows=False)
+    except InputError:
+        return
+    import_libraries()
+    from qtune.check import memory_alone
+    from qtune.screens.memory import draw_forecast
+
+    known = memory_alone(resolved)
+    if known is not None:
+        console.out(draw_forecast(known, []))
+
+
 @app.command(name="list", rich_help_panel="Try")
 def list_all(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
     """List the runs of a folder, the latest first: state, base, adapter, losses, size and age."""
@@ -525,7 +546,8 @@ def list_all(
     from qtune.run.listing import list_runs
     from qtune.screens.listing import draw_runs
 
-    runs = list_runs(directory)
+    # Where nothing was trained yet there is no folder either; one that somebody names is there or misspelt.
+    runs = list_runs(directory) if directory.exists() or directory != RUNS else []
     if as_json:
         console.out_json([asdict(run) for run in runs])
     else:
@@ -585,7 +607,7 @@ def doctor(
     from qtune import doctor as stage
     from qtune.screens import doctor as doctor_screen
 
-    findings = stage.examine(Path("runs"), measure=measure)
+    findings = stage.examine(RUNS, measure=measure)
     if as_json:
         console.out_json(stage.to_json(findings))
     else:
@@ -625,26 +647,24 @@ def profile(
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe
+    from qtune.run.folder import RunDir
+    from qtune.run.resolved import resolved_recipe
+
+    # What is wrong with a recipe or a run's name is said before seconds of imports.
+    of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
     import_libraries()
     from qtune.report.timeline import write_timeline
     from qtune.startup.quiet import quiet_loading
 
     quiet_loading()
     if trust:
-        from qtune.recipe.file import load_recipe
-        from qtune.recipe.shipped import find_recipe
-        from qtune.run.folder import RunDir
-        from qtune.run.resolved import resolved_recipe
-
-        _agree(
-            resolved_recipe(RunDir.open(Path(target))).model
-            if is_run
-            else load_recipe(find_recipe(target), changes or (), need_rows=False).recipe.model
-        )
-    if is_run:
-        name, prediction = _profile_run(target, savings=savings, explain=explain)
+        _agree((resolved_recipe(of) if isinstance(of, RunDir) else of.recipe).model)
+    if isinstance(of, RunDir):
+        name, prediction = _profile_run(of, savings=savings, explain=explain)
     else:
-        name, prediction = _profile_recipe(target, changes, (gpu, vram), length, savings=savings, explain=explain)
+        name, prediction = _profile_recipe(of, (gpu, vram), length, savings=savings, explain=explain)
     if timeline is not None and prediction is not None:
         write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
@@ -655,15 +675,13 @@ def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
 
 
-def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
+def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
-    from qtune.run.folder import RunDir
     from qtune.screens.memory import draw_measured
 
-    run_dir = RunDir.open(Path(target))
     _say_drifts(run_dir)
     measured = trace_run(run_dir, savings=savings, explain=explain)
     console.out(draw_measured(measured))
@@ -671,12 +689,11 @@ def _profile_run(target: str, *, savings: bool, explain: bool) -> "tuple[str, Pr
         console.out(f"\n{failure_text(measured.failure)}")
     if run_dir.report.is_file():
         attempt_report(run_dir)
-    return target, measured.prediction
+    return str(run_dir.path), measured.prediction
 
 
 def _profile_recipe(
-    target: str,
-    changes: list[str] | None,
+    resolved: "Resolved",
     card: tuple[str | None, str | None],
     length: int | None,
     *,
@@ -688,14 +705,11 @@ def _profile_recipe(
     from qtune.memory import profile as stage
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.shipped import find_recipe
     from qtune.screens.memory import draw_forecast, draw_savings
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
 
-    resolved = load_recipe(find_recipe(target), changes or (), need_rows=False)
     profiled = stage.profile(resolved, cards.device_for(*card), length)
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))

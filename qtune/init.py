@@ -103,17 +103,33 @@ def _require_base(base: str) -> None:
             raise RecipeError([Problem("--base", str(problem)) for problem in error.problems]) from error
         if not (path / "config.json").is_file():
             raise RecipeError(Problem("--base", f"{base}: has no config.json, so it is no model folder"))
+    elif path.is_file():
+        _require_gguf(base, path)
     elif base.startswith(PREFIX):
         name = base.removeprefix(PREFIX)
         if name not in BUILTIN_MODELS:
             raise RecipeError(Problem("--base", f"{base}: no such built-in model; {_nearest(name, BUILTIN_MODELS)}"))
-    elif "/" not in base and not path.exists():
+    elif "/" not in base:
         name = base.lower()
         meant = [one for one in BUILTIN_MODELS if one == name or one.startswith(f"{name}-")]
         if meant:
             raise RecipeError(
                 Problem("--base", f"{base}: is no hub id (owner/name); did you mean '{PREFIX}{meant[0]}'?")
             )
+
+
+def _require_gguf(base: str, file: Path) -> None:
+    """Of files, `model.base` takes GGUF ones, by their ending, and the config.json of a model folder."""
+    if file.name == "config.json":
+        return
+    try:
+        with file.open("rb") as stream:
+            is_gguf = file.suffix == ".gguf" and stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise RecipeError(Problem("--base", f"{base}: cannot be read: {error.strerror}")) from error
+    if not is_gguf:
+        message = "is a file, and no GGUF file; a base is a model folder, a hub id, a .gguf file or a built-in model"
+        raise RecipeError(Problem("--base", f"{base}: {message}"))
 
 
 def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str | None = None) -> str:

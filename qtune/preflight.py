@@ -335,11 +335,17 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
     return Disk(
-        (recipe.training.keep_checkpoints + 1) * checkpoint + adapter_bytes,
+        (recipe.training.keep_checkpoints + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
         bytes_in(cache_folder() / "examples"),
         _free_bytes(directory),
     )
+
+
+def best_states(recipe: Recipe) -> int:
+    """How many trained states the best evaluations keep at once: the new one is written before the older goes."""
+    is_evaluated = recipe.data.validation not in (None, 0) and recipe.training.eval_every != "never"
+    return 2 if is_evaluated and recipe.training.result != "last" else 0
 
 
 def _free_bytes(directory: Path) -> int:

@@ -14,7 +14,7 @@ from qtune.cli import app
 from qtune.data.figures import lengths_of
 from qtune.data.samples import Piece, Sample
 from qtune.device.present import present_device
-from qtune.errors import DataError, GateError
+from qtune.errors import DataError, GateError, RecipeError
 from qtune.memory import predict
 from qtune.memory.profile import profile
 from qtune.recipe.file import load_recipe
@@ -132,7 +132,11 @@ def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
     model = attach_adapter(load_base(recipe.model, recipe.quantization, result.plan), recipe.adapter, result.plan)
     count = count_parameters(model)
     assert result.disk.export_bytes == 2 * (count.total - count.trainable)
-    assert result.disk.checkpoints_bytes == count.trainable * (3 * (8 + 8) + 4)
+    # Three checkpoints, the adapter, and the state of the best evaluation beside the one before it.
+    assert result.disk.checkpoints_bytes == count.trainable * (3 * (8 + 8) + 4 + 2 * 4)
+    for keys in ('result = "last"', 'eval_every = "never"'):
+        alone = examined(write_recipe(training=keys))
+        assert alone.disk.checkpoints_bytes == count.trainable * (3 * (8 + 8) + 4)
 
 
 def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe, monkeypatch):
@@ -263,3 +267,15 @@ def test_the_command_prints_and_returns_the_exit_code_of_the_error(write_recipe)
         app, ["check", str(recipe), "--rows", "0", "--set", "data.max_length=20", "--allow", "too-long"]
     )
     assert allowed.exit_code == 0
+
+
+def test_a_trace_that_fails_does_not_hide_what_is_wrong(write_recipe, rows_file, monkeypatch):
+    def fails(*given):
+        raise RuntimeError("no trace")
+
+    recipe = write_recipe()
+    rows_file.unlink()
+    monkeypatch.setattr("qtune.check.shipped_geometry", fails)
+    ended = CliRunner().invoke(app, ["check", str(recipe)])
+    assert isinstance(ended.exception, RecipeError), ended.exception
+    assert "no such file" in str(ended.exception)

@@ -55,7 +55,8 @@ def test_every_verb_answers_help_without_the_heavy_libraries() -> None:
         assert out
     overview = answers[0][1]
     assert all(re.search(rf"^│ {verb} ", overview, re.MULTILINE) for verb in VERBS)
-    assert "0 done · 1 the work failed · 2 the input is wrong" in overview
+    ends_of_words = re.sub(r"\s+", " ", overview)
+    assert "0 done · 1 the work failed · 2 the input is wrong · 130 interrupted, state saved · 141" in ends_of_words
     assert answers[2][1] == f"qtune {__version__}\n"
 
 
@@ -85,6 +86,15 @@ def test_a_wrong_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: P
     assert missing[2].startswith(f"error: {tmp_path}/none.toml: no such file, nor a recipe that comes with qtune (")
     assert "--set: adapter.alhpa = 1: no such key in [adapter]; did you mean 'alpha'?" in change[2]
     assert change[3] == missing[3] == []
+
+
+@pytest.mark.parametrize("verb", ["check", "profile", "fit"])
+def test_verbs_that_only_look_refuse_a_wrong_recipe_as_early(verb: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text('[model]\nbase = "org/model"\n[data]\ntrain = "none.jsonl"\n[adapter]\nrnak = 8\n')
+    for code, out, err, heavy in ends([verb, str(recipe)], [verb, str(tmp_path / "none.toml")]):
+        assert (code, out, heavy) == (2, "", [])
+        assert err.startswith("error: ")
 
 
 def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:

@@ -182,6 +182,12 @@ NOT_TAKEN = {
     "a number as an answer": '{"prompt": "x", "completion": ' + "9" * 4000 + "}",
     "nested arguments": json.dumps({"messages": [
         QUESTION[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": NEST}}]}]}),
+    "nested calls of a turn": json.dumps({"conversations": [
+        {"from": "human", "value": "x"}, {"from": "function_call", "value": NEST}]}),
+    "a call with a number of many digits": json.dumps({"conversations": [
+        {"from": "human", "value": "x"}, {"from": "function_call", "value": DIGITS}]}),
+    "a tool that JSON's reader takes and nobody else": json.dumps({"messages": QUESTION, "tools": [
+        {"name": "f", "parameters": {"properties": json.loads("[" * 700 + "]" * 700)}}]}),
     "nested tools": json.dumps({"messages": QUESTION, "tools": NEST}),
     "more messages than any talk has": json.dumps({"messages": QUESTION * MOST_MESSAGES}),
     "a byte that is no character": b'{"prompt": "\xff", "completion": "y"}',
@@ -200,6 +206,24 @@ def test_rows_that_cannot_be_are_named_with_their_place(prepared, text: str | by
     with pytest.raises(DataError, match=rf"rows.{suffix}:1: ") as refused:
         prepared(text, f"rows.{suffix}")
     assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("depth", [100, 300, 450, 800, 980])
+@pytest.mark.parametrize("where", ["a column", "a tool", "arguments"])
+def test_a_nest_of_any_depth_is_taken_or_named(prepared, depth: int, where: str) -> None:
+    nest = "[" * depth + "]" * depth
+    call = '{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": ' + nest + "}}}]}"
+    tool = '{"name": "f", "parameters": {"properties": ' + nest + "}}"
+    rows = {
+        "a column": '{"prompt": "x", "completion": "y", "z": ' + nest + "}",
+        "a tool": '{"prompt": "x", "completion": "y", "tools": [' + tool + "]}",
+        "arguments": '{"messages": [{"role": "user", "content": "x"}, ' + call + "]}",
+    }
+    try:
+        taken, told = len(prepared(rows[where]).train), ""
+    except DataError as error:
+        taken, told = 0, str(error)
+    assert taken == 1 or "rows.jsonl:1: " in told
 
 
 def encoded_beside(tokenizer, monkeypatch: pytest.MonkeyPatch, template: str, rows: list[dict]) -> None:

@@ -1,12 +1,14 @@
 """Rows that went wrong before they came here are named: words for nothing, broken characters, foreign tokens."""
 
 import re
+import tomllib
 
 import pytest
 from test_data_lost import batch_of, examples, notes, scored, text_of
 
 from qtune.data.conversation import RowError
-from qtune.data.formats import to_conversation, unknown_columns
+from qtune.data.findings import KINDS
+from qtune.data.formats import renamed, to_conversation, unknown_columns
 from qtune.data.suspect import Suspicions, is_broken
 
 
@@ -148,3 +150,16 @@ def test_arguments_as_text_say_one_thing(arguments, message):
         to_conversation({"messages": turns}, "messages", "")
     assert str(caught.value).startswith("messages[1].tool_calls[0].function.arguments = ")
     assert message in str(caught.value)
+
+
+def test_the_advice_for_a_column_that_is_not_used_fits_choices_and_a_context() -> None:
+    """A context can be mapped to the input; choices are a list, which no column takes."""
+    advice = KINDS["unused-input"].advice
+    lead, _, mapped = advice.partition(": columns = ")
+    assert "choices" in lead
+    table = tomllib.loads("columns = " + mapped.partition("}")[0] + "}")["columns"]
+    context = {"question": "Q", "context": "C", "answer": "A"}
+    assert to_conversation(renamed(context, table), "alpaca", "row").messages[0]["content"] == "Q\n\nC"
+    choices = {"question": "Q", "choices": ["a", "b"], "answer": "A"}
+    with pytest.raises(RowError):
+        to_conversation(renamed(choices, {**table, "input": "choices"}), "alpaca", "row")

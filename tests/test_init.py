@@ -280,6 +280,9 @@ def test_init_needs_none_of_the_heavy_libraries():
     assert done.stdout == "set()\n"
 
 
+NO_GGUF = "is a file, and no GGUF file; a base is a model folder, a hub id, a .gguf file or a built-in model"
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -287,11 +290,14 @@ def test_init_needs_none_of_the_heavy_libraries():
         ("SmolLM2", "is no hub id (owner/name); did you mean 'builtin:smollm2-135m-instruct'?"),
         ("builtin:smolm2-135m-instruct", "no such built-in model; did you mean 'smollm2-135m-instruct'?"),
         ("empty", "has no config.json, so it is no model folder"),
+        ("rows.jsonl", NO_GGUF),
+        ("rows.gguf", NO_GGUF),
     ],
 )
 def test_a_base_is_checked_where_it_is_named(here, base, message):
     (here / "empty").mkdir()
     (here / "rows.jsonl").touch()
+    (here / "rows.gguf").write_text(ROW)
     for make in (
         lambda: new_recipe(base, "rows.jsonl", "lora", here / "recipe.toml"),
         lambda: copied_recipe("quickstart", here / "recipe.toml", base=base),

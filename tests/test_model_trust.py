@@ -170,12 +170,25 @@ def test_the_command_agrees_once(run: RunDir, ran: Path) -> None:
     assert run_qtune(*asked).returncode == 0
 
 
+def test_a_model_that_is_talked_to_alone_needs_no_second_consent(run: RunDir, ran: Path) -> None:
+    base = str(run.path.parent / "base")
+    grant_for(base, None)
+    open_session(base)
+    assert ran.exists()
+
+
+def test_a_model_that_is_talked_to_alone_runs_no_code_that_nobody_agreed_to(run: RunDir, ran: Path) -> None:
+    with pytest.raises(ModelError):
+        open_session(str(run.path.parent / "base"))
+    assert not ran.exists()
+
+
 def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     from huggingface_hub import constants
 
-    from qtune.model.trust import trusted_revision
+    from qtune.model.trust import is_granted, trusted_revision
 
     hub = tmp_path / "hub" / "models--owner--name"
     old, new = "0" * 40, "1" * 40
@@ -189,7 +202,10 @@ def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, mo
     grant_for("owner/name", None)
     # Whatever "main" is when the weights are fetched: what was agreed to is what runs.
     assert trusted_revision("owner/name", None) == old
+    assert is_granted("owner/name", None)
+    assert not is_granted("owner/other", None)
     (hub / "refs" / "main").write_text(new)
     with pytest.raises(ModelError, match=rf"\(commit {new}\)"):
         trusted_revision("owner/name", None)
+    assert not is_granted("owner/name", None)
     assert trusted_revision("owner/name", old) == old

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import run_qtune
 from test_run_summary import looked, trained
+from typer.testing import CliRunner
 
+from qtune.cli import app
 from qtune.errors import RunError
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
@@ -54,6 +56,38 @@ def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> N
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"none: no such folder$"):
         list_runs(tmp_path / "none")
+
+
+def test_before_the_first_run_there_are_none_and_that_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(app, ["list"])
+    assert (listed.exit_code, listed.output) == (0, "no runs in runs\n")
+    assert CliRunner().invoke(app, ["list", "--json"]).output == "[]\n"
+    assert isinstance(CliRunner().invoke(app, ["list", "elsewhere"]).exception, RunError)
+
+
+def test_what_a_run_takes_away_meanwhile_counts_as_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path, "trains", trained(1, 3.0, 1))
+    before = list_runs(tmp_path)[0].size_bytes
+    (run.checkpoints / "checkpoint-1").mkdir(parents=True)
+    gone = run.checkpoints / "checkpoint-1" / "state.safetensors"
+    gone.write_bytes(b"0" * 100)
+    ask = os.stat
+
+    def taken_away(path, **options):
+        """Gone as soon as a link would be told from a file; else the moment after it was asked for."""
+        is_it = os.fspath(path) == str(gone)
+        if is_it and not options.get("follow_symlinks", True):
+            gone.unlink(missing_ok=True)
+        found = ask(path, **options)
+        if is_it:
+            gone.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(os, "stat", taken_away)
+    assert list_runs(tmp_path)[0].size_bytes == before
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """A rehearsal does everything once and leaves nothing: bit for bit the same run, and failures before the first step."""
 
 import json
+import re
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_training_train import ADAPTERS, assert_same_run, records
 
 from qtune.check import check
 from qtune.errors import TrainingError
+from qtune.preflight import best_states
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.training import rehearsal, train
@@ -94,6 +97,22 @@ def test_a_disk_that_will_not_hold_the_checkpoints_is_said_before_the_first_step
         run(write_recipe(training=STEPS + "rehearse = true\nkeep_checkpoints = 3"))
     stopped = RunDir(tmp_path / "runs" / "tiny")
     assert not stopped.metrics_file.exists() or not records(stopped, "train")
+
+
+def test_the_states_of_the_best_evaluations_take_disk_too(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(2**40, 2**40, 399))
+
+    def asked(result: str) -> None:
+        """A checkpoint of 100 bytes is kept, and its trained state has 50."""
+        recipe = load_recipe(write_recipe(training=f'result = "{result}"\nkeep_checkpoints = 1')).recipe
+        rehearsal._require_disk(100, best_states(recipe) * 50, SimpleNamespace(recipe=recipe), RunDir(tmp_path))
+
+    asked("last")
+    with pytest.raises(TrainingError, match=re.escape("the best states (100 B) and the adapter take 400 B")):
+        asked("best")
 
 
 @pytest.mark.slow

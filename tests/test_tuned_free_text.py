@@ -125,3 +125,7 @@ def test_an_evaluation_with_text_scores_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     write_record(file, evaluation(text=True))
     assert read_record(file, Evaluation) == evaluation(text=True)
+
+
+def test_an_answer_of_brackets_is_a_text() -> None:
+    assert isinstance(is_free_text(["a b c d e f g h i j " * 3, *("[" * (100_000 + n) for n in range(20))]), bool)

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_qtune
 from export_models import tiny_run
 
-from qtune.recipe.schema import Data
+from qtune.recipe.schema import Data, HubSource
 from qtune.run.folder import RunDir
 from qtune.tuned.chat import command, open_session
 from qtune.tuned.trained_system import usual_system
@@ -42,6 +42,15 @@ def test_the_policy_of_the_recipe_counts_and_rows_that_are_gone_say_nothing(tmp_
     data = rows_with(tmp_path, "Be brief.")
     assert usual_system(data.model_copy(update={"system": "drop"}), tmp_path) is None
     assert usual_system(data.model_copy(update={"train": "gone.jsonl"}), tmp_path) is None
+
+
+def test_no_data_set_is_fetched_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[object] = []
+    monkeypatch.setattr("qtune.data.sources.load_dataset", lambda *names, **options: fetched.append(names) or [])
+    data = rows_with(tmp_path, "Be brief.")
+    for train in ("hub:owner/rows", HubSource(hub="owner/rows"), ("rows.jsonl", "hub:owner/rows")):
+        assert usual_system(data.model_copy(update={"train": train}), tmp_path) is None
+    assert fetched == []
 
 
 def test_columns_and_other_shapes_are_read_as_in_training(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Traces the README's memory table: python tools/memory_table.py [--write README.md]
 
-Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, gradient
-checkpointing, one row, every token scored) plus the allowance of qtune/memory/allowance.py; under each card stands the
-longest row of a doubling series that still fits it. Sizes of the models are those of their published config.json,
-written down here so that nothing is downloaded. What was traced before comes from the cache of predictions.
+Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, the lean
+step with every layer computed twice, one row, every token scored) plus the allowance of qtune/memory/allowance.py;
+under each card stands the longest row of a doubling series that still fits it. Sizes of the models are those of their
+published config.json, written down here so that nothing is downloaded. What was traced before comes from the cache of
+predictions.
 """
 
 import importlib.metadata

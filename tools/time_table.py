@@ -70,8 +70,8 @@ def table() -> str:
     lines += [
         "",
         f"Seconds of a step of {ROWS} x {LENGTH:,} tokens, and tokens per second; * the processor is the limit, at the",
-        "time for a launch that the one beside the H100 needed. Traced, priced by data sheets (`tools/time_table.py`);",
-        "whether the step fits a card is the table above.",
+        "time for a launch that the one beside the H100 needed. The lean step with every layer computed twice: traced,",
+        "priced by data sheets (`tools/time_table.py`). Whether a step fits a card: the table under How much memory.",
     ]
     return "\n".join(lines)
 

@@ -75,8 +75,9 @@ KINDS = {
     "unused-input": Kind(
         "error",
         "a column that a question needs (context, choices) is not used, so answers are learned without it",
-        'put it into the question, or map it: columns = { instruction = "question", input = "context", '
-        'output = "answer" } learns the input below the instruction',
+        "write it into the question (choices and options, which are lists, always); a text can be mapped instead, with "
+        'the names that your rows have: columns = { instruction = "question", input = "context", output = "answer" } '
+        "learns the input below the instruction",
     ),
     "word-for-nothing": Kind(
         "warning",

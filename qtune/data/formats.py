@@ -159,6 +159,15 @@ def to_conversation(
         RowError: the row does not have the shape, or its conversation cannot be learned from.
         OutOfOrder: its turns stand in an order that cannot be learned from.
     """
+    try:
+        return _conversation_of(row, row_format, place, system, system_prompt, turn_order)
+    except RecursionError as error:  # JSON's reader goes deeper than those who walk through what it has read
+        raise RowError("nested too deeply") from error
+
+
+def _conversation_of(
+    row: RawRow, row_format: str, place: str, system: str, system_prompt: str | None, turn_order: str
+) -> Conversation:
     for key in COLUMNS[row_format]:
         if key not in row:
             raise RowError(f"no {key!r} in a {row_format} row; found {', '.join(map(str, row)) or 'nothing'}")

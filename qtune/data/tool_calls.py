@@ -36,7 +36,7 @@ def calls_in_text(text: str, where: str, account: Account) -> list[Call]:
         value = strict_json(text)
     except BrokenJson as error:
         raise RowError(f"{where} = {shown(text)}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(
             f'{where} = {shown(text)}: a call is JSON like {{"name": …, "arguments": {{…}}}}; one that is written '
             "otherwise belongs into an assistant turn as text"

@@ -80,6 +80,18 @@ def grant_for(base: str, revision: str | None) -> None:
         grant(base, code)
 
 
+def is_granted(base: str, revision: str | None) -> bool:
+    """Whether somebody at this computer has agreed to the code that a folder or a hub id has now; nobody is asked.
+
+    Raises:
+        ModelError: a hub id that was agreed to before cannot be found.
+    """
+    known, folder = _known(), Path(base)
+    if folder.is_dir():
+        return code_hash(folder) in known
+    return base in known.values() and f"commit {_commit(base, revision)}" in known
+
+
 def grant(base: str, code: str) -> None:
     """Remembers consent to code, on this computer and for this user."""
     known = _known()
@@ -122,7 +134,7 @@ def _is_without_code(base: str, commit: str) -> bool:
 def _auto_map(file: Path) -> Any:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values.get("auto_map") if isinstance(values, dict) else None
 

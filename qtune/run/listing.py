@@ -1,5 +1,8 @@
 """The runs of a folder, each in a line: what it trained, how far it came, what it learned, how large and old it is."""
 
+import os
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +38,12 @@ def list_runs(directory: Path) -> list[ListedRun]:
     if not directory.is_dir():
         raise RunError(Problem(str(directory), "no such folder"))
     runs = [RunDir(file.parent) for file in directory.glob("*/resolved.toml")]
-    return sorted((_listed(run) for run in runs), key=lambda one: (-one.changed, one.name))
+    listed = [one for run in runs if (one := _listed(run)) is not None]
+    return sorted(listed, key=lambda one: (-one.changed, one.name))
 
 
-def _listed(run_dir: RunDir) -> ListedRun:
+def _listed(run_dir: RunDir) -> ListedRun | None:
+    """A run in a line; None where its folder was taken away meanwhile."""
     base = adapter = summary = None
     try:
         values = {one.path: one.plain_text for one in read_values(run_dir)}
@@ -49,8 +54,9 @@ def _listed(run_dir: RunDir) -> ListedRun:
         state = f"damaged: {error.problems[0].message}"
     losses = summary.losses if summary else None
     best = summary.best if summary else None
-    files = [file for file in run_dir.path.rglob("*") if file.is_file() and not file.is_symlink()]
-    written = run_dir.metrics_file if run_dir.metrics_file.is_file() else run_dir.resolved_file
+    written = [time for file in (run_dir.metrics_file, run_dir.resolved_file) if (time := _time_of(file)) is not None]
+    if not written:
+        return None
     return ListedRun(
         run_dir.name,
         state,
@@ -59,9 +65,28 @@ def _listed(run_dir: RunDir) -> ListedRun:
         losses.start if losses else None,
         losses.end if losses else None,
         best.loss if best else None,
-        sum(file.stat().st_size for file in files),
-        written.stat().st_mtime,
+        _bytes_in(run_dir.path),
+        written[0],
     )
+
+
+def _time_of(file: Path) -> float | None:
+    """When a file was last written to; None where there is none."""
+    try:
+        return file.stat().st_mtime if file.is_file() else None
+    except OSError:
+        return None
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files below a run's folder, links aside; a run that trains takes checkpoints away meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with suppress(OSError):
+                found = Path(place, name).lstat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def _state(run_dir: RunDir, summary: Summary) -> str:

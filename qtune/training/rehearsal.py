@@ -26,6 +26,7 @@ from qtune.data.masks import IGNORED
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
+from qtune.preflight import best_states
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
 from qtune.training.inputs import Inputs
@@ -85,7 +86,8 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
             _evaluate(trainer, inputs)
         size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
         _answer(model, inputs)
-    _require_disk(size, inputs, run_dir)
+    state = sum(tensor.nbytes for tensor in trained_state(model).values())
+    _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
     longest = int(inputs.prepared.lengths[rows].max())
     return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
 
@@ -183,13 +185,17 @@ def _answer(model: PeftModel, inputs: Inputs) -> None:
     stream(model, inputs.tokenizer, prompt, ANSWER_TOKENS, ends, lambda text: None)
 
 
-def _require_disk(checkpoint_bytes: int, inputs: Inputs, run_dir: RunDir) -> None:
-    """A checkpoint is written before the oldest goes, so one more than is kept must fit; and the adapter at the end."""
+def _require_disk(checkpoint_bytes: int, best_bytes: int, inputs: Inputs, run_dir: RunDir) -> None:
+    """A checkpoint is written before the oldest goes, so one more than is kept must fit; and the adapter at the end.
+
+    best_bytes: of the states that the best evaluations keep, beside the checkpoints.
+    """
     keep = inputs.recipe.training.keep_checkpoints
-    needed, free = (keep + 2) * checkpoint_bytes, shutil.disk_usage(run_dir.checkpoints).free
+    needed, free = (keep + 2) * checkpoint_bytes + best_bytes, shutil.disk_usage(run_dir.checkpoints).free
     if needed > free:
+        best = f", the best states ({size_text(best_bytes)})" if best_bytes else ""
         raise TrainingError(
             f"{run_dir.path}: {size_text(free)} are free, and {keep} checkpoints of {size_text(checkpoint_bytes)}, one "
-            f"more while it is written, and the adapter take {size_text(needed)}; free some, lower "
+            f"more while it is written{best} and the adapter take {size_text(needed)}; free some, lower "
             "training.keep_checkpoints, or name another output.directory"
         )

@@ -16,7 +16,7 @@ from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem
 from qtune.model.load import base_folder, load_plain, load_tokenizer
-from qtune.model.trust import grant_for
+from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.drift import known_kinds
@@ -153,9 +153,10 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
 def _plain_session(target: str, *, trusted: bool) -> Session:
     """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
     quiet_loading()
-    named, device = Model(base=target, trust_remote_code=trusted), present_device()
+    folder, device = base_folder(Model(base=target)), present_device()
     if trusted:
-        grant_for(base_folder(named), None)
+        grant_for(folder, None)
+    named = Model(base=target, trust_remote_code=trusted or is_granted(folder, None))
     tokenizer = load_tokenizer(named)
     dtype, _ = compute_dtype_rule(device)
     model = load_plain(named, device, getattr(torch, dtype))

@@ -100,5 +100,5 @@ def _f1(common: int, expected: int, answered: int) -> float:
 def _is_json(text: str) -> bool:
     try:
         return isinstance(json.loads(text), (dict, list))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

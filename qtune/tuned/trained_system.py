@@ -8,16 +8,21 @@ from pathlib import Path
 from qtune.data.conversation import RowError
 from qtune.data.formats import detect_format, renamed, to_conversation
 from qtune.data.rows import Row
-from qtune.data.sources import find_sources
+from qtune.data.sources import HUB, find_sources
 from qtune.errors import InputError
-from qtune.recipe.schema import Data
+from qtune.recipe.schema import Data, HubSource
 
 LOOKED_AT = 100
 """Rows of each source: enough to see what is usual."""
 
 
 def usual_system(data: Data, folder: Path) -> str | None:
-    """What more than half of the first rows have for a system message; None where they differ, or are gone by now."""
+    """What more than half of the first rows have for a system message; None where they differ, or are gone by now.
+
+    Rows of the hub are not asked: talking to a run fetches no data set.
+    """
+    if any(_is_of_the_hub(entry) for entry in (data.train if isinstance(data.train, tuple) else (data.train,))):
+        return None
     found: Counter[str | None] = Counter()
     try:
         for source in find_sources(data.train, data, folder):
@@ -28,6 +33,10 @@ def usual_system(data: Data, folder: Path) -> str | None:
         return None
     text, count = next(iter(found.most_common(1)), (None, 0))
     return text if 2 * count > found.total() else None
+
+
+def _is_of_the_hub(entry: object) -> bool:
+    return isinstance(entry, HubSource) or (isinstance(entry, str) and entry.startswith(HUB))
 
 
 def _system_of(row: Row, given: str, columns: Mapping[str, str], data: Data) -> str | None:

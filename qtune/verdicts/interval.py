@@ -81,7 +81,10 @@ def fall_between(first: Sequence[float], last: Sequence[float]) -> Fall | None:
 
 
 def student_t(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Student's t for a two-sided interval: Abramowitz & Stegun 26.7.5, within 0.5 % from 4 degrees of freedom on."""
+    """Student's t for a two-sided interval: Abramowitz & Stegun 26.7.5.
+
+    Within 0.5 % from 4 degrees of freedom on, for a confidence of 90 to 99.5 %; at 99.9 % it is 1.3 % short there.
+    """
     x = NormalDist().inv_cdf(0.5 + confidence / 2)
     terms = (
         (x**3 + x) / 4,
