@@ -248,6 +248,8 @@ def test_memory_that_ran_out_says_nothing_about_a_library(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch, "ones", full)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size, dtype=dtype))
+    monkeypatch.setattr(torch, "mm", full)
     with pytest.raises(torch.OutOfMemoryError):
         ops._keeps_sums.__wrapped__(torch.bfloat16, torch.float32)
