@@ -272,6 +272,11 @@ def fuzzed_rows(seed: int, count: int) -> Iterator[str]:
             ]
             row = generator.choice([{"messages": turns}, {"prompt": value(2), "completion": value(2)}, value(4)])
             rows.append(json.dumps(row))
+        if generator.random() < 0.2:  # what is nearly right goes further
+            rows = [
+                json.dumps({"prompt": f"Name {number}", "completion": f"It is {number}.", "note": value(2)})
+                for number in range(4)
+            ]
         text = "\n".join(rows)
         for _ in range(generator.choice((0, 0, 1, 2))):
             at = generator.randrange(len(text))

@@ -111,7 +111,7 @@ print([str(path) for path in disk.rglob("*")])
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ("before writing", r"needs 0\.06 GiB, the disk has 0\.00 GiB free"),
+        ("before writing", r"needs 0\.06 GiB, the disk has 100\.0 KiB free"),
         ("while writing", "the disk is full; nothing was left behind"),
     ],
 )

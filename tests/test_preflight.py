@@ -18,6 +18,7 @@ from qtune.plan import make_plan
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
+from qtune.run.manifest import seal
 from qtune.run.resolved import resolved_text
 from qtune.training import build, train
 from qtune.training.inputs import gather
@@ -109,6 +110,7 @@ def prepared_for(name: str, recipe: Path, places: dict[str, str], folder: Path) 
         earlier.adapter.mkdir()
         for file in ("adapter_config.json", STATE_FILE):
             (earlier.adapter / file).touch()
+        seal(earlier.adapter)
     return [part for change in changes for part in ("--set", change.format_map(places))], said.format_map(places)
 
 

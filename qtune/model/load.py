@@ -22,7 +22,6 @@ from qtune.device.present import Device, is_out_of_memory
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
-from qtune.model.finite import require_finite_weights
 from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
@@ -133,7 +132,6 @@ def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedMo
         )
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, device) from error
-    require_finite_weights(network, model.base)
     return network.eval()
 
 
@@ -174,7 +172,6 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
-    require_finite_weights(network, model.base)
     if not stored and (problem := quantized_too_little(model.base, network, quantization)):
         raise ModelError(problem)
     if plan.embeddings == "host":
