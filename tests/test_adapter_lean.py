@@ -537,3 +537,21 @@ def test_what_one_layer_computed_for_the_others_is_let_go_of_when_the_module_fai
     waiting = next(cell for cell in cells if hasattr(cell, "forget"))
     assert not waiting._waiting
     assert waiting._input is None
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such thing"), TypeError("takes 2"), ImportError("no compiler")])
+def test_whatever_the_check_on_a_card_fails_with_is_a_reason_to_take_pefts_layers(monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(lean_check, "lean_difference", fails)
+    assert lean_check.lean_problem.__wrapped__("cpu", torch.float32) == str(error)
+
+
+def test_memory_that_runs_out_in_the_check_on_a_card_is_no_reason(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lean_check, "lean_difference", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        lean_check.lean_problem.__wrapped__("cpu", torch.float32)

@@ -220,3 +220,36 @@ def test_a_kernel_that_is_not_there_has_its_reason(monkeypatch):
     ops.card_kernel.cache_clear()
     assert set(ops.without_kernels()) == set(comparison.COMPARED)
     ops.card_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fails", "keeps"),
+    [
+        (lambda left, right: False, True),
+        (lambda left, right: not left.is_contiguous(), False),
+        (lambda left, right: right.stride() == (32, 1), False),
+    ],
+    ids=["none", "left not in order", "columns of a wider one"],
+)
+def test_whether_a_library_keeps_sums_is_asked_with_operands_as_a_step_has_them(monkeypatch, fails, keeps):
+    ones = torch.ones
+
+    def product(left, right, *, out_dtype):
+        if fails(left, right):
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return (left.to(out_dtype)) @ (right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size, dtype=dtype))
+    monkeypatch.setattr(torch, "mm", product)
+    assert ops._keeps_sums.__wrapped__(torch.bfloat16, torch.float32) is keeps
+
+
+def test_memory_that_ran_out_says_nothing_about_a_library(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size, dtype=dtype))
+    monkeypatch.setattr(torch, "mm", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops._keeps_sums.__wrapped__(torch.bfloat16, torch.float32)

@@ -209,3 +209,21 @@ def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, mo
         trusted_revision("owner/name", None)
     assert not is_granted("owner/name", None)
     assert trusted_revision("owner/name", old) == old
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_folder_that_names_code_of_another_repository_is_refused_by_name(
+    run: RunDir, ran: Path, nested: bool
+) -> None:
+    """Such code can change at any time, and a consent to the folder would not notice."""
+    base = run.path.parent / "base"
+    file = base / ("tokenizer_config.json" if nested else "config.json")
+    named = "owner/repository--modeling_own.OwnForCausalLM"
+    auto_map = {"AutoTokenizer": [None, named]} if nested else {"AutoModelForCausalLM": named}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
+    said = f"{file.name}: its auto_map imports '{named}', code of another repository"
+    with pytest.raises(ModelError, match=said):
+        grant_for(str(base), None)
+    with pytest.raises(ModelError, match=said):
+        load_config(Model(base=str(base), trust_remote_code=True))
+    assert not ran.exists()

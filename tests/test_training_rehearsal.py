@@ -10,13 +10,16 @@ import pytest
 import torch
 from conftest import WriteRecipe
 from test_training_train import ADAPTERS, assert_same_run, records
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from qtune.check import check
-from qtune.errors import TrainingError
+from qtune.errors import Interrupted, TrainingError
+from qtune.model.checkpointed import checkpoint_all, switched_layers
 from qtune.preflight import best_states
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.training import rehearsal, train
+from qtune.training.arguments import OPTIMIZERS
 from qtune.training.rehearsal import heaviest, is_worth_it
 from qtune.training.trainer import QloraTrainer
 
@@ -53,7 +56,7 @@ def test_the_state_is_put_back_also_where_the_rehearsal_fails(
 ) -> None:
     seen: list[bool] = []
 
-    def failing(trainer, model, rows):
+    def failing(trainer, model, rows, optimizer_name):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(1.0)
@@ -169,3 +172,91 @@ def test_the_heaviest_micro_batch_has_the_most_positions_of_the_epoch(
     assert costs[found] == max(costs.values())
     assert not is_worth_it(inputs), "five steps"
     assert is_worth_it(gather(load_recipe(write_recipe(training="steps = 50"))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["true", "1", "false"])
+def test_the_rehearsed_step_is_the_runs(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, layers) -> None:
+    """In its type, and with the layers that are computed twice."""
+    seen = []
+    original = LlamaModel.forward
+
+    def forward(self, *arguments, **options):
+        if self.training and torch.is_grad_enabled() and len(self.layers) == 2:  # the device's own check has one
+            switches = tuple(layer.gradient_checkpointing for layer in self.layers)
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), switches))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    run(
+        write_recipe(
+            training="steps = 1\nbatch_size = 2\nmicro_batch_size = 2\nrehearse = true\n"
+            f"gradient_checkpointing = {layers}",
+            quantization='compute_dtype = "bfloat16"\nminimum_share = 0.0',
+        )
+    )
+    rehearsed, trained = seen
+    assert rehearsed == trained
+    assert trained[:2] == (True, torch.bfloat16)
+    assert trained[2] == {"true": (True, True), "1": (True, False), "false": (False, False)}[layers]
+
+
+@pytest.mark.slow
+def test_layers_that_a_rehearsal_computed_twice_for_want_of_memory_are_as_before_afterwards(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, after = rehearsal._step, []
+
+    def step(trainer, model, *arguments):
+        checkpoint_all(model)
+        return original(trainer, model, *arguments)
+
+    def train_nothing(self, *arguments, **options):
+        after.extend(layer.gradient_checkpointing for layer in switched_layers(self.model))
+        raise Interrupted("seen")
+
+    monkeypatch.setattr(rehearsal, "_step", step)
+    monkeypatch.setattr(QloraTrainer, "train", train_nothing)
+    inputs = "steps = 1\nbatch_size = 2\ngradient_checkpointing = false\nrehearse = true"
+    with pytest.raises(Interrupted):
+        run(write_recipe(training=inputs))
+    assert after == [False, False]
+
+
+def test_a_scaled_losss_gradients_are_unscaled_and_an_infinite_one_changes_nothing() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    layer = torch.nn.Linear(3, 1, bias=False)
+    scaler.scale(layer(torch.tensor([[1.0, 2.0, 3.0]])).sum()).backward()
+    layer.weight.grad[0, 2] = float("inf")
+    rehearsal._unscale(layer, scaler)
+    assert layer.weight.grad.tolist() == [[1.0, 2.0, 0.0]]
+
+
+def test_a_tensor_that_is_no_number_reads_back_as_itself() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    assert rehearsal._is_same(nan, nan.clone())
+    assert rehearsal._is_same(torch.tensor(1.0), torch.tensor(1.0))
+    assert not rehearsal._is_same(nan, torch.tensor([float("nan"), 2.0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "of_same_precision"), [("paged-adamw", "adamw_torch_fused"), ("paged-adamw-8bit", "adamw_8bit")]
+)
+def test_a_rehearsal_leaves_no_paged_memory_behind(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, name: str, of_same_precision: str
+) -> None:
+    """bitsandbytes gives none back; the run's own optimizer is the paged one."""
+    made = []
+    original = QloraTrainer.create_optimizer
+
+    def create(self, *arguments):
+        made.append(self.args.optim)
+        if len(made) == 2:
+            raise Interrupted("seen")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(QloraTrainer, "create_optimizer", create)
+    with pytest.raises(Interrupted):
+        run(write_recipe(training=f'steps = 1\nbatch_size = 2\noptimizer = "{name}"\nrehearse = true'))
+    assert made == [of_same_precision, OPTIMIZERS[name]]

@@ -14,6 +14,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qtune.device.present import is_out_of_memory
 from qtune.errors import first_line
 from qtune.kernels import comparison, plain
 
@@ -85,13 +86,21 @@ def _product_in_on_cuda(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tens
 
 @functools.cache
 def _keeps_sums(low: torch.dtype, high: torch.dtype) -> bool:
-    """Whether this card's library multiplies in one type and writes in the other (`out_dtype`, torch 2.8 and newer)."""
-    one = torch.ones(16, 16, device="cuda", dtype=low)
+    """Whether this card's library multiplies in one type and writes in the other (`out_dtype`, torch 2.8 and newer),
+    with operands as a step has them: in order, transposed, and some columns of a wider one.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing about the library.
+    """
     try:
-        torch.mm(one, one, out_dtype=high)
-    except (RuntimeError, TypeError):
+        wide = torch.ones(16, 32, device="cuda", dtype=low)
+        layouts = wide[:, :16].contiguous(), wide[:, :16].contiguous().t(), wide[:, :16]
+        products = [torch.mm(left, right, out_dtype=high) for left in layouts for right in layouts]
+        return all(bool((product == 16).all()) for product in products)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
-    return True
 
 
 def _on_card(name: str) -> Callable[..., Any]:

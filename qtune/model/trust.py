@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ def trusted_revision(base: str, revision: str | None) -> str | None:
     is fetched.
 
     Raises:
-        ModelError: nobody at this computer has agreed to this code.
+        ModelError: nobody at this computer has agreed to this code, or a folder names code that is not in it.
     """
     folder = Path(base)
     if folder.is_dir():
+        _refuse_code_of_others(folder)
         require_consent(base, code_hash(folder))
         return revision
     commit = _commit(base, revision)
@@ -72,9 +74,10 @@ def grant_for(base: str, revision: str | None) -> None:
     """Remembers consent to the code that a folder or a hub id has now.
 
     Raises:
-        ModelError: it cannot be found.
+        ModelError: it cannot be found, or a folder names code that is not in it.
     """
     folder = Path(base)
+    _refuse_code_of_others(folder)
     code = code_hash(folder) if folder.is_dir() else f"commit {_commit(base, revision)}"
     if code is not None:
         grant(base, code)
@@ -115,6 +118,32 @@ def code_hash(folder: Path) -> str | None:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     digest.update(json.dumps(named, sort_keys=True).encode())
     return f"sha256 {digest.hexdigest()}"
+
+
+def _refuse_code_of_others(folder: Path) -> None:
+    """A class "OWNER/REPOSITORY--MODULE.CLASS" is imported from the hub as it is there on that day: consent to a folder
+    cannot hold it. Files that are not there name nothing.
+
+    Raises:
+        ModelError: the folder names such a class.
+    """
+    for name in DESCRIBING:
+        for reference in _references(_auto_map(folder / name)):
+            if "--" in reference:
+                message = (
+                    f"its auto_map imports {reference!r}, code of another repository, which may change at any time; "
+                    "copy that code into the folder and name it without what stands before --"
+                )
+                raise ModelError(Problem(str(folder / name), message))
+
+
+def _references(auto_map: Any) -> Iterator[str]:
+    """The classes that an `auto_map` names, by whatever nesting: a tokenizer has a slow one and a fast one."""
+    if isinstance(auto_map, str):
+        yield auto_map
+    elif isinstance(auto_map, dict | list):
+        for value in auto_map.values() if isinstance(auto_map, dict) else auto_map:
+            yield from _references(value)
 
 
 def code_files(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """A finished run's adapter: there, and what was saved."""
 
 import json
+import shlex
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
         RunError: training has not ended, or something of the adapter is damaged.
     """
     if (said := adapter_fault(run_dir)) is not None:
-        advice = f"qtune run --resume {run_dir.path} saves it again from the last checkpoint"
+        advice = f"qtune run --resume {shlex.quote(str(run_dir.path))} saves it again from the last checkpoint"
         raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {advice}"))
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))

@@ -1,5 +1,6 @@
 """A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
 
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +129,8 @@ class RunDir:
             RunError: training has not ended.
         """
         if not self.is_finished:
-            raise RunError(
-                Problem(str(self.path), f"has no adapter yet; finish it with: qtune run --resume {self.path}")
-            )
+            command = shlex.join(["qtune", "run", "--resume", str(self.path)])
+            raise RunError(Problem(str(self.path), f"has no adapter yet; finish it with: {command}"))
         return self.adapter
 
     def write_text(self, file: Path, text: str) -> None:

@@ -78,10 +78,10 @@ def owner_of(run_dir: RunDir) -> Owner | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = _read(file)
-        return None if owner is not None and owner.pid == os.getpid() else owner or _unknown()
+        return None if owner is not None and _is_me(owner) else owner or _unknown()
     except OSError:  # a file system without locks
         owner = _read(file)
-        return owner if owner is not None and owner.pid != os.getpid() and _is_alive(owner) else None
+        return owner if owner is not None and not _is_me(owner) and _is_alive(owner) else None
     finally:
         os.close(descriptor)
     return None
@@ -101,7 +101,7 @@ def _taken(file: Path, run_dir: RunDir) -> int:
             raise _refusal(run_dir, _read(file) or _unknown()) from error
         except OSError:  # a file system without locks
             owner = _read(file)
-            if owner is not None and owner.pid != os.getpid() and _is_alive(owner):
+            if owner is not None and not _is_me(owner) and _is_alive(owner):
                 os.close(descriptor)
                 raise _refusal(run_dir, owner) from None
         if _is_named(file, descriptor):
@@ -133,10 +133,19 @@ def _unknown() -> Owner:
     return Owner(0, socket.gethostname(), 0.0, "a moment ago", "at work")
 
 
+def _is_me(owner: Owner) -> bool:
+    """Whether it is this process: a container has the numbers of another one, and often the same few."""
+    return owner.pid == os.getpid() and owner.host == socket.gethostname() and _has_begun_then(owner)
+
+
 def _is_alive(owner: Owner) -> bool:
     """Whether the process still runs; one of another computer is taken to."""
     if owner.host != socket.gethostname():
         return True
+    return _has_begun_then(owner)
+
+
+def _has_begun_then(owner: Owner) -> bool:
     started = _started(owner.pid)
     return started is not None and abs(started - owner.process_started) < 1.0
 

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shlex
 import signal
 import time
 from collections import deque
@@ -31,7 +32,7 @@ def after_divergence(checkpoints: Sequence[Path]) -> str:
     # The folder of a run holds "checkpoints", which holds them.
     return (
         f"{advice}; {checkpoints[-1]} was saved before\na new run goes on from there at a lower rate with: "
-        f"qtune run --resume {checkpoints[-1].parents[1]} --set training.learning_rate=RATE"
+        f"qtune run --resume {shlex.quote(str(checkpoints[-1].parents[1]))} --set training.learning_rate=RATE"
     )
 
 
@@ -72,14 +73,22 @@ class Metrics(TrainerCallback):
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
 
     def settle(self) -> None:
-        """Writes the records that could not be written before.
+        """Writes the records that wait. Each is taken out before it is written, for a signal may come in between, and
+        its handler writes those that wait by itself.
 
         Raises:
             OSError: they still cannot.
         """
-        while self._waiting:
-            append_metric(self.file, self._waiting[0])
-            self._waiting.popleft()
+        while True:
+            try:
+                record = self._waiting.popleft()
+            except IndexError:
+                return
+            try:
+                append_metric(self.file, record)
+            except OSError:
+                self._waiting.appendleft(record)
+                raise
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Whoever goes on from a checkpoint goes on with the records up to it.
@@ -154,6 +163,11 @@ class Metrics(TrainerCallback):
             raise TrainingError(
                 f"the validation loss is {loss} after step {step}: validation rows {shown} of {len(losses)} give no "
                 "number, and the others do. Look at them, or compute in another type (quantization.compute_dtype)"
+            )
+        if step == 0:
+            raise TrainingError(
+                f"the validation loss is {loss} before any weight was changed: no learning rate has done that. Look at "
+                "the validation rows and at the base, or compute in another type (quantization.compute_dtype)"
             )
         raise TrainingError(
             f"the validation loss is {loss} after step {step}: training has diverged. "

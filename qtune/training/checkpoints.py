@@ -24,6 +24,8 @@ from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
 from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_state
 
+SAVING = ".saving"
+"""A file that is in a checkpoint until it is sealed. It tells a save that was killed from a manifest that was lost."""
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,12}")
 
 
@@ -67,11 +69,28 @@ def _was_completed(checkpoint: Path) -> bool:
 
 
 def remove_incomplete_checkpoints(folder: Path) -> None:
-    """Removes what a killed save has left: neither the trained state nor a manifest is there yet."""
+    """Removes what a killed save has left: not sealed, and still marked, or without the trained state.
+
+    A checkpoint that has lost its manifest otherwise stays: a person may know what has become of it.
+    """
     for path in named_checkpoints(folder):
-        if path.is_dir() and not os.path.lexists(path / STATE_FILE) and not manifest.is_sealed(path):
+        if not path.is_dir() or manifest.is_sealed(path):
+            continue
+        if os.path.lexists(path / SAVING) or not os.path.lexists(path / STATE_FILE):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
+
+
+def begin_saving(checkpoint: Path) -> None:
+    """Marks a new folder as one that is being written."""
+    checkpoint.mkdir(parents=True)
+    (checkpoint / SAVING).touch()
+
+
+def end_saving(checkpoint: Path) -> None:
+    """Takes the mark off a folder that is sealed, where it no longer says anything."""
+    with contextlib.suppress(OSError):
+        (checkpoint / SAVING).unlink()
 
 
 def newest_whole(folder: Path) -> Path | None:

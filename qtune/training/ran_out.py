@@ -32,13 +32,13 @@ def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
     name = saved[-1].name if saved else None
     report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
     kept = read_memory(run_dir) or RunMemory()
-    write_memory(run_dir, replace(kept, failure=report.to_json()))
+    _keep(run_dir, replace(kept, failure=report.to_json()))
     with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
         rows = longest_of(inputs.prepared, inputs.recipe.data)
         report = with_offers(
             report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
         )
-    write_memory(run_dir, replace(kept, failure=report.to_json()))
+    _keep(run_dir, replace(kept, failure=report.to_json()))
     return report
 
 
@@ -70,8 +70,13 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
         if meter.snapshot_written:
             console.say(f"allocator snapshot: {meter.snapshot_written}")
         predicted = inputs.forecast.to_json() if inputs.forecast else None
-        try:
-            if run_dir.path.is_dir():  # a folder that somebody has removed does not come back for these figures
-                write_memory(run_dir, RunMemory(predicted, measured))
-        except OSError as error:  # neither the end of a run nor its reason is lost for these figures
-            console.say(f"{run_dir.memory_file} was not written: {refusal_of(error) or first_line(error)}")
+        _keep(run_dir, RunMemory(predicted, measured))
+
+
+def _keep(run_dir: RunDir, memory: RunMemory) -> None:
+    """Writes memory.json where that is possible: neither the end of a run nor its reason is lost for these figures."""
+    try:
+        if run_dir.path.is_dir():  # a folder that somebody has removed does not come back for them
+            write_memory(run_dir, memory)
+    except OSError as error:
+        console.say(f"{run_dir.memory_file} was not written: {refusal_of(error) or first_line(error)}")

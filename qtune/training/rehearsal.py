@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers.training_args import OptimizerNames
 
 from qtune.adapter.state import load_trained_state, save_adapter, save_trained_state, trained_state
 from qtune.data.batches import StepSampler
@@ -26,12 +27,14 @@ from qtune.data.masks import IGNORED
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
+from qtune.model.checkpointed import checkpoint_first, switched_layers
 from qtune.preflight import best_states
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
+from qtune.training.arguments import OPTIMIZERS
 from qtune.training.inputs import Inputs
 from qtune.training.saved_state import OPTIMIZER, save_tree
-from qtune.training.trainer import QloraTrainer
+from qtune.training.trainer import QloraTrainer, release_cached_memory
 from qtune.tuned.generate import find_ends, stream
 
 WORTH_STEPS = 50
@@ -81,10 +84,12 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
     assert isinstance(model, PeftModel)
     rows = heaviest(inputs.prepared.lengths, inputs.plan.micro_batch_size, inputs)
     with _undone(trainer, model):
-        optimizer = _step(trainer, model, rows)
+        _checkpoint_as_planned(model, inputs.plan.gradient_checkpointing)
+        optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
         size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
+        del optimizer
         _answer(model, inputs)
     state = sum(tensor.nbytes for tensor in trained_state(model).values())
     _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
@@ -106,7 +111,8 @@ def _undone(trainer: QloraTrainer, model: PeftModel) -> Iterator[None]:
     before = {name: tensor.clone() for name, tensor in trained_state(model).items()}
     numbers = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    was_training, meter = model.training, trainer.meter
+    was_training, meter, optim = model.training, trainer.meter, trainer.args.optim
+    switches = [(layer, layer.gradient_checkpointing) for layer in switched_layers(model)]
     meter.enter("idle")
     trainer.meter = Meter(meter.device, first_steps=0, longest_steps=0)
     try:
@@ -115,7 +121,9 @@ def _undone(trainer: QloraTrainer, model: PeftModel) -> Iterator[None]:
         trainer.meter.close()
         trainer.meter = meter
         trainer.forget_step()
-        trainer.optimizer = None
+        trainer.optimizer, trainer.args.optim = None, optim
+        for layer, switch in switches:
+            layer.gradient_checkpointing = switch
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, tensor in trained_state(model).items():
@@ -126,11 +134,25 @@ def _undone(trainer: QloraTrainer, model: PeftModel) -> Iterator[None]:
         torch.set_rng_state(numbers[2])
         if on_cards:
             torch.cuda.set_rng_state_all(on_cards)
+        release_cached_memory()
+        if on_cards:
             torch.cuda.reset_peak_memory_stats()
         process.reset_peak()
 
 
-def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int]) -> torch.optim.Optimizer:
+def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
+    """What `train` does about the plan's gradient checkpointing when it begins."""
+    if layers:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_first(model, layers)
+
+
+def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:
+    """A micro-batch through the model and the optimizer, which is returned.
+
+    A paged optimizer's place is taken by the one of the same precision that is not: bitsandbytes never gives paged
+    memory back (0.50, `GlobalPageManager`), and the run would keep the rehearsal's beside its own.
+    """
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     scored = int((batch["labels"] != IGNORED).sum())
     loss: Tensor = trainer.training_step(model, batch, torch.tensor(max(1, scored), device=model.device))
@@ -139,9 +161,21 @@ def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int]) -> torch.opt
             f"the loss of the heaviest batch is {float(loss)} before any weight was changed: no learning rate has done "
             "that. Look at its rows, or compute in another type (quantization.compute_dtype)"
         )
+    _unscale(model, trainer.accelerator.scaler)
+    trainer.args.optim = OptimizerNames(OPTIMIZERS[optimizer_name.removeprefix("paged-")])
     optimizer: torch.optim.Optimizer = trainer.create_optimizer()
     optimizer.step()
     return optimizer
+
+
+def _unscale(model: PeftModel, scaler: torch.amp.GradScaler | None) -> None:
+    """The gradients of a scaled loss, in place, as they would be without it. The first scale is too large for many
+    models, which is why a run leaves such a step out; here what is no number counts as no gradient."""
+    if scaler is None:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1 / scaler.get_scale()).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _evaluate(trainer: QloraTrainer, inputs: Inputs) -> None:
@@ -168,13 +202,19 @@ def _save(
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         written = {name: tensor.clone() for name, tensor in trained_state(model).items()}
         load_trained_state(model, folder)
-        if not all(torch.equal(written[name], tensor) for name, tensor in trained_state(model).items()):
+        if not all(_is_same(written[name], tensor) for name, tensor in trained_state(model).items()):
             raise TrainingError(
                 f"{folder}: a checkpoint reads back otherwise than it was written; the disk is at fault"
             )
         return size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bytes: one that is no number is itself, and 0 is not -0."""
+    first, second = (tensor.detach().contiguous().reshape(-1) for tensor in (one, other))
+    return first.dtype is second.dtype and torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 def _answer(model: PeftModel, inputs: Inputs) -> None:

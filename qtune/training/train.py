@@ -12,6 +12,7 @@ report     one page, written by the command after the run                       
 """
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from peft import PeftModel
 
 from qtune import console
 from qtune.adapter.starts import kept_start
-from qtune.adapter.state import save_adapter, trained_state
+from qtune.adapter.state import STATE_FILE, save_adapter, trained_state
 from qtune.disk import told
 from qtune.errors import (
     Failure,
@@ -130,9 +131,11 @@ def resume(
     require_free(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
-            further = f"qtune run {run_dir.resolved_file} --set adapter.start_from={run_dir.path}"
-            further += f" --set output.name={run_dir.name}"
-            message = f"has ended; there is nothing to resume. A new run goes on from its adapter with: {further}"
+            message = "has ended; there is nothing to resume"
+            if (run_dir.adapter / STATE_FILE).is_file():  # a start like PiSSA's changes the base, and keeps no state
+                changes = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
+                words = ["qtune", "run", str(run_dir.resolved_file), *(f for one in changes for f in ("--set", one))]
+                message += f". A new run goes on from its adapter with: {shlex.join(words)}"
             raise RunError(Problem(str(run_dir.path), message))
         console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
     if snapshot:
@@ -202,12 +205,14 @@ def _stopped_at_once(run_dir: RunDir) -> str:
 def _way_on(run_dir: RunDir) -> str:
     """What is saved of a run that has ended before its end, and the command that goes on from there."""
     saved = complete_checkpoints(run_dir.checkpoints)
+    command = _resuming(run_dir)
     if not saved:
-        return f"nothing was saved yet; begin again with: qtune run --resume {run_dir.path}"
-    return (
-        f"step {step_of(saved[-1])} is saved, and what came after it is not\n"
-        f"go on with: qtune run --resume {run_dir.path}"
-    )
+        return f"nothing was saved yet; begin again with: {command}"
+    return f"step {step_of(saved[-1])} is saved, and what came after it is not\ngo on with: {command}"
+
+
+def _resuming(run_dir: RunDir) -> str:
+    return shlex.join(["qtune", "run", "--resume", str(run_dir.path)])
 
 
 def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
@@ -221,6 +226,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         lambda step: batch_in_words(inputs, step),
         scales_loss=inputs.plan.loss_scaling,
     )
+    saved = False
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
@@ -255,11 +261,12 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                     metrics.note(said, best.chosen)
                 metrics.settle()
                 _save(model, inputs, run_dir, initial)
+                saved = True
                 best.forget()
-    if not run_dir.is_finished:
+    if not saved:  # the folder may have been finished before, with an adapter that is damaged
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
-            f"go on with: qtune run --resume {run_dir.path}"
+            f"go on with: {_resuming(run_dir)}"
         )
 
 

@@ -32,9 +32,16 @@ from qtune.model.host import activations_on_host
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
-from qtune.run.manifest import seal
+from qtune.run.manifest import fault, is_sealed, seal
 from qtune.training.callbacks import CheckpointedLayers
-from qtune.training.checkpoints import complete_checkpoints, make_room, remove_older, require_finite
+from qtune.training.checkpoints import (
+    begin_saving,
+    complete_checkpoints,
+    end_saving,
+    make_room,
+    remove_older,
+    require_finite,
+)
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.saved_state import (
@@ -154,6 +161,13 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step, self._losses_of_step = [], []
         return batches, scored
 
+    def compute_loss_context_manager(self) -> Any:
+        """Autocast, also where `train` has not prepared the model for it: in a rehearsal, in an evaluation before it.
+
+        Inside accelerate's own, which it nests with, it changes nothing.
+        """
+        return self.accelerator.autocast()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -242,7 +256,7 @@ class QloraTrainer(SFTTrainer):
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
-        _release_cached_memory()
+        release_cached_memory()
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -287,7 +301,7 @@ class QloraTrainer(SFTTrainer):
                     raise
             if pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
-                _release_cached_memory()
+                release_cached_memory()
                 self.note(f"out of memory: batches of the evaluation are now split into {self.eval_pieces}")
         return torch.stack([sums for sums, _ in pieces]).sum(dim=0), [row for _, rows in pieces for row in rows]
 
@@ -330,17 +344,25 @@ class QloraTrainer(SFTTrainer):
         require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if is_sealed(folder) and fault(folder, self.state.global_step) is None:
+            self.meter.enter("idle")  # two reasons to save in one step: it is saved already
+            return
+        has_room = False
         # peft computes the vectors of a prompt encoder: without its dropout, and without drawing random numbers.
         self.model.eval()
         try:
             make_room(folder)
+            has_room = True
+            begin_saving(folder)
             super()._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
             seal(folder, self.state.global_step)
+            end_saving(folder)
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if has_room:  # else what has the name is an older one
+                shutil.rmtree(folder, ignore_errors=True)
             if refusal_of(error) is None and not isinstance(error, SafetensorError):
                 raise
             kept = complete_checkpoints(folder.parent)
@@ -428,7 +450,8 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def _release_cached_memory() -> None:
+def release_cached_memory() -> None:
+    """Gives back what the allocator keeps and nothing lives in."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

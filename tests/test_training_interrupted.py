@@ -1,0 +1,184 @@
+"""What a run leaves where something comes in between: a signal, a full disk, a kill, two reasons to save at once."""
+
+import errno
+import itertools
+import os
+import shlex
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import WriteRecipe
+from test_training_train import Killed, latest_run, run
+
+from qtune.adapter.state import STATE_FILE
+from qtune.errors import Failure, Interrupted, RunError, TrainingError
+from qtune.run import manifest
+from qtune.run.folder import RunDir
+from qtune.run.metrics import NoteRecord, read_metrics
+from qtune.training import callbacks, ran_out, train
+from qtune.training import trainer as training_trainer
+from qtune.training.callbacks import Metrics, OptimizerPhase, after_divergence
+from qtune.training.checkpoints import complete_checkpoints, remove_incomplete_checkpoints
+
+STEPS = "batch_size = 2\nlearning_rate = 1e-2\nkeep_checkpoints = 9\n"
+
+
+def damaged(run_dir: RunDir) -> list[str]:
+    return [path.name for path in run_dir.checkpoints.iterdir() if path.name.startswith("damaged")]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_that_writes_a_note_while_a_record_is_written_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics = Metrics(file, lambda record: None, SimpleNamespace())  # type: ignore[arg-type]
+    original, pressed = callbacks.append_metric, []
+
+    def append(target: Path, record: NoteRecord) -> None:
+        if moment == "after":
+            original(target, record)
+        if not pressed:
+            pressed.append(True)
+            metrics.note("stopping")
+        if moment == "before":
+            original(target, record)
+
+    monkeypatch.setattr(callbacks, "append_metric", append)
+    metrics.note("a record")
+    assert sorted(one.message for one in read_metrics(file)) == ["a record", "stopping"]  # type: ignore[union-attr]
+
+
+def test_a_record_that_could_not_be_written_waits_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics = Metrics(file, lambda record: None, SimpleNamespace())  # type: ignore[arg-type]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "append_metric", full)
+        metrics.note("first")
+        metrics.note("second")
+    metrics.note("third")
+    assert [one.message for one in read_metrics(file)] == ["first", "second", "third"]  # type: ignore[union-attr]
+
+
+def test_a_step_with_two_reasons_to_be_saved_is_saved_once(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtune.training.callbacks.time.monotonic", itertools.count(step=1000).__next__)
+    finished = run(write_recipe(training=f'{STEPS}epochs = 1\ncheckpoint_every = "epoch"\ncheckpoint_minutes = 0.01'))
+    last = complete_checkpoints(finished.checkpoints)[-1]
+    assert manifest.fault(last) is None
+    assert damaged(finished) == []
+
+
+def test_a_checkpoint_that_cannot_be_moved_aside_is_not_removed(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "kept").touch()
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(training_trainer, "make_room", refused)
+    recipe = write_recipe(training=f"{STEPS}steps = 1\ncheckpoint_every = 1")
+    with pytest.raises(TrainingError, match="the checkpoint of step 1 could not be written"):
+        run(recipe)
+    assert (latest_run(recipe).checkpoints / "checkpoint-1" / "kept").is_file()
+
+
+def test_a_save_that_was_killed_before_its_manifest_is_removed_and_a_lost_manifest_is_not(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training_trainer.seal
+
+    def killed(folder: Path, step: int) -> None:
+        if step == 3:
+            raise Killed
+        original(folder, step)
+
+    recipe = write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_trainer, "seal", killed)
+        with pytest.raises(Killed):
+            run(recipe)
+    stopped = latest_run(recipe)
+    first, _, third = (stopped.checkpoints / f"checkpoint-{step}" for step in (1, 2, 3))
+    assert (third / STATE_FILE).is_file()
+    (first / manifest.NAME).unlink()
+    remove_incomplete_checkpoints(stopped.checkpoints)
+    assert not third.exists()
+    assert first.is_dir()
+    train.resume(stopped)
+    assert damaged(stopped) == []
+    assert not list(stopped.checkpoints.rglob(".*"))
+
+
+def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = run(write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1"))
+    (finished.adapter / "adapter_model.safetensors").write_bytes(b"")
+    for step in (3, 4):
+        shutil.rmtree(finished.checkpoints / f"checkpoint-{step}")
+    monkeypatch.setattr(OptimizerPhase, "on_pre_optimizer_step", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped at step 3 of 4, which is saved"):
+        train.resume(finished)
+
+
+def test_an_adapter_that_nothing_can_start_from_is_not_offered_as_a_start(write_recipe: WriteRecipe) -> None:
+    finished = run(write_recipe(training=f"{STEPS}steps = 1"))
+    (finished.adapter / STATE_FILE).unlink()
+    manifest.seal(finished.adapter)
+    with pytest.raises(RunError, match=r"has ended; there is nothing to resume$"):
+        train.resume(finished)
+
+
+@pytest.mark.parametrize("every_row", [True, False])
+def test_a_validation_loss_that_is_none_before_any_step_is_not_the_rates_fault(tmp_path: Path, every_row: bool) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", lambda record: None, SimpleNamespace())  # type: ignore[arg-type]
+    metrics.take_rows([float("nan"), float("nan") if every_row else 1.0], [1, 1])
+    with pytest.raises(TrainingError, match=r"the validation loss is nan .* \(quantization\.compute_dtype\)") as caught:
+        metrics._require_finite_evaluation(0, float("nan"))
+    assert "diverged" not in str(caught.value)
+    assert "training.learning_rate" not in str(caught.value)
+
+
+def test_memory_that_ran_out_on_a_full_disk_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextmanager
+    def quiet(*_: object):
+        yield None
+
+    report = SimpleNamespace(to_json=dict)
+    monkeypatch.setattr(ran_out, "write_memory", full)
+    monkeypatch.setattr(ran_out, "first_report", lambda *_: report)
+    monkeypatch.setattr(ran_out, "with_offers", lambda *_: report)
+    monkeypatch.setattr(ran_out, "longest_of", lambda *_: None)
+    monkeypatch.setattr(ran_out.console, "progress", quiet)
+    recipe, plan = SimpleNamespace(data=None), SimpleNamespace(device=SimpleNamespace(kind="cpu"))
+    inputs = SimpleNamespace(recipe=recipe, plan=plan, prepared=None)
+    assert ran_out.explained(Failure.__new__(Failure), inputs, RunDir(tmp_path)) is report  # type: ignore[arg-type]
+    assert "memory.json was not written: No space left on device" in capsys.readouterr().err
+
+
+def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "my runs" / "first one")
+    run_dir.path.mkdir(parents=True)
+    with pytest.raises(RunError) as caught:
+        run_dir.finished_adapter()
+    said = [
+        str(caught.value),
+        train._way_on(run_dir),
+        after_divergence([run_dir.checkpoints / "checkpoint-2"]).removesuffix(" --set training.learning_rate=RATE"),
+    ]
+    for text in said:
+        assert shlex.split(text.rpartition(": ")[2]) == ["qtune", "run", "--resume", str(run_dir.path)]
