@@ -150,8 +150,9 @@ def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
 def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:
     """A micro-batch through the model and the optimizer, which is returned.
 
-    A paged optimizer's place is taken by the one of the same precision that is not: bitsandbytes never gives paged
-    memory back (0.50, `GlobalPageManager`), and the run would keep the rehearsal's beside its own.
+    A paged optimizer's place is taken by AdamW with 8-bit state: bitsandbytes never gives paged memory back (0.50,
+    `GlobalPageManager`), and the run would keep the rehearsal's beside its own. Two bytes a trained weight are the
+    least that a card which needs paging can be asked for.
     """
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     scored = int((batch["labels"] != IGNORED).sum())
@@ -162,7 +163,9 @@ def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_na
             "that. Look at its rows, or compute in another type (quantization.compute_dtype)"
         )
     _unscale(model, trainer.accelerator.scaler)
-    trainer.args.optim = OptimizerNames(OPTIMIZERS[optimizer_name.removeprefix("paged-")])
+    trainer.args.optim = OptimizerNames(
+        OPTIMIZERS["adamw-8bit" if optimizer_name.startswith("paged-") else optimizer_name]
+    )
     optimizer: torch.optim.Optimizer = trainer.create_optimizer()
     optimizer.step()
     return optimizer
