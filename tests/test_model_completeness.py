@@ -1,6 +1,7 @@
 """Weights that are missing, unknown, of other shapes or no numbers: an error that names them, in every way in."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,9 @@ def test_a_whole_checkpoint_of_a_family_is_whole(family, tmp_path):
 def test_no_tensor_of_a_family_may_lack(family, tmp_path):
     tiny_base(tmp_path, family)
     whole = load_file(tmp_path / "model.safetensors")
-    for name in whole:
+    for name in {
+        re.sub(r"\d+", "N", name): name for name in whole
+    }.values():  # the last of layers and experts that are alike
         save_file({other: one for other, one in whole.items() if other != name}, tmp_path / "model.safetensors")
         said = refused(tmp_path)
         assert str(tmp_path / "model.safetensors") in said, name
