@@ -17,16 +17,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qtune"
 
 
-def bytes_in(folder: Path) -> int:
-    """Bytes of the files below a folder of the cache. What other processes take away meanwhile counts as nothing."""
-    total = 0
-    for place, _, names in os.walk(folder):  # which passes over folders that are gone
-        for name in names:
-            with suppress(OSError):
-                total += Path(place, name).stat().st_size
-    return total
-
-
 def mark_used(path: Path) -> None:
     """Notes that something kept was used just now. What another user has made, in a cache that is shared, keeps its
     time: only its owner may set that."""

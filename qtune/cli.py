@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
     from qtune.recipe.file import Resolved
-    from qtune.recipe.schema import Model, Recipe
+    from qtune.recipe.schema import Recipe
     from qtune.run.folder import RunDir
 
 
@@ -80,11 +80,14 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _agree(model: "Model") -> None:
-    """Remembers consent to a model's code."""
+def _agree(of: "RunDir | Resolved") -> None:
+    """Remembers consent to the code that comes with the model of a run or a recipe."""
     from qtune.model.load import base_folder
     from qtune.model.trust import grant_for
+    from qtune.run.folder import RunDir
+    from qtune.run.resolved import resolved_recipe
 
+    model = (resolved_recipe(of) if isinstance(of, RunDir) else of.recipe).model
     grant_for(base_folder(model), model.revision)
 
 
@@ -193,7 +196,6 @@ def run(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
-    from qtune.run.resolved import resolved_recipe
     from qtune.run.resumption import resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
@@ -205,7 +207,7 @@ def run(
         proven = RunDir.open(Path(target))
         import_libraries()
         if trust:
-            _agree(resolved_recipe(proven).model)
+            _agree(proven)
         from qtune.training import proof
 
         console.out(proof.prove(proven, accepted))
@@ -223,7 +225,7 @@ def run(
             )
     import_libraries()
     if trust:
-        _agree(resolved_recipe(run_dir).model if resume else resolved.recipe.model)
+        _agree(run_dir if resume else resolved)
     from qtune.training import train
 
     if resume:
@@ -340,9 +342,7 @@ def export(
 
     opened = RunDir.open(run) if run is not None else stage.run_around(verify_only) if verify_only is not None else None
     if trust and opened is not None:
-        from qtune.run.resolved import resolved_recipe
-
-        _agree(resolved_recipe(opened).model)
+        _agree(opened)
     if verify_only is not None:
         console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
         return
@@ -404,9 +404,7 @@ def evaluate(
     run_dir = RunDir.open(target)
     import_libraries()
     if trust:
-        from qtune.run.resolved import resolved_recipe
-
-        _agree(resolved_recipe(run_dir).model)
+        _agree(run_dir)
     from qtune.screens import evaluation as evaluation_screen
     from qtune.screens import verdicts as verdicts_screen
     from qtune.tuned import evaluate as stage
@@ -503,7 +501,7 @@ def check(
         from qtune.screens.check import draw_check
 
         if trust:
-            _agree(resolved.recipe.model)
+            _agree(resolved)
         result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
     except InputError:
         # What is known all the same is said, and then what is wrong.
@@ -573,9 +571,7 @@ def report(
     from qtune.report.page import trace_memory, write_report
 
     if trust:
-        from qtune.run.resolved import resolved_recipe
-
-        _agree(resolved_recipe(run_dir).model)
+        _agree(run_dir)
     if trace:
         trace_memory(run_dir)
     console.out(f"{write_report(run_dir)}")
@@ -650,7 +646,6 @@ def profile(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
-    from qtune.run.resolved import resolved_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
@@ -660,7 +655,7 @@ def profile(
 
     quiet_loading()
     if trust:
-        _agree((resolved_recipe(of) if isinstance(of, RunDir) else of.recipe).model)
+        _agree(of)
     if isinstance(of, RunDir):
         name, prediction = _profile_run(of, savings=savings, explain=explain)
     else:
@@ -770,7 +765,7 @@ def fit(
 
     quiet_loading()
     if trust:
-        _agree(resolved.recipe.model)
+        _agree(resolved)
     if largest is not None:
         console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
         return

@@ -1,10 +1,15 @@
-"""What a file system refuses, in a sentence with the way out: full, broken, read-only, gone, or too long a name."""
+"""What a file system refuses, in a sentence with the way out: full, broken, read-only, gone, or too long a name.
+
+And how many bytes a folder holds.
+"""
 
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from qtune.errors import QtuneError, WorkError
 
@@ -56,6 +61,17 @@ def refusal_of(error: BaseException) -> str | None:
     # Python itself raises some with words of its own: "No usable temporary directory found in …".
     words = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(number)
     return f"{place}{words}; {WAYS_OUT[number]}"
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files below a folder, links aside. What other processes take away meanwhile counts as nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with suppress(OSError):
+                found = Path(place, name).lstat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.lean_check import examined
-from qtune.cache import bytes_in, cache_folder
+from qtune.cache import cache_folder
 from qtune.control_characters import visible
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
 from qtune.data.prepare import Prepared, refuse_bad_rows, survey
 from qtune.device.present import Device, present_device
+from qtune.disk import bytes_in
 from qtune.errors import InputError, ModelError, Problem
 from qtune.export.gguf.file import refuse_unconvertible
 from qtune.memory.forecast import Forecast, attempted

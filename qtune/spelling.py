@@ -9,10 +9,14 @@ LIKENESS = 0.5
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:
     """ "did you mean 'rank'?" with up to `most` known words, the nearest first; `otherwise` where none is near."""
-    near = difflib.get_close_matches(word, [*known], n=most, cutoff=LIKENESS)
+    near = _near(word, known, most)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is nearest; None where none is near."""
-    return next(iter(difflib.get_close_matches(word, [*known], n=1, cutoff=LIKENESS)), None)
+    return next(iter(_near(word, known, 1)), None)
+
+
+def _near(word: str, known: Iterable[str], most: int) -> list[str]:
+    return difflib.get_close_matches(word, [*known], n=most, cutoff=LIKENESS)

@@ -5,6 +5,7 @@ tensors, and a loss whose tiles are copied to fp32. No run with today's step has
 pieces hold the trace against one.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtune.memory import predict as prediction
+from qtune.memory.tracing import trace as tracing
 from qtune.model import loss
+
+
+@pytest.fixture(autouse=True)
+def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The lean step has not been on a card yet."""
+    as_measured(monkeypatch)
+    tracing._built.clear()  # what was built under the same key is another step
+    yield
+    tracing._built.clear()
 
 
 def as_measured(patch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 from conftest import WriteRecipe
 from test_memory_trace import CARD, recipe_with, tiny
 
-from qtune.cache import bytes_in
 from qtune.data import store
+from qtune.disk import bytes_in
 from qtune.errors import InputError
 from qtune.memory.cached import predicted
 from qtune.model.from_gguf import gguf_folder

@@ -226,11 +226,12 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     folder = tmp_path / "run" / "model"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "resolved.toml").write_text(write_recipe().read_text())
-    agreed: list[str] = []
-    monkeypatch.setattr(cli, "_agree", lambda model: agreed.append(model.base))
+    agreed: list[Path] = []
+    monkeypatch.setattr(cli, "_agree", lambda run_dir: agreed.append(run_dir.path))
     monkeypatch.setattr(stage, "verify_only", lambda folder, run, *_, **__: run.path)
     done = CliRunner().invoke(
         cli.app, ["export", "--verify-only", str(folder), "--trust-remote-code"], catch_exceptions=False
     )
     assert done.output.strip() == str(tmp_path / "run")
     assert len(agreed) == 1
+    assert agreed == [tmp_path / "run"]

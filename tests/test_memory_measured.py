@@ -7,7 +7,6 @@ its batch was not the largest, the record says so.
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "gpu"))
 
-from measured_step import as_measured
+from measured_step import with_the_step_that_was_measured  # noqa: F401  a fixture of every test
 from runs import GEOMETRIES, RUNS, Run
 
 from qtune.device.cards import card_named
@@ -49,15 +48,6 @@ def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(VARIABLES[0], "expandable_segments:True")
-
-
-@pytest.fixture(autouse=True)
-def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The lean step has not been on a card yet."""
-    as_measured(monkeypatch)
-    tracing._built.clear()  # what was built under the same key is another step
-    yield
-    tracing._built.clear()
 
 
 def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan, Longest]:

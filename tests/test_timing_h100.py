@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from measured_step import as_measured
+from measured_step import with_the_step_that_was_measured  # noqa: F401  a fixture of every test
 from memory_table import MODELS, config_of
 
 from qtune.device.cards import card_named
 from qtune.device.rates import data_sheet_rates
 from qtune.memory.predict import Longest, predict, training_step
-from qtune.memory.tracing import trace as tracing
 from qtune.memory.tracing.work import Work
 from qtune.memory.trl_step import trace_trl
 from qtune.plan import make_plan
@@ -30,15 +28,6 @@ pytestmark = pytest.mark.slow
 
 MEASURED = json.loads((Path(__file__).parent / "measured" / "h100_time.json").read_text(encoding="utf-8"))
 H100 = card_named("H100")
-
-
-@pytest.fixture(autouse=True)
-def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The lean step has not been on a card yet."""
-    as_measured(monkeypatch)
-    tracing._built.clear()  # what was built under the same key is another step
-    yield
-    tracing._built.clear()
 
 
 @cache

@@ -66,6 +66,11 @@ class Contents:
     code: dict[str, str] = field(default_factory=dict)
     """Python files that come with the model."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte of the weights was hashed."""
+        return all(file.whole is not None for file in self.weights.values())
+
 
 def contents_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, whole: bool = False) -> Contents:
     """The contents of a model folder; `whole` reads every byte of the weights.

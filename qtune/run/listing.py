@@ -1,11 +1,9 @@
 """The runs of a folder, each in a line: what it trained, how far it came, what it learned, how large and old it is."""
 
-import os
-import stat
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
 from qtune.run.folder import RunDir
 from qtune.run.resolved import read_values
@@ -65,7 +63,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         losses.start if losses else None,
         losses.end if losses else None,
         best.loss if best else None,
-        _bytes_in(run_dir.path),
+        bytes_in(run_dir.path),
         written[0],
     )
 
@@ -76,17 +74,6 @@ def _time_of(file: Path) -> float | None:
         return file.stat().st_mtime if file.is_file() else None
     except OSError:
         return None
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of the files below a run's folder, links aside; a run that trains takes checkpoints away meanwhile."""
-    total = 0
-    for place, _, names in os.walk(folder):  # which passes over folders that are gone
-        for name in names:
-            with suppress(OSError):
-                found = Path(place, name).lstat()
-                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return total
 
 
 def _state(run_dir: RunDir, summary: Summary) -> str:

@@ -127,7 +127,7 @@ class Lock:
     def knows_whole_weights(self) -> bool:
         """Whether every byte of the base's weights was hashed."""
         contents = self.latest.contents
-        return contents is not None and all(file.whole is not None for file in contents.weights.values())
+        return contents is not None and contents.is_whole
 
     @property
     def last_device(self) -> LockedDevice:

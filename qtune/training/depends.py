@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
+from qtune.model.contents import Contents
 from qtune.model.load import base_folder, load_config, load_tokenizer
 from qtune.run.drift import (
     BASE,
@@ -23,11 +24,16 @@ from qtune.run.resolved import recipe_of_text, resolved_recipe, resolved_text, w
 from qtune.training.inputs import Inputs
 
 
-def lock_now(inputs: Inputs, run_dir: RunDir, text: str | None = None, *, whole: bool = False) -> Lock:
+def base_now(inputs: Inputs, *, whole: bool = False) -> Contents:
+    """What the base's files hold; `whole` reads every byte of the weights."""
+    return contents_here(inputs.recipe.model, inputs.tokenizer, whole=whole)
+
+
+def lock_now(inputs: Inputs, run_dir: RunDir, base: Contents, text: str | None = None) -> Lock:
     """What the run depends on, as it is here and now.
 
-    text: of a resolved.toml that is about to be written, else the one that is there. whole: whether every byte of the
-    weights is read.
+    base: what its files hold (`base_now`). text: of a resolved.toml that is about to be written, else the one that is
+    there.
     """
     model = inputs.recipe.model
     if text is None:
@@ -40,7 +46,7 @@ def lock_now(inputs: Inputs, run_dir: RunDir, text: str | None = None, *, whole:
         getattr(load_config(model), "_commit_hash", None),
         inputs.prepared,
         locked_sources(written, run_dir.path, ("train", "validation", "test")),
-        contents_here(model, inputs.tokenizer, whole=whole),
+        base,
         recipe_values(text),
     )
 
@@ -60,8 +66,8 @@ def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:
     require_same_base(run_dir, recipe, tokenizer, template, accepted, kinds=(*BASE, "recipe"))
 
 
-def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], *, whole: bool = False) -> list[Drift]:
-    """Compares what the run depends on with its lock; the drifts that were accepted.
+def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], base: Contents) -> list[Drift]:
+    """Compares what the run depends on with its lock; the drifts that were accepted. base: as in `lock_now`.
 
     Raises:
         RunError: something is not what it was, and that was not accepted.
@@ -69,7 +75,7 @@ def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], 
     begun, written = read_lock(run_dir), resolved_recipe(run_dir)
     if begun is None:
         return []
-    now = lock_now(inputs, run_dir, whole=whole)
+    now = lock_now(inputs, run_dir, base)
     parts = locked_sources(written, run_dir.path, ("validation", "test"))
     drifts = list(resume_drifts(begun, now, values_of(run_dir), parts))
     require_no_drift(run_dir, drifts, accepted)
@@ -77,25 +83,25 @@ def require_unchanged(inputs: Inputs, run_dir: RunDir, accepted: Sequence[str], 
 
 
 def go_on_with(
-    inputs: Inputs, run_dir: RunDir, step: int, accepted: Sequence[str], *, is_changed: bool, whole: bool = False
+    inputs: Inputs, run_dir: RunDir, step: int, accepted: Sequence[str], base: Contents, *, is_changed: bool
 ) -> None:
     """Compares what the run depends on with its lock, and adds to that what it goes on with; its beginning stays.
 
-    step: the one that it goes on after. is_changed: whether the recipe of `inputs` is another than resolved.toml's,
-    which is then written. whole: whether every byte of the weights is read.
+    step: the one that it goes on after. base: as in `lock_now`. is_changed: whether the recipe of `inputs` is another
+    than resolved.toml's, which is then written.
 
     Raises:
         RunError: something is not what it was, and that was not accepted.
     """
     begun = read_lock(run_dir)
-    drifts = require_unchanged(inputs, run_dir, accepted, whole=whole)
+    drifts = require_unchanged(inputs, run_dir, accepted, base)
     text = resolved_text(inputs.resolved, inputs.plan) if is_changed else None
     if begun is not None:
         if (said := said_of_an_old_lock(begun)) is not None:
             console.say(f"{run_dir.path}: {said}")
-        if whole and not begun.knows_whole_weights:
+        if base.is_whole and not begun.knows_whole_weights:
             console.say(f"{run_dir.path}: its lock.json has no hash of the whole weights to compare with; now it has")
-        now = lock_now(inputs, run_dir, text, whole=whole)
+        now = lock_now(inputs, run_dir, base, text)
         # The lock comes first: whoever is killed between the two finds values that the lock knows.
         write_lock(run_dir, begun.resumed_as(now, step, tuple(dict.fromkeys(drift.kind for drift in drifts))))
     elif step:

@@ -25,7 +25,7 @@ from qtune.run.resumption import resumed_recipe
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import fault_of, named_checkpoints, step_of
-from qtune.training.depends import require_unchanged
+from qtune.training.depends import base_now, require_unchanged
 from qtune.training.inputs import Inputs, gather
 from qtune.training.saved_state import OPTIMIZER, load_state
 
@@ -49,7 +49,7 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
         begin, end = 0 if first is None else step_of(first), step_of(last)
         _require_same_way(run_dir, begin, end)
         inputs = gather(resumed_recipe(run_dir), run_dir, accepted=accepted)
-        require_unchanged(inputs, run_dir, accepted)
+        require_unchanged(inputs, run_dir, accepted, base_now(inputs))
         console.say(f"repeating steps {begin + 1} to {end} from {first or 'the start'}")
         model, optimizer = _repeated(inputs, run_dir.metrics_file, first, end)
     pairs = [

@@ -58,7 +58,7 @@ from qtune.training.checkpoints import (
     require_finite,
     step_of,
 )
-from qtune.training.depends import blame_drift, go_on_with, lock_now, require_unchanged
+from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
 from qtune.training.display import TrainingDisplay
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.outcome import require_change, require_gradients, rise_of
@@ -102,7 +102,7 @@ def run(
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
-                write_lock(run_dir, lock_now(inputs, run_dir, whole=True))
+                write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs, whole=True)))
         _train(inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -133,8 +133,8 @@ def resume(
         if (said := adapter_fault(run_dir)) is None:
             message = "has ended; there is nothing to resume"
             if (run_dir.adapter / STATE_FILE).is_file():  # a start like PiSSA's changes the base, and keeps no state
-                changes = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
-                words = ["qtune", "run", str(run_dir.resolved_file), *(f for one in changes for f in ("--set", one))]
+                further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
+                words = ["qtune", "run", str(run_dir.resolved_file), *(f for one in further for f in ("--set", one))]
                 message += f". A new run goes on from its adapter with: {shlex.join(words)}"
             raise RunError(Problem(str(run_dir.path), message))
         console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
@@ -149,16 +149,18 @@ def resume(
         except (InputError, GateError):
             blame_drift(run_dir, accepted)
             raise
+    with told(TrainingError, lambda: _way_on(run_dir)):
+        base = base_now(inputs, whole=whole_weights)
     if lowers_rate(run_dir, changes):
         # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
-        require_unchanged(inputs, run_dir, accepted, whole=whole_weights)
+        require_unchanged(inputs, run_dir, accepted, base)
         run_dir = _branched(run_dir)
     with owned(run_dir):
         with told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
-            go_on_with(inputs, run_dir, step, accepted, is_changed=bool(changes or allow), whole=whole_weights)
+            go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}")
             forget_after(run_dir.metrics_file, step)
         _train(inputs, run_dir, checkpoint, snapshot)
@@ -232,7 +234,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         meter.enter("load")
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
-            write_lock(run_dir, lock_now(inputs, run_dir))
+            write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
@@ -251,13 +253,14 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
             if trainer.state.global_step >= trainer.state.max_steps or best.stopped_early:
                 meter.enter("save")
                 require_finite(model, trainer.state.global_step, run_dir.checkpoints)
-                require_gradients(read_metrics(run_dir.metrics_file))
+                records = read_metrics(run_dir.metrics_file)
+                require_gradients(records)
                 if before:
                     require_change(before, trained_state(model))
-                losses = Losses(training_losses(read_metrics(run_dir.metrics_file)))
+                losses = Losses(training_losses(records))
                 if rise := rise_of(losses, model.config.get_text_config().vocab_size):
                     metrics.note(rise)
-                if said := best.take(model, read_metrics(run_dir.metrics_file), trainer.state.global_step):
+                if said := best.take(model, records, trainer.state.global_step):
                     metrics.note(said, best.chosen)
                 metrics.settle()
                 _save(model, inputs, run_dir, initial)

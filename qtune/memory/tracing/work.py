@@ -392,8 +392,6 @@ def _likelihoods(
     return [Kernel(name, "elementwise", 1, passes * _size(ins[:1]), 0, ins[0].dtype)]
 
 
-_Special = "Callable[[str, Sequence[Any], list[torch.Tensor], list[torch.Tensor], bool], list[Kernel]]"
-
 _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(("mm", "bmm", "addmm", "addmm_", "addmm_fp32", "baddbmm", "_grouped_mm", "product_in"), _product),
     "gemm_4bit": _four_bit_product,
