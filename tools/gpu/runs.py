@@ -1,6 +1,7 @@
 """The runs that are measured on a card: geometries of known models with random weights, and recipes.
 
-    python tools/gpu/runs.py FOLDER         writes one recipe for each run into FOLDER, and prints their names
+    python tools/gpu/runs.py FOLDER         writes one recipe for each run into FOLDER, and prints the names of those that may
+                                            share a card
 
 Memory and time do not depend on what the weights are, so checkpoints are made on the card (make_checkpoint.py) and
 nothing large is carried to it.
@@ -61,6 +62,7 @@ class Run:
                 "schedule": "constant",
                 "warmup": 0.0,
                 "learning_rate": 1e-4,
+                "gradient_checkpointing": True,
                 "checkpoint_every": 1000,
                 "eval_every": "never",
             },
@@ -102,6 +104,8 @@ RUNS = (
     Run("8b-chat-16", "8b", 2048, 16, {"training": {"micro_batch_size": 16}}, chat=True),
     Run("1b-int8", "1b", 2048, 2, {"quantization": {"kind": "int8"}}),
 )
+ALONE = Run("8b-4x2048-auto", "8b", 2048, 4, {"training": {"gradient_checkpointing": "auto"}})
+"""The fastest step that the card has room for; alone there, because it takes all the room that it finds."""
 
 
 def toml(tables: Tables) -> str:
@@ -115,10 +119,11 @@ def toml(tables: Tables) -> str:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for run in RUNS:
+    for run in (*RUNS, ALONE):
         text = toml(run.recipe(str(folder / "models"), str(folder), str(folder / "runs")))
         (folder / f"{run.name}.toml").write_text(text, encoding="utf-8")
-        print(run.name)
+        if run is not ALONE:
+            print(run.name)
 
 
 if __name__ == "__main__":
