@@ -1,7 +1,6 @@
 """The runs that are measured on a card: geometries of known models with random weights, and recipes.
 
-    python tools/gpu/runs.py FOLDER         writes one recipe for each run into FOLDER, and prints the names of those that may
-                                            share a card
+    python tools/gpu/runs.py FOLDER     writes one recipe for each run into FOLDER, and names those that may share a card
 
 Memory and time do not depend on what the weights are, so checkpoints are made on the card (make_checkpoint.py) and
 nothing large is carried to it.
