@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import WriteRecipe, run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtune.check import check
 from qtune.device.cards import CARDS, card_named, described
@@ -26,7 +27,7 @@ from qtune.screens.time import UNKNOWN, draw_steps, lines
 from qtune.timing import measure
 from qtune.timing.forecast import StepModel, TimeForecast, step_of, time_of
 from qtune.timing.known import keep_rates, known_rates
-from qtune.timing.price import Cost, cost_by, duration, kernel_seconds
+from qtune.timing.price import Cost, cost_by, duration, kernel_seconds, training_part
 
 RATES = Rates(
     kind="measured",
@@ -159,6 +160,34 @@ def test_every_rate_of_this_computer_can_be_measured(monkeypatch: pytest.MonkeyP
     assert found.products["float32"] > 0
     for name in ("attention", "moved", "thin", "dequantized", "scattered", "host_link", "launch_seconds"):
         assert getattr(found, name) > 0, name
+
+
+@pytest.mark.slow
+def test_the_step_whose_launches_are_timed_is_the_one_whose_launches_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "TINY_LAYERS", 2)
+    tiny = measure._Tiny(HERE)
+    with Operations() as done:
+        tiny.step_seconds(lambda: 0.0, counted=1, uncounted=0)
+    counted: Counter[str] = Counter()
+    for (_, kernel), count in training_part(tiny.work()).items():
+        counted[kernel.op] += count * kernel.launches
+    for name in ("rms_norm", "rotate", "gated_backward", "dequantize_nested", "addmm_"):
+        own = f"qtune::{name}" if name != "addmm_" else "aten::addmm_"
+        assert done.seen[own] == counted[name] > 0, name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,11 @@ def kernels(kind: str) -> Iterator[Kernel]:
     for slopes, capped, vocab in itertools.product((False, True), (False, True), (2048, 128256)):
         piece = min(on_cuda.VOCABULARY_BLOCK, on_cuda.triton.next_power_of_2(vocab))
         yield "_cross_entropy", scored, {"vocab": vocab, "slopes": slopes, "is_capped": capped, "piece": piece}, 16
-    packed = {"codes": "*u8", "absmax": "*u8", **dict.fromkeys(("absmax_code", "absmax_scale", "offset", "code"), "*fp32")}
+    packed = {
+        "codes": "*u8",
+        "absmax": "*u8",
+        **dict.fromkeys(("absmax_code", "absmax_scale", "offset", "code"), "*fp32"),
+    }
     packed |= {"out": x, "count": whole, "blocks": whole}
     for block in (64, 128):
         yield "_dequantize", packed, {"bytes_each": block // 2, "some_blocks": on_cuda.QUANTIZED_BLOCKS}, 4
@@ -72,7 +76,10 @@ def main() -> None:
         kinds = ("fp16", "fp32") if capability < 80 else ("bf16", "fp16", "fp32")
         tried = [(kind, kernel) for kind in kinds for kernel in kernels(kind)]
         found = [(kind, kernel, said) for kind, kernel in tried if (said := problem(kernel, capability))]
-        print(f"compute capability {capability / 10}: {len(tried) - len(found)} of {len(tried)} kernels compile", flush=True)
+        print(
+            f"compute capability {capability / 10}: {len(tried) - len(found)} of {len(tried)} kernels compile",
+            flush=True,
+        )
         for kind, (name, _, constants, _), said in found:
             print(f"  {name} {kind} {constants}: {said}")
         failed += len(found)
