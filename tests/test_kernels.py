@@ -195,6 +195,7 @@ def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", comparison.COMPARED)
+@pytest.mark.slow
 def test_what_stands_in_for_a_kernel_takes_no_more_than_is_allowed_for(name, dtype, monkeypatch):
     monkeypatch.setattr(plain, "PIECE", plain.CARD_PIECE)
     arguments, returned = large(name, dtype)

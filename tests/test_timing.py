@@ -223,6 +223,7 @@ def of_lengths(train: list[int], validation: tuple[int, ...] = (), **training: o
     return found
 
 
+@pytest.mark.slow
 def test_an_epoch_of_equal_rows_is_its_steps_and_a_run_its_epochs() -> None:
     found = of_lengths([64] * 10, epochs=3)
     assert (found.steps_per_epoch, found.steps) == (5, 15)
@@ -232,6 +233,7 @@ def test_an_epoch_of_equal_rows_is_its_steps_and_a_run_its_epochs() -> None:
     assert found.tokens_per_second == pytest.approx(2 * 64 / found.step_seconds)
 
 
+@pytest.mark.slow
 def test_evaluations_take_time_as_often_as_they_come() -> None:
     quiet, once, often = (
         of_lengths([64] * 8, (64, 64), eval_every=every).run_seconds for every in ("never", "epoch", 1)
@@ -266,6 +268,7 @@ def test_where_rows_are_not_known_a_step_is_said_and_no_run() -> None:
 # --- on the screen ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_check_says_what_an_epoch_and_the_run_take_where_this_device_was_measured(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(training="epochs = 2\nbatch_size = 4\nmicro_batch_size = 2"))
     assert check(recipe).time is None

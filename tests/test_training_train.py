@@ -774,6 +774,7 @@ def test_a_run_goes_on_in_other_micro_batches_with_the_same_losses(
     assert load_recipe(broken.resolved_file).recipe.memory.loss_tile == "1MiB"
 
 
+@pytest.mark.slow
 def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
