@@ -1,12 +1,12 @@
 """The training step on a CUDA card: equal to peft's, then timed in alternation with TRL's own, on random weights.
 
-    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048 1x2048] [--profile] [--out results.json]
+    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048 1x2048] [--profile qtune] [--out results.json]
 
 First every gradient of a small model, with qtune's functions and without, in fp32 and in 16 bits, and each Triton
 kernel against PyTorch's operations: a difference ends the run. Then the trainers of --trainers, of one geometry
 (Llama-3.1-8B's unless --small), stand on the card together and take steps in turn. Printed are medians of seconds,
-tokens per second, the peak of each (what the others hold subtracted), with --profile one step of each under PyTorch's
-profiler and one under Python's. Memory and time do not depend on the weights.
+tokens per second, the peak of each (what the others hold subtracted), of those that --profile names one step under
+PyTorch's profiler and one under Python's. Memory and time do not depend on the weights.
 
     qtune    every layer computed twice       peft       the same with peft's layers
     kept     nothing computed twice           leanest    embeddings and activations on the host, paged 8-bit AdamW
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--trainers", nargs="+", choices=[*VARIANTS, "TRL"], default=["qtune", "kept", "leanest", "TRL"]
     )
-    parser.add_argument("--profile", action="store_true", help="one step of each under the profilers")
+    parser.add_argument("--profile", nargs="+", default=[], help="trainers of which one step runs under the profilers")
     parser.add_argument("--no-equality", action="store_true", help="measure at once: equality was seen before")
     parser.add_argument("--small", action="store_true", help="a small model, to see that the script runs")
     parser.add_argument("--out", type=Path, default=None)
@@ -370,7 +370,7 @@ def measure(
         }  # fmt: skip
         keep(f"{rows}x{length} {name}", result)
     for name, trainer in trainers.items():
-        if options.profile and left() > 8:
+        if name in options.profile and left() > 8:
             keep(f"{rows}x{length} {name}, processor", profiled_python(trainer))
             keep(f"{rows}x{length} {name}, kernels", profiled(trainer))
     del trainers, trainer
