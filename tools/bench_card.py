@@ -1,6 +1,6 @@
 """The training step on a CUDA card: equal to peft's, then timed in alternation with TRL's own, on random weights.
 
-    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048 1x2048] [--profile qtune] [--out results.json]
+    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048] [--profile qtune] [--out FILE.json]
 
 First every gradient of a small model, with qtune's functions and without, in fp32 and in 16 bits, and each Triton
 kernel against PyTorch's operations: a difference ends the run. Then the trainers of --trainers, of one geometry
