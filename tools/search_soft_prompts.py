@@ -50,6 +50,7 @@ from qtune.tuned.generate import Ends, find_ends
 from qtune.tuned.precision import training_autocast
 
 BASE = "builtin:smollm2-135m-instruct"
+QUANTIZATION: dict[str, Any] = {"kind": "nf4"}
 TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
 LONGEST_ANSWER = 64
@@ -84,6 +85,7 @@ class Run:
         return parse_recipe(
             {
                 "model": {"base": BASE},
+                "quantization": QUANTIZATION,
                 "adapter": self.config["adapter"],
                 "data": {key: str(rows / file) for key, file in files.items()}
                 | {"chat_template": "chatml", "max_length": 256},
@@ -134,7 +136,9 @@ class Worker:
 
     def data(self, task: str, recipe: Recipe) -> Prepared:
         if task not in self.prepared:
-            self.prepared[task] = prepare(recipe.data, self.tokenizer, self.rows, cache=self.rows / f"cache{os.getpid()}")
+            self.prepared[task] = prepare(
+                recipe.data, self.tokenizer, self.rows, cache=self.rows / f"cache{os.getpid()}"
+            )
         return self.prepared[task]
 
     def train(self, group: Sequence[Run], deadline: float) -> list[dict[str, Any]]:
@@ -185,7 +189,9 @@ class Worker:
             prompted[0].model.unload()
         return lines
 
-    def inputs(self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(embeddings [all rows, virtual + length, hidden], mask, labels) with each run's prompt before its rows."""
         batch = PaddedCollator(self.ends.pad)([row for part in rows for row in part])
         ids, mask, labels = (batch[name].to(self.network.device) for name in ("input_ids", "attention_mask", "labels"))
@@ -228,7 +234,7 @@ class Worker:
         for one in prompted:
             one.model.eval()
         sums, counts = torch.zeros(len(prompted)), 0.0
-        many = 16 if self.device.kind == "cpu" else 40
+        many = 16
         for first in range(0, len(examples), many):
             part = [{key: row[key] for key in ("input_ids", "labels")} for row in examples[first : first + many]]
             of_rows, scored = self.row_losses(prompted, [part] * len(prompted))
@@ -240,7 +246,10 @@ class Worker:
         half = len(asked) // 2
         return [
             {"loss": round(float(total) / counts, 4), "exact_match": round(float(np.mean(of_run)), 4)}
-            | {"first_half": round(float(np.mean(of_run[:half])), 4), "second_half": round(float(np.mean(of_run[half:])), 4)}
+            | {
+                "first_half": round(float(np.mean(of_run[:half])), 4),
+                "second_half": round(float(np.mean(of_run[half:])), 4),
+            }
             | {"right": "".join(str(int(one)) for one in of_run)}
             | {"longest_vector": longest(one, self.network)}
             for one, total, of_run in zip(prompted, sums, right, strict=True)
@@ -343,7 +352,14 @@ def work(queue: Any, lock: Any, rows: Path, given: argparse.Namespace, deadline:
         if group is None or time.monotonic() + slowest > deadline:
             return
         began = time.monotonic()
-        lines = worker.train(group, deadline)
+        try:
+            lines = worker.train(group, deadline)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            for part in (group[::2], group[1::2]):
+                queue.put(part)
+            lines = []
         slowest = max(slowest, time.monotonic() - began)
         with lock, given.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -364,7 +380,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--together", type=int, default=24, help="runs that share a forward (default 24)")
+    parser.add_argument("--together", type=int, default=12, help="runs that share a forward (default 12)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
