@@ -17,7 +17,7 @@ ROWS = {"train": 480, "validation": 120, "test": 120}
 
 TOPICS = {
     "delivery": (
-        "The parcel has not arrived yet", "The tracking page has not changed for a week", "Nobody has brought my parcel",
+        "The parcel has not arrived yet", "The tracking page has not changed for days", "Nobody has brought my parcel",
         "The courier left it with a stranger", "It was sent to my old address", "It should have been here on Monday",
         "I am still waiting for it to come", "The driver drove past my house again", "It seems to be lost on the way",
     ),
@@ -34,7 +34,7 @@ TOPICS = {
     "exchange": (
         "I need it in another size", "You sent the wrong colour", "Can I swap it for the larger one?",
         "I ordered the blue one and got red", "Please take it back and send the other model", "It is too small for us",
-        "I would rather have the one with a cord", "Could I change it for a newer version?", "This is not the one I chose",
+        "I would rather have the one with a cord", "Could I change it for a newer one?", "This is not the one I chose",
     ),
     "praise": (
         "It works wonderfully", "I am very happy with it", "Thank you for the quick help",
@@ -50,15 +50,19 @@ TOPICS = {
 """Six phrasings of each topic are for training, three for validation and test."""
 PRODUCTS = (
     "kettle", "lamp", "toaster", "blender", "bicycle bell", "tent", "backpack", "desk chair", "radio", "alarm clock",
-    "hammock", "mirror", "drill", "garden hose", "printer", "umbrella", "coffee mill", "sleeping bag", "heater", "ladder",
+    "hammock", "mirror", "drill", "garden hose", "printer", "umbrella", "coffee mill", "sleeping bag", "heater",
+    "ladder",
 )  # fmt: skip
 """Fourteen of them are for training, six for validation and test."""
 OPENINGS = ("Hello,", "Dear team,", "Good morning,", "Hi there,", "To whom it may concern:", "")
 LETTERS = (
-    "{opening} this is about the {product} of order {order}. {said}{end}", "{opening} {said} (order {order}, {product}){end}",
-    "{opening} I bought a {product}, order number {order}. {said}{end}", "{opening} order {order}: {said} It is the {product}.",
-    "{said} My {product} has the order number {order}. Regards", "{opening} regarding my {product}: {said} The order was {order}.",
-)  # fmt: skip
+    "{opening} this is about the {product} of order {order}. {said}{end}",
+    "{opening} {said} (order {order}, {product}){end}",
+    "{opening} I bought a {product}, order number {order}. {said}{end}",
+    "{opening} order {order}: {said} It is the {product}.",
+    "{said} My {product} has the order number {order}. Regards",
+    "{opening} regarding my {product}: {said} The order was {order}.",
+)
 
 
 def letter(random_: random.Random, order: int, *, seen: bool) -> tuple[str, str]:
