@@ -1,10 +1,12 @@
 """Where an adapter starts: at random, from a text, from the base's weights, from the data, or where a run has ended."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, initialize_lora_eva_weights
@@ -13,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.from_run import earlier_adapter
+from qtune.adapter.prompt_encoder import ResidualPrompt, unit_of
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.local import local_base
-from qtune.recipe.schema import Lora, PromptTuning, Recipe
+from qtune.recipe.schema import Lora, PromptTuning, PTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
@@ -41,8 +44,8 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
         RunError: the run that it starts from is not one of the same base and adapter.
     """
     match recipe.adapter:
-        case PromptTuning(text=str() as text):
-            start_from_text(model, material.tokenizer, text)
+        case PromptTuning() | PTuning() as adapter if adapter.residual or adapter.initialization in ("text", "rows"):
+            start_prompt(model, adapter, material, recipe.training.seed)
         case Lora(initialization="eva"):
             pad = material.tokenizer.pad_token_id
             assert isinstance(pad, int)
@@ -66,14 +69,54 @@ def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
-    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
+def start_prompt(model: PeftModel, adapter: PromptTuning | PTuning, material: Material, seed: int) -> None:
+    """The vectors of a soft prompt, which begin as what the model reads for words, or as noise of that size.
+
+    Raises:
+        ModelError: the text has no tokens.
+    """
+    encoder = model.prompt_encoder[model.active_adapter]
+    words = model.get_base_model().get_input_embeddings()
+    table, start = encoder.embedding.weight, torch.Generator().manual_seed(seed)
+    count, vocabulary = len(table), int(words.weight.shape[0])
+    unit = unit_of(words, vocabulary, table.device)
+    match adapter.initialization:
+        case "random":
+            vectors = unit * torch.randn(table.shape, generator=start).to(table.device)
+        case "vocabulary":
+            vectors = words(torch.randint(vocabulary, (count,), generator=start).to(table.device))
+        case "text":
+            vectors = words(torch.tensor(text_ids(material.tokenizer, str(adapter.text), count), device=table.device))
+        case "rows":
+            vectors = words(torch.tensor(row_ids(material.train, count, seed), device=table.device))
+    if isinstance(encoder, ResidualPrompt):
+        encoder.begin_at(vectors.to(table.dtype), unit)
+    else:
+        table.copy_(vectors.to(table.dtype))
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """Lester et al. 2021, section 2.1: the prompt starts as words, here repeated or cut to `count` tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
-    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
-    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
+    return [ids[position % len(ids)] for position in range(count)]
+
+
+def row_ids(train: Dataset, count: int, seed: int) -> list[int]:
+    """`count` tokens of training rows, drawn by `seed`, as the model is shown them: questions with their answers.
+
+    Examples in the prompt tell a model what is wanted before anything is trained; the vectors go on from there (Lu et
+    al. 2025, "Context Tuning", arXiv:2507.04221, section 3). The first row is cut at its front, so that the last one
+    ends whole before the row that is asked; few rows are repeated.
+    """
+    order = np.random.default_rng(seed).permutation(len(train)).tolist()
+    ids: list[int] = []
+    for place in itertools.cycle(order):
+        if len(ids) >= count:
+            break
+        ids = [*train[place]["input_ids"], *ids]
+    return ids[-count:]
 
 
 def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_batch_size: int) -> None:

@@ -36,12 +36,32 @@ def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
         yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
     if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
         yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
-    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
-        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
+    if isinstance(adapter, PromptTuning | PTuning):
+        yield from _within_soft_prompt(adapter)
+    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text", "rows"):
         yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
+
+
+def _within_soft_prompt(adapter: PromptTuning | PTuning) -> Iterator[Fault]:
+    if (adapter.initialization == "text") != (adapter.text is not None):
+        yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
+    if adapter.residual:
+        return
+    if adapter.vector_rate != 1:
+        yield Fault(
+            ("adapter", "vector_rate"),
+            "without residual there is one rate, training.learning_rate; set residual = true or remove the key",
+        )
+    if isinstance(adapter, PTuning) and adapter.initialization != "random":
+        yield Fault(
+            ("adapter", "initialization"),
+            "the encoder computes something else from the vectors that it is given, so that they would not start as "
+            "words; set residual = true or remove the key",
+        )
+    if isinstance(adapter, PromptTuning) and adapter.encoder_hidden_size is not None:
+        yield Fault(("adapter", "encoder_hidden_size"), "only residual has a width; set residual = true")
 
 
 def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:

@@ -215,6 +215,15 @@ class PTuning(AdapterTable):
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
+    residual: bool = False
+    """Add what the encoder computes to the vectors that it reads (arXiv:2305.03937), which can then start at words."""
+    vector_rate: Rate = 1.0
+    """Rate of those vectors as a multiple of training.learning_rate, which is the encoder's. Needs residual."""
+    initialization: Literal["random", "vocabulary", "text", "rows"] = "random"
+    """Start of those vectors: normal noise, rows of the embedding table, the embeddings of `text`, or those of training
+    rows as the template renders them (arXiv:2507.04221). All but noise need residual."""
+    text: Words | None = None
+    """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
 
 
 class PromptTuning(AdapterTable):
@@ -230,10 +239,17 @@ class PromptTuning(AdapterTable):
     """Virtual tokens before the prompt, each a free vector."""
     virtual_tokens: Width = 16
     """Length of the soft prompt; it spends context that data.max_length does not count."""
-    initialization: Literal["random", "vocabulary", "text"] = "vocabulary"
-    """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
+    initialization: Literal["random", "vocabulary", "text", "rows"] = "vocabulary"
+    """Start of the vectors: normal noise, rows of the embedding table, the embeddings of `text`, or those of training
+    rows as the template renders them (arXiv:2507.04221)."""
     text: Words | None = None
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
+    residual: bool = False
+    """Add to each vector what one hidden layer, shared by all of them, computes from it (arXiv:2305.03937)."""
+    encoder_hidden_size: Width | None = None
+    """Width of that layer; left out, the model's hidden size. Needs residual."""
+    vector_rate: Rate = 1.0
+    """Rate of the vectors as a multiple of training.learning_rate, which is that layer's. Needs residual."""
 
 
 class PrefixTuning(AdapterTable):
