@@ -441,6 +441,9 @@ class Training(Table):
     """Optimizer steps between two measurements of the validation loss."""
     evaluate_first: bool = False
     """Also measure the validation loss before the first step: what the run begins with."""
+    sample_answers: Annotated[int, Field(ge=0, le=32)] = 3
+    """Validation rows that the model answers at each evaluation, to be read beside the curves: greedily, at most 128
+    tokens each and 20 seconds in all. They change nothing of the training; 0: none."""
     result: Literal["best-beyond-noise", "best", "last"] = "best-beyond-noise"
     """Which state becomes the adapter: the "best" by validation loss, the "last", or the best only where it is better
     than the last by more than noise."""
