@@ -12,6 +12,7 @@ from qtune.adapter.peft_config import peft_config
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
+from qtune.model.layer_stream import join_stream
 from qtune.plan import Plan
 from qtune.recipe.schema import Adapter, Lora
 
@@ -38,6 +39,7 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
             raise
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
+    join_stream(model)
     if plan.device.kind == "cpu":
         _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)
