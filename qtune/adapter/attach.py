@@ -13,6 +13,7 @@ from qtune.adapter.prompt_encoder import make_residual
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
+from qtune.model.layer_stream import join_stream
 from qtune.plan import Plan
 from qtune.recipe.schema import Adapter, Lora, PromptTuning, PTuning
 
@@ -41,6 +42,7 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
     refuse_trained_embeddings(model)
     if isinstance(adapter, PromptTuning | PTuning) and adapter.residual:
         make_residual(model, adapter)
+    join_stream(model)
     if plan.device.kind == "cpu":
         _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)

@@ -32,6 +32,7 @@ _SCHEMAS = (
     "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
     "Tensor(c!) correct) -> ()",
     "product_in(Tensor left, Tensor right, ScalarType dtype) -> Tensor",
+    "load_layer(Tensor(a!) block, Tensor home) -> ()",
     "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
     "Tensor code, int[] shape, int block, str kind, ScalarType dtype) -> Tensor",
 )
@@ -127,6 +128,8 @@ for _name in comparison.COMPARED:
     _library.impl(_name, _on_card(_name), "CUDA")
 _library.impl("product_in", plain.product_in, "CPU")
 _library.impl("product_in", _product_in_on_cuda, "CUDA")
+_library.impl("load_layer", plain.load_layer, "CPU")
+_library.impl("load_layer", plain.load_layer, "CUDA")
 
 
 # --- what they return, for tensors without storage ------------------------------------------------------------------
@@ -166,6 +169,11 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d
 
 @_shaped_by("cross_entropy")
 def _(logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor) -> None:
+    return None
+
+
+@_shaped_by("load_layer")
+def _(block: Tensor, home: Tensor) -> None:
     return None
 
 
