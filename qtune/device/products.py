@@ -67,9 +67,7 @@ def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, Prod
     return {name: ProductTimes(min(forward), min(backward), shape) for name, (forward, backward) in taken.items()}
 
 
-def _works(
-    device: torch.device, dtype: torch.dtype, shape: Shape
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def _works(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A product, and that of its gradient; each was done once, for the first ones may compile or allocate."""
     tokens, width, intermediate = shape
     inputs = torch.randn(tokens, width, device=device).to(dtype)
