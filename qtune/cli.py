@@ -422,6 +422,54 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Try")
+def compare(
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more.")],
+    rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, where a run was not evaluated yet.")
+    ] = 100,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows to ask them all, instead of each recipe's.", exists=True)
+    ] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as an HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a table.")] = False,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Compare finished runs: loss and right answers on the same held-out rows, forgetting, time, memory.
+
+    Runs of one recipe that differ by their seed alone are one line, with the spread between them. Intervals are of
+    95 %, by drawing rows and runs again. Forgotten is by how much the loss rose on a short text that comes with qtune
+    and has nothing to do with any rows. What is measured is kept in each run's folder.
+    """
+    from qtune.run.folder import RunDir
+
+    if len(targets) < 2:
+        raise typer.BadParameter("one run is examined with qtune eval; name two or more")
+    opened = [RunDir.open(target) for target in targets]
+    if page is not None:
+        from qtune.report.drawing import require_writable
+
+        require_writable(page, "--page", "page", ".html")
+    import_libraries()
+    for run_dir in opened if trust else ():
+        _agree(run_dir)
+    from qtune.comparing.runs import compared_runs
+    from qtune.comparing.table import compare as compared
+    from qtune.report.comparison import write_comparison
+    from qtune.screens import comparison as comparison_screen
+
+    runs = compared_runs(targets, rows=rows, data_file=data, accepted=tuple(accept_drift or ()))
+    found = compared(runs)
+    if as_json:
+        console.out_json(found.to_json())
+    else:
+        comparison_screen.show(found)
+    if page is not None:
+        write_comparison(found, page)
+        console.say(f"page: {page}")
+
+
+@app.command(rich_help_panel="Try")
 def chat(
     target: Annotated[
         str,

@@ -75,6 +75,7 @@ ADAPTERS = {"lora": {"kind": "lora", "rank": 4}, "p-tuning": {"kind": "p-tuning"
 OTHERS = {
     "dora": {"kind": "lora", "rank": 4, "dora": True, "dropout": 0.1},
     "prompt-tuning": {"kind": "prompt-tuning", "virtual_tokens": 8},
+    "prompt-tuning residual": {"kind": "prompt-tuning", "virtual_tokens": 8, "residual": True},
     "prefix-tuning": {"kind": "prefix-tuning", "virtual_tokens": 8},
     "ia3": {"kind": "ia3"},
 }

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.from_run import earlier_adapter
-from qtune.adapter.prompt_encoder import ResidualPrompt, unit_of
+from qtune.adapter.prompt_encoder import ResidualPrompt, measure_unit, unit_of
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.errors import ModelError, Problem
@@ -43,6 +43,10 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
         ModelError: the base's weights, or the text, are not what the start needs.
         RunError: the run that it starts from is not one of the same base and adapter.
     """
+    measure_unit(model)
+    if (folder := earlier_adapter(recipe)) is not None:
+        load_trained_state(model, folder)
+        return
     match recipe.adapter:
         case PromptTuning() | PTuning() as adapter if adapter.residual or adapter.initialization in ("text", "rows"):
             start_prompt(model, adapter, material, recipe.training.seed)
@@ -52,8 +56,6 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
             start_from_activations(model, material.train, pad, material.micro_batch_size)
         case Lora(initialization="loftq"):
             start_from_residual(model, Checkpoint.open(local_base(recipe.model)))
-    if (folder := earlier_adapter(recipe)) is not None:
-        load_trained_state(model, folder)
 
 
 def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
@@ -77,20 +79,19 @@ def start_prompt(model: PeftModel, adapter: PromptTuning | PTuning, material: Ma
     """
     encoder = model.prompt_encoder[model.active_adapter]
     words = model.get_base_model().get_input_embeddings()
-    table, start = encoder.embedding.weight, torch.Generator().manual_seed(seed)
+    table, draw = encoder.embedding.weight, torch.Generator().manual_seed(seed)
     count, vocabulary = len(table), int(words.weight.shape[0])
-    unit = unit_of(words, vocabulary, table.device)
     match adapter.initialization:
         case "random":
-            vectors = unit * torch.randn(table.shape, generator=start).to(table.device)
+            vectors = unit_of(words) * torch.randn(table.shape, generator=draw).to(table.device)
         case "vocabulary":
-            vectors = words(torch.randint(vocabulary, (count,), generator=start).to(table.device))
+            vectors = words(torch.randint(vocabulary, (count,), generator=draw).to(table.device))
         case "text":
             vectors = words(torch.tensor(text_ids(material.tokenizer, str(adapter.text), count), device=table.device))
         case "rows":
             vectors = words(torch.tensor(row_ids(material.train, count, seed), device=table.device))
     if isinstance(encoder, ResidualPrompt):
-        encoder.begin_at(vectors.to(table.dtype), unit)
+        encoder.begin_at(vectors.to(table.dtype))
     else:
         table.copy_(vectors.to(table.dtype))
 
