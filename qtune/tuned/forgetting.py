@@ -1,8 +1,8 @@
 """What a tuned model has forgotten: how much worse than its base it predicts text that has nothing to do with its rows.
 
 The text comes with qtune (`neutral.txt`): sixteen short pieces that were written for this, in English and a few lines
-of Python: a story, a recipe, a letter, a contract, a game. It is read as plain text, without a template, with the adapter
-on as in any use: behind its virtual tokens where it has some.
+of Python: a story, a recipe, a letter, a contract, a game. It is read as plain text, without a template, with the
+adapter on as in any use: behind its virtual tokens where it has some.
 """
 
 import hashlib
