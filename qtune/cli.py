@@ -62,6 +62,8 @@ TrustOption = Annotated[
 
 MOST_TOKENS = 16_777_216
 """As data.max_length."""
+MOST_SEEDS = 100
+"""Runs of one command."""
 MOST_ROWS = 1_000_000
 RUNS = Path("runs")
 """The default of output.directory."""
@@ -180,6 +182,12 @@ def run(
             help="Hash every byte of the base's weights into lock.json, and compare on resuming; samples are, anyway.",
         ),
     ] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Train N runs: training.seed, and the seeds after it."
+        ),
+    ] = 1,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -192,6 +200,7 @@ def run(
     memory is spent and what is logged and saved; a lower training.learning_rate goes on as a new run beside this one;
     what else would make another run is refused. A base, rows or libraries that are not what the run began with stop it,
     unless --accept-drift names what may differ. Runs of 50 steps or more are rehearsed first (training.rehearse).
+    With --seeds, the runs NAME-seed42, NAME-seed43 … and the spread of their losses, which is what chance does to one.
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -212,6 +221,8 @@ def run(
 
         console.out(proof.prove(proven, accepted))
         return
+    if seeds > 1 and (resume or snapshot):
+        raise typer.BadParameter("--seeds makes new runs: not with --resume, and not with --memory-snapshot")
     if resume:
         run_dir, changes = _unfinished(target, changes or [])
         if changes:
@@ -228,6 +239,9 @@ def run(
         _agree(run_dir if resume else resolved)
     from qtune.training import train
 
+    if seeds > 1:
+        _run_seeds(resolved, changes or [], seeds, tuple(allow or ()), accepted, whole_weights=whole_weights)
+        return
     if resume:
         run_dir = train.resume(
             run_dir,
@@ -242,6 +256,32 @@ def run(
             resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
         )
     _end_run(run_dir)
+
+
+def _run_seeds(
+    first: "Resolved",
+    changes: list[str],
+    count: int,
+    allow: tuple[str, ...],
+    accepted: tuple[str, ...],
+    *,
+    whole_weights: bool,
+) -> None:
+    """Trains the recipe with its seed and the `count` - 1 behind it, and says how far their losses lie apart."""
+    from qtune.recipe.file import load_recipe
+    from qtune.run.summary import summary_of
+    from qtune.screens.run import spread_text
+    from qtune.training import train
+
+    seeds = [first.recipe.training.seed + place for place in range(count)]
+    own = [[f"training.seed={seed}", f"output.name={first.run_name}-seed{seed}"] for seed in seeds]
+    # All of them before any: the last seed may be too large, and hours are not spent on the first until then.
+    recipes = [load_recipe(first.file, [*changes, *words]) for words in own]
+    runs = []
+    for resolved in recipes:
+        runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
+        _end_run(runs[-1])
+    console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
 
 
 def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
