@@ -273,8 +273,12 @@ def _run_seeds(
     from qtune.screens.run import spread_text
     from qtune.training import train
 
-    seeds = [first.recipe.training.seed + place for place in range(count)]
-    own = [[f"training.seed={seed}", f"output.name={first.run_name}-seed{seed}"] for seed in seeds]
+    seed = first.recipe.training.seed
+    own = [[f"training.seed={one}", f"output.name={first.run_name}-seed{one}"] for one in range(seed, seed + count)]
+    data = first.recipe.data
+    if isinstance(data.validation, float) and data.validation and data.validation_seed is None:
+        # All are measured on the same rows, which none of them was trained on.
+        own = [[*words, f"data.validation_seed={seed}"] for words in own]
     # All of them before any: the last seed may be too large, and hours are not spent on the first until then.
     recipes = [load_recipe(first.file, [*changes, *words]) for words in own]
     runs = []

@@ -72,6 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     shutil.copytree(first.path, second.path)
     for run, seed in ((first, 1), (second, 2)):
         text = run.resolved_file.read_text().replace("[training]\n", f"[training]\nseed = {seed}\n")
+        text = text.replace("[data]\n", "[data]\nvalidation_seed = 42\n")
         run.resolved_file.write_text(text)
     soft = tiny_run(tmp_path_factory.mktemp("other"), 'kind = "prompt-tuning"\nvirtual_tokens = 3', quantization=PLAIN)
     for run in (first, second, soft):
@@ -112,7 +113,7 @@ def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: li
     kept = json.loads((other / "eval.json").read_text())
     kept["comparisons"][0]["expected"] = "something else"
     (other / "eval.json").write_text(json.dumps(kept))
-    with pytest.raises(InputError, match=r"name the same rows for all of them with --data FILE$"):
+    with pytest.raises(InputError, match=r"on which none was trained, with --data FILE$"):
         compared_runs([enough[0], other], rows=8)
 
 

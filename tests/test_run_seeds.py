@@ -1,5 +1,6 @@
 """Several seeds in one command: a run for each, named after it, and how far apart they end."""
 
+import json
 import tomllib
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,6 +26,8 @@ def test_each_seed_has_its_run_and_the_spread_is_of_their_last_losses(write_reci
     assert result.stdout.split() == [str(folder) for folder in folders]
     values = [tomllib.loads((folder / "resolved.toml").read_text())["training"]["seed"] for folder in folders]
     assert values == [7, 8]
+    shares = [json.loads((folder / "lock.json").read_text()) for folder in folders]
+    assert shares[0]["training_rows_blake2b"] == shares[1]["training_rows_blake2b"], "the same rows are set aside"
     losses = [summary_of(RunDir(folder)).validation[-1].loss for folder in folders]
     assert f"validation loss {mean(losses):.4f} ± {stdev(losses):.4f}" in result.stderr
     assert f"qtune compare {folders[0]} {folders[1]}" in result.stderr

@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.from_run import earlier_adapter
+from qtune.adapter.prefix import prefix_of
 from qtune.adapter.prompt_encoder import ResidualPrompt, measure_unit, unit_of
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
-from qtune.errors import ModelError, Problem
+from qtune.device.present import is_out_of_memory
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.local import local_base
-from qtune.recipe.schema import Lora, PromptTuning, PTuning, Recipe
+from qtune.recipe.schema import Lora, PrefixTuning, PromptTuning, PTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
@@ -50,6 +52,8 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
     match recipe.adapter:
         case PromptTuning() | PTuning() as adapter if adapter.residual or adapter.initialization in ("text", "rows"):
             start_prompt(model, adapter, material, recipe.training.seed)
+        case PrefixTuning(initialization="text" | "rows") as adapter:
+            start_prefix(model, adapter, material, recipe.training.seed)
         case Lora(initialization="eva"):
             pad = material.tokenizer.pad_token_id
             assert isinstance(pad, int)
@@ -94,6 +98,27 @@ def start_prompt(model: PeftModel, adapter: PromptTuning | PTuning, material: Ma
         encoder.begin_at(vectors.to(table.dtype))
     else:
         table.copy_(vectors.to(table.dtype))
+
+
+@torch.no_grad()
+def start_prefix(model: PeftModel, adapter: PrefixTuning, material: Material, seed: int) -> None:
+    """A prefix that begins as what the base keeps of a text, or of training rows.
+
+    Raises:
+        ModelError: the text has no tokens, or the model keeps something else than a prefix can be.
+    """
+    table = model.prompt_encoder[model.active_adapter].embedding.weight
+    if adapter.initialization == "text":
+        ids = text_ids(material.tokenizer, str(adapter.text), len(table))
+    else:
+        ids = row_ids(material.train, len(table), seed)
+    try:
+        table.copy_(prefix_of(model, ids).to(table.dtype))
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        message = f'adapter.initialization = {adapter.initialization!r}: {first_line(error)}; use "random"'
+        raise ModelError(Problem("", message)) from error
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:

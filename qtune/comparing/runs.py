@@ -100,8 +100,9 @@ def _require_same_rows(runs: Sequence[ComparedRun]) -> None:
     for other in runs[1:]:
         if _rows_of(other.evaluation) != _rows_of(first.evaluation):
             message = (
-                f"was asked {other.evaluation.rows} {other.evaluation.source} that are not those of {first.run}; "
-                "name the same rows for all of them with --data FILE"
+                f"was asked {other.evaluation.rows} {other.evaluation.source} that are not those of {first.run} (a "
+                "share of the training rows is drawn by the seed; data.validation_seed keeps it); name the same rows "
+                "for all of them, on which none was trained, with --data FILE"
             )
             raise InputError(Problem(other.run, message))
 
