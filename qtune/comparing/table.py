@@ -32,7 +32,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Line:
+class Configuration:
     """A configuration. `answers` is None where nothing was asked."""
 
     name: str
@@ -50,10 +50,10 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SideBySide:
     """Configurations in the order in which they were named."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[Configuration, ...]
     rows: int
     source: str
     scored_tokens: int
@@ -68,7 +68,7 @@ class Comparison:
         return values
 
 
-def compare(runs: Sequence[ComparedRun]) -> Comparison:
+def compare(runs: Sequence[ComparedRun]) -> SideBySide:
     """One line a configuration; all of them compared with the first."""
     groups: list[list[ComparedRun]] = []
     for run in runs:
@@ -77,13 +77,13 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
             groups.append([run])
         else:
             same.append(run)
-    lines: list[Line] = []
+    lines: list[Configuration] = []
     first: dict[str, Drawn] = {}
     for salt, group in enumerate(groups):
         lines.append(_line(group, salt, first))
     evaluation = runs[0].evaluation
     scores = answer_scores(evaluation)
-    return Comparison(
+    return SideBySide(
         tuple(lines),
         evaluation.rows,
         evaluation.source,
@@ -95,7 +95,7 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
     )
 
 
-def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Line:
+def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
     """first: what the first line has drawn, which it puts there."""
 
     def measured(name: str, values: list[list[float]], weights: list[float]) -> Measure:
@@ -110,7 +110,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> L
     pieces = [float(piece.tokens) for piece in group[0].forgetting.pieces]
     scores = [answer_scores(run.evaluation) for run in group]
     answers = [list(score.tuned) for score in scores if score is not None]
-    return Line(
+    return Configuration(
         name=Path(group[0].run).resolve().name,
         runs=tuple(run.run for run in group),
         seeds=tuple(run.seed for run in group),
@@ -127,7 +127,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> L
     )
 
 
-def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     """The table as texts: column names, and a row for the base and each configuration."""
     has_answers = comparison.answers_name is not None
     head = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first"]
@@ -170,7 +170,7 @@ def _interval_text(interval: Interval, factor: float, form: str) -> str:
     return f"{mean} ({form.format(factor * interval.low)} to {form.format(factor * interval.high)})"
 
 
-def explanation(comparison: Comparison) -> list[str]:
+def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
     several = any(len(line.runs) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qtune.comparing.table import Comparison, cells, explanation
+from qtune.comparing.table import SideBySide, cells, explanation
 from qtune.disk import told
 from qtune.errors import WorkError
 from qtune.report.html import Html, element, joined, table
@@ -11,7 +11,7 @@ from qtune.report.style import STYLE
 from qtune.whole import write_text
 
 
-def write_comparison(comparison: Comparison, file: Path) -> None:
+def write_comparison(comparison: SideBySide, file: Path) -> None:
     """Writes the page.
 
     Raises:
@@ -21,7 +21,7 @@ def write_comparison(comparison: Comparison, file: Path) -> None:
         write_text(file, comparison_page(comparison))
 
 
-def comparison_page(comparison: Comparison) -> Html:
+def comparison_page(comparison: SideBySide) -> Html:
     """The whole page; it loads and runs nothing."""
     columns, rows = cells(comparison)
     title = f"{len(comparison.lines)} configurations, {sum(len(line.runs) for line in comparison.lines)} runs"

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from qtune import console
 
 if TYPE_CHECKING:
-    from qtune.comparing.table import Comparison
+    from qtune.comparing.table import SideBySide
 
 
-def show(comparison: "Comparison") -> None:
+def show(comparison: "SideBySide") -> None:
     """Prints a line for each configuration, and what its figures are."""
     from qtune.comparing.table import cells, explanation
 
