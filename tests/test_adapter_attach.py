@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.prompt_encoder import measure_unit
 from qtune.adapter.starts import Material, start_from_activations, start_from_residual, start_prompt
 from qtune.adapter.state import (
     STATE_FILE,
@@ -83,6 +84,7 @@ def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized:
     torch.manual_seed(0)
     model = attach_adapter(network, adapter, plan)
     if getattr(adapter, "residual", False) or getattr(adapter, "initialization", None) in ("text", "rows"):
+        measure_unit(model)
         start_prompt(model, adapter, Material(AutoTokenizer.from_pretrained(base), ROWS, 2), seed=0)
     return model
 

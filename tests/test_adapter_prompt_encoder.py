@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.prompt_encoder import measure_unit
 from qtune.adapter.starts import Material, row_ids, start_prompt
 from qtune.device.present import Device
 from qtune.plan import make_plan
@@ -30,6 +31,7 @@ def started(base: Path, adapter: PromptTuning | PTuning, seed: int = 0) -> PeftM
     plan = make_plan(parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}}), CPU)
     torch.manual_seed(seed)
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter, plan)
+    measure_unit(model)
     start_prompt(model, adapter, Material(AutoTokenizer.from_pretrained(base), ROWS, 2), seed)
     return model
 

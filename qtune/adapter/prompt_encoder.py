@@ -6,6 +6,8 @@ prompt tuning, Razdaibiedina et al. 2023, arXiv:2305.03937, section 3). The last
 prompt begins as exactly the embeddings that v was given; in the paper a layer norm behind f moves it away at once.
 """
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -43,10 +45,9 @@ class ResidualPrompt(nn.Module):
         return self.unit * (v + self.mlp_head(read))
 
     @torch.no_grad()
-    def begin_at(self, vectors: Tensor, unit: float) -> None:
+    def begin_at(self, vectors: Tensor) -> None:
         """Makes `vectors` [virtual, hidden] what is computed until the first step."""
-        self.unit = unit
-        self.embedding.weight.copy_(vectors / (unit * self.vector_rate))
+        self.embedding.weight.copy_(vectors / (self.unit * self.vector_rate))
 
 
 def make_residual(model: PeftModel, adapter: PromptTuning | PTuning) -> None:
@@ -64,8 +65,17 @@ def make_residual(model: PeftModel, adapter: PromptTuning | PTuning) -> None:
     model.prompt_encoder[name] = ResidualPrompt(embedding, lstm, mlp, adapter.vector_rate)
 
 
-def unit_of(words: nn.Module, rows: int, device: torch.device) -> float:
+def measure_unit(model: PeftModel) -> None:
+    """Gives a residual prompt its base's unit, without which its parameters mean nothing; other adapters have none."""
+    for encoder in getattr(model, "prompt_encoder", {}).values():
+        if isinstance(encoder, ResidualPrompt):
+            encoder.unit = unit_of(model.get_base_model().get_input_embeddings())
+
+
+@torch.no_grad()
+def unit_of(words: Any) -> float:
     """Root mean square of the vocabulary's rows as the model reads them, to three digits: those that do not depend on
-    the order in which a processor adds. `words` maps ids to vectors, of `rows` ids."""
+    the order in which a processor adds. `words` is the embedding, which maps ids to vectors."""
+    rows, device = int(words.weight.shape[0]), words.weight.device
     ids = torch.linspace(0, rows - 1, min(rows, UNIT_ROWS)).long().to(device)
     return float(f"{words(ids).float().pow(2).mean().sqrt().item():.3g}")

@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.from_run import earlier_adapter
-from qtune.adapter.prompt_encoder import ResidualPrompt, unit_of
+from qtune.adapter.prefix import prefix_of
+from qtune.adapter.prompt_encoder import ResidualPrompt, measure_unit, unit_of
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
-from qtune.errors import ModelError, Problem
+from qtune.device.present import is_out_of_memory
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.local import local_base
-from qtune.recipe.schema import Lora, PromptTuning, PTuning, Recipe
+from qtune.recipe.schema import Lora, PrefixTuning, PromptTuning, PTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
@@ -43,17 +45,21 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
         ModelError: the base's weights, or the text, are not what the start needs.
         RunError: the run that it starts from is not one of the same base and adapter.
     """
+    measure_unit(model)
+    if (folder := earlier_adapter(recipe)) is not None:
+        load_trained_state(model, folder)
+        return
     match recipe.adapter:
         case PromptTuning() | PTuning() as adapter if adapter.residual or adapter.initialization in ("text", "rows"):
             start_prompt(model, adapter, material, recipe.training.seed)
+        case PrefixTuning(initialization="text" | "rows") as adapter:
+            start_prefix(model, adapter, material, recipe.training.seed)
         case Lora(initialization="eva"):
             pad = material.tokenizer.pad_token_id
             assert isinstance(pad, int)
             start_from_activations(model, material.train, pad, material.micro_batch_size)
         case Lora(initialization="loftq"):
             start_from_residual(model, Checkpoint.open(local_base(recipe.model)))
-    if (folder := earlier_adapter(recipe)) is not None:
-        load_trained_state(model, folder)
 
 
 def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
@@ -77,22 +83,42 @@ def start_prompt(model: PeftModel, adapter: PromptTuning | PTuning, material: Ma
     """
     encoder = model.prompt_encoder[model.active_adapter]
     words = model.get_base_model().get_input_embeddings()
-    table, start = encoder.embedding.weight, torch.Generator().manual_seed(seed)
+    table, draw = encoder.embedding.weight, torch.Generator().manual_seed(seed)
     count, vocabulary = len(table), int(words.weight.shape[0])
-    unit = unit_of(words, vocabulary, table.device)
     match adapter.initialization:
         case "random":
-            vectors = unit * torch.randn(table.shape, generator=start).to(table.device)
+            vectors = unit_of(words) * torch.randn(table.shape, generator=draw).to(table.device)
         case "vocabulary":
-            vectors = words(torch.randint(vocabulary, (count,), generator=start).to(table.device))
+            vectors = words(torch.randint(vocabulary, (count,), generator=draw).to(table.device))
         case "text":
             vectors = words(torch.tensor(text_ids(material.tokenizer, str(adapter.text), count), device=table.device))
         case "rows":
             vectors = words(torch.tensor(row_ids(material.train, count, seed), device=table.device))
     if isinstance(encoder, ResidualPrompt):
-        encoder.begin_at(vectors.to(table.dtype), unit)
+        encoder.begin_at(vectors.to(table.dtype))
     else:
         table.copy_(vectors.to(table.dtype))
+
+
+@torch.no_grad()
+def start_prefix(model: PeftModel, adapter: PrefixTuning, material: Material, seed: int) -> None:
+    """A prefix that begins as what the base keeps of a text, or of training rows.
+
+    Raises:
+        ModelError: the text has no tokens, or the model keeps something else than a prefix can be.
+    """
+    table = model.prompt_encoder[model.active_adapter].embedding.weight
+    if adapter.initialization == "text":
+        ids = text_ids(material.tokenizer, str(adapter.text), len(table))
+    else:
+        ids = row_ids(material.train, len(table), seed)
+    try:
+        table.copy_(prefix_of(model, ids).to(table.dtype))
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        message = f'adapter.initialization = {adapter.initialization!r}: {first_line(error)}; use "random"'
+        raise ModelError(Problem("", message)) from error
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
