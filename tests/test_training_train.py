@@ -44,6 +44,8 @@ ADAPTERS = {
         'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'
     ),
     "prompt-tuning": 'kind = "prompt-tuning"\nvirtual_tokens = 4',
+    "prompt-tuning-residual": 'kind = "prompt-tuning"\nvirtual_tokens = 4\nresidual = true\ninitialization = "rows"',
+    "p-tuning-residual": 'kind = "p-tuning"\nvirtual_tokens = 4\nresidual = true\nvector_rate = 5.0',
     "prefix-tuning": 'kind = "prefix-tuning"\nvirtual_tokens = 4\nprojection = true\nencoder_hidden_size = 32',
     "ia3": 'kind = "ia3"',
 }
@@ -774,6 +776,7 @@ def test_a_run_goes_on_in_other_micro_batches_with_the_same_losses(
     assert load_recipe(broken.resolved_file).recipe.memory.loss_tile == "1MiB"
 
 
+@pytest.mark.slow
 def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

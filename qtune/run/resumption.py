@@ -27,6 +27,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     BUDGET,
     ("memory", "embeddings"),
     ("memory", "activations"),
+    ("memory", "layers"),
     ("memory", "loss_tile"),
     # When something is measured, said or saved between two steps.
     ("training", "log_every"),
