@@ -791,9 +791,10 @@ def _profile_recipe(
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
     from qtune.device import cards
     from qtune.memory import profile as stage
+    from qtune.memory.ways_to_fit import ways_to_fit
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
-    from qtune.screens.memory import draw_forecast, draw_savings
+    from qtune.screens.memory import draw_forecast, draw_savings, draw_ways
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
@@ -802,6 +803,11 @@ def _profile_recipe(
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+    if not profiled.forecast.fits:
+        with console.progress("tracing what would help"):
+            ways = ways_to_fit(config, recipe, profiled.forecast)
+        console.out("")
+        console.out(draw_ways(ways, profiled.forecast.budget_bytes))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds

@@ -17,13 +17,13 @@ from qtune.export.basis import Basis
 from qtune.export.export import Options, export_run
 from qtune.export.gguf import adapter as gguf_adapters
 from qtune.export.gguf.adapter import (
-    ADAPTER_FILE,
     GgufAdapter,
     NoGgufAdapter,
     gguf_adapter,
     write_gguf_adapter,
 )
 from qtune.export.gguf.file import write_gguf
+from qtune.export.llama_cpp import ADAPTER_FILE
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

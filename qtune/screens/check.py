@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.console import clock, table
 from qtune.control_characters import visible
+from qtune.screens.memory import draw_ways
 from qtune.screens.time import evidence, seconds
 from qtune.sizes import size_text
 
@@ -165,6 +166,9 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
         ("disk", _disk(check.disk)),
     ]
     yield table("Costs", ("what", "how much"), rows)
+    if check.ways is not None and not isinstance(check.memory, str):
+        yield Text("What would make it fit", style="bold")
+        yield draw_ways(check.ways, check.memory.budget_bytes)
 
 
 def _disk(disk: "Disk | None") -> str:
@@ -185,7 +189,7 @@ def _memory(check: "Check") -> str:
     beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
         f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}"
+        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}; length: {forecast.rows.known_from}"
     )
 
 
