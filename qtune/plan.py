@@ -153,9 +153,6 @@ def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:
 
 
 def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool | int, str]:
-    if not recipe.adapter.checkpointable:
-        kind = recipe.adapter.kind
-        return False, f"{kind} hands its keys and values over in the cache, which checkpointing turns off"
     if device.kind == "cpu":
         return False, "costs about a quarter of the time, and this computer's memory is not the limit"
     return True, "activations are what fills a card"

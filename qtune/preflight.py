@@ -257,7 +257,7 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
     """Whether on a processor the layers that are computed twice depend on its memory."""
-    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    is_open = recipe.training.gradient_checkpointing == "auto"
     return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
 
 

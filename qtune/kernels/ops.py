@@ -60,8 +60,17 @@ def card_kernel(name: str) -> Callable[..., Any] | str:
                 return f"differs by {found:.1e} in {str(dtype).removeprefix('torch.')}"
     except Exception as error:
         log.debug("Triton kernel %s", name, exc_info=True)
-        return first_line(error)
+        return _reason(error)
     return kernel
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom: Triton's compiler raises again for each function that calls the failing one, with
+    its source as the message and what it has to say in an attribute."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = getattr(error, "error_message", None)
+    return said.strip() if isinstance(said, str) and said.strip() else first_line(error)
 
 
 def without_kernels() -> dict[str, str]:

@@ -58,7 +58,7 @@ HOST = Lever(EMBEDDINGS, "host", "the head crosses the bus twice a micro-batch, 
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
+    if plan.gradient_checkpointing is not True:
         yield Lever(
             CHECKPOINTING,
             True,
@@ -262,7 +262,7 @@ def _with_layers_kept(
     as lean as it can be. On a processor, whose memory is seldom the limit, only as many as must be.
     """
     largest, is_card = "the largest that fits", search.device.kind == "cuda"
-    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    is_open = recipe.training.gradient_checkpointing == "auto"
     if not is_open or found.is_enough != is_card or EMBEDDINGS in found.changes:
         return found, plan, largest
     count = int(search.config.get_text_config().num_hidden_layers)

@@ -171,7 +171,7 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if plan.gradient_checkpointing:
         off = changed(recipe, {CHECKPOINTING: False})
         yield "gradient checkpointing", "every activation kept", off
-    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
+    if plan.gradient_checkpointing is not True:
         every = changed(recipe, {CHECKPOINTING: True})
         yield "layers that keep all", "every layer computed twice", every
     if plan.optimizer != "adamw":

@@ -32,6 +32,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     # When something is measured, said or saved between two steps.
     ("training", "log_every"),
     ("training", "eval_every"),
+    ("training", "sample_answers"),
     ("training", "checkpoint_every"),
     ("training", "checkpoint_minutes"),
     ("training", "keep_checkpoints"),

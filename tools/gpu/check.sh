@@ -59,6 +59,8 @@ trl() { # alone on the card, one after the other, so that their times count
             --set training.steps=10 >"$logs/alone-8b-${batch}x2048.log" 2>&1
         says "TRL and qtune, 8b $batch x 2048"
     done
+    timeout 150 "$python" -m qtune run "$work/8b-4x2048-auto.toml" --set training.steps=10 >"$logs/8b-4x2048-auto.log" 2>&1
+    says "the fastest step that fits"
     find "$logs" -name '*.trl' -empty -delete
 }
 
