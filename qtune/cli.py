@@ -355,7 +355,8 @@ def export(
     gguf: Annotated[
         Literal["f16", "bf16", "q8_0"] | None,
         typer.Option(
-            "--gguf", help="Also write a GGUF file for llama.cpp and, where it is proven, an Ollama Modelfile."
+            "--gguf",
+            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile.",
         ),
     ] = None,
     push_to: Annotated[

@@ -42,8 +42,9 @@ WAYS_OUT = {
 
 # Rust's libraries (safetensors, tokenizers) and Arrow say the system's number in their text, each in its own way.
 _NUMBERS = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
-# PyTorch's writer keeps no number.
-_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|basic_ios::clear|iostream error")
+# PyTorch's writer keeps no number; where it says why, it is in the system's words.
+_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|basic_ios::clear|iostream error|open file failed")
+_WORDS = re.compile(r"open file failed with strerror: (.+)")
 
 
 def refusal_of(error: BaseException) -> str | None:
@@ -89,8 +90,11 @@ def told(kind: type[WorkError], way_on: Callable[[], str] | str = "") -> Iterato
 def _number_of(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _NUMBERS.search(str(error))
-    return int(found[1] or found[2]) if found else None
+    if found := _NUMBERS.search(str(error)):
+        return int(found[1] or found[2])
+    if _is_of_torch(error) and (found := _WORDS.search(str(error))):
+        return next((number for number in WAYS_OUT if os.strerror(number) == found[1].strip()), None)
+    return None
 
 
 def _is_of_torch(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, present_device
 from qtune.device.products import cpu_product_times, product_times
 from qtune.device.rates import Rates, not_believed
-from qtune.errors import first_line
+from qtune.errors import InputError, first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
@@ -183,7 +183,10 @@ def measure_rates(device: Device) -> None:
     if card is not None and (beyond := not_believed(rates, card)):
         console.say(f"not kept, for it cannot be true: {'; '.join(beyond)}")
         return
-    console.say(f"kept for predictions of time: {keep_rates(device, rates)}")
+    try:
+        console.say(f"kept for predictions of time: {keep_rates(device, rates)}")
+    except InputError as error:
+        console.say(f"what was measured is not kept: {error}")
 
 
 def rate_findings(rates: Rates | None) -> Iterator[Diagnosis]:

@@ -24,8 +24,8 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
         yield partial
         if not keep_existing:
             _take_the_name(partial, path)
-        elif not path.exists():
-            _rename_unless_there(partial, path)
+        else:
+            rename_unless_there(partial, path)
     finally:
         # What cannot be removed must not hide why the block has failed; the next one clears it away.
         with suppress(OSError):
@@ -78,7 +78,10 @@ def _take_the_name(partial: Path, path: Path) -> None:
     _remove(old)
 
 
-def _rename_unless_there(partial: Path, path: Path) -> None:
+def rename_unless_there(partial: Path, path: Path) -> None:
+    """Gives a name, unless another process has been faster: what it has made is equal, and stays."""
+    if path.exists():
+        return
     try:
         partial.rename(path)
     except OSError:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,49 @@ def test_what_other_processes_take_away_while_the_cache_is_counted_is_nothing(
     preflight = examine(load_recipe(recipe))
     assert preflight.disk is not None
     assert preflight.disk.cache_bytes > len("12345")
+
+
+@pytest.mark.parametrize("packing", ["", "packing = true"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: b"", lambda text: text[: len(text) // 2], lambda text: text[:-8]],
+    ids=["empty", "half", "end"],
+)
+def test_what_a_power_cut_has_left_in_the_cache_is_made_again(
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packing: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    recipe = load_recipe(write_recipe(data=packing))
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cut"))
+    whole = examine(recipe).prepared.train[:]
+    files = [file for file in (tmp_path / "cut" / "examples").rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"about.json", "examples.arrow"}
+    for file in files:
+        before = file.read_bytes()
+        file.write_bytes(damage(before))
+        assert examine(recipe).prepared.train[:] == whole, file
+
+
+def test_a_cache_that_takes_a_store_and_does_not_show_it_is_said(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe())
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(store, "rename_unless_there", lambda *_: None)
+    with pytest.raises(InputError, match=r"the cache cannot be written: .* is not what was written; QTUNE_CACHE can"):
+        examine(recipe)
+
+
+def test_rates_that_cannot_be_kept_are_said_and_stop_nothing(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_timing import HERE, RATES
+
+    from qtune import doctor
+
+    monkeypatch.setattr("qtune.timing.measure.measured_rates", lambda device: RATES)
+    doctor.measure_rates(HERE)
+    assert f"what was measured is not kept: {said(nowhere / 'rates')}" in capsys.readouterr().err

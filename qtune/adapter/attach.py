@@ -14,6 +14,7 @@ from qtune.adapter.prompt_encoder import make_residual
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
+from qtune.model.layer_stream import join_stream
 from qtune.plan import Plan
 from qtune.recipe.schema import Adapter, Lora, PrefixTuning, PromptTuning, PTuning
 
@@ -44,6 +45,7 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
         make_residual(model, adapter)
     if isinstance(adapter, PrefixTuning):
         let_prefix_be_checkpointed(model)
+    join_stream(model)
     if plan.device.kind == "cpu":
         _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)

@@ -6,6 +6,7 @@ Each document keeps its own positions (from 0) and sees only itself; `collate.Pa
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,30 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
     groups = best_fit(lengths.tolist(), max_length)
     digest = hashlib.blake2b(f"{VERSION} {max_length} {examples._fingerprint}".encode(), digest_size=16)
     file = folder / f"{digest.hexdigest()}.arrow"
-    if not file.is_file():
-        with (
-            written_whole(file) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_stream(sink, PACKED) as writer,
-        ):
-            for start in range(0, len(groups), GROUPS_AT_ONCE):
-                writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
-    mark_used(file)
+    if (kept := _kept(file, len(groups))) is not None:
+        mark_used(file)
+        return kept
+    with (
+        written_whole(file) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, PACKED) as writer,
+    ):
+        for start in range(0, len(groups), GROUPS_AT_ONCE):
+            writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
     return Dataset.from_file(str(file))
+
+
+def _kept(file: Path, rows: int) -> Dataset | None:
+    """What was packed before; None where it was not, or is not whole, as after a power cut: then it is removed."""
+    if not file.is_file():
+        return None
+    with suppress(OSError, ValueError):  # Arrow's errors are ValueErrors
+        packed = Dataset.from_file(str(file))
+        if len(packed) == rows:
+            return packed
+    with suppress(OSError):
+        file.unlink()
+    return None
 
 
 def _joined(examples: Dataset, groups: list[list[int]], lengths: np.ndarray) -> pa.RecordBatch:

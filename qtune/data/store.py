@@ -3,6 +3,7 @@
 The folder's name is a hash of everything that decides its content, so nothing stale can be found under it.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -20,9 +22,10 @@ from datasets import Dataset
 from qtune.cache import FULL, mark_used, not_writable
 from qtune.data.examples import COLUMNS, EncodedBatch, RowRules
 from qtune.data.rows import BadRow
+from qtune.whole import rename_unless_there
 
 # Raised when the code that makes examples changes what it makes.
-VERSION = 6
+VERSION = 7
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
 UNUSED_DAYS = 30
@@ -62,12 +65,22 @@ def store_key(source: str, template: str, rules: RowRules) -> str:
 
 
 def open_store(folder: Path) -> Stored | None:
-    """What an earlier run has left under this name, None if nothing."""
+    """What an earlier run has left under this name, None if nothing, or if it is not whole: then it is removed."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if (folder / "examples.arrow").stat().st_size != about["nbytes"]:
+            raise ValueError("the examples were cut off, as by a power cut")
+        stored = _stored(folder, about)
     except OSError:
         return None
+    except (ValueError, KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
     mark_used(folder / "about.json")
+    return stored
+
+
+def _stored(folder: Path, about: Mapping[str, Any]) -> Stored:
     return Stored(
         folder,
         about["rows"],
@@ -94,10 +107,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise not_writable(path.parent, error) from error
     try:
         yield temporary / path.name
-        # Another process may have finished the same work just now: one of two equal results stays.
-        if not path.exists():
-            with suppress(OSError):
-                (temporary / path.name).rename(path)
+        rename_unless_there(temporary / path.name, path)
     except OSError as error:
         if error.errno not in FULL:  # of the rows, which are read meanwhile
             raise
@@ -151,6 +161,7 @@ def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
                 shapes.update(batch.shapes)
                 rows_with_unused += batch.rows_with_unused
         about = {
+            "nbytes": (temporary / "examples.arrow").stat().st_size,
             "rows": rows,
             "bad": [asdict(one) for one in bad],
             "bad_count": bad_count,
@@ -165,5 +176,6 @@ def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
         }
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     stored = open_store(folder)
-    assert stored is not None, folder
+    if stored is None:  # another process has removed it, or the disk does not give back what it took
+        raise not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
     return stored

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = ("training", "micro_batch_size")
 EMBEDDINGS = ("memory", "embeddings")
+LAYERS = ("memory", "layers")
 
 SMALL_TILE_MIB = 16
 """Tile of the loss that is tried where the usual one is too much: a quarter of it."""
@@ -79,6 +80,9 @@ def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
         yield HOST
     if plan.device.kind == "cuda" and plan.activations == "device":
         yield Lever(("memory", "activations"), "host", "activations cross the bus out and back, same result")
+    can_wait = isinstance(recipe.quantization, FourBit) and not getattr(recipe.adapter, "dora", False)
+    if plan.device.kind == "cuda" and plan.layers == "device" and can_wait:
+        yield Lever(LAYERS, "host", "every layer crosses the bus twice a step, same result; slower answers")
 
 
 @dataclass(frozen=True)

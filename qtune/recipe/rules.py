@@ -27,6 +27,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     yield from _of_adapter_and_run(recipe)
     yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
+    yield from _of_layers(recipe)
 
 
 def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
@@ -116,6 +117,20 @@ def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
             "a soft prompt stands once before each packed row, so only its first document would see it, and peft drops "
             f"the positions that keep documents apart; not with {adapter.kind}",
         )
+
+
+def _of_layers(recipe: Recipe) -> Iterator[Fault]:
+    """Only what is read through a layer's own product may wait elsewhere."""
+    where = recipe.memory.layers
+    if where == "device":
+        return
+    if not isinstance(recipe.quantization, FourBit):
+        yield Fault(
+            ("memory", "layers"),
+            f'only 4-bit layers wait in another place, and these are {recipe.quantization.kind}; use "device"',
+        )
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.dora:
+        yield Fault(("memory", "layers"), 'DoRA reads the base\'s weights beside their products; use "device"')
 
 
 def _of_validation(data: Data, training: Training) -> Iterator[Fault]:

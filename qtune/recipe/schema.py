@@ -448,6 +448,9 @@ class Training(Table):
     """Optimizer steps between two measurements of the validation loss."""
     evaluate_first: bool = False
     """Also measure the validation loss before the first step: what the run begins with."""
+    sample_answers: Annotated[int, Field(ge=0, le=32)] = 3
+    """Validation rows that the model answers at each evaluation, to be read beside the curves: greedily, at most 128
+    tokens each and 20 seconds in all. They change nothing of the training; 0: none."""
     result: Literal["best-beyond-noise", "best", "last"] = "best-beyond-noise"
     """Which state becomes the adapter: the "best" by validation loss, the "last", or the best only where it is better
     than the last by more than noise."""
@@ -481,6 +484,10 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
+    layers: Literal["device", "host", "disk"] = "device"
+    """Where the frozen 4-bit layers wait. "host" and "disk": two of them are on the device, and each comes there
+    twice a step for all micro-batches together, whose hidden states wait beside one another; the same gradients. A step
+    takes at least as long as the layers need to come."""
     loss_tile: Size = "64MiB"
     """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtune.cache import cache_folder
+from qtune.cache import cache_folder, not_writable
 from qtune.device.cards import card_named
 from qtune.device.rates import Rates, data_sheet_rates
 from qtune.errors import InputError
+from qtune.whole import write_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qtune.device.cards import Card
     from qtune.device.present import Device
 
@@ -31,13 +31,16 @@ def known_rates(device: Device) -> Rates | None:
 
 
 def keep_rates(device: Device, rates: Rates) -> Path:
-    """Keeps measured rates for every later prediction on this computer; returns the file."""
+    """Keeps measured rates for every later prediction on this computer; returns the file.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
     file = _file(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(rates.to_json(), stream, indent=1)
-    Path(temporary).replace(file)
+    try:
+        write_text(file, json.dumps(rates.to_json(), indent=1))
+    except OSError as error:
+        raise not_writable(file.parent, error) from error
     return file
 
 

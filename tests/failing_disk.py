@@ -1,0 +1,297 @@
+"""Every verb on a disk that fails at its k-th operation, for every k: what it says, what it leaves, how it goes on.
+
+    cc -O1 -shared -fPIC -o failing_disk.so tests/failing_disk.c -ldl
+    LD_PRELOAD=./failing_disk.so python tests/failing_disk.py FOLDER run:EIO:1 export:ENOSPC:7:3
+
+VERB:ERROR:EVERY:START refuses every operation in turn, or every seventh from the third on. A process of its own, for
+`failing_disk.c` must be there before every other library; its caches and temporary files must be in FOLDER/world
+(`test_disk_everywhere.py` sets them). A line of JSON for each: the number of operations, how many were refused in turn,
+and a sentence for each that did not end as it should. "EIO" refuses one operation; "ENOSPC" that one and all after it,
+for a disk that is full stays full.
+"""
+
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+TRAINING = "steps = 4\nbatch_size = 4\ncheckpoint_every = 2\neval_every = 2\nkeep_checkpoints = 2"
+NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command has ended: `code` None where an exception reached the user."""
+
+    code: int | None
+    said: str
+    operations: int
+
+
+@contextmanager
+def refusing(folder: Path, first: int, last: int, number: int, listing: int = -1) -> Iterator[Callable[[], int]]:
+    """Refuses operations below a folder; what it gives counts them."""
+    library = ctypes.CDLL(None)
+    library.disk_refuse.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+    library.disk_count.restype = ctypes.c_long
+    library.disk_refuse(os.fsencode(folder), first, last, number, listing)
+    try:
+        yield library.disk_count
+    finally:
+        library.disk_refuse(b"", 0, 0, 0, -1)
+
+
+def qtune(
+    world: Path, *arguments: str, first: int = NEVER, last: int = NEVER, number: int = 0, listing: int = -1
+) -> Ended:
+    """The command in this process, whose libraries are loaded already."""
+    from qtune.cli import main
+
+    streams = sys.stdout, sys.stderr, sys.argv
+    output, sys.argv = io.StringIO(), ["qtune", *arguments]
+    code: int | None = None
+    with refusing(world, first, last, number, listing) as count:
+        try:
+            with redirect_stdout(output), redirect_stderr(output):
+                try:
+                    main()
+                    code = 0
+                finally:
+                    operations = count()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+        except BaseException:
+            output.write(traceback.format_exc())
+        finally:
+            sys.stdout, sys.stderr, sys.argv = streams
+    return Ended(code, output.getvalue(), operations)
+
+
+# --- the world: a base, rows, a recipe, a finished run, a stopped one ------------------------------------------------
+
+
+def make_world(world: Path) -> None:
+    """Fills a folder; everything that a verb writes to is inside, its caches and its temporary files too."""
+    from conftest import ROWS
+    from export_models import tiny_base, tiny_tokenizer
+
+    for name in ("home", "tmp", "cache"):
+        (world / name).mkdir(parents=True, exist_ok=True)
+    tiny_base(world / "base")
+    tiny_tokenizer(world / "base")
+    (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (world / "tiny.toml").write_text(
+        f'[model]\nbase = "{world / "base"}"\n[quantization]\ncompute_dtype = "float32"\nminimum_share = 0.0\n'
+        '[adapter]\nkind = "lora"\nrank = 4\n[data]\ntrain = "rows.jsonl"\nvalidation = 0.1\nmax_length = 128\n'
+        f'[training]\n{TRAINING}\n[output]\ndirectory = "{world / "runs"}"\n'
+    )
+    for name in ("done", "stopped"):
+        ended = qtune(world, "run", str(world / "tiny.toml"), "--set", f"output.name={name}")
+        assert ended.code == 0, ended.said
+    stopped = world / "runs" / "stopped"
+    shutil.rmtree(stopped / "adapter")
+    shutil.rmtree(stopped / "checkpoints" / "checkpoint-4")
+    for folder in ("cache", "tmp"):  # what is kept there is made anew each time
+        shutil.rmtree(world / folder)
+        (world / folder).mkdir()
+
+
+def restore(world: Path, kept: Path) -> None:
+    """Puts everything back, without touching what need not be."""
+    for name in ("runs", "cache", "tmp", "made"):
+        shutil.rmtree(world / name, ignore_errors=True)
+        if (kept / name).is_dir():
+            shutil.copytree(kept / name, world / name, symlinks=True)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of each file below a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def adapter_of(run: Path) -> str:
+    """A hash of what was trained."""
+    return contents(run / "adapter")["trained_state.safetensors"]
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "adapter" / "adapter_config.json").is_file()
+
+
+# --- what must be true afterwards ----------------------------------------------------------------------------------
+
+
+def after_training(world: Path, run: Path) -> str | None:
+    """What is wrong with a run that may have been broken off; it is finished first, where it is one."""
+    if not (run / "resolved.toml").is_file():
+        return None
+    if not is_finished(run):
+        again = qtune(world, "run", "--resume", str(run))
+        if again.code != 0:
+            return f"cannot be resumed: {again.said[-1500:]}"
+    if adapter_of(run) != adapter_of(world / "runs" / "done"):
+        return "another adapter than the undisturbed run's"
+    return None if course(run) == course(world / "runs" / "done") else "other records than the undisturbed run's"
+
+
+def course(run: Path) -> list[tuple[object, ...]]:
+    """What was measured, and does not depend on the clock."""
+    kept = ("kind", "step", "loss", "accuracy", "learning_rate", "gradient_norm")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(one.get(key) for key in kept) for one in records if one["kind"] != "note"]
+
+
+def unchanged(world: Path, kept: Path, *but: str) -> str | None:
+    """What has become of a finished run, files apart that the verb is there to write."""
+    before, after = contents(kept / "runs" / "done"), contents(world / "runs" / "done")
+    lost = [name for name in before if before[name] != after.get(name) and name not in but]
+    left = [name for name in after if name not in before and not name.startswith(but)]
+    return f"lost or changed: {lost}; left: {left}" if lost or left else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, and what must hold after it; `again` is whether it must do its work once the disk is well."""
+
+    arguments: Callable[[Path], tuple[str, ...]]
+    holds: Callable[[Path, Path, Ended], str | None]
+    again: bool = True
+
+
+def _trained(name: str) -> Callable[[Path, Path, Ended], str | None]:
+    return lambda world, kept, ended: after_training(world, world / "runs" / name)
+
+
+def _kept(*but: str) -> Callable[[Path, Path, Ended], str | None]:
+    return lambda world, kept, ended: unchanged(world, kept, *but)
+
+
+def _exported(name: str) -> Callable[[Path, Path, Ended], str | None]:
+    """Whole, or not there: what stands there under its name can be read and says what is proven of it."""
+
+    def holds(world: Path, kept: Path, ended: Ended) -> str | None:
+        folder = world / "runs" / "done" / name
+        if ended.code == 0 and not folder.is_dir():
+            return "no export, and no word of it"
+        if ended.code == 0 and name == "model" and not json.loads((folder / "verify.json").read_text())["verified"]:
+            return "not verified, and no word of it"
+        return unchanged(world, kept, name)
+
+    return holds
+
+
+def _written(name: str) -> Callable[[Path, Path, Ended], str | None]:
+    def holds(world: Path, kept: Path, ended: Ended) -> str | None:
+        if ended.code == 0 and not (world / name).is_file():
+            return "nothing was written, and no word of it"
+        left = [path.name for path in (world / name).parent.glob("*") if path.name != Path(name).name]
+        return f"left behind: {left}" if left and name.startswith("made") else unchanged(world, kept, "report.html")
+
+    return holds
+
+
+def _done(world: Path) -> str:
+    return str(world / "runs" / "done")
+
+
+CASES: Mapping[str, Case] = {
+    "run": Case(lambda world: ("run", str(world / "tiny.toml")), _trained("tiny"), again=False),
+    "resume": Case(
+        lambda world: ("run", "--resume", str(world / "runs" / "stopped")), _trained("stopped"), again=False
+    ),
+    "export": Case(lambda world: ("export", _done(world), "--force"), _exported("model")),
+    "adapter": Case(lambda world: ("export", _done(world), "--adapter-only", "--force"), _exported("adapter-export")),
+    "gguf": Case(lambda world: ("export", _done(world), "--gguf", "f16", "--force"), _exported("model")),
+    "report": Case(lambda world: ("report", _done(world)), _kept("report.html", "memory.json")),
+    "eval": Case(
+        lambda world: ("eval", _done(world), "--rows", "2", "--max-new-tokens", "2"), _kept("eval.json", "report.html")
+    ),
+    "check": Case(lambda world: ("check", str(world / "tiny.toml"), "--rehearse"), _kept()),
+    "init": Case(
+        lambda world: (
+            *("init", "--base", str(world / "base"), "--data", str(world / "rows.jsonl")),
+            *("--output", str(world / "made" / "new.toml")),
+        ),
+        _written("made/new.toml"),
+    ),
+    "fit": Case(
+        lambda world: (
+            *("fit", str(world / "tiny.toml"), "--vram", "4GiB", "--output", str(world / "made" / "fit.toml")),
+            "--force",
+        ),
+        _written("made/fit.toml"),
+    ),
+    "profile": Case(lambda world: ("profile", _done(world)), _kept("memory.json", "report.html")),
+    "chat": Case(lambda world: ("chat", _done(world), "-p", "What is 1", "--max-new-tokens", "2"), _kept()),
+    "list": Case(lambda world: ("list", str(world / "runs")), _kept()),
+}
+
+
+def fault_of(ended: Ended, reason: str) -> str | None:
+    """What is wrong with how a command has ended: a traceback, no reason, no way out."""
+    if ended.code is None or "Traceback (most recent call last)" in ended.said:
+        return f"traceback: {ended.said[-1500:]}"
+    if ended.code == 0:
+        return None
+    if ended.said.count("error: ") != 1:
+        return f"{ended.said.count('error: ')} errors: {ended.said[-1500:]}"
+    message = ended.said.partition("error: ")[2]
+    if reason not in message and "the disk is full" not in message and "the disk may be full" not in message:
+        return f"another reason: {message}"
+    return None
+
+
+def tried(folder: Path, name: str, number_name: str, every: int, start: int) -> dict[str, object]:
+    """Refuses every `every`-th operation of a verb in turn, from `start` on; what has come of it."""
+    world, kept, case = folder / "world", folder / "kept", CASES[name]
+    number, listed = getattr(errno, number_name), folder / "operations.txt"
+    # Twice: what is loaded or remembered by the first call is not written by the second.
+    for _ in range(2):
+        restore(world, kept)
+        listed.unlink(missing_ok=True)
+        listing = os.open(listed, os.O_WRONLY | os.O_CREAT)
+        whole = qtune(world, *case.arguments(world), listing=listing)
+        os.close(listing)
+        assert whole.code == 0, whole.said
+    operations = [line.replace(str(world), "") for line in listed.read_text().splitlines()]
+    bad, places = [], range(start, whole.operations + 1, every)
+    for at in places:
+        restore(world, kept)
+        last = at if number_name == "EIO" else NEVER
+        ended = qtune(world, *case.arguments(world), first=at, last=last, number=number)
+        said = fault_of(ended, os.strerror(number)) or case.holds(world, kept, ended)
+        if said is None and ended.code != 0 and case.again:
+            again = qtune(world, *case.arguments(world))
+            said = None if again.code == 0 else f"not possible afterwards: {again.said[-1500:]}"
+        print(f"{name} {operations[at - 1]}: {ended.code} {'BAD' if said else ''}", file=sys.stderr, flush=True)
+        if said is not None:
+            bad.append(f"{operations[at - 1]}, exit code {ended.code}: {said}")
+    return {"verb": name, "error": number_name, "operations": whole.operations, "tried": len(places), "bad": bad}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    world, kept = folder / "world", folder / "kept"
+    if not kept.is_dir():
+        make_world(world)
+        shutil.copytree(world, kept, symlinks=True)
+    for asked in sys.argv[2:]:
+        name, number_name, every, *start = asked.split(":")
+        print(json.dumps(tried(folder, name, number_name, int(every), int(start[0]) if start else 1)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
