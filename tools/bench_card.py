@@ -45,6 +45,7 @@ from qtune.kernels import comparison, ops
 from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.host import keep_embeddings_on_host
+from qtune.model.layer_stream import stream_layers
 from qtune.model.load import quantization_config
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
@@ -185,7 +186,7 @@ def parts(rows: int, length: int, dtype: torch.dtype, variant: str = "qtune") ->
 
 
 def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
-    """A Llama of random NF4 weights with double quantization on the plan's device, its adapter attached."""
+    """A Llama of random NF4 weights with double quantization where the plan wants it, its adapter attached."""
     torch.manual_seed(0)
     dtype, device = getattr(torch, plan.compute_dtype), plan.device.torch_name
     config = LlamaConfig(**geometry, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192)
@@ -204,6 +205,8 @@ def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if plan.embeddings == "host":
         keep_embeddings_on_host(model, device)
+    if plan.layers != "device":
+        stream_layers(model, plan.layers, device)
     return attach_adapter(model, recipe.adapter, plan)
 
 

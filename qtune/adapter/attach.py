@@ -43,9 +43,9 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
     refuse_trained_embeddings(model)
     if isinstance(adapter, PromptTuning | PTuning) and adapter.residual:
         make_residual(model, adapter)
+    join_stream(model)
     if isinstance(adapter, PrefixTuning):
         let_prefix_be_checkpointed(model)
-    join_stream(model)
     if plan.device.kind == "cpu":
         _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)

@@ -65,7 +65,8 @@ def prefix_of(model: PeftModel, ids: list[int]) -> Tensor:
     network = model.get_base_model()
     was_training = network.training
     network.eval()
-    cache = network(input_ids=torch.tensor([ids], device=network.device), use_cache=True).past_key_values
+    made = network(input_ids=torch.tensor([ids], device=network.device), use_cache=True)
+    cache = made["past_key_values" if "past_key_values" in made else "cache"]  # transformers 5.24 renamed it
     network.train(was_training)
     # [1, heads, virtual, head] each; peft lays them out as [virtual, layer and kind, heads, head].
     kept = [one for layer in cache.layers for one in (layer.keys, layer.values)]

@@ -51,18 +51,18 @@ def _standing_in(
 ) -> Iterator[None]:
     stand_ins = {id(layer): _StandIn(layer, answer) for layer, answer in zip(layers, answers, strict=True)}
     places = [
-        (slots, name, child)
-        for slots in [module._modules for module in model.modules()]
-        for name, child in slots.items()
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
         if id(child) in stand_ins
     ]
     try:
-        for slots, name, child in places:
-            slots[name] = stand_ins[id(child)]
+        for module, name, child in places:
+            setattr(module, name, stand_ins[id(child)])
         yield
     finally:
-        for slots, name, child in places:
-            slots[name] = child
+        for module, name, child in places:
+            setattr(module, name, child)
 
 
 class _Calls:

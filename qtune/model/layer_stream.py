@@ -45,7 +45,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Piece:
+class Region:
     """A tensor's place in a block."""
 
     start: int
@@ -72,9 +72,9 @@ class Packed:
         travels = {"codes": weight.data, "absmax": state.absmax}
         if state.nested:
             travels["nested"] = state.state2.absmax
-        self.pieces: dict[str, Piece] = {}
+        self.pieces: dict[str, Region] = {}
         for name, tensor in travels.items():
-            piece = Piece(-(-start // ALIGNMENT) * ALIGNMENT, tuple(tensor.shape), tensor.dtype)
+            piece = Region(-(-start // ALIGNMENT) * ALIGNMENT, tuple(tensor.shape), tensor.dtype)
             self.pieces[name], start = piece, piece.stop
         self.stop = start
         self.code, self.nested_code, self.offset = state.code, None, None
@@ -262,7 +262,7 @@ def _on_disk(home: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     """A weight in a stream."""
 
     stream: LayerStream
@@ -275,9 +275,9 @@ def stream_of(model: nn.Module) -> LayerStream | None:
     return next((place.stream for module in model.modules() if (place := _place(module)) is not None), None)
 
 
-def _place(module: nn.Module) -> Place | None:
+def _place(module: nn.Module) -> Address | None:
     place = getattr(module, "place_in_stream", None)
-    return place if isinstance(place, Place) else None
+    return place if isinstance(place, Address) else None
 
 
 def is_streamed(module: nn.Module) -> bool:
@@ -310,7 +310,7 @@ def stream_layers(network: PreTrainedModel, where: str, device: str | torch.devi
     stream = LayerStream(layers, where, device, blocks)
     for number, modules in enumerate(layers):
         for place, module in enumerate(modules):
-            module.place_in_stream = Place(stream, number, place)
+            module.place_in_stream = Address(stream, number, place)
             module.forward = types.MethodType(_multiply, module)
     _move_the_rest(network, device)
     if hasattr(network, "hf_device_map"):
@@ -332,11 +332,10 @@ def _move_the_rest(network: nn.Module, device: torch.device) -> None:
         if isinstance(module, bitsandbytes.nn.Linear4bit) and not is_streamed(module):
             module.to(device)
             continue
-        for slots in (module._parameters, module._buffers):
-            for name, tensor in slots.items():
-                is_kept = is_streamed(module) and name == "weight"
-                if tensor is not None and not is_kept and tensor.device != device:
-                    tensor.data = tensor.data.to(device)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            is_kept = is_streamed(module) and name == "weight"
+            if not is_kept and tensor.device != device:
+                tensor.data = tensor.data.to(device)
 
 
 class _Product(torch.autograd.Function):
