@@ -242,6 +242,8 @@ class Worker:
             counts += float(scored.sum()) / len(prompted)
         asked = [question for row in examples if (question := to_question(row, self.tokenizer, self.ends))]
         asked = [question for question in asked if len(question.expected_ids) <= LONGEST_ANSWER][: self.questions]
+        if not asked:
+            return [{"loss": round(float(total) / counts, 4)} for total in sums]
         right = self.right(prompted, asked)
         half = len(asked) // 2
         return [
@@ -385,7 +387,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--steps", type=int, help="instead of the configurations' own, for a rehearsal")
-    parser.add_argument("--questions", type=int, help="that are asked of each task (default: all), for a rehearsal")
+    parser.add_argument("--questions", type=int, help="that are asked of each task (default: all; 0: the loss alone)")
     parser.add_argument("--rows", choices=["validation", "test"], default="validation")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
