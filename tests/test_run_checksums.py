@@ -57,7 +57,7 @@ SEALED = ("model/manifest.json", "adapter/manifest.json")
 
 
 def places_of_digits(text: str) -> list[int]:
-    """Where the digits of numbers stand, and those of hashes; not the checksum's name, without which it is an old file."""
+    """Where the digits of numbers and hashes stand; those of the checksum's name make it an old file."""
     return [found.start() for found in re.finditer(r"\d", text.replace(CHECKSUM, "-" * len(CHECKSUM)))]
 
 
