@@ -448,8 +448,9 @@ def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):
     """It wrote null for what is no number."""
     run_dir = make_run(tmp_path)
     tell(run_dir, train_record(1))
-    written = json.loads(run_dir.metrics_file.read_text())
-    run_dir.metrics_file.write_text("".join(json.dumps(written | {"gradient_norm": None}) + "\n" for _ in range(2)))
+    written = json.loads(run_dir.metrics_file.read_text()) | {"gradient_norm": None}
+    del written["crc32"]
+    run_dir.metrics_file.write_text("".join(json.dumps(written) + "\n" for _ in range(2)))
     assert "step 1 of 10" in write_report(run_dir).read_text(encoding="utf-8")
 
 

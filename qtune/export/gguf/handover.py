@@ -23,6 +23,7 @@ from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
 from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
+from qtune.run.manifest import add_to_seal
 from qtune.sizes import MIB, size_text
 
 
@@ -47,6 +48,7 @@ def hand_over(
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
     config = AutoConfig.from_pretrained(folder)
+    add_to_seal(folder, [file])
     if window := ignored_window(config):
         console.say(
             f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
