@@ -70,6 +70,7 @@ def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
         console.say(f"no {ADAPTER_FILE} for llama.cpp's --lora: {made.reason}; the merged file has it")
         return
     file = write_gguf_adapter(made, folder / ADAPTER_FILE, source.run.name)
+    add_to_seal(folder, [file])
     console.out(f"{file.name}: {size_text(file.stat().st_size)}, for llama.cpp's --lora on a GGUF file of the base")
 
 
