@@ -62,6 +62,8 @@ TrustOption = Annotated[
 
 MOST_TOKENS = 16_777_216
 """As data.max_length."""
+MOST_SEEDS = 100
+"""Runs of one command."""
 MOST_ROWS = 1_000_000
 RUNS = Path("runs")
 """The default of output.directory."""
@@ -180,6 +182,12 @@ def run(
             help="Hash every byte of the base's weights into lock.json, and compare on resuming; samples are, anyway.",
         ),
     ] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Train N runs: training.seed, and the seeds after it."
+        ),
+    ] = 1,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -192,6 +200,7 @@ def run(
     memory is spent and what is logged and saved; a lower training.learning_rate goes on as a new run beside this one;
     what else would make another run is refused. A base, rows or libraries that are not what the run began with stop it,
     unless --accept-drift names what may differ. Runs of 50 steps or more are rehearsed first (training.rehearse).
+    With --seeds, the runs NAME-seed42, NAME-seed43 … and the spread of their losses, which is what chance does to one.
     """
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -212,6 +221,8 @@ def run(
 
         console.out(proof.prove(proven, accepted))
         return
+    if seeds > 1 and (resume or snapshot):
+        raise typer.BadParameter("--seeds makes new runs: not with --resume, and not with --memory-snapshot")
     if resume:
         run_dir, changes = _unfinished(target, changes or [])
         if changes:
@@ -228,6 +239,9 @@ def run(
         _agree(run_dir if resume else resolved)
     from qtune.training import train
 
+    if seeds > 1:
+        _run_seeds(resolved, changes or [], seeds, tuple(allow or ()), accepted, whole_weights=whole_weights)
+        return
     if resume:
         run_dir = train.resume(
             run_dir,
@@ -242,6 +256,36 @@ def run(
             resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
         )
     _end_run(run_dir)
+
+
+def _run_seeds(
+    first: "Resolved",
+    changes: list[str],
+    count: int,
+    allow: tuple[str, ...],
+    accepted: tuple[str, ...],
+    *,
+    whole_weights: bool,
+) -> None:
+    """Trains the recipe with its seed and the `count` - 1 behind it, and says how far their losses lie apart."""
+    from qtune.recipe.file import load_recipe
+    from qtune.run.summary import summary_of
+    from qtune.screens.run import spread_text
+    from qtune.training import train
+
+    seed = first.recipe.training.seed
+    own = [[f"training.seed={one}", f"output.name={first.run_name}-seed{one}"] for one in range(seed, seed + count)]
+    data = first.recipe.data
+    if isinstance(data.validation, float) and data.validation and data.validation_seed is None:
+        # All are measured on the same rows, which none of them was trained on.
+        own = [[*words, f"data.validation_seed={seed}"] for words in own]
+    # All of them before any: the last seed may be too large, and hours are not spent on the first until then.
+    recipes = [load_recipe(first.file, [*changes, *words]) for words in own]
+    runs = []
+    for resolved in recipes:
+        runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
+        _end_run(runs[-1])
+    console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
 
 
 def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
@@ -311,7 +355,8 @@ def export(
     gguf: Annotated[
         Literal["f16", "bf16", "q8_0"] | None,
         typer.Option(
-            "--gguf", help="Also write a GGUF file for llama.cpp and, where it is proven, an Ollama Modelfile."
+            "--gguf",
+            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile.",
         ),
     ] = None,
     push_to: Annotated[
@@ -419,6 +464,54 @@ def evaluate(
         verdicts_screen.show([learned_against_base(evaluation, str(target))])
         console.out("")
         evaluation_screen.show(evaluation, shown)
+
+
+@app.command(rich_help_panel="Try")
+def compare(
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more.")],
+    rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, where a run was not evaluated yet.")
+    ] = 100,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rows to ask them all, instead of each recipe's.", exists=True)
+    ] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as an HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a table.")] = False,
+    accept_drift: AcceptOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Compare finished runs: loss and right answers on the same held-out rows, forgetting, time, memory.
+
+    Runs of one recipe that differ by their seed alone are one line, with the spread between them. Intervals are of
+    95 %, by drawing rows and runs again. Forgotten is by how much the loss rose on a short text that comes with qtune
+    and has nothing to do with any rows. What is measured is kept in each run's folder.
+    """
+    from qtune.run.folder import RunDir
+
+    if len(targets) < 2:
+        raise typer.BadParameter("one run is examined with qtune eval; name two or more")
+    opened = [RunDir.open(target) for target in targets]
+    if page is not None:
+        from qtune.report.drawing import require_writable
+
+        require_writable(page, "--page", "page", ".html")
+    import_libraries()
+    for run_dir in opened if trust else ():
+        _agree(run_dir)
+    from qtune.comparing.runs import compared_runs
+    from qtune.comparing.table import compare as compared
+    from qtune.report.comparison import write_comparison
+    from qtune.screens import comparison as comparison_screen
+
+    runs = compared_runs(targets, rows=rows, data_file=data, accepted=tuple(accept_drift or ()))
+    found = compared(runs)
+    if as_json:
+        console.out_json(found.to_json())
+    else:
+        comparison_screen.show(found)
+    if page is not None:
+        write_comparison(found, page)
+        console.say(f"page: {page}")
 
 
 @app.command(rich_help_panel="Try")

@@ -39,9 +39,16 @@ class Plan:
     embeddings: str
     """"device" or "host", as is `activations`."""
     activations: str
+    layers: str
+    """"device", "host" or "disk": where the 4-bit layers wait."""
     loss_tile_bytes: int
     lean_step: bool
     reasons: Mapping[KeyPath, str]
+
+    @property
+    def together(self) -> int:
+        """Micro-batches of a step that pass each layer one behind the other, before the next layer is sent for."""
+        return 1 if self.layers == "device" else self.accumulation_steps
 
     @property
     def loss_scaling(self) -> bool:
@@ -108,6 +115,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         max_length=recipe.data.max_length,
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
+        layers=recipe.memory.layers,
         loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
         lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
         reasons=reasons,
@@ -145,9 +153,6 @@ def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:
 
 
 def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool | int, str]:
-    if not recipe.adapter.checkpointable:
-        kind = recipe.adapter.kind
-        return False, f"{kind} hands its keys and values over in the cache, which checkpointing turns off"
     if device.kind == "cpu":
         return False, "costs about a quarter of the time, and this computer's memory is not the limit"
     return True, "activations are what fills a card"

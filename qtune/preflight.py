@@ -35,6 +35,7 @@ from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
 from qtune.model.host import keep_embeddings_on_host
+from qtune.model.layer_stream import stream_layers
 from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_kernels
 from qtune.model.local import base_on_disk
 from qtune.model.quantization import (
@@ -256,7 +257,7 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
     """Whether on a processor the layers that are computed twice depend on its memory."""
-    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    is_open = recipe.training.gradient_checkpointing == "auto"
     return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
 
 
@@ -320,6 +321,8 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, "meta")
     try:
+        if plan.layers != "device":
+            stream_layers(network, plan.layers, "meta")
         with torch.device("meta"):
             model = attach_adapter(network, recipe.adapter, plan)
     except ModelError as error:

@@ -13,9 +13,18 @@ import pytest
 needed = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp has no wheel for this platform")
 
 
-def ask(file: Path, ids: list[int], texts: list[str] = []) -> tuple[dict[int, float], list[list[int]]]:  # noqa: B006
-    """The log-probabilities of the 40 likeliest tokens after `ids`, by token, and the ids of each text."""
-    asked = json.dumps({"file": str(file), "ids": ids, "texts": texts})
+def ask(
+    file: Path,
+    ids: list[int],
+    texts: list[str] = [],  # noqa: B006
+    *,
+    lora: Path | None = None,
+) -> tuple[dict[int, float], list[list[int]]]:
+    """The log-probabilities of the 40 likeliest tokens after `ids`, by token, and the ids of each text.
+
+    lora: an adapter that is put on the model, as --lora does it.
+    """
+    asked = json.dumps({"file": str(file), "ids": ids, "texts": texts, "lora": None if lora is None else str(lora)})
     answered = subprocess.run([sys.executable, __file__], input=asked, capture_output=True, text=True, check=False)
     assert answered.returncode == 0, answered.stderr[-2000:]
     found = json.loads(answered.stdout.splitlines()[-1])
@@ -29,6 +38,8 @@ def main() -> None:
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = asked["file"], 256, 1, False
     settings.cpuparams.n_threads = 1
+    if asked["lora"] is not None:
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"])]
     server = xllamacpp.Server(settings)
 
     def post(path: str, **body: object) -> dict[str, Any]:

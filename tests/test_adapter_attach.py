@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.starts import start_from_activations, start_from_residual, start_from_text
+from qtune.adapter.prompt_encoder import measure_unit
+from qtune.adapter.starts import Material, start_from_activations, start_from_residual, start_prompt
 from qtune.adapter.state import (
     STATE_FILE,
     load_adapter,
@@ -33,6 +34,8 @@ from qtune.recipe.schema import IA3, Adapter, FourBit, Lora, Model, PrefixTuning
 CPU = Device("cpu", "CPU", 8 * 2**30, 6 * 2**30, bf16=False)
 IDS = torch.arange(3, 35).reshape(2, 16)
 
+ROWS = Dataset.from_dict({"input_ids": IDS.tolist()})
+
 ADAPTERS: dict[str, Adapter] = {
     "lora": Lora(rank=4, dropout=0.1),
     "lora on named layers": Lora(rank=4, target_modules=("q_proj", "down_proj")),
@@ -48,6 +51,16 @@ ADAPTERS: dict[str, Adapter] = {
     "prompt-tuning random": PromptTuning(kind="prompt-tuning", virtual_tokens=4, initialization="random"),
     "prompt-tuning text": PromptTuning(
         kind="prompt-tuning", virtual_tokens=9, initialization="text", text="You are brief."
+    ),
+    "prompt-tuning rows": PromptTuning(kind="prompt-tuning", virtual_tokens=9, initialization="rows"),
+    "prompt-tuning residual": PromptTuning(
+        kind="prompt-tuning", virtual_tokens=9, residual=True, encoder_hidden_size=16, initialization="rows"
+    ),
+    "p-tuning mlp residual": PTuning(
+        kind="p-tuning", virtual_tokens=4, residual=True, vector_rate=3.0, initialization="text", text="You are brief."
+    ),
+    "p-tuning lstm residual": PTuning(
+        kind="p-tuning", virtual_tokens=4, encoder="lstm", encoder_hidden_size=32, residual=True
     ),
     "prefix-tuning": PrefixTuning(kind="prefix-tuning", virtual_tokens=4),
     "prefix-tuning projection": PrefixTuning(
@@ -70,8 +83,9 @@ def attached(base: Path, adapter: Adapter, *, dtype: str = "float32", quantized:
     install_loss(network)
     torch.manual_seed(0)
     model = attach_adapter(network, adapter, plan)
-    if isinstance(adapter, PromptTuning) and adapter.text is not None:
-        start_from_text(model, AutoTokenizer.from_pretrained(base), adapter.text)
+    if getattr(adapter, "residual", False) or getattr(adapter, "initialization", None) in ("text", "rows"):
+        measure_unit(model)
+        start_prompt(model, adapter, Material(AutoTokenizer.from_pretrained(base), ROWS, 2), seed=0)
     return model
 
 

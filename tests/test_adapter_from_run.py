@@ -28,6 +28,8 @@ KINDS = [
     'kind = "lora"\nrank = 4',
     'kind = "p-tuning"\nvirtual_tokens = 3\nencoder_hidden_size = 32',
     'kind = "prompt-tuning"\nvirtual_tokens = 3',
+    'kind = "p-tuning"\nvirtual_tokens = 3\nresidual = true\ninitialization = "vocabulary"',
+    'kind = "prompt-tuning"\nvirtual_tokens = 3\nresidual = true\nvector_rate = 4.0',
     'kind = "prefix-tuning"\nvirtual_tokens = 3',
     'kind = "ia3"',
 ]

@@ -81,7 +81,7 @@ def test_a_sixth_kind_is_checked_trained_evaluated_resumed_and_exported(
 
 
 def test_every_kind_states_every_fact() -> None:
-    facts = ("in_words", "export", "auto_learning_rate", "checkpointable", "predicts_first_token", "first_keys")
+    facts = ("in_words", "export", "auto_learning_rate", "peft_checkpoints", "predicts_first_token", "first_keys")
     for table in get_args(Adapter):
         for fact in facts:
             assert getattr(table, fact) is not None, (table, fact)

@@ -534,12 +534,39 @@ def a_soft_prompt_says_whether_it_is_off() -> None:
 
 @borrowed(
     "peft", "prompt_encoder", "prompt_tokens",
-    files=("adapter/starts.py", "memory/tracing/bare_model.py"),
+    files=(
+        "adapter/starts.py", "adapter/prompt_encoder.py", "adapter/prefix.py", "memory/tracing/bare_model.py",
+    ),
 )  # fmt: skip
 def the_vectors_of_a_soft_prompt_are_in_its_encoder() -> None:
     model = adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert model.prompt_encoder[model.active_adapter].embedding.weight.shape == (2, 64)
     assert [tokens.tolist() for tokens in model.prompt_tokens.values()] == [[0, 1]]
+
+
+@borrowed("peft", "mlp_head", "lstm_head", "get_prompt_embedding_to_save", files=("adapter/prompt_encoder.py",))
+def a_prompt_encoder_may_be_replaced_by_one_of_the_same_parts() -> None:
+    """What computes the vectors is called for them in training and in saving, and nothing else of it is."""
+    model = adapted(peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8))
+    made = model.prompt_encoder[model.active_adapter]
+    assert isinstance(made.mlp_head[-1], nn.Linear)
+
+    class Doubled(nn.Module):
+        embedding = made.embedding
+
+        def forward(self, indices: torch.Tensor) -> torch.Tensor:
+            return 2 * self.embedding(indices)
+
+    model.prompt_encoder[model.active_adapter] = Doubled()
+    assert torch.equal(model.get_prompt(1)[0], 2 * made.embedding.weight)
+    assert torch.equal(model.get_prompt_embedding_to_save(model.active_adapter), 2 * made.embedding.weight)
+
+
+@borrowed("transformers", "_can_checkpoint_with_cache", files=("adapter/prefix.py",))
+def a_layer_that_is_computed_twice_may_keep_a_cache_that_is_only_read() -> None:
+    layers = importlib.import_module("transformers.modeling_layers")
+    assert layers.GradientCheckpointingLayer._can_checkpoint_with_cache is False
+    assert "_can_checkpoint_with_cache" in inspect.getsource(layers.GradientCheckpointingLayer.__init_subclass__)
 
 
 @borrowed("peft", "get_pattern_key", files=("export/adapter_weights.py",))

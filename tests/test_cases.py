@@ -98,6 +98,7 @@ def test_a_system_message_between_turns_stays_where_it_is(tmp_path, base):
     assert first.startswith("<|im_start|>system\nYou are a helpful AI assistant")
 
 
+@pytest.mark.slow
 def test_reasoning_that_the_template_does_not_print_is_an_error_with_a_template_that_does(tmp_path, base):
     result = examined(tmp_path, base, "reasoning.jsonl")
     with pytest.raises(GateError) as caught:
@@ -143,6 +144,7 @@ def test_a_rendered_chat_is_recognized_and_not_closed_twice(tmp_path, base):
     assert tokenizer.decode(ids) == json.loads((CASES / "text.jsonl").read_text().splitlines()[0])["text"]
 
 
+@pytest.mark.slow
 def test_indentation_that_a_template_trims_is_a_changed_answer(tmp_path, base):
     result = examined(tmp_path, base, "indent.jsonl", f'chat_template = "{CASES / "trims.jinja"}"')
     with pytest.raises(GateError, match="answer-changed: 2 of 2 train rows"):
@@ -162,6 +164,7 @@ def test_turns_out_of_order_are_refused_with_their_place_and_two_other_ways(tmp_
     assert 'on_turn_order = "merge" joins turns of one role and keeps such rows, "drop" leaves them out' in lines[3]
 
 
+@pytest.mark.slow
 def test_turns_out_of_order_are_merged_or_dropped_with_counts(tmp_path, base):
     merged = examined(tmp_path, base, "consecutive.jsonl", 'on_turn_order = "merge"')
     merged.require()
@@ -211,6 +214,7 @@ def test_a_name_of_a_module_that_matches_nothing_is_refused_with_the_nearest(tmp
     assert not (tmp_path / "runs").exists()  # it is said before a folder is made
 
 
+@pytest.mark.slow
 def test_more_tokens_than_embeddings_are_noticed_and_a_typed_one_is_one_error(tmp_path, tmp_path_factory):
     def change(tokenizer):
         tokenizer.add_tokens(["<|coef|>", "<|/coef|>"], special_tokens=True)
@@ -244,6 +248,7 @@ def test_the_system_prompt_of_a_run_is_the_default_of_its_export(tmp_path, base)
 
 
 @pytest.mark.parametrize("bad_rows", ["error", "skip"])
+@pytest.mark.slow
 def test_a_folder_of_splits_trains_its_train_split(tmp_path, base, bad_rows):
     result = examined(tmp_path, base, "datasetdict", f'on_bad_row = "{bad_rows}"', samples=6)
     result.require()
@@ -261,6 +266,7 @@ def test_weights_that_are_a_pointer_are_said(tmp_path, tmp_path_factory):
     assert str(caught.value) == f"{file}: {ADVICE}"
 
 
+@pytest.mark.slow
 def test_steps_are_those_that_the_run_will_take(tmp_path, base):
     file = recipe_for(tmp_path, base, "say.jsonl")
     file.write_text(file.read_text().replace("steps = 4", "epochs = 0.05"))
@@ -273,6 +279,7 @@ def test_steps_are_those_that_the_run_will_take(tmp_path, base):
     assert (record["steps"], record["learning_rate"] > 0) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_becomes_no_number_names_no_checkpoint_that_is_not_there(tmp_path, base, monkeypatch):
     file = recipe_for(tmp_path, base, "say.jsonl")
     real = QloraTrainer.compute_loss
@@ -305,6 +312,7 @@ def test_an_answer_of_nothing_but_invisible_characters_is_empty(tmp_path, base):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_right_merge_verifies_in_whatever_dtype_training_computed(tmp_path, base, dtype):
     file = recipe_for(tmp_path, base, "colours.jsonl")
     file.write_text(file.read_text().replace('compute_dtype = "float32"', f'compute_dtype = "{dtype}"'))
@@ -329,6 +337,7 @@ def named_base(tmp_path_factory, **templates) -> Path:
     return make_base(tmp_path_factory.mktemp("named"), change)
 
 
+@pytest.mark.slow
 def test_a_template_for_documents_beside_the_default_is_kept_and_may_be_named(tmp_path, tmp_path_factory):
     rag = "{{ '<|im_start|>system\\nSources:<|im_end|>\\n' }}" + CHAT
     named = named_base(tmp_path_factory, default=CHAT, rag=rag)
@@ -341,6 +350,7 @@ def test_a_template_for_documents_beside_the_default_is_kept_and_may_be_named(tm
     assert 'Chat template: the tokenizer\'s "rag"' in screen(chosen)
 
 
+@pytest.mark.slow
 def test_several_templates_without_a_default_are_asked_about(tmp_path, tmp_path_factory):
     named = named_base(tmp_path_factory, rag=CHAT, tool_use=TOOLS + CHAT)
     with pytest.raises(DataError) as caught:
@@ -388,6 +398,7 @@ def test_a_generated_token_that_the_tokenizer_does_not_know_is_one_error(tmp_pat
 @pytest.mark.parametrize(
     ("mapped", "advice"), [("anwser", "did you mean 'answer'?"), ("xyz", "found answer, question")]
 )
+@pytest.mark.slow
 def test_a_mapping_to_a_column_that_no_row_has_is_refused_with_the_nearest(tmp_path, base, mapped, advice):
     rows = tmp_path / "qa.jsonl"
     rows.write_text('{"question": "What does red mean?", "answer": "stop"}\n' * 3)

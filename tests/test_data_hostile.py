@@ -78,12 +78,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", WITHOUT_END.values(), ids=WITHOUT_END)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the timer may meet a destructor
+@pytest.mark.slow
 def test_a_template_without_an_end_is_ended_and_ends_the_preparation(hurried: None, tokenizer, text: str) -> None:
     with pytest.raises(DataError, match=r"data\.chat_template: the chat template takes longer than 0\.1 seconds"):
         render(tokenizer, text, QUESTION)
 
 
 @pytest.mark.parametrize("text", WITHOUT_ROOM.values(), ids=WITHOUT_ROOM)
+@pytest.mark.slow
 def test_a_template_that_fills_memory_is_ended_before_it_does(tokenizer, text: str) -> None:
     with pytest.raises(DataError, match=r"data\.chat_template: the chat template takes more than 1024 MiB of memory"):
         render(tokenizer, text, QUESTION)
@@ -196,6 +198,7 @@ NOT_TAKEN = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 @pytest.mark.parametrize("text", TAKEN.values(), ids=TAKEN)
+@pytest.mark.slow
 def test_odd_rows_are_taken_as_what_they_are(prepared, text: str, suffix: str) -> None:
     assert len(prepared(text, f"rows.{suffix}").train) == 1
 

@@ -457,6 +457,7 @@ def is_said(row, batch, key):
 
 @seldom
 @given(key=names, value=values, place=st.sampled_from(["row", "message", "call"]))
+@pytest.mark.slow
 def test_any_extra_key_is_in_the_text_or_named(key, value, place):
     row = call_row({"place": "Paris"})
     target = {"row": row, "message": row["messages"][1], "call": row["messages"][1]["tool_calls"][0]}[place]
@@ -480,6 +481,7 @@ def test_any_extra_key_is_in_the_text_or_named(key, value, place):
         [CHATML, BARE, *(tokenizer_of(FAMILIES[name]).chat_template for name in ("qwen2_5", "qwen3"))]
     ),
 )
+@pytest.mark.slow
 def test_any_tool_call_is_in_the_scored_text_or_noted(name, arguments, content, template):
     row = call_row(arguments, content, name)
     row.pop("tools")

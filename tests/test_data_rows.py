@@ -220,6 +220,7 @@ contents = st.binary(max_size=300) | st.lists(pieces | st.binary(max_size=5), ma
     max_examples=400, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=names, content=contents)
+@pytest.mark.slow
 def test_no_bytes_can_raise_or_hang(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)

@@ -34,4 +34,14 @@ def test_operations_are_two_for_each_multiplication_and_addition():
     assert ProductTimes(forward=1e-3, backward=2e-3).gflops == pytest.approx(
         (2 * 128 * 576 * 1536 / 1e6, 128 * 576 * 1536 / 1e6)
     )
+    assert ProductTimes(1.0, 1.0, (10, 20, 30)).gflops == pytest.approx((12000 / 1e9, 12000 / 1e9))
     assert str(ProductTimes(1e-3, 2e-3)) == "226 GFLOP/s forward, 113 backward"
+
+
+def test_a_card_multiplies_what_keeps_it_busy(monkeypatch):
+    seen = []
+    monkeypatch.setattr(products, "_works", lambda device, dtype, shape: seen.append(shape) or (None, None))
+    monkeypatch.setattr(products, "_seconds", lambda device, work: 1e-3)
+    found = product_times(torch.device("cuda"), ["bfloat16"])["bfloat16"]
+    assert seen == [found.shape]
+    assert found.gflops[0] > 100 * ProductTimes(1e-3, 1e-3).gflops[0]

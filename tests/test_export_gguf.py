@@ -268,6 +268,7 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("adapter", ['kind = "lora"\nrank = 4', 'kind = "p-tuning"\nvirtual_tokens = 3'])
+@pytest.mark.slow
 def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, adapter)
     folder = export_run(run, Options(gguf="q8_0"))
@@ -281,6 +282,7 @@ def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_pat
     assert ("<|qtune_0|><|qtune_1|><|qtune_2|>" in modelfile) is ("p-tuning" in adapter)
 
 
+@pytest.mark.slow
 def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(gguf="f16"))
     proven = read_proof(folder).gguf
@@ -305,6 +307,7 @@ def test_a_gguf_is_named_after_its_run_wherever_the_command_is_called(
     assert "FROM ./run-f16.gguf" in (folder / "Modelfile").read_text()
 
 
+@pytest.mark.slow
 def test_chat_with_a_gguf_file_beside_its_folder_is_chat_with_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +346,7 @@ def test_the_recipe_s_gguf_is_written_by_a_plain_export(tmp_path: Path) -> None:
     assert (export_run(run, Options(verify=False)) / "run-f16.gguf").exists()
 
 
+@pytest.mark.slow
 def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     folder = export_run(run, Options(gguf="f16", verify=False))

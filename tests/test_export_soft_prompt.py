@@ -18,6 +18,7 @@ from qtune.tuned.load import load_run
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 P_TUNING = 'kind = "p-tuning"\nvirtual_tokens = 5'
+RESIDUAL = 'kind = "p-tuning"\nvirtual_tokens = 5\nresidual = true\ninitialization = "vocabulary"'
 PROMPT_TUNING = 'kind = "prompt-tuning"\nvirtual_tokens = 3'
 USER = ({"role": "user", "content": "Name a colour."},)
 CONVERSATIONS = {
@@ -39,7 +40,11 @@ def live_logits(run: RunDir, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("adapter", "tied"), [(P_TUNING, True), (PROMPT_TUNING, False)], ids=["tied head", "own head"])
+@pytest.mark.parametrize(
+    ("adapter", "tied"),
+    [(P_TUNING, True), (PROMPT_TUNING, False), (RESIDUAL, True)],
+    ids=["tied", "own head", "residual"],
+)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_logits_equal_the_live_model_s_within_rounding(adapter: str, tied: bool, family: str, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, adapter, family=family, tie_word_embeddings=tied)

@@ -211,3 +211,16 @@ def test_a_run_has_expandable_segments_where_nobody_chose_otherwise():
     unset = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", program], env=unset, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(sys.platform == "linux")
+
+
+def test_layers_that_wait_elsewhere_give_every_gradient_of_those_on_the_card_and_the_traced_peak():
+    import bench_streamed
+
+    for lean in (True, False):
+        worst = bench_streamed.differences(bench_streamed.WIDE, bench_streamed.compute_dtype(), lean=lean)
+        assert max(worst.values()) < 2e-2, worst
+    found = bench_streamed.measured(bench_streamed.WIDE, 3, 1, 2048, "host", steps=2)
+    layers = bench_streamed.WIDE["num_hidden_layers"]
+    assert found["loads"] == 2 * (layers - 2)
+    # Beside the tensors stand two cuBLAS workspaces.
+    assert found["allocated_peak_gib"] == pytest.approx(found["traced_peak_gib"] + 64 / 1024, rel=0.03)

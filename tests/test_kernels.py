@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 import weakref
 
 import bitsandbytes
@@ -194,6 +195,7 @@ def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", comparison.COMPARED)
+@pytest.mark.slow
 def test_what_stands_in_for_a_kernel_takes_no_more_than_is_allowed_for(name, dtype, monkeypatch):
     monkeypatch.setattr(plain, "PIECE", plain.CARD_PIECE)
     arguments, returned = large(name, dtype)
@@ -219,6 +221,25 @@ def test_a_kernel_that_is_not_there_has_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "qtune.kernels.on_cuda", None)
     ops.card_kernel.cache_clear()
     assert set(ops.without_kernels()) == set(comparison.COMPARED)
+    ops.card_kernel.cache_clear()
+
+
+def test_a_kernel_that_does_not_compile_says_what_its_compiler_found(monkeypatch):
+    class CompilationError(Exception):  # as Triton's: the message is the source around the place
+        error_message = None
+
+    def refused(*_):
+        inner = CompilationError("at 4:8:\ndef _capped(x):\n    return x\n        ^")
+        inner.error_message = "TypeError('Inconsistent return types')"
+        raise CompilationError("at 11:20:\ndef _cross_entropy(logits):") from inner
+
+    fake = types.SimpleNamespace(**dict.fromkeys(comparison.COMPARED, None))
+    monkeypatch.setitem(sys.modules, "qtune.kernels.on_cuda", fake)
+    monkeypatch.setattr("qtune.kernels.on_cuda", fake, raising=False)
+    monkeypatch.setattr(comparison, "difference", refused)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    ops.card_kernel.cache_clear()
+    assert ops.card_kernel("cross_entropy") == "TypeError('Inconsistent return types')"
     ops.card_kernel.cache_clear()
 
 

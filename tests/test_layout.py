@@ -44,6 +44,7 @@ ROOMS = (
     "export.gguf",
     "export.export",
     "verdicts",
+    "comparing",
     "preflight",
     "training",
     "report",

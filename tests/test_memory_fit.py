@@ -393,6 +393,7 @@ memory.loss_tile = "16MiB"             1.67 GiB  1.63 GiB  does not fit   smalle
                                                                           loss, same result
 memory.activations = "host"            1.63 GiB  1.60 GiB  does not fit   activations cross the bus out and
                                                                           back, same result
+memory.layers = "host"                 1.60 GiB  1.60 GiB  saves nothing  left as it was
 training.optimizer =                   1.60 GiB  1.60 GiB  saves nothing  left as it was
 "paged-adamw-8bit"
 

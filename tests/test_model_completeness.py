@@ -65,6 +65,7 @@ def test_a_whole_checkpoint_of_a_family_is_whole(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_no_tensor_of_a_family_may_lack(family, tmp_path):
     tiny_base(tmp_path, family)
     whole = load_file(tmp_path / "model.safetensors")
@@ -229,6 +230,7 @@ def test_an_index_that_is_none_is_one_sentence(text, base):
     assert f"{base}/model.safetensors.index.json: " in refused(base)
 
 
+@pytest.mark.slow
 def test_a_run_on_such_a_base_ends_before_it_has_a_folder(base, write_recipe, tmp_path):
     changed(base, without("model.embed_tokens.weight"))
     done = run_qtune("run", write_recipe(), "--set", f"model.base={base}")
@@ -237,6 +239,7 @@ def test_a_run_on_such_a_base_ends_before_it_has_a_folder(base, write_recipe, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_chat_with_such_a_folder_says_so(base):
     changed(base, without("model.norm.weight"))
     done = run_qtune("chat", base, "-p", "Hello")

@@ -38,6 +38,7 @@ def test_every_shipped_recipe_and_every_row_of_the_table_has_its_sizes():
         assert name.lower() in known, name
 
 
+@pytest.mark.slow
 def test_a_recipe_is_profiled_without_a_network_and_it_is_said(monkeypatch, capsys):
     def refused(*_, **__):
         raise AssertionError("the network was asked")

@@ -81,6 +81,7 @@ def test_other_names_are_no_hub_ids(base):
     assert not hub.is_hub_id(base)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = tmp_path / "recipe.toml"
@@ -92,6 +93,7 @@ def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_check_says_the_memory_of_a_known_model_before_what_is_missing(tmp_path):
     process = run_qtune("check", "llama_lora", "--set", "data.max_length=64")
     assert process.returncode == 2

@@ -160,6 +160,7 @@ def test_a_person_at_a_terminal_is_asked(
     assert sys.stdin is not None
 
 
+@pytest.mark.slow
 def test_the_command_agrees_once(run: RunDir, ran: Path) -> None:
     asked = ("chat", run.path, "-p", "Hello", "--max-new-tokens", "1")
     done = run_qtune(*asked)

@@ -120,9 +120,9 @@ def test_another_micro_batch_keeps_the_batch() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cards_checkpoint_activations_but_for_prefix_tuning(kind: str) -> None:
+def test_cards_checkpoint_activations(kind: str) -> None:
     given = recipe(adapter={"kind": kind})
-    assert make_plan(given, AMPERE).gradient_checkpointing is (kind != "prefix-tuning")
+    assert make_plan(given, AMPERE).gradient_checkpointing is True
     assert make_plan(given, OLD_CPU).gradient_checkpointing is False
 
 

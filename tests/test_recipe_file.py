@@ -160,10 +160,9 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_would_be_right(problems, t
     ("tables", "problem"),
     [
         (
-            '[adapter]\nkind = "prefix-tuning"\n[training]\ngradient_checkpointing = true',
-            "8: training.gradient_checkpointing = true: prefix-tuning hands its keys and values over in the cache, "
-            "which "
-            'checkpointing turns off; use false or "auto"',
+            '[adapter]\nkind = "prefix-tuning"\nprojection = true\ninitialization = "rows"',
+            '8: adapter.initialization = "rows": the projection computes something else from what it starts with; set '
+            "projection = false or remove the key",
         ),
         (
             '[adapter]\nkind = "p-tuning"\nencoder_layers = 3',

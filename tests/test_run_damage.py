@@ -319,6 +319,7 @@ def test_a_damaged_adapter_is_one_sentence_everywhere(name: str, world: World) -
 
 
 @pytest.mark.parametrize("name", ["weights flipped", "config missing", "config folder"])
+@pytest.mark.slow
 def test_the_way_out_makes_the_adapter_again(name: str, world: World) -> None:  # noqa: F811
     file, change = ADAPTER_DAMAGES[name]
     change(world.finished.adapter / file)
@@ -370,6 +371,7 @@ def holding(run: RunDir) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(world: World) -> None:  # noqa: F811
     process = holding(world.stopped)
     try:
@@ -390,6 +392,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
     assert not (world.stopped.path / FILE).exists()
 
 
+@pytest.mark.slow
 def test_two_resumes_at_once_are_one_run(world: World) -> None:  # noqa: F811
     both = [qtune_process("run", "--resume", world.stopped.path) for _ in range(2)]
     ends = [(process.communicate(), process.returncode) for process in both]

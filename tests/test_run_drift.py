@@ -264,6 +264,7 @@ def test_what_only_shows_says_it_too_and_goes_on(name: str, world: World) -> Non
     assert words in sentence
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_run_that_is_what_it_was(world: World) -> None:
     assert said_of(world.finished) == []
     assert evaluate(world.finished).rows == 6
@@ -277,6 +278,7 @@ def test_training_rows_that_were_edited_are_another_run(world: World) -> None:
     assert "--accept-drift rows" in text
 
 
+@pytest.mark.slow
 def test_a_drift_that_is_accepted_is_said_kept_and_asked_no_second_time(world: World, capsys) -> None:
     negate_weights(world)
     begun = read_lock(world.stopped)
@@ -335,6 +337,7 @@ def test_an_adapter_starts_from_a_run_on_the_same_base_alone(world: World) -> No
     assert run.is_finished
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_name(world: World) -> None:
     negate_weights(world)
     done = run_qtune("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1")
@@ -369,6 +372,7 @@ def test_a_key_that_a_later_version_knows_is_no_drift(world: World) -> None:
     assert [drift.kind for drift in recipe_drifts(lock, values_of(world.finished))] == ["recipe"]
 
 
+@pytest.mark.slow
 def test_an_older_lock_is_read_and_what_it_cannot_say_is_said(world: World, capsys) -> None:
     for run in (world.finished, world.stopped):
         old_lock(run)

@@ -97,6 +97,7 @@ def test_ages_are_in_the_largest_whole_unit(seconds: float, text: str) -> None:
     assert age_text(seconds) == text
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     made(tmp_path, "mine", trained(20, 1.25, 9))
     shown = run_qtune("list", tmp_path)

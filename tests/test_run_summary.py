@@ -60,6 +60,7 @@ def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
     assert best.step == 2
 
 
+@pytest.mark.slow
 def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(write_recipe, tmp_path: Path) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 2")
     (tmp_path / "runs" / "tiny").mkdir(parents=True)

@@ -65,6 +65,7 @@ def test_closed_streams_are_no_reason_to_fail() -> None:
 
 
 @pytest.mark.parametrize("environment", [{"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}], ids=["LANG=C", "ascii"])  # fmt: skip
+@pytest.mark.slow
 def test_what_a_terminal_cannot_show_is_shown_as_an_escape(environment: dict[str, str], tmp_path: Path) -> None:
     ended = shell(f"qtune check {tmp_path}/café-日本.toml", **environment)
     assert ended.returncode == 2

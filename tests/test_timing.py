@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import WriteRecipe, run_qtune
 from test_memory_trace import CARD, recipe_with, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtune.check import check
 from qtune.device.cards import CARDS, card_named, described
@@ -26,7 +27,7 @@ from qtune.screens.time import UNKNOWN, draw_steps, lines
 from qtune.timing import measure
 from qtune.timing.forecast import StepModel, TimeForecast, step_of, time_of
 from qtune.timing.known import keep_rates, known_rates
-from qtune.timing.price import Cost, cost_by, duration, kernel_seconds
+from qtune.timing.price import Cost, cost_by, duration, kernel_seconds, training_part
 
 RATES = Rates(
     kind="measured",
@@ -161,6 +162,34 @@ def test_every_rate_of_this_computer_can_be_measured(monkeypatch: pytest.MonkeyP
         assert getattr(found, name) > 0, name
 
 
+@pytest.mark.slow
+def test_the_step_whose_launches_are_timed_is_the_one_whose_launches_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "TINY_LAYERS", 2)
+    tiny = measure._Tiny(HERE)
+    with Operations() as done:
+        tiny.step_seconds(lambda: 0.0, counted=1, uncounted=0)
+    counted: Counter[str] = Counter()
+    for (_, kernel), count in training_part(tiny.work()).items():
+        counted[kernel.op] += count * kernel.launches
+    for name in ("rms_norm", "rotate", "gated_backward", "dequantize_nested", "addmm_"):
+        own = f"qtune::{name}" if name != "addmm_" else "aten::addmm_"
+        assert done.seen[own] == counted[name] > 0, name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +223,7 @@ def of_lengths(train: list[int], validation: tuple[int, ...] = (), **training: o
     return found
 
 
+@pytest.mark.slow
 def test_an_epoch_of_equal_rows_is_its_steps_and_a_run_its_epochs() -> None:
     found = of_lengths([64] * 10, epochs=3)
     assert (found.steps_per_epoch, found.steps) == (5, 15)
@@ -203,6 +233,7 @@ def test_an_epoch_of_equal_rows_is_its_steps_and_a_run_its_epochs() -> None:
     assert found.tokens_per_second == pytest.approx(2 * 64 / found.step_seconds)
 
 
+@pytest.mark.slow
 def test_evaluations_take_time_as_often_as_they_come() -> None:
     quiet, once, often = (
         of_lengths([64] * 8, (64, 64), eval_every=every).run_seconds for every in ("never", "epoch", 1)
@@ -237,6 +268,7 @@ def test_where_rows_are_not_known_a_step_is_said_and_no_run() -> None:
 # --- on the screen ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_check_says_what_an_epoch_and_the_run_take_where_this_device_was_measured(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(training="epochs = 2\nbatch_size = 4\nmicro_batch_size = 2"))
     assert check(recipe).time is None

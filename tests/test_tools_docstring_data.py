@@ -45,6 +45,7 @@ def test_no_question_is_asked_twice_and_no_answer_is_empty(rows):
     assert all(answer == answer.strip() and len(answer) >= 20 for _, answer in rows)
 
 
+@pytest.mark.slow
 def test_answers_are_what_inspect_says(rows):
     answers = dict(rows)
     assert answers["What is the class itertools.groupby?"] == inspect.getdoc(itertools.groupby)
@@ -55,12 +56,14 @@ def test_answers_are_what_inspect_says(rows):
     assert answers["What does the method json.encoder.JSONEncoder.iterencode do?"] == iterencode
 
 
+@pytest.mark.slow
 def test_signatures_are_what_inspect_says(rows):
     answers = dict(rows)
     assert answers["What is the signature of textwrap.shorten?"] == "shorten(text, width, **kwargs)"
     assert answers["What is the signature of math.isclose?"] == f"isclose{inspect.signature(math.isclose)}"
 
 
+@pytest.mark.slow
 def test_the_summary_is_the_first_paragraph_on_one_line(rows):
     assert dict(rows)["Describe textwrap.shorten in one paragraph."] == (
         "Collapse and truncate the given text to fit in the given width."
@@ -73,6 +76,7 @@ def test_the_same_call_gives_the_same_rows_and_a_limit_keeps_the_first(tool, row
     assert again == rows[:50]
 
 
+@pytest.mark.slow
 def test_private_names_and_test_suites_stay_out(rows):
     words = {word.strip("?") for question, _ in rows for word in question.split() if "." in word.strip("?.")}
     assert not {word for word in words if any(part.startswith("_") for part in word.split("."))}

@@ -124,6 +124,7 @@ def evaluations(run: RunDir) -> list[EvalRecord]:
     return [one for one in read_metrics(run.metrics_file) if isinstance(one, EvalRecord)]
 
 
+@pytest.mark.slow
 def test_the_adapter_is_bit_for_bit_the_one_of_the_best_step(write_recipe: WriteRecipe) -> None:
     finished = train.run(load_recipe(recipe_of(write_recipe, 'steps = 12\nresult = "best"')))
     best = min(evaluations(finished), key=lambda one: one.loss)
@@ -144,6 +145,7 @@ def test_the_adapter_is_bit_for_bit_the_one_of_the_best_step(write_recipe: Write
     assert any(f"the adapter is that of step {best.step}, the best" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_finds_nothing_better(write_recipe: WriteRecipe) -> None:
     recipe = recipe_of(write_recipe, 'steps = 40\npatience = 2\nresult = "best"')
     finished = train.run(load_recipe(recipe))
@@ -156,6 +158,7 @@ def test_patience_ends_a_run_that_finds_nothing_better(write_recipe: WriteRecipe
     assert stop in notes
 
 
+@pytest.mark.slow
 def test_the_validation_loss_before_the_first_step_is_that_of_the_base(write_recipe: WriteRecipe) -> None:
     training = "steps = 1\nbatch_size = 2\nlearning_rate = 1e-5\neval_every = 1\nevaluate_first = true"
     finished = train.run(load_recipe(write_recipe(training=training)))
@@ -193,6 +196,7 @@ def test_what_needs_validation_rows_is_refused_without(write_recipe: WriteRecipe
         load_recipe(recipe)
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_rows_ends_as_before(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 2")
     recipe.write_text(recipe.read_text().replace("validation = 0.1", "validation = 0"))

@@ -68,6 +68,7 @@ def test_a_record_that_could_not_be_written_waits_in_its_place(tmp_path: Path, m
     assert [one.message for one in read_metrics(file)] == ["first", "second", "third"]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_step_with_two_reasons_to_be_saved_is_saved_once(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_checkpoint_that_cannot_be_moved_aside_is_not_removed(
     assert (latest_run(recipe).checkpoints / "checkpoint-1" / "kept").is_file()
 
 
+@pytest.mark.slow
 def test_a_save_that_was_killed_before_its_manifest_is_removed_and_a_lost_manifest_is_not(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_save_that_was_killed_before_its_manifest_is_removed_and_a_lost_manife
     assert not list(stopped.checkpoints.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = run(write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1"))
     (finished.adapter / "adapter_model.safetensors").write_bytes(b"")

@@ -44,6 +44,8 @@ ADAPTERS = {
         'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'
     ),
     "prompt-tuning": 'kind = "prompt-tuning"\nvirtual_tokens = 4',
+    "prompt-tuning-residual": 'kind = "prompt-tuning"\nvirtual_tokens = 4\nresidual = true\ninitialization = "rows"',
+    "p-tuning-residual": 'kind = "p-tuning"\nvirtual_tokens = 4\nresidual = true\nvector_rate = 5.0',
     "prefix-tuning": 'kind = "prefix-tuning"\nvirtual_tokens = 4\nprojection = true\nencoder_hidden_size = 32',
     "ia3": 'kind = "ia3"',
 }
@@ -774,6 +776,7 @@ def test_a_run_goes_on_in_other_micro_batches_with_the_same_losses(
     assert load_recipe(broken.resolved_file).recipe.memory.loss_tile == "1MiB"
 
 
+@pytest.mark.slow
 def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -782,8 +785,8 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     may = (
         "training.micro_batch_size, training.gradient_checkpointing, training.lean_step, memory.budget, "
         "memory.embeddings, memory.activations, memory.loss_tile, training.log_every, training.eval_every, "
-        "training.checkpoint_every, training.checkpoint_minutes, training.keep_checkpoints, training.trackers, "
-        "training.rehearse, data.allow, output.gguf"
+        "training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, training.keep_checkpoints, "
+        "training.trackers, training.rehearse, data.allow, output.gguf"
     )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])

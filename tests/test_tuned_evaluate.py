@@ -122,6 +122,7 @@ def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model,
     assert [one.request for one in evaluation.comparisons] == questions
 
 
+@pytest.mark.slow
 def test_every_row_has_its_own_losses_and_their_mean_is_the_score(tmp_path, tiny_model):
     run_dir = make_run(tmp_path, tiny_model)
     evaluation = evaluate(run_dir)
@@ -238,6 +239,7 @@ def test_answers_longer_than_the_limit_are_counted(tmp_path, tiny_model, capsys)
 
 
 @pytest.mark.parametrize(("answer", "times"), [("Blue.", 1), ("It is the colour of the sky on a clear day.", 2)])
+@pytest.mark.slow
 def test_free_text_has_room_to_go_on_and_an_exact_answer_has_none(tmp_path, tiny_model, monkeypatch, answer, times):
     run_dir = make_run(tmp_path, tiny_model)
     write_rows(tmp_path / "test.jsonl", [row("What is blue?", answer)])

@@ -77,6 +77,7 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
     assert command(session, "/trained").startswith("most training rows have no system message")
 
 
+@pytest.mark.slow
 def test_chat_says_that_it_loads_and_what_it_offers(run: RunDir) -> None:
     process = run_qtune("chat", run.path, "--prompt", "Hi", "--max-new-tokens", "2")
     assert process.returncode == 0

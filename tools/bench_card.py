@@ -1,17 +1,24 @@
 """The training step on a CUDA card: equal to peft's, then timed in alternation with TRL's own, on random weights.
 
-    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048 1x2048] [--out results.json]
+    python tools/bench_card.py [--steps 6] [--seconds 170] [--shapes 4x2048] [--profile qtune] [--out FILE.json]
 
 First every gradient of a small model, with qtune's functions and without, in fp32 and in 16 bits, and each Triton
-kernel against PyTorch's operations: a difference ends the run. Then three trainers of one geometry (Llama-3.1-8B's
-unless --small) stand on the card together and take steps in turn: qtune, qtune without its own functions, and TRL as
-its plain script makes it. Printed are medians of seconds, tokens per second, the peak of each (what the others hold
-subtracted), and one step of each under the profiler. Memory and time do not depend on the weights.
+kernel against PyTorch's operations: a difference ends the run. Then the trainers of --trainers, of one geometry
+(Llama-3.1-8B's unless --small), stand on the card together and take steps in turn. Printed are medians of seconds,
+tokens per second, the peak of each (what the others hold subtracted), of those that --profile names one step under
+PyTorch's profiler and one under Python's. Memory and time do not depend on the weights.
+
+    qtune    every layer computed twice       peft       the same with peft's layers
+    kept     nothing computed twice           leanest    embeddings and activations on the host, paged 8-bit AdamW
+    TRL      as its plain script makes it
 """
 
 import argparse
+import cProfile
 import gc
+import io
 import json
+import pstats
 import statistics
 import tempfile
 import time
@@ -37,6 +44,8 @@ from qtune.device.present import present_device
 from qtune.kernels import comparison, ops
 from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.host import keep_embeddings_on_host
+from qtune.model.layer_stream import stream_layers
 from qtune.model.load import quantization_config
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
@@ -61,6 +70,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="counted steps of each, after two that are not")
     parser.add_argument("--seconds", type=float, default=170, help="no new measurement begins after so many")
     parser.add_argument("--shapes", nargs="+", default=["4x2048", "1x2048"])
+    parser.add_argument(
+        "--trainers", nargs="+", choices=[*VARIANTS, "TRL"], default=["qtune", "kept", "leanest", "TRL"]
+    )
+    parser.add_argument("--profile", nargs="+", default=[], help="trainers of which one step runs under the profilers")
+    parser.add_argument("--no-equality", action="store_true", help="measure at once: equality was seen before")
     parser.add_argument("--small", action="store_true", help="a small model, to see that the script runs")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -78,7 +92,7 @@ def main() -> None:
 
     if torch.cuda.is_available():
         keep("kernels", kernel_differences())
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in () if options.no_equality else (torch.float32, torch.bfloat16):
         for checkpointing in (False, True):
             difference = gradient_difference(dtype, checkpointing)
             keep(f"gradients {dtype} checkpointing={checkpointing}", difference)
@@ -91,7 +105,7 @@ def main() -> None:
             if left() < 25:
                 print(f"no time left for {shape}")
                 break
-            measure(geometry, rows, length, options.steps, folder, keep, left)
+            measure(geometry, rows, length, options, folder, keep, left)
 
 
 # --- equality ------------------------------------------------------------------------------------------------------
@@ -140,8 +154,21 @@ def gradient_difference(dtype: torch.dtype, checkpointing: bool) -> dict[str, fl
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-def parts(rows: int, length: int, dtype: torch.dtype, *, lean: bool = True) -> tuple[Recipe, Plan]:
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "qtune": {},
+    "peft": {"training": {"lean_step": False}},
+    "kept": {"training": {"gradient_checkpointing": False}},
+    "leanest": {
+        "training": {"optimizer": "paged-adamw-8bit"},
+        "memory": {"embeddings": "host", "activations": "host", "loss_tile": "16 MiB"},
+    },
+}
+"""What each differs in from the first."""
+
+
+def parts(rows: int, length: int, dtype: torch.dtype, variant: str = "qtune") -> tuple[Recipe, Plan]:
     """LoRA r16 on all linear layers, on the card that is here."""
+    differs = VARIANTS[variant]
     recipe = parse_recipe(
         {
             "model": {"base": "random"},
@@ -150,15 +177,16 @@ def parts(rows: int, length: int, dtype: torch.dtype, *, lean: bool = True) -> t
             "data": {"train": "random", "max_length": length},
             "training": {
                 "batch_size": rows, "micro_batch_size": rows, "schedule": "constant", "warmup": 0.0,
-                "learning_rate": 1e-4, "gradient_checkpointing": True, "lean_step": lean,
+                "learning_rate": 1e-4, "gradient_checkpointing": True, "lean_step": True, **differs.get("training", {}),
             },
+            "memory": differs.get("memory", {}),
         }
     )  # fmt: skip
     return recipe, make_plan(recipe, present_device())
 
 
 def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
-    """A Llama of random NF4 weights with double quantization on the plan's device, its adapter attached."""
+    """A Llama of random NF4 weights with double quantization where the plan wants it, its adapter attached."""
     torch.manual_seed(0)
     dtype, device = getattr(torch, plan.compute_dtype), plan.device.torch_name
     config = LlamaConfig(**geometry, rms_norm_eps=1e-5, rope_theta=500000.0, max_position_embeddings=8192)
@@ -175,6 +203,10 @@ def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
                     made = made.fill_(1) if made.dim() == 1 else made.normal_(0, 0.02)
                     module._parameters[name] = torch.nn.Parameter(made, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if plan.embeddings == "host":
+        keep_embeddings_on_host(model, device)
+    if plan.layers != "device":
+        stream_layers(model, plan.layers, device)
     return attach_adapter(model, recipe.adapter, plan)
 
 
@@ -215,10 +247,10 @@ def random_rows(rows: int, length: int, vocabulary: int) -> Dataset:
 # --- trainers ------------------------------------------------------------------------------------------------------
 
 
-def ours(geometry: dict[str, int], rows: int, length: int, folder: str, *, lean: bool) -> SFTTrainer:
+def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant: str) -> SFTTrainer:
     """qtune's trainer, as a run builds it."""
-    recipe, plan = parts(rows, length, compute_dtype(), lean=lean)
-    model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{lean}")
+    recipe, plan = parts(rows, length, compute_dtype(), variant)
+    model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{variant}")
     trainer = QloraTrainer(
         model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
         training=recipe.training,
@@ -299,12 +331,15 @@ def free() -> None:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(geometry: dict[str, int], rows: int, length: int, steps: int, folder: str, keep: Any, left: Any) -> None:
-    """Steps in turn, then one of each under the profiler."""
+def measure(
+    geometry: dict[str, int], rows: int, length: int, options: argparse.Namespace, folder: str, keep: Any, left: Any
+) -> None:
+    """Steps in turn, then one of each under the profilers."""
     makers = {
-        "qtune": lambda: ours(geometry, rows, length, folder, lean=True),
-        "qtune, peft's layers": lambda: ours(geometry, rows, length, folder, lean=False),
-        "TRL": lambda: trl(geometry, rows, length, folder),
+        name: (lambda: trl(geometry, rows, length, folder))
+        if name == "TRL"
+        else (lambda name=name: ours(geometry, rows, length, folder, name))
+        for name in options.trainers
     }
     trainers: dict[str, SFTTrainer] = {}
     held: dict[str, int] = {}
@@ -317,7 +352,7 @@ def measure(geometry: dict[str, int], rows: int, length: int, steps: int, folder
         held[name] = allocated() - before
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     peaks = dict.fromkeys(trainers, 0)
-    for _ in range(steps):
+    for _ in range(options.steps):
         if left() < 12:
             break
         for name, trainer in trainers.items():
@@ -338,10 +373,22 @@ def measure(geometry: dict[str, int], rows: int, length: int, steps: int, folder
         }  # fmt: skip
         keep(f"{rows}x{length} {name}", result)
     for name, trainer in trainers.items():
-        if left() > 8:
+        if name in options.profile and left() > 8:
+            keep(f"{rows}x{length} {name}, processor", profiled_python(trainer))
             keep(f"{rows}x{length} {name}, kernels", profiled(trainer))
     del trainers, trainer
     free()
+
+
+def profiled_python(trainer: SFTTrainer) -> list[str]:
+    """What the processor did in one step, Python's functions by their own time."""
+    seen = cProfile.Profile()
+    seen.enable()
+    step(trainer)
+    seen.disable()
+    text = io.StringIO()
+    pstats.Stats(seen, stream=text).sort_stats("tottime").print_stats(28)
+    return [line.strip()[-150:] for line in text.getvalue().splitlines() if line.strip()]
 
 
 def profiled(trainer: SFTTrainer) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
     pip install xllamacpp                 # llama.cpp's server as a wheel; only this check needs it
     python tools/check_llama_cpp.py runs/NAME/model/NAME-f16.gguf ROWS.jsonl [--rows 8]
+    python tools/check_llama_cpp.py runs/NAME/model/NAME-f16.gguf ROWS.jsonl --base BASE.gguf
 
 For held-out conversations in the "messages" form: the prompt that llama.cpp renders with the chat template inside the
 file, the ids that its tokenizer makes of it, and the greedy answer, each beside those of transformers. Prompts and ids
 must be equal, else the exit code is 1. Answers may part where two tokens are almost equally likely: they are counted.
+With --base it is the adapter.gguf beside the file that is asked, put on a GGUF file of the base as --lora does it.
 """
 
 import argparse
@@ -28,10 +30,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("rows", type=Path, help="conversations as JSON lines, each ending with the answer")
+    parser.add_argument("--base", type=Path, help="a GGUF file of the base: adapter.gguf is put on it, as --lora does")
     parser.add_argument("--rows", dest="count", type=int, default=8)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    llama, plain = LlamaCpp(options.gguf), Transformers(options.gguf.parent)
+    plain = Transformers(options.gguf.parent)
+    template = plain.tokenizer.chat_template
+    llama = (
+        LlamaCpp(options.gguf)
+        if options.base is None
+        else LlamaCpp(options.base, options.gguf.with_name("adapter.gguf"), template)
+    )
     same = dict.fromkeys(("prompts", "ids", "answers"), 0)
     lines = options.rows.read_text(encoding="utf-8").splitlines()[: options.count]
     for number, line in enumerate(lines, 1):
@@ -45,13 +54,15 @@ def main() -> None:
 
 
 class LlamaCpp:
-    """llama.cpp's own server over a GGUF file."""
+    """llama.cpp's own server over a GGUF file, or over that of a base with an adapter and its chat template."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, lora: Path | None = None, template: str = "") -> None:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
         settings.use_jinja, settings.warmup, settings.verbosity = True, False, 0
         settings.n_parallel, settings.n_ctx = 1, 1024
+        if lora is not None:
+            settings.lora_adapters, settings.chat_template = [xllamacpp.CommonAdapterLoraInfo(str(lora))], template
         self.server = xllamacpp.Server(settings)
 
     def answer(self, messages: list[dict[str, str]]) -> tuple[str, list[int], str]:

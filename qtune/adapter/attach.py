@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 
 from qtune.adapter.module_names import unmatched_names
 from qtune.adapter.peft_config import peft_config
+from qtune.adapter.prefix import let_prefix_be_checkpointed
+from qtune.adapter.prompt_encoder import make_residual
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import refuse_trained_embeddings
+from qtune.model.layer_stream import join_stream
 from qtune.plan import Plan
-from qtune.recipe.schema import Adapter, Lora
+from qtune.recipe.schema import Adapter, Lora, PrefixTuning, PromptTuning, PTuning
 
 
 def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> PeftModel:
@@ -38,6 +41,11 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
             raise
         raise ModelError(Problem(name, f"{adapter.kind} adapter: {first_line(error)}")) from error
     refuse_trained_embeddings(model)
+    if isinstance(adapter, PromptTuning | PTuning) and adapter.residual:
+        make_residual(model, adapter)
+    join_stream(model)
+    if isinstance(adapter, PrefixTuning):
+        let_prefix_be_checkpointed(model)
     if plan.device.kind == "cpu":
         _keep_lstm_in_its_dtype(model)
     _refuse_trained_head(model)

@@ -21,6 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
 from qtune.kernels.ops import dequantized
+from qtune.model.layer_stream import packed_weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,10 +65,10 @@ class Layer:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """[out, in], in a buffer of its own where the base is quantized."""
-        weight = self.base.weight
         if not self.is_packed:
+            weight: Tensor = self.base.weight
             return weight.to(dtype)
-        return dequantized(weight, weight.quant_state).to(dtype)
+        return dequantized(*packed_weight(self.base)).to(dtype)
 
     def is_plain(self) -> bool:
         """Whether the update is on, alone and not merged: otherwise the layer is peft's."""

@@ -1,10 +1,12 @@
 """Where an adapter starts: at random, from a text, from the base's weights, from the data, or where a run has ended."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, initialize_lora_eva_weights
@@ -13,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.adapter.from_run import earlier_adapter
+from qtune.adapter.prefix import prefix_of
+from qtune.adapter.prompt_encoder import ResidualPrompt, measure_unit, unit_of
 from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
-from qtune.errors import ModelError, Problem
+from qtune.device.present import is_out_of_memory
+from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.local import local_base
-from qtune.recipe.schema import Lora, PromptTuning, Recipe
+from qtune.recipe.schema import Lora, PrefixTuning, PromptTuning, PTuning, Recipe
 
 EVA_ROWS = 256
 """Training rows that EVA looks at; the paper's figure 5 finds the components settled after a few batches."""
@@ -40,17 +45,21 @@ def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
         ModelError: the base's weights, or the text, are not what the start needs.
         RunError: the run that it starts from is not one of the same base and adapter.
     """
+    measure_unit(model)
+    if (folder := earlier_adapter(recipe)) is not None:
+        load_trained_state(model, folder)
+        return
     match recipe.adapter:
-        case PromptTuning(text=str() as text):
-            start_from_text(model, material.tokenizer, text)
+        case PromptTuning() | PTuning() as adapter if adapter.residual or adapter.initialization in ("text", "rows"):
+            start_prompt(model, adapter, material, recipe.training.seed)
+        case PrefixTuning(initialization="text" | "rows") as adapter:
+            start_prefix(model, adapter, material, recipe.training.seed)
         case Lora(initialization="eva"):
             pad = material.tokenizer.pad_token_id
             assert isinstance(pad, int)
             start_from_activations(model, material.train, pad, material.micro_batch_size)
         case Lora(initialization="loftq"):
             start_from_residual(model, Checkpoint.open(local_base(recipe.model)))
-    if (folder := earlier_adapter(recipe)) is not None:
-        load_trained_state(model, folder)
 
 
 def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
@@ -66,14 +75,74 @@ def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Lester et al. 2021, section 2.1: the prompt starts as the embeddings of words, here repeated or cut to fit."""
-    vectors = model.prompt_encoder[model.active_adapter].embedding.weight
+def start_prompt(model: PeftModel, adapter: PromptTuning | PTuning, material: Material, seed: int) -> None:
+    """The vectors of a soft prompt, which begin as what the model reads for words, or as noise of that size.
+
+    Raises:
+        ModelError: the text has no tokens.
+    """
+    encoder = model.prompt_encoder[model.active_adapter]
+    words = model.get_base_model().get_input_embeddings()
+    table, draw = encoder.embedding.weight, torch.Generator().manual_seed(seed)
+    count, vocabulary = len(table), int(words.weight.shape[0])
+    match adapter.initialization:
+        case "random":
+            vectors = unit_of(words) * torch.randn(table.shape, generator=draw).to(table.device)
+        case "vocabulary":
+            vectors = words(torch.randint(vocabulary, (count,), generator=draw).to(table.device))
+        case "text":
+            vectors = words(torch.tensor(text_ids(material.tokenizer, str(adapter.text), count), device=table.device))
+        case "rows":
+            vectors = words(torch.tensor(row_ids(material.train, count, seed), device=table.device))
+    if isinstance(encoder, ResidualPrompt):
+        encoder.begin_at(vectors.to(table.dtype))
+    else:
+        table.copy_(vectors.to(table.dtype))
+
+
+@torch.no_grad()
+def start_prefix(model: PeftModel, adapter: PrefixTuning, material: Material, seed: int) -> None:
+    """A prefix that begins as what the base keeps of a text, or of training rows.
+
+    Raises:
+        ModelError: the text has no tokens, or the model keeps something else than a prefix can be.
+    """
+    table = model.prompt_encoder[model.active_adapter].embedding.weight
+    if adapter.initialization == "text":
+        ids = text_ids(material.tokenizer, str(adapter.text), len(table))
+    else:
+        ids = row_ids(material.train, len(table), seed)
+    try:
+        table.copy_(prefix_of(model, ids).to(table.dtype))
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        message = f'adapter.initialization = {adapter.initialization!r}: {first_line(error)}; use "random"'
+        raise ModelError(Problem("", message)) from error
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """Lester et al. 2021, section 2.1: the prompt starts as words, here repeated or cut to `count` tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ModelError(Problem("", f"adapter.text = {text!r}: has no tokens"))
-    fitted = torch.tensor([ids[position % len(ids)] for position in range(len(vectors))], device=vectors.device)
-    vectors.copy_(model.get_base_model().get_input_embeddings()(fitted).to(vectors.dtype))
+    return [ids[position % len(ids)] for position in range(count)]
+
+
+def row_ids(train: Dataset, count: int, seed: int) -> list[int]:
+    """`count` tokens of training rows, drawn by `seed`, as the model is shown them: questions with their answers.
+
+    Examples in the prompt tell a model what is wanted before anything is trained; the vectors go on from there (Lu et
+    al. 2025, "Context Tuning", arXiv:2507.04221, section 3). The first row is cut at its front, so that the last one
+    ends whole before the row that is asked; few rows are repeated.
+    """
+    order = np.random.default_rng(seed).permutation(len(train)).tolist()
+    ids: list[int] = []
+    for place in itertools.cycle(order):
+        if len(ids) >= count:
+            break
+        ids = [*train[place]["input_ids"], *ids]
+    return ids[-count:]
 
 
 def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_batch_size: int) -> None:

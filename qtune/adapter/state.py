@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import DTYPES
+from qtune.model.layer_stream import join_stream
 from qtune.whole import whole
 
 STATE_FILE = "trained_state.safetensors"
@@ -89,6 +90,7 @@ def load_adapter(network: PreTrainedModel, folder: Path) -> PeftModel:
     """The base model with a saved adapter on it, frozen, bit for bit in the dtype it was saved in."""
     # Left alone, peft 0.21 would round a float32 adapter to the 16 bits of its base before it is asked for anything.
     model = PeftModel.from_pretrained(network, str(folder), autocast_adapter_dtype=True)
+    join_stream(model)
     if (saved := _only_dtype(folder / SAFETENSORS_WEIGHTS_NAME)) is not None:
         for parameter in adapter_parameters(model):
             parameter.data = parameter.data.to(saved)

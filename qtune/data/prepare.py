@@ -120,7 +120,7 @@ def survey(
     train, weights = maker.split("train", find_sources(data.train, data, folder, split))
     examples = {"train": train}
     if isinstance(data.validation, float):
-        chosen = rows_set_aside(train, data.validation, seed)
+        chosen = rows_set_aside(train, data.validation, seed if data.validation_seed is None else data.validation_seed)
         kept = np.setdiff1d(np.arange(len(train)), chosen)
         examples["train"], weights = train.select(kept), weights[kept]
         if len(chosen):

@@ -5,6 +5,7 @@ and a fortieth backward, and some with them gain nothing.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-TOKENS, WIDTH, INTERMEDIATE = 128, 576, 1536
-"""One product: the built-in model's widest layer on half a row of the quickstart."""
+Shape = tuple[int, int, int]
+"""Of a product: tokens, width, intermediate width."""
+
+CPU_SHAPE: Shape = (128, 576, 1536)
+"""The built-in model's widest layer on half a row of the quickstart."""
+CARD_SHAPE: Shape = (4096, 4096, 14336)
+"""A 7B model's: a smaller one would measure how quickly kernels are launched."""
 
 LEAST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 3, 40, 0.25
 """Counted products of each dtype: as many as the time allows; the shortest is taken, so that other work on the computer
@@ -26,10 +32,11 @@ WORTHWHILE = 1.25
 
 @dataclass(frozen=True)
 class ProductTimes:
-    """Seconds of one product [TOKENS, WIDTH] x [WIDTH, INTERMEDIATE], and of the gradient of its input."""
+    """Seconds of one product [tokens, width] x [width, intermediate], and of the gradient of its input."""
 
     forward: float
     backward: float
+    shape: Shape = CPU_SHAPE
 
     @property
     def total(self) -> float:
@@ -39,7 +46,7 @@ class ProductTimes:
     @property
     def gflops(self) -> tuple[float, float]:
         """10^9 operations per second, forward and backward; each takes 2 per multiplication and addition."""
-        operations = 2 * TOKENS * WIDTH * INTERMEDIATE
+        operations = 2 * math.prod(self.shape)
         return operations / self.forward / 1e9, operations / self.backward / 1e9
 
     def __str__(self) -> str:
@@ -49,20 +56,22 @@ class ProductTimes:
 
 def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, ProductTimes]:
     """By dtype, the shortest of many products each way. The dtypes take turns, for other work to meet them alike."""
-    works = {name: _works(device, getattr(torch, name)) for name in dtypes}
+    shape = CPU_SHAPE if device.type == "cpu" else CARD_SHAPE
+    works = {name: _works(device, getattr(torch, name), shape) for name in dtypes}
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in dtypes}
     for repeat in range(MOST_REPEATS):
         for name, (forward, backward) in works.items():
             if repeat < LEAST_REPEATS or sum(map(sum, taken[name])) < ENOUGH_SECONDS:
                 taken[name][0].append(_seconds(device, forward))
                 taken[name][1].append(_seconds(device, backward))
-    return {name: ProductTimes(min(forward), min(backward)) for name, (forward, backward) in taken.items()}
+    return {name: ProductTimes(min(forward), min(backward), shape) for name, (forward, backward) in taken.items()}
 
 
-def _works(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def _works(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A product, and that of its gradient; each was done once, for the first ones may compile or allocate."""
-    inputs = torch.randn(TOKENS, WIDTH, device=device).to(dtype)
-    weight = torch.randn(INTERMEDIATE, WIDTH, device=device).to(dtype)
+    tokens, width, intermediate = shape
+    inputs = torch.randn(tokens, width, device=device).to(dtype)
+    weight = torch.randn(intermediate, width, device=device).to(dtype)
     slope = linear(inputs, weight)
     torch.mm(slope, weight)
     return lambda: linear(inputs, weight), lambda: torch.mm(slope, weight)

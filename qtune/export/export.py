@@ -16,7 +16,7 @@ from qtune.export.adapter_folder import write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
-from qtune.export.gguf.handover import hand_over
+from qtune.export.gguf.handover import hand_over, hand_over_adapter
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
@@ -121,6 +121,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if gguf is not None and rows is not None:
         with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
             hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
+            hand_over_adapter(source, target.output)
     return target.output
 
 

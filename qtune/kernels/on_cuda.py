@@ -179,11 +179,11 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_ga
 @triton.jit
 def _capped(x, scale, cap, is_capped: tl.constexpr):
     """A family's rule, and its derivative with respect to x."""
-    x = x * scale
-    if is_capped:
-        tanh = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
-        return tanh * cap, (1.0 - tanh * tanh) * scale
-    return x, scale
+    value, slope = x * scale, scale
+    if is_capped:  # one return: Triton compares the types of all of them, of those not taken as well
+        tanh = 2.0 * tl.sigmoid(2.0 * value / cap) - 1.0
+        value, slope = tanh * cap, (1.0 - tanh * tanh) * scale
+    return value, slope
 
 
 @triton.jit

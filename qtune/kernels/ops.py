@@ -32,6 +32,7 @@ _SCHEMAS = (
     "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
     "Tensor(c!) correct) -> ()",
     "product_in(Tensor left, Tensor right, ScalarType dtype) -> Tensor",
+    "load_layer(Tensor(a!) block, Tensor home) -> ()",
     "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
     "Tensor code, int[] shape, int block, str kind, ScalarType dtype) -> Tensor",
 )
@@ -59,8 +60,17 @@ def card_kernel(name: str) -> Callable[..., Any] | str:
                 return f"differs by {found:.1e} in {str(dtype).removeprefix('torch.')}"
     except Exception as error:
         log.debug("Triton kernel %s", name, exc_info=True)
-        return first_line(error)
+        return _reason(error)
     return kernel
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom: Triton's compiler raises again for each function that calls the failing one, with
+    its source as the message and what it has to say in an attribute."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = getattr(error, "error_message", None)
+    return said.strip() if isinstance(said, str) and said.strip() else first_line(error)
 
 
 def without_kernels() -> dict[str, str]:
@@ -118,6 +128,8 @@ for _name in comparison.COMPARED:
     _library.impl(_name, _on_card(_name), "CUDA")
 _library.impl("product_in", plain.product_in, "CPU")
 _library.impl("product_in", _product_in_on_cuda, "CUDA")
+_library.impl("load_layer", plain.load_layer, "CPU")
+_library.impl("load_layer", plain.load_layer, "CUDA")
 
 
 # --- what they return, for tensors without storage ------------------------------------------------------------------
@@ -157,6 +169,11 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d
 
 @_shaped_by("cross_entropy")
 def _(logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor) -> None:
+    return None
+
+
+@_shaped_by("load_layer")
+def _(block: Tensor, home: Tensor) -> None:
     return None
 
 

@@ -157,6 +157,14 @@ def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return (left @ right).to(dtype)
 
 
+# --- a layer's packed weights, from where they wait -----------------------------------------------------------------
+
+
+def load_layer(block: Tensor, home: Tensor) -> None:
+    """Copies `home` [bytes] into `block` [bytes] on the device; from pinned memory without being waited for."""
+    block.copy_(home, non_blocking=True)
+
+
 # --- 4-bit weights with double quantization (arXiv:2305.14314) ------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = ("training", "micro_batch_size")
 EMBEDDINGS = ("memory", "embeddings")
+LAYERS = ("memory", "layers")
 
 SMALL_TILE_MIB = 16
 """Tile of the loss that is tried where the usual one is too much: a quarter of it."""
@@ -57,7 +58,7 @@ HOST = Lever(EMBEDDINGS, "host", "the head crosses the bus twice a micro-batch, 
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
-    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
+    if plan.gradient_checkpointing is not True:
         yield Lever(
             CHECKPOINTING,
             True,
@@ -79,6 +80,13 @@ def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
         yield HOST
     if plan.device.kind == "cuda" and plan.activations == "device":
         yield Lever(("memory", "activations"), "host", "activations cross the bus out and back, same result")
+
+
+def last_levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
+    """What is pulled only where everything else together is not enough: a step then takes as long as the bus."""
+    can_wait = isinstance(recipe.quantization, FourBit) and not getattr(recipe.adapter, "dora", False)
+    if plan.device.kind == "cuda" and plan.layers == "device" and can_wait:
+        yield Lever(LAYERS, "host", "every layer crosses the bus twice a step, same result; slower answers")
 
 
 @dataclass(frozen=True)
@@ -159,13 +167,15 @@ class Settled:
         return self.prediction.need
 
 
-def settle(search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Sequence[int]) -> Settled:
+def settle(
+    search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Sequence[int], last: Sequence[Lever] = ()
+) -> Settled:
     """Pulls `levers` one after the other until a step of the smallest micro-batch is enough; then the largest that is.
 
     A lever that saves nothing is left out again; it may save once another one has taken away what hid it, so it is
     tried again then.
 
-    sizes: the micro-batches that may be chosen, ascending.
+    sizes: the micro-batches that may be chosen, ascending. last: levers that come after all others.
 
     Raises:
         ModelError: the recipe's own step cannot be traced.
@@ -173,8 +183,10 @@ def settle(search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Seque
     prediction = search.trace(recipe, sizes[0])
     pulled: list[Lever] = []
     trials: list[Trial] = []
-    pending, more_was_kept = list(levers), True
-    while pending and more_was_kept and not search.is_enough(prediction):
+    pending, waiting, more_was_kept = list(levers), list(last), True
+    while ((pending and more_was_kept) or waiting) and not search.is_enough(prediction):
+        if not pending or not more_was_kept:
+            pending, waiting = [*waiting, *pending], []
         tried, pending, more_was_kept = pending, [], False
         for lever in tried:
             if search.is_enough(prediction):
@@ -250,7 +262,7 @@ def _with_layers_kept(
     as lean as it can be. On a processor, whose memory is seldom the limit, only as many as must be.
     """
     largest, is_card = "the largest that fits", search.device.kind == "cuda"
-    is_open = recipe.training.gradient_checkpointing == "auto" and recipe.adapter.checkpointable
+    is_open = recipe.training.gradient_checkpointing == "auto"
     if not is_open or found.is_enough != is_card or EMBEDDINGS in found.changes:
         return found, plan, largest
     count = int(search.config.get_text_config().num_hidden_layers)

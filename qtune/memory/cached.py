@@ -36,9 +36,14 @@ def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
     """
 
     def traced() -> Prediction:
-        return summarize(predict(config, recipe, plan, longest), loaded_whole=is_stored_quantized(config))
+        return summarize(predict(config, recipe, plan, longest), loaded_whole=_loaded_whole(config, plan))
 
     return cached(config, recipe, plan, longest, traced)
+
+
+def _loaded_whole(config: PretrainedConfig, plan: Plan) -> bool:
+    """Whether all of a checkpoint comes to the card before some of it goes to the host."""
+    return is_stored_quantized(config) and plan.layers == "device"
 
 
 def cached(
@@ -87,7 +92,7 @@ def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest 
     parts = {
         "model": model_key(config, recipe, plan),
         "packing": recipe.data.packing,
-        "batch": [plan.micro_batch_size, plan.max_length, plan.accumulation_steps > 1],
+        "batch": [plan.micro_batch_size, plan.max_length, plan.accumulation_steps > 1, plan.together],
         "longest": None if longest is None else asdict(longest),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _own_code(),

@@ -18,6 +18,7 @@ from qtune.memory.budget import (
     as_run,
     budget_bytes,
     largest_that_fits,
+    last_levers,
     levers,
     settle,
 )
@@ -105,7 +106,9 @@ def fit(
         price = f"{recipe.training.batch_size} micro-batches make a step: the same gradient, a little slower"
         single = search.trace(asked.recipe, 1)
         trials.append(Trial("training.micro_batch_size = 1", price, asked.need, single.need))
-    pulled = settle(search, asked.recipe, list(levers(asked.recipe, search.plan(asked.recipe))), [1])
+    plan = search.plan(asked.recipe)
+    last = list(last_levers(asked.recipe, plan))
+    pulled = settle(search, asked.recipe, list(levers(asked.recipe, plan)), [1], last)
     again = {trial.what for trial in pulled.trials}
     trials = [*(trial for trial in trials if trial.what not in again), *pulled.trials]
     changes = dict(pulled.changes)

@@ -25,6 +25,7 @@ from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.tracing.work import rows_of
 from qtune.model.host import keep_embeddings_on_host
+from qtune.model.layer_stream import stream_layers
 from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
 from qtune.model.quantization import quantization_config
@@ -100,7 +101,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
         "plan": [
             device.kind, device.capability, plan.compute_dtype, plan.adapter_dtype, plan.attention,
             plan.gradient_checkpointing, plan.optimizer, plan.embeddings, plan.activations, plan.loss_tile_bytes,
-            plan.lean_step,
+            plan.lean_step, plan.layers,
         ],
     }  # fmt: skip
     return json.dumps(parts, sort_keys=True, default=str)
@@ -115,6 +116,8 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), attention)
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, "meta")
+    if plan.layers != "device":
+        stream_layers(network, plan.layers, "meta")
     with torch.device("meta"):  # nothing to initialise: only the shapes matter
         model = attach_adapter(network, recipe.adapter, plan)
     base = model.get_base_model()
@@ -145,7 +148,8 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         max_gradient_norm=recipe.training.max_gradient_norm,
         paged=plan.device.kind == "cuda" and plan.optimizer.startswith("paged"),
         activations="host" if plan.activations == "host" else "device",
-        accumulates=plan.accumulation_steps > 1,
+        accumulates=plan.accumulation_steps > plan.together,
+        micro_batches=plan.together,
         host_apart=plan.device.kind == "cuda",
         eval_batch=batch(longest.length if longest.evaluated is None else longest.evaluated),
         checkpointed=plan.gradient_checkpointing or True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, levers, settle, whole_parts
+from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, last_levers, levers, settle, whole_parts
 from qtune.memory.tracing import categories
 from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
@@ -113,7 +113,7 @@ def remedies(
         smaller = [part for part in whole_parts(plan.micro_batch_size * plan.accumulation_steps) if part < rows]
         is_enough = bool(smaller) and asked.fits((), smaller)
         size = rows if is_enough or fits_by_prediction else 1
-    ordered = list(levers(recipe, plan))
+    ordered = [*levers(recipe, plan), *last_levers(recipe, plan)]
     if room.is_begun:
         ordered.sort(key=lambda lever: lever.key not in CHANGEABLE)
     not_enough = [lever for lever in ordered if asked.wants(lever) and not asked.fits((lever,), [size])]

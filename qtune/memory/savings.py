@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtune.adapter.attach import attach_adapter
-from qtune.memory.budget import EMBEDDINGS
+from qtune.memory.budget import EMBEDDINGS, LAYERS
 from qtune.memory.cached import cached, predicted
 from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
@@ -171,7 +171,7 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if plan.gradient_checkpointing:
         off = changed(recipe, {CHECKPOINTING: False})
         yield "gradient checkpointing", "every activation kept", off
-    if plan.gradient_checkpointing is not True and recipe.adapter.checkpointable:
+    if plan.gradient_checkpointing is not True:
         every = changed(recipe, {CHECKPOINTING: True})
         yield "layers that keep all", "every layer computed twice", every
     if plan.optimizer != "adamw":
@@ -182,6 +182,8 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
             "embeddings and head on the card",
             changed(recipe, {("memory", "embeddings"): "device"}),
         )
+    if plan.layers != "device":
+        yield f"layers on the {plan.layers}", "they stay on the card", changed(recipe, {LAYERS: "device"})
     if plan.activations == "host":
         yield "activations on the host", "they stay on the card", changed(recipe, {("memory", "activations"): "device"})
     if plan.loss_tile_bytes < TILE_BYTES:

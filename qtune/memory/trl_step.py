@@ -109,7 +109,7 @@ def trace_trl(
         step.batch,
         _loss,
         _adamw,
-        "non-reentrant" if recipe.adapter.checkpointable else "none",
+        "non-reentrant" if recipe.adapter.peft_checkpoints else "none",
         step.autocast,
         max_gradient_norm=1.0,
         accumulates=step.accumulates,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peft import PeftType
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 if TYPE_CHECKING:
@@ -28,12 +27,8 @@ def checkpoint_first(model: nn.Module, wanted: bool | int) -> None:
 
 
 def checkpoint_all(model: PeftModel) -> bool:
-    """Turns checkpointing on in every layer; whether that changed anything.
-
-    Never for prefix tuning, which hands its keys and values over in the cache that checkpointing turns off.
-    """
-    is_possible = model.active_peft_config.peft_type != PeftType.PREFIX_TUNING
-    if not is_possible or all(layer.gradient_checkpointing for layer in switched_layers(model)):
+    """Turns checkpointing on in every layer; whether that changed anything."""
+    if all(layer.gradient_checkpointing for layer in switched_layers(model)):
         return False
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()

@@ -18,7 +18,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
+from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
@@ -26,6 +28,7 @@ from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
+from qtune.model.layer_stream import stream_layers
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
@@ -152,7 +155,9 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     stored = is_stored_quantized(config)
     ours = None if stored else quantization_config(quantization, dtype)
     places = {"": plan.device.torch_name}
-    if plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
+    if plan.layers != "device":
+        places = {"": "cpu"}  # quantized there: the card may be smaller than the layers
+    elif plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
         places |= dict.fromkeys(embedding_names(config), "cpu")
         if ours is not None:
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
@@ -176,7 +181,19 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         raise ModelError(problem)
     if plan.embeddings == "host":
         keep_embeddings_on_host(network, plan.device.torch_name)
+    if plan.layers != "device":
+        _stream(model, network, plan)
     return network
+
+
+def _stream(model: Model, network: PreTrainedModel, plan: Plan) -> None:
+    try:
+        stream_layers(network, plan.layers, plan.device.torch_name)
+    except OSError as error:
+        reason = f"the layers cannot be written to {cache_folder()}: {refusal_of(error) or first_line(error)}"
+        raise ModelError(Problem("memory.layers", reason)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise _not_loaded(model, error, plan.device) from error
 
 
 def embedding_names(config: PretrainedConfig) -> list[str]:

@@ -27,6 +27,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     yield from _of_adapter_and_run(recipe)
     yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
+    yield from _of_layers(recipe)
 
 
 def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
@@ -36,12 +37,38 @@ def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
         yield Fault(("adapter", "encoder_dropout"), 'only the "lstm" encoder has dropout; remove the key')
     if isinstance(adapter, PrefixTuning) and adapter.encoder_hidden_size is not None and not adapter.projection:
         yield Fault(("adapter", "encoder_hidden_size"), "only the projection has a width; set projection = true")
-    if isinstance(adapter, PromptTuning) and (adapter.initialization == "text") != (adapter.text is not None):
+    if isinstance(adapter, PrefixTuning) and adapter.projection and adapter.initialization != "random":
+        yield Fault(
+            ("adapter", "initialization"),
+            "the projection computes something else from what it starts with; set projection = false or remove the key",
+        )
+    text, initialization = getattr(adapter, "text", None), getattr(adapter, "initialization", None)
+    if (initialization == "text") != (text is not None):
         yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text"):
+    if isinstance(adapter, PromptTuning | PTuning):
+        yield from _within_soft_prompt(adapter)
+    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text", "rows"):
         yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
+
+
+def _within_soft_prompt(adapter: PromptTuning | PTuning) -> Iterator[Fault]:
+    if adapter.residual:
+        return
+    if adapter.vector_rate != 1:
+        yield Fault(
+            ("adapter", "vector_rate"),
+            "without residual there is one rate, training.learning_rate; set residual = true or remove the key",
+        )
+    if isinstance(adapter, PTuning) and adapter.initialization != "random":
+        yield Fault(
+            ("adapter", "initialization"),
+            "the encoder computes something else from the vectors that it is given, so that they would not start as "
+            "words; set residual = true or remove the key",
+        )
+    if isinstance(adapter, PromptTuning) and adapter.encoder_hidden_size is not None:
+        yield Fault(("adapter", "encoder_hidden_size"), "only residual has a width; set residual = true")
 
 
 def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
@@ -71,12 +98,6 @@ def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
 def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
     """What the kind of adapter rules out elsewhere."""
     adapter, training = recipe.adapter, recipe.training
-    if not adapter.checkpointable and training.gradient_checkpointing not in ("auto", False):
-        yield Fault(
-            ("training", "gradient_checkpointing"),
-            f"{adapter.kind} hands its keys and values over in the cache, which checkpointing turns off; "
-            'use false or "auto"',
-        )
     rate = adapter.auto_learning_rate[0] if training.learning_rate == "auto" else training.learning_rate
     if rate * training.weight_decay >= 1:
         yield Fault(
@@ -98,7 +119,23 @@ def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _of_layers(recipe: Recipe) -> Iterator[Fault]:
+    """Only what is read through a layer's own product may wait elsewhere."""
+    where = recipe.memory.layers
+    if where == "device":
+        return
+    if not isinstance(recipe.quantization, FourBit):
+        yield Fault(
+            ("memory", "layers"),
+            f'only 4-bit layers wait in another place, and these are {recipe.quantization.kind}; use "device"',
+        )
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.dora:
+        yield Fault(("memory", "layers"), 'DoRA reads the base\'s weights beside their products; use "device"')
+
+
 def _of_validation(data: Data, training: Training) -> Iterator[Fault]:
+    if data.validation_seed is not None and not (isinstance(data.validation, float) and data.validation):
+        yield Fault(("data", "validation_seed"), "only a share of the training rows is drawn; remove the key")
     is_measured = training.eval_every != "never" and data.validation != 0
     for key, asks in (("patience", training.patience is not None), ("result", training.result == "best")):
         if asks and not is_measured:

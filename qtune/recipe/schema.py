@@ -146,8 +146,8 @@ class AdapterTable(Table):
     """How it leaves its run: merged into the weights, baked into the vocabulary, or as an adapter beside its base."""
     auto_learning_rate: ClassVar[tuple[float, str]]
     """What training.learning_rate = "auto" means, and why."""
-    checkpointable: ClassVar[bool] = True
-    """Whether activations can be computed again in the backward pass."""
+    peft_checkpoints: ClassVar[bool] = True
+    """Whether peft's own way of training it can compute activations twice; ours always can."""
     predicts_first_token: ClassVar[bool] = False
     """Whether something of it stands before a row's first token, so that this one can be scored too."""
     first_keys: ClassVar[tuple[str, ...]] = ("kind",)
@@ -215,6 +215,15 @@ class PTuning(AdapterTable):
     """Layers of the LSTM; left out, 2. The MLP always has three."""
     encoder_dropout: Fraction = 0.0
     """Dropout between the LSTM's layers."""
+    residual: bool = False
+    """Add what the encoder computes to the vectors that it reads (arXiv:2305.03937), which can then start at words."""
+    vector_rate: Rate = 1.0
+    """Rate of those vectors as a multiple of training.learning_rate, which is the encoder's. Needs residual."""
+    initialization: Literal["random", "vocabulary", "text", "rows"] = "random"
+    """Start of those vectors: normal noise, rows of the embedding table, the embeddings of `text`, or those of training
+    rows as the template renders them (arXiv:2507.04221). All but noise need residual."""
+    text: Words | None = None
+    """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
 
 
 class PromptTuning(AdapterTable):
@@ -230,10 +239,17 @@ class PromptTuning(AdapterTable):
     """Virtual tokens before the prompt, each a free vector."""
     virtual_tokens: Width = 16
     """Length of the soft prompt; it spends context that data.max_length does not count."""
-    initialization: Literal["random", "vocabulary", "text"] = "vocabulary"
-    """Start of the vectors: normal noise, rows of the embedding table, or the embeddings of `text`."""
+    initialization: Literal["random", "vocabulary", "text", "rows"] = "vocabulary"
+    """Start of the vectors: normal noise, rows of the embedding table, the embeddings of `text`, or those of training
+    rows as the template renders them (arXiv:2507.04221)."""
     text: Words | None = None
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
+    residual: bool = False
+    """Add to each vector what one hidden layer, shared by all of them, computes from it (arXiv:2305.03937)."""
+    encoder_hidden_size: Width | None = None
+    """Width of that layer; left out, the model's hidden size. Needs residual."""
+    vector_rate: Rate = 1.0
+    """Rate of the vectors as a multiple of training.learning_rate, which is that layer's. Needs residual."""
 
 
 class PrefixTuning(AdapterTable):
@@ -242,8 +258,8 @@ class PrefixTuning(AdapterTable):
     in_words = "a prefix (prefix tuning)"
     export = "alone"
     auto_learning_rate = (1e-2, "free vectors, and few of them, need a large rate")
-    checkpointable = False  # its keys and values are handed over in the cache, which checkpointing turns off
-    first_keys = ("kind", "virtual_tokens", "projection")
+    peft_checkpoints = False  # keys and values are handed over in the cache, which transformers takes from such layers
+    first_keys = ("kind", "virtual_tokens", "initialization")
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
@@ -251,6 +267,11 @@ class PrefixTuning(AdapterTable):
     """Length of the prefix; it spends context that data.max_length does not count."""
     projection: bool = False
     """Compute the prefix with an MLP from a small embedding, as in the paper; easier to train, larger."""
+    initialization: Literal["random", "text", "rows"] = "random"
+    """Start of the prefix: normal noise, or what the base keeps of `text` or of training rows as the template renders
+    them (arXiv:2507.04221). All but noise need projection = false."""
+    text: Words | None = None
+    """Text that the prefix starts as; it is repeated or cut to the number of virtual tokens."""
     encoder_hidden_size: Width | None = None
     """Width of that MLP; left out, the model's hidden size."""
 
@@ -356,6 +377,8 @@ class Data(Table):
     """Training rows: a file, folder, pattern or "hub:owner/name", or a list of those and of tables with a weight."""
     validation: SourcesOrShare = 0.05
     """Rows for the eval loss during training: sources, or the share of the training rows to set aside (0: none)."""
+    validation_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed by which a share is drawn; left out, training.seed. Runs with several seeds need one, to be compared."""
     test: Sources | None = None
     """Rows for `qtune eval`; left out, it takes the validation rows."""
     format: Auto | RowFormat = "auto"
@@ -425,6 +448,9 @@ class Training(Table):
     """Optimizer steps between two measurements of the validation loss."""
     evaluate_first: bool = False
     """Also measure the validation loss before the first step: what the run begins with."""
+    sample_answers: Annotated[int, Field(ge=0, le=32)] = 3
+    """Validation rows that the model answers at each evaluation, to be read beside the curves: greedily, at most 128
+    tokens each and 20 seconds in all. They change nothing of the training; 0: none."""
     result: Literal["best-beyond-noise", "best", "last"] = "best-beyond-noise"
     """Which state becomes the adapter: the "best" by validation loss, the "last", or the best only where it is better
     than the last by more than noise."""
@@ -458,6 +484,10 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
+    layers: Literal["device", "host", "disk"] = "device"
+    """Where the frozen 4-bit layers wait. "host" and "disk": two of them are on the device, and each comes there
+    twice a step for all micro-batches together, whose hidden states wait beside one another; the same gradients. A step
+    takes at least as long as the layers need to come."""
     loss_tile: Size = "64MiB"
     """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 

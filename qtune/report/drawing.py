@@ -179,13 +179,13 @@ def _svg_shape(shape: Shape, ids: dict[Look, str]) -> str:
             )
 
 
-def require_writable(file: Path, option: str) -> None:
-    """Says before hours of work that a picture could not be written in the end.
+def require_writable(file: Path, option: str, what: str = "picture", suffix: str = ".svg") -> None:
+    """Says before hours of work that a picture, or a page, could not be written in the end.
 
     Raises:
-        InputError: the file's name does not end in .svg, or there is no such folder.
+        InputError: the file's name does not end in `suffix`, or there is no such folder.
     """
-    if file.suffix.lower() != ".svg":
-        raise InputError(Problem(option, f"{file}: a picture's name ends in .svg"))
+    if file.suffix.lower() != suffix:
+        raise InputError(Problem(option, f"{file}: a {what}'s name ends in {suffix}"))
     if not file.absolute().parent.is_dir():
         raise InputError(Problem(option, f"{file}: there is no folder {file.parent}"))

@@ -12,6 +12,7 @@ from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
 from qtune.report.memory import memory
+from qtune.report.over_time import answers_over_time
 from qtune.report.record import Record, read_record
 from qtune.report.rows import ShownRows, rows_of
 from qtune.report.style import STYLE
@@ -104,6 +105,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     if facts.evaluation:
         parts.append(results.evaluation(facts.evaluation))
     parts.append(sections.curves(record))
+    if record.answers:
+        parts.append(answers_over_time(record.answers))
     if isinstance(rows, str):
         parts.append(sections.section("Rows as the model sees them", sections.note(f"They cannot be shown: {rows}")))
     else:

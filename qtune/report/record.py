@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qtune.run.folder import RunDir
-from qtune.run.metrics import read_metrics, seconds_of
+from qtune.run.metrics import AnswersRecord, read_metrics, seconds_of
 from qtune.run.resolved import WrittenValue, read_values
 from qtune.verdicts.facts import Facts, read_facts
 
@@ -18,6 +18,8 @@ class Record:
     """Of training, all parts together."""
     facts: Facts
     """What it has come to; the verdicts are made of it."""
+    answers: tuple[AnswersRecord, ...] = ()
+    """What it said to the sampled rows while it trained."""
 
     @property
     def adapter_bytes(self) -> int | None:
@@ -36,9 +38,11 @@ def read_record(run_dir: RunDir) -> Record:
     Raises:
         RunError: one of them is damaged.
     """
+    metrics = read_metrics(run_dir.metrics_file)
     return Record(
         run_dir=run_dir,
         values=read_values(run_dir),
-        seconds=seconds_of(read_metrics(run_dir.metrics_file)),
+        seconds=seconds_of(metrics),
         facts=read_facts(run_dir),
+        answers=tuple(one for one in metrics if isinstance(one, AnswersRecord)),
     )

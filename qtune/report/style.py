@@ -55,6 +55,7 @@ th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabu
 td { max-width: 34rem; min-width: 3rem; overflow-wrap: break-word; }
 .answers { width: 100%; } .answers td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9.5rem; }
 .answers td:first-child { min-width: 1.2rem; width: 1.2rem; white-space: nowrap; }
+.steps td:first-child { min-width: 6rem; width: 6rem; }
 .values td { overflow-wrap: anywhere; min-width: 11rem; } .values td:first-child { white-space: nowrap; }
 pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6px; padding: .7rem; margin: .3rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }
@@ -70,7 +71,8 @@ code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer
   h1, h2, h3, figcaption, summary { break-after: avoid; } figure, tr, .verdict, .facts { break-inside: avoid; }
   figure:has(> pre) { break-inside: auto; } thead { display: table-header-group; }
   .wide { overflow: visible; } table { max-width: 100%; } .wide > svg { min-width: 0; }
-  td, .answers td, .values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
+  td, .answers td, .steps td:first-child { min-width: 6rem; width: 6rem; }
+.values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
 }
 """

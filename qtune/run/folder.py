@@ -103,6 +103,11 @@ class RunDir:
         return self.path / "eval.json"
 
     @property
+    def forgetting_file(self) -> Path:
+        """Base against tuned on text that has nothing to do with the rows."""
+        return self.path / "forgetting.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folders checkpoint-STEP."""
         return self.path / "checkpoints"

@@ -68,6 +68,30 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class SampleAnswer:
+    """A held-out question, and what the model in training says to it."""
+
+    place: str
+    request: str
+    """The last words of the user, cut where they are long."""
+    expected: str
+    answer: str
+    """An ellipsis ends one that was stopped."""
+
+
+@dataclass(frozen=True)
+class AnswersRecord:
+    """What the model answers to a few validation rows after a step; the same rows each time."""
+
+    step: int
+    steps: int
+    epoch: float
+    seconds: float
+    answers: tuple[SampleAnswer, ...]
+    kind: Literal["answers"] = "answers"
+
+
+@dataclass(frozen=True)
 class NoteRecord:
     """Something that happened, in a sentence."""
 
@@ -93,8 +117,13 @@ def grouped(losses: Sequence[float], tokens: Sequence[int]) -> tuple[tuple[float
     return tuple(round(loss, 6) for loss, _ in scored), tuple(count for _, count in scored)
 
 
-Metric = TrainRecord | EvalRecord | NoteRecord
-KINDS: dict[str, type[Metric]] = {"train": TrainRecord, "eval": EvalRecord, "note": NoteRecord}
+Metric = TrainRecord | EvalRecord | AnswersRecord | NoteRecord
+KINDS: dict[str, type[Metric]] = {
+    "train": TrainRecord,
+    "eval": EvalRecord,
+    "answers": AnswersRecord,
+    "note": NoteRecord,
+}
 
 
 def append_metric(file: Path, record: Metric) -> None:

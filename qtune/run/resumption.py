@@ -27,10 +27,12 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     BUDGET,
     ("memory", "embeddings"),
     ("memory", "activations"),
+    ("memory", "layers"),
     ("memory", "loss_tile"),
     # When something is measured, said or saved between two steps.
     ("training", "log_every"),
     ("training", "eval_every"),
+    ("training", "sample_answers"),
     ("training", "checkpoint_every"),
     ("training", "checkpoint_minutes"),
     ("training", "keep_checkpoints"),

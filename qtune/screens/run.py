@@ -1,11 +1,15 @@
 """The end of `qtune run`: what came of it, and what to do next."""
 
+import shlex
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from qtune.console import clock
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qtune.run.summary import Summary
 
 
@@ -24,6 +28,21 @@ def summary_text(summary: "Summary") -> str:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
     width = max(len(verb) for verb, _ in NEXT) + len(f"qtune  {path}")
     lines += [f"  {f'qtune {verb} {path}':<{width}} {does}" for verb, does in NEXT]
+    return "\n".join(lines)
+
+
+def spread_text(summaries: "Sequence[Summary]") -> str:
+    """How far apart the runs of one recipe with several seeds ended, and the command that compares them on rows."""
+    lines = [f"{len(summaries)} runs that differ by their seed alone:"]
+    measured = {
+        "training loss": [one.losses.end for one in summaries if one.losses is not None],
+        "validation loss": [one.validation[-1].loss for one in summaries if one.validation],
+    }
+    for name, losses in measured.items():
+        if len(losses) == len(summaries):
+            each = ", ".join(f"{loss:.4f}" for loss in losses)
+            lines.append(f"{name} {fmean(losses):.4f} ± {stdev(losses):.4f} ({each})")
+    lines.append(f"  {shlex.join(['qtune', 'compare', *(str(one.run_dir.path) for one in summaries)])}")
     return "\n".join(lines)
 
 

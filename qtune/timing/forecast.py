@@ -62,8 +62,9 @@ class StepModel:
         device = np.add.reduceat(self._line(lengths, self.at_near.seconds, self.at_far.seconds), starts)
         launches = np.add.reduceat(self._line(lengths, self.at_near.launches, self.at_far.launches), starts)
         processor = (launches + self.update.launches) * self.rates.launch_seconds
+        device = np.maximum(device + self.update.seconds, max(self.at_near.beside, self.at_far.beside))
         together = np.add if self.rates.is_own_processor else np.maximum
-        found: NDArray[np.float64] = together(device + self.update.seconds, processor)
+        found: NDArray[np.float64] = together(device, processor)
         return found
 
     def _line(self, lengths: NDArray[np.int64], at_near: float, at_far: float) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.attach import attach_adapter
+from qtune.adapter.lean import install_lean_step
 from qtune.device.rates import Rates
 from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing.step import parameter_groups, prepare, trained
@@ -243,6 +244,8 @@ class _Tiny:
             self.recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": folder})})
             base = load_base(self.recipe.model, self.recipe.quantization, self.plan)
         self.model: Any = attach_adapter(base, self.recipe.adapter, self.plan)
+        if self.plan.lean_step:
+            install_lean_step(self.model, getattr(torch, self.plan.compute_dtype))
         install_loss(self.model.get_base_model(), tile_bytes=self.plan.loss_tile_bytes)
         self.step = training_step(self.recipe, self.plan, self.longest)
         prepare(self.model, self.step)

@@ -26,6 +26,8 @@ class Cost:
     flops: int = 0
     seconds: float = 0.0
     """Of the device."""
+    beside: float = 0.0
+    """Seconds of the bus while the device computes, once for all micro-batches of a step: layers that are sent for."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -33,6 +35,7 @@ class Cost:
             self.bytes + other.bytes,
             self.flops + other.flops,
             self.seconds + other.seconds,
+            self.beside + other.beside,
         )
 
 
@@ -66,6 +69,7 @@ def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
         "thin products": rates.thin,
         "dequantization": rates.dequantized,
         "host transfers": rates.host_link,
+        "layer transfers": min(rates.host_link, rates.moved),
     }.get(kernel.kind, rates.moved)
     longest = max(kernel.bytes / moving, kernel.flops / arithmetic, kernel.scattered / rates.scattered)
     return longest + kernel.launches * rates.kernel_seconds
@@ -80,16 +84,21 @@ def cost_by(work: Work, rates: Rates, group: Callable[[Place, Kernel], Hashable]
     """The costs of work, added up by what `group` says of each part."""
     costs: dict[Hashable, Cost] = defaultdict(Cost)
     for (place, kernel), count in work.items():
+        taken = count * kernel_seconds(kernel, rates)
+        is_beside = kernel.kind == "layer transfers" and not rates.is_own_processor
         costs[group(place, kernel)] += Cost(
             count * kernel.launches,
             count * kernel.bytes,
             count * kernel.flops,
-            count * kernel_seconds(kernel, rates),
+            *((0.0, taken) if is_beside else (taken, 0.0)),
         )
     return dict(costs)
 
 
 def duration(costs: Iterable[Cost], rates: Rates) -> Duration:
-    """How long work of these costs takes, all in all."""
-    total = sum(costs, Cost())
-    return Duration(total.seconds, total.launches * rates.launch_seconds, total.launches, rates.is_own_processor)
+    """How long work of these costs takes, all in all; costs: of each micro-batch, and of the rest of a step."""
+    costs = list(costs)
+    total, beside = sum(costs, Cost()), max((cost.beside for cost in costs), default=0.0)
+    return Duration(
+        max(total.seconds, beside), total.launches * rates.launch_seconds, total.launches, rates.is_own_processor
+    )

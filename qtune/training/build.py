@@ -17,6 +17,7 @@ from qtune.training.best import KeepBest
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, PeakRate, StopOnSignal
 from qtune.training.inputs import Inputs
 from qtune.training.pace import ExpectedPace
+from qtune.training.sample_answers import SampleAnswers
 from qtune.training.trainer import QloraTrainer
 
 CHECKED_TOKENS = 64
@@ -73,6 +74,7 @@ def make_trainer(
     *,
     evaluate_first: bool,
     best: KeepBest | None = None,
+    answers: SampleAnswers | None = None,
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
@@ -99,6 +101,7 @@ def make_trainer(
             PeakRate(plan.learning_rate),
             metrics,
             *([best] if best else []),
+            *([answers] if answers else []),
             stop,
             OptimizerPhase(metrics.meter),
             *clock,

@@ -19,7 +19,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_first
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, grouped, read_metrics
+from qtune.run.metrics import (
+    AnswersRecord,
+    EvalRecord,
+    Metric,
+    NoteRecord,
+    SampleAnswer,
+    TrainRecord,
+    append_metric,
+    grouped,
+    read_metrics,
+)
 from qtune.training.outcome import NO_GRADIENT
 from qtune.training.outliers import Outliers
 
@@ -101,6 +111,11 @@ class Metrics(TrainerCallback):
     def note(self, message: str, adapter_step: int | None = None) -> None:
         """Records something that happened; `adapter_step` as in the record."""
         self._write(NoteRecord(message, self._seconds(), adapter_step))
+
+    def answered(self, state: TrainerState, answers: Sequence[SampleAnswer]) -> None:
+        """Records what the model says to the sampled rows."""
+        where = (state.global_step, state.max_steps, round(state.epoch or 0.0, 4), self._seconds())
+        self._write(AnswersRecord(*where, tuple(answers)))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.console import clock, live_console, say
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord
+from qtune.run.metrics import AnswersRecord, EvalRecord, Metric, NoteRecord, TrainRecord
 from qtune.sizes import gib_text
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -43,6 +43,9 @@ class TrainingDisplay:
         """Takes the next record of metrics.jsonl."""
         if isinstance(record, NoteRecord):
             self._print(record.message)
+            return
+        if isinstance(record, AnswersRecord):
+            self._print(answers_text(record))
             return
         if self._started is None:
             self._started = (time.monotonic(), record.step)
@@ -113,6 +116,27 @@ def _step(record: TrainRecord) -> dict[str, str]:
         return {}
     predicted = record.predicted_step_seconds
     return {"s/step": f"{record.step_seconds:.2f}{'' if predicted is None else f' ({predicted:.2f})'}"}
+
+
+ANSWER_WIDTH = 100
+"""Characters of a question or an answer on the screen; metrics.jsonl and the report have more."""
+
+
+def answers_text(record: AnswersRecord) -> str:
+    """What the model says after a step: under each question the answer, and the expected one where it is another."""
+    lines = [f"step {record.step}: what it answers now"]
+    for one in record.answers:
+        is_right = one.answer == one.expected
+        lines.append(f"  asked   {_one_line(one.request) or one.place}")
+        lines.append(f"{'✓' if is_right else ' '} says    {_one_line(one.answer)}")
+        if not is_right:
+            lines.append(f"  wanted  {_one_line(one.expected)}")
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= ANSWER_WIDTH else f"{text[: ANSWER_WIDTH - 1]}…"
 
 
 def plain_line(record: TrainRecord | EvalRecord, seconds_left: float | None) -> str:

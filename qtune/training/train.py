@@ -64,6 +64,7 @@ from qtune.training.inputs import Inputs, batch_in_words, gather, require_alloca
 from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.rehearsal import is_worth_it, rehearse
+from qtune.training.sample_answers import SampleAnswers
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,10 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
         best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
-        trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best)
+        answers = SampleAnswers(inputs, metrics.answered, metrics.note)
+        trainer = make_trainer(
+            inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers
+        )
         if checkpoint is None and is_worth_it(inputs):
             console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}

@@ -1,6 +1,7 @@
 """SFTTrainer and what is ours in the step: the loss, phases of memory, exact state, micro-batches that shrink."""
 
 import contextlib
+import functools
 import gc
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from qtune.kernels.ops import without_kernels
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
+from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
@@ -55,6 +57,12 @@ from qtune.training.saved_state import (
     set_random_state,
 )
 from qtune.training.schedule import schedule_of
+
+GROUP = "micro_batches"
+"""Under this key stand micro-batches that pass the layers together."""
+
+CHECKED_TOKENS = 64
+"""Length of the row that tells whether a model's layers can be computed one by one."""
 
 
 class QloraTrainer(SFTTrainer):
@@ -113,6 +121,11 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
+        self.together = plan.together > 1
+        """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot."""
+        self.expected = 1
+        """Micro-batches of the step that is being taken."""
+        self._stand_alone: bool | None = None
         self._done_in_step: list[dict[str, Any]] = []
         self._losses_of_step: list[float] = []
         self.outliers = outliers
@@ -159,6 +172,7 @@ class QloraTrainer(SFTTrainer):
         ]
         self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
         self._done_in_step, self._losses_of_step = [], []
+        self.expected = len(batches)
         return batches, scored
 
     def compute_loss_context_manager(self) -> Any:
@@ -171,21 +185,30 @@ class QloraTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have."""
-        self.meter.enter("forward", inputs["input_ids"], inputs.get("attention_mask"))
+        """Summed NLL / number of scored tokens of the whole effective batch: the mean that one big batch would have.
+
+        inputs: a micro-batch, or under GROUP several that pass the layers together.
+        """
+        batches: list[dict[str, Any]] = inputs.get(GROUP, [inputs])
+        for batch in batches:
+            self.meter.enter("forward", batch["input_ids"], batch.get("attention_mask"))
         is_offloading = self.activations == "host" and model.training
         with activations_on_host(model) if is_offloading else contextlib.nullcontext():
-            outputs = model(**inputs | {"use_cache": False})
-        self.meter.scored(outputs.scored)
+            forwards = [functools.partial(model, **batch | {"use_cache": False}) for batch in batches]
+            outputs = [forwards[0]()] if len(forwards) == 1 else layer_by_layer(model, forwards)
+        scored = sum(output.scored for output in outputs)
+        self.meter.scored(scored)
         if model.training:
-            self._scored += outputs.scored
+            self._scored += scored
             if self.meter.is_counting:
                 self.pace.disturb()
-            self._correct = outputs.correct if self._correct is None else self._correct + outputs.correct
-        count = outputs.scored if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
+            correct = _sum([output.correct for output in outputs])
+            self._correct = correct if self._correct is None else self._correct + correct
+        summed = _sum([output.loss for output in outputs])
+        count = scored if num_items_in_batch is None else num_items_in_batch
+        loss = summed / torch.as_tensor(count, device=summed.device).clamp(min=1)
         self.meter.enter("backward")
-        return (loss, outputs) if return_outputs else loss
+        return (loss, outputs[0]) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
@@ -204,16 +227,30 @@ class QloraTrainer(SFTTrainer):
         smaller pieces; where there are none, with every layer computed twice. The gradient is a sum over rows, so the
         optimization does not change.
 
+        Where layers wait elsewhere, the micro-batches of a step are kept until the last one is there, and then pass
+        each layer one behind the other; the first ones return nothing, the last one the loss of all.
+
         Raises:
             OutOfMemory: a single row does not fit.
         """
         self._done_in_step.append(inputs)
-        loss = self._try_pieces(model, [inputs], num_items_in_batch)
+        group = self._done_in_step if self._goes_together(model) else [inputs]
+        if len(group) < self.expected and self.together:
+            return torch.zeros((), device=self.args.device)
+        sums = False
+        loss = self._try_pieces(model, group, num_items_in_batch)
         while loss is None:
+            if self.together:
+                self.together, sums = False, True
+                self._release_memory(model)
+                loss = self._try_pieces(model, group, num_items_in_batch, sums=sums)
+                if loss is not None:
+                    self.note("out of memory: each micro-batch now sends for all layers anew; the gradient is the same")
+                continue
             rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
             if self.pieces >= rows and checkpoint_all(self.model):
                 self._release_memory(model)
-                loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
+                loss = self._try_pieces(model, self._done_in_step, num_items_in_batch, sums=sums)
                 if loss is not None:
                     self.note("out of memory: every layer is now computed twice; the gradient stays the same")
                 continue
@@ -225,19 +262,35 @@ class QloraTrainer(SFTTrainer):
             self.pieces = min(2 * self.pieces, rows)
             self._release_memory(model)
             # The losses of earlier micro-batches of this step are already counted; only the last one's is returned.
-            loss = self._try_pieces(model, self._done_in_step, num_items_in_batch)
+            loss = self._try_pieces(model, self._done_in_step, num_items_in_batch, sums=sums)
             if loss is not None:
                 self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
         if self.outliers is not None:
             self._losses_of_step.append(float(loss))
         return loss
 
-    def _try_pieces(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor | None:
-        """The loss of the last of `batches`, all of them backpropagated; None when memory ran out."""
+    def _goes_together(self, model: nn.Module) -> bool:
+        """Whether this step's micro-batches do; found out once whether this model's can."""
+        if self.together and self.expected > 1 and self._stand_alone is None:
+            ids = self._done_in_step[0]["input_ids"][:1, :CHECKED_TOKENS].to(self.args.device)
+            with self.compute_loss_context_manager():
+                self._stand_alone = self.together = layers_stand_alone(model, ids)
+            if not self.together:
+                self.note("this model's layers depend on one another: each micro-batch sends for all of them anew")
+        return self.together
+
+    def _try_pieces(
+        self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Any, *, sums: bool = False
+    ) -> Tensor | None:
+        """The loss of the last of `batches`, all of them backpropagated; None when memory ran out. sums: of all."""
         loss: Tensor | None = None
         try:
+            if self.together and len(batches) > 1:
+                pieces = [piece for batch in batches for piece in _split(batch, self.pieces)]
+                together: Tensor = super().training_step(model, {GROUP: pieces}, num_items_in_batch)
+                return together
             for batch in batches:
-                loss = None
+                loss = loss if sums else None
                 for piece in _split(batch, self.pieces):
                     part = super().training_step(model, piece, num_items_in_batch)
                     loss = part if loss is None else loss + part
@@ -455,6 +508,11 @@ def release_cached_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    """As one number, of scalars."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum()
 
 
 def _split(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:

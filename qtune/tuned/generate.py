@@ -10,6 +10,7 @@ to the base model directly.
 """
 
 import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ def find_ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     return Ends(stop, pad if pad is not None else stop[0] if stop else 0)
 
 
+@dataclass(frozen=True)
+class Generated:
+    """An answer: its ids without its end token, and whether it came to its end before it was stopped."""
+
+    ids: tuple[int, ...]
+    is_whole: bool
+
+
 def generate(
     model: PreTrainedModel | PeftModel,
     prompts: Sequence[Ids],
@@ -76,15 +85,41 @@ def generate(
 
     Prompts of similar length share a batch. `on_rows` hears how many more are done.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
+    made = answers_to(model, prompts, limits, ends, sampling, batch_tokens=batch_tokens, on_rows=on_rows)
+    return [list(answer.ids) for answer in made]
+
+
+def answers_to(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Ids],
+    limits: Sequence[int],
+    ends: Ends,
+    sampling: Sampling = GREEDY,
+    *,
+    seconds: float | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> list[Generated]:
+    """`generate`, which also tells whether each answer was stopped: at its limit, or when the `seconds` were over.
+
+    They are looked at after each token of a batch; a batch that is not begun by then leaves empty answers.
+    """
+    answers = [Generated((), is_whole=False) for _ in prompts]
+    began = time.monotonic()
     with _ready(model, sampling):
         for rows in batches_of(
             [(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)], batch_tokens
         ):
+            left = None if seconds is None else seconds - (time.monotonic() - began)
+            if left is not None and left <= 0:
+                break
             longest = max(limits[row] for row in rows)
-            made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling)
+            made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling, seconds=left)
             for row, ids in zip(rows, made.tolist(), strict=True):
-                answers[row] = _until_end(ids, ends.stop)[: limits[row]]
+                answer = _until_end(ids, ends.stop)
+                answers[row] = Generated(
+                    tuple(answer[: limits[row]]), is_whole=len(answer) < len(ids) and len(answer) <= limits[row]
+                )
             on_rows(len(rows))
     return answers
 
@@ -155,13 +190,15 @@ def _generate_batch(
     ends: Ends,
     sampling: Sampling,
     streamer: TextStreamer | None = None,
+    seconds: float | None = None,
 ) -> Tensor:
-    """[batch, made]: the new ids of each prompt; what follows a row's end is padding."""
+    """[batch, made]: the new ids of each prompt; what follows a row's end is padding. None is begun after `seconds`."""
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs, given = _inputs(model, prompts, ends.pad)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=limit,
+        max_time=seconds,
         do_sample=bool(drawn),
         eos_token_id=list(ends.stop) or None,
         pad_token_id=ends.pad,

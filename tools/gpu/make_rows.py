@@ -15,7 +15,7 @@ MODULES = (
     *("argparse", "asyncio", "collections", "configparser", "csv", "ctypes", "datetime", "decimal", "difflib"),
     *("fractions", "functools", "heapq", "inspect", "io", "json", "logging", "optparse", "os", "pathlib", "pickle"),
     *("pprint", "random", "re", "shutil", "smtplib", "socket", "sqlite3", "ssl", "statistics", "string", "subprocess"),
-    *("tarfile", "tempfile", "textwrap", "threading", "tokenize", "traceback", "turtle", "typing", "unittest", "uuid"),
+    *("tarfile", "tempfile", "textwrap", "threading", "tokenize", "traceback", "typing", "unittest", "uuid"),
     *("weakref", "zipfile"),
 )
 CHARACTERS = 16_000

@@ -1,6 +1,6 @@
 """The runs that are measured on a card: geometries of known models with random weights, and recipes.
 
-    python tools/gpu/runs.py FOLDER     writes one recipe for each run into FOLDER, and names those that may share a card
+    python tools/gpu/runs.py FOLDER      writes a recipe for each run into FOLDER, and names those that may share a card
 
 Memory and time do not depend on what the weights are, so checkpoints are made on the card (make_checkpoint.py) and
 nothing large is carried to it.
@@ -16,6 +16,9 @@ Tables = dict[str, dict[str, Any]]
 
 LLAMA = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
 GEOMETRIES: dict[str, dict[str, Any]] = {
+    "135m": {"vocab_size": 49152, "rope_theta": 100000.0, "max_position_embeddings": 8192}
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "tie_word_embeddings": True},
     "1b": LLAMA
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
@@ -26,7 +29,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "tie_word_embeddings": False},
 }
-"""Llama 3.2 1B and 3B, Llama 3.1 8B, as their config.json has them."""
+"""SmolLM2 135M, Llama 3.2 1B and 3B, Llama 3.1 8B, as their config.json has them."""
 
 STEPS = 6
 

@@ -10,16 +10,20 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from qtune import console
 from qtune.data.conversation import Conversation
 from qtune.errors import VerificationError
+from qtune.export.adapter_weights import open_adapter
+from qtune.export.gguf.adapter import ADAPTER_FILE, NoGgufAdapter, gguf_adapter, write_gguf_adapter
 from qtune.export.gguf.families import ignored_window
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
+from qtune.export.opened_run import OpenedRun
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
+from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
 from qtune.run.manifest import add_to_seal
-from qtune.sizes import MIB
+from qtune.sizes import MIB, size_text
 
 
 def hand_over(
@@ -50,6 +54,23 @@ def hand_over(
         )
     _write_modelfile(folder, file, config, recipe, rows)
     return file
+
+
+def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
+    """Writes adapter.gguf beside the merged GGUF file, or says why there is none; one of before is not left there."""
+    (folder / ADAPTER_FILE).unlink(missing_ok=True)
+    if source.recipe.adapter.export == "bake":
+        console.say(
+            f"no {ADAPTER_FILE} for llama.cpp's --lora: a soft prompt is no change of weights; the merged file has it"
+        )
+        return
+    made = gguf_adapter(open_adapter(source.adapter), load_config(source.recipe.model), source.base_name)
+    if isinstance(made, NoGgufAdapter):
+        console.say(f"no {ADAPTER_FILE} for llama.cpp's --lora: {made.reason}; the merged file has it")
+        return
+    file = write_gguf_adapter(made, folder / ADAPTER_FILE, source.run.name)
+    add_to_seal(folder, [file])
+    console.out(f"{file.name}: {size_text(file.stat().st_size)}, for llama.cpp's --lora on a GGUF file of the base")
 
 
 def as_asked(conversation: Conversation, data: Data) -> Conversation:

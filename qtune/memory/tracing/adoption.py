@@ -21,15 +21,18 @@ from qtune.memory.tracing.categories import (
     OTHER,
     PAGED,
     RECOMPUTED,
+    WEIGHTS_4BIT,
     WORKSPACE,
 )  # fmt: skip
 from qtune.memory.tracing.ledger import LOSS_REGION
 from qtune.model.host import host_weight
+from qtune.model.layer_stream import is_streamed, stream_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from qtune.memory.tracing.ledger import Ledger, Life
+    from qtune.model.layer_stream import LayerStream
 
 PAGED_FROM = 100_000
 """Elements of a parameter from which bitsandbytes keeps a paged optimizer's state in managed memory."""
@@ -69,7 +72,10 @@ def static_tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, str]]
     embedding, head = _weight_of(get_input()), _weight_of(get_output())
     parameters = list(model.parameters())
     frozen_too = any(not p.requires_grad for p in parameters)
+    waiting = {id(module.weight) for module in model.modules() if is_streamed(module)}
     for parameter in parameters:
+        if id(parameter) in waiting:
+            continue
         yield from ((constant, CONSTANTS) for constant in quantization_constants(parameter))
         if parameter.requires_grad and frozen_too:
             yield parameter, ADAPTER
@@ -93,11 +99,22 @@ def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tu
     """
     yield from static_tensors(model)
     yield from ((copy, ADAPTER) for copy in adapter_copies(model))
+    if (stream := stream_of(model)) is not None:
+        yield from _streamed_tensors(stream, cuda=cuda)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if (host := host_weight(module)) is not None:
             is_apart = cuda or host.device.type != module.weight.device.type
             yield host, HOST if is_apart else HEAD if module is head else EMBEDDINGS
+
+
+def _streamed_tensors(stream: LayerStream, *, cuda: bool) -> Iterator[tuple[torch.Tensor, str]]:
+    """The layers where they wait, and what of them is on the device. Of a file memory holds no more than it likes."""
+    yield from ((block, WEIGHTS_4BIT) for block in stream.blocks)
+    yield from ((table, CONSTANTS) for table in stream.tables())
+    if stream.where == "host":
+        is_apart = cuda or stream.homes[0].device.type != stream.blocks[0].device.type
+        yield from ((home, HOST if is_apart else WEIGHTS_4BIT) for home in stream.homes)
 
 
 def adopt_model(ledger: Ledger, model: torch.nn.Module) -> None:

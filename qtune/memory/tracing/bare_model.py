@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.host import host_weight
 from qtune.model.kept_precision import kept_in_fp32
+from qtune.model.layer_stream import stream_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -171,6 +172,8 @@ def give_storage(model: torch.nn.Module, mode: RememberingMode) -> None:
             module.quant_state = module.weight.quant_state
         if (weight := host_weight(module)) is not None:
             module.host_weight = fake(weight)
+    if (stream := stream_of(model)) is not None:
+        stream.through(fake)
     prompt_tokens: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})
     for name, tokens in prompt_tokens.items():
         prompt_tokens[name] = fake(tokens)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+WEIGHTS_4BIT = "base weights 4-bit"
 CONSTANTS = "quantization constants"
 EMBEDDINGS = "embeddings"
 HEAD = "head"
@@ -36,7 +37,7 @@ class Category:
 _DARK, _MIDDLE, _LIGHT, _WHITE = "#34425c", "#7f90ad", "#d3dcea", "#ffffff"
 
 CATEGORIES = (
-    Category("base weights 4-bit", "4", _DARK),
+    Category(WEIGHTS_4BIT, "4", _DARK),
     Category("base weights int8", "8", _DARK, "-"),
     Category("base weights fp16", "6", _DARK, "/"),
     Category("base weights bf16", "b", _DARK, "x"),

@@ -111,6 +111,11 @@ class Ledger(TorchDispatchMode):
         if row is not None:
             self.lives[row].category = category
 
+    def category(self, tensor: torch.Tensor) -> str:
+        """What a tensor's storage was said to be for; empty where nobody has said."""
+        row = self._row.get(tensor.untyped_storage()._cdata)
+        return "" if row is None else self.lives[row].category
+
     def pulse(self, buffers: list[tuple[int, str]]) -> range:
         """Buffers inside one kernel, alive together and, until `end_pulse`, beside its outputs: their rows."""
         first = self.tick

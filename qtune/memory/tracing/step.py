@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from qtune.memory.tracing import adoption, categories
 from qtune.model.checkpointed import checkpoint_first
 from qtune.model.host import activations_on_host
+from qtune.model.layer_major import layer_by_layer
 
 if TYPE_CHECKING:
     from qtune.memory.tracing.ledger import Ledger
@@ -69,6 +70,8 @@ class Step:
     """Where what the backward needs waits for it."""
     accumulates: bool = False
     """Whether gradients of earlier micro-batches wait in memory."""
+    micro_batches: int = 1
+    """So many pass each layer one behind the other, and go back together."""
     host_apart: bool = False
     """Whether host memory is other memory than the device's: on a card, not on a CPU."""
     ends_after: Literal["forward", "step"] = "step"
@@ -115,7 +118,11 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     batch = step.batch.tensors()
     ledger.enter("forward")
     with _autocast(step), _activations(model, step, ledger):
-        loss = step.loss(model, batch)
+        if step.micro_batches == 1:
+            loss = step.loss(model, batch)
+        else:
+            losses = layer_by_layer(model, [lambda: step.loss(model, batch)] * step.micro_batches)
+            loss = torch.stack(losses).sum()
     if not backward:
         return loss
     ledger.enter("backward")

@@ -19,6 +19,7 @@ from qtune.memory.tracing import adoption
 from qtune.memory.tracing.answers import Values
 from qtune.memory.tracing.bare_model import give_storage
 from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
+from qtune.memory.tracing.categories import HOST
 from qtune.memory.tracing.cuda import TODAYS_CARD, CudaKernels, workspace, workspace_bytes
 from qtune.memory.tracing.device_state import answered_as_on_a_card
 from qtune.memory.tracing.fake_tensors import RememberingMode
@@ -36,7 +37,8 @@ from qtune.memory.tracing.step import (
     trained,
     update,
 )
-from qtune.memory.tracing.work import Work, place_of, stretched, work_of
+from qtune.memory.tracing.work import Work, crossing, of_one_micro_batch, place_of, stretched, work_of
+from qtune.model.layer_stream import stream_of
 from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from qtune.memory.tracing.layers import Repetition, Signature
     from qtune.memory.tracing.ledger import Life
     from qtune.memory.tracing.step import Step
+    from qtune.memory.tracing.work import Kernel
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ def _traced(
         if same_model is not None:
             _built[same_model] = built
     body, work, executed = built.body(step)
+    work = of_one_micro_batch(work, step.micro_batches)
     history = body
     if built.optimizer_part is not None:
         update_history, update_work = built.optimizer_part
@@ -252,6 +256,8 @@ class _Tracer:
         """Forward, backward and evaluation of the second step, which differs from the built one only in its batches."""
         self.step = step
         self.ledger = self._loaded()
+        if (stream := stream_of(self.model)) is not None:
+            stream.rest()
         optimizer: Any = None
         with self._counting() as values:
             if _updates(self.step):
@@ -298,7 +304,16 @@ class _Tracer:
     def _record(self, func: Any, args: Sequence[Any], out: Any) -> None:
         self.ledger.record(func, args, out)
         for kernel in work_of(func, args, out, cuda=self.card is not None):
+            if kernel.kind == "copies" and self.card is not None:
+                kernel = self._across(kernel, args, out)
             self.work[place_of(self.ledger), kernel] += 1
+
+    def _across(self, kernel: Kernel, args: Sequence[Any], out: Any) -> Kernel:
+        """A copy whose one side is in host memory crosses the bus."""
+        touched = [tensor for tensor in (*args, out) if isinstance(tensor, torch.Tensor)]
+        if any(self.ledger.category(tensor) == HOST for tensor in touched):
+            return crossing(kernel, [out])
+        return kernel
 
     def _work(self, phases: set[str]) -> Work:
         return Counter({key: count for key, count in self.work.items() if key[0].phase in phases})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 Kind = Literal[
     "products", "thin products", "attention", "dequantization", "elementwise", "reductions", "copies", "indexing",
-    "optimizer", "host transfers",
+    "optimizer", "host transfers", "layer transfers",
 ]  # fmt: skip
 """products: of large matrices. thin products: one of the three sizes is at most THIN, an adapter's rank for example.
-copies: casts, layouts, concatenations. host transfers: between host and card."""
+copies: casts, layouts, concatenations. host transfers: between host and card. layer
+transfers: of layers that wait elsewhere, beside what is computed."""
 
 THIN = 256
 """Up to this size of one of its dimensions a product is bound by reading the other matrix, on any card."""
@@ -74,6 +75,23 @@ def place_of(ledger: Ledger) -> Place:
     """Where in the step a ledger stands."""
     is_loss = ledger.module == LOSS_REGION
     return Place(ledger.phase, "loss" if is_loss else "layers", ledger.depth > 0 and ledger.phase == "backward")
+
+
+def crossing(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Kernel:
+    """A copy from or to host memory, as the bus sees it; tensors: what is on the card of it, or was asked for there."""
+    return replace(kernel, kind="host transfers", bytes=_size(tensors[:1]), scattered=0)
+
+
+def of_one_micro_batch(work: Work, micro_batches: int) -> Work:
+    """The share of one of so many that went through the layers together; they share the layers' own coming."""
+    if micro_batches == 1:
+        return work
+    return Counter(
+        {
+            (place, kernel): count if kernel.kind == "layer transfers" else -(-count // micro_batches)
+            for (place, kernel), count in work.items()
+        }
+    )
 
 
 def stretched(short: Work, longer: Work, groups: int) -> Work:
@@ -392,7 +410,15 @@ def _likelihoods(
     return [Kernel(name, "elementwise", 1, passes * _size(ins[:1]), 0, ins[0].dtype)]
 
 
+def _load_layer(
+    name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
+) -> list[Kernel]:
+    """One copy, of so many bytes as cross the bus."""
+    return [Kernel(name, "layer transfers", 1, _size(ins[:1]), 0, torch.uint8)]
+
+
 _SPECIAL: dict[str, Any] = {
+    "load_layer": _load_layer,
     **dict.fromkeys(("mm", "bmm", "addmm", "addmm_", "addmm_fp32", "baddbmm", "_grouped_mm", "product_in"), _product),
     "gemm_4bit": _four_bit_product,
     **dict.fromkeys(("int8_linear_matmul", "int8_mixed_scaled_mm", "int8_scaled_mm"), _product_in_int8),

@@ -1,0 +1,67 @@
+"""Prefix tuning that can be checkpointed, and that can begin as what the model itself keeps of a text.
+
+The prefix is handed to the model as its key-value cache. transformers takes a cache away from a layer that is computed
+twice, because the second time it would be written again (5.23, modeling_layers.py). In training nothing needs what is
+written: a cache that only answers with prefix and keys together is the same the second time.
+"""
+
+import copy
+import types
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qtune.model.checkpointed import switched_layers
+
+
+def let_prefix_be_checkpointed(model: PeftModel) -> None:
+    """While the model trains, its prefix comes in a cache that is only read, and its layers may keep that."""
+    original = model.get_prompt
+
+    def get_prompt(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        cache = original(*args, **kwargs)
+        if self.training:
+            for layer in cache.layers:
+                layer.update = types.MethodType(_answered, layer)
+        return cache
+
+    model.get_prompt = types.MethodType(get_prompt, model)
+    for layer in switched_layers(model):
+        layer._can_checkpoint_with_cache = True
+
+
+def _answered(layer: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What a layer of a cache answers to new keys and values, while the layer itself stays as it was.
+
+    Whatever kind of layer it is (a sliding window's keeps less), it puts new tensors in the place of its own.
+    """
+    written = copy.copy(layer)
+    del written.update
+    answer: tuple[Tensor, Tensor] = written.update(*args, **kwargs)
+    return answer
+
+
+@torch.no_grad()
+def prefix_of(model: PeftModel, ids: list[int]) -> Tensor:
+    """What the base keeps in its cache of a text, as peft's prefix: [virtual, layers * 2 * hidden of keys].
+
+    The keys are turned to the places 0, 1, 2 …, which are those of a prefix: a model with it answers as if the text
+    stood before every row. Source: Li and Liang 2021 (arXiv:2101.00190), section 7.4, start from real words.
+
+    Raises:
+        ValueError: a layer keeps another shape than peft's prefix has.
+    """
+    network = model.get_base_model()
+    was_training = network.training
+    network.eval()
+    cache = network(input_ids=torch.tensor([ids], device=network.device), use_cache=True).past_key_values
+    network.train(was_training)
+    # [1, heads, virtual, head] each; peft lays them out as [virtual, layer and kind, heads, head].
+    kept = [one for layer in cache.layers for one in (layer.keys, layer.values)]
+    table = model.prompt_encoder[model.active_adapter].embedding.weight
+    found = torch.stack([one[0].transpose(0, 1).flatten(1) for one in kept], dim=1).flatten(1)
+    if found.shape != table.shape:
+        raise ValueError(f"the model keeps {list(found.shape)} of a text, its prefix has {list(table.shape)}")
+    return found.float()

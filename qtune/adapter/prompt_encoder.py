@@ -1,0 +1,81 @@
+"""A soft prompt that begins at words: trained vectors, and what a network adds to them, in the vocabulary's own unit.
+
+peft's p-tuning computes its vectors by a network alone, from noise, and its prompt tuning trains them bare. Here a
+vector is v + f(v): f is the network of p-tuning, or one hidden layer that all vectors of prompt tuning share (residual
+prompt tuning, Razdaibiedina et al. 2023, arXiv:2305.03937, section 3). The last layer of f begins at zero, so that the
+prompt begins as exactly the embeddings that v was given; in the paper a layer norm behind f moves it away at once.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from qtune.recipe.schema import PromptTuning, PTuning
+
+UNIT_ROWS = 4096
+"""Rows of the vocabulary, evenly spaced, that the unit is taken from."""
+
+
+class ResidualPrompt(nn.Module):
+    """Vectors [1, virtual, hidden] = unit * (v + f(v)), with v = vector_rate * `embedding`.
+
+    unit: what the rows of the vocabulary measure (root mean square), so that v is of size 1 and a learning rate means
+    the same for every base. Adam's steps do not depend on a factor before a parameter, so that `vector_rate` makes the
+    vectors move by that multiple of the learning rate.
+    """
+
+    def __init__(self, embedding: nn.Embedding, lstm: nn.LSTM | None, mlp: nn.Sequential, vector_rate: float) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.lstm_head = lstm
+        self.mlp_head = mlp
+        self.vector_rate = vector_rate
+        self.unit = 1.0
+        last = mlp[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """peft gives the numbers of the virtual tokens, [1, virtual], and expects [1, virtual, hidden]."""
+        v: Tensor = self.vector_rate * self.embedding(indices)
+        read = v if self.lstm_head is None else self.lstm_head(v)[0]
+        return self.unit * (v + self.mlp_head(read))
+
+    @torch.no_grad()
+    def begin_at(self, vectors: Tensor) -> None:
+        """Makes `vectors` [virtual, hidden] what is computed until the first step."""
+        self.embedding.weight.copy_(vectors / (self.unit * self.vector_rate))
+
+
+def make_residual(model: PeftModel, adapter: PromptTuning | PTuning) -> None:
+    """Puts the encoder in the place of peft's, which has made the parts that it is made of."""
+    name = model.active_adapter
+    made = model.prompt_encoder[name]
+    embedding: nn.Embedding = made.embedding
+    if isinstance(adapter, PTuning):
+        mlp = made.mlp_head
+    else:
+        hidden = embedding.embedding_dim
+        width = adapter.encoder_hidden_size or hidden
+        mlp = nn.Sequential(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, hidden)).to(embedding.weight.device)
+    lstm = getattr(made, "lstm_head", None)
+    model.prompt_encoder[name] = ResidualPrompt(embedding, lstm, mlp, adapter.vector_rate)
+
+
+def measure_unit(model: PeftModel) -> None:
+    """Gives a residual prompt its base's unit, without which its parameters mean nothing; other adapters have none."""
+    for encoder in getattr(model, "prompt_encoder", {}).values():
+        if isinstance(encoder, ResidualPrompt):
+            encoder.unit = unit_of(model.get_base_model().get_input_embeddings())
+
+
+@torch.no_grad()
+def unit_of(words: Any) -> float:
+    """Root mean square of the vocabulary's rows as the model reads them, to three digits: those that do not depend on
+    the order in which a processor adds. `words` is the embedding, which maps ids to vectors."""
+    rows, device = int(words.weight.shape[0]), words.weight.device
+    ids = torch.linspace(0, rows - 1, min(rows, UNIT_ROWS)).long().to(device)
+    return float(f"{words(ids).float().pow(2).mean().sqrt().item():.3g}")

@@ -1,0 +1,113 @@
+"""Runs -> what is compared of each: its evaluation and its forgetting, measured where they are not there yet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from qtune.adapter.state import STATE_FILE
+from qtune.errors import InputError, Problem
+from qtune.export.adapter_weights import WEIGHTS
+from qtune.run.finished import whole_adapter
+from qtune.run.folder import RunDir
+from qtune.run.lock import read_lock
+from qtune.run.resolved import resolved_recipe
+from qtune.run.summary import summary_of
+from qtune.tuned.evaluate import Evaluation, evaluate, read_evaluation
+from qtune.tuned.forgetting import Forgetting, measure_forgetting
+
+SEED = ("training", "seed")
+ELSEWHERE = ("output",)
+"""Tables of a recipe that say where a run stands and nothing of what it learns."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run with all that is compared of it."""
+
+    run: str
+    seed: int
+    base: str
+    adapter: str
+    settings: dict[str, Any]
+    """The resolved recipe without seed and output: runs that share it differ by chance alone."""
+    parameters: int
+    seconds: float
+    peak_bytes: int
+    device: str | None
+    evaluation: Evaluation
+    forgetting: Forgetting
+
+
+def compared_runs(
+    folders: Sequence[Path], *, rows: int = 100, data_file: Path | None = None, accepted: tuple[str, ...] = ()
+) -> list[ComparedRun]:
+    """What is compared of the runs, in their order. A run that was not evaluated on these rows yet is asked them now.
+
+    rows, data_file, accepted: as `evaluate`'s.
+
+    Raises:
+        RunError: one has not ended, or is not what was trained. InputError: they were asked different rows.
+    """
+    opened = [RunDir.open(folder) for folder in folders]
+    for run_dir in opened:  # before minutes are spent on the first
+        whole_adapter(run_dir)
+    found = [_compared(run_dir, rows, data_file, accepted) for run_dir in opened]
+    _require_same_rows(found)
+    return found
+
+
+def _compared(run_dir: RunDir, rows: int, data_file: Path | None, accepted: tuple[str, ...]) -> ComparedRun:
+    recipe, summary, lock = resolved_recipe(run_dir), summary_of(run_dir), read_lock(run_dir)
+    settings = recipe.model_dump(mode="json", exclude={*ELSEWHERE})
+    settings[SEED[0]].pop(SEED[1])
+    kept = read_evaluation(run_dir) if data_file is None else None
+    if kept is None or kept.rows != min(rows, kept.rows_held_out) or not kept.row_losses:
+        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted)
+    return ComparedRun(
+        str(run_dir.path),
+        recipe.training.seed,
+        recipe.model.base,
+        recipe.adapter.kind,
+        settings,
+        trained_parameters(run_dir),
+        summary.seconds,
+        summary.peak_bytes,
+        lock.last_device.name if lock is not None else None,
+        kept,
+        measure_forgetting(run_dir, accepted=accepted),
+    )
+
+
+def trained_parameters(run_dir: RunDir) -> int:
+    """How many numbers were trained; of a run that keeps no state (PiSSA), how many its adapter has."""
+    state = run_dir.adapter / STATE_FILE
+    with safe_open(state if state.is_file() else run_dir.adapter / WEIGHTS, "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  not a dict
+    total = 0
+    for shape in shapes:
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total
+
+
+def _require_same_rows(runs: Sequence[ComparedRun]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        if _rows_of(other.evaluation) != _rows_of(first.evaluation):
+            message = (
+                f"was asked {other.evaluation.rows} {other.evaluation.source} that are not those of {first.run} (a "
+                "share of the training rows is drawn by the seed; data.validation_seed keeps it); name the same rows "
+                "for all of them, on which none was trained, with --data FILE"
+            )
+            raise InputError(Problem(other.run, message))
+
+
+def _rows_of(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The rows by their places and sizes; questions and expected answers by their text."""
+    losses = [(Path(one.place).name, str(one.tokens)) for one in evaluation.row_losses]
+    return [*losses, *((one.request, one.expected) for one in evaluation.comparisons)]

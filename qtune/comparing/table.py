@@ -1,0 +1,184 @@
+"""Compared runs -> one line a configuration: its runs with different seeds together, each figure with its interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qtune.comparing.bootstrap import Drawn, Interval, drawn
+from qtune.comparing.runs import ComparedRun
+from qtune.console import clock
+from qtune.run.records import plain
+from qtune.sizes import gib_text
+from qtune.verdicts.scores import answer_scores
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a configuration: its mean over rows and runs, its spread, and the difference to the first one's.
+
+    by_run: each run's own mean. change: None for the first configuration itself.
+    """
+
+    interval: Interval
+    by_run: tuple[float, ...]
+    change: Interval | None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over runs; None of a single one."""
+        return stdev(self.by_run) if len(self.by_run) > 1 else None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration. `answers` is None where nothing was asked."""
+
+    name: str
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    adapter: str
+    parameters: int
+    seconds: float
+    peak_bytes: int
+    devices: tuple[str, ...]
+    loss: Measure
+    answers: Measure | None
+    forgotten: Measure
+    """By how many nats per token the loss on the neutral text rose."""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Configurations in the order in which they were named."""
+
+    lines: tuple[Configuration, ...]
+    rows: int
+    source: str
+    scored_tokens: int
+    answers_name: str | None
+    base_loss: float
+    base_answers: float | None
+    neutral_base_loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints."""
+        values: dict[str, Any] = plain(self)
+        return values
+
+
+def compare(runs: Sequence[ComparedRun]) -> SideBySide:
+    """One line a configuration; all of them compared with the first."""
+    groups: list[list[ComparedRun]] = []
+    for run in runs:
+        same = next((group for group in groups if group[0].settings == run.settings), None)
+        if same is None:
+            groups.append([run])
+        else:
+            same.append(run)
+    lines: list[Configuration] = []
+    first: dict[str, Drawn] = {}
+    for salt, group in enumerate(groups):
+        lines.append(_line(group, salt, first))
+    evaluation = runs[0].evaluation
+    scores = answer_scores(evaluation)
+    return SideBySide(
+        tuple(lines),
+        evaluation.rows,
+        evaluation.source,
+        evaluation.scored_tokens,
+        scores.name if scores else None,
+        evaluation.base.loss,
+        fmean(scores.base) if scores else None,
+        runs[0].forgetting.base,
+    )
+
+
+def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
+    """first: what the first line has drawn, which it puts there."""
+
+    def measured(name: str, values: list[list[float]], weights: list[float]) -> Measure:
+        found = drawn(values, weights, salt)
+        by_run = tuple(drawn([one], weights, 0).mean for one in values)
+        is_first = salt == 0
+        if is_first:
+            first[name] = found
+        return Measure(found.interval(), by_run, None if is_first else found.less(first[name]))
+
+    tokens = [float(row.tokens) for row in group[0].evaluation.row_losses]
+    pieces = [float(piece.tokens) for piece in group[0].forgetting.pieces]
+    scores = [answer_scores(run.evaluation) for run in group]
+    answers = [list(score.tuned) for score in scores if score is not None]
+    return Configuration(
+        name=Path(group[0].run).resolve().name,
+        runs=tuple(run.run for run in group),
+        seeds=tuple(run.seed for run in group),
+        adapter=group[0].adapter,
+        parameters=group[0].parameters,
+        seconds=fmean(run.seconds for run in group),
+        peak_bytes=max(run.peak_bytes for run in group),
+        devices=tuple(dict.fromkeys(run.device for run in group if run.device is not None)),
+        loss=measured("loss", [[row.tuned for row in run.evaluation.row_losses] for run in group], tokens),
+        answers=measured("answers", answers, [1.0] * len(answers[0])) if answers else None,
+        forgotten=measured(
+            "forgotten", [[piece.tuned - piece.base for piece in run.forgetting.pieces] for run in group], pieces
+        ),
+    )
+
+
+def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
+    """The table as texts: column names, and a row for the base and each configuration."""
+    has_answers = comparison.answers_name is not None
+    head = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first"]
+    head += [str(comparison.answers_name), "more than the first"] if has_answers else []
+    head += ["forgotten, nats", "time", "peak memory"]
+    base = ["base", "", "", "", f"{comparison.base_loss:.3f}", ""]
+    base += [f"{100 * (comparison.base_answers or 0.0):.1f} %", ""] if has_answers else []
+    rows = [[*base, f"0 of {comparison.neutral_base_loss:.3f}", "", ""]]
+    for line in comparison.lines:
+        row = [line.name, line.adapter, f"{line.parameters / 1e6:.3f} M", str(len(line.runs))]
+        row += [_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}")]
+        if has_answers:
+            row += [_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}")]
+        row += [_text(line.forgotten, 1, "{:+.3f}"), clock(line.seconds), gib_text(line.peak_bytes)]
+        rows.append(row)
+    return head, rows
+
+
+def _text(measure: Measure | None, factor: float, form: str) -> str:
+    """ "0.412 (0.390 to 0.437), ±0.011 over runs"."""
+    if measure is None:
+        return ""
+    text = _interval_text(measure.interval, factor, form)
+    deviation = measure.deviation
+    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over runs"
+
+
+def _change(measure: Measure | None, factor: float, form: str) -> str:
+    """The difference to the first line; "~" before one whose interval has 0 in it."""
+    if measure is None or measure.change is None:
+        return ""
+    text = _interval_text(measure.change, factor, form)
+    return text if measure.change.is_clear else f"~ {text}"
+
+
+def _interval_text(interval: Interval, factor: float, form: str) -> str:
+    mean = form.format(factor * interval.mean)
+    if interval.low is None or interval.high is None:
+        return mean
+    return f"{mean} ({form.format(factor * interval.low)} to {form.format(factor * interval.high)})"
+
+
+def explanation(comparison: SideBySide) -> list[str]:
+    """What the figures of the table are, in sentences."""
+    several = any(len(line.runs) > 1 for line in comparison.lines)
+    drawn_again = "rows and runs" if several else "rows"
+    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again; ~: the interval has 0 in it"]
+    if several:
+        said.append("±: the standard deviation between runs that differ by their seed alone")
+    said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
+    devices = {device for line in comparison.lines for device in line.devices}
+    if len(devices) > 1:
+        said.append(f"time and memory are of different devices: {', '.join(sorted(devices))}")
+    return said

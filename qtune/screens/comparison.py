@@ -1,0 +1,20 @@
+"""The screen of `qtune compare`."""
+
+from typing import TYPE_CHECKING
+
+from qtune import console
+
+if TYPE_CHECKING:
+    from qtune.comparing.table import SideBySide
+
+
+def show(comparison: "SideBySide") -> None:
+    """Prints a line for each configuration, and what its figures are."""
+    from qtune.comparing.table import cells, explanation
+
+    head, rows = cells(comparison)
+    title = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
+    console.out(console.table(title, head, rows, right=range(2, len(head))))
+    console.out("")
+    for sentence in explanation(comparison):
+        console.out(sentence)

@@ -1,0 +1,107 @@
+"""A few validation rows, answered at each evaluation: what a falling loss means, in words.
+
+Answers are greedy, with the adapter as it is at that step, and nothing of the training knows of them: no random number
+is drawn, no gradient taken, and the model goes back to the mode that it was in.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qtune.data.held_out import spread
+from qtune.errors import first_line
+from qtune.run.metrics import SampleAnswer
+from qtune.training.inputs import Inputs
+from qtune.training.trainer import release_cached_memory
+from qtune.tuned.evaluate import EXTRA_TOKENS, Question, to_question
+from qtune.tuned.generate import Generated, answers_to, find_ends
+from qtune.tuned.precision import training_autocast
+from qtune.tuned.vocabulary import decoded
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENS = 128
+MOST_SECONDS = 20.0
+LONGEST_TEXT = 2000
+"""Characters of a question or an answer that are kept: each record is a line of metrics.jsonl."""
+
+Tell = Callable[[TrainerState, Sequence[SampleAnswer]], None]
+
+
+class SampleAnswers(TrainerCallback):
+    """Asks the same rows after each evaluation. An answer that fails is said, ends no run, and is the last one."""
+
+    def __init__(
+        self, inputs: Inputs, tell: Tell, note: Callable[[str], None], *, seconds: float = MOST_SECONDS
+    ) -> None:
+        """tell: is given the answers. note: hears why there are none. seconds: for all answers of an evaluation."""
+        self.inputs = inputs
+        self.tell = tell
+        self.note = note
+        self.seconds = seconds
+        self.questions: list[Question] | None = None
+        """None until the model, whose config knows its ends, was seen."""
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.questions == []:
+            return
+        try:
+            answers = self._ask(kwargs["model"])
+        except Exception as error:
+            log.debug("no sample answers", exc_info=True)
+            self.questions = []
+            release_cached_memory()
+            self.note(f"no sample answers from here on, which changes nothing of the training: {first_line(error)}")
+            return
+        if answers:
+            self.tell(state, answers)
+
+    def _ask(self, model: Any) -> list[SampleAnswer]:
+        tokenizer = self.inputs.tokenizer
+        ends = find_ends(model, tokenizer)
+        if self.questions is None:
+            rows = sampled_rows(self.inputs)
+            self.questions = [question for row in rows if (question := to_question(row, tokenizer, ends))]
+        asked = self.questions
+        limits = [min(2 * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS) for question in asked]
+        with _numbers_kept(), training_autocast(self.inputs.plan):
+            # As many positions at once as a micro-batch has, whose activations took more than this cache will.
+            room = self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max())
+            prompts = [question.prompt for question in asked]
+            made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room)
+        return [
+            SampleAnswer(question.place, _shortened(question.request), _shortened(question.expected), _text(one, self))
+            for question, one in zip(asked, made, strict=True)
+        ]
+
+
+def sampled_rows(inputs: Inputs) -> list[dict[str, Any]]:
+    """As many validation rows as `training.sample_answers` says, spread evenly over all of them."""
+    validation = inputs.prepared.examples.get("validation")
+    wanted = inputs.recipe.training.sample_answers
+    return [] if validation is None else [validation[row] for row in spread(len(validation), wanted)]
+
+
+def _text(answer: Generated, asking: SampleAnswers) -> str:
+    text = decoded(asking.inputs.tokenizer, answer.ids).strip()
+    return _shortened(text if answer.is_whole else f"{text}…")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
+
+
+@contextmanager
+def _numbers_kept() -> Iterator[None]:
+    """Whatever a model's own code may draw while it answers, training draws what it would have drawn."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)

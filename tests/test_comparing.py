@@ -1,0 +1,141 @@
+"""Runs beside each other: seeds of one recipe are one line, intervals cover rows and seeds, all on the same rows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from export_models import tiny_run
+from typer.testing import CliRunner
+
+from qtune.cli import app
+from qtune.comparing.bootstrap import drawn
+from qtune.comparing.runs import compared_runs
+from qtune.comparing.table import cells, compare
+from qtune.errors import InputError
+from qtune.report.comparison import comparison_page
+from qtune.run.folder import RunDir
+from qtune.verdicts.interval import paired_fall
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PLAIN = 'kind = "none"\ncompute_dtype = "float32"'
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_over_rows_is_the_normal_one_of_their_mean() -> None:
+    values = np.random.default_rng(1).normal(3.0, 1.0, 400)
+    found = drawn([values], [1.0] * 400, 0).interval()
+    error = values.std(ddof=1) / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_a_difference_on_the_same_rows_leaves_out_how_hard_they_are() -> None:
+    random = np.random.default_rng(2)
+    hard = random.normal(2.0, 2.0, 200)
+    one, other = hard + random.normal(0.3, 0.1, 200), hard
+    weights = [int(count) for count in random.integers(1, 30, 200)]
+    change = drawn([one], weights, 1).less(drawn([other], weights, 0))
+    normal = paired_fall(list(one), list(other), weights)
+    assert normal is not None
+    assert change.is_clear
+    assert (change.low, change.high) == pytest.approx((normal.low, normal.high), abs=0.005)
+
+
+def test_seeds_that_differ_more_than_rows_make_the_interval_wide() -> None:
+    rows = np.random.default_rng(3).normal(0.0, 0.1, 100)
+    alike = drawn([rows, rows, rows], [1.0] * 100, 0).interval()
+    apart = drawn([rows - 1, rows, rows + 1], [1.0] * 100, 0).interval()
+    assert apart.mean == pytest.approx(alike.mean)
+    assert apart.high - apart.low > 5 * (alike.high - alike.low)
+
+
+def test_few_rows_have_no_interval() -> None:
+    assert drawn([[1.0, 0.0, 1.0]], [1.0] * 3, 0).interval().low is None
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A LoRA, the same with another seed, and a soft prompt on the same base and rows."""
+    root = tmp_path_factory.mktemp("compared")
+    first = tiny_run(root, quantization=PLAIN)
+    second = RunDir(root / "second")
+    shutil.copytree(first.path, second.path)
+    for run, seed in ((first, 1), (second, 2)):
+        text = run.resolved_file.read_text().replace("[training]\n", f"[training]\nseed = {seed}\n")
+        text = text.replace("[data]\n", "[data]\nvalidation_seed = 42\n")
+        run.resolved_file.write_text(text)
+    soft = tiny_run(tmp_path_factory.mktemp("other"), 'kind = "prompt-tuning"\nvirtual_tokens = 3', quantization=PLAIN)
+    for run in (first, second, soft):
+        (run.path / "metrics.jsonl").touch()
+    return [first.path, second.path, soft.path]
+
+
+@pytest.fixture
+def enough(folders: list[Path]) -> list[Path]:
+    return folders
+
+
+def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_with_the_first(enough: list[Path]) -> None:
+    found = compare(compared_runs(enough, rows=8))
+    assert [(line.adapter, line.seeds) for line in found.lines] == [("lora", (1, 2)), ("prompt-tuning", (42,))]
+    lora, soft = found.lines
+    assert lora.loss.change is None
+    assert soft.loss.change is not None
+    assert soft.loss.change.mean == pytest.approx(soft.loss.interval.mean - lora.loss.interval.mean)
+    assert lora.loss.deviation == 0.0, "a copy has the same losses"
+    assert soft.parameters == 3 * 64
+
+
+def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
+    enough: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared_runs(enough, rows=8)
+    monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
+    compared_runs(enough, rows=8)
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        compared_runs(enough, rows=3)
+
+
+def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: list[Path], tmp_path: Path) -> None:
+    compared_runs(enough, rows=8)
+    other = tmp_path / "other"
+    shutil.copytree(enough[1], other)
+    kept = json.loads((other / "eval.json").read_text())
+    kept["comparisons"][0]["expected"] = "something else"
+    (other / "eval.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"on which none was trained, with --data FILE$"):
+        compared_runs([enough[0], other], rows=8)
+
+
+def test_the_table_and_the_page_have_the_same_figures(enough: list[Path]) -> None:
+    found = compare(compared_runs(enough, rows=8))
+    head, rows = cells(found)
+    assert [row[0] for row in rows] == ["base", "run", "run"]
+    assert all(len(row) == len(head) for row in rows)
+    page = comparison_page(found)
+    for row in rows:
+        for cell in row:
+            assert cell in page
+    assert "default-src" in page
+
+
+def test_the_verb_prints_json_and_wants_two_runs(enough: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ["compare", *map(str, enough), "--rows", "8", "--json", "--page", str(page)]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert [len(line["runs"]) for line in values["lines"]] == [2, 1]
+    assert page.read_text().startswith("<!doctype html>")
+    alone = CliRunner().invoke(app, ["compare", str(enough[0])])
+    assert alone.exit_code == 2

@@ -1,0 +1,183 @@
+"""Sample answers: at each evaluation, kept beside the losses, and without any trace in what is trained."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import WriteRecipe
+from safetensors.torch import load_file
+from test_training_train import Killed, assert_same_run, course, killed
+from transformers import TrainerControl, TrainerState
+
+from qtune.adapter.state import STATE_FILE
+from qtune.recipe.file import load_recipe
+from qtune.report.over_time import answers_over_time
+from qtune.run.folder import RunDir
+from qtune.run.metrics import AnswersRecord, NoteRecord, SampleAnswer, read_metrics
+from qtune.training import sample_answers, train
+from qtune.training.display import answers_text
+from qtune.training.sample_answers import MOST_TOKENS, SampleAnswers
+from qtune.training.trainer import QloraTrainer
+from qtune.tuned.evaluate import evaluate
+from qtune.tuned.generate import Ends, answers_to, generate
+
+# Dropout draws a random number in each step: one that an answer drew would change all that follow.
+LORA = 'kind = "lora"\nrank = 4\ndropout = 0.1'
+SOFT = 'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'
+STEPS = "steps = 6\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 3\neval_every = 2"
+
+
+def answers_in(run_dir: RunDir) -> list[AnswersRecord]:
+    return [one for one in read_metrics(run_dir.metrics_file) if isinstance(one, AnswersRecord)]
+
+
+def said_in(run_dir: RunDir) -> list[list[tuple[str, str]]]:
+    """Questions and answers of each evaluation; places are named from another folder after a resumption."""
+    return [[(one.request, one.answer) for one in record.answers] for record in answers_in(run_dir)]
+
+
+def notes_in(run_dir: RunDir) -> list[str]:
+    return [one.message for one in read_metrics(run_dir.metrics_file) if isinstance(one, NoteRecord)]
+
+
+@pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "p-tuning"])
+def test_answers_change_no_bit_of_what_is_trained(write_recipe: WriteRecipe, adapter: str) -> None:
+    recipe = write_recipe(adapter=adapter, training=STEPS)
+    asked = train.run(load_recipe(recipe, ["training.sample_answers=2"]))
+    silent = train.run(load_recipe(recipe, ["training.sample_answers=0"]))
+    assert [(one.step, len(one.answers)) for one in answers_in(asked)] == [(2, 2), (4, 2), (6, 2)]
+    assert answers_in(silent) == []
+    assert [one for one in course(asked) if one[0] != "answers"] == course(silent)
+    ours, theirs = (load_file(one.adapter / STATE_FILE) for one in (asked, silent))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_goes_on_has_the_answers_of_one_that_never_stopped(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter=LORA, training=STEPS)
+    unbroken = train.run(load_recipe(recipe))
+    original = QloraTrainer.training_step
+
+    def until_step_5(self, *args, **kwargs):
+        return killed() if self.state.global_step == 4 else original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QloraTrainer, "training_step", until_step_5)
+        with pytest.raises(Killed):
+            train.run(load_recipe(recipe))
+    broken = train.resume(RunDir(recipe.parent / "runs" / "tiny-2"))
+    assert_same_run(broken, unbroken)
+    assert said_in(broken) == said_in(unbroken)
+    assert [one.step for one in answers_in(broken)] == [2, 4, 6]
+
+
+def test_the_last_answers_are_those_that_eval_gets_from_the_finished_adapter(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training=f'{STEPS}\nresult = "last"')
+    finished = train.run(load_recipe(recipe, ["training.sample_answers=2"]))
+    of_eval = {(one.request, one.expected): one.tuned for one in evaluate(finished).comparisons}
+    last = answers_in(finished)[-1].answers
+    assert len(last) == 2
+    for one in last:
+        assert of_eval[one.request, one.expected].removesuffix("…") == one.answer.removesuffix("…")
+
+
+def test_without_validation_rows_nothing_is_asked(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training="steps = 2\nbatch_size = 2")
+    recipe.write_text(recipe.read_text().replace("validation = 0.1", "validation = 0"))
+    assert answers_in(train.run(load_recipe(recipe))) == []
+
+
+def test_raw_text_has_no_question_and_so_no_answers(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training="steps = 1\nbatch_size = 2\neval_every = 1")
+    rows = [{"text": f"A page about the number {number} and nothing else."} for number in range(20)]
+    (recipe.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    finished = train.run(load_recipe(recipe))
+    assert (answers_in(finished), notes_in(finished)) == ([], [])
+
+
+def test_an_answer_that_fails_is_said_once_and_ends_no_run(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("the cache is of another kind")
+
+    monkeypatch.setattr(sample_answers, "answers_to", fails)
+    finished = train.run(load_recipe(write_recipe(training=STEPS)))
+    assert finished.is_finished
+    said = [note for note in notes_in(finished) if "sample answers" in note]
+    assert said == [
+        "no sample answers from here on, which changes nothing of the training: the cache is of another kind"
+    ]
+
+
+def test_the_time_of_all_answers_is_bounded_and_a_stopped_one_says_so(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    prompts, endless = [[5, 6], [7, 8, 9]], Ends((), 0)
+    # No token of this random model ends an answer here, so that only the limit and the clock do.
+    cut = answers_to(model, prompts, [9, 9], endless)
+    assert [(len(one.ids), one.is_whole) for one in cut] == [(9, False), (9, False)]
+    assert [list(one.ids) for one in cut] == generate(model, prompts, [9, 9], endless)
+    over = answers_to(model, prompts, [9, 9], endless, seconds=1e-9)
+    assert all(len(one.ids) <= 1 and not one.is_whole for one in over)
+    first = cut[0].ids[0]
+    ended = answers_to(model, prompts[:1], [9], Ends((first,), 0))
+    assert [(one.ids, one.is_whole) for one in ended] == [((), True)]
+
+
+def test_an_answer_is_at_most_twice_as_long_as_expected_and_never_longer_than_its_bound(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def note_limits(model, prompts, given, ends, **_):
+        limits.extend(given)
+        return answers_to(model, prompts, [1] * len(prompts), ends)
+
+    monkeypatch.setattr(sample_answers, "answers_to", note_limits)
+    recipe = write_recipe(training="steps = 1\nbatch_size = 2\neval_every = 1", data="")
+    recipe.write_text(recipe.read_text().replace("max_length = 128", "max_length = 512"))
+    rows = [
+        {"prompt": f"Say {number}", "completion": f"{number} " * (2 if number % 2 else 150)} for number in range(40)
+    ]
+    (recipe.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    train.run(load_recipe(recipe, ["training.sample_answers=4", "data.validation=0.3"]))
+    assert max(limits) == MOST_TOKENS
+    assert min(limits) < MOST_TOKENS // 2
+
+
+RECORDS = (
+    AnswersRecord(2, 9, 0.2, 1.0, (SampleAnswer("rows:1", "What is\nit?", "Tea", "the the…"),)),
+    AnswersRecord(4, 9, 0.4, 2.0, (SampleAnswer("rows:1", "What is\nit?", "Tea", "<b>Tee</b>"),)),
+    AnswersRecord(6, 9, 0.6, 3.0, (SampleAnswer("rows:1", "What is\nit?", "Tea", "Tea"),)),
+    AnswersRecord(9, 9, 0.9, 4.0, (SampleAnswer("rows:1", "What is\nit?", "Tea", "Tea"),)),
+)
+
+
+def test_the_screen_shows_question_and_answer_and_what_was_wanted_where_it_differs() -> None:
+    assert answers_text(RECORDS[0]) == (
+        "step 2: what it answers now\n  asked   What is it?\n  says    the the…\n  wanted  Tea"
+    )
+    assert answers_text(RECORDS[2]) == "step 6: what it answers now\n  asked   What is it?\n✓ says    Tea"
+
+
+def test_the_report_shows_the_answers_over_time_and_equal_ones_once() -> None:
+    page = answers_over_time(RECORDS)
+    assert "<h3>What is\nit?</h3>" in page
+    rows = page[page.index("<tbody>") :]
+    assert rows.index("the the…") < rows.index("&lt;b&gt;Tee&lt;/b&gt;") < rows.index("✓ Tea")
+    assert "<td>6 to 9</td><td>✓ Tea</td>" in rows
+    assert rows.count("✓ Tea") == 1
+
+
+def test_nothing_is_asked_again_after_a_failure() -> None:
+    notes: list[str] = []
+    asking = SampleAnswers(SimpleNamespace(tokenizer=None), lambda *_: None, notes.append)  # type: ignore[arg-type]
+    for _ in range(2):
+        asking.on_evaluate(None, TrainerState(), TrainerControl(), model=None)  # type: ignore[arg-type]
+    assert len(notes) == 1
