@@ -102,6 +102,7 @@ def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     compared_runs(enough, rows=8)
     monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
     compared_runs(enough, rows=8)
+    assert [run.evaluation.rows for run in compared_runs(enough)] == [8, 8, 8], "as many as were asked"
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=3)
 

@@ -53,6 +53,8 @@ BASE = "builtin:smollm2-135m-instruct"
 QUANTIZATION: dict[str, Any] = {"kind": "nf4"}
 TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
+KINDS = {"lora", "p-tuning", "prompt-tuning"}
+"""A prefix is no row of embeddings, and IA3 changes the base that runs share."""
 LONGEST_ANSWER = 64
 """Tokens; longer answers of the docstring questions are scored by their loss alone."""
 CACHE_TOKENS = {"cuda": 400_000, "cpu": 8_000}
@@ -392,6 +394,8 @@ def main() -> None:
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
     configs = [config for config in json.loads(given.grid.read_text(encoding="utf-8")) if given.only in config["name"]]
+    if others := sorted({config["adapter"]["kind"] for config in configs} - KINDS):
+        parser.error(f"{', '.join(others)}: only {', '.join(sorted(KINDS))} can be searched")
     if given.steps:
         configs = [config | {"training": config["training"] | {"steps": given.steps}} for config in configs]
     done = set()
