@@ -19,19 +19,24 @@ UNIT_ROWS = 4096
 
 
 class ResidualPrompt(nn.Module):
-    """Vectors [1, virtual, hidden] = unit * (v + f(v)), with v = vector_rate * `embedding`.
+    """Vectors [1, virtual, hidden] = vector_scale * unit * (v + f(v)), with v = vector_rate * `embedding`.
 
     unit: what the rows of the vocabulary measure (root mean square), so that v is of size 1 and a learning rate means
     the same for every base. Adam's steps do not depend on a factor before a parameter, so that `vector_rate` makes the
-    vectors move by that multiple of the learning rate.
+    vectors move by that multiple of the learning rate. A layer that norms its input reads `vector_scale` times a vector
+    as that vector, but what it adds counts for so much less beside it: large vectors reach every layer nearly as
+    they are, and are trained for all of them.
     """
 
-    def __init__(self, embedding: nn.Embedding, lstm: nn.LSTM | None, mlp: nn.Sequential, vector_rate: float) -> None:
+    def __init__(
+        self, embedding: nn.Embedding, lstm: nn.LSTM | None, mlp: nn.Sequential, vector_rate: float, vector_scale: float
+    ) -> None:
         super().__init__()
         self.embedding = embedding
         self.lstm_head = lstm
         self.mlp_head = mlp
         self.vector_rate = vector_rate
+        self.vector_scale = vector_scale
         self.unit = 1.0
         last = mlp[-1]
         assert isinstance(last, nn.Linear)
@@ -42,11 +47,11 @@ class ResidualPrompt(nn.Module):
         """peft gives the numbers of the virtual tokens, [1, virtual], and expects [1, virtual, hidden]."""
         v: Tensor = self.vector_rate * self.embedding(indices)
         read = v if self.lstm_head is None else self.lstm_head(v)[0]
-        return self.unit * (v + self.mlp_head(read))
+        return self.vector_scale * self.unit * (v + self.mlp_head(read))
 
     @torch.no_grad()
     def begin_at(self, vectors: Tensor) -> None:
-        """Makes `vectors` [virtual, hidden] what is computed until the first step."""
+        """Makes `vector_scale` times `vectors` [virtual, hidden] what is computed until the first step."""
         self.embedding.weight.copy_(vectors / (self.unit * self.vector_rate))
 
 
@@ -62,7 +67,7 @@ def make_residual(model: PeftModel, adapter: PromptTuning | PTuning) -> None:
         width = adapter.encoder_hidden_size or hidden
         mlp = nn.Sequential(nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, hidden)).to(embedding.weight.device)
     lstm = getattr(made, "lstm_head", None)
-    model.prompt_encoder[name] = ResidualPrompt(embedding, lstm, mlp, adapter.vector_rate)
+    model.prompt_encoder[name] = ResidualPrompt(embedding, lstm, mlp, adapter.vector_rate, adapter.vector_scale)
 
 
 def measure_unit(model: PeftModel) -> None:
