@@ -68,7 +68,7 @@ def test_an_adam_step_moves_its_vectors_by_their_rate_in_units_of_the_vocabulary
     encoder = model.prompt_encoder["default"]
     table = model.get_base_model().get_input_embeddings().weight
     before = prompt_of(model).detach().clone()
-    optimizer = torch.optim.Adam([encoder.embedding.weight], lr=1e-3)
+    optimizer = torch.optim.Adam([encoder.table], lr=1e-3)
     (prompt_of(model) * torch.randn(before.shape)).sum().backward()
     optimizer.step()
     moved = (prompt_of(model).detach() - before).abs()
