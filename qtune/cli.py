@@ -518,8 +518,11 @@ def _evaluate_tasks(
 def compare(
     targets: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more.")],
     rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, where a run was not evaluated yet.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=1, max=MOST_ROWS, help="How many held-out rows; left out, as many as were evaluated, else 100."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows to ask them all, instead of each recipe's.", exists=True)
     ] = None,

@@ -24,7 +24,7 @@ from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.push import push
 from qtune.export.serving import serving, serving_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
-from qtune.export.verification import Verification, read_proof
+from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
@@ -154,7 +154,15 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):
-        verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
+        damage = damage_of(folder)
+        verification = verify(
+            source,
+            folder,
+            rows_for(source),
+            _weights_of(folder),
+            virtual_ids=ids,
+            known=() if damage is None else (damage,),
+        )
     return prove(source, folder, verification, show)
 
 

@@ -23,6 +23,7 @@ from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
 from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
+from qtune.run.manifest import add_to_seal
 from qtune.sizes import MIB, size_text
 
 
@@ -47,6 +48,7 @@ def hand_over(
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
     config = AutoConfig.from_pretrained(folder)
+    add_to_seal(folder, [file])
     if window := ignored_window(config):
         console.say(
             f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
@@ -68,6 +70,7 @@ def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
         console.say(f"no {ADAPTER_FILE} for llama.cpp's --lora: {made.reason}; the merged file has it")
         return
     file = write_gguf_adapter(made, folder / ADAPTER_FILE, source.run.name)
+    add_to_seal(folder, [file])
     console.out(f"{file.name}: {size_text(file.stat().st_size)}, for llama.cpp's --lora on a GGUF file of the base")
 
 
