@@ -176,7 +176,7 @@ def tell(run_dir: RunDir, *records: Metric) -> None:
 def finish(run_dir: RunDir) -> None:
     """Everything that verbs write into a run."""
     validation = EvalRecord(step=10, steps=10, epoch=1.0, loss=0.75, accuracy=0.8, seconds=11.0)
-    long = "https://example.org/" + "a" * 300  # a word that is wider than any screen
+    long = "a" * 300  # a word that is wider than any screen
     said = SampleAnswer("rows:7", f"What is {long}?", "yes", ATTACK)
     answers = (AnswersRecord(step, 10, 0.1 * step, 11.0, (said,)) for step in (5, 10))
     tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation, *answers)
