@@ -183,11 +183,15 @@ def _exported(name: str) -> Callable[[Path, Path, Ended], str | None]:
     """Whole, or not there: what stands there under its name can be read and says what is proven of it."""
 
     def holds(world: Path, kept: Path, ended: Ended) -> str | None:
+        from qtune.run import manifest
+
         folder = world / "runs" / "done" / name
         if ended.code == 0 and not folder.is_dir():
             return "no export, and no word of it"
         if ended.code == 0 and name == "model" and not json.loads((folder / "verify.json").read_text())["verified"]:
             return "not verified, and no word of it"
+        if ended.code == 0 and name == "model" and (said := manifest.fault(folder)) is not None:
+            return f"another folder than its manifest says: {said}"
         return unchanged(world, kept, name)
 
     return holds

@@ -17,10 +17,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtune.errors import ModelError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
-from qtune.export.gguf.families import extra_tensors, family_of, ignored_window
+from qtune.export.gguf.families import extra_tensors, family_of
 from qtune.export.gguf.file import GgufType, write_gguf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.gguf.vocabulary import vocabulary_of
+from qtune.export.llama_cpp import ignored_window
 from qtune.export.verification import read_proof
 from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
@@ -303,7 +304,7 @@ def test_a_gguf_is_named_after_its_run_wherever_the_command_is_called(
     run = tiny_run(tmp_path)
     monkeypatch.chdir(run.path)
     folder = export_run(RunDir.open(Path()), Options(gguf="f16", verify=False))
-    assert [file.name for file in folder.glob("*.gguf")] == ["run-f16.gguf"]
+    assert sorted(file.name for file in folder.glob("*.gguf")) == ["adapter.gguf", "run-f16.gguf"]
     assert "FROM ./run-f16.gguf" in (folder / "Modelfile").read_text()
 
 

@@ -448,9 +448,34 @@ def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):
     """It wrote null for what is no number."""
     run_dir = make_run(tmp_path)
     tell(run_dir, train_record(1))
-    written = json.loads(run_dir.metrics_file.read_text())
-    run_dir.metrics_file.write_text("".join(json.dumps(written | {"gradient_norm": None}) + "\n" for _ in range(2)))
+    written = json.loads(run_dir.metrics_file.read_text()) | {"gradient_norm": None}
+    del written["crc32"]
+    run_dir.metrics_file.write_text("".join(json.dumps(written) + "\n" for _ in range(2)))
     assert "step 1 of 10" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_steps_that_stand_out_are_marked_in_both_charts_and_named_in_their_legends(tmp_path, skipped):
+    run_dir = make_run(tmp_path)
+    for step in range(1, 1001):  # more than a chart has room for: the line is of means, the mark where the step was
+        outlier = "the loss 90 is 9.0 standard deviations above" if step == 501 else None
+        tell(
+            run_dir,
+            train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=skipped and bool(outlier)),
+        )
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    name = "stands out, 6 σ above the last 128" + ", and is skipped" * skipped
+    assert page.count(f"</svg>{name}</span>") == 2
+    assert f"<title>{name}: 90 at 501</title>" in page
+    assert f"<title>{name}: 1 at 501</title>" in page
+    assert page.count('class="cross"') == 4
+
+
+def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
+    run_dir = make_run(tmp_path)
+    tell(run_dir, train_record(1))
+    tell(run_dir, train_record(2))
+    assert "stands out" not in write_report(run_dir).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])

@@ -40,7 +40,7 @@ from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
-from qtune.run.manifest import seal
+from qtune.run.manifest import seal, skipped_until
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
@@ -162,10 +162,19 @@ def resume(
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
-            console.say(f"resuming {run_dir.path} from step {step}")
+            console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
         _train(inputs, run_dir, checkpoint, snapshot)
     return run_dir
+
+
+def _without(checkpoint: Path | None) -> str:
+    """Which steps' updates are not in a checkpoint, in words."""
+    skipped = () if checkpoint is None else skipped_until(checkpoint)
+    if not skipped:
+        return ""
+    shown = ", ".join(map(str, skipped[:8])) + (f" and {len(skipped) - 8} more" if len(skipped) > 8 else "")
+    return f", without the skipped update{'s' if len(skipped) > 1 else ''} of step {shown}"
 
 
 def _branched(run_dir: RunDir) -> RunDir:
