@@ -459,10 +459,8 @@ def test_steps_that_stand_out_are_marked_in_both_charts_and_named_in_their_legen
     run_dir = make_run(tmp_path)
     for step in range(1, 1001):  # more than a chart has room for: the line is of means, the mark where the step was
         outlier = "the loss 90 is 9.0 standard deviations above" if step == 501 else None
-        tell(
-            run_dir,
-            train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=skipped and bool(outlier)),
-        )
+        left_out = skipped and outlier is not None
+        tell(run_dir, train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=left_out))
     page = write_report(run_dir).read_text(encoding="utf-8")
     name = "stands out, 6 σ above the last 128" + ", and is skipped" * skipped
     assert page.count(f"</svg>{name}</span>") == 2
