@@ -14,6 +14,7 @@ from test_memory_trace import CARD, CPU, executed, recipe_with
 from test_memory_trace import tiny as tiny_config
 from transformers import AutoModelForCausalLM
 
+from qtune.adapter.attach import attach_adapter
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
 from qtune.memory.predict import Longest, predict
@@ -21,6 +22,7 @@ from qtune.memory.tracing import categories
 from qtune.model import layer_stream
 from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.layer_stream import packed_weight, stream_layers, stream_of
+from qtune.model.load import load_base
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
@@ -98,6 +100,29 @@ def test_so_are_those_of_layers_on_disk_in_bfloat16(adapter: str, tmp_path, monk
     assert loss == pytest.approx(expected, rel=1e-3)
     assert distance(found, gradients) < 0.02  # bitsandbytes adds biases elsewhere
     assert not list((tmp_path / "layers").iterdir())  # the file goes with the process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "p-tuning"])
+def test_so_are_those_of_the_built_in_model(adapter: str) -> None:
+    table = {"lora": {"kind": "lora", "rank": 8}, "p-tuning": {"kind": "p-tuning", "virtual_tokens": 4}}[adapter]
+    found = []
+    for where in ("device", "host"):
+        recipe = recipe_with(
+            model={"base": "builtin:smollm2-135m-instruct"},
+            adapter=table,
+            memory={"layers": where},
+            training={"gradient_checkpointing": True},
+        )
+        plan = make_plan(recipe, CPU)
+        torch.manual_seed(1)
+        model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
+        model = readied(model, torch.float32, lean=True, recompute=True)
+        rows = [ids[:, :24] for ids in batches(2, vocabulary=49152)]
+        found.append(stepped(model, together=where == "host", rows=rows))
+    (expected, gradients), (loss, ours) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert distance(ours, gradients) < 1e-5
 
 
 def test_a_weight_that_is_kept_from_the_forward_would_be_another_layers(monkeypatch) -> None:

@@ -27,7 +27,7 @@ from qtune.data.masks import IGNORED
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
-from qtune.model.checkpointed import checkpoint_first, switched_layers
+from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
@@ -85,7 +85,7 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
     rows = heaviest(inputs.prepared.lengths, inputs.plan.micro_batch_size, inputs)
     with _undone(trainer, model):
         _checkpoint_as_planned(model, inputs.plan.gradient_checkpointing)
-        optimizer = _step(trainer, model, rows, inputs.plan.optimizer, inputs.plan.together)
+        optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
         size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
@@ -145,11 +145,10 @@ def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
     if layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpoint_first(model, layers)
+        free_inputs(model)
 
 
-def _step(
-    trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str, together: int
-) -> torch.optim.Optimizer:
+def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:
     """A micro-batch through the model and the optimizer, which is returned.
 
     A paged optimizer's place is taken by AdamW with 8-bit state: bitsandbytes never gives paged memory back (0.50,
@@ -159,8 +158,8 @@ def _step(
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     scored = int((batch["labels"] != IGNORED).sum())
     # As many as a step's, where these wait for one another.
-    trainer.expected = together
-    for _ in range(together):
+    trainer.expected = trainer.micro_batches_together
+    for _ in range(trainer.expected):
         loss: Tensor = trainer.training_step(model, dict(batch), torch.tensor(max(1, scored), device=model.device))
     if not bool(torch.isfinite(loss)):
         raise TrainingError(

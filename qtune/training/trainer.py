@@ -122,6 +122,7 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
+        self.micro_batches_together = plan.together
         self.together = plan.together > 1
         """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot."""
         self.expected = 1

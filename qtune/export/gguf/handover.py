@@ -11,12 +11,13 @@ from qtune import console
 from qtune.data.conversation import Conversation
 from qtune.errors import VerificationError
 from qtune.export.adapter_weights import open_adapter
-from qtune.export.gguf.adapter import ADAPTER_FILE, NoGgufAdapter, gguf_adapter, write_gguf_adapter
-from qtune.export.gguf.families import ignored_window
+from qtune.export.gguf.adapter import NoGgufAdapter, gguf_adapter, write_gguf_adapter
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
+from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
+from qtune.export.serving import context_in_llama_cpp
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
@@ -94,6 +95,7 @@ def _write_modelfile(
         [as_asked(conversation, recipe.data) for conversation in probes(rows)],
         system=recipe.data.system_prompt,
         adds_bos=vocabulary.adds_bos,
+        context=context_in_llama_cpp(config, recipe),
         generation=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},
     )
     if isinstance(made, NoModelfile):
