@@ -491,7 +491,9 @@ def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
 
 @pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n"]
+    "damage",
+    ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n", "[" * 100_000],
+    ids=["cut", "a list", "other types", "no text", "a nest"],
 )
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name, damage):
     run_dir = make_run(tmp_path)
