@@ -216,6 +216,8 @@ def _stopped_at_once(run_dir: RunDir) -> str:
 
 def _way_on(run_dir: RunDir) -> str:
     """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    if not run_dir.path.is_dir():
+        return f"{run_dir.path} is no longer there; if it was moved, go on where it is now: qtune run --resume FOLDER"
     saved = complete_checkpoints(run_dir.checkpoints)
     command = _resuming(run_dir)
     if not saved:
@@ -288,6 +290,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
 
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
+    run_dir.require_there()
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)

@@ -34,6 +34,7 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.run.folder import RunDir
 from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import (
@@ -403,6 +404,7 @@ class QloraTrainer(SFTTrainer):
         require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        RunDir(folder.parents[1]).require_there()
         if is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
