@@ -1,12 +1,14 @@
 """A digit that a disk, a copy or a hand has changed in the files of a run or of an export is said, wherever it is."""
 
 import json
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import FUZZ_SEED, FUZZED
 from test_run_drift import World, kept, world  # noqa: F401  fixtures
 
 from qtune.errors import Problem, QtuneError, RunError, VerificationError
@@ -20,6 +22,7 @@ from qtune.run.lock import read_lock
 from qtune.run.memory import read_memory
 from qtune.run.metrics import NoteRecord, append_metric, read_metrics
 from qtune.run.records import CHECKSUM
+from qtune.run.resolved import resolved_recipe
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate, read_evaluation
 from qtune.verdicts.of_run import attempt_verdicts
@@ -128,6 +131,55 @@ def test_no_value_of_resolved_toml_can_change_without_a_word(exported: Path, wor
             except QtuneError:
                 pass
     assert silent == []
+
+
+def damaged_texts(text: str, generator: random.Random, count: int) -> Iterator[bytes]:
+    """A file with some of its characters changed, taken out, doubled, swapped, cut off, or of other values."""
+    odd = ["", "9", "-", "e9", "null", "NaN", "true", '"', "{", "}", "[", "]", ":", ",", "\n", "\0", "é", "=", "#"]
+    for _ in range(count):
+        found = text
+        for _ in range(generator.choice((1, 1, 2, 5))):
+            at = generator.randrange(len(found) or 1)
+            to = at + generator.choice((0, 1, 1, 4, 40))
+            change = generator.randrange(4)
+            if change == 0:
+                found = found[:at] + generator.choice(odd) + found[to:]
+            elif change == 1:
+                found = found[:to] + found[at:]
+            elif change == 2:
+                found = found[:at] + found[to:][::-1][:8] + found[to:]
+            else:
+                found = found[:at] if generator.random() < 0.2 else found[:at] + found[to:]
+        yield found.encode(generator.choice(("utf-8", "utf-8", "utf-8", "utf-16", "utf-8-sig")))
+
+
+FILES = {**READERS, "resolved.toml": resolved_recipe}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_no_random_damage_to_a_file_of_a_run_ends_in_anything_but_its_values_or_a_sentence(
+    name: str,
+    exported: Path,
+    world: World,  # noqa: F811
+) -> None:
+    run, generator, said = world.finished, random.Random(f"{FUZZ_SEED} {name}"), 0
+    file = run.path / name
+    text, before = file.read_text(), FILES[name](run)
+    for content in damaged_texts(text, generator, 200 * FUZZED):
+        file.write_bytes(content)
+        now = None
+        try:
+            now = FILES[name](run)
+        except RunError as error:
+            said += str(file) in str(error)
+            continue
+        if name == "metrics.jsonl":  # a last line that was cut off is left out, and empty lines are none
+            assert isinstance(now, tuple)
+            assert all(record in before for record in now), content
+        elif name != "resolved.toml":  # whose values the lock keeps
+            assert now == before, content
+    assert said
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------

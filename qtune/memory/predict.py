@@ -150,6 +150,7 @@ def training_step(recipe: Recipe, plan: Plan, longest: Longest) -> Step:
         activations="host" if plan.activations == "host" else "device",
         accumulates=plan.accumulation_steps > plan.together,
         micro_batches=plan.together,
+        frees_inputs=True,
         host_apart=plan.device.kind == "cuda",
         eval_batch=batch(longest.length if longest.evaluated is None else longest.evaluated),
         checkpointed=plan.gradient_checkpointing or True,

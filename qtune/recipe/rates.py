@@ -11,9 +11,11 @@ from qtune.recipe.schema import Adapter, Lora, PromptTuning
 SLOWEST_PROMPT = 1e-3
 """Prompt tuning, of bare vectors. PEFT's comparison of methods (MetaMathQA, Llama 3.2 3B) has 34.3 % of GSM8K at 1e-3,
 and 5.7 % at 1e-4 with weight decay."""
-FASTEST_LORA = 0.1
+FASTEST_LORA = 1.0
 """What rate x scale x rank of a LoRA may be. In its first step every number of B becomes about the rate, so that the
-output of a layer changes by about half of this times its input: by a twentieth at 0.1, at once, in all layers."""
+output of a layer changes by about half of this times its input, in all layers at once. On the built-in model 0.1 (rank
+256, alpha 512, 2e-4) and 0.32 (rank 16, alpha 32, 1e-2) still learned: losses of 2.51 were 0.086 and 0.114 on held-out
+rows after 16 steps of the quickstart, one seed, bfloat16 on a CPU."""
 
 
 def doubtful_rate(adapter: Adapter, rate: float) -> str | None:

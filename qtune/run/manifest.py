@@ -32,15 +32,17 @@ class Manifest:
     files: dict[str, SavedFile]
     step: int | None = None
     """Of a checkpoint: the step after which it was made."""
+    skipped: tuple[int, ...] = ()
+    """Of a checkpoint: the steps until then whose updates were left out, for they stood out."""
 
 
-def seal(folder: Path, step: int | None = None, *, left_out: Iterable[str] = ()) -> None:
+def seal(folder: Path, step: int | None = None, *, skipped: Iterable[int] = (), left_out: Iterable[str] = ()) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
 
     left_out: files that change later, and have a checksum of their own.
     """
     names = [name for name in _names(folder) if name not in left_out]
-    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step)
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped))
     for inside in {(folder / name).parent for name in names} | {folder}:
         sync_folder(inside)
     write_record(folder / NAME, manifest)
@@ -77,6 +79,16 @@ def _as_saved(file: Path) -> SavedFile:
 def is_sealed(folder: Path) -> bool:
     """Whether a folder has a manifest, whatever it says."""
     return os.path.lexists(folder / NAME)
+
+
+def skipped_until(checkpoint: Path) -> tuple[int, ...]:
+    """The steps whose updates are not in a checkpoint; none where an older version did not say.
+
+    Raises:
+        RunError: its manifest is damaged.
+    """
+    manifest = read_record(checkpoint / NAME, Manifest)
+    return () if manifest is None else manifest.skipped
 
 
 def is_ours(folder: Path) -> bool:

@@ -41,6 +41,8 @@ class TrainRecord:
     """What was predicted for these steps, where the device's rates are known."""
     outlier: str | None = None
     """What stands out of the steps before, in words."""
+    skipped: bool = False
+    """Whether its update was left out for that."""
     kind: Literal["train"] = "train"
 
     @property

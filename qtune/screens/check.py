@@ -161,6 +161,7 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
             f"{batches.padding_grouped:.1%} of all positions, grouped by length within each step; "
             f"{batches.padding_shuffled:.1%} in random order",
         ),
+        *([] if isinstance(check.memory, str) else [("length", check.memory.rows.known_from)]),
         ("memory", _memory(check)),
         ("time", _time(check)),
         ("disk", _disk(check.disk)),
@@ -189,7 +190,7 @@ def _memory(check: "Check") -> str:
     beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
     return (
         f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}; length: {forecast.rows.known_from}"
+        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}"
     )
 
 

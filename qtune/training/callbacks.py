@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.model.checkpointed import checkpoint_first
+from qtune.model.checkpointed import checkpoint_first, free_inputs
 from qtune.run.metrics import (
     AnswersRecord,
     EvalRecord,
@@ -141,6 +141,7 @@ class Metrics(TrainerCallback):
                 step_seconds=round(logs["step_seconds"], 4),
                 predicted_step_seconds=_rounded(logs.get("predicted_step_seconds")),
                 outlier=outlier,
+                skipped="skipped" in logs,
             )
             self._write(record)
             if outlier is not None:
@@ -241,6 +242,7 @@ class CheckpointedLayers(TrainerCallback):
     ) -> None:
         if self.layers:
             checkpoint_first(kwargs["model"], self.layers)
+            free_inputs(kwargs["model"])
 
 
 class PeakRate(TrainerCallback):

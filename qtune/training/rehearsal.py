@@ -27,7 +27,7 @@ from qtune.data.masks import IGNORED
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
-from qtune.model.checkpointed import checkpoint_first, switched_layers
+from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
@@ -150,6 +150,7 @@ def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
     if layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpoint_first(model, layers)
+        free_inputs(model)
 
 
 def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_pt_utils import get_parameter_names
 
 from qtune.memory.tracing import adoption, categories
-from qtune.model.checkpointed import checkpoint_first
+from qtune.model.checkpointed import checkpoint_first, free_inputs
 from qtune.model.host import activations_on_host
 from qtune.model.layer_major import layer_by_layer
 
@@ -70,6 +70,8 @@ class Step:
     """Where what the backward needs waits for it."""
     accumulates: bool = False
     """Whether gradients of earlier micro-batches wait in memory."""
+    frees_inputs: bool = False
+    """Whether the embeddings' output is let go of, where layers are checkpointed (`model.checkpointed.free_inputs`)."""
     micro_batches: int = 1
     """So many pass each layer one behind the other, and go back together."""
     host_apart: bool = False
@@ -93,6 +95,8 @@ def prepare(model: Any, step: Step) -> None:
         checkpoint_first(model, step.checkpointed)
         if any(not p.requires_grad for p in model.parameters()):
             model.enable_input_require_grads()
+        if step.frees_inputs:
+            free_inputs(model)
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
