@@ -805,6 +805,10 @@ def profile(
     length: Annotated[
         int | None, typer.Option("--length", min=1, max=MOST_TOKENS, help="Tokens of the longest row.")
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", metavar="N", min=1, max=MOST_PROCESSES, help="So many such cards share each step."),
+    ] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[
@@ -824,7 +828,7 @@ def profile(
         require_writable(timeline, "--timeline")
     _refuse_two_cards(gpu, vram)
     is_run = Path(target).is_dir()
-    others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
+    others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length, "--processes": processes > 1}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.recipe.file import load_recipe
@@ -843,7 +847,7 @@ def profile(
     if isinstance(of, RunDir):
         name, prediction = _profile_run(of, savings=savings, explain=explain)
     else:
-        name, prediction = _profile_recipe(of, (gpu, vram), length, savings=savings, explain=explain)
+        name, prediction = _profile_recipe(of, (gpu, vram), processes, length, savings=savings, explain=explain)
     if timeline is not None and prediction is not None:
         write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
@@ -874,12 +878,15 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
 def _profile_recipe(
     resolved: "Resolved",
     card: tuple[str | None, str | None],
+    processes: int,
     length: int | None,
     *,
     savings: bool,
     explain: bool,
 ) -> "tuple[str, Prediction]":
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
+    from dataclasses import replace
+
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.ways_to_fit import ways_to_fit
@@ -890,7 +897,7 @@ def _profile_recipe(
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
 
-    profiled = stage.profile(resolved, cards.device_for(*card), length)
+    profiled = stage.profile(resolved, replace(cards.device_for(*card), processes=processes), length)
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))

@@ -5,8 +5,7 @@ import pytest
 from qtune.startup.launched import Launched, forget_launcher, own_card, said_in
 
 TORCHRUN = {
-    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "::1",
-    "MASTER_PORT": "1",
+    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1",
 }  # fmt: skip
 
 
@@ -21,6 +20,11 @@ def test_a_process_is_known_by_the_variables_of_torchrun() -> None:
         ({"MASTER_PORT": None}, "WORLD_SIZE: 4 processes, and no MASTER_PORT: start them with qtune run RECIPE"),
         ({"RANK": None, "MASTER_ADDR": None}, "and no RANK and MASTER_ADDR"),
         ({"RANK": "4"}, "RANK: 4 of WORLD_SIZE = 4; ranks are counted from 0"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            "ACCELERATE_USE_FSDP: accelerate 1.15 leaves 4-bit weights out of",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "each process holds the whole 4-bit base"),
         ({"WORLD_SIZE": "two"}, "a launcher sets them to whole numbers"),
     ],
 )

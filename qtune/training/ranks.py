@@ -99,7 +99,8 @@ class Ranks:
             with _noticing_loss():
                 distributed.all_reduce(flat)
             for parameter, part in zip(group, flat.split([one.numel() for one in group]), strict=True):
-                parameter.grad = part.view_as(parameter).clone()
+                total = part.view_as(parameter)
+                parameter.grad = total.clone() if parameter.grad is None else parameter.grad.copy_(total)
 
     def begin_alike(self, model: nn.Module) -> None:
         """Gives every process the leader's trained weights, whatever a start has drawn or rounded elsewhere."""

@@ -160,7 +160,7 @@ class QloraTrainer(SFTTrainer):
         if not self.ranks.are_several:
             return super().get_train_dataloader()
         rows = StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
-        share = ShareSampler(rows, self._train_batch_size, self.ranks.rank, self.ranks.processes)
+        share = ShareSampler(rows, self.args.per_device_train_batch_size, self.ranks.rank, self.ranks.processes)
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=share,
