@@ -20,11 +20,12 @@ from qtune.data.prepare import Prepared
 from qtune.data.samples import Sample, samples_of
 from qtune.device.present import one_sentence, present_device
 from qtune.disk import told
-from qtune.errors import DataError, InputError, Problem, TrainingError
+from qtune.errors import DataError, InputError, ModelError, Problem, TrainingError
 from qtune.memory.forecast import Forecast
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import Profile, profile
-from qtune.model.geometry import shipped_geometry
+from qtune.memory.ways_to_fit import Way, WaysToFit, ways_to_fit
+from qtune.model.geometry import load_geometry, shipped_geometry
 from qtune.plan import Plan
 from qtune.preflight import Disk, Preflight, examine
 from qtune.recipe.file import Resolved
@@ -75,6 +76,8 @@ class Check:
     """Measured, where it was asked for."""
     rehearsal: Rehearsal | None = None
     """Where it was asked for."""
+    ways: WaysToFit | None = None
+    """What would make the step fit, where it does not."""
 
     @property
     def resolved(self) -> Resolved:
@@ -176,11 +179,26 @@ class Check:
             "samples": [asdict(sample) for sample in self.samples],
             "disk": None if self.disk is None else asdict(self.disk),
             "memory": self._memory_json(),
+            "ways_to_fit": None if self.ways is None else self._ways_json(self.ways),
             "time": None if self.time is None else self.time.to_json(),
             "step_seconds": self.step_seconds,
             "rehearsal": None if self.rehearsal is None else asdict(self.rehearsal),
         }
         return console.json_text(value)
+
+    @staticmethod
+    def _ways_json(ways: WaysToFit) -> dict[str, Any]:
+        """Each change alone, and what fits with the least loss of time; changes by the names of their keys."""
+
+        def plain_way(way: Way) -> dict[str, Any]:
+            changes = {".".join(map(str, key)): value for key, value in way.changes.items()}
+            needed = {"needed_bytes": way.need.total_bytes, "fits": way.is_enough, "pace": way.pace}
+            return {"changes": changes, "price": way.price, **needed}
+
+        return {
+            "single": [plain_way(way) for way in ways.single],
+            "best": None if ways.best is None else plain_way(ways.best),
+        }
 
     def _memory_json(self) -> dict[str, Any]:
         """Without the timeline, which is for pictures."""
@@ -217,7 +235,22 @@ def check(
         attempted_time(recipe, preflight.forecast),
         _timed(preflight) if is_timed else None,
         _rehearsed(preflight) if rehearsed and not preflight.refusals else None,
+        _ways(preflight),
     )
+
+
+def _ways(preflight: Preflight) -> WaysToFit | None:
+    """All remedies of a step that does not fit; None where it does, or where they cannot be traced."""
+    forecast = preflight.forecast
+    if not isinstance(forecast, Forecast) or forecast.fits:
+        return None
+    recipe = preflight.resolved.recipe
+    try:
+        with console.progress("tracing what would help"):
+            return ways_to_fit(load_geometry(recipe.model), recipe, forecast)
+    except ModelError:
+        log.debug("no remedy could be traced", exc_info=True)
+        return None
 
 
 def memory_alone(resolved: Resolved) -> Profile | None:

@@ -423,6 +423,7 @@ def _given(context: typer.Context) -> frozenset[str]:
 
 @app.command(name="eval", rich_help_panel="Try")
 def evaluate(
+    context: typer.Context,
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
     rows: Annotated[
         int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, spread evenly over all of them.")
@@ -434,6 +435,16 @@ def evaluate(
         int, typer.Option("--show", min=0, max=MOST_ROWS, help="How many answers to show side by side.")
     ] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Benchmarks of lm-evaluation-harness (or YAML files) instead of rows."),
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, max=100, help="Of --tasks: solved examples before each.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Of --tasks: questions of each, at most.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
     accept_drift: AcceptOption = None,
     trust: TrustOption = False,
@@ -442,14 +453,19 @@ def evaluate(
 
     Did it learn, with a 95 % interval over rows; loss, perplexity, exactly right answers; for free text ROUGE-L, length
     and repetition instead; answers side by side. The rows are the recipe's data.test, else its validation rows.
-    Everything is written to RUN/eval.json.
+    Everything is written to RUN/eval.json. With --tasks both are asked public benchmarks instead, as the harness asks
+    them, without a chat template; the figures are written to RUN/tasks.json.
     """
     from qtune.run.folder import RunDir
 
+    _refuse_ignored(_given(context), is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
     import_libraries()
     if trust:
         _agree(run_dir)
+    if tasks is not None:
+        _evaluate_tasks(run_dir, tasks, fewshot, limit, as_json=as_json, accepted=tuple(accept_drift or ()))
+        return
     from qtune.screens import evaluation as evaluation_screen
     from qtune.screens import verdicts as verdicts_screen
     from qtune.tuned import evaluate as stage
@@ -466,12 +482,47 @@ def evaluate(
         evaluation_screen.show(evaluation, shown)
 
 
+def _refuse_ignored(given: frozenset[str], *, is_tasks: bool) -> None:
+    """Refuses options that mean nothing beside --tasks, or nothing without it."""
+    others = ("--rows", "--data", "--show", "--max-new-tokens") if is_tasks else ("--fewshot", "--limit")
+    if ignored := [option for option in others if option in given]:
+        why = "--tasks asks benchmarks, not rows" if is_tasks else "only --tasks has them"
+        raise typer.BadParameter(f"{', '.join(ignored)}: {why}")
+
+
+def _evaluate_tasks(
+    run_dir: "RunDir",
+    names: str,
+    fewshot: int | None,
+    limit: int | None,
+    *,
+    as_json: bool,
+    accepted: tuple[str, ...],
+) -> None:
+    """Base against tuned on benchmarks, in one table."""
+    from qtune.run.records import plain
+    from qtune.screens import tasks as screen
+    from qtune.tuned import tasks as stage
+
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise typer.BadParameter("--tasks names no task")
+    found = stage.evaluate_tasks(run_dir, listed, fewshot=fewshot, limit=limit, accepted=accepted)
+    if as_json:
+        console.out_json(plain(found))
+    else:
+        screen.show(found)
+
+
 @app.command(rich_help_panel="Try")
 def compare(
     targets: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more.")],
     rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="How many held-out rows, where a run was not evaluated yet.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            min=1, max=MOST_ROWS, help="How many held-out rows; left out, as many as were evaluated, else 100."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows to ask them all, instead of each recipe's.", exists=True)
     ] = None,
@@ -791,9 +842,10 @@ def _profile_recipe(
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
     from qtune.device import cards
     from qtune.memory import profile as stage
+    from qtune.memory.ways_to_fit import ways_to_fit
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
-    from qtune.screens.memory import draw_forecast, draw_savings
+    from qtune.screens.memory import draw_forecast, draw_savings, draw_ways
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
@@ -802,6 +854,11 @@ def _profile_recipe(
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+    if not profiled.forecast.fits:
+        with console.progress("tracing what would help"):
+            ways = ways_to_fit(config, recipe, profiled.forecast)
+        console.out("")
+        console.out(draw_ways(ways, profiled.forecast.budget_bytes))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds

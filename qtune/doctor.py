@@ -203,12 +203,16 @@ def rate_findings(rates: Rates | None) -> Iterator[Diagnosis]:
     )
     yield Diagnosis("rates", "from", rates.source)
     yield Diagnosis("rates", "products", f"{products} TFLOP/s; attention {rates.attention / 1e12:,.3g}")
-    moved = {"in order": rates.moved, "adapter products": rates.thin, "NF4 read back": rates.dequantized}
+    moved = {
+        "in order": rates.moved,
+        "casts": rates.copied,
+        "adapter products": rates.thin,
+        "NF4 read back": rates.dequantized,
+    }
     shown = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in moved.items())
     yield Diagnosis("rates", "memory", f"{shown} GB/s")
-    yield Diagnosis(
-        "rates", "processor", f"{1e6 * rates.launch_seconds:.0f} microseconds for each operation it launches"
-    )
+    launching = f"{1e6 * rates.launch_seconds:.0f} microseconds for each operation it launches"
+    yield Diagnosis("rates", "processor", f"{launching}, {1e6 * rates.own_launch_seconds:.0f} for one of qtune's own")
 
 
 def disk_findings(folders: Mapping[str, Path]) -> Iterator[Diagnosis]:

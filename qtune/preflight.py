@@ -47,6 +47,7 @@ from qtune.model.quantization import (
 )
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
+from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir
@@ -101,8 +102,10 @@ class Preflight:
     @property
     def warnings(self) -> list[str]:
         """What a run does not stop for, and may come to regret; a sentence each."""
-        forecast = self.forecast
+        forecast, recipe = self.forecast, self.resolved.recipe
         said = []
+        if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
+            said.append(rate)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")
         if isinstance(forecast, str) and self.plan.device.kind == "cuda":

@@ -16,6 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+FUZZED = int(os.environ.get("QTUNE_FUZZED", "1"))
+"""How many times as many random inputs as usual the fuzzers try; by hand 12 makes more than 100,000 in all."""
+FUZZ_SEED = int(os.environ.get("QTUNE_FUZZ_SEED", "15"))
+
+
 @pytest.fixture(autouse=True)
 def the_allocators_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command sets them for its process; a test that calls it in this one leaves them as they were."""

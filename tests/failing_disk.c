@@ -42,7 +42,8 @@ static int is_refused(const char *what, const char *path)
     size_t length = strlen(folder);
     if (length && !strncmp(path, folder, length) && (path[length] == '/' || !path[length])) {
         count++;
-        refused = count >= first && count <= last;
+        /* A disk that is full lets go of what it has. */
+        refused = count >= first && count <= last && !(number == ENOSPC && !strcmp(what, "unlink"));
         if (listing >= 0)
             dprintf(listing, "%ld %s %s%s\n", count, what, path, refused ? " REFUSED" : "");
     }

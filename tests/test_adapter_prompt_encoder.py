@@ -41,13 +41,13 @@ def prompt_of(model: PeftModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_begins_as_exactly_the_embeddings_of_its_text(tiny_model: Path, name: str) -> None:
-    given = {"initialization": "text", "text": "You are brief.", "vector_rate": 4.0}
+def test_it_begins_as_the_embeddings_of_its_text_at_its_scale(tiny_model: Path, name: str) -> None:
+    given = {"initialization": "text", "text": "You are brief.", "vector_rate": 4.0, "vector_scale": 8.0}
     model = started(tiny_model, KINDS[name].model_copy(update=given))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = (tokenizer("You are brief.", add_special_tokens=False)["input_ids"] * 6)[:6]
     words = model.get_base_model().get_input_embeddings()(torch.tensor(ids))
-    torch.testing.assert_close(prompt_of(model), words, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(prompt_of(model), 8 * words, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -68,7 +68,7 @@ def test_an_adam_step_moves_its_vectors_by_their_rate_in_units_of_the_vocabulary
     encoder = model.prompt_encoder["default"]
     table = model.get_base_model().get_input_embeddings().weight
     before = prompt_of(model).detach().clone()
-    optimizer = torch.optim.Adam([encoder.embedding.weight], lr=1e-3)
+    optimizer = torch.optim.Adam([encoder.table], lr=1e-3)
     (prompt_of(model) * torch.randn(before.shape)).sum().backward()
     optimizer.step()
     moved = (prompt_of(model).detach() - before).abs()
@@ -91,6 +91,7 @@ def test_rows_end_whole_before_the_row_that_is_asked() -> None:
     [
         ('kind = "p-tuning"\ninitialization = "rows"', "they would not start as words; set residual = true"),
         ('kind = "prompt-tuning"\nvector_rate = 2.0', "set residual = true or remove the key"),
+        ('kind = "prompt-tuning"\nvector_scale = 8.0', "only vectors of a residual have a size; set residual = true"),
         ('kind = "prompt-tuning"\nencoder_hidden_size = 8', "only residual has a width; set residual = true"),
         ('kind = "p-tuning"\nresidual = true\ninitialization = "text"', "belong together; give both or neither"),
     ],

@@ -279,3 +279,21 @@ def test_a_trace_that_fails_does_not_hide_what_is_wrong(write_recipe, rows_file,
     ended = CliRunner().invoke(app, ["check", str(recipe)])
     assert isinstance(ended.exception, RecipeError), ended.exception
     assert "no such file" in str(ended.exception)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_where_memory_is_short_all_remedies_are_shown_with_the_lines_that_fit(write_recipe) -> None:
+    training = "batch_size = 4\nmicro_batch_size = 4\ngradient_checkpointing = false"
+    recipe = write_recipe(training=f'{training}\n[memory]\nbudget = "1MiB"')
+    result = examined(recipe)
+    assert not isinstance(result.memory, str), result.memory
+    assert result.ways is not None
+    ways = json.loads(result.to_json())["ways_to_fit"]
+    assert any(way["changes"].get("training.micro_batch_size", 4) < 4 for way in ways["single"])
+    shown = screen(result)
+    assert "What would make it fit" in shown
+    assert 'training.optimizer = "adamw-8bit"' in shown
+    assert "length" in shown
+    assert "(rows.jsonl:" in " ".join(shown.split())
+    roomy = write_recipe("roomy", training=training)
+    assert json.loads(examined(roomy).to_json())["ways_to_fit"] is None

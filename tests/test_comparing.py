@@ -102,6 +102,7 @@ def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     compared_runs(enough, rows=8)
     monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
     compared_runs(enough, rows=8)
+    assert [run.evaluation.rows for run in compared_runs(enough)] == [8, 8, 8], "as many as were asked"
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=3)
 
@@ -111,6 +112,7 @@ def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: li
     other = tmp_path / "other"
     shutil.copytree(enough[1], other)
     kept = json.loads((other / "eval.json").read_text())
+    kept.pop("crc32", None)
     kept["comparisons"][0]["expected"] = "something else"
     (other / "eval.json").write_text(json.dumps(kept))
     with pytest.raises(InputError, match=r"on which none was trained, with --data FILE$"):

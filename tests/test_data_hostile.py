@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import FUZZ_SEED, FUZZED
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qtune.data import encoding, worker
@@ -339,7 +340,7 @@ def fuzzed_templates(seed: int, count: int) -> Iterator[str]:
 @pytest.mark.slow
 def test_no_random_rows_end_in_anything_but_examples_or_what_is_wrong(prepared, capsys) -> None:
     ended = [0, 0]
-    for text in fuzzed_rows(15, 150):
+    for text in fuzzed_rows(FUZZ_SEED, 150 * FUZZED):
         try:
             prepared(text)
             ended[0] += 1
@@ -351,7 +352,7 @@ def test_no_random_rows_end_in_anything_but_examples_or_what_is_wrong(prepared, 
 @pytest.mark.slow
 def test_no_random_template_ends_in_anything_but_a_text_or_what_is_wrong(tokenizer) -> None:
     ended = [0, 0]
-    for text in fuzzed_templates(15, 400):
+    for text in fuzzed_templates(FUZZ_SEED, 400 * FUZZED):
         try:
             render(tokenizer, text, QUESTION)
             ended[0] += 1

@@ -61,6 +61,21 @@ def test_whatever_operation_fails_it_is_one_sentence_nothing_is_lost_and_the_wor
     assert [(one["verb"], bad) for one in results for bad in one["bad"]] == []
 
 
+NEEDS_ROWS = ("run", "resume", "export", "gguf", "eval", "check")
+
+
+def test_where_the_cache_or_the_home_can_only_be_read_verbs_go_on_or_say_it(library: Path, tmp_path: Path) -> None:
+    """Encoded rows are mapped from the cache, so what needs them says where else it could be; the rest goes on."""
+    verbs = (*NEEDS_ROWS, "adapter", "report", "init", "fit", "profile", "chat", "list")
+    cases = [f"{verb}:EROFS:{place}" for place in ("cache", "home") for verb in verbs]
+    results = asked(library, tmp_path, *cases)
+    assert [(one["verb"], one["place"], bad) for one in results for bad in one["bad"]] == []
+    needs = "/cache/examples: the cache cannot be written: Read-only file system; QTUNE_CACHE can name another folder"
+    said = {(one["place"], one["verb"]): (one["code"], one["said"]) for one in results}
+    stopped = {key: told for key, told in said.items() if told != (0, "")}
+    assert stopped == {("cache", verb): (2, needs) for verb in NEEDS_ROWS}
+
+
 def test_verbs_that_only_look_write_nothing(library: Path, tmp_path: Path) -> None:
     results = asked(library, tmp_path, "list:EIO:1", "chat:EIO:1")
     assert [(one["verb"], one["operations"], one["bad"]) for one in results] == [("list", 0, []), ("chat", 0, [])]

@@ -31,6 +31,7 @@ def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureF
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -112,10 +113,12 @@ def test_an_int8_export_is_compared_with_the_trained_weights_and_its_distance_fr
 
 def test_a_folder_can_be_verified_again_by_itself(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(verify=False))
-    assert json.loads((folder / "verify.json").read_text()) == {
+    said = json.loads((folder / "verify.json").read_text())
+    assert said == {
         "verified": False,
         "failures": ["not compared with the trained model"],
         "weights": "dequantized",
+        "crc32": said["crc32"],
     }
     assert verify_only(folder, None) == folder
     assert json.loads((folder / "verify.json").read_text())["verified"] is True

@@ -17,13 +17,14 @@ from qtune.export.basis import Basis
 from qtune.export.export import Options, export_run
 from qtune.export.gguf import adapter as gguf_adapters
 from qtune.export.gguf.adapter import (
-    ADAPTER_FILE,
     GgufAdapter,
     NoGgufAdapter,
     gguf_adapter,
     write_gguf_adapter,
 )
 from qtune.export.gguf.file import write_gguf
+from qtune.export.llama_cpp import ADAPTER_FILE
+from qtune.run.manifest import fault
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -177,3 +178,13 @@ def test_a_second_export_leaves_no_adapter_of_the_first(tmp_path: Path) -> None:
     folder = export_run(run, Options(gguf="f16", verify=False))
     assert (folder / ADAPTER_FILE).exists()
     assert not (export_run(run, Options(verify=False, force=True)) / ADAPTER_FILE).exists()
+
+
+def test_a_flipped_bit_in_the_adapter_is_noticed(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options(gguf="f16", verify=False))
+    assert fault(folder) is None
+    file = folder / ADAPTER_FILE
+    values = bytearray(file.read_bytes())
+    values[-1] ^= 1
+    file.write_bytes(values)
+    assert ADAPTER_FILE in str(fault(folder))

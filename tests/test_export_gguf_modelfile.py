@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 def made(tokenizer: PreTrainedTokenizerBase, template: str, **changes: Any) -> Modelfile | NoModelfile:
     tokenizer.chat_template = template
-    settings = {"system": None, "adds_bos": False, "generation": {}, **changes}
+    settings = {"system": None, "adds_bos": False, "generation": {}, "context": 8192, **changes}
     return modelfile_for(tokenizer, probes([]), **settings)
 
 
@@ -121,6 +121,7 @@ def test_the_file_has_template_system_stops_and_parameters(tokenizer: PreTrained
         "PARAMETER top_p 0.9\n"
         "PARAMETER top_k 50\n"
         "PARAMETER repeat_penalty 1.1\n"
+        "PARAMETER num_ctx 8192\n"
     )
 
 
@@ -128,4 +129,4 @@ def test_a_greedy_model_is_asked_greedily(tokenizer: PreTrainedTokenizerBase) ->
     modelfile = made(tokenizer, read("chatml"))
     assert isinstance(modelfile, Modelfile)
     # Ollama's own penalty on repetitions, 1.1, would change greedy answers.
-    assert modelfile.parameters == {"temperature": 0, "repeat_penalty": 1.0}
+    assert modelfile.parameters == {"temperature": 0, "repeat_penalty": 1.0, "num_ctx": 8192}

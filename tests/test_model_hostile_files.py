@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FUZZ_SEED, FUZZED
 from safetensors.torch import load_file, save_file
 from test_model_builtin import write_gguf
 
@@ -149,7 +150,7 @@ def test_no_random_damage_to_a_gguf_header_ends_in_anything_but_a_header_or_what
     tmp_path: Path, gguf_bytes: bytes
 ) -> None:
     file, ended = tmp_path / "a.gguf", [0, 0]
-    for content in damaged(gguf_bytes, 15, 3000, len(gguf_bytes) // 2):
+    for content in damaged(gguf_bytes, FUZZ_SEED, 3000 * FUZZED, len(gguf_bytes) // 2):
         file.write_bytes(content)
         try:
             require_gguf(file)
@@ -243,7 +244,7 @@ def test_what_the_check_of_a_header_lets_pass_the_library_reads(
     weights: Path,
 ) -> None:
     whole, seen = weights.read_bytes(), [0, 0]
-    for content in damaged(whole, 15, 2000, 200):
+    for content in damaged(whole, FUZZ_SEED, 2000 * FUZZED, 200):
         weights.write_bytes(content)
         try:
             require_whole(weights)

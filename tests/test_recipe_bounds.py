@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from conftest import FUZZ_SEED, FUZZED
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -239,12 +240,12 @@ def _keys_of(annotation: Any) -> list[str]:
 def test_no_random_recipe_ends_in_anything_but_a_recipe_or_its_mistakes(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     refused = 0
-    for text in fuzzed_recipes(15, 3000):
+    for text in fuzzed_recipes(FUZZ_SEED, 3000 * FUZZED):
         try:
             check_recipe(text, tmp_path / "recipe.toml")
         except RecipeError:
             refused += 1
-    assert 0 < refused < 3000
+    assert 0 < refused < 3000 * FUZZED
 
 
 ABSURD_OPTIONS = [

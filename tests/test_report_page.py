@@ -34,7 +34,16 @@ from qtune.report.rows import rows_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
 from qtune.run.memory import RunMemory, write_memory
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, seconds_of
+from qtune.run.metrics import (
+    AnswersRecord,
+    EvalRecord,
+    Metric,
+    NoteRecord,
+    SampleAnswer,
+    TrainRecord,
+    append_metric,
+    seconds_of,
+)
 from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
 from qtune.tuned.evaluate import Comparison, Evaluation, Score
@@ -167,7 +176,10 @@ def tell(run_dir: RunDir, *records: Metric) -> None:
 def finish(run_dir: RunDir) -> None:
     """Everything that verbs write into a run."""
     validation = EvalRecord(step=10, steps=10, epoch=1.0, loss=0.75, accuracy=0.8, seconds=11.0)
-    tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation)
+    long = "a" * 300  # a word that is wider than any screen
+    said = SampleAnswer("rows:7", f"What is {long}?", "yes", ATTACK)
+    answers = (AnswersRecord(step, 10, 0.1 * step, 11.0, (said,)) for step in (5, 10))
+    tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation, *answers)
     write_memory(run_dir, RunMemory(measured=MEASURED))
     write_record(run_dir.eval_file, EVALUATION)
     write_lock(run_dir, Lock(packages={"torch": "2.13.0"}, device=LockedDevice("CPU, 2 threads")))
@@ -313,6 +325,7 @@ def test_every_part_has_its_heading(drawn):
     assert drawn.texts["h2"] == [
         "Base against tuned",
         "Training",
+        "What it answered while it trained",
         "Rows as the model sees them",
         "Memory",
         "Exported models",
@@ -448,14 +461,39 @@ def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):
     """It wrote null for what is no number."""
     run_dir = make_run(tmp_path)
     tell(run_dir, train_record(1))
-    written = json.loads(run_dir.metrics_file.read_text())
-    run_dir.metrics_file.write_text("".join(json.dumps(written | {"gradient_norm": None}) + "\n" for _ in range(2)))
+    written = json.loads(run_dir.metrics_file.read_text()) | {"gradient_norm": None}
+    del written["crc32"]
+    run_dir.metrics_file.write_text("".join(json.dumps(written) + "\n" for _ in range(2)))
     assert "step 1 of 10" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_steps_that_stand_out_are_marked_in_both_charts_and_named_in_their_legends(tmp_path, skipped):
+    run_dir = make_run(tmp_path)
+    for step in range(1, 1001):  # more than a chart has room for: the line is of means, the mark where the step was
+        outlier = "the loss 90 is 9.0 standard deviations above" if step == 501 else None
+        left_out = skipped and outlier is not None
+        tell(run_dir, train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=left_out))
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    name = "stands out, 6 σ above the last 128" + ", and is skipped" * skipped
+    assert page.count(f"</svg>{name}</span>") == 2
+    assert f"<title>{name}: 90 at 501</title>" in page
+    assert f"<title>{name}: 1 at 501</title>" in page
+    assert page.count('class="cross"') == 4
+
+
+def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
+    run_dir = make_run(tmp_path)
+    tell(run_dir, train_record(1))
+    tell(run_dir, train_record(2))
+    assert "stands out" not in write_report(run_dir).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n"]
+    "damage",
+    ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n", "[" * 100_000],
+    ids=["cut", "a list", "other types", "no text", "a nest"],
 )
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name, damage):
     run_dir = make_run(tmp_path)

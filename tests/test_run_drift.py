@@ -353,7 +353,7 @@ def old_lock(run: RunDir) -> None:
     lock = read_lock(run)
     assert isinstance(lock, Lock)
     values = json.loads(run.lock_file.read_text())
-    for key in ("contents", "recipe", "compute_dtype"):
+    for key in ("contents", "recipe", "compute_dtype", "crc32"):
         values.pop(key)
     run.lock_file.write_text(json.dumps(values))
 

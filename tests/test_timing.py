@@ -35,12 +35,14 @@ RATES = Rates(
     products={"bfloat16": 1e12, "float32": 1e11},
     attention=5e11,
     moved=1e9,
+    copied=1e9,
     thin=5e8,
     dequantized=2.5e8,
     scattered=1e6,
     kernel_seconds=1e-6,
     host_link=1e8,
     launch_seconds=1e-3,
+    own_launch_seconds=2e-3,
 )
 HERE = present_device()
 FORWARD = Place("forward")
@@ -76,6 +78,13 @@ def test_each_kind_of_work_has_its_own_rate() -> None:
     assert of(kind="host transfers", bytes=10**9) == 10
     assert of(kind="attention", flops=10**12) == 2
     assert of(kind="products", flops=10**12, dtype=torch.float32) == 10
+
+
+def test_a_kernel_of_our_own_takes_the_processor_its_own_time() -> None:
+    work: Work = Counter({(FORWARD, kernel(op="add")): 3, (FORWARD, kernel(op="rms_norm")): 2})
+    (cost,) = cost_by(work, RATES, lambda place, kernel: None).values()
+    assert (cost.launches, cost.own_launches) == (5, 2)
+    assert duration([cost], RATES).processor_seconds == pytest.approx(3 * 1e-3 + 2 * 2e-3)
 
 
 def test_a_card_hides_the_shorter_of_computing_and_launching_and_a_cpu_does_both() -> None:
@@ -158,7 +167,17 @@ def test_every_rate_of_this_computer_can_be_measured(monkeypatch: pytest.MonkeyP
     assert str(HERE.name) in found.source
     assert found.is_own_processor
     assert found.products["float32"] > 0
-    for name in ("attention", "moved", "thin", "dequantized", "scattered", "host_link", "launch_seconds"):
+    for name in (
+        "attention",
+        "moved",
+        "thin",
+        "dequantized",
+        "scattered",
+        "host_link",
+        "launch_seconds",
+        "copied",
+        "own_launch_seconds",
+    ):
         assert getattr(found, name) > 0, name
 
 
@@ -167,7 +186,7 @@ def test_the_step_whose_launches_are_timed_is_the_one_whose_launches_are_counted
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "TINY_LAYERS", 2)
-    tiny = measure._Tiny(HERE)
+    tiny = measure._Tiny(HERE, lean=True)
     with Operations() as done:
         tiny.step_seconds(lambda: 0.0, counted=1, uncounted=0)
     counted: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qtune.data.batches import StepSampler, rows_of_step
 from qtune.errors import ModelError, RunError, TrainingError
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
+from qtune.run.manifest import skipped_until
 from qtune.run.metrics import TrainRecord
 from qtune.training import callbacks, train
 from qtune.training.callbacks import PeakRate
@@ -196,7 +198,7 @@ def test_before_half_a_window_nothing_stands_out() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_step_that_stands_out_is_marked_and_skipped_where_the_recipe_says_so(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, skips: bool
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], skips: bool
 ) -> None:
     monkeypatch.setattr("qtune.training.outliers.LEAST", 4)
     original = QloraTrainer.compute_loss
@@ -212,6 +214,15 @@ def test_a_step_that_stands_out_is_marked_and_skipped_where_the_recipe_says_so(
     ]
     assert stood_still == [step == 8 and skips for step in range(2, 10)]
     assert any("stands out" in one["message"] for one in records(done, "note"))
+    # Record and checkpoints say it, and go on saying it where the run is resumed.
+    assert [one["step"] for one in records(done, "train") if one["skipped"]] == [8] * skips
+    shutil.rmtree(done.adapter)
+    shutil.rmtree(done.checkpoints / "checkpoint-9")
+    train.resume(done)
+    said = {path.name: skipped_until(path) for path in complete_checkpoints(done.checkpoints)}
+    assert said == {f"checkpoint-{step}": (8,) * (skips and step >= 8) for step in range(1, 10)}
+    words = f"resuming {done.path} from step 8" + ", without the skipped update of step 8\n" * skips
+    assert words in capsys.readouterr().err
 
 
 def test_the_rows_of_a_step_are_those_that_the_sampler_gives() -> None:

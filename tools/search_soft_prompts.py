@@ -53,6 +53,8 @@ BASE = "builtin:smollm2-135m-instruct"
 QUANTIZATION: dict[str, Any] = {"kind": "nf4"}
 TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
+KINDS = {"lora", "p-tuning", "prompt-tuning"}
+"""A prefix is no row of embeddings, and IA3 changes the base that runs share."""
 LONGEST_ANSWER = 64
 """Tokens; longer answers of the docstring questions are scored by their loss alone."""
 CACHE_TOKENS = {"cuda": 400_000, "cpu": 8_000}
@@ -242,6 +244,8 @@ class Worker:
             counts += float(scored.sum()) / len(prompted)
         asked = [question for row in examples if (question := to_question(row, self.tokenizer, self.ends))]
         asked = [question for question in asked if len(question.expected_ids) <= LONGEST_ANSWER][: self.questions]
+        if not asked:
+            return [{"loss": round(float(total) / counts, 4)} for total in sums]
         right = self.right(prompted, asked)
         half = len(asked) // 2
         return [
@@ -385,11 +389,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--steps", type=int, help="instead of the configurations' own, for a rehearsal")
-    parser.add_argument("--questions", type=int, help="that are asked of each task (default: all), for a rehearsal")
+    parser.add_argument("--questions", type=int, help="that are asked of each task (default: all; 0: the loss alone)")
     parser.add_argument("--rows", choices=["validation", "test"], default="validation")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
     configs = [config for config in json.loads(given.grid.read_text(encoding="utf-8")) if given.only in config["name"]]
+    if others := sorted({config["adapter"]["kind"] for config in configs} - KINDS):
+        parser.error(f"{', '.join(others)}: only {', '.join(sorted(KINDS))} can be searched")
     if given.steps:
         configs = [config | {"training": config["training"] | {"steps": given.steps}} for config in configs]
     done = set()

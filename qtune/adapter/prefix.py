@@ -6,6 +6,7 @@ written: a cache that only answers with prefix and keys together is the same the
 """
 
 import copy
+import functools
 import types
 from typing import Any
 
@@ -24,7 +25,8 @@ def let_prefix_be_checkpointed(model: PeftModel) -> None:
         cache = original(*args, **kwargs)
         if self.training:
             for layer in cache.layers:
-                layer.update = types.MethodType(_answered, layer)
+                kind: Any = type(layer)
+                layer.__class__ = _only_read(kind)
         return cache
 
     model.get_prompt = types.MethodType(get_prompt, model)
@@ -32,15 +34,22 @@ def let_prefix_be_checkpointed(model: PeftModel) -> None:
         layer._can_checkpoint_with_cache = True
 
 
-def _answered(layer: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """What a layer of a cache answers to new keys and values, while the layer itself stays as it was.
+@functools.cache
+def _only_read(kind: Any) -> Any:
+    """A kind of cache layer that answers to new keys and values and stays as it was.
 
-    Whatever kind of layer it is (a sliding window's keeps less), it puts new tensors in the place of its own.
+    Whatever it keeps (a sliding window's layer keeps less), a layer puts new tensors in the place of its own: a copy of
+    it does so instead. A class, for a method on each layer would hold the layer, and with it the prefix, in a cycle.
     """
-    written = copy.copy(layer)
-    del written.update
-    answer: tuple[Tensor, Tensor] = written.update(*args, **kwargs)
-    return answer
+
+    class OnlyRead(kind):
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            written = copy.copy(self)
+            written.__class__ = kind
+            answer: tuple[Tensor, Tensor] = written.update(*args, **kwargs)
+            return answer
+
+    return OnlyRead
 
 
 @torch.no_grad()
@@ -56,7 +65,8 @@ def prefix_of(model: PeftModel, ids: list[int]) -> Tensor:
     network = model.get_base_model()
     was_training = network.training
     network.eval()
-    cache = network(input_ids=torch.tensor([ids], device=network.device), use_cache=True).past_key_values
+    made = network(input_ids=torch.tensor([ids], device=network.device), use_cache=True)
+    cache = made["past_key_values" if "past_key_values" in made else "cache"]  # transformers 5.24 renamed it
     network.train(was_training)
     # [1, heads, virtual, head] each; peft lays them out as [virtual, layer and kind, heads, head].
     kept = [one for layer in cache.layers for one in (layer.keys, layer.values)]

@@ -19,6 +19,8 @@ from qtune.tuned.evaluate import Evaluation, evaluate, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
 
 SEED = ("training", "seed")
+ROWS = 100
+"""That are asked of runs of which none was evaluated yet."""
 ELSEWHERE = ("output",)
 """Tables of a recipe that say where a run stands and nothing of what it learns."""
 
@@ -42,11 +44,12 @@ class ComparedRun:
 
 
 def compared_runs(
-    folders: Sequence[Path], *, rows: int = 100, data_file: Path | None = None, accepted: tuple[str, ...] = ()
+    folders: Sequence[Path], *, rows: int | None = None, data_file: Path | None = None, accepted: tuple[str, ...] = ()
 ) -> list[ComparedRun]:
     """What is compared of the runs, in their order. A run that was not evaluated on these rows yet is asked them now.
 
-    rows, data_file, accepted: as `evaluate`'s.
+    rows: how many; None: as many as the first was asked that was evaluated, else `ROWS`. data_file, accepted: as
+    `evaluate`'s.
 
     Raises:
         RunError: one has not ended, or is not what was trained. InputError: they were asked different rows.
@@ -54,7 +57,10 @@ def compared_runs(
     opened = [RunDir.open(folder) for folder in folders]
     for run_dir in opened:  # before minutes are spent on the first
         whole_adapter(run_dir)
-    found = [_compared(run_dir, rows, data_file, accepted) for run_dir in opened]
+    if rows is None and data_file is None:
+        kept = (read_evaluation(run_dir) for run_dir in opened)
+        rows = next((evaluation.rows for evaluation in kept if evaluation is not None), None)
+    found = [_compared(run_dir, rows or ROWS, data_file, accepted) for run_dir in opened]
     _require_same_rows(found)
     return found
 

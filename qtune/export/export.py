@@ -22,8 +22,9 @@ from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.push import push
+from qtune.export.serving import serving, serving_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
-from qtune.export.verification import Verification, read_proof
+from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
@@ -92,6 +93,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if options.adapter_only or is_alone:
         folder = write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
         require_same_questions(source, folder)
+        _say_serving(source, folder)
         return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -122,7 +124,14 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
         with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
             hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
             hand_over_adapter(source, target.output)
+        write_card(source, target.output, read_proof(target.output).figures)  # which serves these files as well
+    _say_serving(source, target.output)
     return target.output
+
+
+def _say_serving(source: OpenedRun, folder: Path) -> None:
+    if commands := serving(source, folder):
+        console.say(serving_text(commands))
 
 
 def _asked(options: Options) -> set[str]:
@@ -145,7 +154,15 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):
-        verification = verify(source, folder, rows_for(source), _weights_of(folder), virtual_ids=ids)
+        damage = damage_of(folder)
+        verification = verify(
+            source,
+            folder,
+            rows_for(source),
+            _weights_of(folder),
+            virtual_ids=ids,
+            known=() if damage is None else (damage,),
+        )
     return prove(source, folder, verification, show)
 
 

@@ -18,7 +18,7 @@ from qtune.export.model_files import copy_side_files, merged_config, write_json
 from qtune.export.opened_run import OpenedRun
 from qtune.export.soft_prompt import CONFIG_KEY, SoftPrompt
 from qtune.export.staged import staged_folder
-from qtune.export.verification import mark_unverified
+from qtune.export.verification import mark_unverified, seal_export
 from qtune.sizes import MIB
 
 
@@ -61,6 +61,7 @@ def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPr
         # Until the proof is there; an export that is stopped before it leaves a whole model that says so.
         mark_unverified(work, "not compared with the trained model", target.weights)
         write_card(source, work, None, name=target.output.name)
+        seal_export(work)
     return target.output
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtune.control_characters import visible
+from qtune.export.llama_cpp import ADAPTER_FILE
 from qtune.export.opened_run import OpenedRun
+from qtune.export.serving import serving
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -49,6 +51,7 @@ def write_card(
         f"# {name}\n",
         f"{source.base_name} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         SNIPPET.format(folder=name),
+        *_how_served(source, folder, name),
         *_how_asked(source),
         _how_trained(source),
         "## Is it the model that was trained?\n",
@@ -57,8 +60,9 @@ def write_card(
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def adapter_card(source: OpenedRun) -> str:
-    """The card of an adapter alone, with the lines that load it onto the base as it was trained."""
+def adapter_card(source: OpenedRun, folder: Path, name: str) -> str:
+    """The card of an adapter alone, with the lines that load it onto the base as it was trained; `name` is that of the
+    folder."""
     quantization, config_import, words = "", "", source.recipe.adapter.in_words
     kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
     if kind in ("nf4", "fp4"):
@@ -79,6 +83,7 @@ def adapter_card(source: OpenedRun) -> str:
         ADAPTER_SNIPPET.format(
             base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
+        *_how_served(source, folder, name),
         *_how_asked(source),
         _how_trained(source),
     ]
@@ -90,6 +95,21 @@ def _front_matter(source: OpenedRun, library: str) -> str:
     # The hub links to the base by its id; names that are none would be a broken link.
     named = f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else ""
     return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
+
+
+def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
+    """The commands that hold for what is in the folder; nothing where there are none."""
+    commands = serving(source, folder, Path(name))
+    if not commands:
+        return []
+    lines = [f"# {one.program}\n{one.command}" for one in commands]
+    parts = ["## How it is served\n", "```sh\n" + "\n".join(lines) + "\n```\n"]
+    if (folder / ADAPTER_FILE).is_file():
+        parts.append(
+            f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{source.base_name}`. On "
+            "weights that are quantized otherwise than in training (see below) it answers a little differently.\n"
+        )
+    return parts
 
 
 def _how_asked(source: OpenedRun) -> list[str]:

@@ -12,7 +12,7 @@ SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 # Written by us, or about files that are not copied.
-OWN = {"config.json", "builtin.json", "verify.json"}
+OWN = {"config.json", "builtin.json", "verify.json", "manifest.json"}
 
 
 def copy_side_files(base: Path, tokenizer: Path, output: Path) -> None:

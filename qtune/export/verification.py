@@ -7,7 +7,8 @@ from typing import Literal
 
 from qtune.errors import Problem, RunError, first_line
 from qtune.export.closeness import Closeness, Limits
-from qtune.run.records import NotARecord, plain, record_of
+from qtune.run import manifest
+from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
@@ -108,14 +109,36 @@ def read_proof(folder: Path) -> Proof:
     file = folder / VERIFICATION
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        require_intact(values)
         figures = record_of(Verification, values) if "exported" in values else None
         return replace(record_of(Proof, {**values, "figures": None}), figures=figures)
     except FileNotFoundError:
         return Proof(False, ())
     except NotARecord as error:
         raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+
+
+def seal_export(folder: Path) -> None:
+    """Notes what is in a folder that is complete. verify.json comes and goes, and has a checksum of its own."""
+    manifest.seal(folder, left_out=(VERIFICATION,))
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is not as it was exported, in words; None where all is, and where an older version wrote no manifest."""
+    said = manifest.fault(folder) if manifest.is_sealed(folder) else None
+    return None if said is None else f"it is not what was exported: {said}"
+
+
+def proof_today(folder: Path) -> Proof:
+    """What is known about a folder, if its files are still those that were exported.
+
+    Raises:
+        RunError: as `read_proof`.
+    """
+    proof, said = read_proof(folder), damage_of(folder)
+    return proof if said is None else replace(proof, verified=False, failures=(said, *proof.failures))
 
 
 def proven_folders(run: Path) -> list[Path]:
@@ -135,4 +158,4 @@ def _write(folder: Path, proof: Proof) -> None:
     """The figures stand at the top, as they always have."""
     own = {name: value for name, value in plain(proof).items() if name != "figures" and value not in (None, {})}
     values = {**own, **(plain(proof.figures) if proof.figures else {})}
-    write_text(folder / VERIFICATION, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / VERIFICATION, json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

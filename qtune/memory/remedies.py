@@ -94,7 +94,7 @@ def remedies(
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
-    recipe = _as_planned(recipe, plan)
+    recipe = as_planned(recipe, plan)
     asking = Search(config, plan.device, longest, room.available_bytes, tell=tell)
     failed = asking.trace(recipe, rows)
     # The step must need no more than there was, and save in the failed phase what was missing there: the prediction of
@@ -123,7 +123,7 @@ def remedies(
     return Remedies(failed, asked.working, min(traced.need.total_bytes for traced in asking.traced.values()))
 
 
-def _as_planned(recipe: Recipe, plan: Plan) -> Recipe:
+def as_planned(recipe: Recipe, plan: Plan) -> Recipe:
     """What the plan has settled is the recipe's, so that a change of one value leaves the others alone."""
     return changed(
         recipe,

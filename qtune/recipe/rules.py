@@ -61,6 +61,8 @@ def _within_soft_prompt(adapter: PromptTuning | PTuning) -> Iterator[Fault]:
             ("adapter", "vector_rate"),
             "without residual there is one rate, training.learning_rate; set residual = true or remove the key",
         )
+    if adapter.vector_scale != 1:
+        yield Fault(("adapter", "vector_scale"), "only vectors of a residual have a size; set residual = true")
     if isinstance(adapter, PTuning) and adapter.initialization != "random":
         yield Fault(
             ("adapter", "initialization"),

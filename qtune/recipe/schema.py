@@ -219,6 +219,9 @@ class PTuning(AdapterTable):
     """Add what the encoder computes to the vectors that it reads (arXiv:2305.03937), which can then start at words."""
     vector_rate: Rate = 1.0
     """Rate of those vectors as a multiple of training.learning_rate, which is the encoder's. Needs residual."""
+    vector_scale: Rate = 1.0
+    """Size at which the vectors begin, as a multiple of the words'; large ones reach every layer nearly as they are.
+    Needs residual."""
     initialization: Literal["random", "vocabulary", "text", "rows"] = "random"
     """Start of those vectors: normal noise, rows of the embedding table, the embeddings of `text`, or those of training
     rows as the template renders them (arXiv:2507.04221). All but noise need residual."""
@@ -250,6 +253,9 @@ class PromptTuning(AdapterTable):
     """Width of that layer; left out, the model's hidden size. Needs residual."""
     vector_rate: Rate = 1.0
     """Rate of the vectors as a multiple of training.learning_rate, which is that layer's. Needs residual."""
+    vector_scale: Rate = 1.0
+    """Size at which the vectors begin, as a multiple of the words'; large ones reach every layer nearly as they are.
+    Needs residual."""
 
 
 class PrefixTuning(AdapterTable):

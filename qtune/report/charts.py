@@ -20,16 +20,17 @@ MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; "marked" is dashed with a dot at each point, for measurements that are far apart."""
+    """A named line; "marked" is dashed with a dot at each point, for measurements that are far apart; "crosses" are
+    points alone, which are never drawn as means."""
 
     name: str
     points: Sequence[Point]
-    style: Literal["solid", "dashed", "marked"] = "solid"
+    style: Literal["solid", "dashed", "marked", "crosses"] = "solid"
 
 
 def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str = "step") -> Html | None:
     """A chart of the series, both axes from 0; None where there is nothing to draw."""
-    drawn = [replace(one, points=thinned(finite(one.points))) for one in series]
+    drawn = [replace(one, points=_shown(one)) for one in series]
     drawn = [one for one in drawn if one.points]
     if not drawn:
         return None
@@ -57,6 +58,11 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
     # Title, legend and picture each take a row of the grid, so that charts beside each other stay on one level.
     caption = element("figcaption", element("b", title), element("div", *names, class_="legend"))
     return element("figure", caption, picture)
+
+
+def _shown(series: Series) -> list[Point]:
+    points = finite(series.points)
+    return points if series.style == "crosses" else thinned(points)
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
@@ -97,7 +103,18 @@ class _Frame:
         return HEIGHT - BOTTOM - value / self.y_high * (HEIGHT - TOP - BOTTOM)
 
 
+def _cross(x: float, y: float, size: float = 4.5) -> Html:
+    """A cross, which is told from a dot without colour."""
+    arms = f"M{x - size:.1f} {y - size:.1f}L{x + size:.1f} {y + size:.1f}M{x - size:.1f} {y + size:.1f}"
+    return element("path", d=f"{arms}L{x + size:.1f} {y - size:.1f}", class_="cross")
+
+
 def _drawn(series: Series, frame: _Frame, layout: Layout) -> list[Html]:
+    if series.style == "crosses":
+        return [
+            element("g", element("title", f"{series.name}: {layout(y)} at {x:,.0f}"), _cross(frame.x(x), frame.y(y)))
+            for x, y in series.points
+        ]
     places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in series.points)
     parts = [element("polyline", points=places, class_=series.style)]
     if series.style == "marked" or len(series.points) == 1:
@@ -109,11 +126,13 @@ def _drawn(series: Series, frame: _Frame, layout: Layout) -> list[Html]:
 
 def _key(series: Series) -> Html:
     """A sample of the line beside its name."""
-    line = element("line", x1=0, x2=30, y1=6, y2=6, class_=series.style)
-    dot = [element("circle", cx=15, cy=6, r=3.5, class_="dot")] if series.style == "marked" else []
-    return element(
-        "span", element("svg", line, *dot, viewBox="0 0 30 12", class_="key", aria_hidden="true"), series.name
-    )
+    if series.style == "crosses":
+        sample = [_cross(15, 6)]
+    else:
+        sample = [element("line", x1=0, x2=30, y1=6, y2=6, class_=series.style)]
+    if series.style == "marked":
+        sample.append(element("circle", cx=15, cy=6, r=3.5, class_="dot"))
+    return element("span", element("svg", *sample, viewBox="0 0 30 12", class_="key", aria_hidden="true"), series.name)
 
 
 def bar(share: float) -> Html:

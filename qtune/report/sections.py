@@ -12,6 +12,7 @@ from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.records import plain
 from qtune.sizes import GIB, MIB, size_text
+from qtune.training.outliers import DEVIATIONS, WINDOW
 from qtune.verdicts.verdict import number
 
 LONGEST_PIECE = 8000
@@ -64,11 +65,13 @@ def curves(record: Record) -> Html:
     loss = [
         Series("training", points(train, "loss")),
         Series("validation", points(validation, "loss"), style="marked"),
+        *_standing_out(train, "loss"),
     ]
     accuracy = [
         Series("training", points(train, "accuracy")),
         Series("validation", points(validation, "accuracy"), style="marked"),
     ]
+    norms = [Series("before clipping", points(train, "gradient_norm")), *_standing_out(train, "gradient_norm")]
     most = max((one.memory_peak_bytes for one in train), default=0)
     unit, size = ("GiB", GIB) if most >= GIB / 10 else ("MiB", MIB)
     memory = [
@@ -79,7 +82,7 @@ def curves(record: Record) -> Html:
         line_chart("Loss, nats per scored token", loss, "{:.3g}".format),
         line_chart("Scored tokens that were the likeliest", accuracy, "{:.0%}".format),
         line_chart("Learning rate", [Series("", points(train, "learning_rate"))], "{:.2g}".format),
-        line_chart("Gradient norm", [Series("", points(train, "gradient_norm"))], "{:.3g}".format),
+        line_chart("Gradient norm", norms, "{:.3g}".format),
         line_chart(memory_title(record, unit), memory, "{:.3g}".format),
         line_chart("Tokens per second", [Series("", points(train, "tokens_per_second"))], "{:,.0f}".format),
     ]
@@ -88,6 +91,17 @@ def curves(record: Record) -> Html:
         return section("Training", paragraph("No step has been taken yet."))
     thinned = [paragraph("Each point is the mean of several steps.")] if len(train) > MOST_POINTS else []
     return section("Training", *thinned, element("div", *drawn, class_="charts"))
+
+
+def _standing_out(train: Sequence[TrainRecord], key: str) -> list[Series]:
+    """The steps that stand out of the 128 before them, those apart whose update was left out."""
+    level = f"{DEVIATIONS:g} σ above the last {WINDOW}"
+    named = {f"stands out, {level}": False, f"stands out, {level}, and is skipped": True}
+    found = [one for one in train if one.outlier is not None]
+    return [
+        Series(name, [(one.step, getattr(one, key)) for one in found if one.skipped is skipped], style="crosses")
+        for name, skipped in named.items()
+    ]
 
 
 def memory_title(record: Record, unit: str) -> str:

@@ -44,6 +44,7 @@ figure > svg { display: block; width: 100%; height: auto; } svg text { font-size
 svg .grid { stroke: var(--faint); } svg .solid, svg .dashed, svg .marked { fill: none; stroke-width: 1.8; }
 svg .solid { stroke: var(--one); } svg .dashed { stroke: var(--dim); stroke-dasharray: 2 3; }
 svg .marked { stroke: var(--two); stroke-dasharray: 6 4; } svg .dot { fill: var(--two); }
+svg .cross { stroke: var(--bad); stroke-width: 2; }
 svg.key { width: 30px; height: 12px; margin-right: .3rem; } .bar svg { width: 100%; height: 12px; display: block; }
 .wide > svg { min-width: 44rem; max-width: none; }
 .name { white-space: nowrap; } .bar { width: 100%; min-width: 8rem; } svg rect { fill: var(--one); }

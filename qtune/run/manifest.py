@@ -4,12 +4,14 @@ A disk, a copy or a person may change files later. Whoever reads such a folder a
 """
 
 import hashlib
+import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from qtune.errors import RunError
-from qtune.run.records import read_record, write_record
+from qtune.run.records import CHECKSUM, read_record, write_record
 from qtune.whole import sync_folder
 
 NAME = "manifest.json"
@@ -30,26 +32,74 @@ class Manifest:
     files: dict[str, SavedFile]
     step: int | None = None
     """Of a checkpoint: the step after which it was made."""
+    skipped: tuple[int, ...] = ()
+    """Of a checkpoint: the steps until then whose updates were left out, for they stood out."""
 
 
-def seal(folder: Path, step: int | None = None) -> None:
-    """Writes the manifest of a folder that is complete, once everything in it has reached the disk."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        # Notes for people may be edited.
-        if file.is_file() and file.name != NAME and file.suffix != ".md" and not file.name.startswith("."):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            files[file.name] = SavedFile(file.stat().st_size, digest)
-    sync_folder(folder)
-    write_record(folder / NAME, Manifest(files, step))
+def seal(folder: Path, step: int | None = None, *, skipped: Iterable[int] = (), left_out: Iterable[str] = ()) -> None:
+    """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
+
+    left_out: files that change later, and have a checksum of their own.
+    """
+    names = [name for name in _names(folder) if name not in left_out]
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped))
+    for inside in {(folder / name).parent for name in names} | {folder}:
+        sync_folder(inside)
+    write_record(folder / NAME, manifest)
     sync_folder(folder.parent)
+
+
+def add_to_seal(folder: Path, files: Iterable[Path]) -> None:
+    """Notes files that came into a sealed folder later; a folder without a manifest stays without.
+
+    Raises:
+        RunError: the manifest is damaged.
+    """
+    manifest = read_record(folder / NAME, Manifest)
+    if manifest is not None:
+        more = {file.relative_to(folder).as_posix(): _as_saved(file) for file in files}
+        write_record(folder / NAME, replace(manifest, files=manifest.files | more))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Files of a folder, relative to it. Notes for people may be edited."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_file() and name != Path(NAME) and file.suffix != ".md" and not any(p[0] == "." for p in name.parts):
+            yield name.as_posix()
+
+
+def _as_saved(file: Path) -> SavedFile:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return SavedFile(file.stat().st_size, digest)
 
 
 def is_sealed(folder: Path) -> bool:
     """Whether a folder has a manifest, whatever it says."""
     return os.path.lexists(folder / NAME)
+
+
+def skipped_until(checkpoint: Path) -> tuple[int, ...]:
+    """The steps whose updates are not in a checkpoint; none where an older version did not say.
+
+    Raises:
+        RunError: its manifest is damaged.
+    """
+    manifest = read_record(checkpoint / NAME, Manifest)
+    return () if manifest is None else manifest.skipped
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder that may be anybody's has a manifest of this program: others have files of that name, too."""
+    try:
+        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return (folder / "verify.json").is_file()
+    return isinstance(values, dict) and CHECKSUM in values
 
 
 def fault(folder: Path, step: int | None = None) -> str | None:
@@ -66,7 +116,8 @@ def fault(folder: Path, step: int | None = None) -> str | None:
     if step is not None and manifest.step != step:
         return f"it was saved after step {manifest.step}, not {step}"
     for name, saved in manifest.files.items():
-        if Path(name).name != name:
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or not place.parts:
             return f"its {NAME} names {name!r}, which is no file in it"
         if (said := _file_fault(folder / name, saved)) is not None:
             return f"{name} {said}"

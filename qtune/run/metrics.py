@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtune.errors import Problem, RunError
-from qtune.run.records import NotARecord, plain, record_of
+from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 
@@ -41,6 +41,8 @@ class TrainRecord:
     """What was predicted for these steps, where the device's rates are known."""
     outlier: str | None = None
     """What stands out of the steps before, in words."""
+    skipped: bool = False
+    """Whether its update was left out for that."""
     kind: Literal["train"] = "train"
 
     @property
@@ -133,7 +135,8 @@ def append_metric(file: Path, record: Metric) -> None:
         OSError: it could not be written; nothing of it is in the file.
     """
     values = plain(record)
-    line = json.dumps({"kind": values.pop("kind"), **values}, ensure_ascii=False, allow_nan=False) + "\n"
+    record_values = sealed({"kind": values.pop("kind"), **values})
+    line = json.dumps(record_values, ensure_ascii=False, allow_nan=False) + "\n"
     left = memoryview(line.encode(errors="backslashreplace"))
     with file.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
@@ -215,9 +218,10 @@ def _numbered(file: Path) -> list[tuple[str, Metric]]:
 def _record_in(line: str, place: str) -> Metric:
     try:
         values: Any = json.loads(line)
+        require_intact(values)
         kind = KINDS[values["kind"]]
         return record_of(kind, {key: value for key, value in values.items() if key != "kind"})
     except NotARecord as error:
-        raise RunError(Problem(place, f"is no record of a run: {error}")) from error
+        raise RunError(Problem(place, f"is no record of a run: {error}, or remove the line")) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(Problem(place, "is no record of a run; remove the line")) from error

@@ -2,12 +2,16 @@
 
 JSON has no word for a float that is no number. "NaN", "Infinity" and "-Infinity" stand for it, as texts: what Python's
 own writer would put there is not JSON, and readers in other languages stop at it. Older files have null instead.
+
+A digit that a disk or a hand has changed still makes a record. So each carries a checksum of its own values, in the key
+`crc32`; without it, as in older files, nothing is compared.
 """
 
 import dataclasses
 import json
 import math
 import types
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,11 +29,39 @@ class NotARecord(ValueError):  # noqa: N818  said of values, as `Faulty` is of t
     """JSON values that are no record of this kind; the message names the key."""
 
 
+CHECKSUM = "crc32"
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with their checksum, which comes last."""
+    own = {name: value for name, value in values.items() if name != CHECKSUM}
+    return {**own, CHECKSUM: _checksum(own)}
+
+
+def require_intact(values: Any) -> None:
+    """Compares values with the checksum that was written with them.
+
+    Raises:
+        NotARecord: they are others.
+    """
+    if isinstance(values, Mapping) and CHECKSUM in values:
+        own = {name: value for name, value in values.items() if name != CHECKSUM}
+        if values[CHECKSUM] != _checksum(own):
+            raise NotARecord(
+                f"it is not what was written, for its checksum is another; if it is right as it is, remove {CHECKSUM}"
+            )
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """Of the values, whatever their order, spaces or encoding in the file."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
 def write_record(file: Path, record: Any) -> None:
     """Writes a record as a JSON file, whole or not at all; what is None by default and in fact is left out."""
     absent = {field.name for field in dataclasses.fields(record) if field.default is None}
     values = {name: value for name, value in plain(record).items() if value is not None or name not in absent}
-    write_text(file, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(file, json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_record(file: Path, kind: type[Record]) -> Record | None:
@@ -39,7 +71,9 @@ def read_record(file: Path, kind: type[Record]) -> Record | None:
         RunError: the file cannot be read, or holds no such record.
     """
     try:
-        return record_of(kind, json.loads(file.read_text(encoding="utf-8-sig")))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        require_intact(values)
+        return record_of(kind, values)
     except FileNotFoundError:
         return None
     except NotARecord as error:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.console import clock, table
 from qtune.control_characters import visible
+from qtune.screens.memory import draw_ways
 from qtune.screens.time import evidence, seconds
 from qtune.sizes import size_text
 
@@ -160,11 +161,15 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
             f"{batches.padding_grouped:.1%} of all positions, grouped by length within each step; "
             f"{batches.padding_shuffled:.1%} in random order",
         ),
+        *([] if isinstance(check.memory, str) else [("length", check.memory.rows.known_from)]),
         ("memory", _memory(check)),
         ("time", _time(check)),
         ("disk", _disk(check.disk)),
     ]
     yield table("Costs", ("what", "how much"), rows)
+    if check.ways is not None and not isinstance(check.memory, str):
+        yield Text("What would make it fit", style="bold")
+        yield draw_ways(check.ways, check.memory.budget_bytes)
 
 
 def _disk(disk: "Disk | None") -> str:

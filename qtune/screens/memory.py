@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Variant
+    from qtune.memory.ways_to_fit import WaysToFit
     from qtune.plan import Plan
     from qtune.recipe.schema import KeyPath, Recipe
 
@@ -74,6 +75,25 @@ def draw_savings(
     if profile.attribution:
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
         yield from (Text(""), Text("\n".join(_choices(profile.forecast.plan))))
+
+
+def draw_ways(ways: "WaysToFit", budget_bytes: int) -> RenderableType:
+    """All remedies: each change alone, and the lines of a recipe that fits with the least loss of time."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    is_timed = any(way.pace is not None for way in ways.single)
+    timed = ["for"] if is_timed else []
+    for name in ("each change alone", "needs", "", *timed, "price"):
+        table.add_column(name, justify="right" if name in ("needs", *timed) else "left")
+    for way in ways.single:
+        pace = [] if not is_timed else ["" if way.pace is None else _price(way.pace, 1.0)]
+        table.add_row(way.words, size_text(way.need.total_bytes), way.need.verdict(budget_bytes), *pace, way.price)
+    parts: list[RenderableType] = [table, Text("")] if ways.single else []
+    if ways.best is None:
+        told = f"No change of these, and not all together, makes it surely fit {size_text(budget_bytes)}: "
+        return Group(*parts, Text(f"{told}shorter rows do (data.max_length), or a larger card", style="bold"))
+    slower = "" if ways.best.pace is None else f", {_price(ways.best.pace, 1.0)}"
+    head = f"Fits with {size_text(ways.best.need.total_bytes)} of {size_text(budget_bytes)}{slower}; in the recipe:"
+    return Group(*parts, Text(head, style="bold"), Text(ways.best.lines))
 
 
 def _choices(plan: "Plan") -> Iterator[str]:

@@ -60,8 +60,9 @@ class StepModel:
         """Of steps of `each` micro-batches whose lengths follow one another; the last step may have fewer."""
         starts = np.arange(0, len(lengths), each)
         device = np.add.reduceat(self._line(lengths, self.at_near.seconds, self.at_far.seconds), starts)
-        launches = np.add.reduceat(self._line(lengths, self.at_near.launches, self.at_far.launches), starts)
-        processor = (launches + self.update.launches) * self.rates.launch_seconds
+        ends = (self.at_near.processor_seconds(self.rates), self.at_far.processor_seconds(self.rates))
+        launching = np.add.reduceat(self._line(lengths, *ends), starts)
+        processor = launching + self.update.processor_seconds(self.rates)
         device = np.maximum(device + self.update.seconds, max(self.at_near.beside, self.at_far.beside))
         together = np.add if self.rates.is_own_processor else np.maximum
         found: NDArray[np.float64] = together(device, processor)

@@ -2,7 +2,8 @@
 
 Products, adapters' products, attention, reading NF4 back, walking through tensors: in the shapes of a 7B model's layer
 on a card, in smaller ones on a CPU. What the processor takes for a launch is the time of a whole step of a model so
-small that computing it takes next to nothing, over the launches that its trace counts.
+small that computing it takes next to nothing, over the launches that its trace counts: with peft's layers, whose
+kernels are PyTorch's and bitsandbytes', and with the lean step, which has kernels of its own beside them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qtune.model.loss import install_loss
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
-from qtune.timing.price import cost_by, duration, training_part
+from qtune.timing.price import Cost, cost_by, training_part
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -85,12 +86,14 @@ def measured_rates(device: Device, clock: Clock = time.perf_counter) -> Rates:
         products={**products, "int8": products[low[0]]},
         attention=here.attention(),
         moved=here.moved(),
+        copied=here.copied(),
         thin=here.thin(),
         dequantized=here.dequantized(),
         scattered=here.scattered(),
         kernel_seconds=here.kernel(),
         host_link=here.host_link(),
         launch_seconds=0.0,
+        own_launch_seconds=0.0,
         is_own_processor=device.kind == "cpu",
     )
     return _with_launches(rates, device, clock)
@@ -139,11 +142,15 @@ class _Measured:
         return flops / self._seconds(work)
 
     def moved(self) -> float:
-        """Bytes per second of a sum, a cast and an activation, each into a new tensor, as a layer has them."""
+        """Bytes per second of a sum and an activation, each into a new tensor, as a layer has them."""
         a, b = (self._random((self.shapes.tokens, self.shapes.intermediate)) for _ in range(2))
+        return 5 * _bytes(a) / self._seconds(lambda: (a + b, functional.silu(a)))
+
+    def copied(self) -> float:
+        """Bytes per second of a cast to a wider or narrower type."""
+        a = self._random((self.shapes.tokens, self.shapes.intermediate))
         other = torch.float32 if self.dtype is not torch.float32 else torch.bfloat16
-        nbytes = 3 * _bytes(a) + _bytes(a) + _bytes(a.to(other)) + 2 * _bytes(a)
-        return nbytes / self._seconds(lambda: (a + b, a.to(other), functional.silu(a)))
+        return (_bytes(a) + _bytes(a.to(other))) / self._seconds(lambda: a.to(other))
 
     def scattered(self) -> float:
         """Operands per second of the product of a transposed tensor and a broadcast one, as in rotary embeddings."""
@@ -207,24 +214,40 @@ class _Measured:
 
 
 def _with_launches(rates: Rates, device: Device, clock: Clock) -> Rates:
-    """With the processor's time for a launch: a tiny model's step, less what a CPU is known to compute in it; on a card
-    computing is hidden behind the launches."""
-    tiny = _Tiny(device)
-    seconds = tiny.step_seconds(clock)
-    found = duration(cost_by(training_part(tiny.work()), rates, lambda place, kernel: None).values(), rates)
-    launching = seconds - (found.device_seconds if rates.is_own_processor else 0.0)
-    return replace(rates, launch_seconds=max(launching, 0.0) / found.launches)
+    """With the processor's time for a launch of PyTorch's kernels, and of qtune's own."""
+    plain = _launching(rates, _Tiny(device, lean=False), clock)
+    rates = replace(rates, launch_seconds=plain.seconds / plain.launches)
+    lean = _Tiny(device, lean=True)
+    if not lean.plan.lean_step:
+        return replace(rates, own_launch_seconds=rates.launch_seconds)
+    found = _launching(rates, lean, clock)
+    others = (found.launches - found.own_launches) * rates.launch_seconds
+    # On a CPU they are PyTorch's own operations, and may even be fewer of them.
+    return replace(rates, own_launch_seconds=max(found.seconds - others, 0.0) / found.own_launches)
+
+
+def _launching(rates: Rates, tiny: _Tiny, clock: Clock) -> Cost:
+    """What launching a tiny step takes, as its seconds: the whole step, less what a CPU is known to compute in it; on a
+    card computing is hidden behind the launches."""
+    total = sum(cost_by(training_part(tiny.work()), rates, lambda place, kernel: None).values(), Cost())
+    computing = total.seconds if rates.is_own_processor else 0.0
+    return replace(total, seconds=max(tiny.step_seconds(clock) - computing, 0.0))
 
 
 class _Tiny:
     """The step of a recipe for a model whose products take next to no time."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, lean: bool) -> None:
         recipe = parse_recipe(
             {
                 "model": {"base": "tiny"},
                 "data": {"train": "rows.jsonl", "max_length": TINY_TOKENS if device.kind == "cuda" else 16},
-                "training": {"batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": True},
+                "training": {
+                    "batch_size": 1,
+                    "micro_batch_size": 1,
+                    "gradient_checkpointing": True,
+                    "lean_step": "auto" if lean else False,
+                },
             }
         )
         assert isinstance(recipe, Recipe)

@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtune.kernels.comparison import COMPARED
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
@@ -28,6 +30,8 @@ class Cost:
     """Of the device."""
     beside: float = 0.0
     """Seconds of the bus while the device computes, once for all micro-batches of a step: layers that are sent for."""
+    own_launches: int = 0
+    """Of the launches, those of qtune's own kernels."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -36,7 +40,13 @@ class Cost:
             self.flops + other.flops,
             self.seconds + other.seconds,
             self.beside + other.beside,
+            self.own_launches + other.own_launches,
         )
+
+    def processor_seconds(self, rates: Rates) -> float:
+        """What launching it takes."""
+        others = self.launches - self.own_launches
+        return others * rates.launch_seconds + self.own_launches * rates.own_launch_seconds
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ def kernel_seconds(kernel: Kernel, rates: Rates) -> float:
         "dequantization": rates.dequantized,
         "host transfers": rates.host_link,
         "layer transfers": min(rates.host_link, rates.moved),
+        "copies": rates.copied,
     }.get(kernel.kind, rates.moved)
     longest = max(kernel.bytes / moving, kernel.flops / arithmetic, kernel.scattered / rates.scattered)
     return longest + kernel.launches * rates.kernel_seconds
@@ -91,6 +102,7 @@ def cost_by(work: Work, rates: Rates, group: Callable[[Place, Kernel], Hashable]
             count * kernel.bytes,
             count * kernel.flops,
             *((0.0, taken) if is_beside else (taken, 0.0)),
+            count * kernel.launches if kernel.op in COMPARED else 0,
         )
     return dict(costs)
 
@@ -99,6 +111,4 @@ def duration(costs: Iterable[Cost], rates: Rates) -> Duration:
     """How long work of these costs takes, all in all; costs: of each micro-batch, and of the rest of a step."""
     costs = list(costs)
     total, beside = sum(costs, Cost()), max((cost.beside for cost in costs), default=0.0)
-    return Duration(
-        max(total.seconds, beside), total.launches * rates.launch_seconds, total.launches, rates.is_own_processor
-    )
+    return Duration(max(total.seconds, beside), total.processor_seconds(rates), total.launches, rates.is_own_processor)

@@ -141,6 +141,7 @@ class Metrics(TrainerCallback):
                 step_seconds=round(logs["step_seconds"], 4),
                 predicted_step_seconds=_rounded(logs.get("predicted_step_seconds")),
                 outlier=outlier,
+                skipped="skipped" in logs,
             )
             self._write(record)
             if outlier is not None:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 128
 MOST_SECONDS = 20.0
+FEWEST_POSITIONS = 512
+"""Of prompts and answers at once: where rows are short a few more do no harm (64 MiB of cache for an 8B model)."""
 LONGEST_TEXT = 2000
 """Characters of a question or an answer that are kept: each record is a line of metrics.jsonl."""
 
@@ -70,9 +72,9 @@ class SampleAnswers(TrainerCallback):
             self.questions = [question for row in rows if (question := to_question(row, tokenizer, ends))]
         asked = self.questions
         limits = [min(2 * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS) for question in asked]
-        with _numbers_kept(), training_autocast(self.inputs.plan):
+        with _numbers_kept(model.device), training_autocast(self.inputs.plan):
             # As many positions at once as a micro-batch has, whose activations took more than this cache will.
-            room = self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max())
+            room = max(FEWEST_POSITIONS, self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max()))
             prompts = [question.prompt for question in asked]
             made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room)
         return [
@@ -98,10 +100,12 @@ def _shortened(text: str) -> str:
 
 
 @contextmanager
-def _numbers_kept() -> Iterator[None]:
+def _numbers_kept(device: torch.device) -> Iterator[None]:
     """Whatever a model's own code may draw while it answers, training draws what it would have drawn."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

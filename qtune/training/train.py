@@ -40,7 +40,7 @@ from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
-from qtune.run.manifest import seal
+from qtune.run.manifest import seal, skipped_until
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
@@ -162,10 +162,19 @@ def resume(
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
-            console.say(f"resuming {run_dir.path} from step {step}")
+            console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
         _train(inputs, run_dir, checkpoint, snapshot)
     return run_dir
+
+
+def _without(checkpoint: Path | None) -> str:
+    """Which steps' updates are not in a checkpoint, in words."""
+    skipped = () if checkpoint is None else skipped_until(checkpoint)
+    if not skipped:
+        return ""
+    shown = ", ".join(map(str, skipped[:8])) + (f" and {len(skipped) - 8} more" if len(skipped) > 8 else "")
+    return f", without the skipped update{'s' if len(skipped) > 1 else ''} of step {shown}"
 
 
 def _branched(run_dir: RunDir) -> RunDir:
@@ -207,6 +216,8 @@ def _stopped_at_once(run_dir: RunDir) -> str:
 
 def _way_on(run_dir: RunDir) -> str:
     """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    if not run_dir.path.is_dir():
+        return f"{run_dir.path} is no longer there; if it was moved, go on where it is now: qtune run --resume FOLDER"
     saved = complete_checkpoints(run_dir.checkpoints)
     command = _resuming(run_dir)
     if not saved:
@@ -279,6 +290,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
 
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
+    run_dir.require_there()
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)

@@ -34,7 +34,8 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
-from qtune.run.manifest import fault, is_sealed, seal
+from qtune.run.folder import RunDir
+from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import (
     begin_saving,
@@ -130,6 +131,7 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step: list[dict[str, Any]] = []
         self._losses_of_step: list[float] = []
         self.outliers = outliers
+        self.skipped: list[int] = []
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -217,6 +219,7 @@ class QloraTrainer(SFTTrainer):
         if self.outliers is not None and norm is not None:
             found = self.outliers.found(sum(self._losses_of_step), float(norm))
             if found is not None:
+                self.skipped.append(self.state.global_step + 1)
                 self.note(f"step {self.state.global_step + 1} is skipped: {found}")
                 model.zero_grad(set_to_none=True)
         return norm
@@ -307,6 +310,7 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step, self._losses_of_step = [], []
         self._correct, self._scored = None, 0
         self.pieces = self.eval_pieces = 1
+        self.skipped = []
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
@@ -380,6 +384,8 @@ class QloraTrainer(SFTTrainer):
             if self.comparison is not None:
                 logs["predicted_step_seconds"] = self.comparison.add(lap)
                 warning = self.comparison.warning()
+            if self.state.global_step in self.skipped[-1:]:
+                logs["skipped"] = 1.0
             if self._scored and correct is not None:
                 logs["accuracy"] = correct / self._scored
             self._correct, self._scored = None, 0
@@ -398,6 +404,7 @@ class QloraTrainer(SFTTrainer):
         require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        RunDir(folder.parents[1]).require_there()
         if is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
@@ -411,7 +418,7 @@ class QloraTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
-            seal(folder, self.state.global_step)
+            seal(folder, self.state.global_step, skipped=self.skipped)
             end_saving(folder)
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
@@ -467,6 +474,7 @@ class QloraTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
         load_trained_state(self.model, Path(resume_from_checkpoint))
+        self.skipped = list(skipped_until(Path(resume_from_checkpoint)))
 
     def take_state_of(self, checkpoint: Path) -> None:
         """Stands where a run's last checkpoint stands, where there is no step left to take."""

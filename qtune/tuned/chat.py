@@ -14,11 +14,12 @@ from qtune import console
 from qtune.data.conversation import Conversation, RowError, shown
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
-from qtune.errors import DataError, OutOfMemory, Problem
+from qtune.errors import DataError, OutOfMemory, Problem, RunError
 from qtune.model.load import base_folder, load_plain, load_tokenizer
 from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
+from qtune.run import manifest
 from qtune.run.drift import known_kinds
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
@@ -154,6 +155,7 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
     """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
     quiet_loading()
     folder, device = base_folder(Model(base=target)), present_device()
+    _require_as_exported(Path(folder))
     if trusted:
         grant_for(folder, None)
     named = Model(base=target, trust_remote_code=trusted or is_granted(folder, None))
@@ -161,6 +163,18 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
     dtype, _ = compute_dtype_rule(device)
     model = load_plain(named, device, getattr(torch, dtype))
     return Session(model, tokenizer, find_ends(model, tokenizer))
+
+
+def _require_as_exported(folder: Path) -> None:
+    """Refuses an exported folder whose files have changed since; other folders say nothing of what they were.
+
+    Raises:
+        RunError: a file is missing, or is not what was exported.
+    """
+    if not manifest.is_ours(folder) or (said := manifest.fault(folder)) is None:
+        return
+    advice = f"export it again; if it is right as it is, remove its {manifest.NAME}"
+    raise RunError(Problem(str(folder), f"is not what was exported: {said}; {advice}"))
 
 
 def chat(session: Session, lines: Iterator[str]) -> None:

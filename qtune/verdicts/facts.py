@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qtune.export.verification import Proof, proven_folders, read_proof
+from qtune.export.verification import Proof, proof_today, proven_folders
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
@@ -48,6 +48,6 @@ def read_facts(run_dir: RunDir) -> Facts:
         evaluation=read_evaluation(run_dir),
         memory=read_memory(run_dir),
         lock=read_lock(run_dir),
-        exports=tuple((folder.name, read_proof(folder)) for folder in proven_folders(run_dir.path)),
+        exports=tuple((folder.name, proof_today(folder)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
     )

@@ -19,8 +19,6 @@ from qtune.export.adapter_weights import AdapterWeights, Update
 from qtune.export.gguf.families import Family, family_of, gguf_name
 from qtune.whole import whole
 
-ADAPTER_FILE = "adapter.gguf"
-
 Factors = NDArray[np.float32]
 
 

@@ -118,14 +118,6 @@ def _gemma_difference(config: PretrainedConfig, known: Gemma) -> str | None:
     return None
 
 
-def ignored_window(config: PretrainedConfig) -> int | None:
-    """The sliding window that llama.cpp does not apply to this family: beyond so many tokens it answers otherwise."""
-    if config.model_type not in ("mistral", "qwen2", "qwen3", "phi3"):
-        return None
-    window = getattr(config, "sliding_window", None)
-    return window if window and window < config.max_position_embeddings else None
-
-
 def family_of(config: PretrainedConfig, place: str) -> Family:
     """The family of a model.
 

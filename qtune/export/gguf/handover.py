@@ -11,17 +11,19 @@ from qtune import console
 from qtune.data.conversation import Conversation
 from qtune.errors import VerificationError
 from qtune.export.adapter_weights import open_adapter
-from qtune.export.gguf.adapter import ADAPTER_FILE, NoGgufAdapter, gguf_adapter, write_gguf_adapter
-from qtune.export.gguf.families import ignored_window
+from qtune.export.gguf.adapter import NoGgufAdapter, gguf_adapter, write_gguf_adapter
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
+from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
+from qtune.export.serving import context_in_llama_cpp
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
 from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
+from qtune.run.manifest import add_to_seal
 from qtune.sizes import MIB, size_text
 
 
@@ -46,6 +48,7 @@ def hand_over(
     if proof.failures:
         raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
     config = AutoConfig.from_pretrained(folder)
+    add_to_seal(folder, [file])
     if window := ignored_window(config):
         console.say(
             f"llama.cpp does not apply this model's sliding window: beyond {window} tokens it answers otherwise"
@@ -67,6 +70,7 @@ def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
         console.say(f"no {ADAPTER_FILE} for llama.cpp's --lora: {made.reason}; the merged file has it")
         return
     file = write_gguf_adapter(made, folder / ADAPTER_FILE, source.run.name)
+    add_to_seal(folder, [file])
     console.out(f"{file.name}: {size_text(file.stat().st_size)}, for llama.cpp's --lora on a GGUF file of the base")
 
 
@@ -91,6 +95,7 @@ def _write_modelfile(
         [as_asked(conversation, recipe.data) for conversation in probes(rows)],
         system=recipe.data.system_prompt,
         adds_bos=vocabulary.adds_bos,
+        context=context_in_llama_cpp(config, recipe),
         generation=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},
     )
     if isinstance(made, NoModelfile):

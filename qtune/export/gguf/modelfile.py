@@ -50,8 +50,11 @@ def modelfile_for(
     system: str | None,
     adds_bos: bool,
     generation: dict[str, Any],
+    context: int,
 ) -> Modelfile | NoModelfile:
     """Reads a Go template off what the chat template does, and proves it on `conversations`.
+
+    context: tokens of a conversation that are held; Ollama's own default forgets the beginning of longer ones.
 
     `adds_bos` says that the runner puts a beginning of text before every prompt by itself. A template that does more
     than put fixed texts around messages (a date, trimming inside a text, tools) has no Modelfile: none is better than
@@ -70,7 +73,7 @@ def modelfile_for(
         if problem is not None:
             return NoModelfile(problem)
     stops = dict.fromkeys(stop for stop in (renderer.end_of_turn, tokenizer.eos_token) if stop is not None)
-    return Modelfile(template, tuple(map(str, stops)), system, _parameters(generation))
+    return Modelfile(template, tuple(map(str, stops)), system, {**_parameters(generation), "num_ctx": context})
 
 
 def derive(renderer: Renderer, bos: str) -> str:

@@ -55,6 +55,7 @@ def verify(
     virtual_ids: Sequence[int] = (),
     compare_bases: bool = False,
     streamed: bool | None = None,
+    known: Sequence[str] = (),
 ) -> Verification:
     """Compares an exported folder with the trained model, writes verify.json into it and returns the result.
 
@@ -63,6 +64,7 @@ def verify(
     `virtual_ids` are the ids that an exported soft prompt puts before every conversation. With `merge`, a failure names
     the tensors that are not as that merge makes them. With `compare_bases`, the cost of the original weights is
     measured as well. `streamed` models stay on the disk and are read module by module; None decides by the memory.
+    `known` are failures that were found before.
 
     Raises:
         VerificationError: the folder cannot be loaded; verify.json says so.
@@ -70,9 +72,10 @@ def verify(
     began = time.monotonic()
     plan = comparing(make_plan(source.recipe, present_device()))
     rows = held_out.rows
-    streamed, exported = _loaded(folder, source, plan, streamed)
+    streamed, exported = _loaded(folder, source, plan, streamed, known)
     models = load_models(source, plan, exported, weights, compare_bases=compare_bases, streamed=streamed)
-    failures = [*loading_failures(exported), *rendering_failures(source, exported.tokenizer, rows, virtual_ids)]
+    failures = [*known, *loading_failures(exported)]
+    failures += rendering_failures(source, exported.tokenizer, rows, virtual_ids)
     measured = _Measured()
     noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
     with console.progress("comparing with the trained model, rows", len(rows)) as bar:
@@ -108,7 +111,9 @@ def verify(
     return verification
 
 
-def _loaded(folder: Path, source: OpenedRun, plan: Plan, streamed: bool | None) -> tuple[bool, Exported]:
+def _loaded(
+    folder: Path, source: OpenedRun, plan: Plan, streamed: bool | None, known: Sequence[str]
+) -> tuple[bool, Exported]:
     """Whether models are read module by module, and the exported one; a folder that cannot be loaded is marked."""
     try:
         streamed = too_large(folder, plan) if streamed is None else streamed
@@ -116,7 +121,7 @@ def _loaded(folder: Path, source: OpenedRun, plan: Plan, streamed: bool | None) 
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
         if is_out_of_memory(error):  # which says nothing about the folder
             raise
-        reason = f"cannot be loaded: {first_line(error)}"
+        reason = "; ".join([f"cannot be loaded: {first_line(error)}", *known])
         mark_unverified(folder, reason)
         raise VerificationError(f"{folder}: {reason}") from error
 

@@ -1,0 +1,117 @@
+"""The commands that serve an export: for what is in the folder alone, as a shell reads them."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from export_models import tiny_run
+from transformers import AutoConfig, PretrainedConfig
+
+from qtune.export.export import Options, export_run
+from qtune.export.opened_run import open_for_export
+from qtune.export.serving import context_in_llama_cpp, context_of, serving
+from qtune.recipe.file import check_recipe
+from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LORA = 'kind = "lora"\nrank = 4'
+
+
+def commands(run: RunDir, folder: Path) -> list[list[str]]:
+    return [shlex.split(one.command) for one in serving(open_for_export(run), folder)]
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_an_export_with_gguf_ends_with_commands_whose_files_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path)
+    folder = export_run(run, Options(gguf="f16", verify=False, output=tmp_path / "it's mine" / "model"))
+    vllm, merged, adapted, ollama = commands(run, folder)
+    assert vllm[:3] == ["vllm", "serve", str(folder)]
+    # The tiny model reaches no further than 256 tokens.
+    assert after(vllm, "--max-model-len") == after(merged, "-c") == after(adapted, "-c") == "256"
+    assert after(merged, "-m") == str(folder / "run-f16.gguf")
+    assert after(adapted, "-m") == "BASE.gguf"
+    assert after(adapted, "--lora") == str(folder / "adapter.gguf")
+    named = [after(merged, "-m"), after(adapted, "--lora"), after(adapted, "--chat-template-file"), after(ollama, "-f")]
+    assert all(Path(name).is_file() for name in named)
+    assert ollama == ["ollama", "create", "run", "-f", str(folder / "Modelfile"), "&&", "ollama", "run", "run"]
+    said = capsys.readouterr().err
+    assert all(one.command in said for one in serving(open_for_export(run), folder))
+    card = (folder / "README.md").read_text()
+    assert "llama-server -m model/run-f16.gguf" in card
+    assert "vllm serve model --served-model-name run --max-model-len 256\n" in card
+    assert "llama-server -m BASE.gguf --lora model/adapter.gguf" in card
+
+
+def test_a_plain_export_is_served_by_vllm_alone_and_a_soft_prompt_has_no_adapter_to_load(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3')
+    plain = export_run(run, Options(verify=False))
+    assert [words[0] for words in commands(run, plain)] == ["vllm"]
+    with_gguf = export_run(run, Options(verify=False, force=True, gguf="q8_0"))
+    assert [words[0] for words in commands(run, with_gguf)] == ["vllm", "llama-server", "ollama"]
+    assert not any("--lora" in words for words in commands(run, with_gguf))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "expected"),
+    [
+        (LORA, 'kind = "nf4"', "8 bitsandbytes"),
+        (f"{LORA}0", 'kind = "nf4"', "64 bitsandbytes"),
+        # vLLM quantizes to NF4 with double quantization, and to nothing else.
+        (LORA, 'kind = "nf4"\ndouble_quantization = false', "8 none"),
+        (LORA, 'kind = "fp4"', "8 none"),
+        (f"{LORA}\ndora = true", 'kind = "nf4"', None),
+        ('kind = "ia3"', 'kind = "nf4"', None),
+        ('kind = "prefix-tuning"\nvirtual_tokens = 3', 'kind = "nf4"', None),
+    ],
+)
+def test_an_adapter_alone_is_served_where_vllm_can_load_it(
+    adapter: str, quantization: str, expected: str | None, tmp_path: Path
+) -> None:
+    run = tiny_run(tmp_path, adapter, quantization=f'{quantization}\ncompute_dtype = "float32"\nminimum_share = 0.0')
+    folder = export_run(run, Options(adapter_only=True))
+    found = commands(run, folder)
+    card = (folder / "README.md").read_text()
+    assert ("## How it is served" in card) is (expected is not None)
+    if expected is None:
+        assert found == []
+        return
+    [words] = found
+    rank, held = expected.split()
+    assert after(words, "--max-lora-rank") == rank
+    assert (after(words, "--quantization") if "--quantization" in words else "none") == held
+    assert after(words, "--lora-modules") == f"run={folder}"
+    assert Path(after(words, "--chat-template")).is_file()
+    assert words[:3] == ["vllm", "serve", str(tmp_path / "base")]
+
+
+def recipe_with(max_length: int, adapter: str = LORA) -> Recipe:
+    text = f'[model]\nbase = "a/b"\n[adapter]\n{adapter}\n[data]\ntrain = "hub:a/b"\nmax_length = {max_length}\n'
+    return check_recipe(text, Path("recipe.toml")).recipe
+
+
+def model_with(reach: int, window: int | None = None) -> PretrainedConfig:
+    return AutoConfig.for_model("mistral", max_position_embeddings=reach, sliding_window=window)
+
+
+@pytest.mark.parametrize(
+    ("reach", "max_length", "expected"),
+    [(2048, 512, 2048), (131_072, 512, 8192), (131_072, 16_384, 32_768), (20_000, 16_384, 20_000)],
+)
+def test_as_much_is_held_as_rows_and_model_ask_for(reach: int, max_length: int, expected: int) -> None:
+    assert context_of(model_with(reach), recipe_with(max_length)) == expected
+
+
+def test_virtual_tokens_take_their_part_of_the_context_and_an_ignored_window_bounds_it() -> None:
+    soft = recipe_with(8192, 'kind = "prompt-tuning"\nvirtual_tokens = 20')
+    assert context_of(model_with(131_072), soft) == 2 * 8192 + 20
+    assert context_in_llama_cpp(model_with(131_072, window=4096), soft) == 4096
+    assert context_of(model_with(131_072, window=4096), soft) == 2 * 8192 + 20

@@ -1,0 +1,113 @@
+"""Benchmarks of lm-evaluation-harness: both models in one table; a missing harness or task is one sentence at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import tiny_run
+from typer.testing import CliRunner
+
+from qtune import cli
+from qtune.errors import InputError
+from qtune.run.folder import RunDir
+from qtune.screens.tasks import change
+from qtune.tuned import tasks as stage
+from qtune.tuned.load import load_run, load_untuned
+from qtune.tuned.tasks import TaskScore, evaluate_tasks
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+CHOICES = ("the quick brown fox", "a lazy dog")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+def own_task(folder: Path) -> Path:
+    """Twelve questions with two answers each, in the harness's own words."""
+    questions = [{"question": f"What is {number}?", "choices": CHOICES, "answer": number % 2} for number in range(12)]
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in questions))
+    file = folder / "own.yaml"
+    file.write_text(
+        "task: own_choices\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'questions.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        "metric_list:\n  - metric: acc\n"
+    )
+    return file
+
+
+def test_without_the_harness_one_sentence_says_so_before_anything_is_loaded(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    monkeypatch.setattr(stage, "load_untuned", None)
+    with pytest.raises(InputError) as caught:
+        evaluate_tasks(run, ["hellaswag"])
+    assert str(caught.value) == (
+        "--tasks: needs lm-evaluation-harness, which is not installed: pip install 'qtune[tasks]' (or lm-eval)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "arc", "--rows", "5"], "--rows: --tasks asks benchmarks, not rows"),
+        (["--limit", "5", "--fewshot", "2"], "--fewshot, --limit: only --tasks has them"),
+        (["--tasks", " , "], "--tasks names no task"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run: RunDir, options: list[str], said: str) -> None:
+    shown = CliRunner().invoke(cli.app, ["eval", str(run.path), *options], env={"COLUMNS": "200"})
+    assert shown.exit_code == 2
+    assert said in shown.output
+
+
+def test_a_change_has_an_interval_over_the_questions_where_they_are_known() -> None:
+    base, tuned = (0.0, 1.0) * 5, (1.0, 1.0) * 5
+    told = change(TaskScore("arc", "acc", 0.5, 1.0, base, tuned))
+    # Ten differences, five of 1 and five of 0: mean 0.5, standard error 0.527 / √10, t(9) = 2.262.
+    assert told == "+0.500 (+0.123 to +0.877)"
+    assert change(TaskScore("wikitext", "word_perplexity", 20.0, 15.0)) == "−5.00"
+
+
+def test_a_task_that_is_not_there_is_named_before_a_model_is_loaded(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(stage, "load_untuned", None)
+    with pytest.raises(InputError, match="--tasks: no_such_task: cannot be had: "):
+        evaluate_tasks(run, ["no_such_task"])
+    with pytest.raises(InputError, match=r"gone\.yaml: no such file"):
+        evaluate_tasks(run, [str(tmp_path / "gone.yaml")])
+
+
+@pytest.mark.parametrize("adapter", ['kind = "lora"\nrank = 4', 'kind = "p-tuning"\nvirtual_tokens = 3'])
+def test_both_models_are_scored_as_their_own_likelihoods_say(adapter: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    tuned_run = tiny_run(tmp_path, adapter)
+    [score] = evaluate_tasks(tuned_run, [str(own_task(tmp_path))]).scores
+    assert (score.task, score.metric) == ("own_choices", "acc")
+    base, tuned = load_untuned(tuned_run), load_run(tuned_run)
+    assert score.base_rows == tuple(_right(base, number) for number in range(12))
+    assert score.tuned_rows == tuple(_right(tuned, number) for number in range(12))
+    assert json.loads((tuned_run.path / "tasks.json").read_text())["scores"][0]["base"] == score.base
+
+
+@torch.no_grad()
+def _right(run: object, number: int) -> float:
+    """Whether the likelier of the two answers is the right one, by the sum of its tokens' log-likelihoods."""
+    sums = []
+    for choice in CHOICES:
+        asked = run.tokenizer(f"What is {number}?")["input_ids"]  # type: ignore[attr-defined]
+        whole = run.tokenizer(f"What is {number}? {choice}")["input_ids"]  # type: ignore[attr-defined]
+        ids = torch.tensor([whole])
+        logits = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # type: ignore[attr-defined]
+        scores = logits[0, -len(whole) :].log_softmax(dim=-1)[len(asked) - 1 : -1]
+        sums.append(float(scores.gather(1, ids[0, len(asked) :, None]).sum()))
+    return float(sums.index(max(sums)) == number % 2)
