@@ -8,9 +8,10 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
+from qtune.startup.launched import launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -65,6 +66,8 @@ MOST_TOKENS = 16_777_216
 MOST_SEEDS = 100
 """Runs of one command."""
 MOST_ROWS = 1_000_000
+MOST_PROCESSES = 64
+"""Of one computer: more cards than any has."""
 RUNS = Path("runs")
 """The default of output.directory."""
 
@@ -188,6 +191,16 @@ def run(
             "--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Train N runs: training.seed, and the seeds after it."
         ),
     ] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            min=1,
+            max=MOST_PROCESSES,
+            help="Share the rows of each step among N processes of this computer, each with a card of its own.",
+        ),
+    ] = None,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -201,7 +214,9 @@ def run(
     what else would make another run is refused. A base, rows or libraries that are not what the run began with stop it,
     unless --accept-drift names what may differ. Runs of 50 steps or more are rehearsed first (training.rehearse).
     With --seeds, the runs NAME-seed42, NAME-seed43 … and the spread of their losses, which is what chance does to one.
+    Under torchrun or accelerate launch, or with --processes, several processes share the rows of each step.
     """
+    from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
@@ -209,6 +224,12 @@ def run(
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     accepted = tuple(accept_drift or ())
+    shared = max(processes or 1, launched().processes)
+    if shared > 1 and (prove or seeds > 1):
+        which = "--prove" if prove else "--seeds"
+        raise typer.BadParameter(f"{which} is for one process; start it without a launcher and without --processes")
+    if processes is not None and processes > 1 and launched().processes > 1:
+        raise typer.BadParameter("a launcher has started this process already; --processes is for running without one")
     if prove:
         if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
             others = "no --set, --allow, --memory-snapshot or --hash-weights"
@@ -229,11 +250,16 @@ def run(
             resumed_recipe(run_dir, changes)
     else:
         resolved = load_recipe(find_recipe(target), changes or ())
+        share_of(resolved.recipe.training.batch_size, shared)
         if accepted and resolved.recipe.adapter.start_from is None:
             raise typer.BadParameter(
                 "--accept-drift goes with --resume, or with a recipe whose adapter.start_from names a run: a new run "
                 "depends on nothing that could have changed"
             )
+    if processes is not None and processes > 1:
+        from qtune.training.launch import launch
+
+        raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
     import_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
@@ -255,7 +281,21 @@ def run(
         run_dir = train.run(
             resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
         )
-    _end_run(run_dir)
+    if launched().is_leader:
+        _end_run(run_dir)
+
+
+def _without_processes(words: list[str]) -> list[str]:
+    """The words of a command without --processes N or --processes=N."""
+    kept: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--processes":
+            words.pop(0)
+        elif not word.startswith("--processes="):
+            kept.append(word)
+    return kept
 
 
 def _run_seeds(
@@ -955,6 +995,7 @@ def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
     use_expandable_segments()
+    use_own_card()
     guard_streams()
     try:
         try:
@@ -970,6 +1011,8 @@ def main() -> None:
         # What the user asked for is no error.
         console.say(str(stopped))
         sys.exit(stopped.exit_code)
+    except LeaderEnded as error:
+        sys.exit(error.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
         sys.exit(error.exit_code)
