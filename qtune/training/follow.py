@@ -69,7 +69,8 @@ def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence
         course: Course = ranks.heard()
         inputs = gather(resolved_of(), course.run_dir, accepted=accepted)
         plan = replace(course.plan, device=inputs.plan.device)
-        inputs = replace(inputs, plan=plan, resolved=_without_trackers(inputs))
+        # The leader alone compares with the predicted time and tells trackers.
+        inputs = replace(inputs, plan=plan, time=None, resolved=_without_trackers(inputs))
         ranks.require_alike("the rows", rows_seen(inputs))
         _follow(ranks, inputs, course)
         ranks.heard()
