@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qtune import console
-from qtune.errors import LeaderEnded
+from qtune.errors import LeaderEnded, PeerLostError
 from qtune.memory.measured.meter import Meter
 from qtune.plan import Plan
 from qtune.recipe.file import Resolved
@@ -22,7 +22,7 @@ from qtune.run.metrics import Metric
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.inputs import Inputs, gather
-from qtune.training.ranks import PeerLostError, Ranks
+from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import rehearse
 
 LOOKED_AT = 16

@@ -21,7 +21,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qtune import console
-from qtune.errors import InputError, Problem, TrainingError, first_line
+from qtune.errors import InputError, PeerLostError, Problem, TrainingError, first_line
 from qtune.startup.launched import RENDEZVOUS, Launched, forget_launcher, launched, said_in
 from qtune.training.callbacks import StopOnSignal
 
@@ -30,10 +30,6 @@ PATIENCE = timedelta(hours=12)
 died is noticed at once, by its connection."""
 
 Value = TypeVar("Value")
-
-
-class PeerLostError(TrainingError):
-    """Another process of the run has gone."""
 
 
 @dataclass(frozen=True)
