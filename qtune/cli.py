@@ -98,11 +98,13 @@ def _agree(of: "RunDir | Resolved") -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if launched().processes > 1 and context.invoked_subcommand != "run":
+        raise typer.BadParameter("only qtune run shares its work out; start this without a launcher")
 
 
 @app.command(rich_help_panel="Prepare")

@@ -235,3 +235,11 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     assert done.output.strip() == str(tmp_path / "run")
     assert len(agreed) == 1
     assert agreed == [tmp_path / "run"]
+
+
+def test_a_verb_that_shares_no_work_refuses_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refused = run_qtune("list")
+    assert refused.returncode == 2
+    assert "only qtune run shares its work out; start this without a launcher" in " ".join(refused.stderr.split())

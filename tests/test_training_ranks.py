@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import WriteRecipe, qtune_process, run_qtune
+from conftest import ROWS, WriteRecipe, qtune_process, run_qtune
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +30,36 @@ ADAPTERS = {
     "prompt-tuning": 'kind = "prompt-tuning"\nvirtual_tokens = 4',
 }
 # 20 training rows in steps of 8: an epoch's last step has 4 rows, so that one of two processes has none.
-TRAINING = "batch_size = 8\nmicro_batch_size = 4\nlearning_rate = 1e-3\nsteps = 5\nrehearse = false\nlog_every = 1"
+STEP = "batch_size = 8\nmicro_batch_size = 4\nlearning_rate = 1e-3\nrehearse = false\n"
+TRAINING = f"{STEP}steps = 6\ncheckpoint_every = 2\nkeep_checkpoints = 9"
+
+RunOfOne = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def run_of_one(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunOfOne]:
+    """A function that gives the finished run of one process with an adapter, which it trains once."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def trained_run(kind: str) -> Path:
+        run = folder / "runs" / kind
+        if not run.exists():
+            recipe = folder / f"{kind}.toml"
+            recipe.write_text(
+                f'[model]\nbase = "{tiny_model}"\n'
+                '[quantization]\ncompute_dtype = "float32"\nminimum_share = 0.0\n'
+                f"[adapter]\n{ADAPTERS[kind]}\n"
+                '[data]\ntrain = "rows.jsonl"\nvalidation = 0.1\nmax_length = 128\n'
+                f'[training]\n{TRAINING}\n[output]\ndirectory = "{folder / "runs"}"\n'
+            )
+            done = run_qtune("run", recipe)
+            assert done.returncode == 0, done.stderr
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QTUNE_CACHE", str(folder / "cache"))
+        yield trained_run
 
 
 def trained(run: Path) -> dict[str, Tensor]:
@@ -86,28 +116,28 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_two_processes_train_the_adapter_of_one(kind: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_two_processes_train_the_adapter_of_one(
+    kind: str, run_of_one: RunOfOne, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    alone = run_of_one(kind)
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TRAINING)
-    alone = run_qtune("run", recipe, "--set", "output.name=alone")
-    assert alone.returncode == 0, alone.stderr
     two = run_qtune("run", recipe, "--set", "output.name=two", "--processes", "2")
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == str(tmp_path / "runs" / "two"), "one of them speaks"
-    assert two.stderr.count("5/5") == 1
-    runs = tmp_path / "runs"
-    assert furthest(trained(runs / "alone"), trained(runs / "two")) <= 1e-6
+    assert two.stderr.count("step 6/6") == 1
+    run = tmp_path / "runs" / "two"
+    assert furthest(trained(alone), trained(run)) <= 1e-6
+    assert checkpoints(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for of_kind in ("train", "eval"):
-        one, other = records(runs / "alone", of_kind), records(runs / "two", of_kind)
+        one, other = records(alone, of_kind), records(run, of_kind)
         assert [line["step"] for line in one] == [line["step"] for line in other]
         for key in ("loss", "accuracy"):
             assert [line[key] for line in other] == pytest.approx([line[key] for line in one], abs=1e-6)
 
 
-def test_a_run_goes_on_with_two_processes_and_then_with_one(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    training = TRAINING.replace("steps = 5", "steps = 6\ncheckpoint_every = 2\nkeep_checkpoints = 9")
-    recipe = write_recipe(training=training)
-    assert run_qtune("run", recipe).returncode == 0
-    run, again = tmp_path / "runs" / "tiny", tmp_path / "runs" / "again"
+def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: RunOfOne) -> None:
+    run = run_of_one("lora")
+    again = run.with_name("again")
     shutil.copytree(run, again)
     for made_by, lost in ((["--processes", "2"], ("4", "6")), ([], ("6",))):
         shutil.rmtree(again / "adapter")
@@ -122,7 +152,7 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(write_recipe: WriteR
 
 
 def test_a_signal_to_the_launcher_saves_once_and_all_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(training=TRAINING.replace("steps = 5", "steps = 5000\ncheckpoint_every = 4000"))
+    recipe = write_recipe(training=f"{STEP}steps = 5000\ncheckpoint_every = 4000")
     process = qtune_process("run", recipe, "--processes", "2")
     run = tmp_path / "runs" / "tiny"
     reaches_a_step(run, process)
@@ -137,7 +167,7 @@ def test_a_signal_to_the_launcher_saves_once_and_all_end(write_recipe: WriteReci
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_sentence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(training=TRAINING.replace("steps = 5", "steps = 5000\ncheckpoint_every = 1"))
+    recipe = write_recipe(training=f"{STEP}steps = 5000\ncheckpoint_every = 1")
     process = qtune_process("run", recipe, "--processes", "2")
     run = tmp_path / "runs" / "tiny"
     reaches_a_step(run, process)
@@ -187,10 +217,10 @@ main()
 
 
 def test_two_torchrun_agents_train_the_adapter_of_one_though_memory_runs_out_on_one_of_them(
-    write_recipe: WriteRecipe, tmp_path: Path
+    run_of_one: RunOfOne, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
+    alone = run_of_one("lora")
     recipe = write_recipe(training=TRAINING)
-    assert run_qtune("run", recipe, "--set", "output.name=alone").returncode == 0
     script = tmp_path / "short_of_memory.py"
     script.write_text(SHORT_OF_MEMORY)
     started = agents(str(script), "run", str(recipe), "--set", "output.name=agents")
@@ -198,10 +228,9 @@ def test_two_torchrun_agents_train_the_adapter_of_one_though_memory_runs_out_on_
     assert first[0] == 0, first[1]
     assert second[0] == 0, second[1]
     assert "process 1 of 2, counted from 0: out of memory: micro-batches are now split into 2" in second[1]
-    assert "step 5/5" in first[1]
-    assert "step 5/5" not in second[1]
-    runs = tmp_path / "runs"
-    assert furthest(trained(runs / "alone"), trained(runs / "agents")) <= 1e-6
+    assert "step 6/6" in first[1]
+    assert "step 6/6" not in second[1]
+    assert furthest(trained(alone), trained(tmp_path / "runs" / "agents")) <= 1e-6
 
 
 def test_what_is_wrong_is_said_once(write_recipe: WriteRecipe) -> None:

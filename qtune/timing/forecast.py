@@ -150,8 +150,8 @@ def between_seconds(prediction: Prediction, plan: Plan, rates: Rates) -> float:
     """What adding up the gradients takes that several processes have of one step; nothing for one.
 
     In a ring each sends 2 (N - 1) / N of the bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
-    algorithms"), here at the rate of the bus between a card and its host: cards with a link of their own need less, computers with a
-    network between them more.
+    algorithms"), here at the rate of the bus between a card and its host. Cards with a link of their own need less;
+    over a network between computers it takes more.
     """
     processes = plan.device.processes
     gradients = max(prediction.timeline.get(GRADIENTS, [0]))

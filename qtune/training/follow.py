@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qtune import console
-from qtune.errors import LeaderEnded
+from qtune.errors import LeaderEnded, PeerLostError
 from qtune.memory.measured.meter import Meter
 from qtune.plan import Plan
 from qtune.recipe.file import Resolved
@@ -22,7 +22,7 @@ from qtune.run.metrics import Metric
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.inputs import Inputs, gather
-from qtune.training.ranks import PeerLostError, Ranks
+from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import rehearse
 
 LOOKED_AT = 16
@@ -69,7 +69,8 @@ def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence
         course: Course = ranks.heard()
         inputs = gather(resolved_of(), course.run_dir, accepted=accepted)
         plan = replace(course.plan, device=inputs.plan.device)
-        inputs = replace(inputs, plan=plan, resolved=_without_trackers(inputs))
+        # The leader alone compares with the predicted time and tells trackers.
+        inputs = replace(inputs, plan=plan, time=None, resolved=_without_trackers(inputs))
         ranks.require_alike("the rows", rows_seen(inputs))
         _follow(ranks, inputs, course)
         ranks.heard()

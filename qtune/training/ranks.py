@@ -20,8 +20,9 @@ import torch
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune.errors import InputError, Problem, TrainingError, first_line
-from qtune.startup.launched import forget_launcher, launched, said_in
+from qtune import console
+from qtune.errors import InputError, PeerLostError, Problem, TrainingError, first_line
+from qtune.startup.launched import RENDEZVOUS, Launched, forget_launcher, launched, said_in
 from qtune.training.callbacks import StopOnSignal
 
 PATIENCE = timedelta(hours=12)
@@ -29,10 +30,6 @@ PATIENCE = timedelta(hours=12)
 died is noticed at once, by its connection."""
 
 Value = TypeVar("Value")
-
-
-class PeerLostError(TrainingError):
-    """Another process of the run has gone."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +129,7 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         InputError: the launcher's variables cannot be used, or two processes have one card.
+        TrainingError: they did not meet.
     """
     said = said_in(os.environ)
     if isinstance(said, str):
@@ -140,18 +138,25 @@ def joined() -> Iterator[Ranks]:
     if started.processes == 1:
         yield ALONE
         return
-    if not distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with _noticing_loss():
-            distributed.init_process_group(backend, rank=started.rank, world_size=started.processes, timeout=PATIENCE)
+    _meet(started)
     forget_launcher(os.environ)
     ranks = Ranks(started.rank, started.processes)
     try:
         _require_own_cards(ranks)
         yield ranks
     finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
+
+
+def _meet(started: Launched) -> None:
+    """Waits for the others; says where, for one that never comes is waited for long."""
+    where = ":".join(os.environ[name] for name in RENDEZVOUS)
+    console.say(f"meeting the other {started.processes - 1} of {started.processes} processes at {where}")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend, rank=started.rank, world_size=started.processes, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"the processes of this run did not meet at {where}: {first_line(error)}") from error
 
 
 def _require_own_cards(ranks: Ranks) -> None:
@@ -186,27 +191,33 @@ class Agree(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if any(self.ranks.all_of(self.stop.requested)):
-            # Asked for on another one, it may be that this one's callback has not heard of it.
-            self.stop.requested = control.should_save = control.should_training_stop = True
-        return self._agreed(control)
+        if self._agree(control):
+            control.should_save = control.should_training_stop = True
+            self.stop.requested = True  # it may be another process that was asked
+        return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        return self._agreed(control)
+        self._agree(control)
+        return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        return self._agreed(control)
-
-    def _agreed(self, control: TrainerControl) -> TrainerControl:
-        flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-        told = self.ranks.told({name: getattr(control, name) for name in flags})
-        for name, value in told.items():
-            setattr(control, name, value)
+        self._agree(control)
         return control
+
+    def _agree(self, control: TrainerControl) -> bool:
+        """Takes over what the leader's callbacks have decided; whether any process was asked to stop, up to here. One
+        that is asked later says so at the end of the next step."""
+        everybodys = self.ranks.all_of((self.stop.requested, [getattr(control, name) for name in DECISIONS]))
+        for name, value in zip(DECISIONS, everybodys[0][1], strict=True):
+            setattr(control, name, value)
+        return any(requested for requested, _ in everybodys)
+
+
+DECISIONS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
 def in_turn(shares: Sequence[Sequence[Value]]) -> list[Value]:

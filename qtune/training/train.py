@@ -29,6 +29,7 @@ from qtune.errors import (
     InputError,
     Interrupted,
     OutOfMemory,
+    PeerLostError,
     Problem,
     RunError,
     TrainingError,
@@ -65,7 +66,7 @@ from qtune.training.follow import Beginning, Course, follow, rows_seen
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
-from qtune.training.ranks import PeerLostError, Ranks, joined
+from qtune.training.ranks import Ranks, joined
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
 from qtune.whole import whole

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
@@ -152,14 +152,14 @@ class QloraTrainer(SFTTrainer):
 
     # --- order of rows ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """transformers', or of this process's share alone."""
         if not self.ranks.are_several:
             return super().get_train_dataloader()
-        rows = StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+        rows = self._get_train_sampler()
         share = ShareSampler(rows, self.args.per_device_train_batch_size, self.ranks.rank, self.ranks.processes)
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
@@ -252,7 +252,8 @@ class QloraTrainer(SFTTrainer):
             found = self.ranks.told(self.outliers.found(loss, float(norm)))
             if found is not None:
                 self.skipped.append(self.state.global_step + 1)
-                self.note(f"step {self.state.global_step + 1} is skipped: {found}")
+                if self.ranks.is_leader:
+                    self.note(f"step {self.state.global_step + 1} is skipped: {found}")
                 model.zero_grad(set_to_none=True)
         return norm
 
