@@ -210,8 +210,8 @@ def run(
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     accepted = tuple(accept_drift or ())
     if prove:
-        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
-            others = "no --set, --allow, --memory-snapshot or --hash-weights"
+        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights or seeds > 1:
+            others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
         import_libraries()
