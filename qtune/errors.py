@@ -12,6 +12,7 @@
     │   ├── TrainingError       training stopped
     │   ├── ExportError         the exported model could not be written
     │   └── VerificationError   the exported model is not the trained one
+    ├── LeaderEnded       (1)   of a process that follows another one, which has ended and has said why
     └── Interrupted     (130)   Ctrl-C; the state is saved
 
 Anything else that reaches the user is a bug of ours and keeps its traceback.
@@ -142,6 +143,12 @@ class ExportError(WorkError):
 
 class VerificationError(WorkError):
     """The exported model does not match the one that was trained."""
+
+
+class LeaderEnded(QtuneError):  # noqa: N818  not an error of its own
+    """The leader of a run of several processes did not come to its end; there is nothing to add to what it said."""
+
+    exit_code = 1
 
 
 class Interrupted(QtuneError):  # noqa: N818  not an error, an answer to Ctrl-C

@@ -176,7 +176,7 @@ def tell(run_dir: RunDir, *records: Metric) -> None:
 def finish(run_dir: RunDir) -> None:
     """Everything that verbs write into a run."""
     validation = EvalRecord(step=10, steps=10, epoch=1.0, loss=0.75, accuracy=0.8, seconds=11.0)
-    long = "https://example.org/" + "a" * 300  # a word that is wider than any screen
+    long = "a" * 300  # a word that is wider than any screen
     said = SampleAnswer("rows:7", f"What is {long}?", "yes", ATTACK)
     answers = (AnswersRecord(step, 10, 0.1 * step, 11.0, (said,)) for step in (5, 10))
     tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation, *answers)
@@ -472,10 +472,8 @@ def test_steps_that_stand_out_are_marked_in_both_charts_and_named_in_their_legen
     run_dir = make_run(tmp_path)
     for step in range(1, 1001):  # more than a chart has room for: the line is of means, the mark where the step was
         outlier = "the loss 90 is 9.0 standard deviations above" if step == 501 else None
-        tell(
-            run_dir,
-            train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=skipped and bool(outlier)),
-        )
+        left_out = skipped and outlier is not None
+        tell(run_dir, train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=left_out))
     page = write_report(run_dir).read_text(encoding="utf-8")
     name = "stands out, 6 σ above the last 128" + ", and is skipped" * skipped
     assert page.count(f"</svg>{name}</span>") == 2
@@ -493,7 +491,9 @@ def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
 
 @pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n"]
+    "damage",
+    ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n", "[" * 100_000],
+    ids=["cut", "a list", "other types", "no text", "a nest"],
 )
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name, damage):
     run_dir = make_run(tmp_path)

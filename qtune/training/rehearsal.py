@@ -72,7 +72,8 @@ def is_worth_it(inputs: Inputs) -> bool:
 
 
 def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_initial: bool = False) -> Rehearsal:
-    """Does everything once. `has_initial`: the adapter is saved as a difference, which is left out.
+    """Does everything once; of several processes the leader alone writes and answers. `has_initial`: the adapter is
+    saved as a difference, which is left out.
 
     Raises:
         OutOfMemory: one row of the batch does not fit.
@@ -88,11 +89,15 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
         optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
-        size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
+        leads, size = trainer.ranks.is_leader, 0
+        if leads:
+            size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
         del optimizer
-        _answer(model, inputs)
-    state = sum(tensor.nbytes for tensor in trained_state(model).values())
-    _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
+        if leads:
+            _answer(model, inputs)
+    if leads:
+        state = sum(tensor.nbytes for tensor in trained_state(model).values())
+        _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
     longest = int(inputs.prepared.lengths[rows].max())
     return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
 
