@@ -1,5 +1,7 @@
 """Checkpointed layers keep their inputs, and nothing before them."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +17,7 @@ def test_gradients_are_the_same_without_one_for_the_embeddings(adapter: str, lea
     found = []
     for frees in (False, True):
         torch.manual_seed(3)
-        base = get_peft_model(network(Case(), torch.float32), PEFT[adapter])
+        base = get_peft_model(network(Case(), torch.float32), copy.deepcopy(PEFT[adapter]))
         model = readied(base, torch.float32, lean=lean, recompute=True)
         if frees:
             free_inputs(model)

@@ -1,6 +1,7 @@
 """Layers that wait elsewhere: the resident model's loss and every gradient, few loads, the same run."""
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def model_with(where: str, adapter: str = "lora", case: Case = CASE, dtype=torch
     if where != "device":
         stream_layers(base, where, "cpu")
     torch.manual_seed(3)
-    return readied(get_peft_model(base, PEFT[adapter]), dtype, lean=lean, recompute=recompute)
+    return readied(get_peft_model(base, copy.deepcopy(PEFT[adapter])), dtype, lean=lean, recompute=recompute)
 
 
 def batches(count: int = 3, vocabulary: int = 128) -> list[torch.Tensor]:
