@@ -185,7 +185,9 @@ def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
     assert names - own == set(CONFLICTS["--verify-only"])
 
 
-@pytest.mark.parametrize("option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"]])
+@pytest.mark.parametrize(
+    "option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"], ["--seeds", "3"]]
+)
 def test_a_proof_refuses_options_that_it_would_ignore(option: list[str], tmp_path: Path) -> None:
     asked = CliRunner().invoke(cli.app, ["run", str(tmp_path), "--resume", "--prove", *option])
     assert asked.exit_code == 2
@@ -242,4 +244,5 @@ def test_a_verb_that_shares_no_work_refuses_a_launcher(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, value)
     refused = run_qtune("list")
     assert refused.returncode == 2
-    assert "only qtune run shares its work out; start this without a launcher" in " ".join(refused.stderr.split())
+    said = "error: WORLD_SIZE: only qtune run shares its work out; start this without a launcher\n"
+    assert refused.stderr == said
