@@ -1,5 +1,6 @@
 """The command line: parse, call one stage, turn its errors into exit codes. Stages are imported inside their verb."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -335,14 +336,19 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
-    from qtune.run.resumption import newest_unfinished
+    from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
     if Path(target).is_dir():
         return RunDir.open(Path(target)), changes
     resolved = load_recipe(find_recipe(target), changes)
-    run_dir = newest_unfinished(Path(resolved.recipe.output.directory), resolved.run_name)
+    directory = Path(resolved.recipe.output.directory)
+    run_dir = newest_unfinished(directory, resolved.run_name)
     if run_dir is None:
-        raise typer.BadParameter(f"{target} has no unfinished run")
+        if (ended := newest_finished(directory, resolved.run_name)) is not None:
+            said = nothing_to_resume(ended)
+            raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
+        begin = shlex.join(["qtune", "run", target])
+        raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
     naming = ("output.directory", "output.name")
     return run_dir, [change for change in changes if change.partition("=")[0].strip() not in naming]
 

@@ -6,12 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import qtune
+from qtune.cli import app
 from qtune.device.present import Device
-from qtune.errors import RunError
+from qtune.errors import InputError, RunError
 from qtune.plan import make_plan
 from qtune.recipe.file import check_recipe
+from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import newest_unfinished
@@ -99,6 +102,35 @@ def test_a_run_of_a_recipe_whose_name_only_looks_like_a_number_is_anothers(tmp_p
         os.utime(run.resolved_file, (time.time() - 60 * age,) * 2)
     assert newest_unfinished(tmp_path / "runs", "tiny") == second
     assert newest_unfinished(tmp_path / "runs", "tiny-2") == other
+
+
+def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    text = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
+    (tmp_path / "tiny.toml").write_text(text)
+
+    def refusal() -> str:
+        caught = CliRunner().invoke(app, ["run", "--resume", "tiny.toml"]).exception
+        assert isinstance(caught, InputError)
+        return str(caught)
+
+    assert refusal() == "tiny.toml: has no run in runs to go on with; begin one with: qtune run tiny.toml"
+    resolved = check_recipe(text, tmp_path / "tiny.toml")
+    for age in (60, 0):
+        run = RunDir.create(tmp_path / "runs", resolved.run_name, text)
+        run.write_text(run.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+        os.utime(run.resolved_file, (time.time() - age,) * 2)
+        finish(run)
+    (run.adapter / TRAINED_STATE).touch()
+    said = refusal()
+    assert said.startswith("tiny.toml: has no unfinished run; its latest, runs/tiny-2, has ended; ")
+    command = said.rpartition("with: ")[2]
+    assert (
+        command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2 --set output.name=tiny-2"
+    )
 
 
 def test_a_run_has_a_name_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

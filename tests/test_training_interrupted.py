@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from transformers import TrainerState
 
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import Failure, Interrupted, RunError, TrainingError
+from qtune.recipe.file import Origin, load_recipe
 from qtune.run import manifest
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import NoteRecord, read_metrics
-from qtune.training import callbacks, ran_out, train
+from qtune.training import build, callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
 from qtune.training.callbacks import Metrics, OptimizerPhase, after_divergence
 from qtune.training.checkpoints import remove_incomplete_checkpoints
@@ -182,6 +184,27 @@ def test_before_the_first_save_a_stopped_run_is_said_to_start_over_and_not_to_go
         f"it starts over at the first one, in the same folder, with: qtune run --resume {tmp_path / 'run'}"
     )
     assert "begin again" not in said
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        (Origin("rule", "faster here"), "as this run began (faster here)"),
+        (Origin("recipe", "tiny.toml:3"), "as the recipe says"),
+        (Origin("--set"), "as --set says"),
+    ],
+)
+def test_a_dtype_that_a_run_began_with_is_not_said_to_be_the_recipes(
+    write_recipe: WriteRecipe, origin: Origin, said: str
+) -> None:
+    resolved = load_recipe(write_recipe(quantization='compute_dtype = "bfloat16"'))
+    path = ("quantization", "compute_dtype")
+    resolved = replace(resolved, origins={**resolved.origins, path: origin})
+    plan = SimpleNamespace(reasons={}, compute_dtype="bfloat16")
+    assert build._why_computed_in(SimpleNamespace(resolved=resolved, plan=plan)) == said  # type: ignore[arg-type]
+    plan = SimpleNamespace(reasons={path: "faster on this card"}, compute_dtype="bfloat16")
+    said_at_first = build._why_computed_in(SimpleNamespace(resolved=resolved, plan=plan))  # type: ignore[arg-type]
+    assert said_at_first == "faster on this card"
 
 
 def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from qtune.errors import Problem, RecipeError, RunError
 from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
+from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.resolved import NAME, read_resolved, read_values
 
@@ -127,17 +128,37 @@ def resuming(run_dir: RunDir, *more: str) -> str:
     return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *more])
 
 
+def nothing_to_resume(run_dir: RunDir) -> Problem:
+    """What to say of a run that has ended, with the command for a new one that goes on from its adapter."""
+    message = "has ended; there is nothing to resume"
+    if (run_dir.adapter / TRAINED_STATE).is_file():  # a start like PiSSA's changes the base, and keeps no state
+        further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
+        words = ["qtune", "run", str(run_dir.resolved_file), *(word for one in further for word in ("--set", one))]
+        message += f". A new run goes on from its adapter with: {shlex.join(words)}"
+    return Problem(str(run_dir.path), message)
+
+
 def newest_unfinished(directory: Path, name: str) -> RunDir | None:
-    """The latest run of recipes called `name` that has started and not ended; its folder is NAME, NAME-2, …
+    """The latest run of recipes called `name` that has started and not ended; its folder is NAME, NAME-2, …"""
+    ours = [run for run in _runs_of(directory, name) if not run.is_finished]
+    # A run whose model was never loaded has no lock.json, and nothing in it to go on with.
+    return max(ours, key=lambda run: (run.lock_file.is_file(), run.resolved_file.stat().st_mtime), default=None)
+
+
+def newest_finished(directory: Path, name: str) -> RunDir | None:
+    """The latest run of recipes called `name` that has ended."""
+    ours = [run for run in _runs_of(directory, name) if run.is_finished]
+    return max(ours, key=lambda run: run.resolved_file.stat().st_mtime, default=None)
+
+
+def _runs_of(directory: Path, name: str) -> list[RunDir]:
+    """The runs of recipes called `name`.
 
     NAME-2 may as well be the first run of a recipe called so: resolved.toml tells (of older versions it does not).
     """
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
-    open_runs = [run for run in runs if run.resolved_file.is_file() and not run.is_finished]
-    ours = [run for run in open_runs if _asked_name(run) in (None, name)]
-    # A run whose model was never loaded has no lock.json, and nothing in it to go on with.
-    return max(ours, key=lambda run: (run.lock_file.is_file(), run.resolved_file.stat().st_mtime), default=None)
+    return [run for run in runs if run.resolved_file.is_file() and _asked_name(run) in (None, name)]
 
 
 def _asked_name(run_dir: RunDir) -> str | None:

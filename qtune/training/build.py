@@ -53,8 +53,7 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
         f"{inputs.recipe.quantization.kind}; {inputs.recipe.adapter.kind} trains {count.trainable / 1e6:,.2f} M "
         f"({count.trainable / base:.2%})"
     )
-    reason = plan.reasons.get(("quantization", "compute_dtype"), "as the recipe says")
-    console.say(f"computing in {plan.compute_dtype}: {reason}")
+    console.say(f"computing in {plan.compute_dtype}: {_why_computed_in(inputs)}")
     console.say(
         f"{len(inputs.prepared.train):,} training rows, {inputs.recipe.training.batch_size} per step "
         f"in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
@@ -64,6 +63,22 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
             f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
             f"{'measured rates' if time.kind == 'measured' else 'a data sheet'}"
         )
+
+
+def _why_computed_in(inputs: Inputs) -> str:
+    """Who has decided the compute dtype. What a rule has settled stands in the recipe of a run that goes on as a value,
+    and its origin is the rule all the same."""
+    path = ("quantization", "compute_dtype")
+    if path in inputs.plan.reasons:
+        return inputs.plan.reasons[path]
+    origin = inputs.resolved.origins[path]
+    match origin.source:
+        case "rule":
+            return f"as this run began ({origin.reason})" if origin.reason else "as this run began"
+        case "--set":
+            return "as --set says"
+        case _:
+            return "as the recipe says"
 
 
 def _shared(plan: Plan) -> str:

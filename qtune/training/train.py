@@ -12,7 +12,6 @@ report     one page, written by the command after the run                       
 """
 
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from peft import PeftModel
 
 from qtune import console
 from qtune.adapter.starts import kept_start
-from qtune.adapter.state import STATE_FILE, save_adapter, trained_state
+from qtune.adapter.state import save_adapter, trained_state
 from qtune.disk import told
 from qtune.errors import (
     Failure,
@@ -46,7 +45,7 @@ from qtune.run.manifest import seal, skipped_until
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe, resuming
+from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
@@ -161,12 +160,7 @@ def _resume(
     require_free(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
-            message = "has ended; there is nothing to resume"
-            if (run_dir.adapter / STATE_FILE).is_file():  # a start like PiSSA's changes the base, and keeps no state
-                further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
-                words = ["qtune", "run", str(run_dir.resolved_file), *(f for one in further for f in ("--set", one))]
-                message += f". A new run goes on from its adapter with: {shlex.join(words)}"
-            raise RunError(Problem(str(run_dir.path), message))
+            raise RunError(nothing_to_resume(run_dir))
         console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
     if snapshot:
         require_allocator()
