@@ -1,6 +1,7 @@
 """Rows that went wrong before they came here are named: words for nothing, broken characters, foreign tokens."""
 
 import re
+import shlex
 import tomllib
 
 import pytest
@@ -8,8 +9,9 @@ from test_data_lost import batch_of, examples, notes, scored, text_of
 
 from qtune.data.conversation import RowError
 from qtune.data.findings import KINDS
-from qtune.data.formats import renamed, to_conversation, unknown_columns
+from qtune.data.formats import detect_format, renamed, to_conversation, unknown_columns
 from qtune.data.suspect import Suspicions, is_broken
+from qtune.recipe.file import load_recipe
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "<NA>", " nan "])
@@ -126,7 +128,46 @@ def test_the_mapping_that_is_advised_learns_the_context():
     ],
 )
 def test_columns_of_other_names_get_the_line_that_maps_them(row, mapping):
-    assert unknown_columns(row).endswith(f"try columns = {{ {mapping} }}")
+    line = f"columns = {{ {mapping} }}"
+    changed = line.replace(" = ", "=", 1)
+    assert unknown_columns(row).endswith(f"; write [data] {line} in the recipe, or add --set 'data.{changed}'")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"ticket": "a", "reply": "b"}, {"question": "ticket", "answer": "reply"}),
+        ({"reply": "b", "ticket": "a"}, {"question": "ticket", "answer": "reply"}),
+        (
+            {"id": "T-7", "Ticket": "My lamp is broken.", "Reply": "Send it back."},
+            {"question": "Ticket", "answer": "Reply"},
+        ),
+        ({"system": "Be kind.", "ticket": "My lamp.", "cure": "A new one."}, {"question": "ticket", "answer": "cure"}),
+        ({"id": 7, "ticket": "a", "solved it": "b"}, {"question": "ticket", "answer": "solved it"}),
+        ({"Frage": "a", "die 'Antwort'": "b"}, {"question": "Frage", "answer": "die 'Antwort'"}),
+        ({"question": "a", "id": 7, "note": "b"}, {"answer": "note"}),
+    ],
+)
+def test_columns_of_any_names_get_lines_that_can_be_pasted(row, columns, tmp_path):
+    said = unknown_columns(row)
+    line = said.rpartition("write [data] ")[2].partition(" in the recipe, or add ")[0]
+    assert tomllib.loads(line) == {"columns": columns}
+    words = shlex.split(said.rpartition(" in the recipe, or add ")[2])
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n')
+    assert words[0] == "--set"
+    assert load_recipe(recipe, words[1:]).recipe.data.columns == columns
+    assert detect_format(renamed(row, columns)) == "question-answer"
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [("question", "answer"), ("answer", "question"), ("prompt", "completion"), ("instruction", "output")],
+)
+def test_half_of_a_shape_is_said_to_lack_the_other(there, missing):
+    said = unknown_columns({there: "a", "id": 7})
+    assert said.endswith(f"{there!r} is there and {missing!r} is missing")
 
 
 def test_rows_inside_of_one_object_are_pointed_at():

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qtune.data.account import Account, holds_something
@@ -93,11 +94,13 @@ def detect_format(row: RawRow) -> str | None:
 
 
 def unknown_columns(row: RawRow) -> str:
-    """What to say about a row of no known shape."""
+    """What to say about a row of no known shape: the line that would make it one where its columns let that be told."""
     known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in COLUMNS.items())
-    said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); rename them with columns"
-    if (mapping := _mapping(row)) and "chosen" not in row:
-        said = said.removesuffix("rename them with columns") + f"try {mapping}"
+    said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); "
+    if "chosen" in row or not (advice := _advice(row)):
+        said += "rename them with columns"
+    else:
+        said += advice
     inner = [key for key, value in row.items() if isinstance(value, list) and _are_rows(value)]
     if inner:
         said += f". Its {inner[0]!r} holds rows: write that list alone into the file"
@@ -120,20 +123,64 @@ _OTHER_NAMES = {
 }
 
 
-def _mapping(row: RawRow) -> str:
-    """The `columns` that would make a known shape of a row, as a recipe has them; "" where none is near."""
-    present = {str(key).strip().lower().replace(" ", "_"): str(key) for key in row}
+def _advice(row: RawRow) -> str:
+    """What would make a known shape of a row; "" where nothing in it is near one."""
+    if names := _mapping(row):
+        return f"write {_lines(names)}"
+    texts = _texts(row)
+    for question, answer in (COLUMNS[name] for name in ("question-answer", "prompt-completion", "alpaca")):
+        if (question in row) != (answer in row):
+            there, missing = (question, answer) if question in row else (answer, question)
+            rest = [key for key in texts if key != there]
+            said = f"{there!r} is there and {missing!r} is missing"
+            return said + (f"; if {rest[0]!r} is meant by it, write {_lines({missing: rest[0]})}" if rest else "")
+    present = _by_plain_name(texts)
+    answer_column = _called("completion", present)
+    question_column = next((key for key in texts if key == _called("prompt", present)), None)
+    question_column = question_column or next((key for key in texts if key != answer_column), None)
+    answer_column = answer_column or next((key for key in reversed(texts) if key != question_column), None)
+    if question_column is None or answer_column is None:
+        return ""
+    lines = _lines({"question": question_column, "answer": answer_column})
+    return f"if {question_column!r} is the question and {answer_column!r} the answer, write {lines}"
+
+
+def _texts(row: RawRow) -> list[str]:
+    """The columns of a row that may be its question or its answer; those of several words before all others, which are
+    numbers and names of the row more often."""
+    beside = (*SYSTEM, *TOOLS, *REASONING, HISTORY)
+    texts = {str(key): value for key, value in row.items() if isinstance(value, str) and value.strip()}
+    free = [key for key in texts if key not in beside]
+    spoken = [key for key in free if len(texts[key].split()) > 1]
+    return spoken if len(spoken) > 1 else free
+
+
+def _by_plain_name(columns: Iterable[Any]) -> dict[str, str]:
+    """Columns by their names in small letters without white space."""
+    return {str(key).strip().lower().replace(" ", "_"): str(key) for key in columns}
+
+
+def _lines(names: Mapping[str, str]) -> str:
+    """How a recipe, and a command, rename columns: our name to the file's."""
+    pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in names.items())
+    return f"[data] columns = {{ {pairs} }} in the recipe, or add --set {shlex.quote(f'data.columns={{ {pairs} }}')}"
+
+
+def _mapping(row: RawRow) -> dict[str, str]:
+    """The columns to rename for a known shape, our names to the file's; none where no shape is near."""
+    present = _by_plain_name(row)
     shapes = [COLUMNS["messages"], *(COLUMNS[name] for name in _ONE_QUESTION)]
     if any(key in present for key in ("context", "passage")):
         shapes = [("instruction", "input", "output"), *shapes]
     found = [{ours: _called(ours, present) for ours in needed} for needed in shapes]
-    whole = [names for names in found if all(names.values()) and len(set(names.values())) == len(names)]
-    if not whole:
-        return ""
+    whole = [
+        {ours: theirs for ours, theirs in names.items() if theirs is not None}
+        for names in found
+        if all(names.values()) and len(set(names.values())) == len(names)
+    ]
     # The more of a shape's own names a row has, the likelier it is meant; shapes with more columns lose less.
-    best = max(whole, key=lambda names: (sum(ours in present for ours in names), len(names)))
-    pairs = ", ".join(f"{ours} = {json.dumps(theirs)}" for ours, theirs in best.items() if ours != theirs)
-    return f"columns = {{ {pairs} }}"
+    best = max(whole, key=lambda names: (sum(ours in present for ours in names), len(names)), default={})
+    return {ours: theirs for ours, theirs in best.items() if ours != theirs}
 
 
 def _called(ours: str, present: Mapping[str, str]) -> str | None:
