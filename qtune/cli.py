@@ -583,7 +583,8 @@ def compare(
 
     Runs of one recipe that differ by their seed alone are one line, with the spread between them. Intervals are of
     95 %, by drawing rows and runs again. Forgotten is by how much the loss rose on a short text that comes with qtune
-    and has nothing to do with any rows. What is measured is kept in each run's folder.
+    and has nothing to do with any rows. What is measured is kept in each run's folder, but for fewer rows than are
+    kept there. Rows are the same where they say the same, in whatever files they stand.
     """
     from qtune.run.folder import RunDir
 

@@ -1,5 +1,6 @@
 """Runs beside each other: seeds of one recipe are one line, intervals cover rows and seeds, all on the same rows."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,8 @@ from qtune.comparing.table import cells, compare, explanation
 from qtune.errors import InputError
 from qtune.report.comparison import comparison_page
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
+from qtune.tuned.evaluate import evaluate
 from qtune.verdicts.interval import paired_fall
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -177,6 +180,52 @@ def test_a_base_that_is_quantized_otherwise_is_another_base(enough: list[Path]) 
     evaluation = replace(second.evaluation, base=replace(second.evaluation.base, loss=9.125))
     bases = compare([first, replace(second, settings=settings, evaluation=evaluation)]).bases
     assert [(base.name, base.quantization) for base in bases] == [(first.base, "none"), (first.base, "nf4")]
+
+
+def test_the_same_rows_in_two_files_are_the_same_rows(enough: list[Path], copied: Path, tmp_path: Path) -> None:
+    resolved = RunDir(copied).resolved_file
+    rows = Path(resolved_recipe(RunDir(copied)).data.train)
+    table = tmp_path / "elsewhere.csv"
+    with table.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["question", "answer"])
+        for line in rows.read_text().splitlines():
+            writer.writerow(message["content"] for message in json.loads(line)["messages"])
+    resolved.write_text(resolved.read_text().replace(str(rows), str(table)))
+    (copied / "eval.json").unlink(missing_ok=True)
+    first, second = compared_runs([enough[0], copied], rows=8)
+    places = [{Path(row.place.rpartition(":")[0]).name for row in run.evaluation.row_losses} for run in (first, second)]
+    assert places == [{"rows.jsonl"}, {"elsewhere.csv"}]
+    assert [row.tuned for row in first.evaluation.row_losses] == [row.tuned for row in second.evaluation.row_losses]
+
+
+def test_other_rows_are_refused_before_anything_is_measured(
+    enough: list[Path], copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = RunDir(copied).resolved_file
+    rows = Path(resolved_recipe(RunDir(copied)).data.train)
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text().replace("It is ", "That is "))
+    resolved.write_text(resolved.read_text().replace(str(rows), str(other)))
+    (copied / "eval.json").unlink(missing_ok=True)
+    for work in ("evaluate", "measure_forgetting"):
+        monkeypatch.setattr(f"qtune.comparing.runs.{work}", lambda *args, **kwargs: pytest.fail("began to work"))
+    with pytest.raises(InputError, match=r"its 8 held-out rows are not those of .*/run "):
+        compared_runs([enough[0], copied], rows=8)
+
+
+def test_a_comparison_on_fewer_rows_leaves_an_evaluation_of_more_as_it_is(enough: list[Path]) -> None:
+    compared_runs(enough[:2], rows=8)
+    before = [(folder / "eval.json").read_bytes() for folder in enough[:2]]
+    assert [run.evaluation.rows for run in compared_runs(enough[:2], rows=3)] == [3, 3]
+    assert [(folder / "eval.json").read_bytes() for folder in enough[:2]] == before
+
+
+def test_a_run_that_was_asked_fewer_rows_is_asked_as_many_as_the_others(enough: list[Path], copied: Path) -> None:
+    (copied / "eval.json").unlink()
+    evaluate(RunDir(copied), rows=2)
+    assert [run.evaluation.rows for run in compared_runs([copied, enough[0]])] == [8, 8]
+    assert json.loads((copied / "eval.json").read_text())["rows"] == 8
 
 
 def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: list[Path], tmp_path: Path) -> None:

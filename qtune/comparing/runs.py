@@ -18,7 +18,7 @@ from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
-from qtune.tuned.evaluate import Evaluation, evaluate, read_evaluation
+from qtune.tuned.evaluate import Evaluation, asked_rows, evaluate, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
 
 SEED = ("training", "seed")
@@ -52,8 +52,8 @@ def compared_runs(
 ) -> list[ComparedRun]:
     """What is compared of the runs, in their order. A run that was not evaluated on these rows yet is asked them now.
 
-    rows: how many; None: as many as the first was asked that was evaluated, else `ROWS`. data_file, accepted: as
-    `evaluate`'s.
+    rows: how many; None: as many as the one was asked that was asked most, else `ROWS`. data_file, accepted: as
+    `evaluate`'s. A larger evaluation that is kept in a run's folder stays there.
 
     Raises:
         RunError: one has not ended, or is not what was trained. InputError: they were asked different rows.
@@ -61,19 +61,25 @@ def compared_runs(
     opened = [RunDir.open(folder) for folder in folders]
     for run_dir in opened:  # before minutes are spent on the first
         whole_adapter(run_dir)
-    if rows is None and data_file is None:
-        kept = (_kept_evaluation(run_dir) for run_dir in opened)
-        rows = next((evaluation.rows for evaluation in kept if evaluation is not None), None)
-    found = [_compared(run_dir, rows or ROWS, data_file, accepted) for run_dir in opened]
-    _require_same_rows(found)
+    kept = [_kept_evaluation(run_dir) if data_file is None else None for run_dir in opened]
+    if rows is None:
+        rows = max((evaluation.rows for evaluation in kept if evaluation is not None), default=ROWS)
+    kept = [one if one is not None and _is_of(one, rows) else None for one in kept]
+    _require_same_rows(opened, kept, rows, data_file, accepted)
+    found = [
+        _compared(run_dir, evaluation, rows, data_file, accepted)
+        for run_dir, evaluation in zip(opened, kept, strict=True)
+    ]
+    _require_same_questions(found)
     return found
 
 
-def _compared(run_dir: RunDir, rows: int, data_file: Path | None, accepted: tuple[str, ...]) -> ComparedRun:
+def _compared(
+    run_dir: RunDir, kept: Evaluation | None, rows: int, data_file: Path | None, accepted: tuple[str, ...]
+) -> ComparedRun:
     recipe, summary, lock = resolved_recipe(run_dir), summary_of(run_dir), read_lock(run_dir)
-    kept = _kept_evaluation(run_dir) if data_file is None else None
-    if kept is None or kept.rows != min(rows, kept.rows_held_out) or not kept.row_losses:
-        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted)
+    if kept is None:
+        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted, replaces_larger=False)
     return ComparedRun(
         str(run_dir.path),
         recipe.training.seed,
@@ -93,6 +99,12 @@ def _kept_evaluation(run_dir: RunDir) -> Evaluation | None:
     """The run's last evaluation, if it asked the rows that its recipe sets aside; None where it asked a file's."""
     kept = read_evaluation(run_dir)
     return kept if kept is not None and kept.source == own_rows(resolved_recipe(run_dir)) else None
+
+
+def _is_of(kept: Evaluation, rows: int) -> bool:
+    """Whether an evaluation asked this many rows, and says of each what it was."""
+    is_known = bool(kept.row_losses) and all(row.content for row in kept.row_losses)
+    return is_known and kept.rows == min(rows, kept.rows_held_out)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -117,19 +129,41 @@ def trained_parameters(run_dir: RunDir) -> int:
     return total
 
 
-def _require_same_rows(runs: Sequence[ComparedRun]) -> None:
-    first = runs[0]
-    for other in runs[1:]:
-        if _rows_of(other.evaluation) != _rows_of(first.evaluation):
-            message = (
-                f"was asked {other.evaluation.rows} {other.evaluation.source} that are not those of {first.run} (a "
-                "share of the training rows is drawn by the seed; data.validation_seed keeps it); name the same rows "
-                "for all of them, on which none was trained, with --data FILE"
-            )
-            raise InputError(Problem(other.run, message))
+def _require_same_rows(
+    runs: Sequence[RunDir],
+    kept: Sequence[Evaluation | None],
+    rows: int,
+    data_file: Path | None,
+    accepted: tuple[str, ...],
+) -> None:
+    """Rows are the same where they say the same and as many of their tokens are scored, in whatever files they stand.
+
+    Raises:
+        InputError: the runs were asked, or would be asked, different rows.
+    """
+    asked = [
+        asked_rows(run_dir, rows=rows, data_file=data_file, accepted=accepted)
+        if evaluation is None
+        else [(row.content, row.tokens) for row in evaluation.row_losses]
+        for run_dir, evaluation in zip(runs, kept, strict=True)
+    ]
+    for run_dir, found in zip(runs, asked, strict=True):
+        if found != asked[0]:
+            raise _other_rows(str(run_dir.path), str(runs[0].path), len(found))
 
 
-def _rows_of(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """The rows by their places and sizes; questions and expected answers by their text."""
-    losses = [(Path(one.place).name, str(one.tokens)) for one in evaluation.row_losses]
-    return [*losses, *((one.request, one.expected) for one in evaluation.comparisons)]
+def _require_same_questions(runs: Sequence[ComparedRun]) -> None:
+    """Also what is taken for a row's question and its answer is the same: a template may cut them otherwise."""
+    first, *others = ([(one.request, one.expected) for one in run.evaluation.comparisons] for run in runs)
+    for run, found in zip(runs[1:], others, strict=True):
+        if found != first:
+            raise _other_rows(run.run, runs[0].run, run.evaluation.rows)
+
+
+def _other_rows(run: str, first: str, rows: int) -> InputError:
+    message = (
+        f"its {rows} held-out rows are not those of {first} (a share of the training rows is drawn by the seed; "
+        "data.validation_seed keeps it); name the same rows for all of them, on which none was trained, with --data "
+        "FILE"
+    )
+    return InputError(Problem(run, message))

@@ -4,6 +4,8 @@ Every row is asked as the model saw it in training: the prompt is what stands be
 answer that is expected is that answer.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from qtune.run.records import plain, read_record, write_record
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.free_text import TextScore, is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate
-from qtune.tuned.load import load_untuned, with_adapter
+from qtune.tuned.load import load_reader, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded, require_embeddings
 
@@ -75,6 +77,8 @@ class RowLoss:
     tokens: int
     base: float
     tuned: float
+    content: str = ""
+    """What the row says, as `content_of` names it; none in files of older versions."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,12 @@ def evaluate(
     data_file: Path | None = None,
     max_new_tokens: int = 512,
     accepted: Sequence[str] = (),
+    replaces_larger: bool = True,
 ) -> Evaluation:
     """Asks both models `rows` held-out rows, spread evenly over all of them, and writes eval.json into the run.
 
-    accepted: kinds of drift (`run.drift`) that it goes on with.
+    accepted: kinds of drift (`run.drift`) that it goes on with. replaces_larger: whether it is also written where an
+    evaluation of more rows is kept.
 
     The base model is asked before the adapter is attached, so that nothing of it can be left on.
 
@@ -183,19 +189,55 @@ def evaluate(
             for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
         ),
         row_losses=tuple(
-            RowLoss(place, tokens, before / tokens, after / tokens)
-            for place, tokens, before, after in zip(
-                examples["place"], examples["scored"], base_losses, tuned_losses, strict=True
+            RowLoss(place, tokens, before / tokens, after / tokens, content_of(conversation))
+            for place, tokens, before, after, conversation in zip(
+                examples["place"],
+                examples["scored"],
+                base_losses,
+                tuned_losses,
+                examples["conversation"],
+                strict=True,
             )
             if tokens
         ),
     )
+    kept = None if replaces_larger else read_evaluation(run_dir)
+    if kept is not None and kept.rows > evaluation.rows:
+        console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
+        return evaluation
     try:
         run_dir.require_there()
         write_record(run_dir.eval_file, evaluation)
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation
+
+
+def asked_rows(
+    run_dir: RunDir, *, rows: int, data_file: Path | None = None, accepted: Sequence[str] = ()
+) -> list[tuple[str, int]]:
+    """What `evaluate` would ask with the same arguments, without any weight loaded: of each row that has a scored
+    token, what it says (`content_of`) and how many of its tokens are scored.
+
+    Raises:
+        RunError, DataError: as `evaluate`.
+    """
+    parts = _parts(resolved_recipe(run_dir), data_file)
+    recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)
+    _, held_out = held_out_rows(recipe, tokenizer, run_dir.path, data_file)
+    chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "scored"])
+    return [(content_of(row["conversation"]), row["scored"]) for row in chosen if row["scored"]]
+
+
+def content_of(conversation: str) -> str:
+    """A name for what a row says, wherever it stands: the start of the SHA-256 of its turns and tools.
+
+    A system message may be the recipe's, of which the rows are no others.
+    """
+    value = Conversation.from_json(conversation)
+    turns = [message for message in value.messages if message["role"] != "system"]
+    text = json.dumps([turns, value.tools], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _parts(recipe: Recipe, data_file: Path | None) -> tuple[str, ...]:

@@ -41,16 +41,27 @@ def load_untuned(
     Raises:
         RunError, ModelError: the run's files or its base model cannot be read, or are not what was trained with.
     """
+    recipe, plan, tokenizer = load_reader(run_dir, device, accepted=accepted, parts=parts)
+    network = load_base(recipe.model, recipe.quantization, plan)
+    return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
+
+
+def load_reader(
+    run_dir: RunDir, device: Device | None = None, *, accepted: Sequence[str] = (), parts: Sequence[str] = ()
+) -> tuple[Recipe, Plan, PreTrainedTokenizerBase]:
+    """What rows are read with, before any weight is: the run's recipe, its plan, and its tokenizer with its template.
+
+    Raises:
+        RunError, ModelError: as `load_untuned`, whose arguments these are.
+    """
     quiet_loading()
     recipe = resolved_recipe(run_dir)
     device = device or present_device()
-    plan = make_plan(recipe, device)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path)
     require_same_base(run_dir, recipe, tokenizer, template.text, accepted, device=device, parts=parts)
     tokenizer.chat_template = merging_template(template, recipe.data).of_tokenizer
-    network = load_base(recipe.model, recipe.quantization, plan)
-    return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
+    return recipe, make_plan(recipe, device), tokenizer
 
 
 def with_adapter(untuned: LoadedRun) -> LoadedRun:
