@@ -233,8 +233,8 @@ def run(
     if processes is not None and processes > 1 and launched().processes > 1:
         raise typer.BadParameter("a launcher has started this process already; --processes is for running without one")
     if prove:
-        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
-            others = "no --set, --allow, --memory-snapshot or --hash-weights"
+        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights or seeds > 1:
+            others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
         import_libraries()

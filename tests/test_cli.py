@@ -185,7 +185,9 @@ def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
     assert names - own == set(CONFLICTS["--verify-only"])
 
 
-@pytest.mark.parametrize("option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"]])
+@pytest.mark.parametrize(
+    "option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"], ["--seeds", "3"]]
+)
 def test_a_proof_refuses_options_that_it_would_ignore(option: list[str], tmp_path: Path) -> None:
     asked = CliRunner().invoke(cli.app, ["run", str(tmp_path), "--resume", "--prove", *option])
     assert asked.exit_code == 2

@@ -164,8 +164,11 @@ def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_na
     scored = int((batch["labels"] != IGNORED).sum())
     # As many as a step's, where these wait for one another.
     trainer.expected = trainer.micro_batches_together
+    if not trainer.goes_together(model, batch):
+        trainer.expected = 1
+    tokens = torch.tensor(max(1, trainer.expected * scored), device=model.device)
     for _ in range(trainer.expected):
-        loss: Tensor = trainer.training_step(model, dict(batch), torch.tensor(max(1, scored), device=model.device))
+        loss: Tensor = trainer.training_step(model, dict(batch), tokens)
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
             f"the loss of the heaviest batch is {float(loss)} before any weight was changed: no learning rate has done "
