@@ -21,6 +21,7 @@ from qtune.adapter.state import STATE_FILE
 from qtune.errors import RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.run import manifest
+from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
@@ -29,7 +30,7 @@ from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole
 from qtune.training.proof import _pairs, prove
-from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_tree, save_tree
+from qtune.training.saved_state import RANDOM, SCHEDULE, load_tree, save_tree
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate
 
