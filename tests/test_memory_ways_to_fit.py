@@ -139,7 +139,7 @@ def layers_cost(config: object, recipe: Recipe, plan: Plan, longest: Longest | N
     """`timed_sum` in which half of the weights can wait on the host, for a lot of time."""
     found = timed_sum(config, recipe, plan, longest)
     if plan.layers == "host":
-        found.need = replace(found.need, lasting_bytes=found.need.lasting_bytes - 500 * MIB)
+        found.need = replace(found.need, traced_bytes=found.need.traced_bytes - 500 * MIB)
         found.work += 100.0
     return found
 

@@ -106,7 +106,8 @@ def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
     if (folder / ADAPTER_FILE).is_file():
         parts.append(
             f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of "
-            f"`{source.base_in_public}`. On weights that are quantized otherwise than in training (see below) it answers a little differently.\n"
+            f"`{source.base_in_public}`. On weights that are quantized "
+            "otherwise than in training (see below) it answers a little differently.\n"
         )
     return parts
 
