@@ -8,9 +8,10 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
+from qtune.startup.launched import launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -65,6 +66,8 @@ MOST_TOKENS = 16_777_216
 MOST_SEEDS = 100
 """Runs of one command."""
 MOST_ROWS = 1_000_000
+MOST_PROCESSES = 64
+"""Of one computer: more cards than any has."""
 RUNS = Path("runs")
 """The default of output.directory."""
 
@@ -95,11 +98,13 @@ def _agree(of: "RunDir | Resolved") -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if launched().processes > 1 and context.invoked_subcommand != "run":
+        raise InputError(Problem("WORLD_SIZE", "only qtune run shares its work out; start this without a launcher"))
 
 
 @app.command(rich_help_panel="Prepare")
@@ -188,6 +193,16 @@ def run(
             "--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Train N runs: training.seed, and the seeds after it."
         ),
     ] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            min=1,
+            max=MOST_PROCESSES,
+            help="Share the rows of each step among N processes of this computer, each with a card of its own.",
+        ),
+    ] = None,
     prove: Annotated[
         bool,
         typer.Option("--prove", help="With --resume RUN: repeat its last steps and compare the parameters bit by bit."),
@@ -201,7 +216,9 @@ def run(
     what else would make another run is refused. A base, rows or libraries that are not what the run began with stop it,
     unless --accept-drift names what may differ. Runs of 50 steps or more are rehearsed first (training.rehearse).
     With --seeds, the runs NAME-seed42, NAME-seed43 … and the spread of their losses, which is what chance does to one.
+    Under torchrun or accelerate launch, or with --processes, several processes share the rows of each step.
     """
+    from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir
@@ -209,9 +226,15 @@ def run(
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     accepted = tuple(accept_drift or ())
+    shared = max(processes or 1, launched().processes)
+    if shared > 1 and (prove or seeds > 1):
+        which = "--prove" if prove else "--seeds"
+        raise typer.BadParameter(f"{which} is for one process; start it without a launcher and without --processes")
+    if processes is not None and processes > 1 and launched().processes > 1:
+        raise typer.BadParameter("a launcher has started this process already; --processes is for running without one")
     if prove:
-        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
-            others = "no --set, --allow, --memory-snapshot or --hash-weights"
+        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights or seeds > 1:
+            others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
         import_libraries()
@@ -229,11 +252,16 @@ def run(
             resumed_recipe(run_dir, changes)
     else:
         resolved = load_recipe(find_recipe(target), changes or ())
+        share_of(resolved.recipe.training.batch_size, shared)
         if accepted and resolved.recipe.adapter.start_from is None:
             raise typer.BadParameter(
                 "--accept-drift goes with --resume, or with a recipe whose adapter.start_from names a run: a new run "
                 "depends on nothing that could have changed"
             )
+    if processes is not None and processes > 1:
+        from qtune.training.launch import launch
+
+        raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
     import_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
@@ -255,7 +283,21 @@ def run(
         run_dir = train.run(
             resolved, tuple(allow or ()), snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
         )
-    _end_run(run_dir)
+    if launched().is_leader:
+        _end_run(run_dir)
+
+
+def _without_processes(words: list[str]) -> list[str]:
+    """The words of a command without --processes N or --processes=N."""
+    kept: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--processes":
+            words.pop(0)
+        elif not word.startswith("--processes="):
+            kept.append(word)
+    return kept
 
 
 def _run_seeds(
@@ -765,6 +807,10 @@ def profile(
     length: Annotated[
         int | None, typer.Option("--length", min=1, max=MOST_TOKENS, help="Tokens of the longest row.")
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", metavar="N", min=1, max=MOST_PROCESSES, help="So many such cards share each step."),
+    ] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Also trace what each technique saves.")] = False,
     savings: Annotated[bool, typer.Option("--savings/--no-savings", help="Compare with the usual ways.")] = True,
     timeline: Annotated[
@@ -784,7 +830,7 @@ def profile(
         require_writable(timeline, "--timeline")
     _refuse_two_cards(gpu, vram)
     is_run = Path(target).is_dir()
-    others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length}
+    others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length, "--processes": processes > 1}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.recipe.file import load_recipe
@@ -803,7 +849,7 @@ def profile(
     if isinstance(of, RunDir):
         name, prediction = _profile_run(of, savings=savings, explain=explain)
     else:
-        name, prediction = _profile_recipe(of, (gpu, vram), length, savings=savings, explain=explain)
+        name, prediction = _profile_recipe(of, (gpu, vram), processes, length, savings=savings, explain=explain)
     if timeline is not None and prediction is not None:
         write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
@@ -834,12 +880,15 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
 def _profile_recipe(
     resolved: "Resolved",
     card: tuple[str | None, str | None],
+    processes: int,
     length: int | None,
     *,
     savings: bool,
     explain: bool,
 ) -> "tuple[str, Prediction]":
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
+    from dataclasses import replace
+
     from qtune.device import cards
     from qtune.memory import profile as stage
     from qtune.memory.ways_to_fit import ways_to_fit
@@ -850,7 +899,7 @@ def _profile_recipe(
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
 
-    profiled = stage.profile(resolved, cards.device_for(*card), length)
+    profiled = stage.profile(resolved, replace(cards.device_for(*card), processes=processes), length)
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))
@@ -955,6 +1004,7 @@ def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
     use_expandable_segments()
+    use_own_card()
     guard_streams()
     try:
         try:
@@ -970,6 +1020,8 @@ def main() -> None:
         # What the user asked for is no error.
         console.say(str(stopped))
         sys.exit(stopped.exit_code)
+    except LeaderEnded as error:
+        sys.exit(error.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
         sys.exit(error.exit_code)

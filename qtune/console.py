@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.control_characters import escaped_in_json, visible
+from qtune.startup.launched import launched
 
 # A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
 PLAIN_WIDTH = 120
@@ -28,12 +29,21 @@ class _SafeConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-def _console(*, stderr: bool) -> Console:
+def _console(*, stderr: bool, of_process: bool = False) -> Console:
+    """A console; of a process that follows another one it is quiet, unless what is said is `of_process` itself."""
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
     width = None if terminal else PLAIN_WIDTH
-    return _SafeConsole(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
+    return _SafeConsole(
+        file=stream,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not terminal,
+        width=width,
+        quiet=not (launched().is_leader or of_process),
+    )
 
 
 def out(result: RenderableType) -> None:
@@ -43,8 +53,9 @@ def out(result: RenderableType) -> None:
 
 def out_raw(text: str) -> None:
     """Writes streamed text to stdout without a line end and without rich; control characters become visible."""
-    sys.stdout.write(visible(text))
-    sys.stdout.flush()
+    if launched().is_leader:
+        sys.stdout.write(visible(text))
+        sys.stdout.flush()
 
 
 def out_json(value: Any) -> None:
@@ -64,9 +75,15 @@ def say(message: RenderableType) -> None:
     _console(stderr=True).print(message)
 
 
+def say_of_process(message: str) -> None:
+    """Prints to stderr what concerns this process alone, one of several, and says which it is."""
+    _console(stderr=True, of_process=True).print(Text(f"{launched()}: {message}"))
+
+
 def say_error(message: str) -> None:
-    """Prints an error to stderr: `error: ` and the message, which keeps its own lines."""
-    _console(stderr=True).print(Text.assemble(("error: ", "bold red"), message))
+    """Prints an error to stderr: `error: ` and the message, which keeps its own lines; of several processes, which."""
+    whose = "" if launched().is_leader else f"{launched()}: "
+    _console(stderr=True, of_process=True).print(Text.assemble(("error: ", "bold red"), f"{whose}{message}"))
 
 
 def live_console() -> Console:
@@ -120,7 +137,7 @@ class Bar:
 def progress(description: str, total: float | None = None) -> Iterator[Bar]:
     """Shows how far some work is: a bar on a terminal, a line for each quarter elsewhere."""
     console = live_console()
-    if not console.is_terminal:
+    if not console.is_terminal or console.quiet:
         if not total:
             say(f"{description} …")
         yield Bar(description, total)

@@ -10,6 +10,8 @@
     │   ├── GateError           the data would train on wrong labels
     │   ├── OutOfMemory         does not fit the device
     │   ├── TrainingError       training stopped
+    │   │   └── PeerLostError   another process of the run has gone
+    │   ├── LeaderEnded         of a process that follows another one, which has ended and has said why
     │   ├── ExportError         the exported model could not be written
     │   └── VerificationError   the exported model is not the trained one
     └── Interrupted     (130)   Ctrl-C; the state is saved
@@ -134,6 +136,14 @@ class OutOfMemory(WorkError):  # noqa: N818  named as its users say it
 
 class TrainingError(WorkError):
     """Training stopped before its end."""
+
+
+class PeerLostError(TrainingError):
+    """Another process of the run has gone."""
+
+
+class LeaderEnded(WorkError):  # noqa: N818  not an error of its own
+    """The leader of a run of several processes did not come to its end; there is nothing to add to what it said."""
 
 
 class ExportError(WorkError):

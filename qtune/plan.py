@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from qtune.errors import InputError, Problem
 from qtune.recipe.schema import Auto, EightBit, KeyPath, Lora, Recipe
 from qtune.sizes import size_in_bytes
 
@@ -91,11 +92,16 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         return rule[0]
 
     training, adapter = recipe.training, recipe.adapter
+    share = share_of(training.batch_size, device.processes)
     micro_batch_size = settle(
         ("training", "micro_batch_size"),
         training.micro_batch_size,
-        _micro_batch(training.batch_size, recipe.data.max_length),
+        _micro_batch(share, recipe.data.max_length),
     )
+    if micro_batch_size > share or share % micro_batch_size:
+        words = f"{micro_batch_size} is no part of the {share} rows of a step that each of {device.processes} takes"
+        micro_batch_size = max(size for size in whole_parts(share) if size <= micro_batch_size)
+        reasons["training", "micro_batch_size"] = words
     checkpointing = _checkpointing(recipe, device)
     float32: tuple[str, str] = ("float32", "small updates are not rounded away")
     return Plan(
@@ -106,7 +112,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         adapter_dtype=settle(("adapter", "dtype"), adapter.dtype, float32),
         attention=settle(("model", "attention"), recipe.model.attention, attention),
         micro_batch_size=micro_batch_size,
-        accumulation_steps=training.batch_size // micro_batch_size,
+        accumulation_steps=share // micro_batch_size,
         gradient_checkpointing=settle(
             ("training", "gradient_checkpointing"), training.gradient_checkpointing, checkpointing
         ),
@@ -120,6 +126,27 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
         reasons=reasons,
     )
+
+
+def whole_parts(batch: int) -> list[int]:
+    """The micro-batches that a batch can be made of, ascending."""
+    return [size for size in range(1, batch + 1) if batch % size == 0]
+
+
+def share_of(batch_size: int, processes: int) -> int:
+    """The rows of a step that each process takes.
+
+    Raises:
+        InputError: they would not all take as many.
+    """
+    if batch_size % processes == 0:
+        return batch_size // processes
+    below, above = batch_size - batch_size % processes, batch_size + processes - batch_size % processes
+    sizes = f"{below} or {above}" if below else f"{above}"
+    parts = [size for size in range(2, batch_size + 1) if batch_size % size == 0]
+    others = f"; or start {' or '.join(map(str, parts))} processes" if parts else ""
+    message = f"the rows of a step cannot be shared out evenly among {processes} processes; {sizes} could{others}"
+    raise InputError(Problem(f"training.batch_size = {batch_size}", message))
 
 
 def compute_dtype_rule(device: "Device") -> tuple[str, str]:

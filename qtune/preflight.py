@@ -52,6 +52,7 @@ from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir
 from qtune.sizes import gib_text, size_text
+from qtune.startup.launched import said_in
 from qtune.startup.quiet import quiet_loading
 
 log = logging.getLogger(__name__)
@@ -247,8 +248,12 @@ def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
 
 
 def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(Problem("WORLD_SIZE", "qtune trains on one card in one process; start it without a launcher"))
+    """Whoever shares work has taken the launcher's words out of the environment (`training.ranks`)."""
+    said = said_in(os.environ)
+    if isinstance(said, str):
+        raise InputError(Problem("", said))
+    if said.processes > 1:
+        raise InputError(Problem("WORLD_SIZE", "only qtune run shares its work out; start this without a launcher"))
 
 
 def _require_whole_base(model: Model, config: PretrainedConfig) -> None:

@@ -3,7 +3,8 @@
     cc -O1 -shared -fPIC -o failing_disk.so tests/failing_disk.c -ldl
     LD_PRELOAD=./failing_disk.so python tests/failing_disk.py FOLDER run:EIO:1 export:ENOSPC:7:3
 
-VERB:ERROR:EVERY:START refuses every operation in turn, or every seventh from the third on. A process of its own, for
+VERB:ERROR:EVERY:START refuses every operation in turn, or every seventh from the third on; VERB:EROFS:cache all of
+them below FOLDER/world/cache. A process of its own, for
 `failing_disk.c` must be there before every other library; its caches and temporary files must be in FOLDER/world
 (`test_disk_everywhere.py` sets them). A line of JSON for each: the number of operations, how many were refused in turn,
 and a sentence for each that did not end as it should. "EIO" refuses one operation; "ENOSPC" that one and all after it,
@@ -286,6 +287,21 @@ def tried(folder: Path, name: str, number_name: str, every: int, start: int) -> 
     return {"verb": name, "error": number_name, "operations": whole.operations, "tried": len(places), "bad": bad}
 
 
+def read_only(folder: Path, name: str, number_name: str, place: str) -> dict[str, object]:
+    """A verb where nothing can be written below a place of the world, its cache or its home: what has come of it."""
+    world, kept, case = folder / "world", folder / "kept", CASES[name]
+    number = getattr(errno, number_name)
+    restore(world, kept)
+    before = contents(world / place)
+    ended = qtune(world / place, *case.arguments(world), first=1, number=number)
+    wrote = contents(world / place) != before
+    said = "something was written all the same" if wrote else fault_of(ended, os.strerror(number))
+    said = said or case.holds(world, kept, ended)
+    bad = [] if said is None else [f"exit code {ended.code}: {said}"]
+    message = ended.said.partition("error: ")[2].replace(str(world), "").strip()
+    return {"verb": name, "place": place, "code": ended.code, "said": message, "bad": bad}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     world, kept = folder / "world", folder / "kept"
@@ -294,6 +310,9 @@ def main() -> None:
         shutil.copytree(world, kept, symlinks=True)
     for asked in sys.argv[2:]:
         name, number_name, every, *start = asked.split(":")
+        if not every.isdigit():
+            print(json.dumps(read_only(folder, name, number_name, every)), flush=True)
+            continue
         print(json.dumps(tried(folder, name, number_name, int(every), int(start[0]) if start else 1)), flush=True)
 
 

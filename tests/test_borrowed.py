@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import socket
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 
 import qtune
 from qtune.memory.tracing.fake_tensors import RememberingMode
+from qtune.network import offline_datasets
 from qtune.startup.safe_bitsandbytes import wrong_kernels
 
 PACKAGE = Path(qtune.__file__).parent
@@ -651,6 +653,20 @@ def the_copied_arithmetic_of_four_bits_is_the_librarys() -> None:
 
 
 # --- datasets, tomlkit ---------------------------------------------------------------------------------------------
+
+
+@borrowed("datasets", "HF_HUB_OFFLINE", files=("network.py",))
+def datasets_ask_nobody_once_they_are_told_to_be_offline() -> None:
+    """No public way after the import; the variable itself is documented."""
+    before = socket.socket.connect
+    try:
+        socket.socket.connect = None  # type: ignore[assignment, method-assign]
+        with offline_datasets():
+            assert datasets.config.HF_HUB_OFFLINE
+            with pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):
+                datasets.load_dataset("nobody/has-this")
+    finally:
+        socket.socket.connect = before  # type: ignore[method-assign]
 
 
 @borrowed("datasets", "_fingerprint", files=("data/packing.py", "data/sources.py"))

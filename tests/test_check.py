@@ -281,13 +281,15 @@ def test_a_trace_that_fails_does_not_hide_what_is_wrong(write_recipe, rows_file,
     assert "no such file" in str(ended.exception)
 
 
-def test_where_a_step_does_not_fit_all_remedies_are_shown_with_the_lines_that_fit(write_recipe) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_where_memory_is_short_all_remedies_are_shown_with_the_lines_that_fit(write_recipe) -> None:
     training = "batch_size = 4\nmicro_batch_size = 4\ngradient_checkpointing = false"
     recipe = write_recipe(training=f'{training}\n[memory]\nbudget = "1MiB"')
     result = examined(recipe)
+    assert not isinstance(result.memory, str), result.memory
     assert result.ways is not None
     ways = json.loads(result.to_json())["ways_to_fit"]
-    assert any(way["changes"] == {"training.micro_batch_size": 1} for way in ways["single"])
+    assert any(way["changes"].get("training.micro_batch_size", 4) < 4 for way in ways["single"])
     shown = screen(result)
     assert "What would make it fit" in shown
     assert 'training.optimizer = "adamw-8bit"' in shown

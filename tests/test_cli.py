@@ -185,7 +185,9 @@ def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
     assert names - own == set(CONFLICTS["--verify-only"])
 
 
-@pytest.mark.parametrize("option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"]])
+@pytest.mark.parametrize(
+    "option", [["--allow", "x"], ["--memory-snapshot"], ["--hash-weights"], ["--set", "a.b=1"], ["--seeds", "3"]]
+)
 def test_a_proof_refuses_options_that_it_would_ignore(option: list[str], tmp_path: Path) -> None:
     asked = CliRunner().invoke(cli.app, ["run", str(tmp_path), "--resume", "--prove", *option])
     assert asked.exit_code == 2
@@ -235,3 +237,12 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     assert done.output.strip() == str(tmp_path / "run")
     assert len(agreed) == 1
     assert agreed == [tmp_path / "run"]
+
+
+def test_a_verb_that_shares_no_work_refuses_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refused = run_qtune("list")
+    assert refused.returncode == 2
+    said = "error: WORLD_SIZE: only qtune run shares its work out; start this without a launcher\n"
+    assert refused.stderr == said

@@ -8,19 +8,23 @@ import random
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qtune.data import sources
 from qtune.data.files import COMPRESSIONS, ROW_KINDS, DataFile, Progress, data_files
 from qtune.data.rows import BadRow, Row, read_rows
 from qtune.data.sources import Source
 from qtune.errors import DataError
+from qtune.recipe.schema import Data
 
 ROWS = [{"question": "Où est le café ?", "answer": 'Là-bas,\n"à droite".'}, {"question": "a, b\tc", "answer": "🙂"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -330,3 +334,17 @@ def test_a_number_beyond_any_float_is_not_read_as_infinity(tmp_path):
         (tmp_path / name).write_text('{"text": "a", "n": 1e999}\n')
         (bad,) = rows_of(tmp_path / name)
         assert "the number 1e999 is larger than any float" in bad.message
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_one_sentence_and_nobody_is_asked_twice(monkeypatch) -> None:
+    """Its library would ask six times, waiting longer each time."""
+    monkeypatch.setattr(sources, "is_reachable", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    with pytest.raises(DataError) as caught:
+        sources.find_sources("hub:nobody/has-this", Data(train="hub:nobody/has-this"), Path())
+    assert str(caught.value) == (
+        "hub:nobody/has-this[train]: is not on this computer, and the hub cannot be reached; "
+        "rows can also be a local file or folder"
+    )
+    assert not constants.HF_HUB_OFFLINE

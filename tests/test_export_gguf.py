@@ -10,7 +10,7 @@ import pytest
 import torch
 from chat_families import FAMILIES as CHAT_FAMILIES
 from chat_families import tokenizer_of
-from export_models import some_ids, tiny_base, tiny_run, tiny_tokenizer
+from export_models import CHATML, some_ids, tiny_base, tiny_run, tiny_tokenizer
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -286,6 +286,17 @@ def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_gguf_without_a_modelfile_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.jinja").write_text('{# """ #}' + CHATML)
+    run = tiny_run(tmp_path, data=f'chat_template = "{tmp_path / "own.jinja"}"')
+    folder = export_run(run, Options(gguf="f16", verify=False))
+    assert not (folder / "Modelfile").exists()
+    said = capsys.readouterr().err
+    assert 'no Modelfile for Ollama: a text with """ cannot stand in a Modelfile' in said
+    assert "llama-server" in said
+    assert "ollama create" not in said
+
+
 def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(gguf="f16"))
     proven = read_proof(folder).gguf

@@ -24,6 +24,7 @@ ROOMS = (
     "spelling",
     "whole",
     "lfs",
+    "network",
     "recipe",
     "device",
     "data",

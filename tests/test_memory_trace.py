@@ -1,5 +1,6 @@
 """The trace is the step that runs: a real one's bytes on the CPU."""
 
+import gc
 from functools import partial
 
 import numpy
@@ -63,6 +64,7 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     handles = follow_modules(ledger, model)
     with ledger:
         forward_backward(model, step, ledger)
+        gc.collect()  # prefix-tuning's cache is in a cycle, and dies when Python gets to it
         update(model, step, optimizer, ledger)
     for handle in handles:
         handle.remove()

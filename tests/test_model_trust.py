@@ -1,6 +1,7 @@
 """Python code that comes with a model runs where somebody at this computer has agreed to it, and nowhere else."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,6 @@ def test_other_code_under_the_same_name_is_asked_again(run: RunDir, ran: Path) -
 
 
 def test_the_same_code_in_another_folder_is_agreed_to(run: RunDir, tmp_path: Path) -> None:
-    import shutil
-
     base = tmp_path / "base"
     grant_for(str(base), None)
     shutil.copytree(base, tmp_path / "moved")
@@ -185,8 +184,6 @@ def test_a_model_that_is_talked_to_alone_runs_no_code_that_nobody_agreed_to(run:
 
 
 def test_consent_to_a_hub_model_is_to_one_commit(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     from huggingface_hub import constants
 
     from qtune.model.trust import is_granted, trusted_revision
@@ -228,3 +225,33 @@ def test_a_folder_that_names_code_of_another_repository_is_refused_by_name(
     with pytest.raises(ModelError, match=said):
         load_config(Model(base=str(base), trust_remote_code=True))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_hub_model_that_names_code_of_a_second_repository_is_refused_with_both_names(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Consent is to a commit of the first; the second would be taken as it is on that day."""
+    from huggingface_hub import constants
+
+    from qtune.model.trust import trusted_revision
+
+    hub, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    shutil.copytree(tmp_path / "base", hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = hub / "snapshots" / commit / name
+    before = json.loads(file.read_text())
+
+    def naming(reference: str) -> None:
+        file.write_text(json.dumps(before | {"auto_map": {"AutoTokenizer": [None, reference]}}))
+
+    naming("owner/name--modeling_own.OwnForCausalLM")  # its own, at its own commit
+    grant_for("owner/name", None)
+    assert trusted_revision("owner/name", None) == commit
+    naming("other/code--modeling_own.OwnForCausalLM")
+    said = rf"owner/name, {name}: its auto_map imports 'other/code--modeling_own.OwnForCausalLM', code of another"
+    for ask in (trusted_revision, grant_for):
+        with pytest.raises(ModelError, match=said):
+            ask("owner/name", None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qtune.device.present import Device, present_device
+from qtune.errors import InputError
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
@@ -143,3 +144,28 @@ def test_the_device_that_is_here_is_what_torch_sees() -> None:
     assert device.kind == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.zeros(1, device=device.torch_name).device.type == device.kind
     assert 0 < device.free_bytes <= device.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "rows", "times"), [(1, 4, 4, 4), (2, 4, 4, 2), (4, 8, 4, 1), (16, 4, 1, 1)]
+)
+def test_processes_share_the_rows_of_a_step(processes: int, given: int, rows: int, times: int) -> None:
+    several = replace(AMPERE, processes=processes)
+    plan = make_plan(recipe(training={"batch_size": 16, "micro_batch_size": given}), several)
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (rows, times)
+    assert plan.micro_batch_size * plan.accumulation_steps * processes == 16
+    reason = plan.reasons.get(("training", "micro_batch_size"))
+    assert reason == (
+        None
+        if given == rows
+        else f"{given} is no part of the {16 // processes} rows of a step that each of {processes} takes"
+    )
+
+
+def test_a_step_that_cannot_be_shared_out_evenly_is_refused_with_the_ways_out() -> None:
+    with pytest.raises(InputError) as refused:
+        make_plan(recipe(training={"batch_size": 6}), replace(AMPERE, processes=4))
+    assert str(refused.value) == (
+        "training.batch_size = 6: the rows of a step cannot be shared out evenly among 4 processes; 4 or 8 could; or "
+        "start 2 or 3 or 6 processes"
+    )

@@ -188,12 +188,13 @@ def test_the_gate_speaks_when_the_input_is_right(write_recipe: WriteRecipe) -> N
     examine(load_recipe(resolved.file, ["data.max_length=20"]).allowing(["too-long"])).require()
 
 
-def test_a_launcher_is_refused_by_both(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    resolved = load_recipe(write_recipe())
-    for verb in (train.run, lambda resolved: check(resolved).require()):
-        with pytest.raises(InputError, match="WORLD_SIZE: qtune trains on one card in one process"):
-            verb(resolved)
+def test_a_launcher_is_refused_where_no_work_is_shared(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="WORLD_SIZE: only qtune run shares its work out; start this without a"):
+        check(load_recipe(write_recipe())).require()
 
 
 def test_a_run_that_goes_on_meets_the_same_preflight(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtune.recipe.rates import FASTEST_LORA, doubtful_rate
+from qtune.recipe.rates import FASTEST_LORA, _rounded_down, doubtful_rate
 from qtune.recipe.schema import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
 
 PROMPT = PromptTuning(kind="prompt-tuning")
@@ -16,7 +16,8 @@ PROMPT = PromptTuning(kind="prompt-tuning")
         (Lora(), 2e-4),
         (Lora(), 1e-3),  # the quickstart's
         (Lora(rank=64, alpha=16), 2e-4),  # QLoRA's
-        (Lora(rank=256, alpha=32), 2e-4),
+        (Lora(rank=256, alpha=512), 2e-4),  # learned, where it was tried
+        (Lora(), 1e-2),  # too
         (Lora(rank=64, alpha=16, rslora=True), 2e-4),
         (PROMPT, 3e-2),
         (PROMPT, 1e-3),
@@ -37,7 +38,7 @@ def test_a_rate_at_which_a_prompt_does_not_move_is_said_with_its_source() -> Non
     )
 
 
-@pytest.mark.parametrize(("rank", "alpha", "rate"), [(256, 512, 2e-4), (16, 32, 1e-2), (16, 1024, 2e-4)])
+@pytest.mark.parametrize(("rank", "alpha", "rate"), [(256, 512, 4e-3), (16, 32, 5e-2), (16, 1024, 2e-3)])
 def test_a_rate_at_which_a_lora_s_first_steps_are_too_large_is_said_with_one_that_is_not(
     rank: int, alpha: int, rate: float
 ) -> None:
@@ -45,6 +46,14 @@ def test_a_rate_at_which_a_lora_s_first_steps_are_too_large_is_said_with_one_tha
     assert said is not None
     largest = float(said.rpartition("at most ")[2].partition(",")[0])
     assert doubtful_rate(Lora(rank=rank, alpha=alpha), largest) is None
+
+
+@pytest.mark.parametrize("digit", range(1, 10))
+@pytest.mark.parametrize("power", range(-9, 3))
+def test_a_rate_of_one_digit_is_advised_as_it_is(digit: int, power: int) -> None:
+    value = float(f"{digit}e{power}")
+    assert _rounded_down(value) == value
+    assert _rounded_down(1.05 * value) == value
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 32), (256, 512), (64, 16)])

@@ -35,7 +35,16 @@ from qtune.report.rows import rows_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
 from qtune.run.memory import RunMemory, write_memory
-from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, append_metric, seconds_of
+from qtune.run.metrics import (
+    AnswersRecord,
+    EvalRecord,
+    Metric,
+    NoteRecord,
+    SampleAnswer,
+    TrainRecord,
+    append_metric,
+    seconds_of,
+)
 from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
 from qtune.tuned.evaluate import Comparison, Evaluation, Score
@@ -168,7 +177,10 @@ def tell(run_dir: RunDir, *records: Metric) -> None:
 def finish(run_dir: RunDir) -> None:
     """Everything that verbs write into a run."""
     validation = EvalRecord(step=10, steps=10, epoch=1.0, loss=0.75, accuracy=0.8, seconds=11.0)
-    tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation)
+    long = "a" * 300  # a word that is wider than any screen
+    said = SampleAnswer("rows:7", f"What is {long}?", "yes", ATTACK)
+    answers = (AnswersRecord(step, 10, 0.1 * step, 11.0, (said,)) for step in (5, 10))
+    tell(run_dir, *map(train_record, range(1, 11)), NoteRecord("stopped and resumed", 10.0), validation, *answers)
     write_memory(run_dir, RunMemory(measured=MEASURED))
     write_record(run_dir.eval_file, EVALUATION)
     write_lock(run_dir, Lock(packages={"torch": "2.13.0"}, device=LockedDevice("CPU, 2 threads")))
@@ -314,6 +326,7 @@ def test_every_part_has_its_heading(drawn):
     assert drawn.texts["h2"] == [
         "Base against tuned",
         "Training",
+        "What it answered while it trained",
         "Rows as the model sees them",
         "Memory",
         "Exported models",
@@ -460,10 +473,8 @@ def test_steps_that_stand_out_are_marked_in_both_charts_and_named_in_their_legen
     run_dir = make_run(tmp_path)
     for step in range(1, 1001):  # more than a chart has room for: the line is of means, the mark where the step was
         outlier = "the loss 90 is 9.0 standard deviations above" if step == 501 else None
-        tell(
-            run_dir,
-            train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=skipped and bool(outlier)),
-        )
+        left_out = skipped and outlier is not None
+        tell(run_dir, train_record(step, loss=90.0 if outlier else 2.0, outlier=outlier, skipped=left_out))
     page = write_report(run_dir).read_text(encoding="utf-8")
     name = "stands out, 6 σ above the last 128" + ", and is skipped" * skipped
     assert page.count(f"</svg>{name}</span>") == 2
@@ -481,7 +492,9 @@ def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
 
 @pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n"]
+    "damage",
+    ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n", "[" * 100_000],
+    ids=["cut", "a list", "other types", "no text", "a nest"],
 )
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name, damage):
     run_dir = make_run(tmp_path)

@@ -284,6 +284,25 @@ def test_where_rows_are_not_known_a_step_is_said_and_no_run() -> None:
     assert time_of(tiny(), recipe, replace(found, plan=make_plan(recipe, described(24)))) is None
 
 
+def test_processes_that_share_a_step_take_less_of_it_each_and_add_up_their_gradients() -> None:
+    recipe = recipe_with(training={"batch_size": 8, "micro_batch_size": 1, "gradient_checkpointing": True})
+    card, rows = card_named("H100").device(), Rows(Longest(128), "told")
+    alone, four = (forecast(tiny(), recipe, replace(card, processes=count), rows) for count in (1, 4))
+    assert (alone.plan.accumulation_steps, four.plan.accumulation_steps) == (8, 2)
+    assert four.prediction.peak == alone.prediction.peak, "each holds the whole base, and as many rows at once"
+    one, shared = time_of(tiny(), recipe, alone), time_of(tiny(), recipe, four)
+    assert one is not None
+    assert shared is not None
+    # In a ring of four each card sends every gradient one and a half times.
+    rates = data_sheet_rates(card_named("H100"))
+    gradients = max(four.prediction.timeline["gradients"])
+    assert gradients > 0
+    assert (one.between_seconds, shared.between_seconds) == (0.0, pytest.approx(1.5 * gradients / rates.host_link))
+    assert shared.step_seconds < one.step_seconds
+    assert "4 processes, each with such a device; " in "\n".join(lines(shared))
+    assert "processes" not in "\n".join(lines(one))
+
+
 # --- on the screen ----------------------------------------------------------------------------------------------------
 
 

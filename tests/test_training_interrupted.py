@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import WriteRecipe
 from test_training_train import Killed, latest_run, run
+from transformers import TrainerState
 
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import Failure, Interrupted, RunError, TrainingError
@@ -100,10 +101,10 @@ def test_a_save_that_was_killed_before_its_manifest_is_removed_and_a_lost_manife
 ) -> None:
     original = training_trainer.seal
 
-    def killed(folder: Path, step: int) -> None:
+    def killed(folder: Path, step: int, **more: object) -> None:
         if step == 3:
             raise Killed
-        original(folder, step)
+        original(folder, step, **more)
 
     recipe = write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1")
     with monkeypatch.context() as patch:
@@ -185,3 +186,32 @@ def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path:
     ]
     for text in said:
         assert shlex.split(text.rpartition(": ")[2]) == ["qtune", "run", "--resume", str(run_dir.path)]
+
+
+@pytest.mark.parametrize("logs", ["log_every = 1", "log_every = 100"], ids=["seen by a record", "seen by a checkpoint"])
+@pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "removed"])
+def test_a_run_whose_folder_vanishes_ends_in_a_sentence_and_makes_no_other(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: str, is_moved: bool
+) -> None:
+    recipe = write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1\n{logs}")
+    elsewhere = tmp_path / "elsewhere"
+
+    def vanish(_: object, __: object, state: TrainerState, ___: object, **____: object) -> None:
+        if state.global_step == 2:
+            folder = latest_run(recipe).path
+            folder.rename(elsewhere) if is_moved else shutil.rmtree(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerPhase, "on_pre_optimizer_step", vanish)
+        with pytest.raises(TrainingError) as caught:
+            run(recipe)
+    said = str(caught.value)
+    assert str(tmp_path / "runs" / "tiny") in said
+    assert "is no longer there" in said
+    assert list((tmp_path / "runs").iterdir()) == [], "a folder without a recipe is no run"
+    if is_moved:  # what was saved until then goes on where it is now
+        assert [path.name for path in complete_checkpoints(elsewhere / "checkpoints")] == [
+            "checkpoint-1",
+            "checkpoint-2",
+        ]
+        assert train.resume(RunDir.open(elsewhere)).is_finished

@@ -1,5 +1,6 @@
 """Sample answers: at each evaluation, kept beside the losses, and without any trace in what is trained."""
 
+import contextlib
 import json
 import random
 from contextlib import nullcontext, suppress
@@ -117,6 +118,18 @@ def test_an_answer_that_fails_is_said_once_and_ends_no_run(
     ]
 
 
+def test_what_a_model_draws_while_it_answers_or_fails_changes_no_number_that_training_draws() -> None:
+    def state() -> tuple[object, list[int], list[int]]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+
+    before = state()
+    with contextlib.suppress(RuntimeError), sample_answers._numbers_kept(torch.device("cpu")):
+        random.random(), np.random.rand(), torch.rand(1)
+        assert state() != before
+        raise RuntimeError
+    assert state() == before
+
+
 def test_the_time_of_all_answers_is_bounded_and_a_stopped_one_says_so(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -128,6 +141,9 @@ def test_the_time_of_all_answers_is_bounded_and_a_stopped_one_says_so(tiny_model
     assert [list(one.ids) for one in cut] == generate(model, prompts, [9, 9], endless)
     over = answers_to(model, prompts, [9, 9], endless, seconds=1e-9)
     assert all(len(one.ids) <= 1 and not one.is_whole for one in over)
+    # Those that come later are begun as well, however little time is left.
+    apart = answers_to(model, prompts, [9, 9], endless, seconds=1e-9, batch_tokens=1)
+    assert [len(one.ids) for one in apart] == [1, 1]
     first = cut[0].ids[0]
     ended = answers_to(model, prompts[:1], [9], Ends((first,), 0))
     assert [(one.ids, one.is_whole) for one in ended] == [((), True)]
@@ -210,7 +226,7 @@ def test_a_row_whose_prompt_leaves_no_position_is_not_asked_and_others_end_where
 @pytest.mark.parametrize("fails", [False, True])
 def test_numbers_are_as_before_also_when_an_answer_fails(fails: bool) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    with suppress(ValueError), sample_answers._numbers_kept(SimpleNamespace(device=torch.device("cpu"))):
+    with suppress(ValueError), sample_answers._numbers_kept(torch.device("cpu")):
         random.random()
         np.random.rand()
         torch.rand(1)
@@ -226,7 +242,7 @@ def test_only_the_model_s_own_card_is_asked_for_its_numbers(monkeypatch: pytest.
     given: list[list[torch.device]] = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: given.append(devices) or nullcontext())
     for device in ("cuda:1", "cpu"):
-        with sample_answers._numbers_kept(SimpleNamespace(device=torch.device(device))):
+        with sample_answers._numbers_kept(torch.device(device)):
             pass
     assert given == [[torch.device("cuda:1")], []]
 

@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from huggingface_hub import constants
 
 from qtune.data.files import DataFile, Progress, data_files
 from qtune.data.folders import splits_of
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem, first_line
+from qtune.network import is_reachable, offline_datasets
 from qtune.recipe.schema import Data, FileSource, HubSource
 
 HUB = "hub:"
@@ -99,8 +102,21 @@ def _named(path: str, files: Sequence[DataFile], folder: Path, split: str) -> st
 
 
 def _hub_dataset(source: HubSource, name: str) -> Dataset:
+    """Where the hub cannot be reached, what is kept of the data set on this computer.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    is_online = is_reachable()
     try:
-        return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        with nullcontext() if is_online else offline_datasets():
+            return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except (ConnectionError, FileNotFoundError) as error:
+        if is_online:
+            raise DataError(Problem(name, f"the hub dataset cannot be loaded: {first_line(error)}")) from error
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        message = f"is not on this computer, and {why}; rows can also be a local file or folder"
+        raise DataError(Problem(name, message)) from error
     # `datasets` raises its own errors for missing names and passes those of the network and of the hub's client on.
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(Problem(name, f"the hub dataset cannot be loaded: {first_line(error)}")) from error

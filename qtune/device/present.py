@@ -7,6 +7,7 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import distributed
 
 from qtune.device.processes import other_holders
 from qtune.device.products import bf16_pays_on_cpu
@@ -29,12 +30,14 @@ class Device:
     free_bytes: int
     bf16: bool
     capability: tuple[int, int] | None = None
+    processes: int = 1
+    """How many processes share the rows of a step, each with a device like this one of its own."""
     lean_problem: str | None = None
     """What speaks against the lean step on it (`adapter/lean_check.py`); None: nothing, as far as anybody has asked."""
 
     @property
     def torch_name(self) -> str:
-        """ "cuda:0" or "cpu". One process drives one device, which CUDA_VISIBLE_DEVICES selects."""
+        """ "cuda:0" or "cpu". One process drives one device, which CUDA_VISIBLE_DEVICES or its launcher selects."""
         return "cuda:0" if self.kind == "cuda" else "cpu"
 
 
@@ -48,9 +51,15 @@ def present_device() -> Device:
         free, total = _card_memory()
         capability = torch.cuda.get_device_capability(0)
         # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
-        return Device("cuda", torch.cuda.get_device_name(0), total, free, capability >= (8, 0), capability)
-    memory = psutil.virtual_memory()
-    return Device("cpu", f"CPU, {torch.get_num_threads()} threads", memory.total, memory.available, bf16_pays_on_cpu())
+        name = torch.cuda.get_device_name(0)
+        return Device("cuda", name, total, free, capability >= (8, 0), capability, _processes())
+    memory, name = psutil.virtual_memory(), f"CPU, {torch.get_num_threads()} threads"
+    return Device("cpu", name, memory.total, memory.available, bf16_pays_on_cpu(), processes=_processes())
+
+
+def _processes() -> int:
+    """How many have joined a run with this one (`training.ranks`)."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _card_memory() -> tuple[int, int]:

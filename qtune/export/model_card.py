@@ -104,11 +104,13 @@ def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
     lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]
     parts = ["## How it is served\n", "```sh\n" + "\n".join(lines) + "\n```\n"]
     if (folder / ADAPTER_FILE).is_file():
-        parts.append(
-            f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of "
-            f"`{source.base_in_public}`. On weights that are quantized "
-            "otherwise than in training (see below) it answers a little differently.\n"
-        )
+        told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{source.base_in_public}`."
+        if source.basis.kind != "none":
+            told += (
+                " Those weights are others than the ones it was trained on (see below), so that it answers otherwise; "
+                "what was compared with the trained model is the merged one."
+            )
+        parts.append(f"{told}\n")
     return parts
 
 

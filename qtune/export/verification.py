@@ -117,7 +117,7 @@ def read_proof(folder: Path) -> Proof:
         return Proof(False, ())
     except NotARecord as error:
         raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
 
 

@@ -13,7 +13,7 @@ from qtune.errors import ModelError
 from qtune.memory.cached import predicted
 from qtune.memory.kept_layers import CHECKPOINTING, Kept, Steps, fastest, pace_of, rates_of
 from qtune.model.load import attention_rule
-from qtune.plan import make_plan
+from qtune.plan import make_plan, whole_parts
 from qtune.recipe.parse import changed
 from qtune.recipe.schema import FourBit
 from qtune.recipe.text import show_value
@@ -222,11 +222,6 @@ def _tried(
     return Trial(lever.words, lever.why, before.need, after.need, verdict, pace), after
 
 
-def whole_parts(batch: int) -> list[int]:
-    """The micro-batches that a batch can be made of, ascending."""
-    return [size for size in range(1, batch + 1) if batch % size == 0]
-
-
 def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
     """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings and the layers that are
     computed twice, where the recipe says "auto"; on a processor the last of these alone. Embeddings go to the host,
@@ -237,7 +232,7 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
     plan = search.plan(recipe)
     is_card = search.device.kind == "cuda"
     free_rows = any_rows or (is_card and recipe.training.micro_batch_size == "auto")
-    sizes = whole_parts(recipe.training.batch_size) if free_rows else [plan.micro_batch_size]
+    sizes = whole_parts(plan.micro_batch_size * plan.accumulation_steps) if free_rows else [plan.micro_batch_size]
     own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
     settled_here = settle(search, recipe, own, sizes)
     if EMBEDDINGS in settled_here.changes:
@@ -271,7 +266,8 @@ def _with_layers_kept(
         return search.trace(changed(found.recipe, {CHECKPOINTING: layers}), rows)
 
     steps = Steps(traced, search.cost, search.limit, count)
-    best = fastest(steps, sizes, recipe.training.batch_size, rates_of(search.device))
+    share = plan.micro_batch_size * plan.accumulation_steps
+    best = fastest(steps, sizes, share, rates_of(search.device))
     if best is None:
         if is_card:
             return found, plan, largest

@@ -174,7 +174,7 @@ def _device_of(run_dir: RunDir, memory: RunMemory) -> Device | None:
     if device.kind is not None and device.total_bytes is not None and device.bf16 is not None:
         total, capability = device.total_bytes, device.capability
         two = (capability[0], capability[1]) if capability else None
-        return Device(device.kind, device.name, total, total, device.bf16, two)
+        return Device(device.kind, device.name, total, total, device.bf16, two, device.processes)
     here = present_device()
     return here if (here.kind == "cpu") == ((memory.measured or {}).get("device") == "cpu") else None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, last_levers, levers, settle, whole_parts
+from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, last_levers, levers, settle
 from qtune.memory.tracing import categories
+from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE

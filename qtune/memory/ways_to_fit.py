@@ -11,9 +11,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError
-from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, last_levers, levers, settle, whole_parts
+from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, last_levers, levers, settle
 from qtune.memory.kept_layers import CHECKPOINTING, Steps, fewest, pace_of, rates_of, seconds
 from qtune.memory.remedies import as_planned
+from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
 

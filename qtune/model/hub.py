@@ -1,20 +1,14 @@
-"""The hub: whether it can be reached, what of a model is kept on this computer, and what to do where neither helps."""
+"""A model of the hub: what of it is kept on this computer, and what to do where the hub cannot be asked for it."""
 
-import socket
-from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
+from qtune.network import is_reachable
 from qtune.recipe.schema import Model
-
-SECONDS_TO_ANSWER = 3.0
-"""A hub that has not taken a connection by then is not there; a library's retries would take half a minute."""
 
 
 def is_hub_id(base: str) -> bool:
@@ -28,22 +22,6 @@ def is_kept(model: Model, file: str) -> bool:
     if not is_hub_id(model.base):
         return False
     return isinstance(try_to_load_from_cache(model.base, file, revision=model.revision), str)
-
-
-@cache
-def is_reachable() -> bool:
-    """Whether the hub, or the proxy on the way to it, takes a connection. Asked once in a process."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    endpoint = urlsplit(constants.ENDPOINT)
-    proxy = getproxies().get(endpoint.scheme)
-    target = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else endpoint
-    default = 443 if target.scheme == "https" else 80
-    try:
-        with socket.create_connection((target.hostname or "", target.port or default), SECONDS_TO_ANSWER):
-            return True
-    except OSError:
-        return False
 
 
 def is_local_only(base: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PretrainedConfig
 
@@ -44,6 +44,7 @@ def trusted_revision(base: str, revision: str | None) -> str | None:
         require_consent(base, code_hash(folder))
         return revision
     commit = _commit(base, revision)
+    _refuse_code_of_others_on_the_hub(base, commit)
     if not _is_without_code(base, commit):
         require_consent(base, f"commit {commit}")
     return commit
@@ -77,8 +78,13 @@ def grant_for(base: str, revision: str | None) -> None:
         ModelError: it cannot be found, or a folder names code that is not in it.
     """
     folder = Path(base)
-    _refuse_code_of_others(folder)
-    code = code_hash(folder) if folder.is_dir() else f"commit {_commit(base, revision)}"
+    if folder.is_dir():
+        _refuse_code_of_others(folder)
+        code = code_hash(folder)
+    else:
+        commit = _commit(base, revision)
+        _refuse_code_of_others_on_the_hub(base, commit)
+        code = f"commit {commit}"
     if code is not None:
         grant(base, code)
 
@@ -130,11 +136,35 @@ def _refuse_code_of_others(folder: Path) -> None:
     for name in DESCRIBING:
         for reference in _references(_auto_map(folder / name)):
             if "--" in reference:
-                message = (
-                    f"its auto_map imports {reference!r}, code of another repository, which may change at any time; "
-                    "copy that code into the folder and name it without what stands before --"
+                raise ModelError(
+                    Problem(str(folder / name), _code_of_another(reference, "copy that code into the folder"))
                 )
-                raise ModelError(Problem(str(folder / name), message))
+
+
+def _refuse_code_of_others_on_the_hub(base: str, commit: str) -> None:
+    """`_refuse_code_of_others` of a hub id. A class of the model's own repository is one of the commit that was agreed
+    to, also under its full name (transformers 5.23, `get_class_from_dynamic_module`); one of another is not.
+
+    Raises:
+        ModelError: the model names such a class.
+    """
+    for name in DESCRIBING:
+        try:
+            file = Path(hf_hub_download(base, name, revision=commit))
+        except (HfHubHTTPError, OSError, ValueError):  # not there, or it cannot be fetched: neither can the model
+            continue
+        for reference in _references(_auto_map(file)):
+            owner, is_named, _ = reference.partition("--")
+            if is_named and owner != base:
+                way_out = "download the model into a folder, copy that code beside it"
+                raise ModelError(Problem(f"{base}, {name}", _code_of_another(reference, way_out)))
+
+
+def _code_of_another(reference: str, way_out: str) -> str:
+    return (
+        f"its auto_map imports {reference!r}, code of another repository, which may change at any time; {way_out} and "
+        "name it without what stands before --"
+    )
 
 
 def _references(auto_map: Any) -> Iterator[str]:

@@ -4,16 +4,20 @@ AdamW moves a number by about the rate in each step, whatever its gradient is, s
 come at all, and how violently its first steps change the model.
 """
 
-import math
+from decimal import Decimal
 
 from qtune.recipe.schema import Adapter, Lora, PromptTuning
 
 SLOWEST_PROMPT = 1e-3
 """Prompt tuning, of bare vectors. PEFT's comparison of methods (MetaMathQA, Llama 3.2 3B) has 34.3 % of GSM8K at 1e-3,
 and 5.7 % at 1e-4 with weight decay."""
-FASTEST_LORA = 0.1
+FASTEST_LORA = 1.0
 """What rate x scale x rank of a LoRA may be. In its first step every number of B becomes about the rate, so that the
-output of a layer changes by about half of this times its input: by a twentieth at 0.1, at once, in all layers."""
+output of a layer changes by about half of this times its input, in all layers at once. On the built-in model 0.1 (rank
+256, alpha 512, 2e-4) and 0.32 (rank 16, alpha 32, 1e-2) still learned: losses of 2.51 were 0.086 and 0.114 on held-out
+rows after 16 steps of the quickstart, one seed, bfloat16 on a CPU."""
+ROUNDING = 1e-9
+"""Of a product of floats: the largest rate that is advised is not itself too large."""
 
 
 def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
@@ -29,9 +33,9 @@ def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
                 f'"auto" is {adapter.auto_learning_rate[0]:g}'
             )
         case Lora():
-            scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
-            if (strength := rate * scale * adapter.rank) > FASTEST_LORA:
-                fitting = _rounded_down(FASTEST_LORA / (scale * adapter.rank))
+            scaled_rank = adapter.alpha * (adapter.rank**0.5 if adapter.rslora else 1)
+            if (strength := rate * scaled_rank) > FASTEST_LORA * (1 + ROUNDING):
+                fitting = _rounded_down(FASTEST_LORA / scaled_rank)
                 return (
                     f"training.learning_rate = {rate:g}: with rank {adapter.rank} and alpha {adapter.alpha} each of "
                     f"the first steps changes the output of every layer by about {0.5 * strength:.0%} of its input's "
@@ -41,6 +45,7 @@ def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
 
 
 def _rounded_down(value: float) -> float:
-    """To one digit."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return math.floor(value / power) * power
+    """To one digit, in decimal: divided in binary, 0.0007 is six and a bit of 0.0001."""
+    exact = Decimal(f"{value:.12g}")
+    power = Decimal(10) ** exact.adjusted()
+    return float(exact // power * power)

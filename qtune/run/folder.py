@@ -1,5 +1,7 @@
 """A run's folder: one name for every file in it, and writes that a crash cannot leave half done."""
 
+import errno
+import os
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,8 +140,22 @@ class RunDir:
             raise RunError(Problem(str(self.path), f"has no adapter yet; finish it with: {command}"))
         return self.adapter
 
+    def require_there(self) -> None:
+        """What is written where a folder was would make another, which is no run.
+
+        Raises:
+            FileNotFoundError: somebody has moved or removed the folder.
+        """
+        if not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+
     def write_text(self, file: Path, text: str) -> None:
-        """Writes a file of the run whole or not at all."""
+        """Writes a file of the run whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, or the run's folder is gone.
+        """
+        self.require_there()
         whole.write_text(file, text)
 
 

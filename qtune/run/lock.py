@@ -64,6 +64,8 @@ class LockedDevice:
     total_bytes: int | None = None
     bf16: bool | None = None
     capability: tuple[int, ...] | None = None
+    processes: int = 1
+    """How many had one and shared the rows of each step."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ def lock_of(
         training_rows_blake2b=rows_hash(prepared),
         chat_template_sha256=template_hash(prepared.template.text),
         seed=recipe.training.seed,
-        device=LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability),
+        device=LockedDevice(
+            device.name, device.kind, device.total_bytes, device.bf16, device.capability, device.processes
+        ),
         contents=contents,
         compute_dtype=plan.compute_dtype,
         recipe=values,

@@ -55,6 +55,9 @@ def lines(forecast: "TimeForecast") -> list[str]:
         mean, epoch, run = map(seconds, (forecast.step_seconds, forecast.epoch_seconds, forecast.run_seconds))
         steps = f"{epoch} for an epoch of {forecast.steps_per_epoch:,} steps, {run} for the run of {forecast.steps:,}"
         said.append(f"      {mean} for the mean step, {steps}")
+    if forecast.processes > 1:
+        between = f"{1000 * forecast.between_seconds:.1f} ms of each step for adding up their gradients over its bus"
+        said.append(f"      {forecast.processes} processes, each with such a device; {between}")
     said.append(f"      {forecast.tokens_per_second:,.0f} tokens/s; predicted from {evidence(forecast)}")
     return said
 

@@ -16,6 +16,7 @@ from qtune.data.batches import StepSampler
 from qtune.errors import ModelError
 from qtune.memory.cached import traced_work
 from qtune.memory.predict import Longest
+from qtune.memory.tracing.categories import GRADIENTS
 from qtune.memory.tracing.work import from_rows
 from qtune.model.geometry import load_geometry
 from qtune.timing.known import known_rates
@@ -95,6 +96,10 @@ class TimeForecast:
     epoch_seconds: float | None
     run_seconds: float | None
     """Steps and evaluations."""
+    processes: int = 1
+    """How many share each step, each with such a device."""
+    between_seconds: float = 0.0
+    """Of each step, in which they add up their gradients."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what is shown."""
@@ -103,6 +108,8 @@ class TimeForecast:
         return {
             **{name: getattr(self, name) for name in names},
             "run_seconds": self.run_seconds,
+            "processes": self.processes,
+            "between_seconds": self.between_seconds,
             "longest_step": step,
         }
 
@@ -135,7 +142,20 @@ def attempted_time(recipe: Recipe, forecast: Forecast | str | None) -> TimeForec
 
 def step_duration(prediction: Prediction, plan: Plan, rates: Rates) -> Duration:
     """A whole step of micro-batches like the one that was traced."""
-    return _Step.of(from_rows(prediction.work), rates).duration(plan.accumulation_steps, rates)
+    between = between_seconds(prediction, plan, rates)
+    return _Step.of(from_rows(prediction.work), rates, between).duration(plan.accumulation_steps, rates)
+
+
+def between_seconds(prediction: Prediction, plan: Plan, rates: Rates) -> float:
+    """What adding up the gradients takes that several processes have of one step; nothing for one.
+
+    In a ring each sends 2 (N - 1) / N of the bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
+    algorithms"), here at the rate of the bus between a card and its host. Cards with a link of their own need less;
+    over a network between computers it takes more.
+    """
+    processes = plan.device.processes
+    gradients = max(prediction.timeline.get(GRADIENTS, [0]))
+    return 2 * (processes - 1) / processes * gradients / rates.host_link
 
 
 def step_of(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest) -> Duration | None:
@@ -159,10 +179,11 @@ class _Step:
     evaluation: Cost
 
     @classmethod
-    def of(cls, work: Work, rates: Rates) -> _Step:
+    def of(cls, work: Work, rates: Rates, between: float = 0.0) -> _Step:
+        """between: seconds in which processes add up their gradients, before the update."""
         costs = cost_by(work, rates, lambda place, kernel: place.phase)
         found = {phase: costs.get(phase, Cost()) for phase in ("forward", "backward", "optimizer", "eval")}
-        return cls(found["forward"] + found["backward"], found["optimizer"], found["eval"])
+        return cls(found["forward"] + found["backward"], found["optimizer"] + Cost(seconds=between), found["eval"])
 
     def duration(self, micro_batches: int, rates: Rates) -> Duration:
         return duration([self.micro_batch] * micro_batches + [self.update], rates)
@@ -170,9 +191,10 @@ class _Step:
 
 def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Prediction, rates: Rates) -> TimeForecast:
     """Every row as long as the longest, for nothing is known of them."""
-    step = _Step.of(from_rows(prediction.work), rates)
+    between = between_seconds(prediction, plan, rates)
+    step = _Step.of(from_rows(prediction.work), rates, between)
     estimate = step.duration(plan.accumulation_steps, rates)
-    tokens = plan.micro_batch_size * plan.accumulation_steps * length
+    tokens = recipe.training.batch_size * length
     steps = recipe.training.steps
     return TimeForecast(
         rates.kind,
@@ -185,6 +207,8 @@ def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Predicti
         steps,
         None,
         None if steps is None else steps * estimate.seconds,
+        plan.device.processes,
+        between,
     )
 
 
@@ -199,20 +223,23 @@ def _of_data(
 ) -> TimeForecast:
     """The steps of the first epoch, each with its own micro-batches."""
     training, micro = recipe.training, plan.micro_batch_size
-    padded = _micro_batches(data.train, micro, training.batch_size, training.seed)
+    processes, between = plan.device.processes, between_seconds(prediction, plan, rates)
+    # The leader's share: the first of every so many, of every step, which is never fewer than another's.
+    padded = _micro_batches(data.train, micro, training.batch_size, training.seed)[::processes]
     mean, longest = int(np.ceil(padded.mean())), int(padded.max())
 
     def at(length: int) -> _Step:
         scored = max(1, int(np.ceil(data.scored_share * length)))
         same = Longest(length, scored, rows.longest.equal, rows.longest.evaluated)
-        return _Step.of(traced_work(config, recipe, plan, same), rates)
+        return _Step.of(traced_work(config, recipe, plan, same), rates, between)
 
     near, far = at(mean), at(longest)
     model = StepModel(mean, longest, near.micro_batch, far.micro_batch, far.update, rates)
     epoch_seconds = float(model.seconds_of_steps(padded, plan.accumulation_steps).sum())
     steps_per_epoch = -(-len(data.train) // training.batch_size)
     steps = training.steps or round(training.epochs * steps_per_epoch)
-    evaluations = _evaluations(recipe, steps, steps_per_epoch) * _evaluation_seconds(data, rows, micro, far, rates)
+    one_evaluation = _evaluation_seconds(data, rows, micro, far, rates) / processes
+    evaluations = _evaluations(recipe, steps, steps_per_epoch) * one_evaluation
     return TimeForecast(
         rates.kind,
         rates.source,
@@ -224,6 +251,8 @@ def _of_data(
         steps,
         epoch_seconds,
         steps * epoch_seconds / steps_per_epoch + evaluations,
+        processes,
+        between,
     )
 
 

@@ -2,8 +2,8 @@
 
 Products, adapters' products, attention, reading NF4 back, walking through tensors: in the shapes of a 7B model's layer
 on a card, in smaller ones on a CPU. What the processor takes for a launch is the time of a whole step of a model so
-small that computing it takes next to nothing, over the launches that its trace counts: with peft's layers, whose kernels
-are PyTorch's and bitsandbytes', and with the lean step, which has kernels of its own beside them.
+small that computing it takes next to nothing, over the launches that its trace counts: with peft's layers, whose
+kernels are PyTorch's and bitsandbytes', and with the lean step, which has kernels of its own beside them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.adapter.state import STATE_FILE, load_trained_state, save_trained_state
 from qtune.recipe.schema import Training
+from qtune.run.folder import RunDir
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord
 from qtune.run.resumption import kept_folders, kept_step
 from qtune.verdicts.interval import Fall
@@ -77,6 +78,7 @@ class KeepBest(TrainerCallback):
         older = kept_states(self.folder)
         was_training = model.training
         model.eval()  # peft computes the vectors of a prompt encoder without its dropout
+        RunDir(self.folder.parent).require_there()
         folder = self.folder / f"best-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         save_trained_state(model, folder)

@@ -11,12 +11,14 @@ from qtune.data.collate import collator_for
 from qtune.model.load import load_base
 from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
+from qtune.plan import Plan
 from qtune.run.folder import RunDir
 from qtune.training.arguments import sft_config
 from qtune.training.best import KeepBest
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, PeakRate, StopOnSignal
 from qtune.training.inputs import Inputs
 from qtune.training.pace import ExpectedPace
+from qtune.training.ranks import ALONE, Agree, Ranks
 from qtune.training.sample_answers import SampleAnswers
 from qtune.training.trainer import QloraTrainer
 
@@ -54,14 +56,19 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
     reason = plan.reasons.get(("quantization", "compute_dtype"), "as the recipe says")
     console.say(f"computing in {plan.compute_dtype}: {reason}")
     console.say(
-        f"{len(inputs.prepared.train):,} training rows, {plan.micro_batch_size * plan.accumulation_steps} per step "
-        f"in micro-batches of {plan.micro_batch_size}"
+        f"{len(inputs.prepared.train):,} training rows, {inputs.recipe.training.batch_size} per step "
+        f"in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
     )
     if (time := inputs.time) is not None and time.run_seconds is not None:
         console.say(
             f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
             f"{'measured rates' if time.kind == 'measured' else 'a data sheet'}"
         )
+
+
+def _shared(plan: Plan) -> str:
+    processes = plan.device.processes
+    return f", shared out among {processes} processes" if processes > 1 else ""
 
 
 def make_trainer(
@@ -75,6 +82,7 @@ def make_trainer(
     evaluate_first: bool,
     best: KeepBest | None = None,
     answers: SampleAnswers | None = None,
+    ranks: Ranks = ALONE,
 ) -> QloraTrainer:
     recipe, plan, prepared = inputs.recipe, inputs.plan, inputs.prepared
     training = recipe.training
@@ -105,12 +113,14 @@ def make_trainer(
             stop,
             OptimizerPhase(metrics.meter),
             *clock,
+            *([Agree(ranks, stop)] if ranks.are_several else []),
         ],
         tiled_loss=tiled,
         note=metrics.note,
         take_rows=metrics.take_rows,
         comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
         outliers=metrics.outliers if training.skip_outlier_steps else None,
+        ranks=ranks,
     )
     # transformers' own: it prints a dictionary for every record.
     for callback in list(trainer.callback_handler.callbacks):

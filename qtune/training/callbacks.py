@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qtune.errors import TrainingError
 from qtune.memory.measured.meter import Meter
-from qtune.model.checkpointed import checkpoint_first
+from qtune.model.checkpointed import checkpoint_first, free_inputs
 from qtune.run.metrics import (
     AnswersRecord,
     EvalRecord,
@@ -242,6 +242,7 @@ class CheckpointedLayers(TrainerCallback):
     ) -> None:
         if self.layers:
             checkpoint_first(kwargs["model"], self.layers)
+            free_inputs(kwargs["model"])
 
 
 class PeakRate(TrainerCallback):

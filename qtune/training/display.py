@@ -26,7 +26,8 @@ class TrainingDisplay:
         self._started: tuple[float, int] | None = None
         self._last_line = float("-inf")
         console = live_console()
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        is_live = console.is_terminal and not console.quiet
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if is_live else None
 
     def __enter__(self) -> "TrainingDisplay":
         if self._live:

@@ -99,13 +99,15 @@ def _require_same_way(run_dir: RunDir, begin: int, end: int) -> None:
     """The steps after `begin` were taken as the run is now.
 
     Raises:
-        RunError: the run went on otherwise, with another learning rate for example, after a later step.
+        RunError: the run went on otherwise, with another learning rate for example, after a later step; or by several
+            processes.
     """
     lock = read_lock(run_dir)
     if lock is None:
         return
-    values = lock.recipe or {}
+    values, processes = lock.recipe or {}, lock.device.processes
     for part in lock.resumed:
+        processes = part.device.processes if part.from_step <= begin else max(processes, part.device.processes)
         now = part.recipe or values
         changed = [key for key in DECIDES_BITS if values.get(key) != now.get(key)]
         changed += part.accepted
@@ -116,6 +118,12 @@ def _require_same_way(run_dir: RunDir, begin: int, end: int) -> None:
             )
             raise RunError(Problem(str(run_dir.checkpoints), message))
         values = now
+    if processes > 1:
+        message = (
+            f"steps {begin + 1} to {end} were taken by {processes} processes, which add their gradients in another "
+            "order than one does: the last bits may differ, and one process cannot prove them"
+        )
+        raise RunError(Problem(str(run_dir.checkpoints), message))
 
 
 def _repeated(

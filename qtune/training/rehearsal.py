@@ -27,7 +27,7 @@ from qtune.data.masks import IGNORED
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
-from qtune.model.checkpointed import checkpoint_first, switched_layers
+from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
@@ -72,7 +72,8 @@ def is_worth_it(inputs: Inputs) -> bool:
 
 
 def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_initial: bool = False) -> Rehearsal:
-    """Does everything once. `has_initial`: the adapter is saved as a difference, which is left out.
+    """Does everything once; of several processes the leader alone writes and answers. `has_initial`: the adapter is
+    saved as a difference, which is left out.
 
     Raises:
         OutOfMemory: one row of the batch does not fit.
@@ -88,11 +89,15 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
         optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
-        size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
+        leads, size = trainer.ranks.is_leader, 0
+        if leads:
+            size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
         del optimizer
-        _answer(model, inputs)
-    state = sum(tensor.nbytes for tensor in trained_state(model).values())
-    _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
+        if leads:
+            _answer(model, inputs)
+    if leads:
+        state = sum(tensor.nbytes for tensor in trained_state(model).values())
+        _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
     longest = int(inputs.prepared.lengths[rows].max())
     return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
 
@@ -145,6 +150,7 @@ def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
     if layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpoint_first(model, layers)
+        free_inputs(model)
 
 
 def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:
@@ -158,8 +164,11 @@ def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_na
     scored = int((batch["labels"] != IGNORED).sum())
     # As many as a step's, where these wait for one another.
     trainer.expected = trainer.micro_batches_together
+    if not trainer.goes_together(model, batch):
+        trainer.expected = 1
+    tokens = torch.tensor(max(1, trainer.expected * scored), device=model.device)
     for _ in range(trainer.expected):
-        loss: Tensor = trainer.training_step(model, dict(batch), torch.tensor(max(1, scored), device=model.device))
+        loss: Tensor = trainer.training_step(model, dict(batch), tokens)
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
             f"the loss of the heaviest batch is {float(loss)} before any weight was changed: no learning rate has done "

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 128
 MOST_SECONDS = 20.0
+FEWEST_POSITIONS = 512
+"""Of prompts and answers at once: where rows are short a few more do no harm (64 MiB of cache for an 8B model)."""
 LONGEST_TEXT = 2000
 """Characters of a question or an answer that are kept: each record is a line of metrics.jsonl."""
 
@@ -72,9 +74,9 @@ class SampleAnswers(TrainerCallback):
             self.questions = [one for one in questions if _most_tokens(one, reach) > 0]
         asked = self.questions
         limits = [_most_tokens(question, reach) for question in asked]
-        with _numbers_kept(model), training_autocast(self.inputs.plan):
+        with _numbers_kept(model.device), training_autocast(self.inputs.plan):
             # As many positions at once as a micro-batch has, whose activations took more than this cache will.
-            room = self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max())
+            room = max(FEWEST_POSITIONS, self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max()))
             prompts = [question.prompt for question in asked]
             made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room)
         return [
@@ -105,13 +107,11 @@ def _shortened(text: str) -> str:
 
 
 @contextmanager
-def _numbers_kept(model: Any) -> Iterator[None]:
-    """Whatever a model's own code may draw while it answers, and if it fails, training draws what it would have."""
+def _numbers_kept(device: torch.device) -> Iterator[None]:
+    """Whatever a model's own code may draw while it answers, training draws what it would have drawn."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    # Of all cards, torch's default, it would warn where there are several.
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(of_python)

@@ -26,6 +26,18 @@ from qtune.whole import whole
 OPTIMIZER, SCHEDULE, RANDOM, SCALER = (
     "optimizer.safetensors", "schedule.safetensors", "random.safetensors", "scaler.safetensors",
 )  # fmt: skip
+
+
+def random_file(rank: int) -> str:
+    """The file of a process's random state; the leader's is the one that a run of one process has."""
+    return RANDOM if rank == 0 else RANDOM.replace(".", f"-{rank}.")
+
+
+def random_of(seed: int, rank: int, step: int) -> int:
+    """A seed of its own for a process that begins to draw after a step."""
+    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
+
+
 OLDER = {OPTIMIZER: "optimizer.pt", SCHEDULE: "scheduler.pt", RANDOM: "rng_state.pth", SCALER: "scaler.pt"}
 """What versions before this one wrote instead."""
 
@@ -66,7 +78,7 @@ def load_state(folder: Path, name: str) -> Any:
     """
     if (folder / name).is_file():
         return load_tree(folder / name)
-    older = folder / OLDER[name]
+    older = folder / OLDER.get(name, name)
     if not older.is_file():
         return None
     try:

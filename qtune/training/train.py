@@ -29,6 +29,7 @@ from qtune.errors import (
     InputError,
     Interrupted,
     OutOfMemory,
+    PeerLostError,
     Problem,
     RunError,
     TrainingError,
@@ -46,6 +47,7 @@ from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
 from qtune.run.summary import Losses, training_losses
+from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
@@ -60,9 +62,11 @@ from qtune.training.checkpoints import (
 )
 from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
 from qtune.training.display import TrainingDisplay
+from qtune.training.follow import Beginning, Course, follow, rows_seen
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
+from qtune.training.ranks import Ranks, joined
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
 from qtune.whole import whole
@@ -89,10 +93,17 @@ def run(
         WorkError: training failed. Interrupted: the user stopped it; the state is saved.
     """
     known_kinds(accepted)
-    if snapshot:
-        require_allocator()
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
+    with joined() as ranks:
+        if not ranks.is_leader:
+            return follow(ranks, lambda: resolved, accepted)
+        return _run(ranks, resolved, snapshot=snapshot, accepted=accepted, whole_weights=whole_weights)
+
+
+def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[str, ...], whole_weights: bool) -> RunDir:
+    if snapshot:
+        require_allocator()
     with told(TrainingError):
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
@@ -104,7 +115,7 @@ def run(
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
                 write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs, whole=True)))
-        _train(inputs, run_dir, None, snapshot)
+        _train(ranks, inputs, run_dir, None, snapshot)
     return run_dir
 
 
@@ -129,6 +140,25 @@ def resume(
         RecipeError: a change would make another run.
         InputError, WorkError, Interrupted: as `run`.
     """
+    known_kinds(accepted)
+    with joined() as ranks:
+        if not ranks.is_leader:
+            return follow(ranks, lambda: resumed_recipe(run_dir, changes).allowing(allow), accepted)
+        return _resume(
+            ranks, run_dir, changes, allow, snapshot=snapshot, accepted=accepted, whole_weights=whole_weights
+        )
+
+
+def _resume(
+    ranks: Ranks,
+    run_dir: RunDir,
+    changes: Sequence[str],
+    allow: tuple[str, ...],
+    *,
+    snapshot: bool,
+    accepted: tuple[str, ...],
+    whole_weights: bool,
+) -> RunDir:
     require_free(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
@@ -141,7 +171,6 @@ def resume(
         console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
     if snapshot:
         require_allocator()
-    known_kinds(accepted)
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)
@@ -164,7 +193,7 @@ def resume(
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
-        _train(inputs, run_dir, checkpoint, snapshot)
+        _train(ranks, inputs, run_dir, checkpoint, snapshot)
     return run_dir
 
 
@@ -189,19 +218,21 @@ def _branched(run_dir: RunDir) -> RunDir:
     return branch
 
 
-def _train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: bool) -> None:
+def _train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, snapshot: bool) -> None:
     """Trains, or says why memory ran out and what would have fit."""
     failure: Failure | None = None
     file = run_dir.snapshot_file if snapshot else None
     meter = Meter(torch.device(inputs.plan.device.torch_name), snapshot=file)
     try:
         with told(TrainingError, lambda: _way_on(run_dir)):
-            _load_and_train(inputs, run_dir, checkpoint, meter)
+            _load_and_train(ranks, inputs, run_dir, checkpoint, meter)
     except OutOfMemory as error:
         log.debug("memory ran out", exc_info=True)
         failure = error.failure
         if failure is None:
             raise
+    except PeerLostError as error:
+        raise TrainingError(f"{error}\n{_way_on(run_dir)}") from error
     except KeyboardInterrupt as error:
         raise Interrupted(_stopped_at_once(run_dir)) from error
     # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
@@ -216,6 +247,8 @@ def _stopped_at_once(run_dir: RunDir) -> str:
 
 def _way_on(run_dir: RunDir) -> str:
     """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    if not run_dir.path.is_dir():
+        return f"{run_dir.path} is no longer there; if it was moved, go on where it is now: qtune run --resume FOLDER"
     saved = complete_checkpoints(run_dir.checkpoints)
     command = _resuming(run_dir)
     if not saved:
@@ -224,11 +257,15 @@ def _way_on(run_dir: RunDir) -> str:
 
 
 def _resuming(run_dir: RunDir) -> str:
-    return shlex.join(["qtune", "run", "--resume", str(run_dir.path)])
+    started = launched()
+    several = ["--processes", str(started.processes)] if started.processes == started.local_processes > 1 else []
+    return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *several])
 
 
-def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
+def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
+    ranks.told(Course(run_dir, inputs.plan, checkpoint))
+    ranks.require_alike("the rows", rows_seen(inputs) if ranks.are_several else None)
     display = TrainingDisplay()
     metrics = Metrics(
         run_dir.metrics_file,
@@ -250,14 +287,17 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
         best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
         answers = SampleAnswers(inputs, metrics.answered, metrics.note)
+        ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
+        rehearses = checkpoint is None and is_worth_it(inputs)
+        ranks.told(Beginning(first, rehearses, takes_steps=not ended))
         trainer = make_trainer(
-            inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers
+            inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers, ranks=ranks
         )
-        if checkpoint is None and is_worth_it(inputs):
+        if rehearses:
             console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
-            if checkpoint is not None and (is_last(checkpoint) or best.stopped_early):
+            if checkpoint is not None and ended:
                 trainer.take_state_of(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -279,6 +319,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
                 _save(model, inputs, run_dir, initial)
                 saved = True
                 best.forget()
+    ranks.told(None)  # the others stay until everything is saved
     if not saved:  # the folder may have been finished before, with an adapter that is damaged
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
@@ -288,6 +329,7 @@ def _load_and_train(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, me
 
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:
     """The adapter appears whole: its folder is renamed last, and its presence is what makes a run finished."""
+    run_dir.require_there()
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)

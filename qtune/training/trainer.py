@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +23,7 @@ from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
+from qtune.data.shares import ShareSampler, with_blanks
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
@@ -34,6 +35,7 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.run.folder import RunDir
 from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import (
@@ -46,12 +48,15 @@ from qtune.training.checkpoints import (
 )
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
+from qtune.training.ranks import ALONE, Ranks, in_turn
 from qtune.training.saved_state import (
     OPTIMIZER,
     RANDOM,
     SCALER,
     SCHEDULE,
     load_state,
+    random_file,
+    random_of,
     random_state,
     save_tree,
     set_random_state,
@@ -71,6 +76,7 @@ class QloraTrainer(SFTTrainer):
     Differs from SFTTrainer in five places: the loss is `qtune.loss`; the adapter keeps its dtype; evaluation is the
     exact mean over tokens; a checkpoint holds the whole trained state and counts only when it is complete; a
     micro-batch that does not fit is split, with the same gradient as a result, and so is a batch of the evaluation.
+    Beside other processes it computes its share of each step and of each evaluation (`training.ranks`).
     """
 
     def __init__(
@@ -91,12 +97,13 @@ class QloraTrainer(SFTTrainer):
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
         outliers: Outliers | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
-        outliers: those of which no update is taken.
+        outliers: those of which no update is taken. ranks: the processes that share the steps.
         """
         super().__init__(
             model=model,
@@ -111,6 +118,8 @@ class QloraTrainer(SFTTrainer):
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         _install_lean_step(model, plan, note)
+        ranks.begin_alike(model)
+        self.ranks = ranks
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
         self.schedule = training.schedule
@@ -123,7 +132,8 @@ class QloraTrainer(SFTTrainer):
         self.pieces = self.eval_pieces = 1
         self.micro_batches_together = plan.together
         self.together = plan.together > 1
-        """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot."""
+        """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot, or
+        have no room. The latter holds for as long as the process lives, like `pieces`: a resumed run tries again."""
         self.expected = 1
         """Micro-batches of the step that is being taken."""
         self._stand_alone: bool | None = None
@@ -136,11 +146,30 @@ class QloraTrainer(SFTTrainer):
         self._scored = 0
         self.pace = Pace(_wait_for_device)
         self.comparison = comparison
+        if not ranks.is_leader:  # dropout is drawn anew for each process's rows
+            set_seed(random_of(config.seed, ranks.rank, 0))
+        self._random_states: list[dict[str, Any]] = []
+        """Of every process, when a checkpoint is being written."""
 
     # --- order of rows ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """transformers', or of this process's share alone."""
+        if not self.ranks.are_several:
+            return super().get_train_dataloader()
+        rows = self._get_train_sampler()
+        share = ShareSampler(rows, self.args.per_device_train_batch_size, self.ranks.rank, self.ranks.processes)
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=share,
+            collate_fn=with_blanks(self.data_collator, self.train_dataset[0]),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers', which tells the lean step that it has changed the adapter."""
@@ -172,7 +201,11 @@ class QloraTrainer(SFTTrainer):
             batch["input_ids"].numel() if mask is None else int(mask.sum())
             for batch, mask in zip(batches, masks, strict=True)
         ]
-        self.pace.takes(sum(tokens), [batch["input_ids"].shape[1] for batch in batches])
+        total = sum(tokens)
+        if self.ranks.are_several:
+            total, everybodys = map(int, self.ranks.sum_of([total, float(scored or 0)]))
+            scored = torch.tensor(everybodys, device=device)
+        self.pace.takes(total, [batch["input_ids"].shape[1] for batch in batches])
         self._done_in_step, self._losses_of_step = [], []
         self.expected = len(batches)
         return batches, scored
@@ -216,10 +249,12 @@ class QloraTrainer(SFTTrainer):
         """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.outliers is not None and norm is not None:
-            found = self.outliers.found(sum(self._losses_of_step), float(norm))
+            (loss,) = self.ranks.sum_of([sum(self._losses_of_step)])
+            found = self.ranks.told(self.outliers.found(loss, float(norm)))
             if found is not None:
                 self.skipped.append(self.state.global_step + 1)
-                self.note(f"step {self.state.global_step + 1} is skipped: {found}")
+                if self.ranks.is_leader:
+                    self.note(f"step {self.state.global_step + 1} is skipped: {found}")
                 model.zero_grad(set_to_none=True)
         return norm
 
@@ -237,7 +272,7 @@ class QloraTrainer(SFTTrainer):
             OutOfMemory: a single row does not fit.
         """
         self._done_in_step.append(inputs)
-        group = self._done_in_step if self._goes_together(model) else [inputs]
+        group = self._done_in_step if self.goes_together(model, inputs) else [inputs]
         if len(group) < self.expected and self.together:
             return torch.zeros((), device=self.args.device)
         sums = False
@@ -270,15 +305,26 @@ class QloraTrainer(SFTTrainer):
                 self.note(f"out of memory: micro-batches are now split into {self.pieces}; the batch stays the same")
         if self.outliers is not None:
             self._losses_of_step.append(float(loss))
+        if len(self._done_in_step) >= self.expected:
+            self.ranks.add_gradients(model)
         return loss
 
-    def _goes_together(self, model: nn.Module) -> bool:
-        """Whether this step's micro-batches do; found out once whether this model's can."""
+    def goes_together(self, model: nn.Module, batch: dict[str, Any]) -> bool:
+        """Whether this step's micro-batches do; found out once, with a part of `batch`, whether this model's can."""
         if self.together and self.expected > 1 and self._stand_alone is None:
-            ids = self._done_in_step[0]["input_ids"][:1, :CHECKED_TOKENS].to(self.args.device)
-            with self.compute_loss_context_manager():
-                self._stand_alone = self.together = layers_stand_alone(model, ids)
-            if not self.together:
+            ids = batch["input_ids"][:1, :CHECKED_TOKENS].to(self.args.device)
+            try:
+                with self.compute_loss_context_manager():
+                    self._stand_alone = self.together = layers_stand_alone(model, ids)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._failure = self.meter.failure(error)
+                self.together = False
+            if self._stand_alone is None:
+                release_cached_memory()
+                self.note("out of memory: each micro-batch sends for all layers anew; the gradient is the same")
+            elif not self.together:
                 self.note("this model's layers depend on one another: each micro-batch sends for all of them anew")
         return self.together
 
@@ -309,6 +355,8 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step, self._losses_of_step = [], []
         self._correct, self._scored = None, 0
         self.pieces = self.eval_pieces = 1
+        # What was found out about the model stays; that memory ran out is undone with the step.
+        self.together = self.micro_batches_together > 1 and self._stand_alone is not False
         self.skipped = []
 
     def _release_memory(self, model: nn.Module) -> None:
@@ -326,17 +374,19 @@ class QloraTrainer(SFTTrainer):
 
     def _evaluate_all(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        rows: list[tuple[float, int]] = []
+        own: list[tuple[Tensor, list[tuple[float, int]]]] = []
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                sums, of_rows = self.evaluated(inputs)
-                totals += sums
-                rows += of_rows
+            for number, inputs in enumerate(self.get_eval_dataloader(eval_dataset)):
+                if number % self.ranks.processes == self.ranks.rank:
+                    own.append(self.evaluated(inputs))
         self.meter.enter("idle")
+        # One after the other, as one process adds them.
+        batches = in_turn(self.ranks.all_of(own))
+        totals = sum((sums for sums, _ in batches), start=torch.zeros(3, dtype=torch.float64))
+        rows = [row for _, of_rows in batches for row in of_rows]
         self.take_rows([loss for loss, _ in rows], [tokens for _, tokens in rows])
-        loss, correct, scored = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
+        loss, correct, scored = totals.float().tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(1, scored),
             f"{metric_key_prefix}_accuracy": correct / max(1, scored),
@@ -378,6 +428,9 @@ class QloraTrainer(SFTTrainer):
         if "loss" in logs:
             # Reading the count waits for the card; the loss was read just before, which did the same.
             correct = None if self._correct is None else float(self._correct)
+            scored = self._scored
+            if self.ranks.are_several:
+                logs["loss"], correct, scored = self._everybodys(logs["loss"], correct)
             lap = self.pace.lap()
             logs["tokens_per_second"], logs["step_seconds"] = lap.tokens_per_second, lap.step_seconds
             if self.comparison is not None:
@@ -385,24 +438,32 @@ class QloraTrainer(SFTTrainer):
                 warning = self.comparison.warning()
             if self.state.global_step in self.skipped[-1:]:
                 logs["skipped"] = 1.0
-            if self._scored and correct is not None:
-                logs["accuracy"] = correct / self._scored
+            if scored and correct is not None:
+                logs["accuracy"] = correct / scored
             self._correct, self._scored = None, 0
         super().log(logs, start_time)
         if warning is not None:
             self.note(warning)
 
+    def _everybodys(self, loss: float, correct: float | None) -> tuple[float, float, int]:
+        """(loss, right tokens, scored tokens) of all processes; each has divided by the number of all tokens."""
+        loss, right, scored = self.ranks.sum_of([loss, correct or 0.0, self._scored])
+        return loss, right, int(scored)
+
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with the whole trained state, and its manifest last: without that it is not complete."""
-        with self.pace.stopped():
-            self._write_checkpoint(model, trial)
+        self._random_states = self.ranks.all_of(random_state())
+        if self.ranks.is_leader:
+            with self.pace.stopped():
+                self._write_checkpoint(model, trial)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.model, self.state.global_step, Path(self._get_output_dir(trial)))
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        RunDir(folder.parents[1]).require_there()
         if is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
@@ -446,6 +507,8 @@ class QloraTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_tree(Path(output_dir) / RANDOM, random_state())
+        for rank, state in enumerate(self._random_states[1:], 1):
+            save_tree(Path(output_dir) / random_file(rank), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Both of them: a run that went on with one alone would be another one.
@@ -463,8 +526,15 @@ class QloraTrainer(SFTTrainer):
             scaler.load_state_dict(_required(checkpoint, SCALER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        """Each process's own; one that was not there when the checkpoint was made begins to draw from its number."""
+        if checkpoint is None:
+            return
+        if self.ranks.is_leader:
             set_random_state(_required(checkpoint, RANDOM))
+        elif (state := load_state(Path(checkpoint), random_file(self.ranks.rank))) is not None:
+            set_random_state(state)
+        else:
+            set_seed(random_of(self.args.seed, self.ranks.rank, self.state.global_step))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""

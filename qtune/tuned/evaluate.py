@@ -203,6 +203,7 @@ def evaluate(
         ),
     )
     try:
+        run_dir.require_there()
         write_record(run_dir.eval_file, evaluation)
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")

@@ -119,16 +119,17 @@ def answers_to(
 ) -> list[Generated]:
     """`generate`, which also tells whether each answer was stopped: at its limit, or when the `seconds` were over.
 
-    They are looked at after each token of a batch; a batch that is not begun by then leaves empty answers.
+    Each batch has its share of what is left of the time, which is looked at after each token.
     """
     answers = [Generated((), is_whole=False) for _ in prompts]
     began = time.monotonic()
     with _ready(model, sampling):
         lengths = [(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
-        for rows in batches_of(lengths, batch_tokens, positions_left(model)):
-            left = None if seconds is None else seconds - (time.monotonic() - began)
-            if left is not None and left <= 0:
-                break
+        batches = batches_of(lengths, batch_tokens, positions_left(model))
+        for number, rows in enumerate(batches):
+            left = None
+            if seconds is not None:
+                left = max(0.0, seconds - (time.monotonic() - began)) / (len(batches) - number)
             longest = max(limits[row] for row in rows)
             made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling, seconds=left)
             for row, ids in zip(rows, made.tolist(), strict=True):

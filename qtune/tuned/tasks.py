@@ -24,7 +24,9 @@ from qtune.tuned.precision import training_autocast
 from qtune.whole import write_text
 
 FILE = "tasks.json"
-ROOM = "A smaller training.micro_batch_size in the run's recipe is what the tasks are asked with, too"
+ROOM = (
+    "As many questions are asked at once as training had rows (training.micro_batch_size); close what else takes memory"
+)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
     file = write_gguf_adapter(made, folder / ADAPTER_FILE, source.run.name)
     add_to_seal(folder, [file])
     console.out(f"{file.name}: {size_text(file.stat().st_size)}, for llama.cpp's --lora on a GGUF file of the base")
+    if source.basis.kind != "none":
+        held = source.basis.kind.upper()
+        console.say(f"it was trained on {held} weights, and answers otherwise on others: the merged file was compared")
 
 
 def as_asked(conversation: Conversation, data: Data) -> Conversation:

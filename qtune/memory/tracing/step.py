@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.trainer_pt_utils import get_parameter_names
 
 from qtune.memory.tracing import adoption, categories
-from qtune.model.checkpointed import checkpoint_first
+from qtune.model.checkpointed import checkpoint_first, free_inputs
 from qtune.model.host import activations_on_host
 from qtune.model.layer_major import layer_by_layer
 
@@ -70,6 +70,8 @@ class Step:
     """Where what the backward needs waits for it."""
     accumulates: bool = False
     """Whether gradients of earlier micro-batches wait in memory."""
+    frees_inputs: bool = False
+    """Whether the embeddings' output is let go of, where layers are checkpointed (`model.checkpointed.free_inputs`)."""
     micro_batches: int = 1
     """So many pass each layer one behind the other, and go back together."""
     host_apart: bool = False
@@ -78,6 +80,10 @@ class Step:
     eval_batch: Batch | None = None
     checkpointed: bool | int = True
     """Of the layers, where there is checkpointing: all, or so many of the first."""
+
+    def one_by_one(self) -> Step:
+        """The same step where micro-batches cannot pass a layer together: each goes back before the next comes."""
+        return replace(self, micro_batches=1, accumulates=self.accumulates or self.micro_batches > 1)
 
     @property
     def checkpoints_all(self) -> bool:
@@ -93,6 +99,8 @@ def prepare(model: Any, step: Step) -> None:
         checkpoint_first(model, step.checkpointed)
         if any(not p.requires_grad for p in model.parameters()):
             model.enable_input_require_grads()
+        if step.frees_inputs:
+            free_inputs(model)
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -129,6 +137,22 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     # Not loss.backward(): as a method of Tensor that suspends function modes, and CUDA's behaviour with them.
     torch.autograd.backward(loss)
     return None
+
+
+@torch.no_grad()
+def goes_together(model: torch.nn.Module, step: Step) -> bool:
+    """Whether the layers of a model can be computed one by one, as far as tensors without storage can tell.
+
+    They tell of code that takes a layer's answer apart, and of layers that a forward does not go through; only
+    numbers (`layers_stand_alone`, which a run asks) tell of a layer that reads what another one has left.
+    """
+    batch = step.batch.tensors()
+    try:
+        with _autocast(step):
+            layer_by_layer(model, [lambda: step.loss(model, batch)])
+    except Exception:  # as in a run: whatever a family's code does to a stand-in
+        return False
+    return True
 
 
 def update(

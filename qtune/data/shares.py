@@ -1,0 +1,59 @@
+"""The micro-batches of each step, shared out among the processes of a run.
+
+A step takes the rows that one process would take, in the same micro-batches; process r of N computes the r-th, the
+(r+N)-th and so on. So the sum over processes is the sum that one process computes, in another order at most.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from qtune.data.batches import StepSampler
+from qtune.data.masks import IGNORED
+
+Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
+
+class ShareSampler(Sampler[list[int]]):
+    """One process's micro-batches of an epoch, as lists of row numbers.
+
+    An epoch's last step may have fewer micro-batches than there are processes; one that has none gets an empty list,
+    so that every process takes every step.
+    """
+
+    def __init__(self, rows: StepSampler, micro_batch_size: int, rank: int, processes: int) -> None:
+        self.rows = rows
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.processes = processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch has another order."""
+        self.rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.rows), self.rows.batch_size)
+        return whole * self._of_step(self.rows.batch_size) + (self._of_step(rest) if rest else 0)
+
+    def _of_step(self, rows: int) -> int:
+        """How many micro-batches of a step of so many rows are this process's; at least one."""
+        micro_batches = -(-rows // self.micro_batch_size)
+        return max(1, len(range(self.rank, micro_batches, self.processes)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = self.rows.order().tolist(), self.rows.batch_size
+        for start in range(0, len(order), size):
+            step = order[start : start + size]
+            micro_batches = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
+            yield from micro_batches[self.rank :: self.processes] or [[]]
+
+
+def with_blanks(collate: Collator, row: dict[str, Any]) -> Collator:
+    """A collator that makes of no rows at all a batch that teaches nothing: `row`, without a label."""
+    blank = {**row, "labels": [IGNORED] * len(row["labels"])}
+
+    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return collate(rows or [blank])
+
+    return collated

@@ -1,0 +1,129 @@
+"""What a process beside the leader does in a run: the same steps on its share of the rows, no file and no word.
+
+The leader's own story is `training/train.py`. The places at which all processes meet come in the same order in both:
+the course, the rows, how training begins, the trainer, its steps, the end.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qtune import console
+from qtune.errors import LeaderEnded, PeerLostError
+from qtune.memory.measured.meter import Meter
+from qtune.plan import Plan
+from qtune.recipe.file import Resolved
+from qtune.run.folder import RunDir
+from qtune.run.metrics import Metric
+from qtune.training.build import build_model, make_trainer
+from qtune.training.callbacks import Metrics, StopOnSignal
+from qtune.training.inputs import Inputs, gather
+from qtune.training.ranks import Ranks
+from qtune.training.rehearsal import rehearse
+
+LOOKED_AT = 16
+"""Rows of each split whose tokens are compared."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the leader has decided before a weight is read."""
+
+    run_dir: RunDir
+    plan: Plan
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the leader has decided before the first step."""
+
+    evaluates_first: bool
+    rehearses: bool
+    takes_steps: bool
+    """Whether there is a step left to take."""
+
+
+def rows_seen(inputs: Inputs) -> str:
+    """A digest of the rows, as their lengths and the tokens of some show them."""
+    prepared = inputs.prepared
+    digest = hashlib.sha256(np.ascontiguousarray(prepared.lengths).tobytes())
+    for rows in filter(None, (prepared.train, prepared.validation)):
+        for place in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
+            digest.update(np.asarray(rows[place]["input_ids"]).tobytes())
+    return digest.hexdigest()
+
+
+def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence[str] = ()) -> RunDir:
+    """Takes every step of a run with its leader. resolved_of: the recipe, read once the leader has found it right.
+
+    Raises:
+        LeaderEnded: the leader did not come to the run's end.
+        InputError, WorkError: something is wrong with this process alone.
+    """
+    try:
+        course: Course = ranks.heard()
+        inputs = gather(resolved_of(), course.run_dir, accepted=accepted)
+        plan = replace(course.plan, device=inputs.plan.device)
+        # The leader alone compares with the predicted time and tells trackers.
+        inputs = replace(inputs, plan=plan, time=None, resolved=_without_trackers(inputs))
+        ranks.require_alike("the rows", rows_seen(inputs))
+        _follow(ranks, inputs, course)
+        ranks.heard()
+    except PeerLostError as error:
+        raise LeaderEnded(str(error)) from error
+    return course.run_dir
+
+
+def _follow(ranks: Ranks, inputs: Inputs, course: Course) -> None:
+    meter = Meter(torch.device(inputs.plan.device.torch_name))
+    try:
+        model, tiled = build_model(inputs)
+        beginning: Beginning = ranks.heard()
+        stop = StopOnSignal(lambda: None)
+        metrics = Unwritten(course.run_dir.metrics_file, lambda record: None, meter)
+        trainer = make_trainer(
+            inputs,
+            course.run_dir,
+            model,
+            tiled,
+            metrics,
+            stop,
+            evaluate_first=beginning.evaluates_first,
+            ranks=ranks,
+        )
+        if beginning.rehearses:
+            rehearse(trainer, inputs, course.run_dir)
+        if not beginning.takes_steps:
+            assert course.checkpoint is not None
+            trainer.take_state_of(course.checkpoint)
+            return
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(course.checkpoint) if course.checkpoint else None)
+    finally:
+        meter.close()
+
+
+class Unwritten(Metrics):
+    """Takes what a trainer tells, and writes nothing; what happens in this process alone is said."""
+
+    def note(self, message: str, adapter_step: int | None = None) -> None:
+        """Says what the user should know of this process, as memory that ran out."""
+        console.say_of_process(message)
+
+    def on_log(self, *_: object, **__: object) -> None:
+        """The leader records the step."""
+
+    def _write(self, record: Metric) -> None:
+        """Nothing: the leader writes."""
+
+
+def _without_trackers(inputs: Inputs) -> Resolved:
+    """The recipe as it is, but for trackers, which are told by the leader."""
+    recipe = inputs.recipe
+    training = recipe.training.model_copy(update={"trackers": ()})
+    return replace(inputs.resolved, recipe=recipe.model_copy(update={"training": training}))

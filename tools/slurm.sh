@@ -1,0 +1,17 @@
+#!/bin/bash
+#SBATCH --job-name=qtune
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=16
+#SBATCH --signal=B:TERM@180
+# One agent on each computer, which starts a process for each of its cards; TERM three minutes before the limit saves.
+# The folder that this is started from, with recipe, rows and runs/, is on all computers.  sbatch tools/slurm.sh recipe.toml
+set -euo pipefail
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun \
+  --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
+  -m qtune run "$@" &
+trap 'kill -TERM $!' TERM
+wait $! || wait $!
