@@ -104,7 +104,8 @@ def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
     lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]
     parts = ["## How it is served\n", "```sh\n" + "\n".join(lines) + "\n```\n"]
     if (folder / ADAPTER_FILE).is_file():
-        told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{source.base_in_public}`."
+        base = source.base_in_public
+        told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{base}`."
         if source.basis.kind != "none":
             told += (
                 " Those weights are others than the ones it was trained on (see below), so that it answers otherwise; "
