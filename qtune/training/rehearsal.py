@@ -29,11 +29,12 @@ from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
+from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
 from qtune.training.arguments import OPTIMIZERS
 from qtune.training.inputs import Inputs
-from qtune.training.saved_state import OPTIMIZER, save_tree
+from qtune.training.saved_state import save_tree
 from qtune.training.trainer import QloraTrainer, release_cached_memory
 from qtune.tuned.generate import find_ends, stream
 

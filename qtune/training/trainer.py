@@ -35,22 +35,15 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
-from qtune.training.checkpoints import (
-    begin_saving,
-    complete_checkpoints,
-    end_saving,
-    make_room,
-    remove_older,
-    require_finite,
-)
+from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.ranks import ALONE, Ranks, in_turn
 from qtune.training.saved_state import (
-    OPTIMIZER,
     RANDOM,
     SCALER,
     SCHEDULE,
