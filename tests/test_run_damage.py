@@ -280,6 +280,17 @@ def test_a_branch_with_nothing_of_its_own_has_nothing_to_repeat(world: World) ->
         prove(branch)
 
 
+def test_steps_that_several_processes_took_are_not_proven_by_one(world: World) -> None:  # noqa: F811
+    lock = read_lock(world.finished)
+    assert lock is not None
+    write_lock(world.finished, replace(lock, device=replace(lock.device, processes=2)))
+    with pytest.raises(RunError, match="steps 4 to 4 were taken by 2 processes, which add their gradients in another"):
+        prove(world.finished)
+    # From step 3 on it was one again, and those steps can be repeated.
+    write_lock(world.finished, replace(lock, device=replace(lock.device, processes=2)).resumed_as(lock, 3))
+    assert prove(world.finished).startswith("steps 4 to 4 were repeated")
+
+
 def test_steps_are_repeated_with_the_outliers_that_they_had(world: World, monkeypatch) -> None:  # noqa: F811
     seen: list[int] = []
     original = proof.make_trainer
