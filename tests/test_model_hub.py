@@ -76,9 +76,17 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(kind, message):
     assert hub.hub_refusal(GATED, OSError("something else")) is None
 
 
-@pytest.mark.parametrize("base", ["builtin:x", "./folder", "model.gguf", "/tmp/x", "a/b/c"])
+@pytest.mark.parametrize("base", ["builtin:x", "./folder", "model.gguf", "/tmp/x", "a/b/c", "x:y", "a--b"])
 def test_other_names_are_no_hub_ids(base):
     assert not hub.is_hub_id(base)
+
+
+@pytest.mark.parametrize("base", ["builtn:smollm2-135m-instruct", "owner/two words", "a--b"])
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_what_cannot_be_a_name_on_the_hub_is_one_sentence_with_the_ways_that_are_left(base, load):
+    with pytest.raises(ModelError) as caught:
+        load(Model(base=base))
+    assert str(caught.value) == f"{base}: cannot be the name of a model on the hub; {WAYS}"
 
 
 @pytest.mark.slow

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
@@ -14,7 +20,13 @@ from qtune.recipe.schema import Model
 def is_hub_id(base: str) -> bool:
     """Whether a name means a model on the hub, as "owner/name"."""
     named_otherwise = base.startswith((PREFIX, ".", "/", "~")) or base.endswith(".gguf")
-    return not named_otherwise and base.count("/") <= 1 and not Path(base).exists()
+    if named_otherwise or base.count("/") > 1 or Path(base).exists():
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
 
 
 def is_kept(model: Model, file: str) -> bool:
@@ -56,6 +68,8 @@ def hub_refusal(model: Model, error: BaseException) -> ModelError | None:
             f"there is no such model on the hub, or it is private: check the name, or hf auth login; {_other_ways()}"
         )
         return ModelError(Problem(model.base, message))
+    if any(isinstance(one, HFValidationError) for one in causes):
+        return ModelError(Problem(model.base, f"cannot be the name of a model on the hub; {_other_ways()}"))
     if is_hub_id(model.base) and any(isinstance(one, (ConnectionError, TimeoutError)) for one in causes):
         return ModelError(Problem(model.base, f"the hub cannot be reached ({first_line(error)}); {_other_ways()}"))
     return None
