@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_writes_into_its_own_folder_wherever_it_is_called_fro
 def test_what_a_run_only_warns_of_is_said_by_both(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe()
+    recipe = write_recipe(training="steps = 40")
     monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
     monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "RuntimeError: no such kernel")
     monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1024))
@@ -243,8 +243,14 @@ def test_what_a_run_only_warns_of_is_said_by_both(
 
 
 def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:
-    found = examine(load_recipe(write_recipe()))
+    found = examine(load_recipe(write_recipe(training="steps = 40")))
     found.require()
     assert (found.refusals, found.stopping, found.warnings) == ((), [], [])
     assert found.disk is not None
     assert found.disk.is_enough
+
+
+def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: WriteRecipe) -> None:
+    (said,) = examine(load_recipe(write_recipe(training="batch_size = 2"))).warnings
+    assert "steps are few" in said
+    assert "training.epochs = " in said

@@ -282,9 +282,15 @@ def _with_layers_kept(
     return settled, plan.with_checkpointing(best.layers, reason), rule
 
 
-def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:
-    """`plan` with what a recipe leaves to a card's memory."""
-    return as_run(Search(config, plan.device, longest, budget_bytes(recipe, plan)), recipe)[1]
+def settled(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Plan:
+    """`plan` with what a recipe leaves to a card's memory. tell: hears what is traced next."""
+    return as_run(Search(config, plan.device, longest, budget_bytes(recipe, plan), tell=tell), recipe)[1]
 
 
 def budget_bytes(recipe: Recipe, plan: Plan) -> int:

@@ -19,7 +19,7 @@ from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PretrainedConfig
 
@@ -70,15 +70,17 @@ class WaysToFit:
     """What fits with the least loss of time; None where nothing does that leaves the rows alone."""
 
 
-def ways_to_fit(config: PretrainedConfig, recipe: Recipe, forecast: Forecast) -> WaysToFit:
-    """All ways out of a forecast that does not fit.
+def ways_to_fit(
+    config: PretrainedConfig, recipe: Recipe, forecast: Forecast, tell: Callable[[str], None] = lambda words: None
+) -> WaysToFit:
+    """All ways out of a forecast that does not fit. tell: hears what is traced next.
 
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
     plan = forecast.plan
     asked = _Asked(
-        Search(config, plan.device, forecast.rows.longest, forecast.budget_bytes),
+        Search(config, plan.device, forecast.rows.longest, forecast.budget_bytes, tell=tell),
         as_planned(recipe, plan),
         plan.micro_batch_size,
         plan.micro_batch_size * plan.accumulation_steps,
@@ -118,7 +120,7 @@ class _Asked:
         """The step under these changes, with as many rows and as few layers computed twice as then fit."""
         own = {lever.key: lever.value for lever in pulled if lever.key != MICRO_BATCH}
         changes, rows = dict(own), 1 if any(lever.key == MICRO_BATCH for lever in pulled) else self.rows
-        prediction = self.traced(own, rows)
+        prediction = self.traced(own, rows, pulled)
         if self.search.is_enough(prediction):
             if rows != self.rows:
                 rows = self._most_rows(own)
@@ -130,8 +132,9 @@ class _Asked:
         price = "; ".join(lever.why for lever in pulled)
         return Way(changes, price, prediction.need, self.search.is_enough(prediction), self.pace(prediction, rows))
 
-    def traced(self, changes: dict[KeyPath, Any], rows: int) -> Prediction:
-        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows)
+    def traced(self, changes: dict[KeyPath, Any], rows: int, pulled: Sequence[Lever] = ()) -> Prediction:
+        own = [lever for lever in pulled if lever.key != MICRO_BATCH]
+        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows, *own)
 
     def _most_rows(self, changes: dict[KeyPath, Any]) -> int:
         sizes = [size for size in whole_parts(self.batch) if size <= self.rows]
