@@ -8,7 +8,7 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.launched import launched, use_own_card
@@ -104,7 +104,7 @@ def _options(
     ] = False,
 ) -> None:
     if launched().processes > 1 and context.invoked_subcommand != "run":
-        raise typer.BadParameter("only qtune run shares its work out; start this without a launcher")
+        raise InputError(Problem("WORLD_SIZE", "only qtune run shares its work out; start this without a launcher"))
 
 
 @app.command(rich_help_panel="Prepare")
@@ -235,8 +235,8 @@ def run(
     if processes is not None and processes > 1 and launched().processes > 1:
         raise typer.BadParameter("a launcher has started this process already; --processes is for running without one")
     if prove:
-        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights:
-            others = "no --set, --allow, --memory-snapshot or --hash-weights"
+        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights or seeds > 1:
+            others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
         import_libraries()

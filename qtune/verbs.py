@@ -5,6 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from qtune.errors import InputError, Problem
 from qtune.spelling import nearest
 
 # What other tools call ours, with what theirs does.
@@ -76,7 +77,7 @@ class Verbs(TyperGroup):
             if option == "--vram" and "--set" in own:
                 size = value or next(iter(words[at + 1 :]), "SIZE")
                 told += f"; what qtune {name} may spend is set with: --set memory.budget={size}"
-            raise typer.BadParameter(told, param_hint=f"qtune {name} {option}")
+            raise InputError(Problem(f"qtune {name} {option}", told))
 
 
 def _options(command: Any) -> dict[str, Any]:

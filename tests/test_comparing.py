@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from qtune.cli import app
 from qtune.comparing.bootstrap import drawn
 from qtune.comparing.runs import compared_runs
-from qtune.comparing.table import cells, compare
+from qtune.comparing.table import cells, compare, explanation
 from qtune.errors import InputError
 from qtune.report.comparison import comparison_page
 from qtune.run.folder import RunDir
@@ -105,6 +106,77 @@ def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     assert [run.evaluation.rows for run in compared_runs(enough)] == [8, 8, 8], "as many as were asked"
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=3)
+
+
+@pytest.fixture
+def copied(enough: list[Path], tmp_path: Path) -> Path:
+    """A copy of the first run, evaluated on eight of its rows."""
+    compared_runs(enough, rows=8)
+    copy = tmp_path / "copy"
+    shutil.copytree(enough[0], copy)
+    return copy
+
+
+def with_evaluation(run: Path, **changes) -> None:
+    kept = json.loads((run / "eval.json").read_text())
+    kept.pop("crc32", None)
+    (run / "eval.json").write_text(json.dumps(kept | changes))
+
+
+def test_an_evaluation_of_another_files_rows_is_not_taken_for_the_recipes_own(enough: list[Path], copied: Path) -> None:
+    with_evaluation(copied, source="some/other.jsonl", rows=2)
+    found = compared_runs([copied, enough[1]])
+    own = json.loads((enough[1] / "eval.json").read_text())["source"]
+    assert [run.evaluation.source for run in found] == [own, own]
+    assert [run.evaluation.rows for run in found] == [8, 8], "as many as the first was asked of its own rows"
+    assert json.loads((copied / "eval.json").read_text())["source"] == own
+
+
+def test_runs_that_spent_memory_and_spoke_otherwise_differ_by_chance_alone(enough: list[Path], copied: Path) -> None:
+    resolved = RunDir(copied).resolved_file
+    text = resolved.read_text()
+    for table, line in (
+        ("training", "lean_step = false"), ("training", "log_every = 7"), ("training", "sample_answers = 3"),
+        ("training", "keep_checkpoints = 2"), ("training", "gradient_checkpointing = 1"),
+        ("memory", 'activations = "host"'), ("memory", 'loss_tile = "32MiB"'),
+    ):  # fmt: skip
+        key = line.partition(" ")[0]
+        kept = [one for one in text.splitlines() if not one.startswith(f"{key} =")]
+        if f"[{table}]" not in kept:
+            kept.append(f"[{table}]")
+        kept.insert(kept.index(f"[{table}]") + 1, line)
+        text = "\n".join(kept) + "\n"
+    resolved.write_text(text)
+    found = compare(compared_runs([enough[0], copied], rows=8))
+    assert [len(line.runs) for line in found.lines] == [2]
+
+
+def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:
+    runs = compared_runs(enough, rows=8)
+    other = replace(
+        runs[2],
+        base="another/base",
+        evaluation=replace(runs[2].evaluation, base=replace(runs[2].evaluation.base, loss=9.125)),
+        forgetting=replace(
+            runs[2].forgetting, pieces=tuple(replace(piece, base=7.25) for piece in runs[2].forgetting.pieces)
+        ),
+    )
+    found = compare([*runs[:2], other])
+    second = found.bases[1]
+    assert (second.name, second.loss, second.neutral_loss) == ("another/base", 9.125, pytest.approx(7.25))
+    assert found.bases[0].loss == runs[0].evaluation.base.loss
+    _, rows = cells(found)
+    assert [row[0] for row in rows[:2]] == [f"base {runs[0].base} (none)", "base another/base (none)"]
+    assert any("not of one base" in sentence for sentence in explanation(found))
+    assert len(compare(runs).bases) == 1
+
+
+def test_a_base_that_is_quantized_otherwise_is_another_base(enough: list[Path]) -> None:
+    first, second, _ = compared_runs(enough, rows=8)
+    settings = second.settings | {"quantization": second.settings["quantization"] | {"kind": "nf4"}}
+    evaluation = replace(second.evaluation, base=replace(second.evaluation.base, loss=9.125))
+    bases = compare([first, replace(second, settings=settings, evaluation=evaluation)]).bases
+    assert [(base.name, base.quantization) for base in bases] == [(first.base, "none"), (first.base, "nf4")]
 
 
 def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: list[Path], tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from qtune.errors import ExportError, QtuneError, TrainingError, WorkError
 from qtune.export.staged import staged_folder
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import load_recipe
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import NoteRecord, append_metric, read_metrics
 from qtune.training import train
 from qtune.training.callbacks import Metrics
-from qtune.training.checkpoints import complete_checkpoints
 
 ROOT = str(Path(__file__).parent.parent)
 WRITING = os.O_WRONLY | os.O_RDWR

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,20 +15,23 @@ from safetensors.torch import load_file
 from test_adapter_lean import Case, distance, network, readied
 from test_memory_trace import CARD, CPU, executed, recipe_with
 from test_memory_trace import tiny as tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtune.adapter.attach import attach_adapter
 from qtune.errors import ModelError
 from qtune.export.export import Options, export_run
-from qtune.memory.predict import Longest, predict
+from qtune.memory import predict as prediction
+from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing import categories
+from qtune.memory.tracing.trace import trace
 from qtune.model import layer_stream
 from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.layer_stream import packed_weight, stream_layers, stream_of
-from qtune.model.load import load_base
+from qtune.model.load import attention_rule, load_base
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
+from qtune.training import rehearsal, trainer
 from qtune.training.train import resume, run
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.evaluate import evaluate
@@ -210,6 +215,40 @@ def test_layers_that_read_what_another_one_left_are_found_out() -> None:
     assert not layers_stand_alone(base, batches(1)[0])
 
 
+def broken_apart(base, error: Exception) -> None:
+    """A model that takes its last layer's answer apart, which a stand-in's cannot be: the error comes from there."""
+    last, count = base.model.layers[-1], len(base.model.layers)
+
+    def check(*_):
+        if any(found is last for found in base.model.layers) or len(base.model.layers) != count:
+            return
+        raise error
+
+    base.model.norm.register_forward_pre_hook(check)
+    base.model.rotary_emb.register_forward_pre_hook(check)
+
+
+@pytest.mark.parametrize("error", [ValueError("not enough values to unpack"), AssertionError()])
+def test_whatever_a_models_code_does_to_a_stand_in_says_that_its_layers_cannot(error: Exception) -> None:
+    base = network(CASE, torch.float32)
+    broken_apart(base, error)
+    assert not layers_stand_alone(base, batches(1)[0])
+    assert type(base.model.layers[-1]).__name__ == "LlamaDecoderLayer", "its own layers are in their places again"
+
+
+def test_memory_that_runs_out_while_it_is_asked_says_nothing_of_the_model() -> None:
+    base = network(CASE, torch.float32)
+    broken_apart(base, torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        layers_stand_alone(base, batches(1)[0])
+
+
+def test_logits_that_are_no_numbers_say_nothing_of_the_layers() -> None:
+    base = network(CASE, torch.float32)
+    torch.nn.init.constant_(base.model.norm.weight, float("nan"))
+    assert layers_stand_alone(base, batches(1)[0])
+
+
 def test_what_is_no_four_bit_layer_is_refused() -> None:
     with pytest.raises(ModelError, match=r"memory\.layers: the layers of LlamaForCausalLM are not in 4 bits"):
         stream_layers(network(Case(quantized=None), torch.float32), "host", "cpu")
@@ -270,6 +309,44 @@ def test_the_rest_of_a_steps_work_is_one_micro_batchs() -> None:
         )
 
     assert products(1) == products(4)
+
+
+ATTENTION = {"hidden_size": 64, "vocab_size": 128, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+APART = {
+    "bloom": {**ATTENTION, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 128},
+    "bamba": {
+        **ATTENTION, **HEADS, "intermediate_size": 128, "num_hidden_layers": 2, "attn_layer_indices": [1],
+        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16,
+    },
+}  # fmt: skip
+"""Families whose code takes a layer's answer apart, or goes through its layers otherwise."""
+
+
+@pytest.mark.parametrize("family", APART)
+def test_a_family_whose_layers_do_not_stand_alone_is_traced_as_it_runs(family: str) -> None:
+    """One micro-batch after the other, the gradients of the earlier ones waiting: as with any step of several."""
+    config = AutoConfig.for_model(family, **APART[family])
+    training = {"gradient_checkpointing": False, "batch_size": 3, "micro_batch_size": 1}
+    recipe = recipe_with(memory={"layers": "host"}, training=training, quantization={"minimum_share": 0.0})
+    plan, longest = make_plan(recipe, CPU, attention_rule(config)), Longest(16, equal=True)
+    step = training_step(recipe, plan, longest)
+    assert step.micro_batches == 3
+    found = predict(config, recipe, plan, longest, plays_allocator=False).history
+    build = functools.partial(prediction.build, recipe=recipe, plan=plan)
+    expected = trace(config, build, replace(step, micro_batches=1, accumulates=True), card=None).history
+    for phase in ("forward", "backward"):
+        assert found.peak(phase).bytes == expected.peak(phase).bytes
+
+
+def test_a_forward_that_fails_on_tensors_without_storage_is_one_sentence(monkeypatch) -> None:
+    def fails(*arguments, **options):
+        raise ValueError("too many values to unpack (expected 2)")
+
+    monkeypatch.setattr(prediction, "trace", fails)
+    with pytest.raises(ModelError, match=r"a step of llama cannot be traced .*: too many values to unpack"):
+        traced()
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -337,6 +414,80 @@ def test_a_rehearsal_takes_all_micro_batches_of_a_step(write_recipe, monkeypatch
     recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 2\nsteps = 1\nrehearse = true")
     ended(recipe, 'memory.layers="host"')
     assert groups == [2, 2]
+
+
+def rehearsed_losses(monkeypatch) -> list[float]:
+    """The losses that a rehearsal's step comes to, in order; filled while one runs."""
+    found: list[float] = []
+    original = rehearsal._step
+
+    def watching(trainer, *args):
+        inner = trainer.training_step
+
+        def training_step(*arguments):
+            loss = inner(*arguments)
+            found.append(float(loss))
+            return loss
+
+        monkeypatch.setattr(trainer, "training_step", training_step)
+        optimizer = original(trainer, *args)
+        monkeypatch.setattr(trainer, "training_step", inner)
+        return optimizer
+
+    monkeypatch.setattr(rehearsal, "_step", watching)
+    return found
+
+
+def test_a_rehearsal_of_all_micro_batches_has_the_mean_loss_of_one(write_recipe, monkeypatch) -> None:
+    """In float16 a multiple of it may be more than the type holds."""
+    recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 1\nsteps = 1\nrehearse = true")
+    found = rehearsed_losses(monkeypatch)
+    ended(recipe, 'memory.layers="host"')
+    waiting, together = found[:-1], found[-1]
+    assert waiting == [0.0] * 3
+    ended(recipe)
+    assert together == pytest.approx(found[-1], rel=1e-5)
+
+
+def test_where_layers_do_not_stand_alone_a_rehearsal_takes_one_micro_batch(write_recipe, monkeypatch) -> None:
+    recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 1\nsteps = 1\nrehearse = true")
+    monkeypatch.setattr(trainer, "layers_stand_alone", lambda model, ids: False)
+    found = rehearsed_losses(monkeypatch)
+    ended(recipe, 'memory.layers="host"')
+    assert len(found) == 1
+
+
+def test_memory_that_ran_out_in_a_rehearsal_does_not_part_the_micro_batches_of_the_run(
+    write_recipe, monkeypatch
+) -> None:
+    """A run that is resumed without that would sum its gradients in another order."""
+    recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 2\nsteps = 1\nrehearse = true")
+    groups = []
+    original = QloraTrainer.compute_loss
+
+    def full_once(self, model, inputs, *args, **kwargs):
+        groups.append(len(inputs.get("micro_batches", [inputs])))
+        if len(groups) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(QloraTrainer, "compute_loss", full_once)
+    ended(recipe, 'memory.layers="host"')
+    assert groups == [2, 1, 1, 2]
+
+
+def test_memory_that_runs_out_in_the_check_sends_micro_batches_one_by_one(write_recipe, monkeypatch, capsys) -> None:
+    recipe = write_recipe(training="batch_size = 4\nmicro_batch_size = 2\nsteps = 1")
+
+    def full(model, ids):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer, "layers_stand_alone", full)
+    streamed = ended(recipe, 'memory.layers="host"')
+    assert losses(streamed)
+    said = capsys.readouterr().err
+    assert "out of memory: each micro-batch sends for all layers anew" in said
+    assert "depend on one another" not in said
 
 
 def test_where_all_micro_batches_together_are_too_many_they_go_one_by_one(write_recipe, monkeypatch) -> None:

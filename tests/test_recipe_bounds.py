@@ -72,6 +72,15 @@ ABSURD_NUMBERS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["prompt-tuning", "p-tuning"])
+@pytest.mark.parametrize("key", ["vector_rate", "vector_scale"])
+@pytest.mark.parametrize("value", ["1e-39", "1e30"])
+def test_a_factor_of_vectors_that_float32_cannot_hold_is_refused(said, kind: str, key: str, value: str) -> None:
+    (problem,) = said(f'{GOOD}[adapter]\nkind = "{kind}"\nresidual = true\n{key} = {value}\n')
+    assert problem.startswith(f"recipe.toml:8: adapter.{key} = ")
+    assert "must be" in problem
+
+
 @pytest.mark.parametrize(("table", "key", "value"), ABSURD_NUMBERS, ids=lambda part: str(part)[:20])
 def test_a_number_beyond_all_use_is_refused_with_its_bound(said, table: str, key: str, value: str) -> None:
     text = GOOD + (f"{key} = {value}\n" if table == "data" else f"[{table}]\n{key} = {value}\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtune.recipe.rates import FASTEST_LORA, doubtful_rate
+from qtune.recipe.rates import FASTEST_LORA, _rounded_down, doubtful_rate
 from qtune.recipe.schema import IA3, Adapter, Lora, PrefixTuning, PromptTuning, PTuning
 
 PROMPT = PromptTuning(kind="prompt-tuning")
@@ -46,6 +46,14 @@ def test_a_rate_at_which_a_lora_s_first_steps_are_too_large_is_said_with_one_tha
     assert said is not None
     largest = float(said.rpartition("at most ")[2].partition(",")[0])
     assert doubtful_rate(Lora(rank=rank, alpha=alpha), largest) is None
+
+
+@pytest.mark.parametrize("digit", range(1, 10))
+@pytest.mark.parametrize("power", range(-9, 3))
+def test_a_rate_of_one_digit_is_advised_as_it_is(digit: int, power: int) -> None:
+    value = float(f"{digit}e{power}")
+    assert _rounded_down(value) == value
+    assert _rounded_down(1.05 * value) == value
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 32), (256, 512), (64, 16)])

@@ -21,6 +21,7 @@ from qtune.adapter.state import STATE_FILE
 from qtune.errors import RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.run import manifest
+from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
@@ -29,7 +30,7 @@ from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole
 from qtune.training.proof import _pairs, prove
-from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_tree, save_tree
+from qtune.training.saved_state import RANDOM, SCHEDULE, load_tree, save_tree
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate
 
@@ -277,6 +278,17 @@ def test_a_branch_with_nothing_of_its_own_has_nothing_to_repeat(world: World) ->
         RunError, match=r"went on otherwise from step 2 \(training.learning_rate\), so steps 1 to 2 cannot"
     ):
         prove(branch)
+
+
+def test_steps_that_several_processes_took_are_not_proven_by_one(world: World) -> None:  # noqa: F811
+    lock = read_lock(world.finished)
+    assert lock is not None
+    write_lock(world.finished, replace(lock, device=replace(lock.device, processes=2)))
+    with pytest.raises(RunError, match="steps 4 to 4 were taken by 2 processes, which add their gradients in another"):
+        prove(world.finished)
+    # From step 3 on it was one again, and those steps can be repeated.
+    write_lock(world.finished, replace(lock, device=replace(lock.device, processes=2)).resumed_as(lock, 3))
+    assert prove(world.finished).startswith("steps 4 to 4 were repeated")
 
 
 def test_steps_are_repeated_with_the_outliers_that_they_had(world: World, monkeypatch) -> None:  # noqa: F811

@@ -115,7 +115,8 @@ def test_nobody_asks_a_path_of_a_run_for_its_name() -> None:
 
 def test_foreign_files_among_checkpoints_are_passed_over_and_stay(tmp_path: Path) -> None:
     from qtune.adapter.state import STATE_FILE
-    from qtune.training.checkpoints import complete_checkpoints, remove_incomplete_checkpoints
+    from qtune.run.checkpoints import complete_checkpoints
+    from qtune.training.checkpoints import remove_incomplete_checkpoints
 
     for name in (
         "checkpoint-6",

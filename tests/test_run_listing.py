@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from qtune.cli import app
 from qtune.errors import RunError
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
+from qtune.run.manifest import seal
 from qtune.run.metrics import append_metric
+from qtune.run.owner import Owner
 from qtune.screens.listing import age_text
 
 RESOLVED = '[model]\nbase = "org/model"  # recipe\n\n[adapter]\nkind = "lora"  # default\n'
@@ -45,12 +48,52 @@ def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> N
     runs = list_runs(tmp_path)
     assert [run.name for run in runs] == ["done", "stopped", "dead", "broken"]
     first, second, third, last = runs
-    assert (first.state, second.state, third.state) == ("finished, 20 steps", "step 7 of 20", "no step was taken")
+    assert (first.state, third.state) == ("finished, 20 steps", "stopped before the first step")
+    assert second.state == "stopped at step 7 of 20; no step is saved"
+    assert [one.resume is not None for one in runs] == [False, True, True, False]
     assert last.state.startswith("damaged: cannot be read: ")
     assert (first.base, first.adapter, last.base) == ("org/model", "lora", None)
     assert (first.loss_start, first.loss_end, first.validation) == (3.0, 1.0, 1.5)
     files = [done.resolved_file, done.metrics_file, done.adapter / "adapter_config.json"]
     assert first.size_bytes == sum(len(file.read_bytes()) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("saved", "state"),
+    [
+        ((), "stopped at step 7 of 20; no step is saved"),
+        ((5, 6), "stopped at step 7 of 20; step 6 is saved"),
+        ((5, 7), "stopped at step 7 of 20"),
+        ((5, 9), "stopped at step 9 of 20"),
+    ],
+)
+def test_a_stopped_run_says_which_step_is_saved_and_how_to_go_on(
+    tmp_path: Path, saved: tuple[int, ...], state: str
+) -> None:
+    run = made(tmp_path / "my runs", "stopped", trained(7, 3.0, 1))
+    for step in saved:
+        checkpoint = run.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        seal(checkpoint, step)
+    (run.checkpoints / "checkpoint-12").mkdir(parents=True)  # a save that was killed
+    (found,) = list_runs(tmp_path / "my runs")
+    assert found.state == state
+    assert found.resume is not None
+    assert shlex.split(found.resume) == ["qtune", "run", "--resume", str(run.path)]
+
+
+def test_a_run_that_trains_at_this_moment_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, "trains", trained(7, 3.0, 1))
+    monkeypatch.setattr("qtune.run.listing.owner_of", lambda run: Owner(1, "elsewhere", 0.0, "then"))
+    (found,) = list_runs(tmp_path)
+    assert (found.state, found.resume) == ("training, step 7 of 20", None)
+
+
+def test_below_the_table_stands_the_whole_command_for_each_stopped_run(tmp_path: Path) -> None:
+    folder = tmp_path / ("a folder with a name that is longer than a line of a terminal has room for" * 2)
+    run = made(folder, "stopped", trained(7, 3.0, 1))
+    lines = CliRunner().invoke(app, ["list", str(folder)]).output.splitlines()
+    assert f"go on with stopped: {shlex.join(['qtune', 'run', '--resume', str(run.path)])}" in lines
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from transformers import TrainerState
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import Failure, Interrupted, RunError, TrainingError
 from qtune.run import manifest
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import NoteRecord, read_metrics
 from qtune.training import callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
 from qtune.training.callbacks import Metrics, OptimizerPhase, after_divergence
-from qtune.training.checkpoints import complete_checkpoints, remove_incomplete_checkpoints
+from qtune.training.checkpoints import remove_incomplete_checkpoints
 
 STEPS = "batch_size = 2\nlearning_rate = 1e-2\nkeep_checkpoints = 9\n"
 
@@ -172,6 +173,15 @@ def test_memory_that_ran_out_on_a_full_disk_is_reported(
     inputs = SimpleNamespace(recipe=recipe, plan=plan, prepared=None)
     assert ran_out.explained(Failure.__new__(Failure), inputs, RunDir(tmp_path)) is report  # type: ignore[arg-type]
     assert "memory.json was not written: No space left on device" in capsys.readouterr().err
+
+
+def test_before_the_first_save_a_stopped_run_is_said_to_start_over_and_not_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    said = train._stopped_at_once(RunDir(tmp_path / "run"))
+    assert said.endswith(
+        f"it starts over at the first one, in the same folder, with: qtune run --resume {tmp_path / 'run'}"
+    )
+    assert "begin again" not in said
 
 
 def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path: Path) -> None:

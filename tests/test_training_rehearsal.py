@@ -127,7 +127,7 @@ def test_whatever_fails_in_the_rehearsal_fails_before_the_first_step(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(rehearsal, stage, fails)
-    with pytest.raises(TrainingError, match=r"No space left on device; .*\nnothing was saved yet; begin again with"):
+    with pytest.raises(TrainingError, match=r"No space left on device; .*\nno step was saved yet, so it starts over"):
         run(write_recipe(training=STEPS + "rehearse = true"))
     assert not RunDir(tmp_path / "runs" / "tiny").metrics_file.exists()
 

@@ -23,6 +23,7 @@ from qtune.export.export import Options, export_run
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import trace_run
 from qtune.recipe.file import Origin, load_recipe
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.resolved import read_values
@@ -30,7 +31,6 @@ from qtune.run.resumption import resumed_recipe
 from qtune.run.summary import Losses
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
-from qtune.training.checkpoints import complete_checkpoints
 from qtune.training.outcome import rise_of
 from qtune.training.schedule import schedule_of
 from qtune.training.trainer import QloraTrainer

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import DTYPES
 from qtune.model.layer_stream import join_stream
+from qtune.run.checkpoints import TRAINED_STATE
 from qtune.whole import whole
 
-STATE_FILE = "trained_state.safetensors"
+STATE_FILE = TRAINED_STATE
 """Every trained tensor under its module's name. peft's own file has no prompt encoder, only what it computed."""
 
 

@@ -8,12 +8,15 @@ from typing import Any
 from safetensors import safe_open
 
 from qtune.adapter.state import STATE_FILE
+from qtune.data.held_out import own_rows
 from qtune.errors import InputError, Problem
 from qtune.export.adapter_weights import WEIGHTS
+from qtune.recipe.schema import Recipe
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
+from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
 from qtune.tuned.evaluate import Evaluation, evaluate, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
@@ -34,7 +37,8 @@ class ComparedRun:
     base: str
     adapter: str
     settings: dict[str, Any]
-    """The resolved recipe without seed and output: runs that share it differ by chance alone."""
+    """The resolved recipe without its seed, its output and what decides nothing of the adapter, such as how a step's
+    memory was spent: runs that share it differ by chance alone."""
     parameters: int
     seconds: float
     peak_bytes: int
@@ -58,7 +62,7 @@ def compared_runs(
     for run_dir in opened:  # before minutes are spent on the first
         whole_adapter(run_dir)
     if rows is None and data_file is None:
-        kept = (read_evaluation(run_dir) for run_dir in opened)
+        kept = (_kept_evaluation(run_dir) for run_dir in opened)
         rows = next((evaluation.rows for evaluation in kept if evaluation is not None), None)
     found = [_compared(run_dir, rows or ROWS, data_file, accepted) for run_dir in opened]
     _require_same_rows(found)
@@ -67,9 +71,7 @@ def compared_runs(
 
 def _compared(run_dir: RunDir, rows: int, data_file: Path | None, accepted: tuple[str, ...]) -> ComparedRun:
     recipe, summary, lock = resolved_recipe(run_dir), summary_of(run_dir), read_lock(run_dir)
-    settings = recipe.model_dump(mode="json", exclude={*ELSEWHERE})
-    settings[SEED[0]].pop(SEED[1])
-    kept = read_evaluation(run_dir) if data_file is None else None
+    kept = _kept_evaluation(run_dir) if data_file is None else None
     if kept is None or kept.rows != min(rows, kept.rows_held_out) or not kept.row_losses:
         kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted)
     return ComparedRun(
@@ -77,7 +79,7 @@ def _compared(run_dir: RunDir, rows: int, data_file: Path | None, accepted: tupl
         recipe.training.seed,
         recipe.model.base,
         recipe.adapter.kind,
-        settings,
+        _settings(recipe),
         trained_parameters(run_dir),
         summary.seconds,
         summary.peak_bytes,
@@ -85,6 +87,20 @@ def _compared(run_dir: RunDir, rows: int, data_file: Path | None, accepted: tupl
         kept,
         measure_forgetting(run_dir, accepted=accepted),
     )
+
+
+def _kept_evaluation(run_dir: RunDir) -> Evaluation | None:
+    """The run's last evaluation, if it asked the rows that its recipe sets aside; None where it asked a file's."""
+    kept = read_evaluation(run_dir)
+    return kept if kept is not None and kept.source == own_rows(resolved_recipe(run_dir)) else None
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides which adapter comes out, but for chance."""
+    settings = recipe.model_dump(mode="json", exclude={*ELSEWHERE})
+    for table, key in (SEED, *CHANGEABLE):
+        settings.get(str(table), {}).pop(str(key), None)
+    return settings
 
 
 def trained_parameters(run_dir: RunDir) -> int:

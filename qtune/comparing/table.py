@@ -50,17 +50,27 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A base as it was trained on: quantized otherwise it answers otherwise. answers: None where nothing was asked."""
+
+    name: str
+    quantization: str
+    loss: float
+    answers: float | None
+    neutral_loss: float
+    """On the text by which forgetting is measured."""
+
+
+@dataclass(frozen=True)
 class SideBySide:
-    """Configurations in the order in which they were named."""
+    """Configurations, and the bases that they began with, in the order in which they were named."""
 
     lines: tuple[Configuration, ...]
+    bases: tuple[Base, ...]
     rows: int
     source: str
     scored_tokens: int
     answers_name: str | None
-    base_loss: float
-    base_answers: float | None
-    neutral_base_loss: float
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints."""
@@ -85,14 +95,25 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
     scores = answer_scores(evaluation)
     return SideBySide(
         tuple(lines),
+        _bases(runs),
         evaluation.rows,
         evaluation.source,
         evaluation.scored_tokens,
         scores.name if scores else None,
-        evaluation.base.loss,
-        fmean(scores.base) if scores else None,
-        runs[0].forgetting.base,
     )
+
+
+def _bases(runs: Sequence[ComparedRun]) -> tuple[Base, ...]:
+    """One of each name and quantization; those of one model in two folders have the same figures, and one line."""
+    found: dict[tuple[Any, ...], Base] = {}
+    for run in runs:
+        quantization = run.settings["quantization"]
+        scores = answer_scores(run.evaluation)
+        figures = run.evaluation.base.loss, fmean(scores.base) if scores else None, run.forgetting.base
+        names = run.base, tuple(sorted(quantization.items()))
+        if names not in found and figures not in found:
+            found[names] = found[figures] = Base(run.base, quantization["kind"], *figures)
+    return tuple({id(base): base for base in found.values()}.values())
 
 
 def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
@@ -133,9 +154,12 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     head = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first"]
     head += [str(comparison.answers_name), "more than the first"] if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
-    base = ["base", "", "", "", f"{comparison.base_loss:.3f}", ""]
-    base += [f"{100 * (comparison.base_answers or 0.0):.1f} %", ""] if has_answers else []
-    rows = [[*base, f"0 of {comparison.neutral_base_loss:.3f}", "", ""]]
+    rows = []
+    for base in comparison.bases:
+        name = "base" if len(comparison.bases) == 1 else f"base {base.name} ({base.quantization})"
+        row = [name, "", "", "", f"{base.loss:.3f}", ""]
+        row += [f"{100 * (base.answers or 0.0):.1f} %", ""] if has_answers else []
+        rows.append([*row, f"0 of {base.neutral_loss:.3f}", "", ""])
     for line in comparison.lines:
         row = [line.name, line.adapter, f"{line.parameters / 1e6:.3f} M", str(len(line.runs))]
         row += [_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}")]
@@ -178,6 +202,10 @@ def explanation(comparison: SideBySide) -> list[str]:
     if several:
         said.append("±: the standard deviation between runs that differ by their seed alone")
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
+    if len(comparison.bases) > 1:
+        said.append(
+            "the runs are not of one base: differences to the first one are the bases' as well as the training's"
+        )
     devices = {device for line in comparison.lines for device in line.devices}
     if len(devices) > 1:
         said.append(f"time and memory are of different devices: {', '.join(sorted(devices))}")

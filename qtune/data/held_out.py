@@ -25,13 +25,18 @@ def held_out_rows(
     if not isinstance(given, float):
         # Only these rows are read; the training rows may be gone by now.
         alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
-        name = str(data_file) if data_file else "test rows" if data.test is not None else "validation rows"
+        name = str(data_file) if data_file else own_rows(recipe)
         split = "test" if data_file or data.test is not None else "validation"
         return name, prepare(alone, tokenizer, folder, split=split).examples["train"]
     prepared = prepare(data, tokenizer, folder, seed=recipe.training.seed)
     if prepared.held_out is None:
         raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
-    return "validation rows", prepared.examples[prepared.held_out]
+    return own_rows(recipe), prepared.examples[prepared.held_out]
+
+
+def own_rows(recipe: Recipe) -> str:
+    """What the rows that a recipe itself sets aside are called, in words."""
+    return "test rows" if recipe.data.test is not None else "validation rows"
 
 
 def spread(available: int, wanted: int) -> list[int]:

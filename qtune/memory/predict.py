@@ -79,7 +79,7 @@ def predict(
         card = card_of(plan.device)
         traced = trace(config, made, step, card=card, plays_allocator=plays_allocator, same_model=key)
         return replace(traced, scratch_bytes=SCRATCH_BYTES) if plan.lean_step and card is not None else traced
-    except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, ArithmeticError) as error:
         reason = f"a step of {config.model_type} cannot be traced without its weights: {first_line(error)}"
         reason += ". A run may work all the same"
         raise ModelError(Problem(recipe.model.base, reason)) from error

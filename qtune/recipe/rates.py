@@ -4,7 +4,7 @@ AdamW moves a number by about the rate in each step, whatever its gradient is, s
 come at all, and how violently its first steps change the model.
 """
 
-import math
+from decimal import Decimal
 
 from qtune.recipe.schema import Adapter, Lora, PromptTuning
 
@@ -16,6 +16,8 @@ FASTEST_LORA = 1.0
 output of a layer changes by about half of this times its input, in all layers at once. On the built-in model 0.1 (rank
 256, alpha 512, 2e-4) and 0.32 (rank 16, alpha 32, 1e-2) still learned: losses of 2.51 were 0.086 and 0.114 on held-out
 rows after 16 steps of the quickstart, one seed, bfloat16 on a CPU."""
+ROUNDING = 1e-9
+"""Of a product of floats: the largest rate that is advised is not itself too large."""
 
 
 def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
@@ -31,9 +33,9 @@ def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
                 f'"auto" is {adapter.auto_learning_rate[0]:g}'
             )
         case Lora():
-            scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
-            if (strength := rate * scale * adapter.rank) > FASTEST_LORA:
-                fitting = _rounded_down(FASTEST_LORA / (scale * adapter.rank))
+            scaled_rank = adapter.alpha * (adapter.rank**0.5 if adapter.rslora else 1)
+            if (strength := rate * scaled_rank) > FASTEST_LORA * (1 + ROUNDING):
+                fitting = _rounded_down(FASTEST_LORA / scaled_rank)
                 return (
                     f"training.learning_rate = {rate:g}: with rank {adapter.rank} and alpha {adapter.alpha} each of "
                     f"the first steps changes the output of every layer by about {0.5 * strength:.0%} of its input's "
@@ -43,6 +45,7 @@ def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
 
 
 def _rounded_down(value: float) -> float:
-    """To one digit."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return math.floor(value / power) * power
+    """To one digit, in decimal: divided in binary, 0.0007 is six and a bit of 0.0001."""
+    exact = Decimal(f"{value:.12g}")
+    power = Decimal(10) ** exact.adjusted()
+    return float(exact // power * power)

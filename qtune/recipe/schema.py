@@ -39,6 +39,8 @@ Tokens = Annotated[int, Field(gt=0, le=16_777_216)]
 """Of one example: the longest published contexts are of 10^7."""
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 """What float32 holds. A rate that is merely too large diverges, which is said when it does."""
+Factor = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)]
+"""Of a soft prompt's vectors, which are multiplied and divided by it: in float32, without becoming zero or infinite."""
 Norm = Annotated[float, Field(ge=1e-6, le=1e30, allow_inf_nan=False)]
 """Of gradients: AdamW's epsilon, 1e-8, would swallow smaller ones; more than float32 holds would be infinite."""
 Decay = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -217,9 +219,9 @@ class PTuning(AdapterTable):
     """Dropout between the LSTM's layers."""
     residual: bool = False
     """Add what the encoder computes to the vectors that it reads (arXiv:2305.03937), which can then start at words."""
-    vector_rate: Rate = 1.0
+    vector_rate: Factor = 1.0
     """Rate of those vectors as a multiple of training.learning_rate, which is the encoder's. Needs residual."""
-    vector_scale: Rate = 1.0
+    vector_scale: Factor = 1.0
     """Size at which the vectors begin, as a multiple of the words'; large ones reach every layer nearly as they are.
     Needs residual."""
     initialization: Literal["random", "vocabulary", "text", "rows"] = "random"
@@ -251,9 +253,9 @@ class PromptTuning(AdapterTable):
     """Add to each vector what one hidden layer, shared by all of them, computes from it (arXiv:2305.03937)."""
     encoder_hidden_size: Width | None = None
     """Width of that layer; left out, the model's hidden size. Needs residual."""
-    vector_rate: Rate = 1.0
+    vector_rate: Factor = 1.0
     """Rate of the vectors as a multiple of training.learning_rate, which is that layer's. Needs residual."""
-    vector_scale: Rate = 1.0
+    vector_scale: Factor = 1.0
     """Size at which the vectors begin, as a multiple of the words'; large ones reach every layer nearly as they are.
     Needs residual."""
 

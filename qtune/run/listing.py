@@ -5,8 +5,11 @@ from pathlib import Path
 
 from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
+from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.folder import RunDir
+from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
+from qtune.run.resumption import resuming
 from qtune.run.summary import Summary, summary_of
 
 
@@ -25,6 +28,8 @@ class ListedRun:
     size_bytes: int
     changed: float
     """When it was last written to, in seconds since 1970."""
+    resume: str | None
+    """The command that goes on with it; None where it has ended, goes on already or is damaged."""
 
 
 def list_runs(directory: Path) -> list[ListedRun]:
@@ -42,12 +47,13 @@ def list_runs(directory: Path) -> list[ListedRun]:
 
 def _listed(run_dir: RunDir) -> ListedRun | None:
     """A run in a line; None where its folder was taken away meanwhile."""
-    base = adapter = summary = None
+    base = adapter = summary = resume = None
     try:
         values = {one.path: one.plain_text for one in read_values(run_dir)}
         base, adapter = values.get(("model", "base")), values.get(("adapter", "kind"))
         summary = summary_of(run_dir)
-        state = _state(run_dir, summary)
+        state, is_stopped = _state(run_dir, summary)
+        resume = resuming(run_dir) if is_stopped else None
     except RunError as error:
         state = f"damaged: {error.problems[0].message}"
     losses = summary.losses if summary else None
@@ -65,6 +71,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         best.loss if best else None,
         bytes_in(run_dir.path),
         written[0],
+        resume,
     )
 
 
@@ -76,9 +83,16 @@ def _time_of(file: Path) -> float | None:
         return None
 
 
-def _state(run_dir: RunDir, summary: Summary) -> str:
+def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
+    """How far a run has come, and whether it is stopped there."""
     if run_dir.is_finished:
-        return f"finished, {summary.steps:,} steps"
-    if not summary.step:
-        return "no step was taken"
-    return f"step {summary.step:,} of {summary.steps:,}"
+        return f"finished, {summary.steps:,} steps", False
+    saved = max(map(step_of, complete_checkpoints(run_dir.checkpoints)), default=0)
+    reached = max(summary.step, saved)  # a step may be saved and not be logged
+    total = f" of {summary.steps:,}" if summary.steps else ""
+    if (owner := owner_of(run_dir)) is not None:
+        return f"{owner.doing}, " + (f"step {reached:,}{total}" if reached else "before the first step"), False
+    if not reached:
+        return "stopped before the first step", True
+    kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
+    return f"stopped at step {reached:,}{total}{kept}", True

@@ -1,6 +1,7 @@
 """A stopped run: which one is meant, and the few values of its recipe that may change: never what is learned."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -119,6 +120,11 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
         training = after.recipe.training.model_copy(update={str(path[1]): "auto" for path in open_again})
         after = replace(after, recipe=after.recipe.model_copy(update={"training": training}))
     return replace(after, origins=origins | dict.fromkeys(changed, Origin("--set", "on resuming")))
+
+
+def resuming(run_dir: RunDir, *more: str) -> str:
+    """The command that goes on with a run; it can be pasted where a path has a space."""
+    return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *more])
 
 
 def newest_unfinished(directory: Path, name: str) -> RunDir | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qtune.console import table
@@ -18,7 +18,8 @@ UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
 def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> RenderableType:
-    """The runs as a table; `now` is what their age is counted from, in seconds since 1970."""
+    """The runs as a table, and below it how to go on with those that are stopped; `now` is what their age is counted
+    from, in seconds since 1970."""
     if not runs:
         return Text(f"no runs in {directory}")
     rows = [
@@ -35,7 +36,10 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
         for run in runs
     ]
     columns = ("run", "state", "base", "adapter", "training loss", "best validation", "size", "age")
-    return table(f"Runs in {directory}", columns, rows, right=(4, 5, 6, 7))
+    drawn = table(f"Runs in {directory}", columns, rows, right=(4, 5, 6, 7))
+    ways = [f"go on with {run.name}: {run.resume}" for run in runs if run.resume is not None]
+    # A command that is broken over lines by hand cannot be pasted.
+    return Group(drawn, *(Text(way, no_wrap=True, overflow="ignore") for way in ways))
 
 
 def age_text(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from qtune import console
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError, first_line
 from qtune.run import manifest
+from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.metrics import has_evaluation
 from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
-from qtune.training.saved_state import OPTIMIZER, RANDOM, SCHEDULE, load_state
+from qtune.training.saved_state import RANDOM, SCHEDULE, load_state
 
 SAVING = ".saving"
 """A file that is in a checkpoint until it is sealed. It tells a save that was killed from a manifest that was lost."""
-CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,12}")
 
 
 def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
@@ -42,30 +41,6 @@ def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
             f"a trained weight is not a finite number at step {step}: training has diverged. "
             f"{after_divergence(complete_checkpoints(checkpoints))}"
         )
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder whose saving came to its end, oldest first. What has happened to them since is for
-    `newest_whole` to say."""
-    return [path for path in named_checkpoints(folder) if path.is_dir() and _was_completed(path)]
-
-
-def named_checkpoints(folder: Path) -> list[Path]:
-    """Everything in a folder that is called as a checkpoint is, oldest first; checkpoint-6.bak is not."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was made."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _was_completed(checkpoint: Path) -> bool:
-    """A manifest comes last; versions that wrote none wrote the trained state last, and pickles before it."""
-    if manifest.is_sealed(checkpoint):
-        return True
-    return (checkpoint / STATE_FILE).is_file() and not (checkpoint / OPTIMIZER).is_file()
 
 
 def remove_incomplete_checkpoints(folder: Path) -> None:

@@ -17,6 +17,7 @@ from qtune.adapter.starts import kept_start
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError
 from qtune.memory.measured.meter import Meter
+from qtune.run.checkpoints import OPTIMIZER, named_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after
@@ -24,10 +25,10 @@ from qtune.run.owner import owned
 from qtune.run.resumption import resumed_recipe
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
-from qtune.training.checkpoints import fault_of, named_checkpoints, step_of
+from qtune.training.checkpoints import fault_of
 from qtune.training.depends import base_now, require_unchanged
 from qtune.training.inputs import Inputs, gather
-from qtune.training.saved_state import OPTIMIZER, load_state
+from qtune.training.saved_state import load_state
 
 NEVER = 1_000_000_000
 """Steps between two checkpoints where none is wanted."""

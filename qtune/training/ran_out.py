@@ -15,9 +15,9 @@ from qtune.errors import Failure, OutOfMemory, first_line
 from qtune.memory.longest import longest_of
 from qtune.memory.measured.meter import Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.memory import RunMemory, read_memory, write_memory
-from qtune.training.checkpoints import complete_checkpoints
 from qtune.training.inputs import Inputs
 
 

@@ -29,11 +29,12 @@ from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
+from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
 from qtune.training.arguments import OPTIMIZERS
 from qtune.training.inputs import Inputs
-from qtune.training.saved_state import OPTIMIZER, save_tree
+from qtune.training.saved_state import save_tree
 from qtune.training.trainer import QloraTrainer, release_cached_memory
 from qtune.tuned.generate import find_ends, stream
 
@@ -164,8 +165,11 @@ def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_na
     scored = int((batch["labels"] != IGNORED).sum())
     # As many as a step's, where these wait for one another.
     trainer.expected = trainer.micro_batches_together
+    if not trainer.goes_together(model, batch):
+        trainer.expected = 1
+    tokens = torch.tensor(max(1, trainer.expected * scored), device=model.device)
     for _ in range(trainer.expected):
-        loss: Tensor = trainer.training_step(model, dict(batch), torch.tensor(max(1, scored), device=model.device))
+        loss: Tensor = trainer.training_step(model, dict(batch), tokens)
     if not bool(torch.isfinite(loss)):
         raise TrainingError(
             f"the loss of the heaviest batch is {float(loss)} before any weight was changed: no learning rate has done "

@@ -21,11 +21,10 @@ from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from qtune.errors import Problem, RunError, first_line
+from qtune.run.checkpoints import OPTIMIZER
 from qtune.whole import whole
 
-OPTIMIZER, SCHEDULE, RANDOM, SCALER = (
-    "optimizer.safetensors", "schedule.safetensors", "random.safetensors", "scaler.safetensors",
-)  # fmt: skip
+SCHEDULE, RANDOM, SCALER = "schedule.safetensors", "random.safetensors", "scaler.safetensors"
 
 
 def random_file(rank: int) -> str:

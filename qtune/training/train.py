@@ -37,6 +37,7 @@ from qtune.errors import (
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import Resolved
+from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
@@ -45,20 +46,18 @@ from qtune.run.manifest import seal, skipped_until
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe
+from qtune.run.resumption import begin_branch, lowers_rate, resumed_recipe, resuming
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
 from qtune.training.checkpoints import (
-    complete_checkpoints,
     is_last,
     is_owed_evaluation,
     newest_whole,
     remove_incomplete_checkpoints,
     require_finite,
-    step_of,
 )
 from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
 from qtune.training.display import TrainingDisplay
@@ -252,14 +251,14 @@ def _way_on(run_dir: RunDir) -> str:
     saved = complete_checkpoints(run_dir.checkpoints)
     command = _resuming(run_dir)
     if not saved:
-        return f"nothing was saved yet; begin again with: {command}"
+        return f"no step was saved yet, so it starts over at the first one, in the same folder, with: {command}"
     return f"step {step_of(saved[-1])} is saved, and what came after it is not\ngo on with: {command}"
 
 
 def _resuming(run_dir: RunDir) -> str:
     started = launched()
     several = ["--processes", str(started.processes)] if started.processes == started.local_processes > 1 else []
-    return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *several])
+    return resuming(run_dir, *several)
 
 
 def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:

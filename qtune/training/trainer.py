@@ -35,22 +35,15 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
+from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
-from qtune.training.checkpoints import (
-    begin_saving,
-    complete_checkpoints,
-    end_saving,
-    make_room,
-    remove_older,
-    require_finite,
-)
+from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
 from qtune.training.ranks import ALONE, Ranks, in_turn
 from qtune.training.saved_state import (
-    OPTIMIZER,
     RANDOM,
     SCALER,
     SCHEDULE,
@@ -132,7 +125,8 @@ class QloraTrainer(SFTTrainer):
         self.pieces = self.eval_pieces = 1
         self.micro_batches_together = plan.together
         self.together = plan.together > 1
-        """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot."""
+        """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot, or
+        have no room. The latter holds for as long as the process lives, like `pieces`: a resumed run tries again."""
         self.expected = 1
         """Micro-batches of the step that is being taken."""
         self._stand_alone: bool | None = None
@@ -271,7 +265,7 @@ class QloraTrainer(SFTTrainer):
             OutOfMemory: a single row does not fit.
         """
         self._done_in_step.append(inputs)
-        group = self._done_in_step if self._goes_together(model) else [inputs]
+        group = self._done_in_step if self.goes_together(model, inputs) else [inputs]
         if len(group) < self.expected and self.together:
             return torch.zeros((), device=self.args.device)
         sums = False
@@ -308,13 +302,22 @@ class QloraTrainer(SFTTrainer):
             self.ranks.add_gradients(model)
         return loss
 
-    def _goes_together(self, model: nn.Module) -> bool:
-        """Whether this step's micro-batches do; found out once whether this model's can."""
+    def goes_together(self, model: nn.Module, batch: dict[str, Any]) -> bool:
+        """Whether this step's micro-batches do; found out once, with a part of `batch`, whether this model's can."""
         if self.together and self.expected > 1 and self._stand_alone is None:
-            ids = self._done_in_step[0]["input_ids"][:1, :CHECKED_TOKENS].to(self.args.device)
-            with self.compute_loss_context_manager():
-                self._stand_alone = self.together = layers_stand_alone(model, ids)
-            if not self.together:
+            ids = batch["input_ids"][:1, :CHECKED_TOKENS].to(self.args.device)
+            try:
+                with self.compute_loss_context_manager():
+                    self._stand_alone = self.together = layers_stand_alone(model, ids)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._failure = self.meter.failure(error)
+                self.together = False
+            if self._stand_alone is None:
+                release_cached_memory()
+                self.note("out of memory: each micro-batch sends for all layers anew; the gradient is the same")
+            elif not self.together:
                 self.note("this model's layers depend on one another: each micro-batch sends for all of them anew")
         return self.together
 
@@ -345,6 +348,8 @@ class QloraTrainer(SFTTrainer):
         self._done_in_step, self._losses_of_step = [], []
         self._correct, self._scored = None, 0
         self.pieces = self.eval_pieces = 1
+        # What was found out about the model stays; that memory ran out is undone with the step.
+        self.together = self.micro_batches_together > 1 and self._stand_alone is not False
         self.skipped = []
 
     def _release_memory(self, model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -81,6 +81,10 @@ class Step:
     checkpointed: bool | int = True
     """Of the layers, where there is checkpointing: all, or so many of the first."""
 
+    def one_by_one(self) -> Step:
+        """The same step where micro-batches cannot pass a layer together: each goes back before the next comes."""
+        return replace(self, micro_batches=1, accumulates=self.accumulates or self.micro_batches > 1)
+
     @property
     def checkpoints_all(self) -> bool:
         """Whether what a forward keeps are the checkpoints of its layers."""
@@ -133,6 +137,22 @@ def forward_backward(model: torch.nn.Module, step: Step, ledger: Ledger, *, back
     # Not loss.backward(): as a method of Tensor that suspends function modes, and CUDA's behaviour with them.
     torch.autograd.backward(loss)
     return None
+
+
+@torch.no_grad()
+def goes_together(model: torch.nn.Module, step: Step) -> bool:
+    """Whether the layers of a model can be computed one by one, as far as tensors without storage can tell.
+
+    They tell of code that takes a layer's answer apart, and of layers that a forward does not go through; only
+    numbers (`layers_stand_alone`, which a run asks) tell of a layer that reads what another one has left.
+    """
+    batch = step.batch.tensors()
+    try:
+        with _autocast(step):
+            layer_by_layer(model, [lambda: step.loss(model, batch)])
+    except Exception:  # as in a run: whatever a family's code does to a stand-in
+        return False
+    return True
 
 
 def update(

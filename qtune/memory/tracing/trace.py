@@ -32,6 +32,7 @@ from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
     give_gradients,
+    goes_together,
     parameter_groups,
     prepare,
     trained,
@@ -117,6 +118,7 @@ def _traced(
         built = _Built(config, build, step, card, every_layer or plays_allocator)
         if same_model is not None:
             _built[same_model] = built
+    step = built.possible(step)
     body, work, executed = built.body(step)
     work = of_one_micro_batch(work, step.micro_batches)
     history = body
@@ -140,7 +142,16 @@ class _Built:
         self.shape = repetition(real, config.get_text_config())
         self.optimizer_part = self.whole.optimizer() if _updates(step) else None
         self.optimizer_lives = self.whole.ledger.lives if _updates(step) else []
+        self.goes_together: bool | None = None
         self.shallow = [] if self.shape is None else _shallow(config, build, step, card, real, self.shape)
+
+    def possible(self, step: Step) -> Step:
+        """The step as a run takes it: its micro-batches one by one where these layers do not stand alone."""
+        if step.micro_batches == 1:
+            return step
+        if self.goes_together is None:
+            self.goes_together = (self.shallow[0] if self.shallow else self.whole).goes_together(step)
+        return step if self.goes_together else step.one_by_one()
 
     def body(self, step: Step) -> tuple[History, Work, int]:
         """Forward, backward and evaluation with the batches of `step`, and how many layers were executed for them.
@@ -198,7 +209,7 @@ def _shallow(
 def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
     """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
     tracer = _Tracer(build(config), step, card)
-    tracer.body(step)
+    tracer.body(step if step.micro_batches == 1 or tracer.goes_together(step) else step.one_by_one())
     return tracer.ledger.lives
 
 
@@ -280,6 +291,12 @@ class _Tracer:
         history = self._history(phases)
         del kept, optimizer
         return history, self._work(phases)
+
+    def goes_together(self, step: Step) -> bool:
+        """Whether micro-batches can pass each layer one behind the other."""
+        self.step, self.ledger = step, self._loaded()
+        with self._counting():
+            return goes_together(self.model, step)
 
     def _with_state(self) -> Any:
         """An optimizer after its first step."""
