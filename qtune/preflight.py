@@ -183,8 +183,8 @@ def examine(
     if not len(prepared.train):
         forecast = "there are no rows"
     elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
-        with console.progress("tracing a step"):
-            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data))
+        with console.progress("tracing a step") as bar:
+            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,

@@ -263,7 +263,8 @@ def _with_layers_kept(
     count = int(search.config.get_text_config().num_hidden_layers)
 
     def traced(layers: bool | int, rows: int) -> Prediction:
-        return search.trace(changed(found.recipe, {CHECKPOINTING: layers}), rows)
+        lever = Lever(CHECKPOINTING, layers, "the forward of these layers is computed twice")
+        return search.trace(changed(found.recipe, {lever.key: lever.value}), rows, lever)
 
     steps = Steps(traced, search.cost, search.limit, count)
     share = plan.micro_batch_size * plan.accumulation_steps

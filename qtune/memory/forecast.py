@@ -85,10 +85,16 @@ def forecast(
     return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
 
 
-def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | str:
+def attempted(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    device: Device,
+    rows: Rows,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Forecast | str:
     """`forecast`; where the step cannot be traced, in words why: a run may fit all the same."""
     try:
-        return forecast(config, recipe, device, rows)
+        return forecast(config, recipe, device, rows, tell)
     except Exception as error:
         log.debug("the step could not be traced", exc_info=True)
         name, said = type(error).__name__, first_line(error)

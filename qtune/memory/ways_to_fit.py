@@ -120,7 +120,7 @@ class _Asked:
         """The step under these changes, with as many rows and as few layers computed twice as then fit."""
         own = {lever.key: lever.value for lever in pulled if lever.key != MICRO_BATCH}
         changes, rows = dict(own), 1 if any(lever.key == MICRO_BATCH for lever in pulled) else self.rows
-        prediction = self.traced(own, rows, pulled)
+        prediction = self.traced(own, rows)
         if self.search.is_enough(prediction):
             if rows != self.rows:
                 rows = self._most_rows(own)
@@ -132,9 +132,9 @@ class _Asked:
         price = "; ".join(lever.why for lever in pulled)
         return Way(changes, price, prediction.need, self.search.is_enough(prediction), self.pace(prediction, rows))
 
-    def traced(self, changes: dict[KeyPath, Any], rows: int, pulled: Sequence[Lever] = ()) -> Prediction:
-        own = [lever for lever in pulled if lever.key != MICRO_BATCH]
-        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows, *own)
+    def traced(self, changes: dict[KeyPath, Any], rows: int) -> Prediction:
+        pulled = [Lever(key, value, "") for key, value in changes.items()]  # for what is told alone
+        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows, *pulled)
 
     def _most_rows(self, changes: dict[KeyPath, Any]) -> int:
         sizes = [size for size in whole_parts(self.batch) if size <= self.rows]
