@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from qtune import __version__, console
 from qtune.adapter.lean_check import examined
 from qtune.cache import cache_folder
-from qtune.device.present import Device, present_device
+from qtune.device.present import Device, is_out_of_memory, present_device
 from qtune.device.products import cpu_product_times, product_times
 from qtune.device.rates import Rates, not_believed
 from qtune.errors import InputError, first_line
@@ -59,9 +59,9 @@ def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
     return [
         *version_findings(),
         *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
-        *quantization_findings(device),
-        *choice_findings(device),
-        *product_findings(device),
+        *unless_full("device", "NF4", quantization_findings(device)),
+        *unless_full("choices", "recipe", choice_findings(device)),
+        *unless_full("choices", "products", product_findings(device)),
         *rate_findings(known_rates(device)),
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
         *environment_findings(os.environ),
@@ -125,6 +125,8 @@ def quantization_findings(device: Device) -> Iterator[Diagnosis]:
         errors = [_four_bit_error(device, *shape) for shape in WEIGHT_SHAPES]
         wrong = wrong_kernels() if device.kind == "cpu" else []
     except (RuntimeError, OSError, AttributeError) as failure:
+        if is_out_of_memory(failure):  # which says nothing about the build
+            raise
         reason = first_line(failure)
         yield Diagnosis("device", "NF4", reason, "problem", broken)
         return
@@ -168,6 +170,16 @@ def product_findings(device: Device) -> Iterator[Diagnosis]:
         times = product_times(torch.device(device.torch_name), ("float32", "bfloat16", "float16"))
     for name, taken in times.items():
         yield Diagnosis("choices", f"{name} products", str(taken))
+
+
+def unless_full(topic: str, name: str, findings: Iterator[Diagnosis]) -> Iterator[Diagnosis]:
+    """The findings; where memory runs out on the way, that alone is noted, for all others can be told."""
+    try:
+        yield from findings
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        yield Diagnosis(topic, name, "not examined: too little memory is free", "note", "close what else takes memory")
 
 
 def measure_rates(device: Device) -> None:

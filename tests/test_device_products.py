@@ -42,6 +42,21 @@ def test_a_card_multiplies_what_keeps_it_busy(monkeypatch):
     seen = []
     monkeypatch.setattr(products, "_works", lambda device, dtype, shape: seen.append(shape) or (None, None))
     monkeypatch.setattr(products, "_seconds", lambda device, work: 1e-3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
     found = product_times(torch.device("cuda"), ["bfloat16"])["bfloat16"]
     assert seen == [found.shape]
     assert found.gflops[0] > 100 * ProductTimes(1e-3, 1e-3).gflops[0]
+
+
+@pytest.mark.parametrize("free", [2**36, 2**30, 2**28])
+def test_products_of_a_card_take_turns_in_memory_and_at_most_half_of_what_is_free(free, monkeypatch):
+    seen = []
+    monkeypatch.setattr(products, "_works", lambda device, dtype, shape: seen.append((dtype, shape)) or (None, None))
+    monkeypatch.setattr(products, "_seconds", lambda device, work: seen.append("timed") or 1.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**36))
+    product_times(torch.device("cuda"), ["float32", "float16"])
+    made = [place for place, one in enumerate(seen) if one != "timed"]
+    assert made[0] == 0
+    assert made[1] > 1, "the second is made when the first is timed and gone"
+    tokens, width, intermediate = seen[0][1]
+    assert 4 * (tokens * width + width * intermediate + tokens * intermediate) <= free / 2

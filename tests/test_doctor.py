@@ -25,6 +25,7 @@ from qtune.doctor import (
     product_findings,
     quantization_findings,
     to_json,
+    unless_full,
     version_finding,
 )
 from qtune.screens.doctor import show
@@ -239,3 +240,23 @@ def test_the_command_prints_json_and_ends_well():
     findings = json.loads(done.stdout)
     assert {"versions", "device", "disk"} <= {one["topic"] for one in findings}
     assert done.returncode == any(one["verdict"] == "problem" for one in findings)
+
+
+def test_memory_that_runs_out_is_a_note_and_any_other_failure_is_not():
+    def findings(error):
+        yield Diagnosis("choices", "float32 products", "fast")
+        raise error
+
+    first, note = unless_full("choices", "products", findings(torch.OutOfMemoryError("CUDA out of memory")))
+    assert (first.verdict, note.verdict, note.name) == ("ok", "note", "products")
+    with pytest.raises(RuntimeError, match="another"):
+        list(unless_full("choices", "products", findings(RuntimeError("another"))))
+
+
+def test_a_full_card_is_no_broken_build_of_bitsandbytes(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qtune.doctor._four_bit_error", full)
+    [note] = unless_full("device", "NF4", quantization_findings(present_device()))
+    assert note.verdict == "note"

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qtune.data.conversation import Conversation
 from qtune.errors import ModelError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of
@@ -23,6 +24,7 @@ from qtune.export.gguf.verify import verify_gguf
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
 from qtune.export.verification import read_proof
+from qtune.export.verify.rows import CheckedRow
 from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
 from qtune.training import train
@@ -372,3 +374,50 @@ def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
 
     proof = verify_gguf(folder, file, "f16", rows_for(open_for_export(run)).rows, ())
     assert any("KL divergence" in failure for failure in proof.failures)
+
+
+def template_rows(tokenizer: Any, *messages: dict[str, str]) -> list[CheckedRow]:
+    """One row to compare on, whose ids are a few of the model's."""
+    conversation = Conversation(
+        messages or ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"})
+    )
+    return [CheckedRow((5, 6, 7, 8), (-100, 6, 7, 8), conversation)]
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral_v3", "gemma2"])
+def test_a_template_with_the_names_of_special_tokens_is_no_failure_of_the_file(name: str, tmp_path: Path) -> None:
+    """The tokenizer.json beside the file, read without its special tokens, once stood for the file's own tokens."""
+    tokenizer = tokenizer_of(CHAT_FAMILIES[name])
+    family = {"gemma2": "gemma2"}.get(name, "llama")
+    folder = tiny_base(tmp_path, family, dtype=torch.float16, **{**REAL.get(family, {}), "vocab_size": len(tokenizer)})
+    tokenizer.save_pretrained(folder)
+    file = write_gguf(folder, folder / "model.gguf", "f16", lambda _: None)
+    proof = verify_gguf(folder, file, "f16", template_rows(tokenizer), ())
+    assert proof.tokens_compared
+    assert proof.failures == ()
+
+
+def test_a_file_whose_tokens_are_not_those_of_the_folder_is_caught(tmp_path: Path) -> None:
+    folder, file = made(tmp_path / "model", "llama")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    proof = verify_gguf(folder, file, "f16", template_rows(None), ())
+    assert proof.failures[0].endswith("has other tokens in the GGUF file")
+
+
+def test_a_row_that_the_exported_template_refuses_is_a_failure_in_words(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "model", dtype=torch.float16)
+    tiny_tokenizer(folder, "{{ raise_exception('no tools here') if messages[0]['content'] == 'Hi' }}")
+    file = write_gguf(folder, folder / "model.gguf", "f16", lambda _: None)
+    proof = verify_gguf(folder, file, "f16", template_rows(None), ())
+    assert "cannot be rendered with the exported template: the chat template refuses" in proof.failures[0]
+    assert "no tools here" in proof.failures[0]
+
+
+def test_a_base_without_a_chat_template_is_exported_with_gguf(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    tiny_tokenizer(tmp_path / "base", None)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    folder = export_run(run, Options(gguf="f16", verify=False))
+    assert read_proof(folder).gguf["f16"].failures == ()

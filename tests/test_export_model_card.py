@@ -23,7 +23,8 @@ def printed_by_the_card(card: Path, monkeypatch: pytest.MonkeyPatch, folder: Pat
     monkeypatch.chdir(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code[1].replace("max_new_tokens=200", "max_new_tokens=12"), {})
+        base = f'from_pretrained("{folder.parents[1] / "base"}"'  # a card names no path of this computer
+        exec(code[1].replace('from_pretrained("base"', base).replace("max_new_tokens=200", "max_new_tokens=12"), {})
     return printed.getvalue().removesuffix("\n")
 
 

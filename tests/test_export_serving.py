@@ -1,6 +1,7 @@
 """The commands that serve an export: for what is in the folder alone, as a shell reads them."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,42 @@ def test_virtual_tokens_take_their_part_of_the_context_and_an_ignored_window_bou
     assert context_of(model_with(131_072), soft) == 2 * 8192 + 20
     assert context_in_llama_cpp(model_with(131_072, window=4096), soft) == 4096
     assert context_of(model_with(131_072, window=4096), soft) == 2 * 8192 + 20
+
+
+def test_a_card_names_no_folder_of_this_computer_and_the_terminal_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path)
+    alone = export_run(run, Options(adapter_only=True))
+    assert f"vllm serve {tmp_path / 'base'}" in capsys.readouterr().err
+    whole = export_run(run, Options(gguf="f16", verify=False))
+    for folder in (alone, whole):
+        card = (folder / "README.md").read_text()
+        assert str(tmp_path) not in card
+        assert "base" in card
+    assert "vllm serve BASE " in (alone / "README.md").read_text()
+
+
+def test_a_base_in_the_home_is_found_and_is_no_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_for_export(tiny_run(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = source.recipe.model_copy(update={"model": source.recipe.model.model_copy(update={"base": "~/base"})})
+    at_home = replace(source, recipe=named)
+    assert (at_home.is_of_hub, at_home.base_in_public) == (False, "base")
+    hub = source.recipe.model_copy(update={"model": source.recipe.model.model_copy(update={"base": "a/b"})})
+    assert (replace(source, recipe=hub).is_of_hub, replace(source, recipe=hub).base_in_public) == (True, "a/b")
+
+
+def test_loftq_has_no_file_for_an_unquantized_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path)
+    text = run.resolved_file.read_text()
+    run.write_text(run.resolved_file, text.replace("rank = 4", 'rank = 4\ninitialization = "loftq"'))
+    folder = export_run(run, Options(gguf="f16", verify=False))
+    assert not (folder / "adapter.gguf").exists()
+    assert "LoftQ starts at the error of the base's quantization" in capsys.readouterr().err
+
+
+def test_a_base_that_vllm_does_not_quantize_as_training_did_is_said(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, quantization='kind = "fp4"\ncompute_dtype = "float32"\nminimum_share = 0.0')
+    folder = export_run(run, Options(adapter_only=True))
+    assert "trained on FP4" in (folder / "README.md").read_text()

@@ -144,3 +144,30 @@ def test_a_way_out_of_a_real_forecast_is_what_a_run_of_the_changed_recipe_is_pre
     after = forecast(config, changed(recipe, best.changes), CARD, rows)
     assert after.prediction.need == best.need
     assert best.need.total_bytes < whole.prediction.need.total_bytes
+
+
+def layers_cost(config: object, recipe: Recipe, plan: Plan, longest: Longest | None) -> SimpleNamespace:
+    """`timed_sum` in which half of the weights can wait on the host, for a lot of time."""
+    found = timed_sum(config, recipe, plan, longest)
+    if plan.layers == "host":
+        found.need = replace(found.need, traced_bytes=found.need.traced_bytes - 500 * MIB)
+        found.work += 100.0
+    return found
+
+
+def test_layers_wait_on_the_host_where_all_else_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtune.memory.budget.predicted", layers_cost)
+    alone = {way.words: way.is_enough for way in asked(2500).single}
+    assert alone['memory.layers = "host"'] is True
+    # Much is lost by it: nothing else may be enough.
+    best = asked(2500).best
+    assert best is not None
+    assert ("memory", "layers") not in best.changes
+    least = 545 + 1000 + 0 + 20 + 100 - 30
+    assert ("memory", "layers") not in asked(least).best.changes  # type: ignore[union-attr]
+    for budget in (least - 1, least - 500):
+        last = asked(budget).best
+        assert last is not None
+        assert last.changes["memory", "layers"] == "host"
+        assert (last.is_enough, needs(last) <= budget) == (True, True)
+    assert asked(least - 501).best is None

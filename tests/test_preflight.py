@@ -107,6 +107,7 @@ def prepared_for(name: str, recipe: Path, places: dict[str, str], folder: Path) 
         tiny_tokenizer(tiny_base(folder / "opt", "opt", ffn_dim=64, word_embed_proj_dim=64))
     if "start" in name:
         earlier = RunDir(folder / "earlier")
+        earlier.path.mkdir(exist_ok=True)
         resolved = load_recipe(recipe, ["adapter.kind=ia3"])
         earlier.write_text(earlier.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
         earlier.adapter.mkdir()

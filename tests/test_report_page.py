@@ -26,6 +26,7 @@ from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
+from qtune.report import style
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import attempt_report, page, write_report
@@ -545,3 +546,10 @@ def test_the_page_says_which_state_the_adapter_is(tmp_path: Path) -> None:
     finish(run_dir)
     tell(run_dir, NoteRecord("the adapter is that of step 4", 12.0, adapter_step=4))
     assert "3.0 MiB, the state of step 4" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_on_paper_no_cell_of_answers_or_values_has_a_least_width_but_the_steps() -> None:
+    printed = style.STYLE[style.STYLE.index("@media print") :]
+    rules = dict(re.findall(r"^ *([^{}@]+?) \{ ([^{}]*) \}$", printed, re.MULTILINE))
+    assert "min-width: 0" in rules["td, .answers td, .values td"]
+    assert "min-width: 6rem" in rules[".steps td:first-child"]

@@ -13,7 +13,7 @@ from test_run_drift import World, kept, world  # noqa: F401  fixtures
 
 from qtune.errors import Problem, QtuneError, RunError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
-from qtune.export.verification import VERIFICATION, proof_today, read_proof
+from qtune.export.verification import VERIFICATION, damage_of, proof_today, read_proof
 from qtune.report.page import write_report
 from qtune.run import manifest
 from qtune.run.drift import said_of
@@ -250,3 +250,27 @@ def test_files_in_folders_of_a_sealed_folder_are_sealed_too(tmp_path: Path) -> N
     manifest.seal(tmp_path / "model")
     (tmp_path / "model" / "more" / "tool.jinja").write_text("y")
     assert str(manifest.fault(tmp_path / "model")).startswith("more/tool.jinja is not what was saved")
+
+
+def test_a_manifest_of_another_program_says_nothing_of_an_export(exported: Path) -> None:
+    (exported / manifest.NAME).write_text('{"name": "a page", "icons": []}')
+    assert damage_of(exported) is None
+    manifest.add_to_seal(exported, [exported / "config.json"])
+    assert json.loads((exported / manifest.NAME).read_text()) == {"name": "a page", "icons": []}
+
+
+def test_an_edited_file_that_changes_no_figure_is_said_with_what_to_do(
+    exported: Path,
+    world: World,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = exported / "generation_config.json"
+    file.write_text(f"{file.read_text()} ")
+    monkeypatch.chdir(exported)
+    with pytest.raises(VerificationError) as caught:
+        verify_only(Path(), world.finished)
+    assert "is not the trained model" not in str(caught.value)
+    assert "computes what the trained model does all the same: export it again; if it is right" in str(caught.value)
+    card = (exported / "README.md").read_text()
+    assert f"# {exported.name}\n" in card
+    assert "NOT VERIFIED, for the reasons below" in card

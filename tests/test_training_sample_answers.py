@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,3 +200,64 @@ def test_nothing_is_asked_again_after_a_failure() -> None:
     for _ in range(2):
         asking.on_evaluate(None, TrainerState(), TrainerControl(), model=None)  # type: ignore[arg-type]
     assert len(notes) == 1
+
+
+def test_a_row_whose_prompt_leaves_no_position_is_not_asked_and_others_end_where_positions_do(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(training=STEPS), ["training.sample_answers=2"])
+    seen: list[tuple[int, int]] = []
+    original = sample_answers.answers_to
+
+    def note(model, prompts, limits, *rest, **named):
+        seen.extend(zip(map(len, prompts), limits, strict=True))
+        return original(model, prompts, limits, *rest, **named)
+
+    monkeypatch.setattr(sample_answers, "answers_to", note)
+    train.run(recipe)
+    shorter, longer = sorted({length for length, _ in seen})
+    seen.clear()
+    monkeypatch.setattr(sample_answers, "positions_left", lambda model: longer)
+    train.run(recipe)
+    assert seen
+    assert all(length == shorter and limit <= longer - shorter for length, limit in seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_numbers_are_as_before_also_when_an_answer_fails(fails: bool) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with suppress(ValueError), sample_answers._numbers_kept(torch.device("cpu")):
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        if fails:
+            raise ValueError
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_only_the_model_s_own_card_is_asked_for_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns where it takes all of several cards."""
+    given: list[list[torch.device]] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: given.append(devices) or nullcontext())
+    for device in ("cuda:1", "cpu"):
+        with sample_answers._numbers_kept(torch.device(device)):
+            pass
+    assert given == [[torch.device("cuda:1")], []]
+
+
+def test_rows_that_ask_the_same_stay_apart_in_the_report() -> None:
+    same = [SampleAnswer(f"rows:{row}", "Go on", "Yes", f"answer of row {row}") for row in (1, 2)]
+    page = answers_over_time([AnswersRecord(step, 4, 0.5, 1.0, tuple(same)) for step in (2, 4)])
+    assert page.count("<h3>") == 2
+    assert page.count("<td>2 to 4</td>") == 2
+
+
+def test_a_long_question_is_shown_with_its_end() -> None:
+    long = f"Here is a text: {'word ' * 200}What is its last word?"
+    record = AnswersRecord(2, 9, 0.2, 1.0, (SampleAnswer("rows:1", long, "word", "word"),))
+    asked = answers_text(record).splitlines()[1]
+    assert "Here is a text" in asked
+    assert asked.endswith("What is its last word?")
+    assert len(asked) == len("  asked   ") + 100

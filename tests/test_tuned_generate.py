@@ -1,5 +1,7 @@
 """Batched generation equals one prompt at a time, which equals peft's own forward pass, for every kind of adapter."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import (
@@ -11,10 +13,19 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qtune.model.builtin import builtin_folder
-from qtune.tuned.generate import Ends, Sampling, batches_of, find_ends, generate, stream
+from qtune.tuned.generate import (
+    Ends,
+    Sampling,
+    batches_of,
+    find_ends,
+    generate,
+    positions_left,
+    stream,
+    within_reach,
+)
 
 VOCABULARY, PAD = 96, 0
 NEVER = Ends(stop=(), pad=PAD)
@@ -203,3 +214,27 @@ def test_streamed_pieces_are_the_answers_text(tokenizer):
     assert len(pieces) > 1
     assert "".join(pieces) == tokenizer.decode(ids)
     assert [ids] == generate(model, [prompt], [20], Ends((2,), 2))
+
+
+def test_no_batch_goes_on_beyond_the_positions_of_a_row_in_it() -> None:
+    lengths = [(100, 28), (120, 8), (20, 28)]
+    assert batches_of(lengths, 10_000) == [[2, 0, 1]]
+    assert batches_of(lengths, 10_000, reach=128) == [[2, 0], [1]]
+
+
+@pytest.mark.parametrize("soft", [0, 4])
+def test_learned_positions_are_never_read_beyond_their_end(soft: int) -> None:
+    """GPT-2's table has 32 rows here: a torch.embedding outside of it raises."""
+    config = GPT2Config(n_positions=32, vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+    model: Any = GPT2LMHeadModel(config)
+    if soft:
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=soft))
+    reach = positions_left(model)
+    assert reach == 32 - soft
+    prompts = [[5] * length for length in (3, 20, reach - 1)]
+    limits = [within_reach(24, len(prompt), reach) for prompt in prompts]
+    assert limits == [24, min(24, reach - 20), 1]
+    made = generate(model, prompts, limits, Ends((), 0))
+    assert [len(ids) for ids in made] == limits
+    assert within_reach(24, reach, reach) < 1
+    assert within_reach(24, 1000, None) == 24

@@ -19,8 +19,8 @@ Shape = tuple[int, int, int]
 
 CPU_SHAPE: Shape = (128, 576, 1536)
 """The built-in model's widest layer on half a row of the quickstart."""
-CARD_SHAPE: Shape = (4096, 4096, 14336)
-"""A 7B model's: a smaller one would measure how quickly kernels are launched."""
+CARD_SHAPES: tuple[Shape, ...] = ((4096, 4096, 14336), (2048, 2048, 7168), (1024, 1024, 3584))
+"""A 7B model's, and smaller ones for a card with little free, which measure more of how fast kernels are launched."""
 
 LEAST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 3, 40, 0.25
 """Counted products of each dtype: as many as the time allows; the shortest is taken, so that other work on the computer
@@ -55,8 +55,33 @@ class ProductTimes:
 
 
 def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, ProductTimes]:
-    """By dtype, the shortest of many products each way. The dtypes take turns, for other work to meet them alike."""
-    shape = CPU_SHAPE if device.type == "cpu" else CARD_SHAPE
+    """By dtype, the shortest of many products each way.
+
+    On a processor the dtypes take turns, for other work to meet them alike. On a card each is made and freed before the
+    next one: there memory is short, and other work seldom.
+    """
+    if device.type == "cpu":
+        return _in_turns(device, dtypes, CPU_SHAPE)
+    shape = _shape_that_fits(torch.cuda.mem_get_info(device)[0])
+    found: dict[str, ProductTimes] = {}
+    for name in dtypes:
+        found |= _in_turns(device, [name], shape)
+        torch.cuda.empty_cache()
+    return found
+
+
+def product_bytes(shape: Shape) -> int:
+    """What the products of a shape hold at once at most, in float32: inputs, weight, and a result of each kind."""
+    tokens, width, intermediate = shape
+    return 4 * (2 * tokens * width + width * intermediate + 2 * tokens * intermediate)
+
+
+def _shape_that_fits(free_bytes: int) -> Shape:
+    """The largest shape that takes at most half of what is free; the smallest where none does."""
+    return next((shape for shape in CARD_SHAPES if 2 * product_bytes(shape) <= free_bytes), CARD_SHAPES[-1])
+
+
+def _in_turns(device: torch.device, dtypes: Sequence[str], shape: Shape) -> dict[str, ProductTimes]:
     works = {name: _works(device, getattr(torch, name), shape) for name in dtypes}
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in dtypes}
     for repeat in range(MOST_REPEATS):
@@ -70,8 +95,8 @@ def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, Prod
 def _works(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A product, and that of its gradient; each was done once, for the first ones may compile or allocate."""
     tokens, width, intermediate = shape
-    inputs = torch.randn(tokens, width, device=device).to(dtype)
-    weight = torch.randn(intermediate, width, device=device).to(dtype)
+    inputs = torch.randn(tokens, width, device=device, dtype=dtype)
+    weight = torch.randn(intermediate, width, device=device, dtype=dtype)
     slope = linear(inputs, weight)
     torch.mm(slope, weight)
     return lambda: linear(inputs, weight), lambda: torch.mm(slope, weight)

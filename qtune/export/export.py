@@ -30,6 +30,7 @@ from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
+from qtune.run.manifest import IF_CHANGED
 from qtune.startup.quiet import quiet_loading
 
 LATER = (
@@ -167,13 +168,19 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
             virtual_ids=ids,
             known=() if damage is None else (damage,),
         )
-    return prove(source, folder, verification, show)
+    return prove(source, folder, verification, show, damage=damage)
 
 
-def prove(source: OpenedRun, folder: Path, verification: Verification, show: Show = _unseen) -> Path:
-    """Writes the card, shows the figures; VerificationError when they are not good enough."""
+def prove(
+    source: OpenedRun, folder: Path, verification: Verification, show: Show = _unseen, *, damage: str | None = None
+) -> Path:
+    """Writes the card, shows the figures; VerificationError when they are not good enough, or when a file has changed
+    since the export (`damage`), whatever they are."""
     write_card(source, folder, verification)
     show(verification)
+    if damage is not None and verification.failures == (damage,):
+        message = f"{folder}: {damage}; it computes what the trained model does all the same: {IF_CHANGED}"
+        raise VerificationError(f"{message}; it is kept, marked as unverified")
     if not verification.verified:
         lines = "\n".join(f"  {failure}" for failure in verification.failures[:20])
         raise VerificationError(f"{folder} is not the trained model; it is kept, marked as unverified\n{lines}")

@@ -45,11 +45,11 @@ def write_card(
     source: OpenedRun, folder: Path, verification: "Verification | None", *, name: str | None = None
 ) -> None:
     """Writes README.md beside an exported model; `name` is that of the folder where it will get another."""
-    name = name or folder.name
+    name = name or folder.resolve().name
     parts = [
         _front_matter(source, "transformers"),
         f"# {name}\n",
-        f"{source.base_name} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
+        f"{source.base_in_public} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         SNIPPET.format(folder=name),
         *_how_served(source, folder, name),
         *_how_asked(source),
@@ -79,9 +79,9 @@ def adapter_card(source: OpenedRun, folder: Path, name: str) -> str:
         )
     parts = [
         _front_matter(source, "peft"),
-        f"# {words[0].upper()}{words[1:]} for {source.base_name}\n",
+        f"# {words[0].upper()}{words[1:]} for {source.base_in_public}\n",
         ADAPTER_SNIPPET.format(
-            base=source.base_name, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
+            base=source.base_in_public, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
         *_how_served(source, folder, name),
         *_how_asked(source),
@@ -91,21 +91,21 @@ def adapter_card(source: OpenedRun, folder: Path, name: str) -> str:
 
 
 def _front_matter(source: OpenedRun, library: str) -> str:
-    base = source.base_name
     # The hub links to the base by its id; names that are none would be a broken link.
-    named = f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else ""
+    named = f"base_model: {source.base_name}\n" if source.is_of_hub else ""
     return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
 
 
 def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
     """The commands that hold for what is in the folder; nothing where there are none."""
-    commands = serving(source, folder, Path(name))
+    commands = serving(source, folder, name)
     if not commands:
         return []
-    lines = [f"# {one.program}\n{one.command}" for one in commands]
+    lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]
     parts = ["## How it is served\n", "```sh\n" + "\n".join(lines) + "\n```\n"]
     if (folder / ADAPTER_FILE).is_file():
-        told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{source.base_name}`."
+        base = source.base_in_public
+        told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{base}`."
         if source.basis.kind != "none":
             told += (
                 " Those weights are others than the ones it was trained on (see below), so that it answers otherwise; "
@@ -136,7 +136,7 @@ def _how_trained(source: OpenedRun) -> str:
     double = " with double quantization" if basis.double_quantization else ""
     return (
         "## How it was trained\n\n"
-        f"- base: `{source.base_name}`, held {held}{double}, computed in "
+        f"- base: `{source.base_in_public}`, held {held}{double}, computed in "
         f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
         f"- adapter: `{source.recipe.adapter.kind}`\n"
         f"- batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
@@ -147,7 +147,7 @@ def _proof(verification: "Verification | None") -> str:
     if verification is None:
         return "Not verified: this model was not compared with the one that was trained. Nothing here was measured.\n"
     exported, bare, allowed = verification.exported, verification.bare_base, verification.limits
-    verdict = "**Verified.**" if verification.verified else "**NOT VERIFIED: this is not the model that was trained.**"
+    verdict = "**Verified.**" if verification.verified else "**NOT VERIFIED, for the reasons below.**"
     lines = [
         f"{verdict} Loaded back and compared with the model that was trained, on {verification.rows} "
         f"{verification.rows_from} ({exported.tokens} tokens), both computed in float32.\n",

@@ -1,5 +1,6 @@
 """A run's folder -> everything that an export starts from."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,22 @@ class OpenedRun:
     def base_name(self) -> str:
         """The base as the user knows it: a hub id, a built-in name, a path."""
         return self.recipe.model.base
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether the base's name is an id of the hub."""
+        base = self.base_name
+        return base.count("/") == 1 and ":" not in base and not _local(base).exists() and base[0] not in "~./"
+
+    @property
+    def base_in_public(self) -> str:
+        """The base in a card, which others read: the own name of a folder or file here, without where it lies."""
+        return _local(self.base_name).name if _local(self.base_name).exists() else self.base_name
+
+
+def _local(base: str) -> Path:
+    """A base as a path, whether there is one or not."""
+    return Path(os.path.expanduser(base))  # noqa: PTH111  pathlib raises for a home that nobody has
 
 
 def open_for_export(run: RunDir, adapter: Path | None = None, *, accepted: Sequence[str] = ()) -> OpenedRun:

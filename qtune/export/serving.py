@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import LoraConfig
@@ -20,6 +20,9 @@ USUAL_CONTEXT = 8192
 for Llama 3.1 8B, is 16 GiB."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be (vLLM, config/lora.py)."""
+OTHER_WEIGHTS = (
+    "on the base's own weights: trained on {}, which vLLM does not make of them, it answers a little otherwise"
+)
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,36 @@ class Serving:
 
     program: str
     command: str
+    note: str = ""
+    """In what it answers otherwise than what was trained."""
 
 
-def serving(source: OpenedRun, folder: Path, shown: Path | None = None) -> tuple[Serving, ...]:
-    """The commands for what is in a folder, which others know as `shown`."""
-    return tuple(_commands(source, folder, folder if shown is None else shown, load_config(source.recipe.model)))
+def serving(source: OpenedRun, folder: Path, public_name: str | None = None) -> tuple[Serving, ...]:
+    """The commands for what is in a folder.
+
+    public_name: of the folder, for others than who exported it: no path of this computer is in the commands then, and
+    BASE stands for a base that is not on the hub.
+    """
+    config = load_config(source.recipe.model)
+    base, gguf = _base(source), str(source.base) if source.base_name.endswith(".gguf") else "BASE.gguf"
+    if public_name is not None:
+        base, gguf = base if source.is_of_hub else "BASE", "BASE.gguf"
+    return tuple(_commands(source, folder, folder if public_name is None else Path(public_name), config, base, gguf))
+
+
+def _base(source: OpenedRun) -> str:
+    """The base as a program here finds it."""
+    return source.base_name if source.is_of_hub else str(source.base)
 
 
 def serving_text(commands: tuple[Serving, ...]) -> str:
     """A line for each command under its program."""
-    return "\n".join(["serve it with one of:", *(f"  {one.program + ':':<11} {one.command}" for one in commands)])
+    lines = (
+        line
+        for one in commands
+        for line in (f"  {one.program + ':':<11} {one.command}", *([f"  {'':<11} ({one.note})"] if one.note else []))
+    )
+    return "\n".join(["serve it with one of:", *lines])
 
 
 def context_of(config: PretrainedConfig, recipe: Recipe) -> int:
@@ -52,10 +75,12 @@ def context_in_llama_cpp(config: PretrainedConfig, recipe: Recipe) -> int:
     return min(context_of(config, recipe), ignored_window(config) or context_of(config, recipe))
 
 
-def _commands(source: OpenedRun, folder: Path, shown: Path, config: PretrainedConfig) -> Iterator[Serving]:
+def _commands(
+    source: OpenedRun, folder: Path, shown: Path, config: PretrainedConfig, base: str, base_gguf: str
+) -> Iterator[Serving]:
     name = source.run.name
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-        yield from _adapter_in_vllm(source, folder, shown, config)
+        yield from _adapter_in_vllm(source, folder, shown, config, base)
         return
     trust = ["--trust-remote-code"] if source.recipe.model.trust_remote_code else []
     length = ["--max-model-len", str(context_of(config, source.recipe))]
@@ -65,18 +90,20 @@ def _commands(source: OpenedRun, folder: Path, shown: Path, config: PretrainedCo
     for file in files:
         yield _serving("llama.cpp", "llama-server", "-m", shown / file, "--alias", name, "-c", context, "--jinja")
     if files and (folder / ADAPTER_FILE).is_file():
-        base = source.base_name if source.base_name.endswith(".gguf") else "BASE.gguf"
         adapter, template = str(shown / ADAPTER_FILE), str(shown / "chat_template.jinja")
         asks = ["--jinja", "--chat-template-file", template]
-        yield _serving("llama.cpp", "llama-server", "-m", base, "--lora", adapter, "-c", context, *asks)
+        yield _serving("llama.cpp", "llama-server", "-m", base_gguf, "--lora", adapter, "-c", context, *asks)
     if files and (folder / "Modelfile").is_file():
         tag = _ollama_name(name)
         made = shlex.join(["ollama", "create", tag, "-f", str(shown / "Modelfile")])
         yield Serving("Ollama", f"{made} && ollama run {tag}")
 
 
-def _adapter_in_vllm(source: OpenedRun, folder: Path, shown: Path, config: PretrainedConfig) -> Iterator[Serving]:
-    """vLLM takes plain LoRA on linear layers; it quantizes a base to NF4 with double quantization, as training did."""
+def _adapter_in_vllm(
+    source: OpenedRun, folder: Path, shown: Path, config: PretrainedConfig, base: str
+) -> Iterator[Serving]:
+    """vLLM takes plain LoRA on linear layers; it quantizes a base to NF4 with double quantization, and to nothing else
+    that training knows."""
     adapter = source.config
     if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.modules_to_save:
         return
@@ -88,14 +115,15 @@ def _adapter_in_vllm(source: OpenedRun, folder: Path, shown: Path, config: Pretr
     if rank is None:
         return
     model, is_nf4 = source.recipe.model, source.basis.kind == "nf4" and source.basis.double_quantization
-    is_hub = not Path(model.base).exists() and ":" not in model.base and model.base.count("/") == 1
+    if starts_from_error(source) and not is_nf4:
+        return
     template = shown / "chat_template.jinja"
-    yield _serving(
+    command = _serving(
         "vLLM",
         "vllm",
         "serve",
-        model.base if is_hub else source.base,
-        *(["--revision", model.revision] if is_hub and model.revision is not None else []),
+        base,
+        *(["--revision", model.revision] if source.is_of_hub and model.revision is not None else []),
         *(["--quantization", "bitsandbytes"] if is_nf4 else []),
         "--enable-lora",
         "--max-lora-rank",
@@ -107,6 +135,18 @@ def _adapter_in_vllm(source: OpenedRun, folder: Path, shown: Path, config: Pretr
         str(context_of(config, source.recipe)),
         *(["--trust-remote-code"] if model.trust_remote_code else []),
     )
+    yield replace(command, note="" if is_nf4 or source.basis.kind == "none" else OTHER_WEIGHTS.format(_held(source)))
+
+
+def starts_from_error(source: OpenedRun) -> bool:
+    """Whether the adapter began as what quantization took from the weights (LoftQ): on weights that are not quantized
+    in the same way it would add that a second time."""
+    return getattr(source.recipe.adapter, "initialization", None) == "loftq"
+
+
+def _held(source: OpenedRun) -> str:
+    plain = source.basis.kind in ("nf4", "fp4") and not source.basis.double_quantization
+    return source.basis.kind.upper() + (" without double quantization" if plain else "")
 
 
 def _serving(program: str, *words: str | Path) -> Serving:

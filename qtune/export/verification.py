@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from qtune import console
 from qtune.errors import Problem, RunError, first_line
 from qtune.export.closeness import Closeness, Limits
 from qtune.run import manifest
@@ -126,8 +127,12 @@ def seal_export(folder: Path) -> None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is not as it was exported, in words; None where all is, and where an older version wrote no manifest."""
-    said = manifest.fault(folder) if manifest.is_sealed(folder) else None
+    """What is not as it was exported, in words; None where all is, and where nobody or another program has written its
+    manifest.json."""
+    if not manifest.is_ours(folder):
+        return None
+    with console.progress(f"reading {folder}: is it what was exported?"):
+        said = manifest.fault(folder)
     return None if said is None else f"it is not what was exported: {said}"
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError
-from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, levers, settle
+from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, last_levers, levers, settle
 from qtune.memory.kept_layers import CHECKPOINTING, Steps, fewest, pace_of, rates_of, seconds
 from qtune.memory.remedies import as_planned
 from qtune.plan import whole_parts
@@ -19,7 +19,7 @@ from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PretrainedConfig
 
@@ -85,14 +85,10 @@ def ways_to_fit(
         plan.micro_batch_size,
         plan.micro_batch_size * plan.accumulation_steps,
     )
-    found: list[tuple[Lever, Way]] = []
-    for lever in asked.levers(list(levers(asked.recipe, plan))):
-        try:
-            found.append((lever, asked.way((lever,))))
-        except ModelError:  # an adapter that trains the embeddings keeps them on the card
-            continue
-    best = asked.best(found)
-    saving = tuple(way for _, way in found if way.need.total_bytes < asked.before.need.total_bytes)
+    found = asked.alone(asked.levers(list(levers(asked.recipe, plan))))
+    last = asked.alone(last_levers(asked.recipe, plan))
+    best = asked.best(found, last)
+    saving = tuple(way for _, way in [*found, *last] if way.need.total_bytes < asked.before.need.total_bytes)
     return WaysToFit(saving, best)
 
 
@@ -115,6 +111,16 @@ class _Asked:
         if self.rows == 1:
             return list(others)
         return [Lever(MICRO_BATCH, 1, "the same gradient from more micro-batches, a little slower"), *others]
+
+    def alone(self, some: Iterable[Lever]) -> list[tuple[Lever, Way]]:
+        """Each change with the step that it alone makes; those that are not possible are left out."""
+        found = []
+        for lever in some:
+            try:
+                found.append((lever, self.way((lever,))))
+            except ModelError:  # an adapter that trains the embeddings keeps them on the card
+                continue
+        return found
 
     def way(self, pulled: Sequence[Lever]) -> Way:
         """The step under these changes, with as many rows and as few layers computed twice as then fit."""
@@ -171,8 +177,19 @@ class _Asked:
         after = seconds(self.traced(own, rows), self.batch // rows, rates)
         return after - seconds(self.before, self.batch // self.rows, rates)
 
-    def best(self, found: Sequence[tuple[Lever, Way]]) -> Way | None:
-        """The way that fits with the least loss of time, of the likely ones; else all that saves together."""
+    def best(self, found: Sequence[tuple[Lever, Way]], last: Sequence[tuple[Lever, Way]]) -> Way | None:
+        """The way that fits with the least loss of time, of the likely ones; else all that saves together.
+
+        last: what is pulled only where all of `found` together is not enough.
+        """
+        others = [lever for lever, _ in found if lever.key != MICRO_BATCH]
+        if (way := self._likely(found) or self._all_that_saves(others)) is not None or not last:
+            return way
+        latest = [lever for lever, _ in last]
+        return self._likely([*found, *last], latest) or self._all_that_saves(others, latest)
+
+    def _likely(self, found: Sequence[tuple[Lever, Way]], wanted: Sequence[Lever] = ()) -> Way | None:
+        """The fastest of the likely combinations that fits; with `wanted`, of those that have one of these in it."""
         before, limit = self.before.need.total_bytes, self.search.limit
         rates = rates_of(self.search.device)
         step = 0.0 if rates is None else seconds(self.before, self.batch // self.rows, rates)
@@ -181,6 +198,8 @@ class _Asked:
         for size in range(1, len(singles) + 1):
             for some in combinations(singles, size):
                 keys = {lever.key for lever, _, _ in some}
+                if wanted and not any(lever in wanted for lever, _, _ in some):
+                    continue
                 if len(keys) == size and before + sum(saved for _, saved, _ in some) <= SLACK * limit:
                     lost = sum(lost for _, _, lost in some)
                     # Of nearly equal ones that with the fewest changes: no change is made for a hundredth.
@@ -190,12 +209,13 @@ class _Asked:
         for *_, pulled in likely[:MOST_TRACED]:
             if (way := self.way(pulled)).is_enough:
                 return way
-        return self._all_that_saves([lever for lever, _ in found if lever.key != MICRO_BATCH])
+        return None
 
-    def _all_that_saves(self, pulled: Sequence[Lever]) -> Way | None:
-        settled = settle(self.search, self.recipe, pulled, whole_parts(self.batch))
+    def _all_that_saves(self, pulled: Sequence[Lever], last: Sequence[Lever] = ()) -> Way | None:
+        settled = settle(self.search, self.recipe, pulled, whole_parts(self.batch), last)
         if not settled.is_enough:
             return None
         kept = {trial.what for trial in settled.trials if trial.verdict == "kept"}
         single = self.levers([])[:1] if settled.rows != self.rows else []
-        return self.way([*single, *(lever for lever in pulled if lever.words in kept and lever.key in settled.changes)])
+        every = [*pulled, *last]
+        return self.way([*single, *(lever for lever in every if lever.words in kept and lever.key in settled.changes)])

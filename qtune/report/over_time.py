@@ -1,5 +1,6 @@
 """What the model said to the same rows while it trained, one answer above the other."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -16,11 +17,15 @@ Said = tuple[int, SampleAnswer]
 
 def answers_over_time(records: Sequence[AnswersRecord]) -> Html:
     """Each sampled row with its answers, step by step."""
-    # Not by place: a run that goes on names the same file from another folder.
-    asked: dict[tuple[str, str], list[Said]] = {}
+    # Not by place: a run that goes on names the same file from another folder. Rows that ask the same, or begin with
+    # the same long text, are told apart by their order, which is that of the rows.
+    asked: dict[tuple[str, str, int], list[Said]] = {}
     for record in records:
+        seen: Counter[tuple[str, str]] = Counter()
         for one in record.answers:
-            asked.setdefault((one.request, one.expected), []).append((record.step, one))
+            row = (one.request, one.expected)
+            asked.setdefault((*row, seen[row]), []).append((record.step, one))
+            seen[row] += 1
     return section(
         "What it answered while it trained",
         paragraph(

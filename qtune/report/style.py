@@ -72,8 +72,8 @@ code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer
   h1, h2, h3, figcaption, summary { break-after: avoid; } figure, tr, .verdict, .facts { break-inside: avoid; }
   figure:has(> pre) { break-inside: auto; } thead { display: table-header-group; }
   .wide { overflow: visible; } table { max-width: 100%; } .wide > svg { min-width: 0; }
-  td, .answers td, .steps td:first-child { min-width: 6rem; width: 6rem; }
-.values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
+  td, .answers td, .values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
+  .steps td:first-child { min-width: 6rem; width: 6rem; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
 }
 """

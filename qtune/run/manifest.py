@@ -15,6 +15,8 @@ from qtune.run.records import CHECKSUM, read_record, write_record
 from qtune.whole import sync_folder
 
 NAME = "manifest.json"
+IF_CHANGED = f"export it again; if it is right as it is, remove its {NAME}"
+"""What to do about an exported folder that has changed."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ def seal(folder: Path, step: int | None = None, *, skipped: Iterable[int] = (), 
 
 
 def add_to_seal(folder: Path, files: Iterable[Path]) -> None:
-    """Notes files that came into a sealed folder later; a folder without a manifest stays without.
+    """Notes files that came into a sealed folder later; a folder without a manifest of ours stays without.
 
     Raises:
         RunError: the manifest is damaged.
     """
-    manifest = read_record(folder / NAME, Manifest)
+    manifest = read_record(folder / NAME, Manifest) if is_ours(folder) else None
     if manifest is not None:
         more = {file.relative_to(folder).as_posix(): _as_saved(file) for file in files}
         write_record(folder / NAME, replace(manifest, files=manifest.files | more))

@@ -128,7 +128,7 @@ def answers_text(record: AnswersRecord) -> str:
     lines = [f"step {record.step}: what it answers now"]
     for one in record.answers:
         is_right = one.answer == one.expected
-        lines.append(f"  asked   {_one_line(one.request) or one.place}")
+        lines.append(f"  asked   {_question_line(one.request) or one.place}")
         lines.append(f"{'✓' if is_right else ' '} says    {_one_line(one.answer)}")
         if not is_right:
             lines.append(f"  wanted  {_one_line(one.expected)}")
@@ -138,6 +138,13 @@ def answers_text(record: AnswersRecord) -> str:
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= ANSWER_WIDTH else f"{text[: ANSWER_WIDTH - 1]}…"
+
+
+def _question_line(text: str) -> str:
+    """How a question begins and how it ends: what is asked often stands behind a long text, or rows begin alike."""
+    text = " ".join(text.split())
+    begin = ANSWER_WIDTH // 3
+    return text if len(text) <= ANSWER_WIDTH else f"{text[:begin]} … {text[begin + 3 - ANSWER_WIDTH :]}"
 
 
 def plain_line(record: TrainRecord | EvalRecord, seconds_left: float | None) -> str:

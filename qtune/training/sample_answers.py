@@ -20,7 +20,7 @@ from qtune.run.metrics import SampleAnswer
 from qtune.training.inputs import Inputs
 from qtune.training.trainer import release_cached_memory
 from qtune.tuned.evaluate import EXTRA_TOKENS, Question, to_question
-from qtune.tuned.generate import Generated, answers_to, find_ends
+from qtune.tuned.generate import Generated, answers_to, find_ends, positions_left, within_reach
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded
 
@@ -67,11 +67,13 @@ class SampleAnswers(TrainerCallback):
     def _ask(self, model: Any) -> list[SampleAnswer]:
         tokenizer = self.inputs.tokenizer
         ends = find_ends(model, tokenizer)
+        reach = positions_left(model)
         if self.questions is None:
             rows = sampled_rows(self.inputs)
-            self.questions = [question for row in rows if (question := to_question(row, tokenizer, ends))]
+            questions = [question for row in rows if (question := to_question(row, tokenizer, ends))]
+            self.questions = [one for one in questions if _most_tokens(one, reach) > 0]
         asked = self.questions
-        limits = [min(2 * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS) for question in asked]
+        limits = [_most_tokens(question, reach) for question in asked]
         with _numbers_kept(model.device), training_autocast(self.inputs.plan):
             # As many positions at once as a micro-batch has, whose activations took more than this cache will.
             room = max(FEWEST_POSITIONS, self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max()))
@@ -88,6 +90,11 @@ def sampled_rows(inputs: Inputs) -> list[dict[str, Any]]:
     validation = inputs.prepared.examples.get("validation")
     wanted = inputs.recipe.training.sample_answers
     return [] if validation is None else [validation[row] for row in spread(len(validation), wanted)]
+
+
+def _most_tokens(question: Question, reach: int | None) -> int:
+    """How long the answer may become: below 1 where the prompt leaves no position for one."""
+    return within_reach(min(2 * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS), len(question.prompt), reach)
 
 
 def _text(answer: Generated, asking: SampleAnswers) -> str:

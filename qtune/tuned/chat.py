@@ -23,7 +23,7 @@ from qtune.run import manifest
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
-from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, stream
+from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, positions_left, stream
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.target import require_model, run_meant
@@ -112,12 +112,9 @@ class Session:
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int:
-    """Positions that the model was made for, less those that a soft prompt takes."""
-    virtual = 0
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        virtual = int(model.active_peft_config.num_virtual_tokens)
-    text_config = model.config.get_text_config()
-    return int(getattr(text_config, "max_position_embeddings", None) or 4096) - virtual
+    """Positions of a conversation: those that the model was made for, or 4096 where it does not say."""
+    reach = positions_left(model)
+    return 4096 if reach is None else reach
 
 
 def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] = (), trusted: bool = False) -> Session:
@@ -169,10 +166,12 @@ def _require_as_exported(folder: Path) -> None:
     Raises:
         RunError: a file is missing, or is not what was exported.
     """
-    if not manifest.is_ours(folder) or (said := manifest.fault(folder)) is None:
+    if not manifest.is_ours(folder):
         return
-    advice = f"export it again; if it is right as it is, remove its {manifest.NAME}"
-    raise RunError(Problem(str(folder), f"is not what was exported: {said}; {advice}"))
+    with console.progress(f"reading {folder}: is it what was exported?"):
+        said = manifest.fault(folder)
+    if said is not None:
+        raise RunError(Problem(str(folder), f"is not what was exported: {said}; {manifest.IF_CHANGED}"))
 
 
 def chat(session: Session, lines: Iterator[str]) -> None:

@@ -30,7 +30,7 @@ from qtune.run.folder import RunDir
 from qtune.run.records import plain, read_record, write_record
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.free_text import TextScore, is_free_text, text_score
-from qtune.tuned.generate import Ends, batches_of, find_ends, generate
+from qtune.tuned.generate import Ends, batches_of, find_ends, generate, positions_left, within_reach
 from qtune.tuned.load import load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded, require_embeddings
@@ -143,12 +143,24 @@ def evaluate(
     if not sum(examples["scored"]):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
-    questions = [question for row in examples if (question := to_question(row, run.tokenizer, ends))]
+    # The base is asked the same, so that the positions of a soft prompt are left free for it as well.
+    reach = positions_left(run.model)
+    reach = None if reach is None else reach - run.recipe.adapter.prompt_length
+    questions = [
+        question
+        for row in examples
+        if (question := to_question(row, run.tokenizer, ends)) and within_reach(1, len(question.prompt), reach) > 0
+    ]
     # Free text may be longer than expected: its length, its end and its repetitions are measured.
     expected = [question.expected for question in questions]
     is_free = is_free_text(expected)
     times = 2 if is_free else 1
-    limits = [min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    limits = [
+        within_reach(
+            min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens), len(question.prompt), reach
+        )
+        for question in questions
+    ]
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
@@ -175,7 +187,7 @@ def evaluate(
         rows=len(examples),
         rows_held_out=len(held_out),
         scored_tokens=sum(examples["scored"]),
-        answers_cut=sum(len(question.expected_ids) > max_new_tokens for question in questions),
+        answers_cut=sum(len(question.expected_ids) > limit for question, limit in zip(questions, limits, strict=True)),
         base=base,
         tuned=tuned,
         comparisons=tuple(

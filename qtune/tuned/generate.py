@@ -63,6 +63,23 @@ def find_ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     return Ends(stop, pad if pad is not None else stop[0] if stop else 0)
 
 
+def positions_left(model: PreTrainedModel | PeftModel) -> int | None:
+    """Positions that the model was made for, less those that a soft prompt takes; None where it does not say.
+
+    Learned positions (GPT-2, OPT) have no vector beyond them: an answer that goes on reads outside of the table.
+    """
+    virtual = 0
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        virtual = int(model.active_peft_config.num_virtual_tokens)
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if not reach else int(reach) - virtual
+
+
+def within_reach(limit: int, prompt_length: int, reach: int | None) -> int:
+    """The limit of an answer behind a prompt, as far as positions go (`positions_left`); below 1 there are none."""
+    return limit if reach is None else min(limit, reach - prompt_length)
+
+
 @dataclass(frozen=True)
 class Generated:
     """An answer: its ids without its end token, and whether it came to its end before it was stopped."""
@@ -108,7 +125,7 @@ def answers_to(
     began = time.monotonic()
     with _ready(model, sampling):
         lengths = [(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
-        batches = batches_of(lengths, batch_tokens)
+        batches = batches_of(lengths, batch_tokens, positions_left(model))
         for number, rows in enumerate(batches):
             left = None
             if seconds is not None:
@@ -124,16 +141,19 @@ def answers_to(
     return answers
 
 
-def batches_of(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:
+def batches_of(lengths: Sequence[tuple[int, int]], batch_tokens: int, reach: int | None = None) -> list[list[int]]:
     """Row numbers, shortest prompt first, in batches whose cache holds at most `batch_tokens` (or one row).
 
     lengths: (prompt, limit of the answer) of each row; every row of a batch is padded to the longest of both.
+    reach: positions that the model has; a row whose own answer ends there is in no batch that goes on beyond.
     """
     batches: list[list[int]] = []
     limit = 0
     for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
         limit = max(limit, lengths[row][1])
-        if batches and (len(batches[-1]) + 1) * (lengths[row][0] + limit) <= batch_tokens:
+        longest = lengths[row][0] + limit
+        is_within = reach is None or longest <= reach
+        if batches and is_within and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])

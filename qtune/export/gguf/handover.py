@@ -17,7 +17,7 @@ from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
-from qtune.export.serving import context_in_llama_cpp
+from qtune.export.serving import context_in_llama_cpp, starts_from_error
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
@@ -63,6 +63,12 @@ def hand_over_adapter(source: OpenedRun, folder: Path) -> None:
     if source.recipe.adapter.export == "bake":
         console.say(
             f"no {ADAPTER_FILE} for llama.cpp's --lora: a soft prompt is no change of weights; the merged file has it"
+        )
+        return
+    if starts_from_error(source):
+        console.say(
+            f"no {ADAPTER_FILE} for llama.cpp's --lora: LoftQ starts at the error of the base's quantization, which a "
+            "GGUF file of the base does not have; the merged file has it"
         )
         return
     made = gguf_adapter(open_adapter(source.adapter), load_config(source.recipe.model), source.base_name)

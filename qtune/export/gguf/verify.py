@@ -1,20 +1,22 @@
 """A GGUF file against the folder it was made from, read back by transformers' own GGUF reader."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.data.template import default_template
+from qtune.data.conversation import RowError
+from qtune.data.template import choose_template, default_template, render
 from qtune.export.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import GgufProof
 from qtune.export.verify.logits import logits_of
-from qtune.export.verify.rows import CheckedRow, probes, rendered_ids
+from qtune.export.verify.rows import CheckedRow, encode, probes
 from qtune.model.gguf_header import require_gguf
 
 LIMITS = {
@@ -39,17 +41,40 @@ def verify_gguf(
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, str(folder))
     comparable = vocabulary.pre in READER_SPLITS and not vocabulary.adds_space
     if comparable:
-        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        for conversation in probes(rows):
-            ids = [
-                rendered_ids(one, default_template(tokenizer), conversation, generation_prompt=False)
-                for one in (tokenizer, read)
-            ]
-            if ids[0] != ids[1]:
-                failures.append(f"{conversation.place!r} has other tokens in the GGUF file")
-                break
+        failures += _token_failures(tokenizer, _read_alone(file), rows)
     closeness = _compare(folder, file, rows, virtual)
     return GgufProof(file.name, kind, closeness, comparable, (*failures, *shortfalls(closeness, LIMITS[kind])))
+
+
+def _read_alone(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of the file: of nothing else, for it prefers a tokenizer.json beside it."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        read: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+    return read
+
+
+def _token_failures(
+    tokenizer: PreTrainedTokenizerBase, read: PreTrainedTokenizerBase, rows: Sequence[CheckedRow]
+) -> Iterator[str]:
+    """The first conversation whose text, as the exported template renders it, has other ids in the file.
+
+    The text is rendered once: what the file's reader knows of special tokens by name is its own matter.
+    """
+    template = choose_template(None, tokenizer, Path())
+    own = [row.conversation for row in rows]
+    for conversation in probes(rows):
+        try:
+            text = template.for_tools(conversation.tools)
+            rendered = render(tokenizer, text, conversation.messages, conversation.tools)
+        except RowError as error:
+            if conversation in own:
+                yield f"{conversation.place!r} cannot be rendered with the exported template: {error}"
+                return
+            continue  # a system message, for example, which not every template has a place for
+        if encode(tokenizer, rendered) != encode(read, rendered):
+            yield f"{conversation.place!r} has other tokens in the GGUF file"
+            return
 
 
 def _compare(folder: Path, file: Path, rows: Sequence[CheckedRow], virtual: Sequence[int]) -> Closeness:

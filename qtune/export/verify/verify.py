@@ -25,7 +25,7 @@ from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
 from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
-from qtune.tuned.generate import find_ends, generate
+from qtune.tuned.generate import find_ends, generate, positions_left, within_reach
 from qtune.tuned.precision import training_autocast
 
 ANSWERS = 3
@@ -213,21 +213,25 @@ def _answers(
     source: OpenedRun, models: Models, rows: Sequence[CheckedRow], virtual_ids: Sequence[int]
 ) -> tuple[Answer, ...]:
     """Greedy answers of both to the same requests, up to 32 tokens."""
-    asked = [row.conversation for row in rows if row.conversation and not row.conversation.is_document]
+    reach = positions_left(models.trained)
+    asked, prompts, limits = [], [], []
+    for conversation in (row.conversation for row in rows):
+        if conversation is None or conversation.is_document:
+            continue
+        template = source.template.for_tools(conversation.tools)
+        prompt = rendered_ids(source.tokenizer, template, conversation, generation_prompt=True)
+        if (limit := within_reach(32, len(prompt), reach)) > 0:
+            asked.append(conversation)
+            prompts.append(prompt)
+            limits.append(limit)
     if not asked:
         return ()
-    prompts = [
-        rendered_ids(
-            source.tokenizer, source.template.for_tools(conversation.tools), conversation, generation_prompt=True
-        )
-        for conversation in asked
-    ]
     ends = find_ends(models.trained, source.tokenizer)
     made: list[list[str]] = []
     with models.exactly():
         for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
             given = [(*before, *prompt) for prompt in prompts]
-            answers = generate(model, given, [32] * len(given), ends)
+            answers = generate(model, given, limits, ends)
             made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
     requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
     return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))
