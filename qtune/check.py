@@ -246,8 +246,8 @@ def _ways(preflight: Preflight) -> WaysToFit | None:
         return None
     recipe = preflight.resolved.recipe
     try:
-        with console.progress("tracing what would help"):
-            return ways_to_fit(load_geometry(recipe.model), recipe, forecast)
+        with console.progress("tracing what would help") as bar:
+            return ways_to_fit(load_geometry(recipe.model), recipe, forecast, bar.tell)
     except ModelError:
         log.debug("no remedy could be traced", exc_info=True)
         return None

@@ -155,6 +155,8 @@ def init(
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
+    if (said := stage.few_steps_of(output)) is not None:
+        console.say(said)
 
 
 @app.command(rich_help_panel="Train")
@@ -222,7 +224,7 @@ def run(
     from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, require_writable
     from qtune.run.resumption import resumed_recipe
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
@@ -254,6 +256,8 @@ def run(
     else:
         resolved = load_recipe(find_recipe(target), changes or ())
         share_of(resolved.recipe.training.batch_size, shared)
+        resolved.allowing(allow or ())
+        require_writable(Path(resolved.recipe.output.directory))
         if accepted and resolved.recipe.adapter.start_from is None:
             raise typer.BadParameter(
                 "--accept-drift goes with --resume, or with a recipe whose adapter.start_from names a run: a new run "
@@ -425,22 +429,32 @@ def export(
     card. A model that fails is kept, marked as unverified, and the exit code is 1.
     """
     from qtune.export.conflicts import refuse_conflicts
+    from qtune.export.output import refuse_existing_output, require_exported, run_around
+    from qtune.run.finished import require_adapter
+    from qtune.run.folder import RunDir
 
     given = _given(context)
     refuse_conflicts(given)
+    # What is wrong with a run or a folder is said before seconds of imports.
+    if verify_only is not None:
+        require_exported(verify_only)
+        opened = RunDir.open(run) if run is not None else run_around(verify_only)
+    elif run is not None:
+        opened = RunDir.open(run)
+    else:
+        raise typer.BadParameter("name a run")
+    require_adapter(opened)
+    if verify_only is None:
+        refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
     import_libraries()
     from qtune.export import export as stage
-    from qtune.run.folder import RunDir
     from qtune.screens import export as screen
 
-    opened = RunDir.open(run) if run is not None else stage.run_around(verify_only) if verify_only is not None else None
-    if trust and opened is not None:
+    if trust:
         _agree(opened)
     if verify_only is not None:
         console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
         return
-    if opened is None:
-        raise typer.BadParameter("name a run")
     options = stage.Options(
         output=output,
         weights=base,
@@ -504,10 +518,12 @@ def evaluate(
     Everything is written to RUN/eval.json. With --tasks both are asked public benchmarks instead, as the harness asks
     them, without a chat template; the figures are written to RUN/tasks.json.
     """
+    from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
 
     _refuse_ignored(_given(context), is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
+    require_adapter(run_dir)
     import_libraries()
     if trust:
         _agree(run_dir)
@@ -586,11 +602,14 @@ def compare(
     and has nothing to do with any rows. What is measured is kept in each run's folder, but for fewer rows than are
     kept there. Rows are the same where they say the same, in whatever files they stand.
     """
+    from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
 
     if len(targets) < 2:
         raise typer.BadParameter("one run is examined with qtune eval; name two or more")
     opened = [RunDir.open(target) for target in targets]
+    for run_dir in opened:
+        require_adapter(run_dir)
     if page is not None:
         from qtune.report.drawing import require_writable
 
@@ -644,6 +663,14 @@ def chat(
 
     /help lists what can be typed besides questions; Ctrl-C stops an answer, Ctrl-D leaves. Lines may be piped in.
     """
+    from qtune.run.finished import require_adapter
+    from qtune.tuned.target import require_model, run_meant
+
+    run_dir = run_meant(target)
+    if run_dir is None:
+        require_model(target)
+    elif adapter:
+        require_adapter(run_dir)
     import_libraries()
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
@@ -835,7 +862,7 @@ def profile(
 
     if timeline is not None:
         require_writable(timeline, "--timeline")
-    _refuse_two_cards(gpu, vram)
+    _require_one_card(gpu, vram)
     is_run = Path(target).is_dir()
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length, "--processes": processes > 1}
     if is_run and (given := [option for option, value in others.items() if value]):
@@ -862,9 +889,12 @@ def profile(
         console.say(f"timeline: {timeline}")
 
 
-def _refuse_two_cards(gpu: str | None, vram: str | None) -> None:
+def _require_one_card(gpu: str | None, vram: str | None) -> None:
+    from qtune.device.cards import require_known
+
     if gpu is not None and vram is not None:
         raise typer.BadParameter("--gpu and --vram name two cards; give one of them")
+    require_known(gpu, vram)
 
 
 def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
@@ -875,7 +905,8 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
     from qtune.screens.memory import draw_measured
 
     _say_drifts(run_dir)
-    measured = trace_run(run_dir, savings=savings, explain=explain)
+    with console.progress("tracing") as bar:
+        measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
@@ -906,19 +937,22 @@ def _profile_recipe(
     from qtune.timing.forecast import step_duration, time_of
     from qtune.timing.known import known_rates
 
-    profiled = stage.profile(resolved, replace(cards.device_for(*card), processes=processes), length)
+    with console.progress("tracing") as bar:
+        device = replace(cards.device_for(*card), processes=processes)
+        profiled = stage.profile(resolved, device, length, bar.tell)
     recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     console.out(draw_time(time_of(config, recipe, profiled.forecast)))
     if not profiled.forecast.fits:
-        with console.progress("tracing what would help"):
-            ways = ways_to_fit(config, recipe, profiled.forecast)
+        with console.progress("tracing what would help") as bar:
+            ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
         console.out("")
         console.out(draw_ways(ways, profiled.forecast.budget_bytes))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
-        compared = stage.compared(profiled, savings=savings, explain=explain)
+        with console.progress("tracing what to compare with") as bar:
+            compared = stage.compared(profiled, savings=savings, explain=explain, tell=bar.tell)
         for part in draw_savings(compared, cards.SIZES, timed):
             console.out(part)
     return f"{recipe.model.base} on {plan.device.name}", profiled.forecast.prediction
@@ -953,7 +987,7 @@ def fit(
 
     if largest not in (None, "length", "batch"):
         raise typer.BadParameter("--max is length or batch")
-    _refuse_two_cards(gpu, vram)
+    _require_one_card(gpu, vram)
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
     others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
@@ -973,9 +1007,12 @@ def fit(
     if trust:
         _agree(resolved)
     if largest is not None:
-        console.out(stage.largest_value(resolved.recipe, gpu, vram, largest))
+        with console.progress("tracing") as bar:
+            found = stage.largest_value(resolved.recipe, gpu, vram, largest, bar.tell)
+        console.out(found)
         return
-    fitted = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow))
+    with console.progress("tracing") as bar:
+        fitted = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow), tell=bar.tell)
     _show_fitted(resolved.recipe, fitted, length_is_allowed=bool(allow))
     if not fitted.fits:
         raise typer.Exit(1)

@@ -117,6 +117,18 @@ class Bar:
         """Counts `steps` more of the work as done."""
         self.update(self.done + steps)
 
+    def end(self) -> None:
+        """The work is done, also where it was less than was thought: a file does not end at 84 %."""
+        if self.total and self._said < 4:
+            self.update(self.total)
+
+    def tell(self, next_part: str) -> None:
+        """Says which part of the work is next, where nobody knows how many there are; each has a line in a file."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=f"{self.description}: {next_part}")
+        else:
+            say(f"{self.description}: {next_part}")
+
     def update(self, done: float, *, total: float | None = None, description: str | None = None) -> None:
         """Sets how much is done, and the total or the description where they changed."""
         self.done = done
@@ -127,7 +139,7 @@ class Bar:
                 self._progress.task_ids[0], completed=done, total=self.total, description=self.description
             )
         elif self.total:
-            quarter = int(4 * done / self.total)
+            quarter = min(4, int(4 * done / self.total))
             if quarter > self._said:
                 self._said = quarter
                 say(f"{self.description}: {min(100, round(100 * done / self.total))} %")
@@ -140,7 +152,9 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
     if not console.is_terminal or console.quiet:
         if not total:
             say(f"{description} …")
-        yield Bar(description, total)
+        bar = Bar(description, total)
+        yield bar
+        bar.end()
         return
     columns = (
         SpinnerColumn(),

@@ -3,16 +3,20 @@
 Nothing is described here: every comment is a docstring of `recipe/schema.py`, every default is the schema's.
 """
 
+import csv
+import math
 import os
 import textwrap
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from qtune.errors import ModelError, Problem, RecipeError
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
-from qtune.recipe.file import check_recipe
+from qtune.recipe.file import check_recipe, load_recipe
 from qtune.recipe.lines import toml_lines
+from qtune.recipe.row_kinds import kind_of
 from qtune.recipe.schema import (
     Adapter,
     AdapterTable,
@@ -28,6 +32,7 @@ from qtune.recipe.schema import (
     kinds_of,
 )
 from qtune.recipe.shipped import shipped_recipes
+from qtune.recipe.steps import FEW_STEPS, few_steps
 from qtune.recipe.text import show_value
 from qtune.spelling import did_you_mean
 from qtune.whole import write_text
@@ -84,6 +89,33 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
         lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
     return _checked("\n".join(lines) + "\n", file)
+
+
+def few_steps_of(file: Path) -> str | None:
+    """What is said of a recipe whose rows make a run of few steps (`recipe.steps`); None where they do not, and where
+    the rows cannot be counted by reading lines alone."""
+    resolved = load_recipe(file)
+    training, data = resolved.recipe.training, resolved.recipe.data
+    if not isinstance(data.train, str):
+        return None
+    held_out = data.validation if isinstance(data.validation, float) else 0.0
+    enough = math.ceil((FEW_STEPS * training.batch_size + 1) / (1 - held_out))
+    rows = _rows_up_to(enough, resolved.folder / Path(data.train).expanduser())
+    return None if rows is None or rows >= enough else few_steps(training, rows - round(held_out * rows))
+
+
+def _rows_up_to(most: int, file: Path) -> int | None:
+    """How many rows a file holds, counted up to `most`; None of a file whose kind does not tell by its lines."""
+    kind, compression = kind_of(file)
+    if compression or kind not in ("jsonl", "ndjson", "csv", "tsv") or not file.is_file():
+        return None
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        if kind in ("jsonl", "ndjson"):
+            return sum(1 for _ in islice((line for line in lines if line.strip()), most))
+        try:
+            return max(0, sum(1 for _ in islice(filter(None, csv.reader(lines)), most + 1)) - 1)
+        except csv.Error:
+            return None
 
 
 def _require_base(base: str) -> None:

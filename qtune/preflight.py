@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,8 +48,9 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
+from qtune.recipe.steps import few_steps
 from qtune.run.drift import BASE, require_same_base
-from qtune.run.folder import RunDir
+from qtune.run.folder import RunDir, existing_folder, require_writable
 from qtune.sizes import gib_text, size_text
 from qtune.startup.launched import said_in
 from qtune.startup.quiet import quiet_loading
@@ -107,6 +107,8 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
+        if (steps := few_steps(recipe.training, len(self.prepared.lengths))) is not None:
+            said.append(steps)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")
         if isinstance(forecast, str) and self.plan.device.kind == "cuda":
@@ -181,8 +183,8 @@ def examine(
     if not len(prepared.train):
         forecast = "there are no rows"
     elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
-        with console.progress("tracing a step"):
-            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data))
+        with console.progress("tracing a step") as bar:
+            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,
@@ -243,7 +245,7 @@ def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
     """What neither model nor rows are needed for."""
     asked.of(_require_one_process)
     asked.of(_require_trackers, recipe)
-    asked.of(_require_writable, folder)
+    asked.of(require_writable, folder)
     asked.of(earlier_adapter, recipe)
 
 
@@ -291,23 +293,6 @@ def _require_name(name: str) -> None:
     if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
         message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
         raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
-
-
-def _require_writable(folder: Path) -> None:
-    """By writing into it, or where it would be made: permissions alone do not tell of read-only file systems."""
-    existing = _existing(folder)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing):
-            pass
-    except OSError as error:
-        where = "" if existing == folder.absolute() else f" ({existing})"
-        message = f"{folder} cannot be written{where}: {error.strerror}; name another folder"
-        raise InputError(Problem("output.directory", message)) from error
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there; a link to nowhere is, for nothing can take its place."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
 
 
 def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
@@ -363,6 +348,6 @@ def best_states(recipe: Recipe) -> int:
 def _free_bytes(directory: Path) -> int:
     """Free where a folder is or would be made; where that cannot be, which is refused elsewhere, nothing."""
     try:
-        return shutil.disk_usage(_existing(directory)).free
+        return shutil.disk_usage(existing_folder(directory)).free
     except OSError:
         return 0

@@ -5,6 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from qtune.errors import InputError, Problem
 from qtune.spelling import nearest
 
 # What other tools call ours, with what theirs does.
@@ -54,7 +55,35 @@ class Verbs(TyperGroup):
             raise typer.BadParameter(
                 f"no such verb; {_meant(name, self.list_commands(ctx))}", param_hint=f"qtune {name}"
             )
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        self._refuse_others_options(ctx, *found)
+        return found
+
+    def _refuse_others_options(self, ctx: Any, name: str | None, command: Any, words: list[str]) -> None:
+        """An option of another verb is named as such; click would offer the one that is spelled most like it."""
+        own = _options(command)
+        for at, word in enumerate(words):
+            if word == "--":
+                return
+            option, _, value = word.partition("=")
+            before = own.get(words[at - 1]) if at else None
+            is_value = before is not None and not before.is_flag
+            if not option.startswith("--") or option in own or is_value:
+                continue
+            others = [verb for verb in self.list_commands(ctx) if option in _options(self.get_command(ctx, verb))]
+            if not others:
+                continue
+            told = f"belongs to {' and '.join(f'qtune {verb}' for verb in others)}"
+            if option == "--vram" and "--set" in own:
+                size = value or next(iter(words[at + 1 :]), "SIZE")
+                told += f"; what qtune {name} may spend is set with: --set memory.budget={size}"
+            raise InputError(Problem(f"qtune {name} {option}", told))
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """The options of a verb by each of their names."""
+    of_kind = [one for one in command.params if one.param_type_name == "option"]
+    return {name: option for option in of_kind for name in (*option.opts, *option.secondary_opts)}
 
 
 def _meant(name: str, verbs: list[str]) -> str:

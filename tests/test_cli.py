@@ -97,6 +97,76 @@ def test_verbs_that_only_look_refuse_a_wrong_recipe_as_early(verb: str, tmp_path
         assert err.startswith("error: ")
 
 
+@pytest.fixture
+def stopped(write_recipe: WriteRecipe, tmp_path: Path) -> Path:
+    """A run's folder without an adapter."""
+    folder = tmp_path / "runs" / "stopped"
+    folder.mkdir(parents=True)
+    (folder / "resolved.toml").write_text(write_recipe().read_text())
+    return folder
+
+
+def test_what_is_no_run_or_has_no_adapter_is_refused_before_anything_heavy_is_imported(
+    stopped: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    finished = [[verb, str(stopped)] for verb in ("eval", "chat", "export")] + [["compare", str(stopped), str(stopped)]]
+    others = [["eval", str(empty)], ["export", str(empty)], ["export", "--verify-only", str(empty)]]
+    others += [["chat", str(empty)], ["chat", str(empty / "none")], ["chat", "builtin:none"]]
+    others += [["export", "--verify-only", str(stopped / "none")]]
+    answers = ends(*finished, *others)
+    assert [(code, out, heavy) for code, out, _, heavy in answers] == [(2, "", [])] * len(answers)
+    for _, _, err, _ in answers[: len(finished)]:
+        assert err == f"error: {stopped}: has no adapter yet; finish it with: qtune run --resume {stopped}\n"
+    named = [err for _, _, err, _ in answers[len(finished) :]]
+    assert named == [
+        f"error: {empty}: is not a run: it has no resolved.toml\n",
+        f"error: {empty}: is not a run: it has no resolved.toml\n",
+        f"error: {empty}: is not inside a run; name the run: qtune export RUN --verify-only DIR\n",
+        f"error: {empty}: is neither a run (it has no resolved.toml) nor a model (no config.json)\n",
+        f"error: {empty}/none: no such folder\n",
+        "error: builtin:none: no such built-in model; there is builtin:smollm2-135m-instruct\n",
+        f"error: {stopped}/none: no such folder; --verify-only names one that was exported before\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "options"), [("model", []), ("adapter-export", ["--adapter-only"]), ("own", ["--output", "own"])]
+)
+def test_an_export_that_is_there_is_refused_before_anything_heavy_is_imported(
+    made: str, options: list[str], stopped: Path
+) -> None:
+    (stopped / "adapter").mkdir()
+    (stopped / "adapter" / "adapter_config.json").touch()
+    there = stopped / made
+    there.mkdir()
+    given = [str(there) if word == made else word for word in options]
+    ((code, out, err, heavy),) = ends(["export", str(stopped), *given])
+    assert (code, out, heavy) == (2, "", [])
+    assert err == f"error: {there}: is there already; another --output, or --force to replace it\n"
+
+
+def test_a_card_or_a_size_that_is_none_is_refused_before_anything_heavy_is_imported() -> None:
+    cards = [["--vram", "lots"], ["--gpu", "RTX 9999"]]
+    answers = ends(*([verb, "quickstart", *card] for verb in ("fit", "profile") for card in cards))
+    for (code, out, err, heavy), (option, value) in zip(answers, cards * 2, strict=True):
+        assert (code, out, heavy) == (2, "", [])
+        assert err.startswith(f"error: {option}: {value!r} is not ")
+
+
+def test_where_no_run_can_be_written_is_told_before_anything_heavy_is_imported(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    recipe, place = str(write_recipe()), f"output.directory={tmp_path}/file"
+    unwritable, unknown = ends(["run", recipe, "--set", place], ["run", recipe, "--allow", "nonsense"])
+    assert (unwritable[0], unwritable[1], unwritable[3]) == (2, "", [])
+    assert unwritable[2].startswith(f"error: output.directory: {tmp_path}/file cannot be written: ")
+    assert (unknown[0], unknown[1], unknown[3]) == (2, "", [])
+    assert unknown[2].startswith("error: --allow nonsense: no finding that can be waived: ")
+
+
 def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:
     shown = run_qtune("--version")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"qtune {__version__}\n", "")
@@ -154,6 +224,46 @@ def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     assert "No such option: --resum" in err
     assert no_verb[0] == 2
     assert "no such verb; here that is: qtune run" in no_verb[2]
+
+
+def test_an_option_of_another_verb_is_named_as_such() -> None:
+    answers = ends(
+        ["run", "quickstart", "--vram", "8GiB"],
+        ["check", "--vram=8GiB", "quickstart"],
+        ["run", "quickstart", "--gpu", "RTX 3060"],
+        ["chat", "builtin:none", "--prompt", "--vram"],
+    )
+    assert [(code, out, heavy) for code, out, _, heavy in answers] == [(2, "", [])] * 4
+    run, check, card, asked = (err for _, _, err, _ in answers)
+    both = "belongs to qtune profile and qtune fit"
+    for verb, err in (("run", run), ("check", check)):
+        wanted = f"what qtune {verb} may spend is set with: --set memory.budget=8GiB"
+        assert err == f"error: qtune {verb} --vram: {both}; {wanted}\n"
+    assert card == f"error: qtune run --gpu: {both}\n"
+    assert "belongs to" not in asked  # there it is what the model is asked
+
+
+def test_rows_in_the_place_of_a_recipe_and_a_recipe_in_the_place_of_a_run_are_named(
+    write_recipe: WriteRecipe, rows_file: Path, stopped: Path
+) -> None:
+    recipe = write_recipe("recipe")
+    new, known = ends(["check", str(rows_file)], ["eval", str(recipe)])
+    assert new[2] == (
+        f"error: {rows_file}: these are rows, not a recipe; qtune init --base MODEL --data {rows_file} writes a recipe "
+        "for them\n"
+    )
+    assert known[2] == f"error: {recipe}: is a recipe, and has no run yet: qtune run {recipe}\n"
+    stopped.rename(stopped.with_name("recipe"))
+    (one,) = ends(["eval", str(recipe)])
+    assert one[2] == f"error: {recipe}: is a recipe; its run is {stopped.parent}/recipe\n"
+    second = stopped.with_name("recipe-2")
+    second.mkdir()
+    (second / "resolved.toml").touch()
+    several, file, talk = ends(["export", str(recipe)], ["eval", str(rows_file)], ["chat", str(recipe)])
+    assert talk == several
+    assert several[2] == f"error: {recipe}: is a recipe; its runs: {stopped.parent}/recipe, {second}\n"
+    assert file[2] == f"error: {rows_file}: is a file; a run is a folder, as runs/quickstart\n"
+    assert all((code, out, heavy) == (2, "", []) for code, out, _, heavy in (new, known, one, several, file))
 
 
 OPTIONS = {
@@ -228,6 +338,8 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     folder = tmp_path / "run" / "model"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "resolved.toml").write_text(write_recipe().read_text())
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
     agreed: list[Path] = []
     monkeypatch.setattr(cli, "_agree", lambda run_dir: agreed.append(run_dir.path))
     monkeypatch.setattr(stage, "verify_only", lambda folder, run, *_, **__: run.path)

@@ -101,6 +101,40 @@ def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFix
     )
 
 
+def test_progress_in_a_file_ends_at_the_end_also_where_there_was_less_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("asking", 10) as bar:
+        bar.advance(8)
+    assert capsys.readouterr().err == "asking: 80 %\nasking: 100 %\n"
+
+    def fail() -> None:
+        with console.progress("asking", 10) as bar:
+            bar.advance(8)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert capsys.readouterr().err == "asking: 80 %\n"
+
+
+def test_work_of_which_nobody_knows_how_much_there_is_has_a_line_for_each_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.progress("tracing") as bar:
+        bar.tell("1 x 128 tokens")
+        bar.tell("2 x 128 tokens")
+    assert capsys.readouterr() == ("", "tracing …\ntracing: 1 x 128 tokens\ntracing: 2 x 128 tokens\n")
+
+
+def test_on_a_terminal_the_part_that_is_worked_on_stands_beside_the_bar(
+    terminal: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("tracing") as bar:
+        bar.tell("1 x 128 tokens")
+        bar.tell("2 x 128 tokens")
+    assert capsys.readouterr() == ("", "")
+    assert "tracing: 2 x 128 tokens" in terminal.export_text()
+
+
 def test_progress_on_a_terminal_is_a_bar_that_goes_away(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("merging", 4) as bar:
         bar.update(1, description="merging shard 1")

@@ -12,7 +12,7 @@ import tomlkit
 from jsonschema import Draft202012Validator
 
 from qtune.errors import RecipeError
-from qtune.init import ADAPTERS, copied_recipe, new_recipe, recipe_schema, shipped_summaries, write_recipe
+from qtune.init import ADAPTERS, copied_recipe, few_steps_of, new_recipe, recipe_schema, shipped_summaries, write_recipe
 from qtune.recipe.faults import Faulty
 from qtune.recipe.file import load_recipe
 from qtune.recipe.parse import parse_recipe
@@ -233,13 +233,26 @@ def test_the_schema_explains_every_key_and_knows_no_null():
 
 def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     rows, file = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
-    rows.write_text(ROW)
+    rows.write_text(600 * ROW)
     done = init("--base", MODEL, "--data", str(rows), "--output", str(file))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}\n", "")
     assert load_recipe(file).recipe.data.train == "rows.jsonl"
     again = init("--base", MODEL, "--data", str(rows), "--output", str(file))
     assert again.returncode == 2
     assert again.stderr.startswith(f"error: {file}: is there already;")
+
+
+def test_rows_that_make_a_run_of_few_steps_are_said_when_its_recipe_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = 'question,answer\n"a, and\nb",c\n' + "d,e\n" * 148  # a row of two lines
+    for name, text in {"few.jsonl": 149 * ROW, "few.csv": table, "many.jsonl": 600 * ROW}.items():
+        Path(name).write_text(text)
+        Path("recipe.toml").write_text(new_recipe(MODEL, name, "lora", Path("recipe.toml")))
+        said = few_steps_of(Path("recipe.toml"))
+        # 5 % of 149 rows are kept for validation.
+        assert (said is None) == name.startswith("many")
+        assert said is None or said.startswith("training: 9 steps are few (142 rows, 16 in a step); ")
+    assert "142 rows" in init("--base", MODEL, "--data", "few.jsonl", "-o", "other.toml").stderr
 
 
 def test_the_command_prints_the_schema_and_the_list():

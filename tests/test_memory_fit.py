@@ -15,7 +15,7 @@ from qtune.device.cards import card_named
 from qtune.errors import InputError, ModelError, Problem
 from qtune.memory.allowance import Need, card_need
 from qtune.memory.budget import EMBEDDINGS, largest_that_fits, settled
-from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text
+from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, largest_micro_batch, longest_that_fits
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, summarize
 from qtune.plan import Plan, make_plan
@@ -208,6 +208,28 @@ def test_levers_are_pulled_one_after_the_other_and_what_saves_nothing_is_let_go(
         ("training", "micro_batch_size"): 1,
     }
     assert found.left == {("memory", "embeddings"): "host"}
+
+
+def test_every_step_is_told_before_it_is_traced_whichever_way_it_is_searched_for(monkeypatch) -> None:
+    happened: list[str] = []
+
+    def traced(*asked) -> SimpleNamespace:
+        happened.append("traced")
+        return head_sum(*asked)
+
+    for place in ("fit", "budget"):
+        monkeypatch.setattr(f"qtune.memory.{place}.predicted", traced)
+    recipe = recipe_with(training={"batch_size": 8, "gradient_checkpointing": False})
+    found = fit(tiny(), recipe, CARD, 1050 * MIB + DRIVER, allow_length=True, tell=happened.append)
+    levers = [trial.what for trial in found.trials if trial.what.startswith(("memory.", "training.optimizer"))]
+    assert levers
+    assert [lever for lever in levers if not any(lever in words for words in happened)] == []
+    plan = make_plan(recipe, CARD)
+    longest_that_fits(tiny(), recipe, plan, 2000 * MIB + DRIVER, tell=happened.append)
+    largest_micro_batch(tiny(), recipe, plan, 3000 * MIB + DRIVER, Longest(128), happened.append)
+    assert len(happened) > 20
+    assert happened[1::2] == ["traced"] * (len(happened) // 2)
+    assert all(" tokens" in words for words in happened[::2])
 
 
 @pytest.mark.usefixtures("by_head")

@@ -57,6 +57,17 @@ def needs(way: Way) -> int:
     return way.need.total_bytes // MIB
 
 
+def test_each_change_is_told_before_it_is_traced() -> None:
+    recipe = recipe_with(training=PINNED, memory={"embeddings": "device"})
+    rows, plan = Rows(Longest(128), "rows.jsonl:7"), make_plan(recipe, CARD)
+    before = timed_sum(None, recipe, plan, rows.longest)
+    told: list[str] = []
+    found = ways_to_fit(tiny(), recipe, Forecast(plan, rows, before, 1500 * MIB), told.append)  # type: ignore[arg-type]
+    assert found.single
+    changes = [way.words for way in found.single if MICRO_BATCH not in way.changes and len(way.changes) == 1]
+    assert [words for words in changes if not any(words in one for one in told)] == []
+
+
 def test_each_change_is_traced_alone_and_what_saves_nothing_is_left_out() -> None:
     ways = asked(2500)
     found = {way.words: (needs(way), way.is_enough, way.pace) for way in ways.single}

@@ -1,5 +1,6 @@
 """One preflight: what stops a run is found before a weight is read, and `check`, `run` and `resume` say the same."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from qtune.adapter.state import STATE_FILE
 from qtune.check import check
 from qtune.device.present import Device
 from qtune.errors import GateError, InputError, QtuneError
+from qtune.memory.forecast import Forecast, attempted
 from qtune.plan import make_plan
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
@@ -225,7 +227,7 @@ def test_a_run_that_goes_on_writes_into_its_own_folder_wherever_it_is_called_fro
 def test_what_a_run_only_warns_of_is_said_by_both(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe()
+    recipe = write_recipe(training="steps = 40")
     monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
     monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "RuntimeError: no such kernel")
     monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1024))
@@ -244,8 +246,27 @@ def test_what_a_run_only_warns_of_is_said_by_both(
 
 
 def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:
-    found = examine(load_recipe(write_recipe()))
+    found = examine(load_recipe(write_recipe(training="steps = 40")))
     found.require()
     assert (found.refusals, found.stopping, found.warnings) == ((), [], [])
     assert found.disk is not None
     assert found.disk.is_enough
+
+
+def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: WriteRecipe) -> None:
+    (said,) = examine(load_recipe(write_recipe(training="batch_size = 2"))).warnings
+    assert "steps are few" in said
+    assert "training.epochs = " in said
+
+
+def test_each_step_that_a_card_has_traced_is_said_before_a_run(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
+    monkeypatch.setattr("qtune.preflight.attempted", attempted)
+    found = examine(load_recipe(write_recipe(training="steps = 40\nbatch_size = 4")))
+    assert isinstance(found.forecast, Forecast)
+    said = re.findall(r"^tracing a step: ((\d+) x \d+ tokens.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert {"1", str(found.plan.micro_batch_size)} <= {rows for _, rows in said}
+    searched = [words for words, _ in said[:-1]]  # the last one is the step that was chosen, and traced already
+    assert sorted(searched) == sorted(set(searched))

@@ -14,11 +14,12 @@ from qtune import cli
 from qtune.device.present import Device
 from qtune.errors import QtuneError, RecipeError
 from qtune.plan import make_plan
-from qtune.preflight import _require_name, _require_writable
+from qtune.preflight import _require_name
 from qtune.recipe.faults import MOST_SHOWN
 from qtune.recipe.file import LONGEST_RECIPE, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import LONGEST_NAME, Recipe, Table
+from qtune.run.folder import require_writable
 from qtune.sizes import size_in_bytes
 
 GOOD = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
@@ -217,7 +218,7 @@ def test_where_a_file_or_a_link_to_nowhere_lies_no_run_can_be_made(tmp_path: Pat
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link", "file/below"):
         with pytest.raises(QtuneError, match=r"output.directory: .* cannot be written.*; name another folder"):
-            _require_writable(tmp_path / name)
+            require_writable(tmp_path / name)
 
 
 def fuzzed_recipes(seed: int, count: int) -> Iterator[str]:

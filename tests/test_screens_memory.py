@@ -1,6 +1,7 @@
 """Memory on the screen: a bar read without colour, tables that fit 80 columns, cards only where a card is meant."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -66,6 +67,21 @@ def test_the_screen_is_the_same_without_a_terminal_and_without_colour(on_a_card)
     took = re.compile(r"in \d+\.\d s")
     shown = [[took.sub("in a while", line).rstrip() for line in text.splitlines()] for text in (plain, on_a_card)]
     assert shown[0] == shown[1]
+
+
+def test_the_time_of_a_trace_is_all_that_one_waited_or_is_said_to_be_an_earlier_ones() -> None:
+    recipe = recipe_with()
+    plan = make_plan(recipe, CARD)
+    found = replace(summarize(predict(tiny(layers=1), recipe, plan)), seconds=10.6)
+    forecast = Forecast(plan, Rows(Longest(128), "told"), found, 24 << 30)
+
+    def shown(seconds: float) -> str:
+        stream = StringIO()
+        Console(file=stream, width=120).print(draw_forecast(Profile(recipe, forecast, [], [], seconds)))
+        return stream.getvalue()
+
+    assert "traced without a GPU in 171.2 s" in shown(171.2)
+    assert "traced before, in 10.6 s, without a GPU" in shown(0.3)
 
 
 def test_a_processors_memory_is_not_measured_in_cards(on_a_card) -> None:

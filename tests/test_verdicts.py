@@ -157,6 +157,20 @@ def test_an_evaluation_of_an_older_version_is_judged_by_its_answers_or_not_at_al
     assert learned(replace(NOTHING, evaluation=silent)).command == "qtune eval runs/x measures it anew"
 
 
+def test_an_evaluation_of_few_rows_says_that_they_are_few_and_how_to_ask_more() -> None:
+    """Seven rows carry an interval, and a reader takes it for more than it is."""
+    few = evaluation(spread(2.0, rows=7), spread(1.0, rows=7, seed=1))
+    found = learned(replace(NOTHING, evaluation=few))
+    assert found.answer == "Learned"
+    assert "; 7 rows are few, and other rows may say otherwise (data.test or a larger data.validation" in found.sentence
+    assert found.command is None
+    more = learned(replace(NOTHING, evaluation=replace(few, rows_held_out=52)))
+    assert more.sentence.endswith("7 rows are few, and other rows may say otherwise")
+    assert more.command == "qtune eval runs/x --rows 52"
+    many = learned(replace(NOTHING, evaluation=evaluation(spread(2.0), spread(1.0, seed=1))))
+    assert "few" not in many.text
+
+
 def test_four_rows_are_too_few_to_say() -> None:
     assert learned(replace(NOTHING, evaluation=evaluation([3.0] * 4, [1.0] * 4))).answer == "Too few rows"
 

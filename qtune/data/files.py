@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from qtune.data.folders import files_of_folder
-from qtune.data.kinds import COMPRESSIONS, ROW_KINDS, kind_of
 from qtune.errors import DataError, Problem
 from qtune.lfs import ADVICE, is_lfs_pointer
+from qtune.recipe.row_kinds import COMPRESSIONS, ROW_KINDS, kind_of
 
 _BINARY = ("parquet", "arrow", "feather")
 # What a damaged compressed file raises, by the library that reads it; OSError covers gzip's and pyarrow's own.

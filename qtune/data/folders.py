@@ -5,8 +5,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from qtune.data.kinds import ROW_KINDS, kind_of
 from qtune.errors import DataError, Problem
+from qtune.recipe.row_kinds import ROW_KINDS, kind_of
 
 # Names of splits, in files such as train-00000-of-00002.parquet and in folders; the hub's rules know the same ones.
 SPLITS = {

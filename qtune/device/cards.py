@@ -199,6 +199,18 @@ def device_for(gpu: str | None, vram: str | None) -> Device:
     return present_device()
 
 
+def require_known(gpu: str | None, vram: str | None) -> None:
+    """--gpu and --vram name a card, told before anything heavy is imported.
+
+    Raises:
+        InputError: no such card, or no size.
+    """
+    if gpu is not None:
+        card_named(gpu)
+    if vram is not None:
+        size_in_bytes(vram, "--vram")
+
+
 def fitting_cards(needed_bytes: int, sizes: tuple[int, ...]) -> str:
     """The cards of these GB classes that hold what is needed, margin included: "8 GB and more"."""
     fitting = [gb for gb in sizes if needed_bytes <= gb * GIB]

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.disk import told
-from qtune.errors import ExportError, InputError, Problem, VerificationError
+from qtune.errors import ExportError, VerificationError
 from qtune.export.adapter_folder import write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
@@ -21,6 +21,7 @@ from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
+from qtune.export.output import output_folder, run_around
 from qtune.export.push import push
 from qtune.export.serving import serving, serving_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
@@ -92,7 +93,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
         console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
     if options.adapter_only or is_alone:
-        folder = write_adapter(source, options.output or run.path / "adapter-export", force=options.force)
+        folder = write_adapter(source, output_folder(run, options.output, alone=True), force=options.force)
         require_same_questions(source, folder)
         _say_serving(source, folder)
         return folder
@@ -100,7 +101,10 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
     target = Target(
-        options.output or run.path / "model", getattr(torch, options.dtype), options.weights, force=options.force
+        output_folder(run, options.output, alone=False),
+        getattr(torch, options.dtype),
+        options.weights,
+        force=options.force,
     )
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     merge = open_merge(source, target) if prompt is None else open_baking(source, prompt, target.weights, target.dtype)
@@ -186,15 +190,3 @@ def prove(
 def _weights_of(folder: Path) -> Weights:
     """The basis that an earlier verification noted; the default where there was none."""
     return "original" if read_proof(folder).weights == "original" else "dequantized"
-
-
-def run_around(folder: Path) -> RunDir:
-    """The run that an exported folder is inside of.
-
-    Raises:
-        InputError: it is inside none.
-    """
-    for parent in folder.resolve().parents:
-        if (parent / "resolved.toml").is_file():
-            return RunDir.open(parent)
-    raise InputError(Problem(str(folder), "is not inside a run; name the run: qtune export RUN --verify-only DIR"))

@@ -263,7 +263,8 @@ def _with_layers_kept(
     count = int(search.config.get_text_config().num_hidden_layers)
 
     def traced(layers: bool | int, rows: int) -> Prediction:
-        return search.trace(changed(found.recipe, {CHECKPOINTING: layers}), rows)
+        lever = Lever(CHECKPOINTING, layers, "the forward of these layers is computed twice")
+        return search.trace(changed(found.recipe, {lever.key: lever.value}), rows, lever)
 
     steps = Steps(traced, search.cost, search.limit, count)
     share = plan.micro_batch_size * plan.accumulation_steps
@@ -282,9 +283,15 @@ def _with_layers_kept(
     return settled, plan.with_checkpointing(best.layers, reason), rule
 
 
-def settled(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Plan:
-    """`plan` with what a recipe leaves to a card's memory."""
-    return as_run(Search(config, plan.device, longest, budget_bytes(recipe, plan)), recipe)[1]
+def settled(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Plan:
+    """`plan` with what a recipe leaves to a card's memory. tell: hears what is traced next."""
+    return as_run(Search(config, plan.device, longest, budget_bytes(recipe, plan), tell=tell), recipe)[1]
 
 
 def budget_bytes(recipe: Recipe, plan: Plan) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.adapter.lean_check import examined
@@ -90,14 +91,17 @@ def fit(
     budget: int,
     rows: Rows | None = None,
     allow_length: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> Fitted:
     """Searches the settings in the order of harm; each candidate is traced.
 
     First what `qtune run` would settle by itself, and only where that is not enough the levers one after the other,
     with `allow_length` at last the length. A value that is "auto" stays so where run then settles it.
+
+    tell: hears what is traced next.
     """
     rows = rows or Rows(Longest(recipe.data.max_length), "data.max_length, every token scored")
-    search = Search(config, device, rows.longest, budget)
+    search = Search(config, device, rows.longest, budget, tell=tell)
     asked, plan = as_run(search, recipe)
     if asked.is_enough:
         return Fitted(plan, rows, budget, asked, asked.need, list(asked.trials), left=_left(recipe, plan))
@@ -143,7 +147,8 @@ def _shorter(search: Search, pulled: Settled) -> tuple[int, Trial]:
     """The longest rows that fit, one at a time, and what that saves."""
     assert search.longest is not None
     plan = search.plan(pulled.recipe).with_micro_batch(1)
-    length = longest_that_fits(search.config, pulled.recipe, plan, search.limit, search.longest) or LENGTH_STEP
+    length = longest_that_fits(search.config, pulled.recipe, plan, search.limit, search.longest, search.tell)
+    length = length or LENGTH_STEP
     lever = Lever(
         ("data", "max_length"),
         length,
@@ -165,25 +170,27 @@ def _cut(longest: Longest, length: int) -> Longest:
 
 
 def longest_that_fits(
-    config: PretrainedConfig, recipe: Recipe, plan: Plan, budget: int, rows: Longest | None = None
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    budget: int,
+    rows: Longest | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> int:
     """The largest length, in steps of LENGTH_STEP, at which one row fits; 0 if none does.
 
-    Searched up to what the model has positions for.
+    Searched up to what the model has positions for. tell: hears what is traced next.
     """
     single = plan.with_micro_batch(1)
     scored = None if rows is None else rows.scored
     most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 131072)
-    return _longest_within(
-        LENGTH_STEP,
-        most // LENGTH_STEP * LENGTH_STEP,
-        lambda n: (
-            predicted(
-                config, recipe, single, Longest(n, None if scored is None else min(scored, n), True)
-            ).need.total_bytes
-        ),
-        budget,
-    )
+
+    def cost(length: int) -> int:
+        tell(f"1 x {length} tokens")
+        longest = Longest(length, None if scored is None else min(scored, length), True)
+        return predicted(config, recipe, single, longest).need.total_bytes
+
+    return _longest_within(LENGTH_STEP, most // LENGTH_STEP * LENGTH_STEP, cost, budget)
 
 
 def _longest_within(low: int, high: int, cost: Callable[[int], int], limit: int) -> int:
@@ -211,12 +218,21 @@ def _longest_within(low: int, high: int, cost: Callable[[int], int], limit: int)
     return low
 
 
-def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, budget: int, rows: Longest | None) -> int:
-    """The most rows that fit at once, whatever the effective batch; 0 if one does not."""
+def largest_micro_batch(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    budget: int,
+    rows: Longest | None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> int:
+    """The most rows that fit at once, whatever the effective batch; 0 if one does not. tell: hears what is next."""
     whole = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 2**10})})
     sizes = [2**power for power in range(11)]
 
+    @cache
     def cost(size: int) -> int:
+        tell(f"{size} x {plan.max_length} tokens")
         wide = make_plan(changed(whole, {("training", "micro_batch_size"): size}), plan.device, attention_rule(config))
         return predicted(config, recipe, wide, rows).need.total_bytes
 
@@ -224,28 +240,45 @@ def largest_micro_batch(config: PretrainedConfig, recipe: Recipe, plan: Plan, bu
     return size if cost(size) <= budget else 0
 
 
-def fit_recipe(resolved: Resolved, gpu: str | None, vram: str | None, *, allow_length: bool) -> Fitted:
-    """`qtune fit`: for the card that is named, that has this much memory, or that is here.
+def fit_recipe(
+    resolved: Resolved,
+    gpu: str | None,
+    vram: str | None,
+    *,
+    allow_length: bool,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Fitted:
+    """`qtune fit`: for the card that is named, that has this much memory, or that is here. tell: hears what is traced
+    next.
 
     Raises:
         ModelError, InputError: the model's configuration or the card's name cannot be used.
     """
     recipe = resolved.recipe
     device, limit, config = _card(recipe, gpu, vram)
-    return fit(config, recipe, device, limit, longest_rows(resolved), allow_length=allow_length)
+    return fit(config, recipe, device, limit, longest_rows(resolved), allow_length, tell)
 
 
-def largest_value(recipe: Recipe, gpu: str | None, vram: str | None, what: str) -> str:
-    """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says."""
+def largest_value(
+    recipe: Recipe,
+    gpu: str | None,
+    vram: str | None,
+    what: str,
+    tell: Callable[[str], None] = lambda words: None,
+) -> str:
+    """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says.
+
+    tell: hears what is traced next.
+    """
     device, limit, config = _card(recipe, gpu, vram)
     plan = make_plan(recipe, device, attention_rule(config))
     card = f"{device.name} ({gib_text(limit)})"
     if what == "length":
-        found = longest_that_fits(config, recipe, plan, limit)
+        found = longest_that_fits(config, recipe, plan, limit, tell=tell)
         if not found:
             return f"not even a row of {LENGTH_STEP} tokens fits {card}"
         return f"data.max_length = {found} is the largest that fits {card}, one row at a time, every token scored"
-    rows = largest_micro_batch(config, recipe, plan, limit, None)
+    rows = largest_micro_batch(config, recipe, plan, limit, None, tell)
     if not rows:
         return f"not even one row of {plan.max_length} tokens fits {card}; qtune fit without --max says what would help"
     return f"training.micro_batch_size = {rows}, {plan.max_length} tokens a row, is the largest power of two for {card}"

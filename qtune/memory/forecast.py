@@ -13,6 +13,8 @@ from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PretrainedConfig
 
     from qtune.device.present import Device
@@ -61,23 +63,38 @@ class Forecast:
         }
 
 
-def forecast(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast:
+def forecast(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    device: Device,
+    rows: Rows,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Forecast:
     """The plan of `qtune run`, `profile` and `check`: on a card what it leaves open follows from memory, by tracing.
+
+    tell: hears what is traced next.
 
     Raises:
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
     plan = make_plan(recipe, device, attention_rule(config))
     if device.kind == "cuda" or recipe.training.gradient_checkpointing == "auto":
-        plan = settled(config, recipe, plan, rows.longest)
+        plan = settled(config, recipe, plan, rows.longest, tell)
+    tell(f"{plan.micro_batch_size} x {rows.longest.length} tokens")
     prediction = predicted(config, recipe, plan, rows.longest)
     return Forecast(plan, rows, prediction, budget_bytes(recipe, plan))
 
 
-def attempted(config: PretrainedConfig, recipe: Recipe, device: Device, rows: Rows) -> Forecast | str:
+def attempted(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    device: Device,
+    rows: Rows,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Forecast | str:
     """`forecast`; where the step cannot be traced, in words why: a run may fit all the same."""
     try:
-        return forecast(config, recipe, device, rows)
+        return forecast(config, recipe, device, rows, tell)
     except Exception as error:
         log.debug("the step could not be traced", exc_info=True)
         name, said = type(error).__name__, first_line(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from qtune.run.memory import RunMemory, measured_memory, write_memory
 from qtune.run.resolved import resolved_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qtune.memory.predict import Prediction
     from qtune.memory.savings import Variant
     from qtune.plan import Plan
@@ -36,6 +39,8 @@ class Profile:
     forecast: Forecast
     baselines: list[Variant]
     attribution: list[Variant]
+    seconds: float | None = None
+    """That the forecast took, with every step that was traced on the way; None where nobody looked at the clock."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +64,35 @@ class Measured:
         return {} if self.prediction is None else differences(self.measured, self.prediction)
 
 
-def profile(resolved: Resolved, device: Device, length: int | None = None) -> Profile:
-    """Traces the recipe's own step on `device`.
+def profile(
+    resolved: Resolved,
+    device: Device,
+    length: int | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Profile:
+    """Traces the recipe's own step on `device`, and those steps from which follows what the recipe leaves open.
 
-    length: of the longest row; left out, it is read from the recipe's data where that is possible.
+    length: of the longest row; left out, it is read from the recipe's data where that is possible. tell: hears what is
+    traced next.
 
     Raises:
         ModelError: the configuration cannot be read, or no model can be built from it.
     """
     recipe = resolved.recipe
     config = load_geometry(recipe.model)
-    found = forecast(config, recipe, examined(device, recipe), longest_rows(resolved, length))
-    return Profile(recipe, found, [], [])
+    rows = longest_rows(resolved, length)
+    began = time.monotonic()
+    found = forecast(config, recipe, examined(device, recipe), rows, tell)
+    return Profile(recipe, found, [], [], time.monotonic() - began)
 
 
-def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) -> Profile:
+def compared(
+    profiled: Profile,
+    *,
+    savings: bool = True,
+    explain: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Profile:
     """A profile with the usual ways of training the same model, and with what each technique saves."""
     from qtune.memory.savings import Variant, attribution, baselines
 
@@ -82,15 +101,21 @@ def compared(profiled: Profile, *, savings: bool = True, explain: bool = False) 
     ours = Variant("this recipe", "as `qtune run` does it", profiled.forecast.prediction)
     return replace(
         profiled,
-        baselines=[*baselines(config, recipe, plan, longest), ours] if savings else [],
-        attribution=attribution(config, recipe, plan, longest) if explain else [],
+        baselines=[*baselines(config, recipe, plan, longest, tell), ours] if savings else [],
+        attribution=attribution(config, recipe, plan, longest, tell) if explain else [],
     )
 
 
-def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -> Measured:
+def trace_run(
+    run_dir: RunDir,
+    *,
+    savings: bool = True,
+    explain: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Measured:
     """What a run measured, beside what is traced for it; the second is added to the run's memory.json.
 
-    The run's device need not be here: its lock tells what a trace must know of it.
+    The run's device need not be here: its lock tells what a trace must know of it. tell: hears what is traced next.
 
     Raises:
         RunError: the run has no measurement (it was killed before its end).
@@ -105,6 +130,7 @@ def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -
         return Measured(measured, None, [], [], memory.failure)
     config = load_geometry(recipe.model)
     plan, longest = _measured_batch(measured, make_plan(recipe, device, attention_rule(config)))
+    tell(f"{plan.micro_batch_size} x {longest.length} tokens")
     prediction = predicted(config, recipe, plan, longest)
     batch = {
         "rows": plan.micro_batch_size,
@@ -117,8 +143,8 @@ def trace_run(run_dir: RunDir, *, savings: bool = True, explain: bool = False) -
     result = Measured(
         measured,
         prediction,
-        baselines(config, recipe, plan, longest) if savings else [],
-        attribution(config, recipe, plan, longest) if explain else [],
+        baselines(config, recipe, plan, longest, tell) if savings else [],
+        attribution(config, recipe, plan, longest, tell) if explain else [],
         memory.failure,
     )
     # What was traced before and is not asked for now stays.

@@ -26,7 +26,7 @@ from qtune.recipe.schema import FourBit, Lora, Unquantized
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PretrainedConfig
 
@@ -44,6 +44,11 @@ TRL_HOW = "SFTTrainer's own step: fused head in tiles, a 16-bit adapter on a qua
 def trl_version() -> str:
     """Of the TRL that is installed: "1.16"."""
     return ".".join(importlib.metadata.version("trl").split(".")[:2])
+
+
+def trl_name() -> str:
+    """What the way of the TRL that is installed is called."""
+    return f"TRL {trl_version()} as it comes"
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,21 @@ class Variant:
         }
 
 
-def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
+def baselines(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> list[Variant]:
     """The usual ways: full fine-tuning, 16-bit adapter, QLoRA as its first scripts had it, TRL's trainer of today; on
     the recipe's model, batch, length.
 
     They get gradient checkpointing and accumulation wherever the recipe has them, and PyTorch's AdamW; TRL's trainer
     checkpoints by itself. What a recipe saves is against TRL: the others are there to see what quantization and the
     loss are worth.
+
+    tell: hears what is traced next.
     """
     step = training_step(recipe, plan, longest or Longest(plan.max_length))
     validates_more = step.eval_batch is not None and step.eval_batch.length > step.batch.length
@@ -101,6 +114,7 @@ def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
         def traced() -> Prediction:
             return summarize(trace(config, made, plain, card=card))
 
+        tell(name)
         said = f"{how}, AdamW, whole logits"
         return Variant(name, said, cached(config, recipe, plan, longest, traced, name))
 
@@ -112,6 +126,7 @@ def baselines(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Lon
         baseline(f"{recipe.adapter.kind}, {word} base", "unquantized base", adapted(False)),
         baseline("QLoRA as in 2023", "NF4, k-bit preparation (everything else in fp32)", adapted(True)),
     ]
+    tell(trl_name())
     newest = _as_trl(config, recipe, plan, longest, step)
     return older if newest is None else [*older, newest]
 
@@ -125,7 +140,7 @@ def _as_trl(
     def traced() -> Prediction:
         return summarize(trace_trl(config, recipe, plan, step, card_of(plan.device)))
 
-    name = f"TRL {trl_version()} as it comes"
+    name = trl_name()
     try:
         return Variant(name, TRL_HOW, cached(config, recipe, plan, longest, traced, name))
     except (RuntimeError, AttributeError, TypeError, IndexError, NotImplementedError):
@@ -133,13 +148,23 @@ def _as_trl(
         return None
 
 
-def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> list[Variant]:
-    """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak."""
+def attribution(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    plan: Plan,
+    longest: Longest | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> list[Variant]:
+    """The recipe with one technique switched off at a time; what each saves is the difference to the recipe's peak.
+
+    tell: hears what is traced next.
+    """
     rows = longest or Longest(plan.max_length)
     # As memory chose them, in every variant.
     recipe = changed(recipe, {EMBEDDINGS: plan.embeddings, CHECKPOINTING: plan.gradient_checkpointing})
 
     def without(name: str, how: str, other: Recipe) -> Variant:
+        tell(f"without {name}")
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
             plan.micro_batch_size, "as in the recipe"
         )
@@ -150,6 +175,7 @@ def attribution(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         return summarize(trace(config, lambda shape: _untiled(shape, recipe, plan), step, card=card_of(plan.device)))
 
     def whole_logits() -> Variant:
+        tell("without tiled loss")
         whole = cached(config, recipe, plan, rows, untiled, "untiled")
         return Variant("tiled loss", "the logits of all labelled positions at once", whole)
 

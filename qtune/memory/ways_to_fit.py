@@ -19,7 +19,7 @@ from qtune.recipe.parse import changed
 from qtune.recipe.text import show_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PretrainedConfig
 
@@ -70,15 +70,17 @@ class WaysToFit:
     """What fits with the least loss of time; None where nothing does that leaves the rows alone."""
 
 
-def ways_to_fit(config: PretrainedConfig, recipe: Recipe, forecast: Forecast) -> WaysToFit:
-    """All ways out of a forecast that does not fit.
+def ways_to_fit(
+    config: PretrainedConfig, recipe: Recipe, forecast: Forecast, tell: Callable[[str], None] = lambda words: None
+) -> WaysToFit:
+    """All ways out of a forecast that does not fit. tell: hears what is traced next.
 
     Raises:
         ModelError: the recipe's step cannot be traced.
     """
     plan = forecast.plan
     asked = _Asked(
-        Search(config, plan.device, forecast.rows.longest, forecast.budget_bytes),
+        Search(config, plan.device, forecast.rows.longest, forecast.budget_bytes, tell=tell),
         as_planned(recipe, plan),
         plan.micro_batch_size,
         plan.micro_batch_size * plan.accumulation_steps,
@@ -137,7 +139,8 @@ class _Asked:
         return Way(changes, price, prediction.need, self.search.is_enough(prediction), self.pace(prediction, rows))
 
     def traced(self, changes: dict[KeyPath, Any], rows: int) -> Prediction:
-        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows)
+        pulled = [Lever(key, value, "") for key, value in changes.items()]  # for what is told alone
+        return self.search.trace(changed(self.recipe, changes) if changes else self.recipe, rows, *pulled)
 
     def _most_rows(self, changes: dict[KeyPath, Any]) -> int:
         sizes = [size for size in whole_parts(self.batch) if size <= self.rows]

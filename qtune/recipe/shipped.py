@@ -1,8 +1,10 @@
 """The recipes that come with qtune."""
 
+import shlex
 from pathlib import Path
 
 from qtune.errors import Problem, RecipeError
+from qtune.recipe.row_kinds import ROW_KINDS, TEXT_KINDS, kind_of
 from qtune.spelling import did_you_mean
 
 # The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
@@ -23,6 +25,7 @@ def find_recipe(name: str) -> Path:
     """
     path = Path(name)
     if path.is_file():
+        _refuse_rows(path)
         return path
     shipped = shipped_recipes()
     if name in shipped:
@@ -38,6 +41,14 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         Problem(name, f"no such file, nor a recipe that comes with qtune{f'; {meant}' if meant else f' {known}'}")
     )
+
+
+def _refuse_rows(path: Path) -> None:
+    """Who has rows and no recipe yet is told how to come by one."""
+    kind, _ = kind_of(path)
+    if kind in ROW_KINDS and kind not in TEXT_KINDS:
+        command = f"qtune init --base MODEL --data {shlex.quote(str(path))}"
+        raise RecipeError(Problem(str(path), f"these are rows, not a recipe; {command} writes a recipe for them"))
 
 
 def written_beside(file: Path, suffix: str) -> Path:

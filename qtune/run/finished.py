@@ -34,6 +34,16 @@ def whole_adapter(run_dir: RunDir) -> Path:
     return folder
 
 
+def require_adapter(run_dir: RunDir) -> None:
+    """`whole_adapter`'s refusal of a run without an adapter, before anything heavy is imported; its bytes are not read.
+
+    Raises:
+        RunError: training has not ended.
+    """
+    if not run_dir.is_finished:
+        whole_adapter(run_dir)
+
+
 def adapter_fault(run_dir: RunDir) -> str | None:
     """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
     folder = run_dir.adapter

@@ -2,14 +2,18 @@
 
 import errno
 import os
+import re
 import shlex
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtune import whole
 from qtune.disk import refusal_of
-from qtune.errors import Problem, RunError, first_line
+from qtune.errors import InputError, Problem, RecipeError, RunError, first_line
+from qtune.recipe.file import load_recipe
+from qtune.recipe.shipped import find_recipe
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class RunDir:
             RunError: `path` is not a run's folder.
         """
         run_dir = cls(path)
+        if not path.is_dir() and (said := _of_recipe(path)) is not None:
+            raise RunError(Problem(str(path), said))
+        if path.is_file():
+            raise RunError(Problem(str(path), "is a file; a run is a folder, as runs/quickstart"))
         if not path.is_dir():
             raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
         if not run_dir.resolved_file.is_file():
@@ -159,8 +167,46 @@ class RunDir:
         whole.write_text(file, text)
 
 
+def _of_recipe(path: Path) -> str | None:
+    """What is said of a recipe in the place of a run: which its runs are; None where it is no recipe either."""
+    try:
+        resolved = load_recipe(find_recipe(str(path)), need_rows=False)
+    except RecipeError:
+        return None
+    pattern = re.compile(re.escape(resolved.run_name) + r"(-\d+)?")
+    found = Path(resolved.recipe.output.directory).glob("*/resolved.toml")
+    runs = sorted(
+        (file for file in found if pattern.fullmatch(file.parent.name)), key=lambda file: file.stat().st_mtime
+    )
+    names = [str(file.parent) for file in runs]
+    if not names:
+        return f"is a recipe, and has no run yet: {shlex.join(['qtune', 'run', str(path)])}"
+    return f"is a recipe; its run is {names[0]}" if len(names) == 1 else f"is a recipe; its runs: {', '.join(names)}"
+
+
 def _runs_beside(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = sorted(str(file.parent) for file in path.parent.glob("*/resolved.toml"))
     return f"; runs there: {', '.join(names)}" if names else ""
+
+
+def require_writable(folder: Path) -> None:
+    """Asks by writing into it, or where it would be made: permissions alone do not tell of read-only file systems.
+
+    Raises:
+        InputError: the system refuses.
+    """
+    existing = existing_folder(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing):
+            pass
+    except OSError as error:
+        where = "" if existing == folder.absolute() else f" ({existing})"
+        message = f"{folder} cannot be written{where}: {error.strerror}; name another folder"
+        raise InputError(Problem("output.directory", message)) from error
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one around it that is there; a link to nowhere is, for nothing can take its place."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 BAR = 60
 LETTERS = {category.name: category.letter for category in CATEGORIES}
 
+
+def _traced_in(prediction: "Prediction", whole_seconds: float | None) -> str:
+    """How long one waited, which is for every step that was traced on the way; of a kept trace, what it took then."""
+    if whole_seconds is None or whole_seconds < prediction.seconds:
+        return f"traced before, in {prediction.seconds:.1f} s, without a GPU"
+    return f"traced without a GPU in {whole_seconds:.1f} s"
+
+
 StepSeconds = Callable[["Prediction"], float]
 """Seconds of a step that was traced."""
 
@@ -54,7 +62,7 @@ def draw_forecast(profile: "Profile", refusals: "Sequence[Problem]" = ()) -> Ren
     alive = prediction.peak.alive
     parts: list[RenderableType] = [Text(title, style="bold"), Text(about)]
     parts += [Text(""), categories_table(alive), stacked_bar(alive), Text(""), need, Text(""), _phases(prediction)]
-    parts += [Text(""), Text(f"traced without a GPU in {prediction.seconds:.1f} s{how}", style="dim")]
+    parts += [Text(""), Text(f"{_traced_in(prediction, profile.seconds)}{how}", style="dim")]
     if refusals:
         parts += [Text(""), refusals_text(refusals)]
     if not is_card:

@@ -21,12 +21,12 @@ from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run import manifest
 from qtune.run.drift import known_kinds
-from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, positions_left, stream
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import training_autocast
+from qtune.tuned.target import require_model, run_meant
 from qtune.tuned.trained_system import usual_system
 from qtune.tuned.vocabulary import require_embeddings, require_known
 
@@ -127,12 +127,10 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
     """
     known_kinds(accepted)
     console.say(f"loading {target}")
-    path = Path(target)
-    looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
-    is_run = (path / "resolved.toml").is_file()
-    if not is_run and (path.exists() or not looks_like_a_path):
+    run_dir = run_meant(target)
+    if run_dir is None:
+        require_model(target)
         return _plain_session(target, trusted=trusted)
-    run_dir = RunDir.open(path)
     if trusted:
         recipe = resolved_recipe(run_dir)
         grant_for(base_folder(recipe.model), recipe.model.revision)

@@ -13,6 +13,10 @@ from qtune.verdicts.verdict import Standing, Verdict, number
 LITTLE = 0.02
 """A share of the base's loss below which a fall, however certain, is called little. Ours: no source names one."""
 
+FEW = 30
+"""Rows below which an evaluation says that they are few. Ours: the intervals are normal ones with Student's t, which
+for means of skewed values are too narrow on small samples; thirty is the usual rule of thumb."""
+
 START = 20
 """Logged steps that are taken for the start of a long run."""
 
@@ -35,6 +39,7 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
     asked = answer_scores(evaluation)
     answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
+    few, command = _few(evaluation, run)
     if not rows:
         if more is not None and more.is_positive:
             return Verdict("learned", "good", "Learned", f"{told}{answers}")
@@ -46,7 +51,17 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     standing, answer = _judged(fall, base.loss)
     if standing == "bad" and more is not None and more.is_positive:
         standing, answer = "unsure", "Mixed"
-    return Verdict("learned", standing, answer, f"{told}, {_by(fall)}{answers}")
+    return Verdict("learned", standing, answer, f"{told}, {_by(fall)}{answers}{few}", command)
+
+
+def _few(evaluation: Evaluation, run: str) -> tuple[str, str | None]:
+    """What is said of an evaluation of few rows, and the command that asks more of them where more were held out."""
+    if evaluation.rows >= FEW:
+        return "", None
+    said = f"; {evaluation.rows} rows are few, and other rows may say otherwise"
+    if evaluation.rows_held_out > evaluation.rows:
+        return said, f"qtune eval {run} --rows {min(evaluation.rows_held_out, 100)}"
+    return f"{said} (data.test or a larger data.validation holds more)", None
 
 
 def _judged(fall: Fall, base: float) -> tuple[Standing, str]:

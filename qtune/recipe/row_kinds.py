@@ -3,6 +3,8 @@
 from pathlib import Path
 
 ROW_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "feather", "txt", "md")
+TEXT_KINDS = ("txt", "md")
+"""Whose name alone does not tell that rows are in them."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 
 
