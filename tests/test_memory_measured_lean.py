@@ -6,6 +6,7 @@ it had beyond the allocator's reserve there.
 
 import json
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from runs import ALONE, GEOMETRIES, RUNS, Run
 from qtune.device.cards import card_named
 from qtune.memory.predict import Longest, Prediction, predict, summarize
 from qtune.memory.tracing import categories
+from qtune.memory.tracing import step as steps
+from qtune.memory.tracing import trace as tracing
 from qtune.memory.tracing.cuda import workspace_bytes
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
@@ -39,11 +42,15 @@ each_run = pytest.mark.parametrize("name", BY_NAME)
 
 
 @pytest.fixture(autouse=True)
-def with_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the runs had them."""
+def as_the_runs_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Expandable segments; the embeddings' output was held until the end of the step, which is let go of since then."""
+    tracing._built.clear()
+    monkeypatch.setattr(steps, "free_inputs", lambda model: None)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(VARIABLES[0], "expandable_segments:True")
+    yield
+    tracing._built.clear()
 
 
 @cache

@@ -167,6 +167,8 @@ def test_no_random_damage_to_a_file_of_a_run_ends_in_anything_but_its_values_or_
     file = run.path / name
     text, before = file.read_text(), FILES[name](run)
     for content in damaged_texts(text, generator, 200 * FUZZED):
+        if b"crc32" in text.encode() and b"crc32" not in content.replace(b"\0", b""):
+            continue  # without the name of its checksum a record is one of an older version, or one that was edited
         file.write_bytes(content)
         now = None
         try:
