@@ -785,8 +785,8 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     may = (
         "training.micro_batch_size, training.gradient_checkpointing, training.lean_step, memory.budget, "
         "memory.embeddings, memory.activations, memory.layers, memory.loss_tile, training.log_every, "
-        "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, training.keep_checkpoints, "
-        "training.trackers, training.rehearse, data.allow, output.gguf"
+        "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, "
+        "training.keep_checkpoints, training.trackers, training.rehearse, data.allow, output.gguf"
     )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
