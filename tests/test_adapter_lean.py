@@ -29,6 +29,8 @@ from qtune.model.checkpointed import checkpoint_first
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, INTERMEDIATE, LAYERS, LENGTH = 64, 192, 2, 60
 WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "vocab_size": 128,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}  # fmt: skip

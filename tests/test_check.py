@@ -161,6 +161,7 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
     ) in " ".join(screen(again).split())
 
 
+@pytest.mark.slow
 def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(write_recipe, monkeypatch):
     recipe = write_recipe()
     found = check(load_recipe(recipe, ["memory.budget=1MiB"]))
@@ -179,6 +180,7 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     result.require()
 
 
+@pytest.mark.slow
 def test_memory_that_comes_too_close_to_say_is_a_warning_of_its_own(write_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
     original = predict.summarize
@@ -282,6 +284,7 @@ def test_a_trace_that_fails_does_not_hide_what_is_wrong(write_recipe, rows_file,
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.slow
 def test_where_memory_is_short_all_remedies_are_shown_with_the_lines_that_fit(write_recipe) -> None:
     training = "batch_size = 4\nmicro_batch_size = 4\ngradient_checkpointing = false"
     recipe = write_recipe(training=f'{training}\n[memory]\nbudget = "1MiB"')

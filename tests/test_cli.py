@@ -243,6 +243,7 @@ def test_an_option_of_another_verb_is_named_as_such() -> None:
     assert "belongs to" not in asked  # there it is what the model is asked
 
 
+@pytest.mark.slow
 def test_rows_in_the_place_of_a_recipe_and_a_recipe_in_the_place_of_a_run_are_named(
     write_recipe: WriteRecipe, rows_file: Path, stopped: Path
 ) -> None:

@@ -297,6 +297,7 @@ def test_a_gguf_without_a_modelfile_says_why(tmp_path: Path, capsys: pytest.Capt
     assert "ollama create" not in said
 
 
+@pytest.mark.slow
 def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(gguf="f16"))
     proven = read_proof(folder).gguf

@@ -20,6 +20,8 @@ from qtune.recipe.parse import changed, parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.screens.memory import draw_ways
 
+pytestmark = pytest.mark.slow
+
 # On the machine of `head_sum`: the driver's 545 MiB, weights 1000, embeddings 300, moments 80, and 400 a row.
 PINNED = {"batch_size": 8, "micro_batch_size": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
 AS_IT_IS = 545 + 1000 + 300 + 80 + 2 * 400

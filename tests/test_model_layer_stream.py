@@ -36,6 +36,8 @@ from qtune.training.train import resume, run
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 5
 CASE = Case(
     config=(("num_hidden_layers", LAYERS), ("hidden_size", 128), ("intermediate_size", 320), ("attention_bias", True))

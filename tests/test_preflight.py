@@ -259,6 +259,7 @@ def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: Wri
     assert "training.epochs = " in said
 
 
+@pytest.mark.slow
 def test_each_step_that_a_card_has_traced_is_said_before_a_run(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -440,6 +440,7 @@ def test_the_whole_of_a_large_file_finds_what_lies_between_samples(tmp_path, mon
     assert whole_after.weights != whole_before.weights
 
 
+@pytest.mark.slow
 def test_a_run_can_be_begun_and_resumed_on_every_byte_of_its_weights(world, monkeypatch) -> None:
     """Between two samples of a large file, which sampling alone passes by."""
     monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)

@@ -223,6 +223,7 @@ def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path:
 
 @pytest.mark.parametrize("logs", ["log_every = 1", "log_every = 100"], ids=["seen by a record", "seen by a checkpoint"])
 @pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "removed"])
+@pytest.mark.slow
 def test_a_run_whose_folder_vanishes_ends_in_a_sentence_and_makes_no_other(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: str, is_moved: bool
 ) -> None:

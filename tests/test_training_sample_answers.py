@@ -27,6 +27,8 @@ from qtune.training.trainer import QloraTrainer
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import Ends, answers_to, generate
 
+pytestmark = pytest.mark.slow
+
 # Dropout draws a random number in each step: one that an answer drew would change all that follow.
 LORA = 'kind = "lora"\nrank = 4\ndropout = 0.1'
 SOFT = 'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'

@@ -209,6 +209,7 @@ def test_a_run_that_trains_nothing_fails_and_says_so(
     assert not latest_run(recipe).is_finished
 
 
+@pytest.mark.slow
 def test_a_loss_that_ends_above_its_start_is_said(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     real = QloraTrainer.compute_loss
     rising = lambda self, *args, **kwargs: real(self, *args, **kwargs) * (1 + self.state.global_step)  # noqa: E731
