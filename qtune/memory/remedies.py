@@ -9,7 +9,7 @@ from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, last_lev
 from qtune.memory.tracing import categories
 from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
-from qtune.recipe.text import show_value
+from qtune.recipe.text import show_changes
 from qtune.run.resumption import CHANGEABLE
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Remedy:
     @property
     def words(self) -> str:
         """The change as a recipe says it."""
-        return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in self.changes.items())
+        return show_changes(self.changes)
 
 
 @dataclass(frozen=True)

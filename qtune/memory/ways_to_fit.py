@@ -16,7 +16,7 @@ from qtune.memory.kept_layers import CHECKPOINTING, Steps, fewest, pace_of, rate
 from qtune.memory.remedies import as_planned
 from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
-from qtune.recipe.text import show_value
+from qtune.recipe.text import show_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,14 +49,14 @@ class Way:
     @property
     def words(self) -> str:
         """The changes as a recipe says them, in one line."""
-        return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in self.changes.items())
+        return show_changes(self.changes)
 
     @property
     def lines(self) -> str:
         """The changes as lines of a recipe, under their tables."""
         tables: dict[str, list[str]] = {}
         for (table, *key), value in self.changes.items():
-            tables.setdefault(str(table), []).append(f"{'.'.join(map(str, key))} = {show_value(value)}")
+            tables.setdefault(str(table), []).append(show_changes({tuple(key): value}))
         return "\n".join(line for table, keys in tables.items() for line in (f"[{table}]", *keys))
 
 

@@ -55,6 +55,11 @@ def _append(table: Table, key: str, item: Any) -> None:
         table.add(key, item)
 
 
+def show_changes(changes: Mapping[KeyPath, Any]) -> str:
+    """Values by their keys, in one line, as a recipe would set them."""
+    return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in changes.items())
+
+
 def show_value(value: Any) -> str:
     """A value as TOML would write it."""
     if isinstance(value, bool):

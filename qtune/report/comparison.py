@@ -5,9 +5,8 @@ from pathlib import Path
 from qtune.comparing.table import SideBySide, cells, explanation
 from qtune.disk import told
 from qtune.errors import WorkError
-from qtune.report.html import Html, element, joined, table
-from qtune.report.page import POLICY
-from qtune.report.style import STYLE
+from qtune.report.html import Html, element, table
+from qtune.report.page import document
 from qtune.whole import write_text
 
 
@@ -25,18 +24,10 @@ def comparison_page(comparison: SideBySide) -> Html:
     """The whole page; it loads and runs nothing."""
     columns, rows = cells(comparison)
     title = f"{len(comparison.lines)} configurations, {sum(len(line.runs) for line in comparison.lines)} runs"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Html(STYLE)),
-    )
     asked = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
     folders = [(line.name, ", ".join(line.runs), ", ".join(map(str, line.seeds))) for line in comparison.lines]
-    body = element(
-        "body",
+    return document(
+        title,
         element("h1", title),
         element("p", asked, class_="dim"),
         table(columns, rows, figures=range(2, len(columns))),
@@ -44,4 +35,3 @@ def comparison_page(comparison: SideBySide) -> Html:
         element("h2", "The runs"),
         table(("run", "folders", "seeds"), folders),
     )
-    return joined([Html("<!doctype html>\n"), element("html", head, body, lang="en"), "\n"])

@@ -78,18 +78,10 @@ def page(record: Record, rows: ShownRows | str, drifts: Sequence[str] = ()) -> H
     """The whole page; `rows` may be the reason why there are none to show. `drifts` are sentences of `run.drift`."""
     name = record.run_dir.name
     what = f"{record.value('adapter', 'kind')} on {record.value('model', 'base')}"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{name}: {what}"),
-        element("style", Html(STYLE)),
-    )
     device = record.facts.lock.last_device.name if record.facts.lock else ""
     where = f"{record.value('quantization', 'kind')} base, computed in {record.value('quantization', 'compute_dtype')}"
-    body = element(
-        "body",
+    return document(
+        f"{name}: {what}",
         element("h1", name),
         element("p", f"{what}; {where}{f', on {device}' if device else ''}", class_="dim"),
         *(sections.note(f"This run {said}") for said in drifts),
@@ -97,7 +89,19 @@ def page(record: Record, rows: ShownRows | str, drifts: Sequence[str] = ()) -> H
         sections.summary(record),
         *_parts(record, rows),
     )
-    return joined([Html("<!doctype html>\n"), element("html", head, body, lang="en"), "\n"])
+
+
+def document(title: str, *parts: Html) -> Html:
+    """A page of these parts that loads and runs nothing."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", Html(STYLE)),
+    )
+    return joined([Html("<!doctype html>\n"), element("html", head, element("body", *parts), lang="en"), "\n"])
 
 
 def _parts(record: Record, rows: ShownRows | str) -> list[Html]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qtune.device.cards import fitting_cards
 from qtune.memory.tracing.categories import CATEGORIES
-from qtune.recipe.text import show_value
+from qtune.recipe.text import show_changes, show_value
 from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qtune.memory.savings import Variant
     from qtune.memory.ways_to_fit import WaysToFit
     from qtune.plan import Plan
-    from qtune.recipe.schema import KeyPath, Recipe
+    from qtune.recipe.schema import Recipe
 
 BAR = 60
 LETTERS = {category.name: category.letter for category in CATEGORIES}
@@ -282,7 +282,7 @@ def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> 
     plan = fitted.plan
     asked = fitted.asked
     needed = f"{asked.rows} x {fitted.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
-    changes, own = _assignments(fitted.changes), _assignments(fitted.left)
+    changes, own = show_changes(fitted.changes), show_changes(fitted.left)
     parts: list[RenderableType] = [
         Text(f"{recipe.model.base} on {plan.device.name}, {size_text(fitted.budget_bytes)}", style="bold"),
         Text(f"as qtune run would do it, {needed}: {asked.need.verdict(fitted.budget_bytes)}"),
@@ -308,11 +308,6 @@ def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> 
 def _against(verdict: "Verdict", budget: str) -> str:
     """ "does not fit 8.00 GiB", or "8.00 GiB is too close to say"."""
     return f"{budget} is too close to say" if verdict == "too close to say" else f"{verdict} {budget}"
-
-
-def _assignments(values: "dict[KeyPath, Any]") -> str:
-    """Keys and values as a recipe writes them."""
-    return ", ".join(f"{'.'.join(map(str, path))} = {show_value(value)}" for path, value in values.items())
 
 
 def _trials(fitted: "Fitted") -> Table:
