@@ -9,10 +9,10 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
+from qtune.errors import InputError, Interrupted, Problem, QtuneError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
-from qtune.startup.launched import launched, use_own_card
+from qtune.startup.launched import is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -1052,7 +1052,7 @@ def main() -> None:
     guard_streams()
     try:
         try:
-            app()
+            _parse_and_run()
         finally:  # what is still in the buffer may be what cannot be written
             sys.stdout.flush()
     except OutputEndedError as error:
@@ -1064,7 +1064,7 @@ def main() -> None:
         # What the user asked for is no error.
         console.say(str(stopped))
         sys.exit(stopped.exit_code)
-    except LeaderEnded as error:
+    except SaidElsewhere as error:
         sys.exit(error.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
@@ -1077,6 +1077,31 @@ def main() -> None:
             raise
         console.say_error(known)
         sys.exit(1)
+
+
+def _parse_and_run() -> None:
+    """The command. What stops one of several processes before they have met ends all, and is said once."""
+    if not is_to_meet():
+        app()
+        return
+    try:
+        sys.exit(app(standalone_mode=False))
+    except QtuneError as error:
+        if not is_to_meet():  # they have met, and this came later
+            raise
+        raise _said_once(error) from error
+    except Exception as error:
+        # typer has click inside, whose errors it has no public name for.
+        if not (is_to_meet() and hasattr(error, "format_message")):
+            raise
+        raise _said_once(InputError(Problem("", error.format_message()))) from error
+
+
+def _said_once(error: QtuneError) -> QtuneError:
+    import_libraries()
+    from qtune.training.meeting import end_together
+
+    return end_together(error)
 
 
 def _told(error: Exception) -> str | None:

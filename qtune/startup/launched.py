@@ -75,6 +75,12 @@ def launched() -> Launched:
     return said if isinstance(said, Launched) else Launched()
 
 
+def is_to_meet() -> bool:
+    """Whether this is one of several processes that have not met yet (`forget_launcher`)."""
+    said = said_in(os.environ)
+    return isinstance(said, Launched) and said.processes > 1
+
+
 def forget_launcher(environment: MutableMapping[str, str]) -> None:
     """Takes the launcher's words out of the environment, so that accelerate and transformers see one process."""
     for name in SAID_BY_A_LAUNCHER:
