@@ -41,7 +41,7 @@ class Plan:
     """"device" or "host", as is `activations`."""
     activations: str
     layers: str
-    """"device", "host" or "disk": where the 4-bit layers wait."""
+    """"device", "host" or "disk": where the 4-bit layers wait; "sharded": a part of each with every process."""
     loss_tile_bytes: int
     lean_step: bool
     reasons: Mapping[KeyPath, str]
@@ -121,7 +121,8 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         max_length=recipe.data.max_length,
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
-        layers=recipe.memory.layers,
+        # One process has every part.
+        layers="device" if recipe.memory.layers == "sharded" and device.processes == 1 else recipe.memory.layers,
         loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
         lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
         reasons=reasons,

@@ -1,4 +1,4 @@
-"""The `qtune` command in processes that have its libraries already: one process imports them and forks for each command.
+"""The `qtune` command in processes that have its libraries already: one imports them and forks for each command.
 
 For tests of what several processes do together. What a process does at its start (its card, its allocator, the order of
 imports) is not what these show.
@@ -128,6 +128,14 @@ class Parent:
         answer: int | None = json.loads(self.process.stdout.readline())
         return answer
 
+    def end(self) -> None:
+        """No more commands: it ends by itself."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
     def start(self, *words: str | Path, environment: Mapping[str, str] | None = None, first: str = "") -> Forked:
         """`qtune` with these words. first: Python that runs before it."""
         self.count += 1
@@ -165,10 +173,9 @@ def meeting_place() -> dict[str, str]:
 
 @contextmanager
 def parent(folder: Path) -> Iterator[Parent]:
-    """A process that forks, for as long as the block runs; its children end with it."""
+    """A process that forks, for as long as the block runs."""
     made = Parent(folder)
     try:
         yield made
     finally:
-        made.process.kill()
-        made.process.wait()
+        made.end()

@@ -209,7 +209,8 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
             changed(recipe, {("memory", "embeddings"): "device"}),
         )
     if plan.layers != "device":
-        yield f"layers on the {plan.layers}", "they stay on the card", changed(recipe, {LAYERS: "device"})
+        where = "layers shared out" if plan.layers == "sharded" else f"layers on the {plan.layers}"
+        yield where, "they stay on the card", changed(recipe, {LAYERS: "device"})
     if plan.activations == "host":
         yield "activations on the host", "they stay on the card", changed(recipe, {("memory", "activations"): "device"})
     if plan.loss_tile_bytes < TILE_BYTES:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from qtune import console
-from qtune.errors import PeerLostError, QtuneError, SaidElsewhere
+from qtune.errors import Interrupted, PeerLostError, QtuneError, SaidElsewhere
 from qtune.memory.measured.meter import Meter
 from qtune.plan import Plan
 from qtune.recipe.file import Resolved
@@ -85,7 +85,7 @@ def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence
     """Takes every step of a run with its leader. resolved_of: the recipe, read once the leader has found it right.
 
     Raises:
-        SaidElsewhere: the leader did not come to the run's end.
+        SaidElsewhere: the leader did not come to the run's end, or was asked to stop before it.
         InputError, WorkError: something is wrong with this process alone.
     """
     try:
@@ -98,7 +98,8 @@ def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence
         inputs = replace(inputs, plan=plan, time=None, resolved=_without_trackers(inputs))
         require_same_files(ranks, inputs)
         _follow(ranks, inputs, course)
-        ranks.heard()
+        if not ranks.heard():
+            raise SaidElsewhere(Interrupted.exit_code)
     except PeerLostError as error:
         raise SaidElsewhere from error
     return course.run_dir

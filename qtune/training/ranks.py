@@ -43,6 +43,10 @@ class Ranks:
         """Whether there is anybody else."""
         return self.processes > 1
 
+    def has(self, number: int) -> bool:
+        """Whether something that is shared out, counted from 0, is this process's."""
+        return number % self.processes == self.rank
+
     def told(self, value: Value) -> Value:
         """The leader's value; that of the others is not looked at."""
         return self._broadcast(value) if self.are_several else value

@@ -288,7 +288,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
         best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
-        answers = SampleAnswers(inputs, metrics.answered, metrics.note)
+        answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
         rehearses = checkpoint is None and is_worth_it(inputs)
         ranks.told(Beginning(first, rehearses, takes_steps=not ended))
@@ -321,12 +321,21 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 _save(model, inputs, run_dir, initial)
                 saved = True
                 best.forget()
-    ranks.told(None)  # the others stay until everything is saved
+    ranks.told(saved)  # the others stay until everything is
     if not saved:  # the folder may have been finished before, with an adapter that is damaged
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
             f"go on with: {_resuming(run_dir)}"
         )
+
+
+def _asks(inputs: Inputs, metrics: Metrics) -> SampleAnswers | None:
+    """What has the model answer at each evaluation; nobody where no process can go through the layers alone."""
+    if inputs.plan.layers != "sharded":
+        return SampleAnswers(inputs, metrics.answered, metrics.note)
+    if inputs.recipe.training.sample_answers:
+        metrics.note('no sample answers: with memory.layers = "sharded" one process alone cannot ask the model')
+    return None
 
 
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:

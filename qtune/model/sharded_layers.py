@@ -1,0 +1,132 @@
+"""Frozen 4-bit layers of which every process holds a part on its device: PyTorch's FSDP2 brings a layer together.
+
+A layer's packed weights and their absmax are one block of bytes, of which `fully_shard` leaves each process 1/N.
+Whoever multiplies asks for the layer there (`layer_stream`), which gathers it and the one that comes next; the one
+before is let go of. They are bytes to FSDP too: weights that are stored as bfloat16 can be changed where their bytes
+look like no number (bitsandbytes#1945), and accelerate 1.15 leaves weights of bytes out of its shards
+(accelerate#3983), so neither is used.
+
+Nothing is taken on trust: before the first step every layer is gathered once and compared with what was cut up, byte by
+byte, and what this process holds is counted.
+
+All processes have to go through the layers the same number of times, forward and backward, or they wait for one another
+for ever: so a process whose memory runs out cannot try again, and nobody goes through them alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from qtune.device.present import is_out_of_memory
+from qtune.errors import ModelError, PeerLostError, Problem, first_line
+from qtune.model.layer_stream import LayerStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_INSTEAD = 'without memory.layers = "sharded" each process holds the whole base; with "host" or "disk" it waits there'
+
+
+class _Block(nn.Module):
+    """A layer's bytes as a parameter, which is what FSDP knows."""
+
+    def __init__(self, block: Tensor) -> None:
+        super().__init__()
+        self.block = nn.Parameter(block, requires_grad=False)
+
+
+class ShardedStream(LayerStream):
+    """The layers of one model, spread over the processes."""
+
+    def __init__(self, layers: Sequence[Sequence[Any]], where: str, device: torch.device, blocks: int = 2) -> None:
+        super().__init__(layers, where, device, blocks)
+        self.shards: list[Any] = []
+        for number, home in enumerate(self.homes):
+            self.shards.append(_cut_up(home, device))
+            for weight in self.layers[number]:
+                weight.be_nowhere()
+            self._require_same(number, home)
+            self.homes[number] = _own_part(self.shards[-1])
+
+    @property
+    def held_bytes(self) -> int:
+        """What this process holds of all layers."""
+        return sum(home.numel() for home in self.homes)
+
+    def through(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """No trace has several processes."""
+        raise NotImplementedError
+
+    def _made_blocks(self, size: int, count: int) -> list[Tensor]:
+        return [torch.empty(0, dtype=torch.uint8, device=self.device)] * count
+
+    def _require_same(self, number: int, home: Tensor) -> None:
+        """Raises:
+        ModelError: the layer is not what it was once it has been cut up and brought together, or is not smaller.
+        """
+        shard = self.shards[number]
+        part, parts = _own_part(shard).numel(), distributed.get_world_size()
+        with _noticing_loss():
+            shard.unshard()
+            same = torch.equal(shard.block.data.cpu(), home)
+            shard.reshard()
+            agreed = torch.tensor([int(same), int(part <= -(-home.numel() // parts))])
+            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN)
+        if not agreed[0]:
+            reason = f"layer {number} is not the same after FSDP has cut it up and brought it together"
+        elif not agreed[1]:
+            reason = f"FSDP has left {part} of {home.numel()} bytes of layer {number} with one of {parts} processes"
+        else:
+            return
+        raise ModelError(Problem('memory.layers = "sharded"', f"{reason} (torch {torch.__version__}); {_INSTEAD}"))
+
+    def _load(self, layer: int, block: int) -> None:
+        """Sends for a layer, in the place of the one that the block holds."""
+        self._wait_for(block)
+        held = self._holds[block]
+        with _noticing_loss():
+            if held is not None:
+                self.shards[held].reshard()
+            self._arrived[block] = self.shards[layer].unshard(async_op=True)
+        self._holds[block] = layer
+        self.loads += 1
+
+    def _wait_for(self, block: int) -> None:
+        if self._arrived[block] is None:
+            return
+        with _noticing_loss():
+            self._arrived[block].wait()
+        self._arrived[block] = None
+        held = self._holds[block]
+        assert held is not None
+        self.blocks[block] = self.shards[held].block.data
+        self._views = {key: view for key, view in self._views.items() if key[2] != block}
+
+
+def _cut_up(home: Tensor, device: torch.device) -> FSDPModule:
+    shard = _Block(home.to(device, copy=True))
+    mesh = distributed.device_mesh.init_device_mesh(device.type, (distributed.get_world_size(),))
+    fully_shard(shard, mesh=mesh, reshard_after_forward=True)
+    assert isinstance(shard, FSDPModule)
+    return shard
+
+
+def _own_part(shard: Any) -> Tensor:
+    """What this process holds of a layer, [bytes]."""
+    part: Tensor = shard.block.to_local()
+    return part
+
+
+class _noticing_loss:  # noqa: N801  reads as what it does
+    """What torch.distributed says of a peer that has gone, as an error of ours."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise PeerLostError(f"another process of this run has ended: {first_line(error)}") from error
