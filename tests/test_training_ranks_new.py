@@ -1,19 +1,35 @@
 """Several processes share the rows of each step, and train the adapter of one."""
 
 import json
+import os
+import re
+import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
-from conftest import ROWS
-from forked import SECONDS, Forked, Parent, parent
+import yaml
+from conftest import ROWS, qtune_process, run_qtune
+from forked import SECONDS, Forked, Parent, meeting_place, parent, told
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qtune.adapter.state import STATE_FILE
+from qtune.device.present import present_device
+from qtune.memory.tracing.categories import GRADIENTS
+from qtune.plan import make_plan
+from qtune.recipe.file import load_recipe
+from qtune.timing.forecast import between_seconds
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +178,7 @@ STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, ou
         ("guarded", EVERYTHING, "validation = 0.15", ""),
         ("packed", EVERYTHING.replace("batch_size = 6", "batch_size = 2"), "packing = true", ""),
         ("streamed", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "host"'),
+        ("sharded", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "sharded"'),
         ("stopped", f'{STEP}epochs = 40\neval_every = 1\npatience = 2\nresult = "best"', "", ""),
     ],
 )
@@ -187,7 +204,11 @@ def test_so_do_they_with_everything_that_decides_over_a_step(
     else:
         assert any(line.get("skipped") for line in records(two, "train")), "otherwise nothing is shown of it"
         assert "rehearsed in" in first.messages
-        assert "what it answers now" in first.messages
+        assert ("what it answers now" in first.messages) is (name != "sharded")
+    if name == "sharded":
+        held = re.search(r"each process holds ([\d.]+) KiB of ([\d.]+) KiB of 4-bit layers", first.messages)
+        assert held is not None, first.messages
+        assert float(held[1]) == pytest.approx(float(held[2]) / 2, abs=0.2)
 
 
 SHORT_OF_MEMORY = """
@@ -284,3 +305,300 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
     assert "error: another process of this run has ended" in first.messages
     assert f"qtune run --resume {folder / 'runs' / name}" in first.messages
     assert "Traceback" not in first.messages
+
+
+ANOTHER_BYTE = """
+import qtune.model.sharded_layers as sharded
+cut_up = sharded._cut_up
+def changed(home, device):
+    home = home.clone()
+    home[-1] += 1
+    return cut_up(home, device)
+sharded._cut_up = changed
+"""
+
+
+def test_a_layer_that_sharding_changes_is_refused_by_one_sentence(processes: Parent, recipe: Recipe) -> None:
+    file = recipe("changed", more='[memory]\nlayers = "sharded"')
+    first, second = processes.several(2, "run", file, first={1: ANOTHER_BYTE})
+    assert (first.ended(), second.ended()) == (2, 2)
+    (error,) = (line for line in first.messages.splitlines() if line.startswith("error: "))
+    assert 'memory.layers = "sharded": layer 0 is not the same after FSDP has cut it up' in error
+    assert 'with "host" or "disk" it waits there' in error
+    assert second.messages == ""
+
+
+def test_memory_that_runs_out_where_layers_are_sharded_ends_all_of_them(processes: Parent, recipe: Recipe) -> None:
+    file = recipe("out", more='[memory]\nlayers = "sharded"')
+    first, second = processes.several(2, "run", file, first={1: SHORT_OF_MEMORY})
+    assert (first.ended(), second.ended()) == (1, 1)
+    assert "error: process 1 of 2, counted from 0: a micro-batch does not fit: with memory.layers" in second.messages
+    assert "error: another process of this run has ended" in first.messages
+    assert "Traceback" not in first.messages + second.messages
+
+
+def two(processes: Parent, *words: Sequence[str | Path], first: Sequence[str] = ("", "")) -> tuple[Forked, Forked]:
+    """Two processes of one run that were given different words."""
+    place = meeting_place()
+    one, other = (
+        processes.start(*own, environment=place | told(rank, 2), first=before)
+        for rank, (own, before) in enumerate(zip(words, first, strict=True))
+    )
+    return one, other
+
+
+def test_what_is_wrong_with_all_is_said_once(processes: Parent, recipe: Recipe) -> None:
+    file = recipe("wrong")
+    for words, code, said in (
+        (("--set", "adapter.rnak=3"), 2, "--set: adapter.rnak = 3: no such key in [adapter]; did you mean 'rank'?"),
+        (("--rnak",), 2, "No such option: --rnak"),
+        (("--set", "data.max_length=16"), 1, "the data would train the wrong thing"),
+        (("--seeds", "2"), 2, "--seeds is for one process; start it without a launcher and without --processes"),
+        (("--prove", "--resume"), 2, "--prove is for one process; start it without a launcher and without --processes"),
+    ):
+        first, second = processes.several(2, "run", file, *words)
+        assert (first.ended(), second.ended()) == (code, code)
+        assert first.messages.count(f"error: {said}") == 1, first.messages
+        assert second.messages == ""
+
+
+def test_what_is_wrong_with_one_is_said_by_that_one(processes: Parent, recipe: Recipe, folder: Path) -> None:
+    missing = folder / "missing.toml"
+    first, second = two(processes, ("run", recipe("wrong")), ("run", missing))
+    assert (first.ended(), second.ended()) == (2, 2)
+    assert "error" not in first.messages
+    assert second.messages.startswith(f"error: process 1 of 2, counted from 0: {missing}: no such file")
+    assert not (folder / "runs" / "wrong").exists()
+
+
+OTHER_VERSIONS = "import qtune.training.meeting as m; m.versions = lambda: {'torch': '2.0.1'}"
+OTHER_ROWS = "import qtune.training.follow as f; f.rows_seen = lambda inputs: 'others'"
+OTHER_BASE = "import qtune.training.follow as f; f.base_now = lambda inputs: 'another'"
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "said"),
+    [
+        (("--set", "adapter.rank=8"), "", "adapter.rank: 4 in process 0 and 8 in process 1; start all with the same"),
+        ((), OTHER_VERSIONS, f"torch: process 0 has {version('torch')} and process 1 2.0.1; install the same for all"),
+        ((), OTHER_ROWS, "the rows of process 1 are not those of process 0; all must read the same files"),
+        ((), OTHER_BASE, "the base's files of process 1 are not those of process 0; all must read the same files"),
+    ],
+)
+def test_processes_that_were_not_given_the_same_end_with_a_sentence(
+    words: tuple[str, ...], before: str, said: str, processes: Parent, recipe: Recipe
+) -> None:
+    file = recipe("unlike")
+    first, second = two(processes, ("run", file), ("run", file, *words), first=("", before))
+    assert (first.ended(), second.ended()) == (2, 2)
+    assert f"error: {said}" in first.messages
+    assert first.messages.count("error: ") == 1
+    assert second.messages == ""
+
+
+def test_a_port_that_is_taken_and_a_process_that_never_comes_are_named(processes: Parent, recipe: Recipe) -> None:
+    file, few = (
+        recipe("wrong"),
+        "import qtune.training.meeting as m, datetime; m.COMING = datetime.timedelta(seconds=2)",
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        late = processes.start("run", file, environment=place | told(0, 2))
+        assert late.ended() == 1
+    place = meeting_place()
+    waiting = processes.start("run", file, environment=place | told(0, 2), first=few)
+    assert waiting.ended() == 1
+    for process in (late, waiting):
+        assert "error: the processes of this run did not meet at 127.0.0.1:" in process.messages
+        assert "Traceback" not in process.messages
+
+
+FULL_DISK = """
+import errno
+import qtune.training.trainer as trainer
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+trainer.save_tree = full
+"""
+
+
+def test_a_full_disk_ends_all_with_the_leaders_sentence(processes: Parent, recipe: Recipe) -> None:
+    first, second = processes.several(2, "run", recipe("full"), first={0: FULL_DISK, 1: FULL_DISK})
+    assert (first.ended(), second.ended()) == (1, 1)
+    assert "error: the checkpoint of step 2 could not be written: No space left on device" in first.messages
+    assert second.messages == ""
+
+
+SENT = """
+import json, os, socket, struct, time
+from pathlib import Path
+from qtune.training.ranks import Ranks
+def sent():
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
+        except OSError:
+            continue
+    return total
+add = Ranks.add_gradients
+def counted(self, model):
+    self.all_of(None)
+    time.sleep(0.1)
+    before = sent()
+    add(self, model)
+    time.sleep(0.1)
+    Path(f"moved-{self.processes}-{self.rank}").write_text(str(sent() - before))
+Ranks.add_gradients = counted
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a socket has sent")
+@pytest.mark.parametrize("count", [2, 4])
+def test_adding_up_gradients_moves_the_bytes_that_are_predicted(
+    count: int, processes: Parent, recipe: Recipe, folder: Path
+) -> None:
+    file = recipe("moved", f"{STEP.replace('size = 4', 'size = 2')}steps = 1", data="validation = 0")
+    name = f"moved-{count}"
+    done(processes.several(count, "run", file, "--set", f"output.name={name}", first=dict.fromkeys(range(count), SENT)))
+    gradients = sum(tensor.numel() * 4 for tensor in trained(folder / "runs" / name).values())
+    device = replace(present_device(), processes=count)
+    plan = make_plan(load_recipe(file).recipe, device)
+    rates = SimpleNamespace(host_link=1.0)
+    predicted = between_seconds(SimpleNamespace(timeline={GRADIENTS: [0, gradients]}), plan, rates)
+    moved = [int((folder / f"{name}-{rank}").read_text()) for rank in range(count)]
+    assert moved == pytest.approx([predicted] * count, rel=0.03)
+
+
+def test_one_process_of_a_launcher_is_one_process(
+    run_of_one: Callable[[str], Path], processes: Parent, folder: Path
+) -> None:
+    words = ("run", folder / "lora.toml", "--set", "output.name=launched")
+    run_of_one("lora")
+    done([processes.start(*words, environment=meeting_place() | told(0, 1))])
+    assert furthest(run_of_one("lora"), folder / "runs" / "launched") == 0
+
+
+def settings(words: str) -> dict[str, str]:
+    """Of torchrun's words, by its own parser."""
+    from torch.distributed.run import get_args_parser
+
+    return vars(get_args_parser().parse_args(shlex.split(words)))
+
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+def stand_ins(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment in which these programs are these scripts."""
+    folder.mkdir()
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    root = str(Path(__file__).parent.parent)
+    paths = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": root}
+    return {**os.environ, **paths}
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_skypilot_starts_an_agent_on_each_computer(node: int, tmp_path: Path) -> None:
+    task = yaml.safe_load((TOOLS / "sky.yaml").read_text())
+    assert (task["num_nodes"], task["envs"]) == (2, {"RECIPE": "recipe.toml"})
+    environment = stand_ins(tmp_path / "bin", torchrun='echo "$@"', cd="")
+    environment |= {
+        "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(node),
+        "SKYPILOT_NUM_GPUS_PER_NODE": "4", "RECIPE": "one.toml",
+    }  # fmt: skip
+    script = task["run"].replace("cd /shared", f"cd {tmp_path}")
+    done = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True)
+    said = settings(done.stdout)
+    assert (said["nnodes"], said["node_rank"], said["nproc_per_node"]) == ("2", node, "4")
+    assert (said["master_addr"], said["master_port"]) == ("10.0.0.4", 29500)
+    assert (said["training_script"], said["training_script_args"]) == ("qtune", ["run", "one.toml"])
+    assert said["module"]
+
+
+# --- with real launchers ---------------------------------------------------------------------------------------------
+
+SRUN = """
+SLURM_PROCID=0 "$@" & first=$!
+SLURM_PROCID=1 "$@" & second=$!
+trap 'kill -TERM $first $second' TERM
+wait $first || wait $first; code=$?
+wait $second || wait $second
+exit $((code | $?))
+"""
+
+
+def test_slurms_script_starts_two_agents_that_train_the_adapter_of_one(
+    run_of_one: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    alone, script = run_of_one("lora"), TOOLS / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    torchrun = f'exec {sys.executable} -m torch.distributed.run "$@"'
+    environment = stand_ins(tmp_path / "bin", srun=SRUN, scontrol="echo 127.0.0.1; echo other", torchrun=torchrun)
+    port = int(meeting_place()["MASTER_PORT"])
+    environment |= {
+        "SLURM_JOB_NODELIST": "c[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": str(port - 29500)
+    }  # fmt: skip
+    words = ["bash", script, folder / "lora.toml", "--set", "output.name=agents"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 6/6") == 1
+    assert furthest(alone, folder / "runs" / "agents") <= 1e-6
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """The exit code and the messages of a process and of those that it has started; none of them stays."""
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    try:
+        messages = process.communicate(timeout=SECONDS)[1]
+    finally:
+        process.kill()
+        left = [one for one in everybody if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        for one in left:
+            one.kill()
+    assert not left, "somebody was left behind"
+    return process.returncode, messages
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_launcher_saves_once_and_all_end(number: signal.Signals, recipe: Recipe, folder: Path) -> None:
+    run = folder / "runs" / f"launcher-{number.name}"
+    process = qtune_process("run", recipe(run.name, LONG), "--processes", "2")
+    reaches_a_step(run, lambda: process.poll() is None)
+    process.send_signal(number)
+    code, messages = ended(process)
+    assert code == 130, messages
+    (saved,) = checkpoints(run)
+    step = saved.removeprefix("checkpoint-")
+    assert messages.count(f"stopped at step {step} of 5000, which is saved") == 1
+    assert f"go on with: qtune run --resume {run} --processes 2" in messages
+    assert "error" not in messages
+
+
+def test_the_launcher_says_which_process_was_killed(recipe: Recipe, folder: Path) -> None:
+    run = folder / "runs" / "killed"
+    process = qtune_process("run", recipe("killed", f"{STEP}steps = 5000\ncheckpoint_every = 1"), "--processes", "2")
+    reaches_a_step(run, lambda: process.poll() is None)
+    (second,) = (one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "1")
+    second.kill()
+    code, messages = ended(process)
+    assert code == 1, messages
+    assert "error: process 1 of 2, counted from 0, was ended by SIGKILL, and the run with it" in messages
+    assert "another process of this run has ended" in messages
+    assert f"go on with: qtune run --resume {run} --processes 2" in messages
+    assert "Traceback" not in messages
+
+
+def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(recipe: Recipe) -> None:
+    odd = run_qtune("run", recipe("odd"), "--processes", "3")
+    assert odd.returncode == 2
+    assert odd.stderr == (
+        "error: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
+        "could; or start 2 or 4 or 8 processes\n"
+    )

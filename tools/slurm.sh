@@ -9,9 +9,10 @@
 # The folder that this is started from, with recipe, rows and runs/, is on all computers.  sbatch tools/slurm.sh recipe.toml
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((29500 + SLURM_JOB_ID % 10000))  # two jobs may share a computer
 srun torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
+  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:$port" \
   -m qtune run "$@" &
 trap 'kill -TERM $!' TERM
 wait $! || wait $!

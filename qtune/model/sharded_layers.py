@@ -22,8 +22,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, PeerLostError, Problem, first_line
+from qtune.errors import ModelError, PeerLostError, Problem, SaidElsewhere, first_line
 from qtune.model.layer_stream import LayerStream
+from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,10 +53,12 @@ class ShardedStream(LayerStream):
             self._require_same(number, home)
             self.homes[number] = _own_part(self.shards[-1])
 
-    @property
-    def held_bytes(self) -> int:
-        """What this process holds of all layers."""
-        return sum(home.numel() for home in self.homes)
+    def __str__(self) -> str:
+        held, whole = sum(home.numel() for home in self.homes), sum(packed[-1].stop for packed in self.layers)
+        return (
+            f"each process holds {size_text(held)} of {size_text(whole)} of 4-bit layers; brought together, every layer "
+            "was the same, byte by byte"
+        )
 
     def through(self, convert: Callable[[Tensor], Tensor]) -> None:
         """No trace has several processes."""
@@ -82,6 +85,8 @@ class ShardedStream(LayerStream):
             reason = f"FSDP has left {part} of {home.numel()} bytes of layer {number} with one of {parts} processes"
         else:
             return
+        if distributed.get_rank():  # all have agreed, and one says it
+            raise SaidElsewhere(ModelError.exit_code)
         raise ModelError(Problem('memory.layers = "sharded"', f"{reason} (torch {torch.__version__}); {_INSTEAD}"))
 
     def _load(self, layer: int, block: int) -> None:
