@@ -56,8 +56,8 @@ class ShardedStream(LayerStream):
     def __str__(self) -> str:
         held, whole = sum(home.numel() for home in self.homes), sum(packed[-1].stop for packed in self.layers)
         return (
-            f"each process holds {size_text(held)} of {size_text(whole)} of 4-bit layers; brought together, every layer "
-            "was the same, byte by byte"
+            f"each process holds {size_text(held)} of {size_text(whole)} of 4-bit layers; brought together, every "
+            "layer was the same, byte by byte"
         )
 
     def through(self, convert: Callable[[Tensor], Tensor]) -> None:

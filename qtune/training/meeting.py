@@ -128,8 +128,9 @@ def _differences(hellos: Sequence[Hello]) -> Iterator[Problem]:
     for rank, other in enumerate(hellos):
         for name, version in first.versions.items():
             if other.versions.get(name) != version:
-                here, there = version or "none", other.versions.get(name) or "none"
-                yield Problem(name, f"process 0 has {here} and process {rank} {there}; install the same for all")
+                found = other.versions.get(name) or "none"
+                message = f"process 0 has {version or 'none'} and process {rank} {found}; install the same for all"
+                yield Problem(name, message)
         for key in first.settings.keys() | other.settings.keys():
             here, there = first.settings.get(key), other.settings.get(key)
             if here != there:
