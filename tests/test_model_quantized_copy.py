@@ -1,6 +1,5 @@
 """A quantized copy of the base for the next start: the same model bit for bit, or none."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Quantization
 
 KINDS = {
-    "nf4": FourBit(minimum_share=0.0, keep_copy=True),
-    "nf4 without double quantization": FourBit(double_quantization=False, minimum_share=0.0, keep_copy=True),
-    "fp4": FourBit(kind="fp4", minimum_share=0.0, keep_copy=True),
-    "int8": EightBit(kind="int8", minimum_share=0.0, keep_copy=True),
+    "nf4": FourBit(minimum_share=0.0),
+    "nf4 without double quantization": FourBit(double_quantization=False, minimum_share=0.0),
+    "fp4": FourBit(kind="fp4", minimum_share=0.0),
+    "int8": EightBit(kind="int8", minimum_share=0.0),
 }
 
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quantized_copy, "FROM_BYTES", 1)
     return tiny_base(tmp_path / "base")
 
 
@@ -74,24 +74,26 @@ def test_the_copy_is_the_model_that_was_quantized(
     assert not any(parameter.requires_grad for parameter in second.parameters())
 
 
-def test_a_small_base_is_not_kept_unless_it_is_asked_for(base: Path) -> None:
-    loaded(base, FourBit(minimum_share=0.0))
+def test_a_base_that_is_quantized_in_no_time_is_not_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_copy, "FROM_BYTES", sum(file.stat().st_size for file in base.glob("*.safetensors")))
     loaded(base, FourBit(minimum_share=0.0, keep_copy=False))
     assert copies() == []
+    loaded(base)
+    assert len(copies()) == 1
+    monkeypatch.setattr(quantized_copy, "FROM_BYTES", quantized_copy.FROM_BYTES + 1)
+    assert is_quantized_anew(base, monkeypatch)
 
 
-def test_a_large_base_is_kept_where_there_is_room(
+def test_a_copy_is_kept_where_there_is_room_and_said(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quantized_copy, "FROM_BYTES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_copy.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
-        loaded(base, FourBit(minimum_share=0.0))
+        patch.setattr(quantized_copy, "_free_bytes", lambda folder: 1)
+        loaded(base)
     assert copies() == []
     assert "is not kept for the next start: 1 B are free" in capsys.readouterr().err
-    loaded(base, FourBit(minimum_share=0.0))
-    assert len(copies()) == 1
-    assert str(copies()[0]) in capsys.readouterr().err
+    loaded(base)
+    assert str(copies()[0]) in capsys.readouterr().err.replace("\n", "")
 
 
 def test_other_weights_another_configuration_and_another_quantization_are_quantized_anew(

@@ -51,7 +51,7 @@ def _start(base: str, kind: str) -> dict[str, float | str]:
     from qtune.plan import make_plan
     from qtune.recipe.parse import parse_recipe
 
-    table = {"kind": kind, "keep_copy": True, "minimum_share": 0.0}
+    table = {"kind": kind, "minimum_share": 0.0}
     recipe = parse_recipe({"model": {"base": base}, "data": {"train": "none.jsonl"}, "quantization": table})
     device = present_device()
     plan = make_plan(recipe, device)

@@ -50,8 +50,6 @@ class QuantizedCopy:
     folder: Path
     base: str
     """As the recipe names it."""
-    in_any_case: bool
-    """Whatever is free on the disk."""
 
     def load(self, places: Mapping[str, str], **options: Any) -> PreTrainedModel | None:
         """The model, as `load_weights` would have quantized it; None where there is no copy, or none that is whole.
@@ -79,7 +77,7 @@ class QuantizedCopy:
             return
         nbytes = sum(parameter.nbytes for parameter in network.parameters())
         what = f"the quantized model ({gib_text(nbytes)})"
-        if not self.in_any_case and (free := _free_bytes(self.folder)) < ROOM * nbytes:
+        if (free := _free_bytes(self.folder)) < ROOM * nbytes:
             console.say(f"{what} is not kept for the next start: {gib_text(free)} are free")
             return
         console.say(f"keeping {what} for the next start in {self.folder}")
@@ -124,11 +122,11 @@ def copy_of(
 
     base: as the recipe names it. on_disk: its folder, None where its weights are still to be fetched.
     """
-    if on_disk is None or not isinstance(quantization, (FourBit, EightBit)) or quantization.keep_copy is False:
+    if on_disk is None or not isinstance(quantization, (FourBit, EightBit)) or not quantization.keep_copy:
         return None
     try:
         nbytes = sum(file.stat().st_size for file in weight_files(on_disk))
-        if quantization.keep_copy == "auto" and nbytes < FROM_BYTES:
+        if nbytes < FROM_BYTES:
             return None
         contents = contents_of(on_disk, None)
     except (OSError, ModelError):
@@ -144,7 +142,7 @@ def copy_of(
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     key = hashlib.blake2b(json.dumps(decides, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    return QuantizedCopy(cache_folder() / "quantized" / key, base, quantization.keep_copy is True)
+    return QuantizedCopy(cache_folder() / "quantized" / key, base)
 
 
 def _allow_the_host(config: PretrainedConfig, places: Mapping[str, str]) -> None:
