@@ -1,7 +1,7 @@
 """The `qtune` command in processes that have its libraries already: one imports them and forks for each command.
 
 For tests of what several processes do together. What a process does at its start (its card, its allocator, the order of
-imports) is not what these show.
+imports, the comparison of small layers) is not what these show. `--processes` forks as well.
 """
 
 import json
@@ -20,30 +20,31 @@ SECONDS = 120
 """After which a process that should have ended is taken to hang."""
 
 PARENT = """
-import json, os, sys
+import json, os, sys, types
 
 from qtune.startup.quiet import quiet_libraries
 quiet_libraries()
 from qtune.startup.imports import import_libraries
 import_libraries()
+import qtune.preflight
 import qtune.report.page
+import qtune.training.launch
 import qtune.training.meeting
 import qtune.training.train
 from qtune.cli import main
+from qtune.device.present import present_device
 from qtune.startup.launched import launched
 
+present_device()  # measures the processor once
+qtune.preflight.examined = lambda device, recipe: device  # compares small layers, in every process anew
 
-def become(request):
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-    os.environ.update(request["environment"])
-    os.chdir(request["folder"])
+
+def command(words, first=""):
     launched.cache_clear()
-    sys.argv = ["qtune", *request["words"]]
+    sys.argv = ["qtune", *words]
     code = 1
     try:
-        exec(request["first"], {})
+        exec(first, {})
         main()
         code = 0
     except SystemExit as error:
@@ -57,6 +58,30 @@ def become(request):
         os._exit(code)
 
 
+class Popen:
+    def __init__(self, words, env, **rest):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.environ.update(env)
+            command(words[3:])
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self):
+        while self.poll() is None:
+            pass
+
+
+qtune.training.launch.subprocess = types.SimpleNamespace(Popen=Popen)
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -66,7 +91,12 @@ for line in sys.stdin:
         continue
     child = os.fork()
     if child == 0:
-        become(request)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        command(request["words"], request["first"])
     print(child, flush=True)
 """
 

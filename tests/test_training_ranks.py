@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from conftest import ROWS, qtune_process, run_qtune
+from conftest import ROWS, qtune_process
 from forked import SECONDS, Forked, Parent, meeting_place, parent, told
 from safetensors.torch import load_file
 from torch import Tensor
@@ -166,8 +167,8 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(
 
 
 EVERYTHING = (
-    "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 9\neval_every = 2\ncheckpoint_every = 3\n"
-    'skip_outlier_steps = true\nsample_answers = 1\nevaluate_first = true\nresult = "best"\nrehearse = true'
+    "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 6\neval_every = 3\ncheckpoint_every = 4\n"
+    'skip_outlier_steps = true\nsample_answers = 0\nevaluate_first = true\nresult = "best"\nrehearse = true'
 )
 STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, outliers.DEVIATIONS = 3, 0.5"
 
@@ -175,7 +176,7 @@ STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, ou
 @pytest.mark.parametrize(
     ("name", "training", "data", "more"),
     [
-        ("guarded", EVERYTHING, "validation = 0.15", ""),
+        ("guarded", EVERYTHING.replace("answers = 0", "answers = 1"), "validation = 0.15", ""),
         ("packed", EVERYTHING.replace("batch_size = 6", "batch_size = 2"), "packing = true", ""),
         ("streamed", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "host"'),
         ("sharded", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "sharded"'),
@@ -204,7 +205,7 @@ def test_so_do_they_with_everything_that_decides_over_a_step(
     else:
         assert any(line.get("skipped") for line in records(two, "train")), "otherwise nothing is shown of it"
         assert "rehearsed in" in first.messages
-        assert ("what it answers now" in first.messages) is (name != "sharded")
+        assert ("what it answers now" in first.messages) is (name == "guarded")
     if name == "sharded":
         held = re.search(r"each process holds ([\d.]+) KiB of ([\d.]+) KiB of 4-bit layers", first.messages)
         assert held is not None, first.messages
@@ -310,10 +311,9 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
 ANOTHER_BYTE = """
 import qtune.model.sharded_layers as sharded
 cut_up = sharded._cut_up
-def changed(home, device):
-    home = home.clone()
-    home[-1] += 1
-    return cut_up(home, device)
+def changed(block, mesh):
+    block[-1] += 1
+    return cut_up(block, mesh)
 sharded._cut_up = changed
 """
 
@@ -348,13 +348,21 @@ def two(processes: Parent, *words: Sequence[str | Path], first: Sequence[str] = 
 
 
 def test_what_is_wrong_with_all_is_said_once(processes: Parent, recipe: Recipe) -> None:
-    file = recipe("wrong")
+    file, alone = recipe("wrong"), "is for one process; start it without a launcher and without --processes"
     for words, code, said in (
         (("--set", "adapter.rnak=3"), 2, "--set: adapter.rnak = 3: no such key in [adapter]; did you mean 'rank'?"),
         (("--rnak",), 2, "No such option: --rnak"),
         (("--set", "data.max_length=16"), 1, "the data would train the wrong thing"),
-        (("--seeds", "2"), 2, "--seeds is for one process; start it without a launcher and without --processes"),
-        (("--prove", "--resume"), 2, "--prove is for one process; start it without a launcher and without --processes"),
+        (
+            ("--seeds", "2"),
+            2,
+            f"Invalid value: --seeds {alone}",
+        ),
+        (
+            ("--prove", "--resume"),
+            2,
+            f"Invalid value: --prove {alone}",
+        ),
     ):
         first, second = processes.several(2, "run", file, *words)
         assert (first.ended(), second.ended()) == (code, code)
@@ -560,28 +568,27 @@ def test_slurms_script_starts_two_agents_that_train_the_adapter_of_one(
     assert furthest(alone, folder / "runs" / "agents") <= 1e-6
 
 
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """The exit code and the messages of a process and of those that it has started; none of them stays."""
-    everybody = psutil.Process(process.pid).children(recursive=True)
-    try:
-        messages = process.communicate(timeout=SECONDS)[1]
-    finally:
-        process.kill()
-        left = [one for one in everybody if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-        for one in left:
-            one.kill()
-    assert not left, "somebody was left behind"
-    return process.returncode, messages
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_launcher_saves_once_and_all_end(number: signal.Signals, recipe: Recipe, folder: Path) -> None:
-    run = folder / "runs" / f"launcher-{number.name}"
+def test_a_signal_to_the_launcher_saves_once_and_all_end(recipe: Recipe, folder: Path) -> None:
+    run = folder / "runs" / "launcher"
     process = qtune_process("run", recipe(run.name, LONG), "--processes", "2")
-    reaches_a_step(run, lambda: process.poll() is None)
-    process.send_signal(number)
-    code, messages = ended(process)
-    assert code == 130, messages
+    everybody = [psutil.Process(process.pid)]
+    try:
+        reaches_a_step(run, lambda: process.poll() is None)
+        everybody += everybody[0].children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        messages = process.communicate(timeout=SECONDS)[1]
+        left = [one for one in everybody if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        for one in everybody:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert left == [], "somebody was left behind"
+    assert process.returncode == 130, messages
+    require_saved_once(run, messages)
+
+
+def require_saved_once(run: Path, messages: str) -> None:
+    """One checkpoint, and what is said of it."""
     (saved,) = checkpoints(run)
     step = saved.removeprefix("checkpoint-")
     assert messages.count(f"stopped at step {step} of 5000, which is saved") == 1
@@ -589,24 +596,42 @@ def test_a_signal_to_the_launcher_saves_once_and_all_end(number: signal.Signals,
     assert "error" not in messages
 
 
-def test_the_launcher_says_which_process_was_killed(recipe: Recipe, folder: Path) -> None:
+def children(launcher: Forked) -> list[psutil.Process]:
+    """The processes that a launcher has started, by their numbers."""
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda one: one.pid)
+
+
+def test_so_does_the_end_of_its_terminal(processes: Parent, recipe: Recipe, folder: Path) -> None:
+    run = folder / "runs" / "terminal"
+    launcher = processes.start("run", recipe(run.name, LONG), "--processes", "2")
+    reaches_a_step(run, launcher.is_running)
+    started = children(launcher)
+    launcher.send(signal.SIGHUP)
+    assert launcher.ended() == 130, launcher.messages
+    assert not any(one.is_running() for one in started)
+    require_saved_once(run, launcher.messages)
+
+
+def test_the_launcher_says_which_process_was_killed(processes: Parent, recipe: Recipe, folder: Path) -> None:
     run = folder / "runs" / "killed"
-    process = qtune_process("run", recipe("killed", f"{STEP}steps = 5000\ncheckpoint_every = 1"), "--processes", "2")
-    reaches_a_step(run, lambda: process.poll() is None)
-    (second,) = (one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "1")
-    second.kill()
-    code, messages = ended(process)
-    assert code == 1, messages
-    assert "error: process 1 of 2, counted from 0, was ended by SIGKILL, and the run with it" in messages
-    assert "another process of this run has ended" in messages
-    assert f"go on with: qtune run --resume {run} --processes 2" in messages
-    assert "Traceback" not in messages
+    file = recipe("killed", f"{STEP}steps = 5000\ncheckpoint_every = 1")
+    launcher = processes.start("run", file, "--processes", "2")
+    reaches_a_step(run, launcher.is_running)
+    started = children(launcher)
+    started[1].kill()
+    assert launcher.ended() == 1, launcher.messages
+    assert not any(one.is_running() for one in started)
+    said = launcher.messages
+    assert "error: process 1 of 2, counted from 0, was ended by SIGKILL, and the run with it" in said
+    assert "another process of this run has ended" in said
+    assert f"go on with: qtune run --resume {run} --processes 2" in said
+    assert "Traceback" not in said
 
 
-def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(recipe: Recipe) -> None:
-    odd = run_qtune("run", recipe("odd"), "--processes", "3")
-    assert odd.returncode == 2
-    assert odd.stderr == (
+def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(processes: Parent, recipe: Recipe) -> None:
+    odd = processes.start("run", recipe("odd"), "--processes", "3")
+    assert odd.ended() == 2
+    assert odd.messages == (
         "error: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
         "could; or start 2 or 4 or 8 processes\n"
     )

@@ -157,12 +157,12 @@ class LayerStream:
         """What a process holds of shared layers, in a trace."""
         self.loads = 0
         """Layers that have come to the device so far."""
-        self._holds: list[int | None] = [None] * len(self.blocks)
+        self.holds: list[int | None] = [None] * len(self.blocks)
         self._now: int | None = None
-        self._views: dict[tuple[int, int, int], tuple[Tensor, QuantState]] = {}
+        self.made_views: dict[tuple[int, int, int], tuple[Tensor, QuantState]] = {}
         is_card = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if is_card else None
-        self._arrived: list[Any] = [None] * len(self.blocks)
+        self.arrived: list[Any] = [None] * len(self.blocks)
         """The event of a block's copy, or the future of one, until somebody has waited for it."""
         self._thread = ThreadPoolExecutor(1, "layers") if where == "disk" and device.type != "meta" else None
         self._staging = torch.empty(size, dtype=torch.uint8).pin_memory() if is_card and where == "disk" else None
@@ -191,12 +191,12 @@ class LayerStream:
         self.homes, self.blocks = [convert(home) for home in self.homes], [convert(block) for block in self.blocks]
         for weight in (weight for packed in self.layers for weight in packed):
             weight.stay(convert)
-        self._views.clear()
+        self.made_views.clear()
         self._thread = None
 
     def rest(self) -> None:
         """As after a step: the first layers are here. For a trace, whose tensors hold nothing anyway."""
-        self._holds, self._now = list(range(len(self.blocks))), 0
+        self.holds, self._now = list(range(len(self.blocks))), 0
 
     def tables(self) -> list[Tensor]:
         """What stays on the device of every weight."""
@@ -207,12 +207,12 @@ class LayerStream:
         the layer after it is sent for."""
         if layer != self._now:
             self._turn_to(layer)
-        block = self._holds.index(layer)
+        block = self.holds.index(layer)
         self._wait_for(block)
         key = (layer, place, block)
-        if key not in self._views:
-            self._views[key] = self.layers[layer][place].views(self.blocks[block])
-        return self._views[key]
+        if key not in self.made_views:
+            self.made_views[key] = self.layers[layer][place].views(self.blocks[block])
+        return self.made_views[key]
 
     def _turn_to(self, layer: int) -> None:
         """A layer is about to be computed: it has to be here, and its successors should be on their way."""
@@ -222,20 +222,20 @@ class LayerStream:
         self._now = layer
         wanted = [place for place in range(layer, layer + step * len(self.blocks), step) if 0 <= place <= last]
         for coming in wanted:
-            if coming not in self._holds:
-                free = next(block for block, held in enumerate(self._holds) if held not in wanted)
+            if coming not in self.holds:
+                free = next(block for block, held in enumerate(self.holds) if held not in wanted)
                 self._load(coming, free)
 
     def _load(self, layer: int, block: int) -> None:
         """Sends for a layer. What the device has been given to do so far may still read what the block holds."""
         self._wait_for(block)
-        self._holds[block] = layer
+        self.holds[block] = layer
         self.loads += 1
         used = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
         if self._thread is not None:
-            self._arrived[block] = self._thread.submit(self._from_disk, layer, block, used)
+            self.arrived[block] = self._thread.submit(self._from_disk, layer, block, used)
         else:
-            self._arrived[block] = self._copy(self.homes[layer], block, used)
+            self.arrived[block] = self._copy(self.homes[layer], block, used)
 
     def _copy(self, home: Tensor, block: int, used: Any) -> Any:
         target = self.blocks[block][: home.numel()]
@@ -259,12 +259,12 @@ class LayerStream:
 
     def _wait_for(self, block: int) -> None:
         """What is queued from here on finds the block filled."""
-        arrived = self._arrived[block]
+        arrived = self.arrived[block]
         if isinstance(arrived, Future):
             arrived = arrived.result()
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        self._arrived[block] = None
+        self.arrived[block] = None
 
 
 def _on_disk(home: Tensor) -> Tensor:

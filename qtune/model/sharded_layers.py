@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from qtune.device.present import is_out_of_memory
-from qtune.errors import ModelError, PeerLostError, Problem, SaidElsewhere, first_line
+from qtune.device.peers import PATIENCE, noticing_loss
+from qtune.errors import ModelError, Problem, SaidElsewhere
 from qtune.model.layer_stream import LayerStream
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _INSTEAD = 'without memory.layers = "sharded" each process holds the whole base; with "host" or "disk" it waits there'
 
@@ -45,9 +46,11 @@ class ShardedStream(LayerStream):
 
     def __init__(self, layers: Sequence[Sequence[Any]], where: str, device: torch.device, blocks: int = 2) -> None:
         super().__init__(layers, where, device, blocks)
+        self.group = distributed.new_group(timeout=PATIENCE)
+        mesh = DeviceMesh.from_group(self.group, device.type)
         self.shards: list[Any] = []
         for number, home in enumerate(self.homes):
-            self.shards.append(_cut_up(home, device))
+            self.shards.append(_cut_up(home.to(device, copy=True), mesh))
             for weight in self.layers[number]:
                 weight.be_nowhere()
             self._require_same(number, home)
@@ -60,10 +63,6 @@ class ShardedStream(LayerStream):
             "layer was the same, byte by byte"
         )
 
-    def through(self, convert: Callable[[Tensor], Tensor]) -> None:
-        """No trace has several processes."""
-        raise NotImplementedError
-
     def _made_blocks(self, size: int, count: int) -> list[Tensor]:
         return [torch.empty(0, dtype=torch.uint8, device=self.device)] * count
 
@@ -73,12 +72,14 @@ class ShardedStream(LayerStream):
         """
         shard = self.shards[number]
         part, parts = _own_part(shard).numel(), distributed.get_world_size()
-        with _noticing_loss():
+        with noticing_loss():
             shard.unshard()
-            same = torch.equal(shard.block.data.cpu(), home)
+            block = shard.block.data
+            same = torch.equal(block.cpu(), home)
             shard.reshard()
-            agreed = torch.tensor([int(same), int(part <= -(-home.numel() // parts))])
-            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN)
+            smaller = part <= -(-home.numel() // parts) and block.untyped_storage().nbytes() == 0
+            agreed = torch.tensor([int(same), int(smaller)])
+            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN, group=self.group)
         if not agreed[0]:
             reason = f"layer {number} is not the same after FSDP has cut it up and brought it together"
         elif not agreed[1]:
@@ -92,29 +93,28 @@ class ShardedStream(LayerStream):
     def _load(self, layer: int, block: int) -> None:
         """Sends for a layer, in the place of the one that the block holds."""
         self._wait_for(block)
-        held = self._holds[block]
-        with _noticing_loss():
+        held = self.holds[block]
+        with noticing_loss():
             if held is not None:
                 self.shards[held].reshard()
-            self._arrived[block] = self.shards[layer].unshard(async_op=True)
-        self._holds[block] = layer
+            self.arrived[block] = self.shards[layer].unshard(async_op=True)
+        self.holds[block] = layer
         self.loads += 1
 
     def _wait_for(self, block: int) -> None:
-        if self._arrived[block] is None:
+        if self.arrived[block] is None:
             return
-        with _noticing_loss():
-            self._arrived[block].wait()
-        self._arrived[block] = None
-        held = self._holds[block]
+        with noticing_loss():
+            self.arrived[block].wait()
+        self.arrived[block] = None
+        held = self.holds[block]
         assert held is not None
         self.blocks[block] = self.shards[held].block.data
-        self._views = {key: view for key, view in self._views.items() if key[2] != block}
+        self.made_views = {key: view for key, view in self.made_views.items() if key[2] != block}
 
 
-def _cut_up(home: Tensor, device: torch.device) -> FSDPModule:
-    shard = _Block(home.to(device, copy=True))
-    mesh = distributed.device_mesh.init_device_mesh(device.type, (distributed.get_world_size(),))
+def _cut_up(block: Tensor, mesh: DeviceMesh) -> FSDPModule:
+    shard = _Block(block)
     fully_shard(shard, mesh=mesh, reshard_after_forward=True)
     assert isinstance(shard, FSDPModule)
     return shard
@@ -124,14 +124,3 @@ def _own_part(shard: Any) -> Tensor:
     """What this process holds of a layer, [bytes]."""
     part: Tensor = shard.block.to_local()
     return part
-
-
-class _noticing_loss:  # noqa: N801  reads as what it does
-    """What torch.distributed says of a peer that has gone, as an error of ours."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise PeerLostError(f"another process of this run has ended: {first_line(error)}") from error

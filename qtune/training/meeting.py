@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from qtune import __version__, console
+from qtune.device.peers import PATIENCE
 from qtune.errors import InputError, Problem, QtuneError, SaidElsewhere, TrainingError, first_line
 from qtune.recipe.schema import Recipe
 from qtune.run.lock import versions
@@ -23,9 +24,6 @@ from qtune.training.ranks import ALONE, Ranks
 
 COMING = timedelta(minutes=10)
 """How long a process waits for the others to come."""
-PATIENCE = timedelta(hours=12)
-"""How long it waits for them once they are there. The leader prepares rows and fetches the base while they wait; one
-that has died is noticed at once, by its connection."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ is not wrapped; torch.distributed carries what is added.
 The first process is the leader: it alone writes files, speaks and decides. The others follow.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -18,7 +17,8 @@ import torch
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune.errors import InputError, PeerLostError, Problem, SaidElsewhere, first_line
+from qtune.device.peers import noticing_loss
+from qtune.errors import InputError, Problem, SaidElsewhere
 from qtune.training.callbacks import StopOnSignal
 
 Value = TypeVar("Value")
@@ -57,7 +57,7 @@ class Ranks:
 
     def _broadcast(self, value: Any) -> Any:
         box = [value if self.is_leader else None]
-        with _noticing_loss():
+        with noticing_loss():
             distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
@@ -66,7 +66,7 @@ class Ranks:
         if not self.are_several:
             return [value]
         values: list[Any] = [None] * self.processes
-        with _noticing_loss():
+        with noticing_loss():
             distributed.all_gather_object(values, value, group=self.group)
         return values
 
@@ -75,7 +75,7 @@ class Ranks:
         if not self.are_several:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        with _noticing_loss():
+        with noticing_loss():
             distributed.all_reduce(total, group=self.group)
         return total.tolist()
 
@@ -91,7 +91,7 @@ class Ranks:
             group = [parameter for parameter in trained if parameter.dtype == dtype]
             parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in group]
             flat = torch.cat([part.reshape(-1) for part in parts])
-            with _noticing_loss():
+            with noticing_loss():
                 distributed.all_reduce(flat, group=self.group)
             for parameter, part in zip(group, flat.split([one.numel() for one in group]), strict=True):
                 total = part.view_as(parameter)
@@ -101,7 +101,7 @@ class Ranks:
         """Gives every process the leader's trained weights, whatever a start has drawn or rounded elsewhere."""
         for parameter in model.parameters() if self.are_several else ():
             if parameter.requires_grad:
-                with _noticing_loss():
+                with noticing_loss():
                     distributed.broadcast(parameter.data, src=0, group=self.group)
 
     def require_alike(self, what: str, value: Any) -> None:
@@ -126,15 +126,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextmanager
-def _noticing_loss() -> Iterator[None]:
-    """What torch.distributed says of a peer that has gone, as an error of ours."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo raises it plain, NCCL as a DistBackendError
-        raise PeerLostError(f"another process of this run has ended: {first_line(error)}") from error
 
 
 class Agree(TrainerCallback):
