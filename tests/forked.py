@@ -36,6 +36,7 @@ from qtune.device.present import present_device
 from qtune.startup.launched import launched
 
 present_device()  # measures the processor once
+qtune.run.lock.versions()  # finds the packages once
 qtune.preflight.examined = lambda device, recipe: device  # compares small layers, in every process anew
 
 

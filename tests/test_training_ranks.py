@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(
 
 
 EVERYTHING = (
-    "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 6\neval_every = 3\ncheckpoint_every = 4\n"
+    "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 9\neval_every = 3\ncheckpoint_every = 4\n"
     'skip_outlier_steps = true\nsample_answers = 0\nevaluate_first = true\nresult = "best"\nrehearse = true'
 )
 STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, outliers.DEVIATIONS = 3, 0.5"
