@@ -60,14 +60,13 @@ class Warm:
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        self._news.setblocking(False)
-        try:
-            if self.returncode is None:
-                said = self._news.recv(16)
-                assert said, "the process that all are forks of has ended"
-                self.returncode = int(said)
-        except BlockingIOError:
-            pass
+        if self.returncode is None:
+            try:
+                said = self._news.recv(16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            assert said, "the process that all are forks of has ended"
+            self.returncode = int(said)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -81,9 +80,10 @@ class Warm:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it has written to stdout and to stderr, once it has ended."""
+        """What it has written to stdout and to stderr, once it has ended; asked once."""
         self.wait(timeout)
-        return _text(self._stdout), _text(self._stderr)
+        with self._news, self._stdout, self._stderr:
+            return _text(self._stdout), _text(self._stderr)
 
     def send_signal(self, number: int) -> None:
         """Does nothing to one that has ended."""
