@@ -18,6 +18,7 @@ import torch
 
 from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
+from qtune.memory.measured.snapshot import SNAPSHOT_STEPS, Snapshot
 from qtune.memory.tracing import adoption, categories
 from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import Moment, history_of, in_order
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-SNAPSHOT_STEPS = 2
-"""The optimizer's state exists from the second step on."""
-SNAPSHOT_ENTRIES = 200_000
-"""Allocator events kept for a snapshot; two steps of a 7B model make fewer."""
+FIRST_STEPS = 2
+"""That the ledger runs over; the optimizer's state exists from the second on."""
+LONGEST_STEPS = 3
+"""Later ones that it runs over, each with a larger batch than any before."""
 
 
 @dataclass
@@ -98,17 +99,12 @@ LOADED = "what was loaded so far"
 class Meter:
     """Measures a run phase by phase; `result()` is the plain value that goes into memory.json."""
 
-    def __init__(
-        self, device: torch.device, first_steps: int = 2, longest_steps: int = 3, snapshot: Path | None = None
-    ) -> None:
-        """`snapshot`: a file for the CUDA allocator's history up to the end of SNAPSHOT_STEPS steps, or of the run.
+    def __init__(self, device: torch.device, *, names_tensors: bool = True, snapshot: Path | None = None) -> None:
+        """names_tensors: whether the ledger runs over some steps, which makes them slower.
 
-        https://pytorch.org/memory_viz draws it (PyTorch docs, "Understanding CUDA Memory Usage").
+        snapshot: a file for the CUDA allocator's history of the first steps.
         """
         self.device = device
-        self._snapshot = snapshot
-        self.snapshot_written = ""
-        """In words, where it is or why it is not; empty until then."""
         self.cuda = device.type == "cuda"
         self.phases: dict[str, PhasePeaks] = {}
         self.phase: Phase | None = None
@@ -116,8 +112,8 @@ class Meter:
         self._resets = process.reset_peak()
         self._model: torch.nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._first_steps = {"forward": first_steps, "eval": first_steps}
-        self._longest_steps = {"forward": longest_steps, "eval": longest_steps}
+        self._first_steps = dict.fromkeys(("forward", "eval"), FIRST_STEPS if names_tensors else 0)
+        self._longest_steps = dict.fromkeys(("forward", "eval"), LONGEST_STEPS if names_tensors else 0)
         self.largest: dict[str, SeenBatch] = {}
         """The largest batch that was measured in "forward" and in "eval"."""
         self._counted: dict[str, int] = {}
@@ -133,8 +129,7 @@ class Meter:
         self._static: dict[str, int] = {}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        if self._snapshot is not None:
-            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
+        self.snapshot = Snapshot(snapshot)
 
     @property
     def is_counting(self) -> bool:
@@ -213,7 +208,7 @@ class Meter:
         """The run is over (or failed): close the open phase and let go of the model."""
         self._close_phase()
         self._close_ledger()
-        self._write_snapshot()
+        self.snapshot.write()
         self.phase, self._model, self._optimizer = None, None, None
 
     def result(self) -> dict[str, Any]:
@@ -333,18 +328,7 @@ class Meter:
             seen.device_used_bytes = max(seen.device_used_bytes, total - free)
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.phase == "optimizer" and seen.visits == SNAPSHOT_STEPS:
-            self._write_snapshot()
-
-    def _write_snapshot(self) -> None:
-        if self._snapshot is None:
-            return
-        file, self._snapshot = self._snapshot, None
-        try:
-            torch.cuda.memory._dump_snapshot(str(file))
-            self.snapshot_written = f"{file}; https://pytorch.org/memory_viz draws it"
-        except (OSError, RuntimeError) as error:  # a full disk ends no training for the sake of a picture
-            self.snapshot_written = f"could not be written: {error}"
-        torch.cuda.memory._record_memory_history(enabled=None)
+            self.snapshot.write()
 
 
 def _request(error: BaseException) -> tuple[str, int]:
