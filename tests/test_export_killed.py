@@ -96,9 +96,11 @@ torch.set_num_threads(1)
 disk = Path(sys.argv[2])
 # As `unshare --map-root-user --mount` does it.
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
-user = os.getuid()
+user, group = os.getuid(), os.getgid()
 assert ctypes.CDLL(None, use_errno=True).unshare(NEW_MOUNTS | NEW_USER) == 0, os.strerror(ctypes.get_errno())
+Path("/proc/self/setgroups").write_text("deny")
 Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+Path("/proc/self/gid_map").write_text(f"0 {group} 1")
 subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
 if sys.argv[3] == "while writing":

@@ -2,7 +2,7 @@
 
     python tests/warm.py 3 "import torch"       # serves the socket that is its descriptor 3
 
-Importing torch, transformers, peft and TRL takes about five seconds of a core, and is the same for every `qtune`
+Importing torch, transformers, peft and TRL takes three seconds of a core and more, and is the same for every `qtune`
 command. A process that has imported them and done nothing else is forked for each command instead. What a real start
 has beside that (the interpreter's own options, variables that a library reads on being imported) only
 `conftest.qtune_process` has; each verb is begun so by at least one test.
@@ -16,24 +16,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 TESTS = Path(__file__).parent
 COMMAND = "from qtune.cli import main\nmain()"
-LAUNCHER = (
-    """
-import warm
-from qtune.training import launch
-launch.subprocess = warm
-"""
-    + COMMAND
-)
+LAUNCHER = f"import warm\nfrom qtune.training import launch\nlaunch.subprocess = warm\n{COMMAND}"
 """The command, whose `--processes` are forks of it."""
 LONGEST_REQUEST = 1 << 18
 """Bytes: a program, its arguments and its environment."""
@@ -50,12 +42,14 @@ class Warm:
     ) -> None:
         self.args = arguments
         self.returncode: int | None = None
-        self._stdout, self._stderr = _file(), _file()
+        self._streams = [_Read(), _Read()]
         request = json.dumps([program, arguments, dict(environment), str(Path.cwd())]).encode()
         assert len(request) <= LONGEST_REQUEST
         self._news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(server, [request], [theirs.fileno(), self._stdout.fileno(), self._stderr.fileno()])
+            socket.send_fds(server, [request], [theirs.fileno(), *(stream.writing for stream in self._streams)])
+        for stream in self._streams:
+            stream.begin()
         self.pid = int(self._news.recv(16))
 
     def poll(self) -> int | None:
@@ -82,8 +76,9 @@ class Warm:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it has written to stdout and to stderr, once it has ended; asked once."""
         self.wait(timeout)
-        with self._news, self._stdout, self._stderr:
-            return _text(self._stdout), _text(self._stderr)
+        self._news.close()
+        stdout, stderr = (stream.text() for stream in self._streams)
+        return stdout, stderr
 
     def send_signal(self, number: int) -> None:
         """Does nothing to one that has ended."""
@@ -95,14 +90,27 @@ class Warm:
         self.send_signal(signal.SIGKILL)
 
 
-def _file() -> IO[bytes]:
-    """Not a pipe, which would have to be read while the process writes."""
-    return tempfile.TemporaryFile(buffering=0)
+class _Read:
+    """A pipe that is read while the process writes."""
 
+    def __init__(self) -> None:
+        self._reading, self.writing = os.pipe()
+        self._content = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode()
+    def begin(self) -> None:
+        """The process has its own end."""
+        os.close(self.writing)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with os.fdopen(self._reading, "rb") as stream:
+            self._content = stream.read()
+
+    def text(self) -> str:
+        """All that was written, once nobody writes any more."""
+        self._thread.join()
+        return self._content.decode()
 
 
 @dataclass
@@ -193,6 +201,9 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], folder
     for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *outputs)):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    # What the interpreter made at its start belongs to what these descriptors were then.
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(folder)
     _become(program, arguments, environment)
 
