@@ -638,15 +638,6 @@ def its_traps_on_cpus_are_avoided() -> None:
     assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu is False
 
 
-@borrowed("torch", "compile", files=("startup/late_compile.py",))
-def what_bitsandbytes_compiles_as_it_is_imported_it_hands_to_torch_compile() -> None:
-    """Where a new version does it no more, `startup/late_compile.py` can go."""
-    from bitsandbytes.backends.default import ops
-
-    assert parameters_of(torch.compile)[0] == "model"
-    assert "torch.compile(fn, **compile_kwargs)" in inspect.getsource(ops._try_torch_compile)
-
-
 @borrowed("bitsandbytes", "_four_bit_round_trip", files=("export/basis.py",))
 def the_copied_arithmetic_of_four_bits_is_the_librarys() -> None:
     from qtune.export.basis import Basis, as_trained

@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError, Problem
-from qtune.startup.late_compile import compiling_late
 
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -102,7 +101,7 @@ class _Loader:
         return self._own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        with without_hub_kernels(), compiling_late():
+        with without_hub_kernels():
             self._own.exec_module(module)
         _mend(module)
 
