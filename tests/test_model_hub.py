@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from conftest import run_warm_qtune
+from conftest import run_qtune, run_warm_qtune
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -103,7 +103,7 @@ def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_check_says_the_memory_of_a_known_model_before_what_is_missing(tmp_path):
-    process = run_warm_qtune("check", "llama_lora", "--set", "data.max_length=64")
+    process = run_qtune("check", "llama_lora", "--set", "data.max_length=64")
     assert process.returncode == 2
     assert "GiB" in process.stdout
     assert "its sizes are those that come with qtune" in process.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROWS, WARM, WriteRecipe, qtune_process, run_qtune, run_warm, run_warm_qtune
+from conftest import ROWS, WARM, WriteRecipe, run_qtune, run_warm, run_warm_qtune
 from safetensors.torch import load_file
 from torch import Tensor
 from warm import LAUNCHER, Warm
@@ -170,10 +170,10 @@ def test_a_signal_to_the_launcher_saves_once_and_all_end(write_recipe: WriteReci
 
 def test_a_process_that_is_killed_ends_the_run_with_a_sentence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(training=f"{STEP}steps = 5000\ncheckpoint_every = 1")
-    process = qtune_process("run", recipe, "--processes", "2")
+    process = WARM.start(LAUNCHER, "run", recipe, "--processes", "2")
     run = tmp_path / "runs" / "tiny"
     reaches_a_step(run, process)
-    (second,) = (one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "1")
+    _, second = sorted(psutil.Process(process.pid).children(), key=lambda one: (one.create_time(), one.pid))
     second.kill()
     code, messages = ended(process)
     assert code == 1, messages
