@@ -5,7 +5,7 @@
 Importing torch, transformers, peft and TRL takes three seconds of a core and more, and is the same for every `qtune`
 command. A process that has imported them and done nothing else is forked for each command instead. What a real start
 has beside that (the interpreter's own options, variables that a library reads on being imported) only
-`conftest.qtune_process` has; each verb is begun so by at least one test.
+`conftest.qtune_process` has; run, check, export, eval, chat, report, profile and doctor are begun so by a test each.
 """
 
 import atexit
