@@ -184,7 +184,7 @@ def _exported(name: str) -> Callable[[Path, Path, Ended], str | None]:
     """Whole, or not there: what stands there under its name can be read and says what is proven of it."""
 
     def holds(world: Path, kept: Path, ended: Ended) -> str | None:
-        from qtune.run import manifest
+        from qtune import manifest
 
         folder = world / "runs" / "done" / name
         if ended.code == 0 and not folder.is_dir():

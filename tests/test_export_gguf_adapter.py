@@ -24,7 +24,7 @@ from qtune.export.gguf.adapter import (
 )
 from qtune.export.gguf.file import write_gguf
 from qtune.export.llama_cpp import ADAPTER_FILE
-from qtune.run.manifest import fault
+from qtune.manifest import fault
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -11,17 +11,17 @@ import pytest
 from conftest import FUZZ_SEED, FUZZED
 from test_run_drift import World, kept, world  # noqa: F401  fixtures
 
+from qtune import manifest
 from qtune.errors import Problem, QtuneError, RunError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.verification import VERIFICATION, damage_of, proof_today, read_proof
+from qtune.records import CHECKSUM
 from qtune.report.page import write_report
-from qtune.run import manifest
 from qtune.run.drift import said_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.memory import read_memory
 from qtune.run.metrics import NoteRecord, append_metric, read_metrics
-from qtune.run.records import CHECKSUM
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate, read_evaluation
@@ -240,7 +240,7 @@ def test_the_manifest_of_another_program_is_none_of_ours(text: str, world: World
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../rows.jsonl", "."])
 def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    from qtune.run.records import write_record
+    from qtune.records import write_record
 
     write_record(tmp_path / manifest.NAME, manifest.Manifest({name: manifest.SavedFile(0, "")}))
     assert manifest.fault(tmp_path) == f"its manifest.json names {name!r}, which is no file in it"

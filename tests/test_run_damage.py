@@ -17,15 +17,15 @@ from conftest import qtune_process, run_qtune
 from safetensors.torch import load_file, save_file
 from test_run_drift import Killed, World, edit_json, kept, said, world  # noqa: F401  fixtures
 
+from qtune import manifest
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import RunError, TrainingError
 from qtune.export.export import Options, export_run
-from qtune.run import manifest
+from qtune.records import plain
 from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
-from qtune.run.records import plain
 from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole

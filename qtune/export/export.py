@@ -28,9 +28,9 @@ from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
+from qtune.manifest import IF_CHANGED
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
-from qtune.run.manifest import IF_CHANGED
 from qtune.startup.quiet import quiet_loading
 
 LATER = (

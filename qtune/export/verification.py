@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qtune import console
+from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.export.closeness import Closeness, Limits
-from qtune.run import manifest
-from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
+from qtune.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.

@@ -19,6 +19,7 @@ from qtune.model.contents import Contents, TokenizerContents, WeightFile, conten
 from qtune.model.load import base_folder
 from qtune.model.local import base_on_disk, local_base
 from qtune.recipe.schema import Model, Recipe
+from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.lock import (
     Lock,
@@ -30,7 +31,6 @@ from qtune.run.lock import (
     template_hash,
     versions,
 )
-from qtune.run.records import plain
 from qtune.run.resolved import resolved_recipe, written_text
 from qtune.run.resumption import CHANGEABLE, RATE
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qtune import console
+from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
-from qtune.run import manifest
 from qtune.run.folder import RunDir
 from qtune.run.owner import owner_of
 

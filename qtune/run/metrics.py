@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtune.errors import Problem, RunError
-from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
+from qtune.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import Problem, RunError
+from qtune.records import NotARecord, plain, record_of
 from qtune.run.folder import RunDir
-from qtune.run.records import NotARecord, plain, record_of
 
 FILE = "owner.json"
 

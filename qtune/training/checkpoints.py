@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qtune import console
+from qtune import console, manifest
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError, first_line
-from qtune.run import manifest
 from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.metrics import has_evaluation

@@ -33,6 +33,7 @@ from qtune.errors import (
     RunError,
     TrainingError,
 )
+from qtune.manifest import seal, skipped_until
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import Resolved
@@ -41,7 +42,6 @@ from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
-from qtune.run.manifest import seal, skipped_until
 from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text

@@ -28,6 +28,7 @@ from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
 from qtune.kernels.ops import without_kernels
+from qtune.manifest import fault, is_sealed, seal, skipped_until
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
@@ -37,7 +38,6 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
-from qtune.run.manifest import fault, is_sealed, seal, skipped_until
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune import console
+from qtune import console, manifest
 from qtune.data.conversation import Conversation, RowError, shown
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
@@ -19,7 +19,6 @@ from qtune.model.load import base_folder, load_plain, load_tokenizer
 from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
-from qtune.run import manifest
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from qtune.errors import RunError
-from qtune.run.records import CHECKSUM, read_record, write_record
+from qtune.records import CHECKSUM, read_record, write_record
 from qtune.whole import sync_folder
 
 NAME = "manifest.json"
