@@ -52,6 +52,17 @@ def require_intact(values: Any) -> None:
             )
 
 
+def require_sealed(values: Any) -> None:
+    """`require_intact` of values that have had a checksum ever since they are written.
+
+    Raises:
+        NotARecord: they are others, or have none.
+    """
+    if not isinstance(values, Mapping) or CHECKSUM not in values:
+        raise NotARecord(f"it has no {CHECKSUM}")
+    require_intact(values)
+
+
 def _checksum(values: Mapping[str, Any]) -> str:
     """Of the values, whatever their order, spaces or encoding in the file."""
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"

@@ -22,6 +22,7 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
+from qtune.model.as_made import require_as_made
 from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.folder import refuse_other_folders, refuse_pointers
@@ -42,7 +43,7 @@ def base_folder(model: Model) -> str:
     """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
 
     Raises:
-        ModelError: a built-in model or a GGUF file cannot be had.
+        ModelError: a built-in model or a GGUF file cannot be had, or an exported folder is not what was exported.
     """
     if model.base.startswith(PREFIX):
         return str(builtin_folder(model.base.removeprefix(PREFIX)))
@@ -50,8 +51,11 @@ def base_folder(model: Model) -> str:
     if path.suffix == ".gguf":
         return str(gguf_folder(path))
     if path.is_file() and path.name == "config.json":
-        return str(path.parent)
-    return str(path) if path.is_dir() else model.base
+        path = path.parent
+    if not path.is_dir():
+        return model.base
+    require_as_made(path)
+    return str(path)
 
 
 def load_config(model: Model) -> PretrainedConfig:

@@ -110,4 +110,4 @@ def _write_modelfile(
     if isinstance(made, NoModelfile):
         console.say(f"no Modelfile for Ollama: {made.reason}")
     else:
-        write_modelfile(folder, made, file.name)
+        add_to_seal(folder, [write_modelfile(folder, made, file.name)])
