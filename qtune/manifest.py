@@ -36,6 +36,15 @@ class SavedFile:
 
 
 @dataclass(frozen=True)
+class RecordsThen:
+    """The lines of a run's metrics.jsonl at some time."""
+
+    lines: int
+    crc32: str | None
+    """The checksum of the last of them; None where it had none."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of a folder by their names."""
 
@@ -44,15 +53,24 @@ class Manifest:
     """Of a checkpoint: the step after which it was made."""
     skipped: tuple[int, ...] = ()
     """Of a checkpoint: the steps until then whose updates were left out, for they stood out."""
+    records: RecordsThen | None = None
+    """Of a checkpoint or an adapter: what the run had told until then."""
 
 
-def seal(folder: Path, step: int | None = None, *, skipped: Iterable[int] = (), left_out: Iterable[str] = ()) -> None:
+def seal(
+    folder: Path,
+    step: int | None = None,
+    *,
+    skipped: Iterable[int] = (),
+    left_out: Iterable[str] = (),
+    records: RecordsThen | None = None,
+) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
 
-    left_out: files that change later, and have a checksum of their own.
+    left_out: files that change later, and have a checksum of their own. records: what the run has told until now.
     """
     names = [name for name in _names(folder) if name not in left_out]
-    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped))
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records)
     for inside in {(folder / name).parent for name in names} | {folder}:
         sync_folder(inside)
     write_record(folder / NAME, manifest)
