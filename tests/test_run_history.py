@@ -1,6 +1,7 @@
 """A line of metrics.jsonl that is taken out, doubled, moved or another run's is noticed; what a kill has cut is not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from qtune import manifest
 from qtune.errors import RunError
 from qtune.records import CHECKSUM
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.history import history_of
 from qtune.run.metrics import (
@@ -189,15 +191,34 @@ def test_records_that_are_missing_at_the_end_are_said(run: RunDir) -> None:
         require_records_of(run.metrics_file, checkpoint)
 
 
-def test_the_records_of_another_run_are_said(run: RunDir) -> None:
+def test_a_checkpoint_or_an_adapter_of_another_run_is_said(run: RunDir) -> None:
     run.metrics_file.unlink()
     for record in (NoteRecord("another"), *RECORDS[1:]):
         append_metric(run.metrics_file, record)
     read_metrics(run.metrics_file)
-    with pytest.raises(
-        RunError, match=f"its record 6 is not the one that it was when {run.adapter} was saved; put the"
-    ):
-        history_of(run)
+    for folder, number in ((run.adapter, 6), (run.checkpoints / "checkpoint-2", 4)):
+        with pytest.raises(RunError) as caught:
+            require_records_of(run.metrics_file, folder)
+        assert str(caught.value) == (
+            f"{folder}: is not of this run: when it was saved, record {number} of metrics.jsonl was another; put back "
+            f"what was there; if it is right as it is, remove records and crc32 from {folder}/manifest.json"
+        )
+
+
+def test_an_adapter_of_another_run_is_none_of_this(run: RunDir, tmp_path: Path) -> None:
+    (run.adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    manifest.seal(run.adapter, records=records_then(run.metrics_file))
+    whole_adapter(run)
+    other = RunDir(tmp_path / "other")
+    other.path.mkdir()
+    for record in (NoteRecord("another"), *RECORDS[1:]):
+        append_metric(other.metrics_file, record)
+    shutil.copytree(run.adapter, other.adapter)
+    with pytest.raises(RunError, match=f"{other.adapter}: is not of this run: when it was saved, record 6 of metrics"):
+        whole_adapter(other)
+    # Records decide nothing that an adapter computes: without them it is used.
+    other.metrics_file.unlink()
+    assert whole_adapter(other) == other.adapter
 
 
 def test_the_way_out_of_missing_records_leads_out(run: RunDir) -> None:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.run.folder import RunDir
+from qtune.run.metrics import require_own
 from qtune.run.owner import owner_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -18,7 +19,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
     """The folder of a run's adapter, file by file what was saved.
 
     Raises:
-        RunError: training has not ended, or something of the adapter is damaged.
+        RunError: training has not ended, or something of the adapter is damaged, or it is another run's.
     """
     if (said := adapter_fault(run_dir)) is not None:
         advice = f"qtune run --resume {shlex.quote(str(run_dir.path))} saves it again from the last checkpoint"
@@ -26,6 +27,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
     folder = run_dir.finished_adapter()
+    require_own(run_dir.metrics_file, folder)
     if not manifest.is_sealed(folder):
         console.say(
             f"{folder} is of an older version and has no {manifest.NAME}: whether it is what was saved cannot be told"

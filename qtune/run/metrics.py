@@ -239,15 +239,35 @@ def require_records_of(file: Path, folder: Path) -> None:
     """
     if (then := _said_in(folder)) is None:
         return
-    lines = [line for line, _ in _numbered(file)]
-    if len(lines) < then.lines:
-        said = f"has {len(lines):,} records, and had {then.lines:,} when {folder} was saved"
-    elif None not in (found := _checksum_in(lines[then.lines - 1]), then.crc32) and found != then.crc32:
-        said = f"its record {then.lines:,} is not the one that it was when {folder} was saved"
-    else:
+    count = len(_numbered(file))
+    if count < then.lines:
+        message = f"has {count:,} records, and had {then.lines:,} when {folder} was saved; put the file back"
+        raise RunError(Problem(str(file), f"{message}; {_way_out(folder)}"))
+    require_own(file, folder)
+
+
+def require_own(file: Path, folder: Path) -> None:
+    """A checkpoint or an adapter is the run's: it was saved when the records were these. Where they cannot be read, or
+    are not all there, nothing is compared.
+
+    Raises:
+        RunError: it is another run's.
+    """
+    then = _said_in(folder)
+    if then is None or not file.is_file():
         return
-    way_out = f"put the file back; if it is right as it is, remove records and {CHECKSUM} from {folder / MANIFEST}"
-    raise RunError(Problem(str(file), f"{said}; {way_out}"))
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line.strip()]
+    except OSError:
+        return
+    found = _checksum_in(lines[then.lines - 1]) if 0 < then.lines <= len(lines) else None
+    if None not in (found, then.crc32) and found != then.crc32:
+        message = f"is not of this run: when it was saved, record {then.lines:,} of {file.name} was another"
+        raise RunError(Problem(str(folder), f"{message}; put back what was there; {_way_out(folder)}"))
+
+
+def _way_out(folder: Path) -> str:
+    return f"if it is right as it is, remove records and {CHECKSUM} from {folder / MANIFEST}"
 
 
 def _said_in(folder: Path) -> RecordsThen | None:
