@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
-from qtune.disk import refusal_of
+from qtune.disk import NO_FILE, no_file_in, refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.as_made import require_as_made
 from qtune.model.builtin import PREFIX, builtin_folder
@@ -54,6 +54,8 @@ def base_folder(model: Model) -> str:
         path = path.parent
     if not path.is_dir():
         return model.base
+    if (found := no_file_in(path, below=False)) is not None:
+        raise ModelError(Problem(str(found), NO_FILE))
     require_as_made(path)
     return str(path)
 
