@@ -114,6 +114,23 @@ def test_a_checkpoint_of_another_step_is_none_of_this(world: World) -> None:  # 
     assert fault_of(two) == "it was saved after step 1, not 2"
 
 
+def test_a_checkpoint_of_another_run_is_passed_over_and_not_taken_for_one_that_is_saved(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run, other = world.stopped, world.finished
+    shutil.rmtree(run.checkpoints / "checkpoint-2")
+    shutil.copytree(other.checkpoints / "checkpoint-2", run.checkpoints / "checkpoint-2")
+    resumed = train.resume(run)
+    assert (
+        f"{run.checkpoints / 'checkpoint-2'} is not whole: it is not of this run: when it was saved, record"
+    ) in capsys.readouterr().err
+    assert_same_adapter(resumed, other)
+    assert (run.checkpoints / "damaged-checkpoint-2").is_dir()
+    assert fault_of(run.checkpoints / "checkpoint-2") is None
+    assert fault_of(run.checkpoints / "checkpoint-4") is None
+
+
 @pytest.mark.parametrize(
     "name", ["checkpoint-6.bak", "checkpoint-", "checkpoint-x", "checkpoint-2 (copy)", "checkpoint--3"]
 )

@@ -200,8 +200,8 @@ def test_a_checkpoint_or_an_adapter_of_another_run_is_said(run: RunDir) -> None:
         with pytest.raises(RunError) as caught:
             require_records_of(run.metrics_file, folder)
         assert str(caught.value) == (
-            f"{folder}: is not of this run: when it was saved, record {number} of metrics.jsonl was another; put back "
-            f"what was there; if it is right as it is, remove records and crc32 from {folder}/manifest.json"
+            f"{folder}: it is not of this run: when it was saved, record {number} of metrics.jsonl was another; if it "
+            f"is right as it is, remove records and crc32 from {folder}/manifest.json"
         )
 
 
@@ -214,7 +214,9 @@ def test_an_adapter_of_another_run_is_none_of_this(run: RunDir, tmp_path: Path) 
     for record in (NoteRecord("another"), *RECORDS[1:]):
         append_metric(other.metrics_file, record)
     shutil.copytree(run.adapter, other.adapter)
-    with pytest.raises(RunError, match=f"{other.adapter}: is not of this run: when it was saved, record 6 of metrics"):
+    with pytest.raises(
+        RunError, match=f"{other.adapter}: it is not of this run: when it was saved, record 6 of metrics"
+    ):
         whole_adapter(other)
     # Records decide nothing that an adapter computes: without them it is used.
     other.metrics_file.unlink()

@@ -242,31 +242,29 @@ def require_records_of(file: Path, folder: Path) -> None:
     count = len(_numbered(file))
     if count < then.lines:
         message = f"has {count:,} records, and had {then.lines:,} when {folder} was saved; put the file back"
-        raise RunError(Problem(str(file), f"{message}; {_way_out(folder)}"))
-    require_own(file, folder)
+        raise RunError(Problem(str(file), f"{message}; {if_right(folder)}"))
+    if (said := foreign(file, folder)) is not None:
+        raise RunError(Problem(str(folder), f"{said}; {if_right(folder)}"))
 
 
-def require_own(file: Path, folder: Path) -> None:
-    """A checkpoint or an adapter is the run's: it was saved when the records were these. Where they cannot be read, or
-    are not all there, nothing is compared.
-
-    Raises:
-        RunError: it is another run's.
-    """
+def foreign(file: Path, folder: Path) -> str | None:
+    """Why a checkpoint or an adapter is none of the run with these records: they were others when it was saved. None
+    where it is, and where they cannot be read or are not all there, for then nothing is compared."""
     then = _said_in(folder)
     if then is None or not file.is_file():
-        return
+        return None
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line.strip()]
     except OSError:
-        return
+        return None
     found = _checksum_in(lines[then.lines - 1]) if 0 < then.lines <= len(lines) else None
-    if None not in (found, then.crc32) and found != then.crc32:
-        message = f"is not of this run: when it was saved, record {then.lines:,} of {file.name} was another"
-        raise RunError(Problem(str(folder), f"{message}; put back what was there; {_way_out(folder)}"))
+    if None in (found, then.crc32) or found == then.crc32:
+        return None
+    return f"it is not of this run: when it was saved, record {then.lines:,} of {file.name} was another"
 
 
-def _way_out(folder: Path) -> str:
+def if_right(folder: Path) -> str:
+    """What to do where a checkpoint or an adapter belongs to its run all the same."""
     return f"if it is right as it is, remove records and {CHECKSUM} from {folder / MANIFEST}"
 
 

@@ -135,6 +135,8 @@ class QloraTrainer(SFTTrainer):
         self._losses_of_step: list[float] = []
         self.outliers = outliers
         self.skipped: list[int] = []
+        self._saved: Path | None = None
+        """The checkpoint that this process has saved last, or goes on from; others may be anybody's."""
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -458,7 +460,7 @@ class QloraTrainer(SFTTrainer):
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         RunDir(folder.parents[1]).require_there()
-        if is_sealed(folder) and fault(folder, self.state.global_step) is None:
+        if folder == self._saved and is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
         has_room = False
@@ -474,6 +476,7 @@ class QloraTrainer(SFTTrainer):
             then = records_then(RunDir(folder.parents[1]).metrics_file)
             seal(folder, self.state.global_step, skipped=self.skipped, records=then)
             end_saving(folder)
+            self._saved = folder
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
             if has_room:  # else what has the name is an older one
@@ -538,6 +541,7 @@ class QloraTrainer(SFTTrainer):
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
         load_trained_state(self.model, Path(resume_from_checkpoint))
         self.skipped = list(skipped_until(Path(resume_from_checkpoint)))
+        self._saved = Path(resume_from_checkpoint)
 
     def take_state_of(self, checkpoint: Path) -> None:
         """Stands where a run's last checkpoint stands, where there is no step left to take."""
