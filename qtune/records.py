@@ -35,7 +35,8 @@ CHECKSUM = "crc32"
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values with their checksum, which comes last."""
     own = {name: value for name, value in values.items() if name != CHECKSUM}
-    return {**own, CHECKSUM: _checksum(own)}
+    # As they will be read: numbers as keys become texts, which stand in another order.
+    return {**own, CHECKSUM: _checksum(json.loads(json.dumps(own)))}
 
 
 def require_intact(values: Any) -> None:

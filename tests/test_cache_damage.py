@@ -84,7 +84,8 @@ def test_encoded_and_packed_rows_that_have_changed_are_said_and_made_again(
     names = [file.relative_to(cache) for file in sorted((cache / "examples").rglob("*")) if file.is_file()]
     assert {name.name for name in names} == {"about.json", "examples.arrow", *(["packed.arrow"] if packing else [])}
     for name in names:
-        for way, how in ALL.items() if name.name == "about.json" else DAMAGES.items():
+        ways = ALL if name.name == "about.json" else {way: DAMAGES[way] for way in ("a bit in the middle", "cut")}
+        for way, how in ways.items():
             if not (cache / name).is_file():
                 continue  # packed again under another name, for the rows below were made again
             damage(cache / name, how)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_run_drift import RECIPE, World, kept, world  # noqa: F401  fixtures
 
 from qtune import manifest
-from qtune.errors import ModelError, Problem, QtuneError, RunError, VerificationError
+from qtune.errors import InputError, ModelError, Problem, QtuneError, RunError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.verification import VERIFICATION, damage_of, proof_today, read_proof
 from qtune.model.load import load_config, load_tokenizer
@@ -301,7 +301,7 @@ def test_an_exported_model_that_has_changed_is_no_base(name: str, on_export: Res
     flip_a_bit(exported / name, 1.0 if name == "model.safetensors" else 0.5)
     model = on_export.recipe.model
     for verb in (lambda: examine(on_export), lambda: load_config(model), lambda: load_tokenizer(model)):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(InputError) as caught:
             verb()
         assert str(caught.value) == (
             f"{exported}: is not what was exported: {name} is not what was saved: its SHA-256 is another; export it "
@@ -330,12 +330,12 @@ def test_a_damaged_adapter_is_none_to_start_from(exported: Path, world: World, t
     file.write_text(
         RECIPE.format(home=world.home, data="").replace("rank = 4", f'rank = 4\nstart_from = "{world.finished.path}"')
     )
-    examine(load_recipe(file))
+    examine(load_recipe(file)).require()
     for name in ("trained_state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
         content = (world.finished.adapter / name).read_bytes()
         flip_a_bit(world.finished.adapter / name, 0.9)
-        with pytest.raises(RunError, match=f"is not what was saved: {name} is not what was saved: its SHA-256"):
-            examine(load_recipe(file))
+        with pytest.raises(InputError, match=f"is not what was saved: {name} is not what was saved: its SHA-256"):
+            examine(load_recipe(file)).require()
         (world.finished.adapter / name).write_bytes(content)
 
 

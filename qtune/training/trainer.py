@@ -460,7 +460,7 @@ class QloraTrainer(SFTTrainer):
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         RunDir(folder.parents[1]).require_there()
-        if folder == self._saved and is_sealed(folder) and fault(folder, self.state.global_step) is None:
+        if folder.resolve() == self._saved and is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
         has_room = False
@@ -476,7 +476,7 @@ class QloraTrainer(SFTTrainer):
             then = records_then(RunDir(folder.parents[1]).metrics_file)
             seal(folder, self.state.global_step, skipped=self.skipped, records=then)
             end_saving(folder)
-            self._saved = folder
+            self._saved = folder.resolve()
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
             if has_room:  # else what has the name is an older one
@@ -541,7 +541,7 @@ class QloraTrainer(SFTTrainer):
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
         load_trained_state(self.model, Path(resume_from_checkpoint))
         self.skipped = list(skipped_until(Path(resume_from_checkpoint)))
-        self._saved = Path(resume_from_checkpoint)
+        self._saved = Path(resume_from_checkpoint).resolve()
 
     def take_state_of(self, checkpoint: Path) -> None:
         """Stands where a run's last checkpoint stands, where there is no step left to take."""
