@@ -137,7 +137,7 @@ def test_what_was_traced_and_has_changed_is_said_and_traced_again(
     recipe = recipe_with()
     plan, longest = make_plan(recipe, CARD), Longest(64)
     trace: Callable[[], object] = {
-        "memory": lambda: predicted(tiny(1), recipe, plan, longest),
+        "memory": lambda: replace(predicted(tiny(1), recipe, plan, longest), seconds=0.0),
         "work": lambda: traced_work(tiny(1), recipe, plan, longest),
     }[room]
     before = trace()

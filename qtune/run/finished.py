@@ -57,7 +57,7 @@ def adapter_fault(run_dir: RunDir) -> str | None:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "peft_type" not in values:
             return f"{CONFIG} describes no adapter"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{CONFIG} cannot be read: {first_line(error)}"
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as stored:

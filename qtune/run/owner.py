@@ -124,7 +124,7 @@ def _read(file: Path) -> Owner | None:
     try:
         values: Any = json.loads(file.read_text(encoding="utf-8"))
         return record_of(Owner, values)
-    except (OSError, ValueError, NotARecord):
+    except (OSError, ValueError, RecursionError, NotARecord):
         return None
 
 
