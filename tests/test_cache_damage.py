@@ -23,7 +23,7 @@ from qtune.memory.predict import Longest
 from qtune.model import as_made, builtin, from_gguf
 from qtune.model.builtin import cached_folder
 from qtune.model.from_gguf import gguf_folder
-from qtune.model.load import base_folder
+from qtune.model.local import base_folder
 from qtune.plan import make_plan
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe

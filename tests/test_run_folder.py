@@ -236,7 +236,7 @@ def test_links_that_lead_to_themselves_are_left_for_who_reads_them(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_what_may_never_end_among_the_files_of_a_base_is_named_and_not_read(name: str, tmp_path: Path) -> None:
-    from qtune.model.load import base_folder
+    from qtune.model.local import base_folder
 
     os.mkfifo(tmp_path / name)
     with pytest.raises(ModelError) as caught:

@@ -8,10 +8,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from datasets import Dataset
 
 from qtune.cache import FULL, not_writable
 from qtune.data.examples import COLUMNS, EncodedBatch, RowRules
-from qtune.data.kept import ABOUT, discard, read_about, write_about
+from qtune.data.kept import discard, read_about, write_about
 from qtune.data.rows import BadRow
 from qtune.errors import InputError
 from qtune.whole import rename_unless_there
@@ -31,7 +30,6 @@ VERSION = 8
 EXAMPLES = "examples.arrow"
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
-UNUSED_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -119,22 +117,6 @@ def written_whole(path: Path) -> Iterator[Path]:
 def not_written(folder: Path) -> InputError:
     """What is said of a folder that is not in the cache, or is another one, though it was written just now."""
     return not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
-
-
-def remove_unused(cache: Path) -> None:
-    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
-    try:
-        kept = list(cache.iterdir())
-    except OSError:  # not there, or another user's
-        return
-    now = time.time()
-    for path in kept:
-        # Other processes use and remove these at the same time.
-        with suppress(OSError):
-            mark = path / ABOUT if path.is_dir() and not path.name.startswith(".") else path
-            days = (now - mark.stat().st_mtime) / 86400
-            if days > (1 if path.name.startswith(".unfinished-") else UNUSED_DAYS):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:

@@ -20,44 +20,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
-from qtune.disk import NO_FILE, no_file_in, refusal_of
+from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
-from qtune.model.as_made import require_as_made
-from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.folder import refuse_other_folders, refuse_pointers
-from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
+from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.model.quantized_copy import copy_of
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
 from qtune.sizes import gib_text
 from qtune.startup.safe_bitsandbytes import require_right_kernels
-
-
-def base_folder(model: Model) -> str:
-    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
-
-    Raises:
-        ModelError: a built-in model or a GGUF file cannot be had, or an exported folder is not what was exported.
-    """
-    if model.base.startswith(PREFIX):
-        return str(builtin_folder(model.base.removeprefix(PREFIX)))
-    path = Path(model.base).expanduser()
-    if path.suffix == ".gguf":
-        return str(gguf_folder(path))
-    if path.is_file() and path.name == "config.json":
-        path = path.parent
-    if not path.is_dir():
-        return model.base
-    if (found := no_file_in(path, below=False)) is not None:
-        raise ModelError(Problem(str(found), NO_FILE))
-    require_as_made(path)
-    return str(path)
 
 
 def load_config(model: Model) -> PretrainedConfig:
@@ -168,18 +146,19 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         if ours is not None:
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
+    options = {"dtype": dtype, "attn_implementation": plan.attention}
+    copied = None
+    if ours is not None and not model.trust_remote_code:
+        copied = copy_of(model.base, base_on_disk(model), quantization, plan, config)
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
-            network = load_weights(
-                base_folder(model),
-                config,
-                dtype,
-                attn_implementation=plan.attention,
-                device_map=places,
+            network = copied.load(places, **options) if copied is not None else None
+            if network is None:
                 # Even a None would hide the quantization that a checkpoint brings along.
-                **({"quantization_config": ours} if ours else {}),
-                **_where(model),
-            )
+                options |= {"quantization_config": ours} if ours else {}
+                network = load_weights(base_folder(model), config, device_map=places, **options, **_where(model))
+                if copied is not None:
+                    copied.keep(network)
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
