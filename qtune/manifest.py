@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from qtune.errors import RunError
+from qtune.errors import Problem, RunError
 from qtune.records import CHECKSUM, read_record, write_record
 from qtune.sizes import MIB
 from qtune.whole import sync_folder
@@ -155,6 +155,9 @@ def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str 
     """What is wrong with a sealed folder, the first of it, in words that follow its name; None where it is whole.
 
     step: the one that the folder claims to be of. quick: of large files only blocks are read.
+
+    Raises:
+        RunError: a file is there, and this user may not read it.
     """
     try:
         manifest = read_record(folder / NAME, Manifest)
@@ -198,6 +201,9 @@ def _file_fault(file: Path, saved: SavedFile, *, quick: bool) -> str | None:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
         return "is missing"
+    except PermissionError as error:  # which says nothing of what is in it
+        message = f"cannot be read: {error.strerror}; give yourself the right to it"
+        raise RunError(Problem(str(file), message)) from error
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if digest == saved.sha256 else "is not what was saved: its SHA-256 is another"
