@@ -98,3 +98,13 @@ with whole(Path({str(tmp_path / "out")!r})) as partial:
         clear_leftovers(tmp_path / "out")
         assert names(tmp_path) == [partial.name]
     assert names(tmp_path) == ["out"]
+
+
+def test_what_is_refused_is_named_as_people_know_it(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="/file'$") as opened, whole(tmp_path / "file") as partial:
+        partial.mkdir()
+        partial.open("w")
+    assert opened.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError, match="/file'$"), whole(tmp_path / "file") as partial:
+        pass  # there is nothing to rename
