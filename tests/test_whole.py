@@ -101,10 +101,14 @@ with whole(Path({str(tmp_path / "out")!r})) as partial:
 
 
 def test_what_is_refused_is_named_as_people_know_it(tmp_path: Path) -> None:
-    (tmp_path / "folder" / "inside").mkdir(parents=True)
-    with pytest.raises(OSError, match="/file'$") as opened, whole(tmp_path / "file") as partial:
-        partial.mkdir()
-        partial.open("w")
-    assert opened.value.filename == str(tmp_path / "file")
-    with pytest.raises(OSError, match="/file'$"), whole(tmp_path / "file") as partial:
-        pass  # there is nothing to rename
+    def opened_as_a_file() -> None:
+        with whole(tmp_path / "file") as partial:
+            partial.mkdir()
+            partial.open("w")
+
+    with pytest.raises(IsADirectoryError) as opened:
+        opened_as_a_file()
+    assert str(opened.value) == f"[Errno 21] Is a directory: '{tmp_path / 'file'}'"
+    with pytest.raises(FileNotFoundError) as renamed, whole(tmp_path / "file"):
+        pass
+    assert str(renamed.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'file'}'"
