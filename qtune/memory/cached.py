@@ -16,7 +16,7 @@ from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.memory.tracing.work import from_rows, rows_of
 from qtune.model.quantization import is_stored_quantized
-from qtune.records import require_sealed, sealed
+from qtune.records import CHECKSUM, require_sealed, sealed
 from qtune.startup.allocator import has_expandable_segments
 from qtune.whole import write_text
 
@@ -89,7 +89,7 @@ def _kept(file: Path, made_of: Callable[[dict[str, Any]], Traced]) -> Traced | N
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         require_sealed(values)
-        return made_of(values)
+        return made_of({name: value for name, value in values.items() if name != CHECKSUM})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
