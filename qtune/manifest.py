@@ -40,8 +40,9 @@ class RecordsThen:
     """The lines of a run's metrics.jsonl at some time."""
 
     lines: int
-    crc32: str | None
-    """The checksum of the last of them; None where it had none."""
+    first: str | None
+    """The checksum of the first of them, which tells one run from another; None where it had none."""
+    last: str | None
 
 
 @dataclass(frozen=True)

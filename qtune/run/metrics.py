@@ -228,7 +228,7 @@ def records_then(file: Path) -> RecordsThen | None:
             lines = [line for line in stream.read().decode(errors="replace").split("\n")[:-1] if line]
     except FileNotFoundError:
         return None
-    return RecordsThen(len(lines), _checksum_in(lines[-1])) if lines else None
+    return RecordsThen(len(lines), _checksum_in(lines[0]), _checksum_in(lines[-1])) if lines else None
 
 
 def require_records_of(file: Path, folder: Path) -> None:
@@ -257,10 +257,11 @@ def foreign(file: Path, folder: Path) -> str | None:
         lines = [line for line in file.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line.strip()]
     except OSError:
         return None
-    found = _checksum_in(lines[then.lines - 1]) if 0 < then.lines <= len(lines) else None
-    if None in (found, then.crc32) or found == then.crc32:
-        return None
-    return f"it is not of this run: when it was saved, record {then.lines:,} of {file.name} was another"
+    for number, checksum in ((1, then.first), (then.lines, then.last)):
+        found = _checksum_in(lines[number - 1]) if 0 < number <= len(lines) else None
+        if None not in (found, checksum) and found != checksum:
+            return f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
+    return None
 
 
 def if_right(folder: Path) -> str:
