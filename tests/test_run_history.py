@@ -200,8 +200,8 @@ def test_a_checkpoint_or_an_adapter_of_another_run_is_said(run: RunDir) -> None:
         with pytest.raises(RunError) as caught:
             require_records_of(run.metrics_file, folder)
         assert str(caught.value) == (
-            f"{folder}: it is not of this run: when it was saved, record 1 of metrics.jsonl was another; if it "
-            f"is right as it is, remove records and crc32 from {folder}/manifest.json"
+            f"{folder}: it is not of this run: when it was saved, record 1 of metrics.jsonl was another (if it "
+            f"is right as it is, remove records and crc32 from {folder}/manifest.json)"
         )
 
 
@@ -215,7 +215,8 @@ def test_an_adapter_of_another_run_is_none_of_this(run: RunDir, tmp_path: Path) 
         append_metric(other.metrics_file, record)
     shutil.copytree(run.adapter, other.adapter)
     with pytest.raises(
-        RunError, match=f"{other.adapter}: it is not of this run: when it was saved, record 1 of metrics"
+        RunError,
+        match=f"{other.adapter}: is not what was saved: it is not of this run: when it was saved, record 1 of metrics",
     ):
         whole_adapter(other)
     other.metrics_file.write_text(other.metrics_file.read_text().partition("\n")[0] + "\n")

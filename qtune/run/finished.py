@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.run.folder import RunDir
-from qtune.run.metrics import foreign, if_right
+from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,8 +27,6 @@ def whole_adapter(run_dir: RunDir) -> Path:
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
     folder = run_dir.finished_adapter()
-    if (said := foreign(run_dir.metrics_file, folder)) is not None:
-        raise RunError(Problem(str(folder), f"{said}; {if_right(folder)}"))
     if not manifest.is_sealed(folder):
         console.say(
             f"{folder} is of an older version and has no {manifest.NAME}: whether it is what was saved cannot be told"
@@ -50,7 +48,7 @@ def adapter_fault(run_dir: RunDir) -> str | None:
     """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
     folder = run_dir.adapter
     if manifest.is_sealed(folder):
-        return manifest.fault(folder)
+        return manifest.fault(folder) or foreign(run_dir.metrics_file, folder)
     if not run_dir.is_finished:
         return None
     try:

@@ -242,14 +242,15 @@ def require_records_of(file: Path, folder: Path) -> None:
     count = len(_numbered(file))
     if count < then.lines:
         message = f"has {count:,} records, and had {then.lines:,} when {folder} was saved; put the file back"
-        raise RunError(Problem(str(file), f"{message}; {if_right(folder)}"))
+        raise RunError(Problem(str(file), f"{message}; {_if_right(folder)}"))
     if (said := foreign(file, folder)) is not None:
-        raise RunError(Problem(str(folder), f"{said}; {if_right(folder)}"))
+        raise RunError(Problem(str(folder), said))
 
 
 def foreign(file: Path, folder: Path) -> str | None:
-    """Why a checkpoint or an adapter is none of the run with these records: they were others when it was saved. None
-    where it is, and where they cannot be read or are not all there, for then nothing is compared."""
+    """Why a checkpoint or an adapter is none of the run with these records, which were others when it was saved, and
+    what to do if it is all the same. None where it is, and where they cannot be read or are not all there, for then
+    nothing is compared."""
     then = _said_in(folder)
     if then is None or not file.is_file():
         return None
@@ -260,12 +261,12 @@ def foreign(file: Path, folder: Path) -> str | None:
     for number, checksum in ((1, then.first), (then.lines, then.last)):
         found = _checksum_in(lines[number - 1]) if 0 < number <= len(lines) else None
         if None not in (found, checksum) and found != checksum:
-            return f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
+            said = f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
+            return f"{said} ({_if_right(folder)})"
     return None
 
 
-def if_right(folder: Path) -> str:
-    """What to do where a checkpoint or an adapter belongs to its run all the same."""
+def _if_right(folder: Path) -> str:
     return f"if it is right as it is, remove records and {CHECKSUM} from {folder / MANIFEST}"
 
 
