@@ -1036,7 +1036,7 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
 
     console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
     config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
-    asked = make_plan(recipe, fitted.plan.device, attention_rule(config))
+    asked = make_plan(recipe, fitted.plan.device, attention_rule(config), fitted.rows.longest.most)
     steps = [step_of(config, recipe, asked, fitted.rows.longest)]
     steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
     console.out(draw_steps(steps))
