@@ -57,7 +57,7 @@ def test_a_size_far_beyond_the_limit_is_not_traced():
 def test_rows_that_go_together_on_a_processor_are_as_many_as_its_memory_allows() -> None:
     recipe = recipe_with(training={**AUTO, "batch_size": 8, "gradient_checkpointing": False})
     rows = Rows(Longest(128), "a test")
-    limits = {size: 0 for size in (1, 2, 4, 8)}
+    limits = dict.fromkeys((1, 2, 4, 8), 0)
     for size in limits:
         traced = predict(tiny(), recipe, make_plan(recipe, CPU).with_micro_batch(size), rows.longest)
         limits[size] = summarize(traced).need.total_bytes

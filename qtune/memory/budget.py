@@ -225,9 +225,9 @@ def _tried(
 
 def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
     """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings and the layers that are
-    computed twice, where the recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where a
-    step would not fit otherwise and where that helps. On a processor they are there already, and the micro-batch is the
-    plan's, or the largest below it that memory allows.
+    computed twice, where the recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where
+    a step would not fit otherwise and where that helps. On a processor they are there already, and the micro-batch is
+    the plan's, or the largest below it that memory allows.
 
     any_rows: whether the micro-batch is free also where the recipe gives a number.
     """

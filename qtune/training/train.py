@@ -106,8 +106,10 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
-    console.say(f"this run is in {run_dir.path}{taken}")
+    first = run_dir.path.with_name(resolved.run_name)
+    is_numbered = run_dir.name != resolved.run_name
+    there = f"{first} is there: " if is_numbered else ""
+    console.say(f"{there}this run is {run_dir.path}")
     with owned(run_dir):
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
