@@ -81,8 +81,8 @@ class Plan:
 def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA, longest: int | None = None) -> Plan:
     """Decides everything that a recipe leaves to the device.
 
-    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`). longest: tokens of the longest
-    row, where rows have been looked at; left out, data.max_length, which most data stay far below.
+    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`). longest: tokens of the
+    longest row, where rows have been looked at; left out, data.max_length, which most data stay far below.
     """
     reasons: dict[KeyPath, str] = {}
 

@@ -237,7 +237,8 @@ USAGE = {
     "compare runs/x": "qtune compare: one run is examined with qtune eval; name two or more",
     "--zzz": "qtune --zzz: no such option; its options: --version, --install-completion, --show-completion",
     "list --zzz": "qtune list --zzz: no such option; its options: --json",
-    "frobnicate": f"qtune frobnicate: no such verb; the verbs: {', '.join(VERBS)}",
+    "frobnicate": "qtune frobnicate: no such verb; the verbs: "
+    + ", ".join(typer.main.get_command(cli.app).list_commands(None)),  # type: ignore[attr-defined]
 }
 
 
