@@ -123,6 +123,7 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
         "lock.json",
         "metrics.jsonl",
         "memory.json",
+        "rows.json",
         "checkpoints",
         "adapter",
     }

@@ -18,7 +18,8 @@ from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
-from qtune.tuned.evaluate import Evaluation, asked_rows, evaluate, read_evaluation
+from qtune.tuned.evaluate import asked_rows, evaluate
+from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
 
 SEED = ("training", "seed")

@@ -22,36 +22,19 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
-from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.folder import refuse_other_folders, refuse_pointers
-from qtune.model.from_gguf import gguf_folder
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.model.source import base_folder
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
 from qtune.sizes import gib_text
 from qtune.startup.safe_bitsandbytes import require_right_kernels
-
-
-def base_folder(model: Model) -> str:
-    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
-
-    Raises:
-        ModelError: a built-in model or a GGUF file cannot be had.
-    """
-    if model.base.startswith(PREFIX):
-        return str(builtin_folder(model.base.removeprefix(PREFIX)))
-    path = Path(model.base).expanduser()
-    if path.suffix == ".gguf":
-        return str(gguf_folder(path))
-    if path.is_file() and path.name == "config.json":
-        return str(path.parent)
-    return str(path) if path.is_dir() else model.base
 
 
 def load_config(model: Model) -> PretrainedConfig:

@@ -6,9 +6,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
-from qtune.model.checkpoint import weight_files
+from qtune.model.folder import weight_files
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
-from qtune.model.load import base_folder
+from qtune.model.source import base_folder
 from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qtune.export.verification import Proof, Verification
 from qtune.report.html import Html, details, element, table
 from qtune.report.sections import paragraph, section
-from qtune.tuned.evaluate import Evaluation
+from qtune.tuned.evaluation import Evaluation
 from qtune.verdicts.scores import score_table, worst_first
 
 SHOWN_ANSWERS = 10

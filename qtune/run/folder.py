@@ -98,6 +98,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def rows_file(self) -> Path:
+        """A few training rows as the model saw them."""
+        return self.path / "rows.json"
+
+    @property
     def memory_file(self) -> Path:
         """Memory by phase and category."""
         return self.path / "memory.json"

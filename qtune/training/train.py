@@ -46,6 +46,7 @@ from qtune.run.metrics import forget_after, read_metrics
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
+from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
@@ -67,6 +68,7 @@ from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.ranks import Ranks, joined
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
+from qtune.training.shown_rows import shown_rows
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -277,6 +279,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
             write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
+        keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)

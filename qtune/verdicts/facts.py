@@ -7,7 +7,7 @@ from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
 from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step, read_metrics
-from qtune.tuned.evaluate import Evaluation, read_evaluation
+from qtune.tuned.evaluation import Evaluation, read_evaluation
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import torch
 from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
 from qtune.memory.tracing import adoption, categories
+from qtune.memory.tracing.categories import in_order
 from qtune.memory.tracing.cuda import workspace
-from qtune.memory.tracing.history import Moment, history_of, in_order
+from qtune.memory.tracing.history import Moment, history_of
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.model.checkpointed import switched_layers
 from qtune.sizes import GIB, KIB, MIB

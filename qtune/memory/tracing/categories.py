@@ -1,5 +1,6 @@
 """What memory is for: one table of categories, with what tells each apart on a screen and in a picture."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 WEIGHTS_4BIT = "base weights 4-bit"
@@ -58,3 +59,9 @@ CATEGORIES = (
 """In the order of tables and bars: from what stays to what comes and goes."""
 
 ORDER = tuple(category.name for category in CATEGORIES)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Category names in the order of the tables; unknown ones last, by name."""
+    rank = {name: place for place, name in enumerate(ORDER)}
+    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
