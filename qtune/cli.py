@@ -155,8 +155,9 @@ def init(
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    if (said := stage.few_steps_of(output)) is not None:
-        console.say(said)
+    for said in (stage.said_of_columns(data, output) if data else None, stage.few_steps_of(output)):
+        if said is not None:
+            console.say(said)
 
 
 @app.command(rich_help_panel="Train")
