@@ -746,10 +746,13 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
         return
     import_libraries()
     from qtune.check import memory_alone
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast
 
     known = memory_alone(resolved)
     if known is not None:
+        console.out(draw_answer(known, None, is_timed=False))
+        console.out("")
         console.out(draw_forecast(known, []))
 
 
@@ -933,6 +936,7 @@ def _profile_recipe(
     from qtune.memory.ways_to_fit import ways_to_fit
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast, draw_savings, draw_ways
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
@@ -941,14 +945,19 @@ def _profile_recipe(
     with console.progress("tracing") as bar:
         device = replace(cards.device_for(*card), processes=processes)
         profiled = stage.profile(resolved, device, length, bar.tell)
-    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
-    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
-    console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+        recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
+        time = time_of(config, recipe, profiled.forecast)
+    console.out(draw_answer(profiled, time))
+    console.out("")
     if not profiled.forecast.fits:
         with console.progress("tracing what would help") as bar:
             ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
-        console.out("")
         console.out(draw_ways(ways, profiled.forecast.budget_bytes))
+        console.out("")
+    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
+    if time is not None:
+        console.out("")
+        console.out(draw_time(time))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
