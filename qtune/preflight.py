@@ -36,7 +36,7 @@ from qtune.model.folder import require_weights
 from qtune.model.host import keep_embeddings_on_host
 from qtune.model.layer_stream import stream_layers
 from qtune.model.load import attention_rule, load_config, load_tokenizer, require_kernels
-from qtune.model.local import base_on_disk
+from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import (
     ParameterCount,
     count_parameters,
@@ -44,7 +44,6 @@ from qtune.model.quantization import (
     quantization_config,
     quantized_too_little,
 )
-from qtune.model.source import base_folder
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate

@@ -15,9 +15,9 @@ from qtune.adapter.attach import attach_adapter
 from qtune.device.present import Device
 from qtune.errors import ModelError
 from qtune.model.load import load_base, load_config, load_tokenizer
+from qtune.model.local import base_folder
 from qtune.model.loss import install_loss
 from qtune.model.quantization import ParameterCount, count_parameters
-from qtune.model.source import base_folder
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import EightBit, FourBit, Lora, Model, Quantization, Unquantized

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from qtune.cache import cache_folder
+from qtune.cache import cache_folder, remove_unused
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
@@ -21,7 +21,7 @@ from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
-from qtune.data.store import Stored, open_store, remove_unused, store_key
+from qtune.data.store import Stored, open_store, store_key
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
 from qtune.recipe.schema import Data

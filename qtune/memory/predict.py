@@ -100,7 +100,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
     device = plan.device
     parts = {
         "config": config.to_json_string(use_diff=False),
-        "quantization": recipe.quantization.model_dump(exclude={"minimum_share"}),
+        "quantization": recipe.quantization.model_dump(exclude={"minimum_share", "keep_copy"}),
         "adapter": recipe.adapter.model_dump(exclude={"alpha", "text"}),
         "clip": recipe.training.max_gradient_norm,
         "plan": [

@@ -27,8 +27,9 @@ from qtune.model.folder import refuse_other_folders, refuse_pointers
 from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
+from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
-from qtune.model.source import base_folder
+from qtune.model.quantized_copy import copy_of
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
@@ -145,18 +146,19 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         if ours is not None:
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
+    options = {"dtype": dtype, "attn_implementation": plan.attention}
+    copied = None
+    if ours is not None and not model.trust_remote_code:
+        copied = copy_of(model.base, base_on_disk(model), quantization, plan, config)
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
-            network = load_weights(
-                base_folder(model),
-                config,
-                dtype,
-                attn_implementation=plan.attention,
-                device_map=places,
+            network = copied.load(places, **options) if copied is not None else None
+            if network is None:
                 # Even a None would hide the quantization that a checkpoint brings along.
-                **({"quantization_config": ours} if ours else {}),
-                **_where(model),
-            )
+                options |= {"quantization_config": ours} if ours else {}
+                network = load_weights(base_folder(model), config, device_map=places, **options, **_where(model))
+                if copied is not None:
+                    copied.keep(network)
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)

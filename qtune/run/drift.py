@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from qtune import console
 from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
-from qtune.model.local import base_on_disk, local_base
-from qtune.model.source import base_folder
+from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.recipe.schema import Model, Recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import (

@@ -7,7 +7,7 @@ from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.contents import Contents
 from qtune.model.load import load_config, load_tokenizer
-from qtune.model.source import base_folder
+from qtune.model.local import base_folder
 from qtune.run.drift import (
     BASE,
     Drift,

@@ -16,7 +16,7 @@ from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem, RunError
 from qtune.model.load import load_plain, load_tokenizer
-from qtune.model.source import base_folder
+from qtune.model.local import base_folder
 from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
