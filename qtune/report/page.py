@@ -125,6 +125,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     parts, facts = [], record.facts
     if facts.evaluation:
         parts.append(results.evaluation(facts.evaluation))
+    if facts.tasks:
+        parts.append(results.tasks(facts.tasks))
     parts.append(sections.curves(record))
     if record.answers:
         parts.append(answers_over_time(record.answers))

@@ -123,6 +123,11 @@ class RunDir:
         return self.path / "forgetting.json"
 
     @property
+    def tasks_file(self) -> Path:
+        """Base against tuned on benchmarks."""
+        return self.path / "tasks.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folders checkpoint-STEP."""
         return self.path / "checkpoints"
