@@ -9,7 +9,7 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError, RunError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.launched import launched, use_own_card
@@ -340,17 +340,22 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
+    from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir
     from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
     if Path(target).is_dir():
-        return RunDir.open(Path(target)), changes
+        run_dir = RunDir.open(Path(target))
+        if run_dir.is_finished and adapter_fault(run_dir) is None:
+            raise RunError(nothing_to_resume(run_dir, changes))
+        return run_dir, changes
     resolved = load_recipe(find_recipe(target), changes)
     directory = Path(resolved.recipe.output.directory)
     run_dir = newest_unfinished(directory, resolved.run_name)
     if run_dir is None:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
-            said = nothing_to_resume(ended)
+            own = [change for change in changes if not change.startswith("output.")]
+            said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))

@@ -69,7 +69,7 @@ class RunDir:
         if not path.is_dir():
             raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
         if not run_dir.resolved_file.is_file():
-            raise RunError(Problem(str(path), "is not a run: it has no resolved.toml"))
+            raise RunError(Problem(str(path), f"is not a run: it has no resolved.toml{_runs_beside(path / 'any')}"))
         return run_dir
 
     @property
