@@ -41,7 +41,7 @@ class Plan:
     learning_rate: float
     max_length: int
     embeddings: str
-    """"device" or "host", as is `activations`."""
+    """How they are kept: "device", "host", "int8" or "nf4"."""
     activations: str
     layers: str
     """"device", "host" or "disk": where the 4-bit layers wait; "sharded": a part of each with every process."""
@@ -81,10 +81,11 @@ class Plan:
         return replace(self, embeddings="host", reasons={**self.reasons, ("memory", "embeddings"): reason})
 
 
-def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA) -> Plan:
+def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA, longest: int | None = None) -> Plan:
     """Decides everything that a recipe leaves to the device.
 
-    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`).
+    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`). longest: tokens of the
+    longest row, where rows have been looked at; left out, data.max_length, which most data stay far below.
     """
     reasons: dict[KeyPath, str] = {}
 
@@ -102,7 +103,11 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
     micro_batch_size = settle(
         ("training", "micro_batch_size"),
         training.micro_batch_size,
-        _micro_batch(share, recipe.data.max_length, most=_largest_group(training.batch_size, compute_dtype, device)),
+        _micro_batch(
+            share,
+            longest or recipe.data.max_length,
+            most=_largest_group(training.batch_size, compute_dtype, device),
+        ),
     )
     if micro_batch_size > share or share % micro_batch_size:
         words = f"{micro_batch_size} is no part of the {share} rows of a step that each of {device.processes} takes"
@@ -165,13 +170,13 @@ def compute_dtype_rule(device: "Device") -> tuple[str, str]:
     return "float32", "bfloat16 products were measured to be no faster on this processor"
 
 
-def _micro_batch(share: int, max_length: int, most: int) -> tuple[int, str]:
+def _micro_batch(share: int, length: int, most: int) -> tuple[int, str]:
     """share: rows of a step that one process takes. most: rows at once, whatever their length."""
-    room = max(1, TOKENS_PER_MICRO_BATCH // max_length)
+    room = max(1, TOKENS_PER_MICRO_BATCH // length)
     size = max(size for size in whole_parts(share) if size <= min(room, most))
     if size == most < min(room, share):
         return size, f"two groups of {size} rows of like length: less padding, and the same groups for two processes"
-    return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
+    return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {length}"
 
 
 def _largest_group(batch_size: int, compute_dtype: str, device: "Device") -> int:

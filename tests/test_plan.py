@@ -126,6 +126,14 @@ def test_elsewhere_or_with_few_rows_all_go_at_once(device: Device, batch: int) -
     assert make_plan(given, device).micro_batch_size == batch
 
 
+def test_rows_that_were_looked_at_decide_the_micro_batch_and_not_what_they_may_not_exceed() -> None:
+    given = recipe(training={"batch_size": 16}, data={"max_length": 2048})
+    assert make_plan(given, NEW_CPU).micro_batch_size == 2
+    plan = make_plan(given, NEW_CPU, longest=90)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.max_length) == (16, 1, 2048)
+    assert plan.reasons["training", "micro_batch_size"] == "at most 4096 tokens at once, 16 x 90"
+
+
 def test_another_micro_batch_keeps_the_batch() -> None:
     plan = make_plan(recipe(training={"batch_size": 8}), AMPERE)
     smaller = plan.with_micro_batch(1, "it fits")

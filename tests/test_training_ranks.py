@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROWS, qtune_process
-from forked import SECONDS, Forked, Parent, meeting_place, parent, told
+from ranks import SECONDS, Started, launch, meeting_place, start, start_several, who
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,13 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTUNE_CACHE", str(made / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(made / "config"))
-        yield made
-
-
-@pytest.fixture(scope="module")
-def processes(folder: Path) -> Iterator[Parent]:
-    """What starts them."""
-    with parent(folder) as made:
         yield made
 
 
@@ -106,7 +99,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("checkpoint-*"))
 
 
-def done(started: Sequence[Forked]) -> Sequence[Forked]:
+def done(started: Sequence[Started]) -> Sequence[Started]:
     """Processes that have all ended well."""
     for process in started:
         assert process.ended() == 0, process.messages
@@ -124,34 +117,30 @@ def require_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run_of_one(processes: Parent, recipe: Recipe, folder: Path) -> Callable[[str], Path]:
+def run_of_one(recipe: Recipe, folder: Path) -> Callable[[str], Path]:
     """A function that gives the finished run of one process with an adapter, which it trains once."""
 
     def trained_run(kind: str) -> Path:
         run = folder / "runs" / kind
         if not run.exists():
-            done([processes.start("run", recipe(kind, adapter=kind))])
+            done([start("run", recipe(kind, adapter=kind))])
         return run
 
     return trained_run
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_two_processes_train_the_adapter_of_one(
-    kind: str, run_of_one: Callable[[str], Path], processes: Parent, folder: Path
-) -> None:
+def test_two_processes_train_the_adapter_of_one(kind: str, run_of_one: Callable[[str], Path], folder: Path) -> None:
     alone, run = run_of_one(kind), folder / "runs" / f"two-{kind}"
-    first, second = done(processes.several(2, "run", folder / f"{kind}.toml", "--set", f"output.name={run.name}"))
-    assert first.out.read_text().strip() == str(run), "one of them speaks"
+    first, second = done(start_several(2, "run", folder / f"{kind}.toml", "--set", f"output.name={run.name}"))
+    assert first.results.strip() == str(run), "one of them speaks"
     assert first.messages.count("step 6/6") == 1
-    assert (second.messages, second.out.read_text()) == ("", "")
+    assert (second.messages, second.results) == ("", "")
     assert checkpoints(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     require_same_run(alone, run)
 
 
-def test_a_run_goes_on_with_two_processes_and_then_with_one(
-    run_of_one: Callable[[str], Path], processes: Parent
-) -> None:
+def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: Callable[[str], Path]) -> None:
     run = run_of_one("lora")
     again = run.with_name("again")
     shutil.copytree(run, again)
@@ -159,7 +148,7 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(
         shutil.rmtree(again / "adapter")
         for step in lost:
             shutil.rmtree(again / "checkpoints" / f"checkpoint-{step}")
-        done(processes.several(count, "run", "--resume", again))
+        done(start_several(count, "run", "--resume", again))
         assert checkpoints(again) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert (again / "checkpoints" / "checkpoint-4" / "random-1.safetensors").is_file(), "two processes made it"
     assert not (again / "checkpoints" / "checkpoint-6" / "random-1.safetensors").exists(), "one process made it"
@@ -184,7 +173,7 @@ STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, ou
     ],
 )
 def test_so_do_they_with_everything_that_decides_over_a_step(
-    name: str, training: str, data: str, more: str, processes: Parent, recipe: Recipe, folder: Path
+    name: str, training: str, data: str, more: str, recipe: Recipe, folder: Path
 ) -> None:
     training = training.replace("1e-3", "3e-1") if name == "stopped" else training
     file, alone, two = (
@@ -192,9 +181,9 @@ def test_so_do_they_with_everything_that_decides_over_a_step(
         folder / "runs" / name,
         folder / "runs" / f"2{name}",
     )
-    done([processes.start("run", file, first=STAND_OUT_SOON)])
+    done([start("run", file, first=STAND_OUT_SOON)])
     words = ("run", file, "--set", f"output.name={two.name}")
-    first, second = done(processes.several(2, *words, first={0: STAND_OUT_SOON, 1: STAND_OUT_SOON}))
+    first, second = done(start_several(2, *words, first={0: STAND_OUT_SOON, 1: STAND_OUT_SOON}))
     require_same_run(alone, two)
     assert [line.get("skipped") for line in records(alone, "train")] == [
         line.get("skipped") for line in records(two, "train")
@@ -228,14 +217,10 @@ QloraTrainer.compute_loss, QloraTrainer._sums = short, short_sums
 """
 
 
-def test_memory_that_runs_out_in_one_process_changes_nothing(
-    run_of_one: Callable[[str], Path], processes: Parent, folder: Path
-) -> None:
+def test_memory_that_runs_out_in_one_process_changes_nothing(run_of_one: Callable[[str], Path], folder: Path) -> None:
     words = ("run", folder / "lora.toml", "--set", "output.name=short")
     alone = run_of_one("lora")
-    first, second = done(
-        processes.several(2, *words, first={1: SHORT_OF_MEMORY, 0: SHORT_OF_MEMORY.replace("> 2", "> 9")})
-    )
+    first, second = done(start_several(2, *words, first={1: SHORT_OF_MEMORY, 0: SHORT_OF_MEMORY.replace("> 2", "> 9")}))
     said = "process 1 of 2, counted from 0: out of memory: micro-batches are now split into 2; the batch stays the same"
     assert said in second.messages
     assert "batches of the evaluation are now split into" in first.messages
@@ -255,10 +240,8 @@ def reaches_a_step(run: Path, is_running: Callable[[], bool]) -> None:
 LONG = f"{STEP}steps = 5000\ncheckpoint_every = 4000"
 
 
-def test_whichever_process_is_asked_to_stop_all_save_once_and_end(
-    processes: Parent, recipe: Recipe, folder: Path
-) -> None:
-    started = processes.several(2, "run", recipe("asked", LONG))
+def test_whichever_process_is_asked_to_stop_all_save_once_and_end(recipe: Recipe, folder: Path) -> None:
+    started = start_several(2, "run", recipe("asked", LONG))
     reaches_a_step(folder / "runs" / "asked", started[0].is_running)
     started[1].send(signal.SIGTERM)
     first, second = started
@@ -296,11 +279,11 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
-    stage: str, processes: Parent, recipe: Recipe, folder: Path
+    stage: str, recipe: Recipe, folder: Path
 ) -> None:
     name = f"dies-in-{stage.replace(' ', '-')}"
     training = f"{STEP}steps = 4\neval_every = 2\ncheckpoint_every = 3"
-    first, second = processes.several(2, "run", recipe(name, training), first={1: STAGES[stage]})
+    first, second = start_several(2, "run", recipe(name, training), first={1: STAGES[stage]})
     assert (first.ended(), second.ended()) == (1, -signal.SIGKILL), first.messages
     assert first.messages.count("error: ") == 1
     assert "error: another process of this run has ended" in first.messages
@@ -318,9 +301,9 @@ sharded._cut_up = changed
 """
 
 
-def test_a_layer_that_sharding_changes_is_refused_by_one_sentence(processes: Parent, recipe: Recipe) -> None:
+def test_a_layer_that_sharding_changes_is_refused_by_one_sentence(recipe: Recipe) -> None:
     file = recipe("changed", more='[memory]\nlayers = "sharded"')
-    first, second = processes.several(2, "run", file, first={1: ANOTHER_BYTE})
+    first, second = start_several(2, "run", file, first={1: ANOTHER_BYTE})
     assert (first.ended(), second.ended()) == (2, 2)
     (error,) = (line for line in first.messages.splitlines() if line.startswith("error: "))
     assert 'memory.layers = "sharded": layer 0 is not the same after FSDP has cut it up' in error
@@ -328,51 +311,43 @@ def test_a_layer_that_sharding_changes_is_refused_by_one_sentence(processes: Par
     assert second.messages == ""
 
 
-def test_memory_that_runs_out_where_layers_are_sharded_ends_all_of_them(processes: Parent, recipe: Recipe) -> None:
+def test_memory_that_runs_out_where_layers_are_sharded_ends_all_of_them(recipe: Recipe) -> None:
     file = recipe("out", more='[memory]\nlayers = "sharded"')
-    first, second = processes.several(2, "run", file, first={1: SHORT_OF_MEMORY})
+    first, second = start_several(2, "run", file, first={1: SHORT_OF_MEMORY})
     assert (first.ended(), second.ended()) == (1, 1)
     assert "error: process 1 of 2, counted from 0: a micro-batch does not fit: with memory.layers" in second.messages
     assert "error: another process of this run has ended" in first.messages
     assert "Traceback" not in first.messages + second.messages
 
 
-def two(processes: Parent, *words: Sequence[str | Path], first: Sequence[str] = ("", "")) -> tuple[Forked, Forked]:
+def two(*words: Sequence[str | Path], first: Sequence[str] = ("", "")) -> tuple[Started, Started]:
     """Two processes of one run that were given different words."""
     place = meeting_place()
     one, other = (
-        processes.start(*own, environment=place | told(rank, 2), first=before)
+        start(*own, told=place | who(rank, 2), first=before)
         for rank, (own, before) in enumerate(zip(words, first, strict=True))
     )
     return one, other
 
 
-def test_what_is_wrong_with_all_is_said_once(processes: Parent, recipe: Recipe) -> None:
+def test_what_is_wrong_with_all_is_said_once(recipe: Recipe) -> None:
     file, alone = recipe("wrong"), "is for one process; start it without a launcher and without --processes"
     for words, code, said in (
         (("--set", "adapter.rnak=3"), 2, "--set: adapter.rnak = 3: no such key in [adapter]; did you mean 'rank'?"),
-        (("--rnak",), 2, "No such option: --rnak"),
+        (("--rnak",), 2, "qtune run --rnak: no such option; "),
         (("--set", "data.max_length=16"), 1, "the data would train the wrong thing"),
-        (
-            ("--seeds", "2"),
-            2,
-            f"Invalid value: --seeds {alone}",
-        ),
-        (
-            ("--prove", "--resume"),
-            2,
-            f"Invalid value: --prove {alone}",
-        ),
+        (("--seeds", "2"), 2, f"qtune run: --seeds {alone}"),
+        (("--prove", "--resume"), 2, f"qtune run: --prove {alone}"),
     ):
-        first, second = processes.several(2, "run", file, *words)
+        first, second = start_several(2, "run", file, *words)
         assert (first.ended(), second.ended()) == (code, code)
         assert first.messages.count(f"error: {said}") == 1, first.messages
         assert second.messages == ""
 
 
-def test_what_is_wrong_with_one_is_said_by_that_one(processes: Parent, recipe: Recipe, folder: Path) -> None:
+def test_what_is_wrong_with_one_is_said_by_that_one(recipe: Recipe, folder: Path) -> None:
     missing = folder / "missing.toml"
-    first, second = two(processes, ("run", recipe("wrong")), ("run", missing))
+    first, second = two(("run", recipe("wrong")), ("run", missing))
     assert (first.ended(), second.ended()) == (2, 2)
     assert "error" not in first.messages
     assert second.messages.startswith(f"error: process 1 of 2, counted from 0: {missing}: no such file")
@@ -394,17 +369,17 @@ OTHER_BASE = "import qtune.training.follow as f; f.base_now = lambda inputs: 'an
     ],
 )
 def test_processes_that_were_not_given_the_same_end_with_a_sentence(
-    words: tuple[str, ...], before: str, said: str, processes: Parent, recipe: Recipe
+    words: tuple[str, ...], before: str, said: str, recipe: Recipe
 ) -> None:
     file = recipe("unlike")
-    first, second = two(processes, ("run", file), ("run", file, *words), first=("", before))
+    first, second = two(("run", file), ("run", file, *words), first=("", before))
     assert (first.ended(), second.ended()) == (2, 2)
     assert f"error: {said}" in first.messages
     assert first.messages.count("error: ") == 1
     assert second.messages == ""
 
 
-def test_a_port_that_is_taken_and_a_process_that_never_comes_are_named(processes: Parent, recipe: Recipe) -> None:
+def test_a_port_that_is_taken_and_a_process_that_never_comes_are_named(recipe: Recipe) -> None:
     file, few = (
         recipe("wrong"),
         "import qtune.training.meeting as m, datetime; m.COMING = datetime.timedelta(seconds=2)",
@@ -413,19 +388,19 @@ def test_a_port_that_is_taken_and_a_process_that_never_comes_are_named(processes
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        late = processes.start("run", file, environment=place | told(0, 2))
+        late = start("run", file, told=place | who(0, 2))
         assert late.ended() == 1
     place = meeting_place()
-    waiting = processes.start("run", file, environment=place | told(0, 2), first=few)
+    waiting = start("run", file, told=place | who(0, 2), first=few)
     assert waiting.ended() == 1
     for process in (late, waiting):
         assert "error: the processes of this run did not meet at 127.0.0.1:" in process.messages
         assert "Traceback" not in process.messages
 
 
-def test_a_leader_that_dies_takes_the_others_with_it(processes: Parent, recipe: Recipe) -> None:
+def test_a_leader_that_dies_takes_the_others_with_it(recipe: Recipe) -> None:
     file = recipe("leader-dies", f"{STEP}steps = 4\ncheckpoint_every = 3")
-    first, second = processes.several(2, "run", file, first={0: STAGES["saving"]})
+    first, second = start_several(2, "run", file, first={0: STAGES["saving"]})
     assert (first.ended(), second.ended()) == (-signal.SIGKILL, 1)
     assert second.messages == "", "whoever has started them says which was killed"
 
@@ -439,8 +414,8 @@ trainer.save_tree = full
 """
 
 
-def test_a_full_disk_ends_all_with_the_leaders_sentence(processes: Parent, recipe: Recipe) -> None:
-    first, second = processes.several(2, "run", recipe("full"), first={0: FULL_DISK, 1: FULL_DISK})
+def test_a_full_disk_ends_all_with_the_leaders_sentence(recipe: Recipe) -> None:
+    first, second = start_several(2, "run", recipe("full"), first={0: FULL_DISK, 1: FULL_DISK})
     assert (first.ended(), second.ended()) == (1, 1)
     assert "error: the checkpoint of step 2 could not be written: No space left on device" in first.messages
     assert second.messages == ""
@@ -467,34 +442,30 @@ def counted(self, model):
     before = sent()
     add(self, model)
     time.sleep(0.1)
-    Path(f"moved-{self.processes}-{self.rank}").write_text(str(sent() - before))
+    Path(os.environ["QTUNE_CACHE"], f"moved-{self.processes}-{self.rank}").write_text(str(sent() - before))
 Ranks.add_gradients = counted
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a socket has sent")
 @pytest.mark.parametrize("count", [2, 4])
-def test_adding_up_gradients_moves_the_bytes_that_are_predicted(
-    count: int, processes: Parent, recipe: Recipe, folder: Path
-) -> None:
+def test_adding_up_gradients_moves_the_bytes_that_are_predicted(count: int, recipe: Recipe, folder: Path) -> None:
     file = recipe("moved", f"{STEP.replace('size = 4', 'size = 2')}steps = 1", data="validation = 0")
     name = f"moved-{count}"
-    done(processes.several(count, "run", file, "--set", f"output.name={name}", first=dict.fromkeys(range(count), SENT)))
+    done(start_several(count, "run", file, "--set", f"output.name={name}", first=dict.fromkeys(range(count), SENT)))
     gradients = sum(tensor.numel() * 4 for tensor in trained(folder / "runs" / name).values())
     device = replace(present_device(), processes=count)
     plan = make_plan(load_recipe(file).recipe, device)
     rates = SimpleNamespace(host_link=1.0)
     predicted = between_seconds(SimpleNamespace(timeline={GRADIENTS: [0, gradients]}), plan, rates)
-    moved = [int((folder / f"{name}-{rank}").read_text()) for rank in range(count)]
+    moved = [int((folder / "cache" / f"{name}-{rank}").read_text()) for rank in range(count)]
     assert moved == pytest.approx([predicted] * count, rel=0.03)
 
 
-def test_one_process_of_a_launcher_is_one_process(
-    run_of_one: Callable[[str], Path], processes: Parent, folder: Path
-) -> None:
+def test_one_process_of_a_launcher_is_one_process(run_of_one: Callable[[str], Path], folder: Path) -> None:
     words = ("run", folder / "lora.toml", "--set", "output.name=launched")
     run_of_one("lora")
-    done([processes.start(*words, environment=meeting_place() | told(0, 1))])
+    done([start(*words, told=meeting_place() | who(0, 1))])
     assert furthest(run_of_one("lora"), folder / "runs" / "launched") == 0
 
 
@@ -596,14 +567,14 @@ def require_saved_once(run: Path, messages: str) -> None:
     assert "error" not in messages
 
 
-def children(launcher: Forked) -> list[psutil.Process]:
+def children(launcher: Started) -> list[psutil.Process]:
     """The processes that a launcher has started, by their numbers."""
-    return sorted(psutil.Process(launcher.pid).children(), key=lambda one: one.pid)
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda one: (one.create_time(), one.pid))
 
 
-def test_so_does_the_end_of_its_terminal(processes: Parent, recipe: Recipe, folder: Path) -> None:
+def test_so_does_the_end_of_its_terminal(recipe: Recipe, folder: Path) -> None:
     run = folder / "runs" / "terminal"
-    launcher = processes.start("run", recipe(run.name, LONG), "--processes", "2")
+    launcher = launch("run", recipe(run.name, LONG), "--processes", "2")
     reaches_a_step(run, launcher.is_running)
     started = children(launcher)
     launcher.send(signal.SIGHUP)
@@ -612,10 +583,10 @@ def test_so_does_the_end_of_its_terminal(processes: Parent, recipe: Recipe, fold
     require_saved_once(run, launcher.messages)
 
 
-def test_the_launcher_says_which_process_was_killed(processes: Parent, recipe: Recipe, folder: Path) -> None:
+def test_the_launcher_says_which_process_was_killed(recipe: Recipe, folder: Path) -> None:
     run = folder / "runs" / "killed"
     file = recipe("killed", f"{STEP}steps = 5000\ncheckpoint_every = 1")
-    launcher = processes.start("run", file, "--processes", "2")
+    launcher = launch("run", file, "--processes", "2")
     reaches_a_step(run, launcher.is_running)
     started = children(launcher)
     started[1].kill()
@@ -628,8 +599,8 @@ def test_the_launcher_says_which_process_was_killed(processes: Parent, recipe: R
     assert "Traceback" not in said
 
 
-def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(processes: Parent, recipe: Recipe) -> None:
-    odd = processes.start("run", recipe("odd"), "--processes", "3")
+def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(recipe: Recipe) -> None:
+    odd = launch("run", recipe("odd"), "--processes", "3")
     assert odd.ended() == 2
     assert odd.messages == (
         "error: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
