@@ -564,7 +564,7 @@ def _evaluate_tasks(
     accepted: tuple[str, ...],
 ) -> None:
     """Base against tuned on benchmarks, in one table."""
-    from qtune.run.records import plain
+    from qtune.records import plain
     from qtune.screens import tasks as screen
     from qtune.tuned import tasks as stage
 

@@ -26,6 +26,7 @@ from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
+from qtune.records import write_record
 from qtune.report import style
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
@@ -45,7 +46,6 @@ from qtune.run.metrics import (
     append_metric,
     seconds_of,
 )
-from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
 from qtune.tuned.evaluate import Comparison, Evaluation, Score
 

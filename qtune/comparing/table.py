@@ -9,7 +9,7 @@ from typing import Any
 from qtune.comparing.bootstrap import Drawn, Interval, drawn
 from qtune.comparing.runs import ComparedRun
 from qtune.console import clock
-from qtune.run.records import plain
+from qtune.records import plain
 from qtune.sizes import gib_text
 from qtune.verdicts.scores import answer_scores
 

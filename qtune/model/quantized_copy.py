@@ -106,7 +106,7 @@ class QuantizedCopy:
                     return f"{name} is not what was written"
         except OSError as error:
             return refusal_of(error) or first_line(error)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return f"{ABOUT} is damaged"
         return None if files else f"{ABOUT} names no file"
 
