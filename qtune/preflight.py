@@ -33,7 +33,7 @@ from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
-from qtune.model.host import keep_embeddings_on_host
+from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
 from qtune.model.load import attention_rule, load_config, load_tokenizer, require_kernels
 from qtune.model.local import base_folder, base_on_disk
@@ -182,9 +182,13 @@ def examine(
     forecast: Forecast | str | None = None
     if not len(prepared.train):
         forecast = "there are no rows"
-    elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
-        with console.progress("tracing a step") as bar:
-            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
+    else:
+        rows = longest_of(prepared, recipe.data)
+        plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+        is_asked = not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, rows.longest.most))
+        if traced or is_asked:
+            with console.progress("tracing a step") as bar:
+                forecast = attempted(config, recipe, device, rows, bar.tell)
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,
@@ -265,10 +269,10 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
         require_complete(folder, config)
 
 
-def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
-    """Whether on a processor the layers that are computed twice depend on its memory."""
-    is_open = recipe.training.gradient_checkpointing == "auto"
-    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
+def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:
+    """Whether on a processor the micro-batch or the layers that are computed twice depend on its memory."""
+    is_open = "auto" in (recipe.training.gradient_checkpointing, recipe.training.micro_batch_size)
+    return is_open and could_fill(config, plan, length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:
@@ -311,9 +315,8 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
         too_little = quantized_too_little(recipe.model.base, network, recipe.quantization)
         if too_little is not None:
             asked.refusals.append(ModelError(too_little))
-    if plan.embeddings == "host":
-        keep_embeddings_on_host(network, "meta")
     try:
+        store_embeddings(network, plan.embeddings, "meta")
         if plan.layers != "device":
             stream_layers(network, plan.layers, "meta")
         with torch.device("meta"):

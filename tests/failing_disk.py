@@ -31,6 +31,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 TRAINING = "steps = 4\nbatch_size = 4\ncheckpoint_every = 2\neval_every = 2\nkeep_checkpoints = 2"
 NEVER = 2**62
+WARM: set[str] = set()
+"""Verbs that this process has called."""
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,9 @@ def tried(folder: Path, name: str, number_name: str, every: int, start: int) -> 
     """Refuses every `every`-th operation of a verb in turn, from `start` on; what has come of it."""
     world, kept, case = folder / "world", folder / "kept", CASES[name]
     number, listed = getattr(errno, number_name), folder / "operations.txt"
-    # Twice: what is loaded or remembered by the first call is not written by the second.
-    for _ in range(2):
+    # Twice where it is the first time: what is loaded or remembered by that call is not written by the next.
+    for _ in range(1 if name in WARM else 2):
+        WARM.add(name)
         restore(world, kept)
         listed.unlink(missing_ok=True)
         listing = os.open(listed, os.O_WRONLY | os.O_CREAT)
@@ -352,6 +355,11 @@ def as_nobody() -> Iterator[None]:
 
 
 def main() -> None:
+    from warm import SHORT_ANSWER
+
+    from qtune.training import sample_answers
+
+    sample_answers.MOST_TOKENS = SHORT_ANSWER
     folder = Path(sys.argv[1])
     world, kept = folder / "world", folder / "kept"
     if not kept.is_dir():

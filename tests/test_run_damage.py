@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import qtune_process, run_qtune
+from conftest import run_warm_qtune, warm_qtune_process
 from safetensors.torch import load_file, save_file
 from test_run_drift import Killed, World, edit_json, kept, said, world  # noqa: F401  fixtures
 
@@ -408,7 +408,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
         assert said(lambda: train.resume(world.stopped)).startswith(f"{world.stopped.path}: {who}")
         text = said(lambda: export_run(world.stopped, Options()))
         assert f"has no adapter yet: it {who}" in text
-        done = run_qtune("report", world.stopped.path, "--no-trace")
+        done = run_warm_qtune("report", world.stopped.path, "--no-trace")
         assert done.returncode == 0
         assert f"belongs to process {process.pid}" in done.stderr
         assert f"belongs to process {process.pid}" in world.stopped.report.read_text()
@@ -423,7 +423,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
 
 @pytest.mark.slow
 def test_two_resumes_at_once_are_one_run(world: World) -> None:  # noqa: F811
-    both = [qtune_process("run", "--resume", world.stopped.path) for _ in range(2)]
+    both = [warm_qtune_process("run", "--resume", world.stopped.path) for _ in range(2)]
     ends = [(process.communicate(), process.returncode) for process in both]
     codes = sorted(code for _, code in ends)
     assert codes[0] == 0

@@ -21,9 +21,9 @@ from qtune import console
 from qtune.cache import cache_folder, mark_used, remove_unused
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, first_line
-from qtune.model.checkpoint import weight_files
 from qtune.model.config import read_config
 from qtune.model.contents import contents_of
+from qtune.model.folder import weight_files
 from qtune.model.weights import load_weights
 from qtune.plan import Plan
 from qtune.recipe.schema import EightBit, FourBit, Quantization
