@@ -20,7 +20,6 @@ from qtune.memory.predict import Longest, Prediction, predict, summarize
 from qtune.memory.profile import is_traced, trace_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
-from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
@@ -211,7 +210,7 @@ def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_r
     assert len(names) == len(set(names)) == 5
     assert any(name.startswith("TRL") for name in names)
     assert is_traced(run_dir)
-    monkeypatch.setattr(stage, "trace_run", lambda *_, **__: pytest.fail("it is known"))
+    monkeypatch.setattr("qtune.memory.profile.trace_run", lambda *_, **__: pytest.fail("it is known"))
     trace_memory(run_dir)
     text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
     assert "for the largest batch that was measured, 2 x" in text
