@@ -914,14 +914,23 @@ def _require_one_card(gpu: str | None, vram: str | None) -> None:
 
 def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
+    from dataclasses import replace
+
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
+    from qtune.run.summary import summary_of
+    from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.memory import draw_measured
+    from qtune.verdicts.facts import read_facts
+    from qtune.verdicts.memory import fits
 
     _say_drifts(run_dir)
     with console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
+    verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
+    summary = summary_of(run_dir)
+    console.out(f"took {console.clock(summary.seconds)} for {summary.step:,} of {summary.steps:,} steps\n")
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")

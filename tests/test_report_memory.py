@@ -1,6 +1,7 @@
 """The report's part on memory: predicted beside measured, one step drawn, what was saved; and where that comes from."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -241,6 +242,8 @@ def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, 
     assert "Nothing is predicted here yet" in run_dir.report.read_text(encoding="utf-8")
     done = run_qtune("profile", run_dir.path, "--no-savings", "--timeline", picture)
     assert done.returncode == 0, done.stderr
+    assert re.match(r"✓  fits\?  Fits: the process took .* at the peak", done.stdout)
+    assert re.search(r"^took \d+:\d\d for \d+ of \d+ steps$", done.stdout, re.MULTILINE)
     assert "<polygon" in run_dir.report.read_text(encoding="utf-8")
     assert picture.read_text(encoding="utf-8").startswith("<svg ")
 
