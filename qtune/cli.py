@@ -357,8 +357,8 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         return run_dir, changes
     resolved = load_recipe(find_recipe(target), changes)
     directory = Path(resolved.recipe.output.directory)
-    run_dir = newest_unfinished(directory, resolved.run_name)
-    if run_dir is None:
+    unfinished = newest_unfinished(directory, resolved.run_name)
+    if unfinished is None:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
             own = [change for change in changes if not change.startswith("output.")]
             said = nothing_to_resume(ended, own)
@@ -366,7 +366,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
     naming = ("output.directory", "output.name")
-    return run_dir, [change for change in changes if change.partition("=")[0].strip() not in naming]
+    return unfinished, [change for change in changes if change.partition("=")[0].strip() not in naming]
 
 
 def _end_run(run_dir: "RunDir") -> None:
@@ -576,7 +576,7 @@ def _evaluate_tasks(
     accepted: tuple[str, ...],
 ) -> None:
     """Base against tuned on benchmarks, in one table."""
-    from qtune.run.records import plain
+    from qtune.records import plain
     from qtune.screens import tasks as screen
     from qtune.tuned import tasks as stage
 

@@ -56,7 +56,9 @@ ALIKE = 0.7
 class Verbs(TyperGroup):
     """The verbs; one that is not there is answered with the one that is meant."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # two of its five arguments have names here, the others go through
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         """The parser's own, but that it says what is wrong as every other error is said, and draws no box."""
         words = list(sys.argv[1:] if args is None else args)
         try:

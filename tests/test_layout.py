@@ -23,6 +23,8 @@ ROOMS = (
     "sizes",
     "spelling",
     "whole",
+    "records",
+    "manifest",
     "lfs",
     "network",
     "recipe",
@@ -63,7 +65,7 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
     "cli", "console", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole",
-    "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.finished",
+    "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.finished",
     "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target", "report.page", "verdicts",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""

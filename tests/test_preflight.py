@@ -15,12 +15,12 @@ from qtune.adapter.state import STATE_FILE
 from qtune.check import check
 from qtune.device.present import Device
 from qtune.errors import GateError, InputError, QtuneError
+from qtune.manifest import seal
 from qtune.memory.forecast import Forecast, attempted
 from qtune.plan import make_plan
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
-from qtune.run.manifest import seal
 from qtune.run.resolved import resolved_text
 from qtune.training import build, train
 from qtune.training.inputs import gather

@@ -21,12 +21,12 @@ from qtune.memory.predict import Longest, Prediction, predict, summarize
 from qtune.memory.profile import is_traced, trace_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
+from qtune.records import record_of
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
 from qtune.run.lock import LockedDevice, read_lock, write_lock
 from qtune.run.memory import RunMemory
-from qtune.run.records import record_of
 from qtune.sizes import GIB, saving_text, size_text
 from qtune.training import train
 

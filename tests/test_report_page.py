@@ -25,6 +25,7 @@ from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
+from qtune.records import write_record
 from qtune.report import style
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
@@ -43,7 +44,6 @@ from qtune.run.metrics import (
     append_metric,
     seconds_of,
 )
-from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
 from qtune.run.shown_rows import RowPiece, ShownRow, ShownRows, keep_rows
 from qtune.training.shown_rows import rows_of

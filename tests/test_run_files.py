@@ -26,6 +26,7 @@ from qtune.export.verification import (
     read_proof,
     write_verification,
 )
+from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
 from qtune.run.lock import Continued, Lock, LockedBase, LockedDevice, LockedSource, read_lock, write_lock
 from qtune.run.memory import RunMemory, measured_memory, read_memory, write_memory
@@ -38,7 +39,6 @@ from qtune.run.metrics import (
     has_evaluation,
     read_metrics,
 )
-from qtune.run.records import read_record, write_record
 from qtune.tuned.evaluation import Comparison, Evaluation, Score, read_evaluation
 
 FEW = settings(max_examples=25, deadline=None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteRecipe, qtune_process, run_qtune
+from conftest import WriteRecipe, qtune_process, run_warm_qtune, warm_qtune_process
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -804,7 +804,7 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     assert {file.name: file.read_bytes() for file in broken.path.glob("*.*")} == before
     # Said again as it was, a value changes nothing.
     assert resumed_recipe(broken, ["training.learning_rate=1e-2"]) is not None
-    shown = run_qtune("run", "--resume", broken.path, "--set", "training.seed=1")
+    shown = run_warm_qtune("run", "--resume", broken.path, "--set", "training.seed=1")
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.startswith("error: --set training.seed: decides what is learned, so the rest")
 
@@ -852,14 +852,14 @@ def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRec
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
 
-    interrupted = qtune_process("run", "--resume", broken.path)
+    interrupted = warm_qtune_process("run", "--resume", broken.path)
     wait_for_step(interrupted, broken.metrics_file, 12)
     interrupted.send_signal(signal.SIGINT)
     _, messages = interrupted.communicate()
     assert interrupted.returncode == 130, messages
     assert f"go on with: qtune run --resume {broken.path}" in messages.replace("\n", " ")
 
-    finished = run_qtune("run", "--resume", recipe, "--set", "training.keep_checkpoints=1")
+    finished = run_warm_qtune("run", "--resume", recipe, "--set", "training.keep_checkpoints=1")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{broken.path}\n"
     assert_same_run(broken, unbroken)

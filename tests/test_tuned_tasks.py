@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from qtune import cli
 from qtune.comparing.tasks import task_lines
 from qtune.errors import InputError
+from qtune.records import write_record
 from qtune.report.page import write_report
 from qtune.run.folder import RunDir
-from qtune.run.records import write_record
 from qtune.tuned import tasks as stage
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks

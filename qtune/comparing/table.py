@@ -10,7 +10,7 @@ from qtune.comparing.bootstrap import Drawn, Interval, drawn
 from qtune.comparing.runs import ComparedRun
 from qtune.comparing.tasks import TaskLine, task_lines
 from qtune.console import clock
-from qtune.run.records import plain
+from qtune.records import plain
 from qtune.sizes import gib_text
 from qtune.verdicts.scores import answer_scores
 from qtune.verdicts.verdict import number

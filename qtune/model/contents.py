@@ -153,7 +153,7 @@ def _places(header: bytes) -> list[tuple[int, int]]:
             for name, one in described.items()
             if name != "__metadata__"
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
         return []
 
 
@@ -163,7 +163,7 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(Problem(str(file), f"is not JSON: {first_line(error)}")) from error
     return dict(_flat(values, "")) if isinstance(values, Mapping) else {"": values}
 

@@ -218,7 +218,7 @@ def _known() -> dict[str, str]:
         values = json.loads((config_folder() / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         console.say(f"{config_folder() / FILE} cannot be read ({first_line(error)}): nothing counts as agreed to")
         return {}
     return {str(code): str(base) for code, base in values.items()} if isinstance(values, dict) else {}

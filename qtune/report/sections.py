@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 from qtune.console import clock
+from qtune.records import plain
 from qtune.report.charts import MOST_POINTS, Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Record
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
-from qtune.run.records import plain
 from qtune.run.shown_rows import ShownRow, ShownRows
 from qtune.sizes import GIB, MIB, size_text
 from qtune.training.outliers import DEVIATIONS, WINDOW

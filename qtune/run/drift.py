@@ -14,6 +14,7 @@ from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
 from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.recipe.schema import Model, Recipe
+from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.lock import (
     Lock,
@@ -25,7 +26,6 @@ from qtune.run.lock import (
     template_hash,
     versions,
 )
-from qtune.run.records import plain
 from qtune.run.resolved import resolved_recipe, written_text
 from qtune.run.resumption import CHANGEABLE, RATE
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtune.errors import Problem, RunError
+from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
-from qtune.run.records import read_record, write_record
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from qtune.errors import (
     RunError,
     TrainingError,
 )
+from qtune.manifest import seal, skipped_until
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import Resolved
@@ -41,8 +42,7 @@ from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
-from qtune.run.manifest import seal, skipped_until
-from qtune.run.metrics import forget_after, read_metrics
+from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
@@ -187,6 +187,8 @@ def _resume(
             remove_incomplete_checkpoints(run_dir.checkpoints)
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
+            if checkpoint is not None:
+                require_records_of(run_dir.metrics_file, checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
@@ -331,4 +333,4 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
-        seal(partial)
+        seal(partial, records=records_then(run_dir.metrics_file))

@@ -27,9 +27,9 @@ from qtune.disk import refusal_of
 from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
+from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
-from qtune.run.records import write_record
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
 from qtune.tuned.free_text import is_free_text, text_score

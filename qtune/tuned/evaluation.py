@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qtune.records import plain, read_record
 from qtune.run.folder import RunDir
-from qtune.run.records import plain, read_record
 from qtune.tuned.free_text import TextScore
 
 

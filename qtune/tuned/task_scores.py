@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from qtune.records import read_record
 from qtune.run.folder import RunDir
-from qtune.run.records import read_record
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, first_line
+from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
-from qtune.run.records import write_record
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.task_scores import TaskScore, TaskScores

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from qtune.export.verification import Proof, proof_today, proven_folders
 from qtune.run.folder import RunDir
+from qtune.run.history import history_of
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
-from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step, read_metrics
+from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step
 from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
@@ -41,7 +42,7 @@ def read_facts(run_dir: RunDir) -> Facts:
     Raises:
         RunError: one of them is damaged.
     """
-    metrics = read_metrics(run_dir.metrics_file)
+    metrics = history_of(run_dir)
     return Facts(
         run=str(run_dir.path),
         is_finished=run_dir.is_finished,
