@@ -24,7 +24,7 @@ from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
 from qtune.model.config import read_config
 from qtune.model.folder import refuse_other_folders, refuse_pointers
-from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.model.host import frozen_tables, store_embeddings
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
 from qtune.model.local import base_folder, base_on_disk
@@ -141,7 +141,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     places = {"": plan.device.torch_name}
     if plan.layers != "device":
         places = {"": "cpu"}  # quantized there: the card may be smaller than the layers
-    elif plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
+    elif plan.embeddings != "device" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
         places |= dict.fromkeys(embedding_names(config), "cpu")
         if ours is not None:
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
@@ -164,8 +164,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     network.requires_grad_(False)
     if not stored and (problem := quantized_too_little(model.base, network, quantization)):
         raise ModelError(problem)
-    if plan.embeddings == "host":
-        keep_embeddings_on_host(network, plan.device.torch_name)
+    store_embeddings(network, plan.embeddings, plan.device.torch_name)
     if plan.layers != "device":
         _stream(model, network, plan)
     return network
@@ -182,11 +181,11 @@ def _stream(model: Model, network: PreTrainedModel, plan: Plan) -> None:
 
 
 def embedding_names(config: PretrainedConfig) -> list[str]:
-    """Names of the modules that `keep_embeddings_on_host` moves, in the model of this configuration."""
+    """Names of the modules that `store_embeddings` takes, in the model of this configuration."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    moved = modules_for_the_host(model)
-    return [name for name, module in model.named_modules() if module in moved]
+    taken = frozen_tables(model)
+    return [name for name, module in model.named_modules() if module in taken]
 
 
 @contextmanager

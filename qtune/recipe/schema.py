@@ -491,10 +491,11 @@ class Memory(Table):
 
     budget: Auto | Size = "auto"
     """Memory that a step may use, as "8GiB"; "auto" is what the card has free."""
-    embeddings: Auto | Literal["device", "host"] = "auto"
+    embeddings: Auto | Literal["device", "host", "int8", "nf4"] = "auto"
     """Where the frozen embeddings and LM head are. "host": rows are looked up there, and the head crosses the bus in
-    blocks, twice for a micro-batch and once for each token of an answer; the same results, slower. "auto" is the card,
-    or the host where a single row would not fit otherwise."""
+    blocks, twice for a micro-batch and once for each token of an answer; the same results, slower. "int8" and "nf4": on
+    the card in 8.5 or 4.5 bits a weight, which changes the model a little. "auto" is the card, or the host where a
+    single row would not fit otherwise."""
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
