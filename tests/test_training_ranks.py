@@ -277,13 +277,16 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layers"), [*((stage, "device") for stage in STAGES), ("loading", "sharded"), ("a step", "sharded")]
+)
 def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
-    stage: str, recipe: Recipe, folder: Path
+    stage: str, layers: str, recipe: Recipe, folder: Path
 ) -> None:
-    name = f"dies-in-{stage.replace(' ', '-')}"
+    name = f"{layers}-dies-in-{stage.replace(' ', '-')}"
     training = f"{STEP}steps = 4\neval_every = 2\ncheckpoint_every = 3"
-    first, second = start_several(2, "run", recipe(name, training), first={1: STAGES[stage]})
+    file = recipe(name, training, more=f'[memory]\nlayers = "{layers}"')
+    first, second = start_several(2, "run", file, first={1: STAGES[stage]})
     assert (first.ended(), second.ended()) == (1, -signal.SIGKILL), first.messages
     assert first.messages.count("error: ") == 1
     assert "error: another process of this run has ended" in first.messages
