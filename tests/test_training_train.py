@@ -785,7 +785,8 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     before = {file.name: file.read_bytes() for file in broken.path.glob("*.*")}
     may = (
         "training.micro_batch_size, training.gradient_checkpointing, training.lean_step, memory.budget, "
-        "memory.embeddings, memory.activations, memory.layers, memory.loss_tile, training.log_every, "
+        "memory.embeddings, memory.activations, memory.layers, memory.loss_tile, quantization.keep_copy, "
+        "training.log_every, "
         "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, "
         "training.keep_checkpoints, training.trackers, training.rehearse, data.allow, output.gguf"
     )
