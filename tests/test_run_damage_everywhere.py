@@ -3,7 +3,6 @@
 Nothing may end in a traceback, and nothing may come out that differs without a word.
 """
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EVERYTHING
 from safetensors.torch import load_file
 from test_run_drift import World, make_world
 
@@ -26,8 +26,8 @@ from qtune.tuned.evaluate import evaluate
 pytestmark = pytest.mark.slow
 
 SEED = 20261127
-# Every file in three of the nine ways; QTUNE_DAMAGE_SHARE=1 takes all of them, which is three times the work.
-SHARE = int(os.environ.get("QTUNE_DAMAGE_SHARE", "3"))
+# Every file in three of the nine ways; all of them are three times the work.
+SHARE = 1 if EVERYTHING else 3
 
 
 @pytest.fixture(scope="module")
