@@ -9,7 +9,7 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError, RunError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.launched import launched, use_own_card
@@ -78,6 +78,12 @@ def _a_number(value: float) -> float:
     if value != value:
         raise typer.BadParameter("nan is not a number")
     return value
+
+
+def _load_libraries() -> None:
+    """Seconds in which nothing else can be said."""
+    with console.waiting("loading the libraries"):
+        import_libraries()
 
 
 def _version(value: bool) -> None:
@@ -155,8 +161,9 @@ def init(
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    if (said := stage.few_steps_of(output)) is not None:
-        console.say(said)
+    for said in (stage.said_of_columns(data, output) if data else None, stage.few_steps_of(output)):
+        if said is not None:
+            console.say(said)
 
 
 @app.command(rich_help_panel="Train")
@@ -240,7 +247,7 @@ def run(
             others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
-        import_libraries()
+        _load_libraries()
         if trust:
             _agree(proven)
         from qtune.training import proof
@@ -267,7 +274,7 @@ def run(
         from qtune.training.launch import launch
 
         raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
-    import_libraries()
+    _load_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
     from qtune.training import train
@@ -339,22 +346,27 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
+    from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir
     from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
     if Path(target).is_dir():
-        return RunDir.open(Path(target)), changes
+        run_dir = RunDir.open(Path(target))
+        if run_dir.is_finished and adapter_fault(run_dir) is None:
+            raise RunError(nothing_to_resume(run_dir, changes))
+        return run_dir, changes
     resolved = load_recipe(find_recipe(target), changes)
     directory = Path(resolved.recipe.output.directory)
-    run_dir = newest_unfinished(directory, resolved.run_name)
-    if run_dir is None:
+    unfinished = newest_unfinished(directory, resolved.run_name)
+    if unfinished is None:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
-            said = nothing_to_resume(ended)
+            own = [change for change in changes if not change.startswith("output.")]
+            said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
     naming = ("output.directory", "output.name")
-    return run_dir, [change for change in changes if change.partition("=")[0].strip() not in naming]
+    return unfinished, [change for change in changes if change.partition("=")[0].strip() not in naming]
 
 
 def _end_run(run_dir: "RunDir") -> None:
@@ -446,7 +458,7 @@ def export(
     require_adapter(opened)
     if verify_only is None:
         refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
-    import_libraries()
+    _load_libraries()
     from qtune.export import export as stage
     from qtune.screens import export as screen
 
@@ -524,7 +536,7 @@ def evaluate(
     _refuse_ignored(_given(context), is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
     require_adapter(run_dir)
-    import_libraries()
+    _load_libraries()
     if trust:
         _agree(run_dir)
     if tasks is not None:
@@ -614,7 +626,7 @@ def compare(
         from qtune.report.drawing import require_writable
 
         require_writable(page, "--page", "page", ".html")
-    import_libraries()
+    _load_libraries()
     for run_dir in opened if trust else ():
         _agree(run_dir)
     from qtune.comparing.runs import compared_runs
@@ -671,7 +683,7 @@ def chat(
         require_model(target)
     elif adapter:
         require_adapter(run_dir)
-    import_libraries()
+    _load_libraries()
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
 
@@ -716,7 +728,7 @@ def check(
     try:
         # What is wrong with a recipe is said before seconds of imports.
         resolved = load_recipe(file, changes or ())
-        import_libraries()
+        _load_libraries()
         from qtune import check as stage
         from qtune.screens.check import draw_check
 
@@ -743,12 +755,15 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
         resolved = load_recipe(file, changes, need_rows=False)
     except InputError:
         return
-    import_libraries()
+    _load_libraries()
     from qtune.check import memory_alone
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast
 
     known = memory_alone(resolved)
     if known is not None:
+        console.out(draw_answer(known, None, is_timed=False))
+        console.out("")
         console.out(draw_forecast(known, []))
 
 
@@ -873,7 +888,7 @@ def profile(
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
-    import_libraries()
+    _load_libraries()
     from qtune.report.timeline import write_timeline
     from qtune.startup.quiet import quiet_loading
 
@@ -899,14 +914,23 @@ def _require_one_card(gpu: str | None, vram: str | None) -> None:
 
 def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
+    from dataclasses import replace
+
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
+    from qtune.run.summary import summary_of
+    from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.memory import draw_measured
+    from qtune.verdicts.facts import read_facts
+    from qtune.verdicts.memory import fits
 
     _say_drifts(run_dir)
     with console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
+    verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
+    summary = summary_of(run_dir)
+    console.out(f"took {console.clock(summary.seconds)} for {summary.step:,} of {summary.steps:,} steps\n")
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
@@ -932,6 +956,7 @@ def _profile_recipe(
     from qtune.memory.ways_to_fit import ways_to_fit
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast, draw_savings, draw_ways
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
@@ -940,14 +965,19 @@ def _profile_recipe(
     with console.progress("tracing") as bar:
         device = replace(cards.device_for(*card), processes=processes)
         profiled = stage.profile(resolved, device, length, bar.tell)
-    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
-    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
-    console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+        recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
+        time = time_of(config, recipe, profiled.forecast)
+    console.out(draw_answer(profiled, time))
+    console.out("")
     if not profiled.forecast.fits:
         with console.progress("tracing what would help") as bar:
             ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
-        console.out("")
         console.out(draw_ways(ways, profiled.forecast.budget_bytes))
+        console.out("")
+    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
+    if time is not None:
+        console.out("")
+        console.out(draw_time(time))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
@@ -998,7 +1028,7 @@ def fit(
     target = output or written_beside(file, ".fit.toml")
     if largest is None and target.exists() and not force:
         raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
-    import_libraries()
+    _load_libraries()
     from qtune.memory import fit as stage
     from qtune.startup.quiet import quiet_loading
     from qtune.whole import write_text
@@ -1036,7 +1066,7 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
 
     console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
     config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
-    asked = make_plan(recipe, fitted.plan.device, attention_rule(config))
+    asked = make_plan(recipe, fitted.plan.device, attention_rule(config), fitted.rows.longest.most)
     steps = [step_of(config, recipe, asked, fitted.rows.longest)]
     steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
     console.out(draw_steps(steps))

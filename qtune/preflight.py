@@ -48,7 +48,7 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
-from qtune.recipe.steps import few_steps
+from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir, existing_folder, require_writable
 from qtune.sizes import gib_text, size_text
@@ -107,7 +107,9 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
-        if (steps := few_steps(recipe.training, len(self.prepared.lengths))) is not None:
+        trained = len(self.prepared.lengths)
+        of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
+        if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
             said.append(steps)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")
@@ -182,9 +184,13 @@ def examine(
     forecast: Forecast | str | None = None
     if not len(prepared.train):
         forecast = "there are no rows"
-    elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
-        with console.progress("tracing a step") as bar:
-            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
+    else:
+        rows = longest_of(prepared, recipe.data)
+        plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+        is_asked = not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, rows.longest.most))
+        if traced or is_asked:
+            with console.progress("tracing a step") as bar:
+                forecast = attempted(config, recipe, device, rows, bar.tell)
     return Preflight(
         resolved,
         forecast.plan if isinstance(forecast, Forecast) else plan,
@@ -265,10 +271,10 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
         require_complete(folder, config)
 
 
-def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
-    """Whether on a processor the layers that are computed twice depend on its memory."""
-    is_open = recipe.training.gradient_checkpointing == "auto"
-    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
+def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:
+    """Whether on a processor the micro-batch or the layers that are computed twice depend on its memory."""
+    is_open = "auto" in (recipe.training.gradient_checkpointing, recipe.training.micro_batch_size)
+    return is_open and could_fill(config, plan, length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:

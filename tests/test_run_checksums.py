@@ -27,9 +27,11 @@ from qtune.run.lock import read_lock
 from qtune.run.memory import read_memory
 from qtune.run.metrics import AFTER, NoteRecord, append_metric, read_metrics
 from qtune.run.resolved import resolved_recipe
+from qtune.run.shown_rows import kept_rows
 from qtune.training import train
 from qtune.tuned.chat import open_session
-from qtune.tuned.evaluate import evaluate, read_evaluation
+from qtune.tuned.evaluate import evaluate
+from qtune.tuned.evaluation import read_evaluation
 from qtune.verdicts.of_run import attempt_verdicts
 
 
@@ -50,6 +52,7 @@ READERS: dict[str, Callable[[RunDir], object]] = {
     "memory.json": read_memory,
     "lock.json": read_lock,
     "eval.json": read_evaluation,
+    "rows.json": kept_rows,
     "model/verify.json": lambda run: read_proof(run.path / "model"),
     "model/manifest.json": lambda run: require_whole(run.path / "model"),
     "adapter/manifest.json": lambda run: require_whole(run.adapter),

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import qtune
 from qtune.errors import RunError
-from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import (
     VERIFICATION,
     Answer,
+    Closeness,
     GgufProof,
+    Limits,
     Proof,
     Verification,
     add_gguf,
@@ -38,7 +39,7 @@ from qtune.run.metrics import (
     has_evaluation,
     read_metrics,
 )
-from qtune.tuned.evaluate import Comparison, Evaluation, Score, read_evaluation
+from qtune.tuned.evaluation import Comparison, Evaluation, Score, read_evaluation
 
 FEW = settings(max_examples=25, deadline=None)
 """Each example is written to the disk."""

@@ -67,7 +67,7 @@ def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(w
     process = run_warm_qtune("run", recipe)
     run_dir = tmp_path / "runs" / "tiny-2"
     assert process.stdout == f"{run_dir}\n"
-    assert f"this run is in {run_dir}; {tmp_path / 'runs' / 'tiny'} is taken\n" in process.stderr
-    begins, ends = process.stderr.index("this run is in"), process.stderr.index("training loss")
+    assert f"{tmp_path / 'runs' / 'tiny'} is there: this run is {run_dir}\n" in process.stderr
+    begins, ends = process.stderr.index("this run is"), process.stderr.index("training loss")
     assert begins < process.stderr.index("step 1/2") < ends
     assert process.stderr.rstrip().splitlines()[-1].split("  ")[1].startswith(f"qtune export {run_dir}")

@@ -16,7 +16,9 @@ from conftest import EVERYTHING, WriteRecipe, qtune_process, run_warm_qtune, war
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from qtune import cli
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.export.export import Options, export_run
@@ -123,6 +125,7 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
         "lock.json",
         "metrics.jsonl",
         "memory.json",
+        "rows.json",
         "checkpoints",
         "adapter",
     }
@@ -720,6 +723,8 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
         f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
         f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
     )
+    ended = CliRunner().invoke(cli.app, ["run", "--resume", str(finished.path), "--set", "training.steps=9"])
+    assert str(ended.exception) == f"{caught.value} --set training.steps=9"
 
 
 def test_rows_that_have_changed_cannot_be_gone_on_with(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtune.screens.evaluation import show
-from qtune.tuned.evaluate import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
 from qtune.tuned.free_text import (
     TextScore,
     common_subsequence,

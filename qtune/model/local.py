@@ -9,7 +9,7 @@ from qtune.disk import NO_FILE, no_file_in
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.as_made import require_as_made
 from qtune.model.builtin import PREFIX, builtin_folder
-from qtune.model.checkpoint import weight_files
+from qtune.model.folder import weight_files
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.trust import trusted_revision

@@ -69,7 +69,7 @@ class RunDir:
         if not path.is_dir():
             raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
         if not run_dir.resolved_file.is_file():
-            raise RunError(Problem(str(path), "is not a run: it has no resolved.toml"))
+            raise RunError(Problem(str(path), f"is not a run: it has no resolved.toml{_runs_beside(path / 'any')}"))
         run_dir.require_files()
         return run_dir
 
@@ -99,6 +99,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def rows_file(self) -> Path:
+        """A few training rows as the model saw them."""
+        return self.path / "rows.json"
+
+    @property
     def memory_file(self) -> Path:
         """Memory by phase and category."""
         return self.path / "memory.json"
@@ -117,6 +122,11 @@ class RunDir:
     def forgetting_file(self) -> Path:
         """Base against tuned on text that has nothing to do with the rows."""
         return self.path / "forgetting.json"
+
+    @property
+    def tasks_file(self) -> Path:
+        """Base against tuned on benchmarks."""
+        return self.path / "tasks.json"
 
     @property
     def checkpoints(self) -> Path:

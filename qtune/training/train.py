@@ -46,6 +46,7 @@ from qtune.run.metrics import forget_after, read_metrics, records_then, require_
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
+from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
@@ -67,6 +68,7 @@ from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.ranks import Ranks, joined
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
+from qtune.training.shown_rows import shown_rows
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -106,8 +108,10 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
-    console.say(f"this run is in {run_dir.path}{taken}")
+    first = run_dir.path.with_name(resolved.run_name)
+    is_numbered = run_dir.name != resolved.run_name
+    there = f"{first} is there: " if is_numbered else ""
+    console.say(f"{there}this run is {run_dir.path}")
     with owned(run_dir):
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
@@ -277,6 +281,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
             write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
+        keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)

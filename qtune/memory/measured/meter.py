@@ -22,7 +22,7 @@ from qtune.memory.measured.batch import SeenBatch
 from qtune.memory.measured.counted_steps import CountedSteps, Watched
 from qtune.memory.measured.snapshot import SNAPSHOT_STEPS, Snapshot
 from qtune.memory.tracing import categories
-from qtune.memory.tracing.history import in_order
+from qtune.memory.tracing.categories import in_order
 from qtune.sizes import GIB, KIB, MIB
 
 if TYPE_CHECKING:
