@@ -155,6 +155,17 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: Callable
     assert furthest(run, again) <= 1e-6
 
 
+@pytest.mark.parametrize("begins", ["loftq", "eva"])
+def test_a_start_that_looks_at_the_base_is_the_same_in_two_processes_that_share_its_layers(
+    begins: str, recipe: Recipe, folder: Path
+) -> None:
+    file = recipe(begins, f"{STEP}steps = 2", data="validation = 0", more='[memory]\nlayers = "sharded"')
+    starting = ("run", file, "--set", f"adapter.initialization={begins}")
+    done([start(*starting)])
+    done(start_several(2, *starting, "--set", f"output.name=two-{begins}"))
+    assert furthest(folder / "runs" / begins, folder / "runs" / f"two-{begins}") <= 1e-6
+
+
 EVERYTHING = (
     "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 9\neval_every = 3\ncheckpoint_every = 4\n"
     'skip_outlier_steps = true\nsample_answers = 0\nevaluate_first = true\nresult = "best"\nrehearse = true'
