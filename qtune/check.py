@@ -270,13 +270,13 @@ def memory_alone(resolved: Resolved) -> Profile | None:
 
 
 def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
-    """Steps and padding of the first epoch."""
-    training, lengths = recipe.training, prepared.lengths
-    per_epoch = -(-len(lengths) // training.batch_size)
+    """Steps and padding of the first epoch; of a long stream, the padding of rows spread over it."""
+    training, lengths, rows = recipe.training, prepared.lengths, len(prepared.train)
+    per_epoch = -(-rows // training.batch_size)
     shuffled = np.random.default_rng((training.seed, 0)).permutation(len(lengths))
     grouped = StepSampler(lengths, training.batch_size, training.seed).order()
     return Batches(
-        len(lengths),
+        rows,
         per_epoch,
         # A part of an epoch is rounded up, as transformers does.
         training.steps or math.ceil(training.epochs * per_epoch),

@@ -107,7 +107,7 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
-        if (steps := few_steps(recipe.training, len(self.prepared.lengths))) is not None:
+        if (steps := few_steps(recipe.training, len(self.prepared.train))) is not None:
             said.append(steps)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")

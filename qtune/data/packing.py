@@ -6,7 +6,6 @@ Each document keeps its own positions (from 0) and sees only itself; `collate.Pa
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from datasets import Dataset
 
 from qtune.cache import mark_used
 from qtune.data.masks import IGNORED
-from qtune.data.store import written_whole
+from qtune.data.store import kept_table, written_whole
 
 # Raised when the code that packs changes what it makes.
 VERSION = 1
@@ -54,7 +53,7 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
     groups = best_fit(lengths.tolist(), max_length)
     digest = hashlib.blake2b(f"{VERSION} {max_length} {examples._fingerprint}".encode(), digest_size=16)
     file = folder / f"{digest.hexdigest()}.arrow"
-    if (kept := _kept(file, len(groups))) is not None:
+    if (kept := kept_table(file, len(groups))) is not None:
         mark_used(file)
         return kept
     with (
@@ -65,19 +64,6 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
         for start in range(0, len(groups), GROUPS_AT_ONCE):
             writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
     return Dataset.from_file(str(file))
-
-
-def _kept(file: Path, rows: int) -> Dataset | None:
-    """What was packed before; None where it was not, or is not whole, as after a power cut: then it is removed."""
-    if not file.is_file():
-        return None
-    with suppress(OSError, ValueError):  # Arrow's errors are ValueErrors
-        packed = Dataset.from_file(str(file))
-        if len(packed) == rows:
-            return packed
-    with suppress(OSError):
-        file.unlink()
-    return None
 
 
 def _joined(examples: Dataset, groups: list[list[int]], lengths: np.ndarray) -> pa.RecordBatch:

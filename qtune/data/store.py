@@ -70,7 +70,7 @@ def open_store(folder: Path) -> Stored | None:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if (folder / "examples.arrow").stat().st_size != about["nbytes"]:
             raise ValueError("the examples were cut off, as by a power cut")
-        stored = _stored(folder, about)
+        stored = stored_of(folder, about)
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -80,7 +80,8 @@ def open_store(folder: Path) -> Stored | None:
     return stored
 
 
-def _stored(folder: Path, about: Mapping[str, Any]) -> Stored:
+def stored_of(folder: Path, about: Mapping[str, Any]) -> Stored:
+    """What about.json says; a KeyError where something is missing."""
     return Stored(
         folder,
         about["rows"],
@@ -132,48 +133,74 @@ def remove_unused(cache: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def kept_table(file: Path, rows: int) -> Dataset | None:
+    """A table that was kept before; None where it was not or is not whole, as after a power cut: then it is removed."""
+    if not file.is_file():
+        return None
+    with suppress(OSError, ValueError):  # Arrow's errors are ValueErrors
+        table = Dataset.from_file(str(file))
+        if len(table) == rows:
+            return table
+    with suppress(OSError):
+        file.unlink()
+    return None
+
+
+class Tally:
+    """What becomes of rows, batch by batch: every count, and the first LISTED places of each kind."""
+
+    def __init__(self) -> None:
+        self.rows = self.bad_count = self.dropped_count = self.out_of_order_count = self.rows_with_unused = 0
+        self.bad: list[BadRow] = []
+        self.dropped: list[str] = []
+        self.out_of_order: list[str] = []
+        self.unused: Counter[str] = Counter()
+        self.mapped: Counter[str] = Counter()
+        self.shapes: Counter[str] = Counter()
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Counts a batch."""
+        self.rows += batch.rows
+        self.bad_count += len(batch.bad)
+        self.dropped_count += len(batch.dropped)
+        # A file that could not be read to its end is listed in any case: its rows are not even counted.
+        room = LISTED - len(self.bad)
+        self.bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
+        self.dropped.extend(batch.dropped[: LISTED - len(self.dropped)])
+        self.out_of_order_count += len(batch.out_of_order)
+        self.out_of_order.extend(batch.out_of_order[: LISTED - len(self.out_of_order)])
+        self.unused.update(batch.unused)
+        self.mapped.update(batch.mapped)
+        self.shapes.update(batch.shapes)
+        self.rows_with_unused += batch.rows_with_unused
+
+    def to_json(self) -> dict[str, Any]:
+        """As about.json has it."""
+        return {
+            "rows": self.rows,
+            "bad": [asdict(one) for one in self.bad],
+            "bad_count": self.bad_count,
+            "dropped": self.dropped,
+            "dropped_count": self.dropped_count,
+            "out_of_order": self.out_of_order,
+            "out_of_order_count": self.out_of_order_count,
+            "unused": dict(self.unused.most_common()),
+            "rows_with_unused": self.rows_with_unused,
+            "mapped": self.mapped,
+            "shapes": dict(self.shapes.most_common()),
+        }
+
+
 def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
     """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
     with written_whole(folder) as temporary:
         temporary.mkdir()
-        rows = bad_count = dropped_count = 0
-        bad: list[BadRow] = []
-        dropped: list[str] = []
-        out_of_order: list[str] = []
-        out_of_order_count = rows_with_unused = 0
-        unused: Counter[str] = Counter()
-        mapped: Counter[str] = Counter()
-        shapes: Counter[str] = Counter()
+        tally = Tally()
         with pa.OSFile(str(temporary / "examples.arrow"), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
             for batch in batches:
                 writer.write_batch(batch.examples)
-                rows += batch.rows
-                bad_count += len(batch.bad)
-                dropped_count += len(batch.dropped)
-                # A file that could not be read to its end is listed in any case: its rows are not even counted.
-                room = LISTED - len(bad)
-                bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
-                dropped.extend(batch.dropped[: LISTED - len(dropped)])
-                out_of_order_count += len(batch.out_of_order)
-                out_of_order.extend(batch.out_of_order[: LISTED - len(out_of_order)])
-                unused.update(batch.unused)
-                mapped.update(batch.mapped)
-                shapes.update(batch.shapes)
-                rows_with_unused += batch.rows_with_unused
-        about = {
-            "nbytes": (temporary / "examples.arrow").stat().st_size,
-            "rows": rows,
-            "bad": [asdict(one) for one in bad],
-            "bad_count": bad_count,
-            "dropped": dropped,
-            "dropped_count": dropped_count,
-            "out_of_order": out_of_order,
-            "out_of_order_count": out_of_order_count,
-            "unused": dict(unused.most_common()),
-            "rows_with_unused": rows_with_unused,
-            "mapped": mapped,
-            "shapes": dict(shapes.most_common()),
-        }
+                tally.add(batch)
+        about = {"nbytes": (temporary / "examples.arrow").stat().st_size, **tally.to_json()}
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     stored = open_store(folder)
     if stored is None:  # another process has removed it, or the disk does not give back what it took

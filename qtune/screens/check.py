@@ -148,7 +148,7 @@ def draw_sample(sample: "Sample") -> Text:
 
 def _costs(check: "Check") -> Iterator[RenderableType]:
     batches = check.batches
-    tokens = int(check.prepared.lengths.sum())
+    tokens = check.prepared.tokens
     rows = [
         ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
         (

@@ -1,0 +1,291 @@
+"""What one pass over a source that is too large to keep leaves behind: its blocks, and the figures of its examples.
+
+The pass reads, renders, tokenizes and judges every row as a run will, and keeps no ids and no text: 48 bytes for each
+example and 56 for each block. So steps, memory, findings and bad rows are known before the first step, and any row
+can be found again. Under the same name (contents, template, rules) the pass is not made twice.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from qtune.cache import mark_used, not_writable
+from qtune.data.encoding import encoded
+from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
+from qtune.data.files import Progress
+from qtune.data.findings import LISTED
+from qtune.data.rows import BadRow, Row
+from qtune.data.sources import Source
+from qtune.data.store import Stored, Tally, stored_of, written_whole
+from qtune.data.stream_blocks import Block, BlockReader, blocks_of
+from qtune.data.template import ChatTemplate
+from qtune.errors import DataError, Problem
+
+# Raised when the code that makes examples, blocks or figures changes what it makes.
+VERSION = 1
+
+HASHES = ("row_hash", "prompt_hash", "answer_hash", "opening_hash")
+FIGURES = np.dtype(
+    [(name, "<i4") for name in ("length", "scored", "largest_id", "row")] + [(name, "<i8") for name in HASHES]
+)
+"""Of an example; `row` is the place of its row in the block."""
+BLOCKS = np.dtype(
+    [
+        ("file", "<i4"),
+        ("group", "<i4"),
+        ("offset", "<i8"),
+        ("before", "<i8"),
+        ("rows", "<i4"),
+        ("nbytes", "<i8"),
+        ("examples", "<i4"),
+        ("digest", "u1", (16,)),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The blocks and figures of a source, on disk, and what became of its rows."""
+
+    source: Source
+    rules: RowRules
+    stored: Stored
+    blocks: np.ndarray
+    figures: np.ndarray
+    notes: Mapping[str, int]
+    """How many examples have each note."""
+    note_places: Mapping[str, list[str]]
+    note_examples: Mapping[str, int]
+    """The number of the first example that has it."""
+    ends: np.ndarray = field(init=False)
+    """Of each block: the number of the example that comes after it, [blocks]."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", np.cumsum(self.blocks["examples"], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.figures)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the same files, instead of getting what is in them."""
+        return open_index, (self.stored.folder, self.source, self.rules)
+
+    def block_of(self, example: int) -> int:
+        """The block that an example stands in."""
+        return int(np.searchsorted(self.ends, example, side="right"))
+
+    def first_of(self, block: int) -> int:
+        """The number of a block's first example."""
+        return int(self.ends[block - 1]) if block else 0
+
+
+def index_key(store: str) -> str:
+    """The folder's name; `store` is the name under which the same examples would be kept as a whole (`store_key`)."""
+    parts = json.dumps(["index", VERSION, store])
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def open_index(folder: Path, source: Source, rules: RowRules) -> Index | None:
+    """What an earlier pass has left; None where there is nothing, or nothing whole, which is then removed."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        blocks = np.load(folder / "blocks.npy", mmap_mode="r")
+        figures = _figures(folder / "figures.bin")
+        if len(figures) != about["examples"] or int(blocks["examples"].sum()) != len(figures):
+            raise ValueError("the figures were cut off, as by a power cut")
+        index = Index(
+            source,
+            rules,
+            stored_of(folder, about),
+            blocks,
+            figures,
+            about["notes"],
+            about["note_places"],
+            about["note_examples"],
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    mark_used(folder / "about.json")
+    return index
+
+
+def _figures(file: Path) -> np.ndarray:
+    if not file.stat().st_size:
+        return np.zeros(0, FIGURES)  # no empty file can be mapped
+    return np.memmap(file, FIGURES, mode="r")
+
+
+def make_index(
+    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules, folder: Path
+) -> Index:
+    """Goes through all rows once, and gives the folder its name when everything is there."""
+    tally, notes = Tally(), _Notes()
+    examples, blocks = 0, []
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        with (temporary / "figures.bin").open("wb") as sink:
+            for file, block, batch in _passed(source, tokenizer, template, rules):
+                tally.add(batch)
+                notes.add(batch.examples, examples)
+                sink.write(_figures_of(batch).tobytes())
+                blocks.append(_entry(file, block, batch.examples.num_rows))
+                examples += batch.examples.num_rows
+        np.save(temporary / "blocks.npy", np.array(blocks, BLOCKS))
+        about = {"examples": examples, **tally.to_json(), **notes.to_json()}
+        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    index = open_index(folder, source, rules)
+    if index is None:
+        raise not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
+    return index
+
+
+def _passed(
+    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules
+) -> Iterator[tuple[int, Block, EncodedBatch]]:
+    """The number of the file, the block and its examples, of all blocks in order."""
+    read, waiting = Progress(), deque[tuple[int, Block]]()
+
+    def rows() -> Iterator[list[Row | BadRow]]:
+        for number, file in enumerate(source.files):
+            for block, rows_of_block in blocks_of(file, read):
+                waiting.append((number, block))
+                yield list(rows_of_block)
+
+    what = f"checking {source.name}, which will be read in blocks"
+    for batch in encoded(what, rows(), lambda seen: source.estimated_rows(seen, read), tokenizer, template, rules):
+        yield *waiting.popleft(), batch
+
+
+def _figures_of(batch: EncodedBatch) -> np.ndarray:
+    figures = np.zeros(batch.examples.num_rows, FIGURES)
+    for name in FIGURES.names or ():
+        figures[name] = batch.origins if name == "row" else batch.examples[name].to_numpy()
+    return figures
+
+
+def _entry(file: int, block: Block, examples: int) -> tuple[Any, ...]:
+    digest = np.frombuffer(block.digest.ljust(16, b"\0"), np.uint8)
+    return file, block.group, block.offset, block.before, block.rows, block.nbytes, examples, digest
+
+
+class _Notes:
+    """How many examples have each note, and where the first of them are."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.first: dict[str, int] = {}
+
+    def add(self, examples: pa.RecordBatch, before: int) -> None:
+        for number, note in enumerate(examples["notes"].to_pylist()):
+            for kind in note.split():
+                self.counts[kind] += 1
+                self.first.setdefault(kind, before + number)
+                if len(listed := self.places.setdefault(kind, [])) < LISTED:
+                    listed.append(examples["place"][number].as_py())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"notes": self.counts, "note_places": self.places, "note_examples": self.first}
+
+
+class IndexReader:
+    """Makes the examples of a source again, block by block; best in their order."""
+
+    def __init__(self, index: Index, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self.index = index
+        self._encoder = RowEncoder(tokenizer, template, index.rules)
+        self._file = -1
+        self._reader: BlockReader | None = None
+
+    def block(self, number: int) -> pa.RecordBatch:
+        """All examples of a block, with `examples.COLUMNS`.
+
+        Raises:
+            DataError: the file is no longer what it was.
+        """
+        examples = self._encoder(self._rows(number)).examples
+        first = self.index.first_of(number)
+        return self._same(examples, np.arange(first, int(self.index.ends[number])))
+
+    def some(self, numbers: np.ndarray) -> pa.RecordBatch:
+        """Examples of one block by their numbers, which ascend; no other row of it is rendered or tokenized.
+
+        Raises:
+            DataError: the file is no longer what it was.
+        """
+        block = self.index.block_of(int(numbers[0]))
+        first = self.index.first_of(block)
+        rows_of = np.asarray(self.index.figures["row"][first : int(self.index.ends[block])])
+        wanted = np.unique(rows_of[numbers - first])
+        rows = self._rows(block)
+        made = self._encoder([rows[int(row)] for row in wanted]).examples
+        whole = first + np.flatnonzero(np.isin(rows_of, wanted))
+        return self._same(made, whole).take(pa.array(np.searchsorted(whole, numbers)))
+
+    def close(self) -> None:
+        """Closes the file that was read last."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _same(self, made: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
+        """The examples, if they are those of these numbers: another template or tokenizer makes others of a row."""
+        known = self.index.figures[numbers]
+        if made.num_rows != len(numbers) or any(
+            not np.array_equal(made[name].to_numpy(), known[name]) for name in ("row_hash", "length", "scored")
+        ):
+            message = "its rows become other examples than when they were checked; begin a new run"
+            raise DataError(Problem(self.index.source.name, message))
+        return made
+
+    def _rows(self, number: int) -> list[Row | BadRow]:
+        entry = self.index.blocks[number]
+        file = int(entry["file"])
+        if self._reader is None or file != self._file:
+            self.close()
+            self._file, self._reader = file, BlockReader(self.index.source.files[file])
+        values = {name: int(entry[name]) for name in ("group", "offset", "before", "rows", "nbytes")}
+        return self._reader.read(Block(**values, digest=entry["digest"].tobytes()))
+
+
+class Seen:
+    """Fingerprints of sources by what the file system says of their files, so that large ones are not read for them.
+
+    A file whose size, time of change and place on the disk are what they were is taken for what it was; each block is
+    compared once more when it is read.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def fingerprint(self, source: Source) -> str:
+        """`Source.fingerprint`, known from an earlier time where nothing has touched the files."""
+        marks = []
+        for file in source.files:
+            about = file.path.stat()
+            place = str(file.path.resolve())
+            marks.append([file.name, place, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
+        name = hashlib.blake2b(json.dumps(marks).encode(), digest_size=16).hexdigest()
+        kept = self.cache / f"{name}.seen"
+        with suppress(OSError):
+            fingerprint = kept.read_text(encoding="ascii")
+            if len(fingerprint) == 32:
+                mark_used(kept)
+                return fingerprint
+        fingerprint = source.fingerprint
+        with suppress(FileExistsError), written_whole(kept) as temporary:
+            temporary.write_text(fingerprint, encoding="ascii")
+        return fingerprint
