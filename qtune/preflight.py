@@ -185,9 +185,12 @@ def examine(
     elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
         with console.progress("tracing a step") as bar:
             forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
+    settled = forecast.plan if isinstance(forecast, Forecast) else plan
+    if recipe.data.streaming == "auto" and prepared.streaming.streams:
+        settled = settled.with_streaming(prepared.streaming.reason)
     return Preflight(
         resolved,
-        forecast.plan if isinstance(forecast, Forecast) else plan,
+        settled,
         tokenizer,
         prepared,
         inspection,

@@ -138,3 +138,116 @@ def test_what_is_found_in_a_stream_is_what_is_found_in_the_same_rows_as_a_whole(
     assert long.longest == known.longest
     assert long.data is not None and known.data is not None
     assert (long.data.rows, long.data.scored_share) == (known.data.rows, known.data.scored_share)
+
+
+def blocks(file: Path) -> list[tuple[stream_blocks.Block, list[Row | BadRow]]]:
+    (found,) = data_files(file.name, file.parent)
+    return [(block, list(rows)) for block, rows in blocks_of(found)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_block_is_read_again_from_where_it_begins_in_any_order(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path, name, ROWS)
+    (found,) = data_files(name, tmp_path)
+    first = blocks(file)
+    assert len(first) == (16 if name == "rows.parquet" else 15)  # three row groups, each with a short last block
+    assert [row for _, rows in first for row in rows] == list(read_rows(found))
+    reader = BlockReader(found)
+    for block, rows in random.Random(0).sample(first, len(first)):
+        assert reader.read(block) == rows
+    reader.close()
+
+
+BROKEN = {
+    "empty lines and a mark": b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(one).encode() for one in ROWS[:30]) + b"\n \n",
+    "no end of the last line": lines(ROWS[:30]).encode().rstrip(b"\n"),
+    "bad rows": b'{"a": 1, "a": 2}\n[1]\n\xff\xfe\xfd\n' + lines(ROWS[:20]).encode() + b"{broken\n",
+    "several lines": lines(ROWS[:20]).encode() + b'{\n"text": "a"\n}\n',
+    "nothing": b"",
+    "no row": b"\n\n\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_blocks_hold_the_rows_and_faults_that_a_file_has_when_it_is_read_as_a_whole(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(BROKEN[name])
+    (found,) = data_files(file.name, tmp_path)
+    assert [row for _, rows in blocks(file) for row in rows] == list(read_rows(found))
+    reader = BlockReader(found)
+    for block, rows in blocks(file):
+        assert reader.read(block) == rows
+    reader.close()
+
+
+def test_a_line_that_is_too_long_belongs_to_its_block_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtune.data.rows.LONGEST_ROW_BYTES", 400)
+    file = tmp_path / "rows.jsonl"
+    # The ninth row ends a block, and what is left of its line must not begin the next one.
+    file.write_text(lines([{"text": "a"}] * 8 + [{"text": "b" * 3000}] + [{"text": "c"}] * 12))
+    (found,) = data_files(file.name, tmp_path)
+    known = list(read_rows(found))
+    assert [isinstance(one, BadRow) for one in known] == [False] * 8 + [True] + [False] * 12
+    assert [row for _, rows in blocks(file) for row in rows] == known
+    reader = BlockReader(found)
+    assert [row for block, _ in reversed(blocks(file)) for row in reversed(reader.read(block))] == known[::-1]
+    reader.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_was_changed_under_a_run_is_noticed_where_it_was_changed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    written(tmp_path, name, ROWS)
+    streamed = prepare(
+        Data(train=name, streaming=True, validation=0.0, shuffle_rows=0), tokenizer, tmp_path, cache=tmp_path / "cache"
+    )
+    assert streamed.stream is not None
+    streamed.train[0]
+    changed = list(ROWS)
+    changed[70] = {"messages": [*ROWS[70]["messages"][:1], {"role": "assistant", "content": "Another answer."}]}
+    written(tmp_path, name, changed)
+    streamed.stream.close()
+    first = 63 if name != "rows.parquet" else 68  # of the block that row 70 stands in
+    assert streamed.train[first - 1] == prepare(
+        Data(train=name, streaming=False, validation=0.0), tokenizer, tmp_path, cache=tmp_path / "cache"
+    ).train[first - 1]
+    with pytest.raises(DataError) as raised:
+        streamed.train[first]
+    (problem,) = raised.value.problems
+    assert problem.place == f"{name}:{first + 1}"
+    assert problem.message.startswith("the 9 rows from here on are not those that were checked")
+
+
+def test_a_bad_row_in_the_last_line_is_named_before_anything_is_trained(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines(ROWS) + '{"messages": [{"role": "user", "content": "Who?"}]}\n')
+    errors = []
+    for streams in (True, False):
+        with pytest.raises(DataError) as raised:
+            prepare(Data(train=file.name, streaming=streams), tokenizer, tmp_path, cache=tmp_path / "cache")
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("rows.jsonl:131: the last turn (messages[0]) is user's; expected an assistant turn")
+
+
+def test_the_pass_is_made_once_for_the_same_contents(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, "rows.jsonl", ROWS)
+    data = Data(train=file.name, streaming=True)
+
+    def said() -> str:
+        prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+        return capsys.readouterr().err
+
+    assert "checking rows.jsonl, which will be read in blocks, 130 rows" in said()
+    assert said() == ""
+    file.touch()  # another time of change: the contents are read, the rows are not judged again
+    assert said() == ""
+    file.write_text(lines(ROWS[1:]))
+    assert "129 rows" in said()

@@ -66,10 +66,16 @@ class Inspection:
 
 def inspect(prepared: Prepared, data: Data, vocabulary: int) -> Inspection:
     """Looks at every example. `vocabulary` is the number of rows of the model's embedding."""
-    splits: dict[str, Columns | StreamColumns] = {}
-    for name, examples in prepared.examples.items():
-        is_streamed = isinstance(examples, RowStream)
-        splits[name] = StreamColumns.of(name, examples) if is_streamed else _columns(name, examples)
+    whole = {
+        name: _columns(name, examples)
+        for name, examples in prepared.examples.items()
+        if not isinstance(examples, RowStream)
+    }
+    splits: dict[str, Columns | StreamColumns] = {**whole}
+    if (stream := prepared.stream) is not None:
+        aside = whole["validation"] if len(stream.set_aside) else None
+        noted, places = (aside.notes, set(aside.examples["place"])) if aside else (Counter[str](), set[str]())
+        splits = {"train": StreamColumns.of(stream, noted, places), **splits}
     return Inspection(splits, _findings(prepared, data, vocabulary, splits))
 
 

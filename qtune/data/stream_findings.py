@@ -6,7 +6,7 @@ looking at some rows for what may be it and counting that in all of them.
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,15 +38,16 @@ class StreamColumns:
     stream: RowStream
 
     @classmethod
-    def of(cls, name: str, stream: RowStream) -> "StreamColumns":
-        """Notes are counted with the rows that are set aside."""
+    def of(cls, stream: RowStream, notes_aside: Counter[str], places_aside: Container[str]) -> "StreamColumns":
+        """Of the training rows. notes_aside, places_aside: of the rows that are set aside, which were counted with them."""
         notes: Counter[str] = Counter()
         places: dict[str, list[str]] = {}
         for index in stream.indexes:
             notes.update(index.notes)
             for note, listed in index.note_places.items():
-                places[note] = [*places.get(note, ()), *listed][:LISTED]
-        return cls(name, notes, places, stream)
+                ours = [place for place in listed if place not in places_aside]
+                places[note] = [*places.get(note, ()), *ours][:LISTED]
+        return cls("train", notes - notes_aside, places, stream)
 
     def __len__(self) -> int:
         return len(self.stream)

@@ -139,8 +139,6 @@ def _of_layers(recipe: Recipe) -> Iterator[Fault]:
 
 def _of_streaming(data: Data) -> Iterator[Fault]:
     """What needs all rows at once."""
-    if data.streaming is False and "shuffle_rows" in data.model_fields_set:
-        yield Fault(("data", "shuffle_rows"), "only streamed rows are shuffled so many at a time; remove the key")
     if data.streaming is not True:
         return
     if data.packing:
