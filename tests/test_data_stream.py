@@ -1,8 +1,10 @@
-"""Rows that are read from their files while they are trained on are the rows that would have been prepared as a whole."""
+"""Rows that are read while they are trained on are the rows that would have been prepared as a whole."""
 
 import gzip
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qtune.data import stream, stream_blocks, stream_findings
+from qtune.data.batches import StepSampler
 from qtune.data.figures import split_figures
 from qtune.data.files import data_files
 from qtune.data.inspection import inspect
@@ -20,7 +23,7 @@ from qtune.data.prepare import Prepared, prepare, survey
 from qtune.data.rows import BadRow, Row, read_rows
 from qtune.data.stream_blocks import BlockReader, blocks_of
 from qtune.data.stream_order import WindowSampler
-from qtune.errors import DataError
+from qtune.errors import DataError, WorkError
 from qtune.memory.longest import longest_of
 from qtune.recipe.schema import Data
 from qtune.run.lock import rows_hash
@@ -136,7 +139,8 @@ def test_what_is_found_in_a_stream_is_what_is_found_in_the_same_rows_as_a_whole(
     assert streamed.tokens == whole.tokens
     long, known = (longest_of(one, data) for one in (streamed, whole))
     assert long.longest == known.longest
-    assert long.data is not None and known.data is not None
+    assert long.data is not None
+    assert known.data is not None
     assert (long.data.rows, long.data.scored_share) == (known.data.rows, known.data.scored_share)
 
 
@@ -211,9 +215,12 @@ def test_a_file_that_was_changed_under_a_run_is_noticed_where_it_was_changed(
     written(tmp_path, name, changed)
     streamed.stream.close()
     first = 63 if name != "rows.parquet" else 68  # of the block that row 70 stands in
-    assert streamed.train[first - 1] == prepare(
-        Data(train=name, streaming=False, validation=0.0), tokenizer, tmp_path, cache=tmp_path / "cache"
-    ).train[first - 1]
+    assert (
+        streamed.train[first - 1]
+        == prepare(
+            Data(train=name, streaming=False, validation=0.0), tokenizer, tmp_path, cache=tmp_path / "cache"
+        ).train[first - 1]
+    )
     with pytest.raises(DataError) as raised:
         streamed.train[first]
     (problem,) = raised.value.problems
@@ -251,3 +258,88 @@ def test_the_pass_is_made_once_for_the_same_contents(
     assert said() == ""
     file.write_text(lines(ROWS[1:]))
     assert "129 rows" in said()
+
+
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    return 10 + (rows * 7919) % 31
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "window"), [(100, 8, 30), (100, 8, 100), (96, 8, 12), (37, 20, 7)])
+def test_every_window_is_shuffled_by_itself_and_every_row_comes_once(rows: int, batch_size: int, window: int) -> None:
+    sampler = WindowSampler(rows, lengths_of, batch_size, 3, window)
+    sampler.set_epoch(2)
+    order = np.array(list(sampler))
+    assert sorted(order) == list(range(rows))
+    assert len(sampler) == rows
+    steps = list(sampler.steps())
+    assert [len(step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    for place in random.Random(0).sample(range(len(steps)), len(steps)):  # whatever was asked for before
+        assert sampler.step(place).tolist() == steps[place]
+        assert sampler.place_of(steps[place][0]) == place
+        lengths = lengths_of(np.array(steps[place]))
+        assert (np.diff(lengths) <= 0).all()
+    # A step may mix two windows, and nothing comes from further away.
+    assert all(
+        abs(row // window - place * batch_size // window) <= 1 + batch_size // window
+        for place, step in enumerate(steps)
+        for row in step
+    )
+    if window > batch_size:  # else a step has the rows of all its windows in any epoch
+        sampler.set_epoch(0)
+        assert list(sampler) != order.tolist()
+
+
+@pytest.mark.parametrize("window", [41, 1000])
+def test_a_window_of_all_rows_is_the_order_of_rows_in_memory(window: int) -> None:
+    rows = np.arange(41)
+    for epoch in (0, 1, 5):
+        streamed = WindowSampler(41, lengths_of, 8, 7, window)
+        whole = StepSampler(lengths_of(rows), 8, 7)
+        streamed.set_epoch(epoch)
+        whole.set_epoch(epoch)
+        assert list(streamed) == list(whole)
+
+
+def test_without_a_window_rows_come_in_the_order_of_their_files() -> None:
+    sampler = WindowSampler(30, lengths_of, 4, 7, 0)
+    assert [sorted(step) for step in sampler.steps()] == [list(range(at, min(at + 4, 30))) for at in range(0, 30, 4)]
+    assert [sampler.place_of(row) for row in (0, 3, 4, 29)] == [0, 0, 1, 7]
+
+
+def test_a_process_beside_this_one_makes_the_same_blocks(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, "a.jsonl.gz", ROWS[:70])
+    written(tmp_path, "b.parquet", ROWS[70:])
+    monkeypatch.setattr(stream, "ROWS_WORTH_WORKERS", 1)
+    data = {"train": ("a.jsonl.gz", "b.parquet"), "shuffle_rows": 40}
+    whole, streamed = both(tmp_path, tokenizer, **data)
+    assert streamed.stream is not None
+    order = streamed.stream.order(6, 1)
+    try:
+        for _ in range(2):  # the second epoch begins at the first block again
+            for number in order:
+                assert streamed.train[number] == whole.train[number]
+        os.kill(next(iter(streamed.stream._pool._processes)), signal.SIGKILL)
+        with pytest.raises(WorkError, match=r"the process that reads rows ahead was ended from outside.*shuffle_rows"):
+            list(map(streamed.train.__getitem__, order))
+    finally:
+        streamed.stream.close()
+
+
+def test_no_more_than_two_windows_are_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    written(tmp_path, "rows.jsonl", ROWS)
+    _, streamed = both(tmp_path, tokenizer, train="rows.jsonl", shuffle_rows=20)
+    assert streamed.stream is not None
+    made: list[int] = []
+    keep = streamed.stream._keep
+
+    def noted(block: int, examples: object) -> None:
+        made.append(block)
+        keep(block, examples)
+
+    streamed.stream._keep = noted
+    for number in streamed.stream.order(6, 1):
+        streamed.train[number]
+        assert len(streamed.stream._blocks) <= 8  # twice what 20 rows and those that are set aside can stand in
+    assert sorted(made) == list(range(15))  # and each block was made once

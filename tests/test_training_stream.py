@@ -1,4 +1,4 @@
-"""Streamed rows teach what the same rows teach in memory, and a run goes on from any step as if it had never stopped."""
+"""Streamed rows teach what the same rows teach in memory, and a run goes on from any step as if it had not stopped."""
 
 import json
 import shutil

@@ -39,7 +39,7 @@ class StreamColumns:
 
     @classmethod
     def of(cls, stream: RowStream, notes_aside: Counter[str], places_aside: Container[str]) -> "StreamColumns":
-        """Of the training rows. notes_aside, places_aside: of the rows that are set aside, which were counted with them."""
+        """Of the training rows; notes_aside and places_aside are of those set aside, which were counted with them."""
         notes: Counter[str] = Counter()
         places: dict[str, list[str]] = {}
         for index in stream.indexes:
