@@ -2,12 +2,15 @@
 
 import errno
 import os
+import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from qtune.errors import InputError, Problem
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSED_DAYS = 30
 
 
 def cache_folder() -> Path:
@@ -22,6 +25,22 @@ def mark_used(path: Path) -> None:
     time: only its owner may set that."""
     with suppress(OSError):
         os.utime(path)
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
+    try:
+        kept = list(folder.iterdir())
+    except OSError:  # not there, or another user's
+        return
+    now = time.time()
+    for path in kept:
+        # Other processes use and remove these at the same time.
+        with suppress(OSError):
+            mark = path / "about.json" if path.is_dir() and not path.name.startswith(".") else path
+            days = (now - mark.stat().st_mtime) / 86400
+            if days > (1 if path.name.startswith(".unfinished-") else UNUSED_DAYS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def not_writable(folder: Path, error: OSError) -> InputError:

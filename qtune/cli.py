@@ -88,7 +88,7 @@ def _version(value: bool) -> None:
 
 def _agree(of: "RunDir | Resolved") -> None:
     """Remembers consent to the code that comes with the model of a run or a recipe."""
-    from qtune.model.load import base_folder
+    from qtune.model.local import base_folder
     from qtune.model.trust import grant_for
     from qtune.run.folder import RunDir
     from qtune.run.resolved import resolved_recipe

@@ -38,7 +38,7 @@ class Plan:
     learning_rate: float
     max_length: int
     embeddings: str
-    """"device" or "host", as is `activations`."""
+    """How they are kept: "device", "host", "int8" or "nf4"."""
     activations: str
     layers: str
     """"device", "host" or "disk": where the 4-bit layers wait."""

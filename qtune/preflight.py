@@ -33,10 +33,10 @@ from qtune.memory.longest import longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
-from qtune.model.host import keep_embeddings_on_host
+from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
-from qtune.model.load import attention_rule, base_folder, load_config, load_tokenizer, require_kernels
-from qtune.model.local import base_on_disk
+from qtune.model.load import attention_rule, load_config, load_tokenizer, require_kernels
+from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import (
     ParameterCount,
     count_parameters,
@@ -314,9 +314,8 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
         too_little = quantized_too_little(recipe.model.base, network, recipe.quantization)
         if too_little is not None:
             asked.refusals.append(ModelError(too_little))
-    if plan.embeddings == "host":
-        keep_embeddings_on_host(network, "meta")
     try:
+        store_embeddings(network, plan.embeddings, "meta")
         if plan.layers != "device":
             stream_layers(network, plan.layers, "meta")
         with torch.device("meta"):

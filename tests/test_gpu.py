@@ -16,6 +16,7 @@ import torch
 from qtune.errors import OutOfMemory
 from qtune.model.host import activations_on_host
 from qtune.model.loss import streamed_cross_entropy, tiled_cross_entropy
+from qtune.model.stored_rows import HostRows
 from qtune.recipe.file import load_recipe
 from qtune.recipe.shipped import find_recipe
 from qtune.run.folder import RunDir
@@ -118,7 +119,7 @@ def test_a_head_in_pinned_memory_scores_as_one_on_the_card():
     weight = torch.randn(5000, 256, dtype=torch.bfloat16).pin_memory()
     labels = torch.randint(0, 5000, (300,), device="cuda")
     results = []
-    for function, head in ((streamed_cross_entropy, weight), (tiled_cross_entropy, weight.cuda())):
+    for function, head in ((streamed_cross_entropy, HostRows(weight)), (tiled_cross_entropy, weight.cuda())):
         hidden.grad = None
         loss, correct = function(hidden, head, None, labels, tile_bytes=2**19)
         loss.backward()

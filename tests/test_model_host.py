@@ -23,11 +23,12 @@ from qtune.memory.predict import Longest, predict
 from qtune.memory.tracing import categories
 from qtune.memory.tracing.history import History
 from qtune.memory.tracing.ledger import LOSS_REGION
-from qtune.model import host as host_storage
-from qtune.model.host import activations_on_host, host_weight, keep_embeddings_on_host
+from qtune.model import stored_rows
+from qtune.model.host import activations_on_host, store_embeddings
 from qtune.model.load import load_base
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.model.quantization import count_parameters
+from qtune.model.stored_rows import host_weight
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Unquantized
@@ -60,7 +61,7 @@ ADAPTERS = {
 def adapted(family: str, adapter: str, *, on_host: bool):
     network = frozen(family)
     if on_host:
-        keep_embeddings_on_host(network, "cpu")
+        store_embeddings(network, "host", "cpu")
     recipe = recipe_with(adapter=ADAPTERS[adapter])
     torch.manual_seed(0)
     model = attach_adapter(network, recipe.adapter, make_plan(recipe, CPU))
@@ -91,18 +92,18 @@ def test_loss_and_gradients_are_those_of_weights_on_the_device(family: str, adap
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_answers_and_the_check_before_training_are_as_before(family: str, monkeypatch) -> None:
-    monkeypatch.setattr(host_storage, "BLOCK_BYTES", 7 * 32 * 4)  # 96 tokens in blocks of 7
+    monkeypatch.setattr(stored_rows, "BLOCK_BYTES", 7 * 32 * 4)  # 96 tokens in blocks of 7
     model = frozen(family).eval()
     ids, _ = some_batch()
     logits, answer = model(input_ids=ids).logits, model.generate(ids[:1], max_new_tokens=6, do_sample=False)
-    keep_embeddings_on_host(model, "cpu")
+    store_embeddings(model, "host", "cpu")
     torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(ids[:1], max_new_tokens=6, do_sample=False), answer)
     assert loss_agrees(model, ids[:1])
 
 
 def test_a_head_that_is_kept_whole_still_has_a_gradient_through_its_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(host_storage, "BLOCK_BYTES", 7 * 32 * 4)
+    monkeypatch.setattr(stored_rows, "BLOCK_BYTES", 7 * 32 * 4)
     gradients = []
     for on_host in (False, True):
         model = adapted("phi", "lora", on_host=on_host)
@@ -117,7 +118,7 @@ def test_what_stays_on_the_device_is_one_number(family: str) -> None:
     model = frozen(family)
     before = count_parameters(model)
     weights = model.get_input_embeddings().weight, model.lm_head.weight
-    keep_embeddings_on_host(model, "cpu")
+    store_embeddings(model, "host", "cpu")
     for module, weight in zip((model.get_input_embeddings(), model.lm_head), weights, strict=True):
         assert module.weight.untyped_storage().nbytes() == 4
         assert (module.weight.shape, module.weight.dtype) == (weight.shape, weight.dtype)
@@ -157,7 +158,7 @@ def test_a_card_never_holds_them_even_while_loading(tied: bool, quantization, tm
 
 def test_the_host_keeps_its_weights_when_a_model_is_moved() -> None:
     model = frozen("llama")
-    keep_embeddings_on_host(model, "cpu")
+    store_embeddings(model, "host", "cpu")
     model.to("meta")
     assert model.device.type == "meta"
     assert host_weight(model.lm_head).device.type == "cpu"
@@ -166,7 +167,7 @@ def test_the_host_keeps_its_weights_when_a_model_is_moved() -> None:
 def test_an_adapter_on_the_embeddings_is_refused() -> None:
     recipe = recipe_with(adapter={"kind": "lora", "target_modules": ["embed_tokens", "q_proj"]})
     network = frozen("llama")
-    keep_embeddings_on_host(network, "cpu")
+    store_embeddings(network, "host", "cpu")
     with pytest.raises(ModelError, match=r'memory.embeddings: the adapter trains embed_tokens, .* "device"'):
         attach_adapter(network, recipe.adapter, make_plan(recipe, CPU))
 

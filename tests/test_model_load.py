@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from qtune.adapter.attach import attach_adapter
 from qtune.device.present import Device
 from qtune.errors import ModelError
-from qtune.model.load import base_folder, load_base, load_config, load_tokenizer
+from qtune.model.load import load_base, load_config, load_tokenizer
+from qtune.model.local import base_folder
 from qtune.model.loss import install_loss
 from qtune.model.quantization import ParameterCount, count_parameters
 from qtune.plan import Plan, make_plan

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.model import loss as module
-from qtune.model.host import keep_embeddings_on_host
+from qtune.model.host import store_embeddings
 from qtune.model.loss import (
     IGNORED,
     LogitRule,
@@ -18,6 +18,7 @@ from qtune.model.loss import (
     streamed_cross_entropy,
     tiled_cross_entropy,
 )
+from qtune.model.stored_rows import HostRows
 
 ROWS, HIDDEN, VOCABULARY = 13, 6, 11
 RULES = {
@@ -35,7 +36,7 @@ def in_five_tiles(hidden, weight, bias, labels, rule: LogitRule):
 
 def in_four_blocks(hidden, weight, bias, labels, rule: LogitRule):
     """11 tokens of the vocabulary in blocks of 3, as a head in host memory comes: the last one is not full."""
-    return streamed_cross_entropy(hidden, weight, bias, labels, rule, tile_bytes=3 * 4 * ROWS)
+    return streamed_cross_entropy(hidden, HostRows(weight), bias, labels, rule, tile_bytes=3 * 4 * ROWS)
 
 
 def some_tensors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -94,7 +95,7 @@ def test_logits_far_apart_do_not_overflow_between_blocks() -> None:
     hidden = torch.tensor([[1.0], [-1.0]])
     weight = torch.tensor([[-500.0], [0.0], [500.0], [100.0]])
     labels = torch.tensor([2, 2])
-    ours = streamed_cross_entropy(hidden, weight, None, labels, tile_bytes=8)
+    ours = streamed_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=8)
     assert [float(part) for part in ours] == [1000.0, 1.0]
 
 
@@ -126,7 +127,8 @@ def test_16_bit_hidden_states_are_scored_in_fp32() -> None:
 def test_nothing_to_score_is_no_loss(function) -> None:
     hidden, weight, bias, _ = some_tensors()
     hidden = hidden[:0].requires_grad_()
-    value, correct = function(hidden, weight, bias, torch.zeros(0, dtype=torch.long))
+    head = HostRows(weight) if function is streamed_cross_entropy else weight
+    value, correct = function(hidden, head, bias, torch.zeros(0, dtype=torch.long))
     value.backward()
     assert (value.item(), int(correct), hidden.grad.shape) == (0.0, 0, (0, HIDDEN))
 
@@ -160,7 +162,7 @@ def test_no_tensor_is_larger_than_a_tile_of_logits() -> None:
     assert hidden.grad is not None
     assert seen.elements == 16 * vocabulary
     with LargestTensor() as seen:
-        streamed_cross_entropy(hidden, weight, None, labels, tile_bytes=20 * 4 * rows)[0].backward()
+        streamed_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=20 * 4 * rows)[0].backward()
     assert seen.elements == 20 * rows
     with LargestTensor() as seen:
         plain_cross_entropy(hidden, weight, None, labels, LogitRule())[0].backward()
@@ -296,7 +298,7 @@ def test_without_gradients_every_row_has_its_own_loss(way: str) -> None:
             for logits, of_row in zip([model(input_ids=row[None]).logits for row in ids], labels, strict=True)
         ]
         if way == "streamed":
-            keep_embeddings_on_host(model, "cpu")
+            store_embeddings(model, "host", "cpu")
         install_loss(model, tiled=way != "untiled", tile_bytes=5 * 4 * 96)
         output = model(input_ids=ids, labels=labels)
     torch.testing.assert_close(output.row_losses, torch.stack(by_hand))

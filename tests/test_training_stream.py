@@ -23,6 +23,8 @@ from qtune.run.lock import read_lock
 from qtune.training import train
 from qtune.tuned.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 TRAINING = (
     "epochs = 2\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1\n"
     "keep_checkpoints = 99\nsample_answers = 0\nrehearse = true"
@@ -67,7 +69,6 @@ def stopped_after(run_dir: RunDir, step: int) -> RunDir:
     return copy
 
 
-@pytest.mark.slow
 def test_a_streamed_run_goes_on_exactly_from_any_step_and_reads_nothing_that_is_past(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +91,6 @@ def test_a_streamed_run_goes_on_exactly_from_any_step_and_reads_nothing_that_is_
         assert read[0] >= 7 * first_window // 3
 
 
-@pytest.mark.slow
 def test_sigkill_does_not_change_what_is_learned_from_a_stream(write_recipe: WriteRecipe) -> None:
     training = "steps = 12\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1"
     recipe = write_recipe(training=f"{training}\nsample_answers = 0", data=WINDOWS)

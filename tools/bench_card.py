@@ -44,7 +44,7 @@ from qtune.device.present import present_device
 from qtune.kernels import comparison, ops
 from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
-from qtune.model.host import keep_embeddings_on_host
+from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
 from qtune.model.load import quantization_config
 from qtune.plan import Plan, make_plan
@@ -204,7 +204,7 @@ def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
                     module._parameters[name] = torch.nn.Parameter(made, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if plan.embeddings == "host":
-        keep_embeddings_on_host(model, device)
+        store_embeddings(model, "host", device)
     if plan.layers != "device":
         stream_layers(model, plan.layers, device)
     return attach_adapter(model, recipe.adapter, plan)

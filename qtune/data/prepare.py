@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.cache import cache_folder
+from qtune.cache import cache_folder, remove_unused
 from qtune.data.batches import StepSampler
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
@@ -25,7 +25,7 @@ from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
-from qtune.data.store import Stored, open_store, remove_unused, store_key
+from qtune.data.store import Stored, open_store, store_key
 from qtune.data.stream import MOST_LENGTHS, RowStream
 from qtune.data.stream_choice import WHOLE, Choice, choose_streaming
 from qtune.data.stream_index import Index, Seen, index_key, make_index, open_index

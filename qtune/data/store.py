@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +27,6 @@ from qtune.whole import rename_unless_there
 VERSION = 7
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
-UNUSED_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -115,22 +113,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise not_writable(path.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_unused(cache: Path) -> None:
-    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
-    try:
-        kept = list(cache.iterdir())
-    except OSError:  # not there, or another user's
-        return
-    now = time.time()
-    for path in kept:
-        # Other processes use and remove these at the same time.
-        with suppress(OSError):
-            mark = path / "about.json" if path.is_dir() and not path.name.startswith(".") else path
-            days = (now - mark.stat().st_mtime) / 86400
-            if days > (1 if path.name.startswith(".unfinished-") else UNUSED_DAYS):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def kept_table(file: Path, rows: int) -> Dataset | None:

@@ -24,7 +24,7 @@ from qtune.memory.tracing.reserved import BEFORE_QUANTIZATION
 from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.tracing.work import rows_of
-from qtune.model.host import keep_embeddings_on_host
+from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
 from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
@@ -95,7 +95,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
     device = plan.device
     parts = {
         "config": config.to_json_string(use_diff=False),
-        "quantization": recipe.quantization.model_dump(exclude={"minimum_share"}),
+        "quantization": recipe.quantization.model_dump(exclude={"minimum_share", "keep_copy"}),
         "adapter": recipe.adapter.model_dump(exclude={"alpha", "text"}),
         "clip": recipe.training.max_gradient_norm,
         "plan": [
@@ -114,8 +114,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     # PyTorch's own kernel keeps what the package's keeps: the output and the log-sum-exp of each row.
     attention = "sdpa" if plan.attention.startswith("flash") else plan.attention
     network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), attention)
-    if plan.embeddings == "host":
-        keep_embeddings_on_host(network, "meta")
+    store_embeddings(network, plan.embeddings, "meta")
     if plan.layers != "device":
         stream_layers(network, plan.layers, "meta")
     with torch.device("meta"):  # nothing to initialise: only the shapes matter

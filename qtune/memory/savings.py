@@ -208,6 +208,9 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
             "embeddings and head on the card",
             changed(recipe, {("memory", "embeddings"): "device"}),
         )
+    if plan.embeddings in ("int8", "nf4"):
+        plain = changed(recipe, {("memory", "embeddings"): "device"})
+        yield f"{plan.embeddings} embeddings", f"embeddings and head in {plan.compute_dtype}", plain
     if plan.layers != "device":
         yield f"layers on the {plan.layers}", "they stay on the card", changed(recipe, {LAYERS: "device"})
     if plan.activations == "host":

@@ -1,8 +1,9 @@
-"""What a card can do without between uses, kept in host memory: the embedding table, the LM head, saved activations.
+"""What a card can do without between uses: the embedding table and the LM head, kept in host memory or compressed, and
+saved activations, kept in host memory.
 
-Nothing is computed otherwise than on the card: rows are looked up on the host and sent over, the head comes over in
-blocks of vocabulary rows, and a saved activation comes back as the bits that left. Only the sums over blocks of the
-head are taken in another order. Where the host is the device (no card), the same path runs with plain copies.
+From the host nothing is computed otherwise than on the card: rows are looked up there and sent over, the head comes
+over in blocks of vocabulary rows, and a saved activation comes back as the bits that left. Only the sums over blocks of
+the head are taken in another order. Where the host is the device (no card), the same path runs with plain copies.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtune.errors import ModelError, Problem
+from qtune.model.stored_rows import CompressedRows, HostRows, StoredRows, host_weight, on_card, row_blocks, stored_rows
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-BLOCK_BYTES = 64 * MIB
-"""Weights of the head that cross the bus at once outside the loss, which goes by its own tile."""
 
 SMALLEST_BYTES = MIB
 """Saved tensors below this stay on the card: copying them takes longer than they are worth."""
@@ -34,7 +33,7 @@ SMALLEST_BYTES = MIB
 # --- embeddings and head -------------------------------------------------------------------------------------------
 
 
-def modules_for_the_host(model: PreTrainedModel) -> list[Any]:
+def frozen_tables(model: PreTrainedModel) -> list[Any]:
     """The input embeddings and the LM head. A head that is no plain linear layer, a quantized one for example, stays on
     the card, and embeddings that are tied to such a one stay with it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -44,62 +43,69 @@ def modules_for_the_host(model: PreTrainedModel) -> list[Any]:
     return [] if tied else [embedding]
 
 
-def keep_embeddings_on_host(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Keeps the embeddings and the head of a frozen model in host memory, pinned where `device` is a card.
+def store_embeddings(model: PreTrainedModel, how: str, device: str | torch.device) -> None:
+    """Keeps the embeddings and the head of a frozen model as [memory] embeddings says.
 
-    They may have been loaded there or on the device. Tied weights stay one tensor. In the modules' place on the device
+    how: "device": as they are; "host": in host memory, pinned where `device` is a card; "int8", "nf4": compressed.
+
+    They may have been loaded to the host or to the device. Tied weights stay one. In the modules' place on the device
     stands a parameter of the same shape and dtype without the memory: one NaN, seen as [vocab, hidden]. Libraries find
     the embeddings by that shape (peft), read the model's device and dtype from it, and whoever multiplied with it would
     notice at once.
+
+    Raises:
+        ModelError: the rows cannot be compressed in whole blocks.
     """
+    if how == "device":
+        return
     device = torch.device(device)
-    is_card = device.type == "cuda"
-    moved: dict[int, tuple[Tensor, nn.Parameter]] = {}
-    for module in modules_for_the_host(model):
+    stored: dict[int, tuple[StoredRows, nn.Parameter]] = {}
+    for module in frozen_tables(model):
         weight = module.weight
-        if id(weight) not in moved:
-            host = weight.detach().to("cpu") if is_card else weight.detach()
+        if id(weight) not in stored:
+            rows = _on_host(weight, device) if how == "host" else CompressedRows(weight, how, device)
             stand_in = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
-            moved[id(weight)] = host.pin_memory() if is_card else host, nn.Parameter(stand_in, requires_grad=False)
+            stored[id(weight)] = rows, nn.Parameter(stand_in, requires_grad=False)
         # Not a buffer: `Module.to` must leave it where it is.
-        module.host_weight, module.weight = moved[id(weight)]
+        module.stored_rows, module.weight = stored[id(weight)]
         module.to(device)  # a bias, a scale
         is_head = isinstance(module, nn.Linear)
         module.forward = types.MethodType(_multiply_in_blocks if is_head else _look_up, module)
         if not is_head:
             # The look-up puts other rows under the module's own forward, where a pad's number means nothing.
             module.padding_idx = None
-    if is_card:
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # what was loaded to the card is gone, and its space should be anyone's
 
 
-def host_weight(module: Any) -> Tensor | None:
-    """The weight [vocab, hidden] that a module keeps in host memory; None for any other module."""
-    weight = getattr(module, "host_weight", None)
-    return weight if isinstance(weight, Tensor) else None
+def _on_host(weight: Tensor, device: torch.device) -> HostRows:
+    is_card = device.type == "cuda"
+    host = weight.detach().to("cpu") if is_card else weight.detach()
+    return HostRows(host.pin_memory() if is_card else host)
 
 
 def refuse_trained_embeddings(model: PeftModel) -> None:
-    """Host storage is for what is frozen.
+    """Other storage is for what is frozen.
 
     Raises:
-        ModelError: the adapter trains the embeddings or the head, and they are in host memory.
+        ModelError: the adapter trains the embeddings or the head, and they are in host memory or compressed.
     """
-    kept = {module for module in model.modules() if host_weight(module) is not None}
+    kept = {module for module in model.modules() if stored_rows(module) is not None}
     for name, module in model.named_modules():
-        if getattr(module, "base_layer", None) in kept:
+        if (base := getattr(module, "base_layer", None)) in kept:
+            where = "keeps in host memory" if host_weight(base) is not None else "compresses"
             reason = (
-                f"the adapter trains {name.rpartition('.')[2]}, which [memory] embeddings keeps in host memory, where "
+                f"the adapter trains {name.rpartition('.')[2]}, which [memory] embeddings {where}, where "
                 'nothing is trained; use embeddings = "device", or take it out of adapter.target_modules'
             )
             raise ModelError(Problem("memory.embeddings", reason))
 
 
 def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
-    """[batch, length] ids -> [batch, length, hidden] on the ids' device. Waits for the card, to see the ids."""
-    host = host_weight(self)
-    assert host is not None
-    rows = functional.embedding(ids.to(host.device), host).to(ids.device)
+    """[batch, length] ids -> [batch, length, hidden] on the ids' device."""
+    stored = stored_rows(self)
+    assert stored is not None
+    rows = stored.look_up(ids)
     if type(self) is nn.Embedding:
         return rows
     # A family's own embedding does more than look up (Gemma scales): its forward runs on the rows that were found.
@@ -112,51 +118,35 @@ def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
         self._parameters["weight"] = stand_in
 
 
-def on_card(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor on the device, also where the host is the device.
-
-    From pinned memory the copy does not block: what uses it waits in the same stream, and nobody writes to `host`
-    (PyTorch's tutorial on pin_memory and non_blocking, "Host to device").
-    """
-    return host.to(device, non_blocking=True, copy=True)
-
-
 def _multiply_in_blocks(self: nn.Linear, hidden: Tensor) -> Tensor:
     """[..., hidden] -> logits [..., vocab]."""
-    weight = host_weight(self)
-    assert weight is not None
-    logits: Tensor = _StreamedLinear.apply(hidden, weight)
+    rows = stored_rows(self)
+    assert rows is not None
+    logits: Tensor = _StreamedLinear.apply(hidden, rows)
     return logits if self.bias is None else logits + self.bias
 
 
 class _StreamedLinear(torch.autograd.Function):
-    """hidden @ weight.T for a weight in host memory, which crosses the bus once forward and once backward."""
+    """hidden @ rows.T for rows that come in blocks, once forward and once backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight, ctx.dtype = weight, hidden.dtype
-        low = hidden.to(weight.dtype)
-        logits = low.new_empty(*hidden.shape[:-1], weight.shape[0])
-        for start, stop in blocks(weight, BLOCK_BYTES):
-            logits[..., start:stop] = functional.linear(low, on_card(weight[start:stop], hidden.device))
+    def forward(ctx: Any, hidden: Tensor, rows: StoredRows) -> Tensor:
+        ctx.rows, ctx.dtype = rows, hidden.dtype
+        low = hidden.to(rows.dtype)
+        logits = low.new_empty(*hidden.shape[:-1], rows.shape[0])
+        for start, stop in row_blocks(rows):
+            logits[..., start:stop] = functional.linear(low, rows.block(start, stop, hidden.device))
         return logits
 
     @staticmethod
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.weight
-        low = grad_logits.to(weight.dtype)
-        grad = torch.zeros(*low.shape[:-1], weight.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32),
+        rows = ctx.rows
+        low = grad_logits.to(rows.dtype)
+        grad = torch.zeros(*low.shape[:-1], rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32),
                            device=low.device)  # fmt: skip
-        for start, stop in blocks(weight, BLOCK_BYTES):
-            grad += low[..., start:stop] @ on_card(weight[start:stop], low.device)
+        for start, stop in row_blocks(rows):
+            grad += low[..., start:stop] @ rows.block(start, stop, low.device)
         return grad.to(ctx.dtype), None
-
-
-def blocks(weight: Tensor, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of blocks of rows of at most so many bytes, at least one row each."""
-    rows = max(1, block_bytes // (weight.shape[1] * weight.element_size()))
-    for start in range(0, weight.shape[0], rows):
-        yield start, min(start + rows, weight.shape[0])
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

@@ -22,36 +22,20 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, first_line
-from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.config import read_config
 from qtune.model.folder import refuse_other_folders, refuse_pointers
-from qtune.model.from_gguf import gguf_folder
-from qtune.model.host import keep_embeddings_on_host, modules_for_the_host
+from qtune.model.host import frozen_tables, store_embeddings
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
+from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
+from qtune.model.quantized_copy import copy_of
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
 from qtune.recipe.schema import FourBit, Model, Quantization
 from qtune.sizes import gib_text
 from qtune.startup.safe_bitsandbytes import require_right_kernels
-
-
-def base_folder(model: Model) -> str:
-    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
-
-    Raises:
-        ModelError: a built-in model or a GGUF file cannot be had.
-    """
-    if model.base.startswith(PREFIX):
-        return str(builtin_folder(model.base.removeprefix(PREFIX)))
-    path = Path(model.base).expanduser()
-    if path.suffix == ".gguf":
-        return str(gguf_folder(path))
-    if path.is_file() and path.name == "config.json":
-        return str(path.parent)
-    return str(path) if path.is_dir() else model.base
 
 
 def load_config(model: Model) -> PretrainedConfig:
@@ -157,30 +141,30 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     places = {"": plan.device.torch_name}
     if plan.layers != "device":
         places = {"": "cpu"}  # quantized there: the card may be smaller than the layers
-    elif plan.embeddings == "host" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
+    elif plan.embeddings != "device" and plan.device.kind == "cuda" and not (stored or model.trust_remote_code):
         places |= dict.fromkeys(embedding_names(config), "cpu")
         if ours is not None:
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
+    options = {"dtype": dtype, "attn_implementation": plan.attention}
+    copied = None
+    if ours is not None and not model.trust_remote_code:
+        copied = copy_of(model.base, base_on_disk(model), quantization, plan, config)
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
-            network = load_weights(
-                base_folder(model),
-                config,
-                dtype,
-                attn_implementation=plan.attention,
-                device_map=places,
+            network = copied.load(places, **options) if copied is not None else None
+            if network is None:
                 # Even a None would hide the quantization that a checkpoint brings along.
-                **({"quantization_config": ours} if ours else {}),
-                **_where(model),
-            )
+                options |= {"quantization_config": ours} if ours else {}
+                network = load_weights(base_folder(model), config, device_map=places, **options, **_where(model))
+                if copied is not None:
+                    copied.keep(network)
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
     if not stored and (problem := quantized_too_little(model.base, network, quantization)):
         raise ModelError(problem)
-    if plan.embeddings == "host":
-        keep_embeddings_on_host(network, plan.device.torch_name)
+    store_embeddings(network, plan.embeddings, plan.device.torch_name)
     if plan.layers != "device":
         _stream(model, network, plan)
     return network
@@ -197,11 +181,11 @@ def _stream(model: Model, network: PreTrainedModel, plan: Plan) -> None:
 
 
 def embedding_names(config: PretrainedConfig) -> list[str]:
-    """Names of the modules that `keep_embeddings_on_host` moves, in the model of this configuration."""
+    """Names of the modules that `store_embeddings` takes, in the model of this configuration."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    moved = modules_for_the_host(model)
-    return [name for name, module in model.named_modules() if module in moved]
+    taken = frozen_tables(model)
+    return [name for name, module in model.named_modules() if module in taken]
 
 
 @contextmanager

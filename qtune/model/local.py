@@ -6,14 +6,31 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qtune.errors import ModelError, Problem, first_line
+from qtune.model.builtin import PREFIX, builtin_folder
 from qtune.model.checkpoint import weight_files
+from qtune.model.from_gguf import gguf_folder
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
-from qtune.model.load import base_folder
 from qtune.model.trust import trusted_revision
 from qtune.recipe.schema import Model
 
 # What a merge or a loader may need from the hub; weights in other formats stay there.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def base_folder(model: Model) -> str:
+    """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
+
+    Raises:
+        ModelError: a built-in model or a GGUF file cannot be had.
+    """
+    if model.base.startswith(PREFIX):
+        return str(builtin_folder(model.base.removeprefix(PREFIX)))
+    path = Path(model.base).expanduser()
+    if path.suffix == ".gguf":
+        return str(gguf_folder(path))
+    if path.is_file() and path.name == "config.json":
+        return str(path.parent)
+    return str(path) if path.is_dir() else model.base
 
 
 def base_on_disk(model: Model) -> Path | None:

@@ -4,8 +4,8 @@ The head is applied in tiles of rows, and each tile's gradient is computed at on
 nothing of size [labelled, vocab] is kept and nothing is computed twice. The idea of fusing head and loss is that of
 Cut Your Losses (arXiv:2411.09009, section 4) and Liger Kernel (arXiv:2410.10989, section 3.2).
 
-A head in host memory is applied in blocks of vocabulary rows instead, so that each row crosses the bus twice for a
-micro-batch and not once for each tile of rows.
+A head in host memory, or a compressed one, is applied in blocks of vocabulary rows instead, so that each row crosses
+the bus, or is read back, twice for a micro-batch and not once for each tile of rows.
 """
 
 import functools
@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.data.masks import IGNORED
-from qtune.model.host import host_weight, on_card
+from qtune.model.stored_rows import StoredRows, stored_rows
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 class _StreamedCrossEntropy(torch.autograd.Function):
-    """As `_TiledCrossEntropy`, for a frozen head in host memory; tiles are [n, rows of the vocabulary].
+    """As `_TiledCrossEntropy`, for a frozen head that is stored otherwise; tiles are [n, rows of the vocabulary].
 
     A first pass over the vocabulary finds each position's normalizer (Milakov & Gimelshein, arXiv:1805.02867: the
     running maximum and the sum relative to it), its label's logit and its likeliest token; a second one the gradient.
@@ -144,21 +144,21 @@ class _StreamedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        head: StoredRows,
         bias: Tensor | None,
         labels: Tensor,
         rule: LogitRule,
         tile_bytes: int,
         is_measuring: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        vocabulary, width = weight.shape
+        vocabulary = head.shape[0]
         # Neither the block of weights nor its fp32 logits are larger than a tile.
-        rows = max(1, tile_bytes // max(4 * hidden.shape[0], width * weight.element_size()))
+        rows = max(1, tile_bytes // max(4 * hidden.shape[0], head.row_bytes()))
         exact = torch.promote_types(hidden.dtype, torch.float32)
         pieces = [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
         running = _Running.start(hidden.shape[0], exact, hidden.device)
         for piece in pieces:
-            block = on_card(weight[piece], hidden.device)
+            block = head.block(piece.start, piece.stop, hidden.device)
             logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
             del block  # or the next one would come beside it
             _apply_rule(logits, rule, want_slope=False)
@@ -172,9 +172,9 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0] and not is_measuring:
             grad = torch.zeros_like(hidden, dtype=exact)
             for piece in pieces:
-                block = on_card(weight[piece], hidden.device)
+                block = head.block(piece.start, piece.stop, hidden.device)
                 logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
-                grad += _slope(logits, normalizer, labels, piece, rule).to(weight.dtype) @ block
+                grad += _slope(logits, normalizer, labels, piece, rule).to(head.dtype) @ block
                 del block, logits
             grad_hidden = grad.to(hidden.dtype)
         if not is_measuring:
@@ -273,18 +273,18 @@ def tiled_cross_entropy(
 
 def streamed_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: StoredRows,
     bias: Tensor | None,
     labels: Tensor,
     rule: LogitRule = LogitRule(),
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """`tiled_cross_entropy` for a frozen head in host memory, which comes to `hidden`'s device block by block.
+    """`tiled_cross_entropy` for a frozen head that is stored otherwise, and comes to `hidden`'s device block by block.
 
     Memory there above the inputs: a block of the head, its logits in fp32 and in the head's dtype, and a gradient like
     `hidden` in fp32.
     """
-    loss, correct, _ = _StreamedCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes, False)
+    loss, correct, _ = _StreamedCrossEntropy.apply(hidden, head, bias, labels, rule, tile_bytes, False)
     return loss, correct
 
 
@@ -315,9 +315,9 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int 
         head = self.get_output_embeddings()
         # Under autocast the head would be cast to 16 bits; without it a 16-bit head decides the products' dtype.
         hidden = hidden.to(head.weight.dtype)
-        streamed, is_measuring = host_weight(head), not torch.is_grad_enabled()
-        function = _TiledCrossEntropy if streamed is None else _StreamedCrossEntropy
-        weight = head.weight if streamed is None else streamed
+        rows, is_measuring = stored_rows(head), not torch.is_grad_enabled()
+        function = _TiledCrossEntropy if rows is None else _StreamedCrossEntropy
+        weight = head.weight if rows is None else rows
         loss, correct, losses = function.apply(hidden, weight, head.bias, targets, rule, tile_bytes, is_measuring)
         return ScoredOutput(loss, correct, len(targets), *_by_row(losses, positions, labels))
 

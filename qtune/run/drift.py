@@ -16,8 +16,7 @@ from qtune.data.sources import find_sources
 from qtune.device.present import Device
 from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
-from qtune.model.load import base_folder
-from qtune.model.local import base_on_disk, local_base
+from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.recipe.schema import Model, Recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import (

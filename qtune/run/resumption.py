@@ -31,6 +31,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     ("memory", "activations"),
     ("memory", "layers"),
     ("memory", "loss_tile"),
+    ("quantization", "keep_copy"),
     # When something is measured, said or saved between two steps.
     ("training", "log_every"),
     ("training", "eval_every"),

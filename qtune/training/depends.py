@@ -6,7 +6,8 @@ from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.contents import Contents
-from qtune.model.load import base_folder, load_config, load_tokenizer
+from qtune.model.load import load_config, load_tokenizer
+from qtune.model.local import base_folder
 from qtune.run.drift import (
     BASE,
     Drift,

@@ -15,7 +15,8 @@ from qtune.data.conversation import Conversation, RowError, shown
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem, RunError
-from qtune.model.load import base_folder, load_plain, load_tokenizer
+from qtune.model.load import load_plain, load_tokenizer
+from qtune.model.local import base_folder
 from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model

@@ -25,8 +25,8 @@ from qtune.memory.tracing.categories import (
     WORKSPACE,
 )  # fmt: skip
 from qtune.memory.tracing.ledger import LOSS_REGION
-from qtune.model.host import host_weight
 from qtune.model.layer_stream import is_streamed, stream_of
+from qtune.model.stored_rows import HostRows, stored_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -103,9 +103,11 @@ def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tu
         yield from _streamed_tensors(stream, cuda=cuda)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
-        if (host := host_weight(module)) is not None:
-            is_apart = cuda or host.device.type != module.weight.device.type
-            yield host, HOST if is_apart else HEAD if module is head else EMBEDDINGS
+        if (rows := stored_rows(module)) is not None:
+            is_host = isinstance(rows, HostRows)
+            for tensor in rows.tensors():
+                is_apart = is_host and (cuda or tensor.device.type != module.weight.device.type)
+                yield tensor, HOST if is_apart else HEAD if module is head else EMBEDDINGS
 
 
 def _streamed_tensors(stream: LayerStream, *, cuda: bool) -> Iterator[tuple[torch.Tensor, str]]:

@@ -19,9 +19,9 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem, first_line
-from qtune.model.host import host_weight
 from qtune.model.kept_precision import kept_in_fp32
 from qtune.model.layer_stream import stream_of
+from qtune.model.stored_rows import stored_rows
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -170,8 +170,8 @@ def give_storage(model: torch.nn.Module, mode: RememberingMode) -> None:
                     slots[name] = fake(tensor)  # type: ignore[assignment]
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.quant_state = module.weight.quant_state
-        if (weight := host_weight(module)) is not None:
-            module.host_weight = fake(weight)
+        if (rows := stored_rows(module)) is not None and rows.tensors()[0].device.type == "meta":
+            rows.through(fake)  # once for tied weights, which share it
     if (stream := stream_of(model)) is not None:
         stream.through(fake)
     prompt_tokens: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})
