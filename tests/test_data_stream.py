@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qtune.data import stream, stream_blocks, stream_findings
+from qtune.data import encoding, stream, stream_blocks, stream_findings
 from qtune.data.batches import StepSampler
 from qtune.data.figures import split_figures
 from qtune.data.files import data_files
@@ -258,6 +259,60 @@ def test_the_pass_is_made_once_for_the_same_contents(
     assert said() == ""
     file.write_text(lines(ROWS[1:]))
     assert "129 rows" in said()
+
+
+@pytest.mark.parametrize("name", ["figures.bin", "blocks.npy", "about.json"])
+def test_an_index_that_is_damaged_is_made_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    written(tmp_path, "rows.jsonl", ROWS)
+    data = Data(train="rows.jsonl", streaming=True, validation=0.0)
+    first = rows_hash(prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache"))
+    (damaged,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    again = prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+    assert "checking rows.jsonl" in capsys.readouterr().err
+    assert rows_hash(again) == first
+
+
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python, NumPy and Arrow hold at most, in the pass and in an epoch after it."""
+    # What is read ahead to find out whether workers pay is bounded as well, here by 20 rows; and one core has none.
+    monkeypatch.setattr(encoding, "ROWS_WORTH_WORKERS", 20)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    arrow: list[int] = []
+    keep = stream.RowStream._keep
+
+    def noted(self: stream.RowStream, block: int, examples: pa.RecordBatch) -> None:
+        keep(self, block, examples)
+        arrow.append(pa.total_allocated_bytes())
+
+    monkeypatch.setattr(stream.RowStream, "_keep", noted)
+    peaks, tokens = [], []
+    for rows in (120, 480):  # two windows of 18 rows stand in at most eight blocks of nine
+        file = tmp_path / f"{rows}.jsonl"
+        file.write_text(lines([{"text": f"{number} " + "a book " * 60} for number in range(rows)]))
+        arrow.clear()
+        tracemalloc.start()
+        streamed = survey(
+            Data(train=file.name, streaming=True, shuffle_rows=18, validation=0.0, max_length=2048),
+            tokenizer,
+            tmp_path,
+            cache=tmp_path / "cache",
+        )
+        for number in streamed.sampler(4, 1):
+            streamed.train[number]
+        assert len(streamed.train) == rows
+        peaks.append(tracemalloc.get_traced_memory()[1] + max(arrow) - min(arrow))
+        tracemalloc.stop()
+        tokens.append(streamed.tokens)
+    # Ids and labels alone of the other 360 rows would take eight bytes a token.
+    assert peaks[1] - peaks[0] < 0.1 * 8 * (tokens[1] - tokens[0])
 
 
 def lengths_of(rows: np.ndarray) -> np.ndarray:

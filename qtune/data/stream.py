@@ -36,6 +36,8 @@ from qtune.errors import WorkError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
+BYTES_PER_TOKEN = 8
+"""An id and a label, four bytes each."""
 MOST_LENGTHS = 1 << 20
 """Rows whose lengths stand for those of all where only their distribution matters."""
 FIGURES_AT_ONCE = 1 << 20
@@ -102,6 +104,13 @@ class RowStream(Dataset[dict[str, list[int]]]):
         for first in range(0, len(self), FIGURES_AT_ONCE):
             rows = np.arange(first, min(first + FIGURES_AT_ONCE, len(self)))
             yield first, {name: self.figures(name, rows) for name in names}
+
+    @property
+    def window_bytes(self) -> int:
+        """Ids and labels of the windows that are in memory: the one at hand, the one before, the one that comes."""
+        rows = min(len(self), 3 * max(self.window, 1))
+        mean = float(self.figures("length", self.some(MOST_LENGTHS)).mean())
+        return round(rows * mean * BYTES_PER_TOKEN)
 
     def some(self, count: int) -> np.ndarray:
         """At most `count` row numbers, spread evenly over all of them."""

@@ -52,6 +52,7 @@ BLOCKS = np.dtype(
         ("digest", "u1", (16,)),
     ]
 )
+FILES = ("figures.bin", "blocks.npy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +101,10 @@ def open_index(folder: Path, source: Source, rules: RowRules) -> Index | None:
     """What an earlier pass has left; None where there is nothing, or nothing whole, which is then removed."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if any(_digest(folder / name) != about["digests"][name] for name in FILES):
+            raise ValueError("blocks or figures are not what was written")
         blocks = np.load(folder / "blocks.npy", mmap_mode="r")
         figures = _figures(folder / "figures.bin")
-        if len(figures) != about["examples"] or int(blocks["examples"].sum()) != len(figures):
-            raise ValueError("the figures were cut off, as by a power cut")
         index = Index(
             source,
             rules,
@@ -121,6 +122,11 @@ def open_index(folder: Path, source: Source, rules: RowRules) -> Index | None:
         return None
     mark_used(folder / "about.json")
     return index
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def _figures(file: Path) -> np.ndarray:
@@ -145,7 +151,8 @@ def make_index(
                 blocks.append(_entry(file, block, batch.examples.num_rows))
                 examples += batch.examples.num_rows
         np.save(temporary / "blocks.npy", np.array(blocks, BLOCKS))
-        about = {"examples": examples, **tally.to_json(), **notes.to_json()}
+        digests = {name: _digest(temporary / name) for name in FILES}
+        about = {"digests": digests, **tally.to_json(), **notes.to_json()}
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
     index = open_index(folder, source, rules)
     if index is None:
