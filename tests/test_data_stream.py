@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qtune.data import encoding, stream, stream_blocks, stream_findings
+from qtune.data import encoding, stream, stream_blocks, stream_findings, stream_index
 from qtune.data.batches import StepSampler
 from qtune.data.figures import split_figures
-from qtune.data.files import data_files
+from qtune.data.files import DataFile, data_files
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare, survey
 from qtune.data.rows import BadRow, Row, read_rows
@@ -259,6 +260,34 @@ def test_the_pass_is_made_once_for_the_same_contents(
     assert said() == ""
     file.write_text(lines(ROWS[1:]))
     assert "129 rows" in said()
+
+
+def test_a_pass_that_is_stopped_has_done_with_the_files_before(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number, rows in enumerate((ROWS[:50], ROWS[50:90], ROWS[90:])):
+        written(tmp_path, f"{number}.jsonl", rows)
+    original = stream_index.blocks_of
+
+    def stopped(file: DataFile, *more: Any) -> Iterator[Any]:
+        yield from original(file, *more)
+        if file.name == "1.jsonl":
+            raise KeyboardInterrupt
+
+    data = Data(train="*.jsonl", streaming=True, validation=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_index, "blocks_of", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            survey(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+    capsys.readouterr()
+    prepared = survey(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+    said = capsys.readouterr().err
+    assert [name in said for name in ("0.jsonl", "1.jsonl", "2.jsonl")] == [False, True, True]
+    assert [(source.name, source.stored.rows) for source in prepared.sources] == [("*.jsonl", 130)]
+    assert len(prepared.train) == 130
 
 
 @pytest.mark.parametrize("name", ["figures.bin", "blocks.npy", "about.json"])

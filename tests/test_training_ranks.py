@@ -115,12 +115,14 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, messages
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    ("kind", "data"), [("lora", ""), ("p-tuning", ""), ("prompt-tuning", "streaming = true  # all rows in one window")]
+)
 def test_two_processes_train_the_adapter_of_one(
-    kind: str, run_of_one: RunOfOne, write_recipe: WriteRecipe, tmp_path: Path
+    kind: str, data: str, run_of_one: RunOfOne, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     alone = run_of_one(kind)
-    recipe = write_recipe(adapter=ADAPTERS[kind], training=TRAINING)
+    recipe = write_recipe(adapter=ADAPTERS[kind], training=TRAINING, data=data)
     two = run_qtune("run", recipe, "--set", "output.name=two", "--processes", "2")
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == str(tmp_path / "runs" / "two"), "one of them speaks"

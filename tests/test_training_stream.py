@@ -38,9 +38,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_blocks, "BATCH_ROWS", 3)
 
 
-def test_rows_that_are_shuffled_all_together_train_what_they_train_in_memory(write_recipe: WriteRecipe) -> None:
-    whole = run(write_recipe(training=TRAINING))
-    streamed = run(write_recipe(training=TRAINING, data="streaming = true"), "output.name=streamed")
+@pytest.mark.parametrize(
+    "adapter",
+    ['kind = "lora"\nrank = 4', 'kind = "prompt-tuning"\nvirtual_tokens = 4\nresidual = true\ninitialization = "rows"'],
+)
+def test_rows_that_are_shuffled_all_together_train_what_they_train_in_memory(
+    write_recipe: WriteRecipe, adapter: str
+) -> None:
+    whole = run(write_recipe(training=TRAINING, adapter=adapter))
+    streamed = run(write_recipe(training=TRAINING, adapter=adapter, data="streaming = true"), "output.name=streamed")
     assert_same_run(streamed, whole)
 
 

@@ -6,7 +6,7 @@ packing are choices of rows and cost nothing. Rows that the disk cannot keep are
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from qtune.data.batches import StepSampler
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
+from qtune.data.files import DataFile
 from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_name
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
-from qtune.data.store import Stored, open_store, store_key
+from qtune.data.store import Stored, open_store, store_key, together
 from qtune.data.stream import MOST_LENGTHS, RowStream
 from qtune.data.stream_choice import WHOLE, Choice, choose_streaming
-from qtune.data.stream_index import Index, Seen, index_key, make_index, open_index
+from qtune.data.stream_index import Index, index_key, make_index, open_index
 from qtune.data.stream_order import WindowSampler
+from qtune.data.stream_seen import Seen
 from qtune.data.stream_split import MOST_SET_ASIDE, examples_set_aside, kept_examples
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
@@ -285,19 +287,23 @@ class _Maker:
 
     def indexes(self, name: str, sources: Sequence[Source]) -> list[Index]:
         """What a pass over each source finds, or has found before."""
-        found = []
+        found, seen = [], Seen(self.cache)
         for source in sources:
             row_format = source.row_format if source.row_format != "auto" else _detected(source)
             rules = self._rules(source, row_format)
-            fingerprint = Seen(self.cache).fingerprint(source)
-            folder = self.cache / index_key(store_key(fingerprint, self.template_key, rules))
-            index = open_index(folder, source, rules) or make_index(
-                source, self.tokenizer, self.template, rules, folder
-            )
-            _require_mapped(source, index.stored)
-            self.reports.append(SourceReport(source.name, name, row_format, source.weight, index.stored, fingerprint))
-            found.append(index)
+            indexes = [self._index(replace(source, files=(file,)), file, rules, seen) for file in source.files]
+            stored = together(index.stored for index in indexes)
+            _require_mapped(source, stored)
+            fingerprint = source.fingerprint_by(seen.digest)
+            self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored, fingerprint))
+            found += indexes
         return found
+
+    def _index(self, alone: Source, file: DataFile, rules: RowRules, seen: Seen) -> Index:
+        """Of one file; `alone`: its source without the others, whose name it goes by."""
+        folder = self.cache / index_key(store_key(alone.fingerprint_by(seen.digest), self.template_key, rules))
+        known = open_index(folder, file, rules)
+        return known or make_index(file, self.tokenizer, self.template, rules, folder)
 
     def _rules(self, source: Source, row_format: str) -> RowRules:
         data = self.data

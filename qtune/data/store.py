@@ -56,6 +56,30 @@ class Stored:
         return Dataset.from_file(str(self.folder / "examples.arrow"))
 
 
+def together(parts: Iterable[Stored]) -> Stored:
+    """What became of the rows of all parts, of which there is at least one; the folder is the first one's."""
+    first, *others = parts
+    for part in others:
+        counts = {
+            name: Counter(getattr(first, name)) + Counter(getattr(part, name))
+            for name in ("unused", "mapped", "shapes")
+        }
+        room = LISTED - len(first.bad)
+        first = Stored(
+            first.folder,
+            first.rows + part.rows,
+            (*first.bad, *(bad for number, bad in enumerate(part.bad) if bad.ends_file or number < room)),
+            first.bad_count + part.bad_count,
+            (*first.dropped, *part.dropped)[:LISTED],
+            first.dropped_count + part.dropped_count,
+            (*first.out_of_order, *part.out_of_order)[:LISTED],
+            first.out_of_order_count + part.out_of_order_count,
+            rows_with_unused=first.rows_with_unused + part.rows_with_unused,
+            **{name: dict(counted.most_common()) for name, counted in counts.items()},
+        )
+    return first
+
+
 def store_key(source: str, template: str, rules: RowRules) -> str:
     """The name of the folder: `source` and `template` are fingerprints of the rows and of the tokenizer."""
     parts = json.dumps([VERSION, source, template, asdict(rules)], sort_keys=True)

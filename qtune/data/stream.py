@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data import stream_worker
 from qtune.data.encoding import ROWS_WORTH_WORKERS
-from qtune.data.stream_index import Index, IndexReader
+from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.stream_order import WindowSampler
 from qtune.data.stream_worker import TRAINED
 from qtune.data.template import ChatTemplate
@@ -45,9 +45,9 @@ FIGURES_AT_ONCE = 1 << 20
 
 
 class RowStream(Dataset[dict[str, list[int]]]):
-    """The training rows of some sources, one after the other, without those that are set aside.
+    """The training rows of some files, one after the other, without those that are set aside.
 
-    Rows have numbers from 0; examples of the sources are counted through and include those that are set aside. As a
+    Rows have numbers from 0; examples of the files are counted through and include those that are set aside. As a
     map-style dataset it gives input_ids and labels.
     """
 
@@ -71,7 +71,7 @@ class RowStream(Dataset[dict[str, list[int]]]):
         self._blocks: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         self._span, self._kept = 1, 2
         self._tokenizer, self._template = tokenizer, template
-        self._readers = [IndexReader(index, tokenizer, template) for index in indexes]
+        self._readers = IndexReaders(self.indexes, tokenizer, template)
         self._ahead: dict[int, Future[pa.RecordBatch]] = {}
         self._pool: ProcessPoolExecutor | None = None
 
@@ -94,9 +94,8 @@ class RowStream(Dataset[dict[str, list[int]]]):
         """A figure of some rows, [rows]."""
         numbers = self.numbers(rows)
         values = np.zeros(len(rows), np.int64)
-        for index, start in zip(self.indexes, self._starts, strict=False):
-            inside = (numbers >= start) & (numbers < start + len(index))
-            values[inside] = index.figures[name][numbers[inside] - start]
+        for source, inside in self._by_source(numbers):
+            values[inside] = self.indexes[source].figures[name][numbers[inside] - self._starts[source]]
         return values
 
     def all_figures(self, *names: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -138,7 +137,7 @@ class RowStream(Dataset[dict[str, list[int]]]):
     def example_of_number(self, number: int) -> dict[str, Any]:
         """`example` of an example that may be set aside."""
         source = self._source_of(number)
-        made = self._readers[source].some(np.array([number - self._starts[source]]))
+        made = self._readers.of(source).some(np.array([number - self._starts[source]]))
         found: dict[str, Any] = made.to_pylist()[0]
         return found
 
@@ -162,8 +161,7 @@ class RowStream(Dataset[dict[str, list[int]]]):
 
     def close(self) -> None:
         """Closes files and ends the process that reads ahead; asking for a row begins anew."""
-        for reader in self._readers:
-            reader.close()
+        self._readers.close()
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -176,10 +174,15 @@ class RowStream(Dataset[dict[str, list[int]]]):
         """The blocks that rows stand in, [rows]."""
         numbers = self.numbers(rows)
         found = np.zeros(len(numbers), np.int64)
-        for index, start, first in zip(self.indexes, self._starts, self._first_blocks, strict=False):
-            inside = (numbers >= start) & (numbers < start + len(index))
-            found[inside] = first + np.searchsorted(index.ends, numbers[inside] - start, side="right")
+        for source, inside in self._by_source(numbers):
+            ends, there = self.indexes[source].ends, numbers[inside] - self._starts[source]
+            found[inside] = self._first_blocks[source] + np.searchsorted(ends, there, side="right")
         return found
+
+    def _by_source(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The indexes that some examples are in, each with which of the examples these are."""
+        sources = np.searchsorted(self._starts, numbers, side="right") - 1
+        yield from ((int(source), sources == source) for source in np.unique(sources))
 
     def _block(self, block: int, row: int) -> pa.RecordBatch:
         """The examples of the block of a row; with those of its window, which are wanted soon, in the files' order."""
@@ -191,7 +194,7 @@ class RowStream(Dataset[dict[str, list[int]]]):
                 for other in self._window(window):
                     if other not in self._blocks:
                         source, number = self._placed(other)
-                        self._keep(other, self._readers[source].block(number).select(TRAINED))
+                        self._keep(other, self._readers.of(source).block(number).select(TRAINED))
         self._blocks.move_to_end(block)
         return self._blocks[block]
 

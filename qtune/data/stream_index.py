@@ -1,17 +1,17 @@
-"""What one pass over a source that is too large to keep leaves behind: its blocks, and the figures of its examples.
+"""What one pass over a file that is too large to keep leaves behind: its blocks, and the figures of its examples.
 
 The pass reads, renders, tokenizes and judges every row as a run will, and keeps no ids and no text: 48 bytes for each
-example and 56 for each block. So steps, memory, findings and bad rows are known before the first step, and any row
-can be found again. Under the same name (contents, template, rules) the pass is not made twice.
+example and 52 for each block. So steps, memory, findings and bad rows are known before the first step, and any row can
+be found again. Under the same name (contents, template, rules) the pass is not made twice; of a source with many files,
+a pass that was stopped has done with those that it had come through.
 """
 
 import errno
 import hashlib
 import json
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from qtune.cache import mark_used, not_writable
 from qtune.data.encoding import encoded
 from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
-from qtune.data.files import Progress
+from qtune.data.files import DataFile, Progress
 from qtune.data.findings import LISTED
 from qtune.data.rows import BadRow, Row
-from qtune.data.sources import Source
 from qtune.data.store import Stored, Tally, stored_of, written_whole
-from qtune.data.stream_blocks import Block, BlockReader, blocks_of
+from qtune.data.stream_blocks import DIGEST_BYTES, Block, BlockReader, blocks_of
 from qtune.data.template import ChatTemplate
 from qtune.errors import DataError, Problem
 
@@ -42,24 +41,25 @@ FIGURES = np.dtype(
 """Of an example; `row` is the place of its row in the block."""
 BLOCKS = np.dtype(
     [
-        ("file", "<i4"),
         ("group", "<i4"),
         ("offset", "<i8"),
         ("before", "<i8"),
         ("rows", "<i4"),
         ("nbytes", "<i8"),
         ("examples", "<i4"),
-        ("digest", "u1", (16,)),
+        ("digest", "u1", (DIGEST_BYTES,)),
     ]
 )
+MOST_OPEN = 4
+"""Files at once: a window may reach over a few small ones."""
 FILES = ("figures.bin", "blocks.npy")
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The blocks and figures of a source, on disk, and what became of its rows."""
+    """The blocks and figures of a file, on disk, and what became of its rows."""
 
-    source: Source
+    file: DataFile
     rules: RowRules
     stored: Stored
     blocks: np.ndarray
@@ -80,7 +80,7 @@ class Index:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the same files, instead of getting what is in them."""
-        return open_index, (self.stored.folder, self.source, self.rules)
+        return open_index, (self.stored.folder, self.file, self.rules)
 
     def block_of(self, example: int) -> int:
         """The block that an example stands in."""
@@ -97,7 +97,7 @@ def index_key(store: str) -> str:
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
-def open_index(folder: Path, source: Source, rules: RowRules) -> Index | None:
+def open_index(folder: Path, file: DataFile, rules: RowRules) -> Index | None:
     """What an earlier pass has left; None where there is nothing, or nothing whole, which is then removed."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def open_index(folder: Path, source: Source, rules: RowRules) -> Index | None:
         blocks = np.load(folder / "blocks.npy", mmap_mode="r")
         figures = _figures(folder / "figures.bin")
         index = Index(
-            source,
+            file,
             rules,
             stored_of(folder, about),
             blocks,
@@ -136,7 +136,7 @@ def _figures(file: Path) -> np.ndarray:
 
 
 def make_index(
-    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules, folder: Path
+    file: DataFile, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules, folder: Path
 ) -> Index:
     """Goes through all rows once, and gives the folder its name when everything is there."""
     tally, notes = Tally(), _Notes()
@@ -144,37 +144,39 @@ def make_index(
     with written_whole(folder) as temporary:
         temporary.mkdir()
         with (temporary / "figures.bin").open("wb") as sink:
-            for file, block, batch in _passed(source, tokenizer, template, rules):
+            for block, batch in _passed(file, tokenizer, template, rules):
                 tally.add(batch)
                 notes.add(batch.examples, examples)
                 sink.write(_figures_of(batch).tobytes())
-                blocks.append(_entry(file, block, batch.examples.num_rows))
+                blocks.append(_entry(block, batch.examples.num_rows))
                 examples += batch.examples.num_rows
         np.save(temporary / "blocks.npy", np.array(blocks, BLOCKS))
         digests = {name: _digest(temporary / name) for name in FILES}
         about = {"digests": digests, **tally.to_json(), **notes.to_json()}
         (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    index = open_index(folder, source, rules)
+    index = open_index(folder, file, rules)
     if index is None:
         raise not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
     return index
 
 
 def _passed(
-    source: Source, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules
-) -> Iterator[tuple[int, Block, EncodedBatch]]:
-    """The number of the file, the block and its examples, of all blocks in order."""
-    read, waiting = Progress(), deque[tuple[int, Block]]()
+    file: DataFile, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rules: RowRules
+) -> Iterator[tuple[Block, EncodedBatch]]:
+    """All blocks in order with their examples."""
+    read, waiting = Progress(), deque[Block]()
 
     def rows() -> Iterator[list[Row | BadRow]]:
-        for number, file in enumerate(source.files):
-            for block, rows_of_block in blocks_of(file, read):
-                waiting.append((number, block))
-                yield list(rows_of_block)
+        for block, rows_of_block in blocks_of(file, read):
+            waiting.append(block)
+            yield list(rows_of_block)
 
-    what = f"checking {source.name}, which will be read in blocks"
-    for batch in encoded(what, rows(), lambda seen: source.estimated_rows(seen, read), tokenizer, template, rules):
-        yield *waiting.popleft(), batch
+    def estimated(seen: int) -> int:
+        return round(seen * max(1.0, file.path.stat().st_size / max(1.0, read.bytes_read)))
+
+    what = f"checking {file.name}, which will be read in blocks"
+    for batch in encoded(what, rows(), estimated, tokenizer, template, rules):
+        yield waiting.popleft(), batch
 
 
 def _figures_of(batch: EncodedBatch) -> np.ndarray:
@@ -184,9 +186,9 @@ def _figures_of(batch: EncodedBatch) -> np.ndarray:
     return figures
 
 
-def _entry(file: int, block: Block, examples: int) -> tuple[Any, ...]:
-    digest = np.frombuffer(block.digest.ljust(16, b"\0"), np.uint8)
-    return file, block.group, block.offset, block.before, block.rows, block.nbytes, examples, digest
+def _entry(block: Block, examples: int) -> tuple[Any, ...]:
+    digest = np.frombuffer(block.digest.ljust(DIGEST_BYTES, b"\0"), np.uint8)
+    return block.group, block.offset, block.before, block.rows, block.nbytes, examples, digest
 
 
 class _Notes:
@@ -210,13 +212,12 @@ class _Notes:
 
 
 class IndexReader:
-    """Makes the examples of a source again, block by block; best in their order."""
+    """Makes the examples of a file again, block by block; best in their order."""
 
-    def __init__(self, index: Index, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    def __init__(self, index: Index, encoder: RowEncoder) -> None:
         self.index = index
-        self._encoder = RowEncoder(tokenizer, template, index.rules)
-        self._file = -1
-        self._reader: BlockReader | None = None
+        self._encoder = encoder
+        self._reader = BlockReader(index.file)
 
     def block(self, number: int) -> pa.RecordBatch:
         """All examples of a block, with `examples.COLUMNS`.
@@ -244,9 +245,8 @@ class IndexReader:
         return self._same(made, whole).take(pa.array(np.searchsorted(whole, numbers)))
 
     def close(self) -> None:
-        """Closes the file that was read last."""
-        if self._reader is not None:
-            self._reader.close()
+        """Closes the file; reading opens it again."""
+        self._reader.close()
 
     def _same(self, made: pa.RecordBatch, numbers: np.ndarray) -> pa.RecordBatch:
         """The examples, if they are those of these numbers: another template or tokenizer makes others of a row."""
@@ -255,44 +255,43 @@ class IndexReader:
             not np.array_equal(made[name].to_numpy(), known[name]) for name in ("row_hash", "length", "scored")
         ):
             message = "its rows become other examples than when they were checked; begin a new run"
-            raise DataError(Problem(self.index.source.name, message))
+            raise DataError(Problem(self.index.file.name, message))
         return made
 
     def _rows(self, number: int) -> list[Row | BadRow]:
         entry = self.index.blocks[number]
-        file = int(entry["file"])
-        if self._reader is None or file != self._file:
-            self.close()
-            self._file, self._reader = file, BlockReader(self.index.source.files[file])
         values = {name: int(entry[name]) for name in ("group", "offset", "before", "rows", "nbytes")}
         return self._reader.read(Block(**values, digest=entry["digest"].tobytes()))
 
 
-class Seen:
-    """Fingerprints of sources by what the file system says of their files, so that large ones are not read for them.
+class IndexReaders:
+    """A reader for each of some indexes; few of their files are open at once, and equal rules share an encoder."""
 
-    A file whose size, time of change and place on the disk are what they were is taken for what it was; each block is
-    compared once more when it is read.
-    """
+    def __init__(self, indexes: Sequence[Index], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self.indexes = indexes
+        self._tokenizer, self._template = tokenizer, template
+        self._encoders: list[RowEncoder] = []
+        self._open: OrderedDict[int, IndexReader] = OrderedDict()
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    def of(self, number: int) -> IndexReader:
+        """The reader of an index."""
+        if number not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self._open.popitem(last=False)[1].close()
+            index = self.indexes[number]
+            self._open[number] = IndexReader(index, self._encoder(index.rules))
+        self._open.move_to_end(number)
+        return self._open[number]
 
-    def fingerprint(self, source: Source) -> str:
-        """`Source.fingerprint`, known from an earlier time where nothing has touched the files."""
-        marks = []
-        for file in source.files:
-            about = file.path.stat()
-            place = str(file.path.resolve())
-            marks.append([file.name, place, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
-        name = hashlib.blake2b(json.dumps(marks).encode(), digest_size=16).hexdigest()
-        kept = self.cache / f"{name}.seen"
-        with suppress(OSError):
-            fingerprint = kept.read_text(encoding="ascii")
-            if len(fingerprint) == 32:
-                mark_used(kept)
-                return fingerprint
-        fingerprint = source.fingerprint
-        with suppress(FileExistsError), written_whole(kept) as temporary:
-            temporary.write_text(fingerprint, encoding="ascii")
-        return fingerprint
+    def close(self) -> None:
+        """Closes all files."""
+        for reader in self._open.values():
+            reader.close()
+        self._open.clear()
+
+    def _encoder(self, rules: RowRules) -> RowEncoder:
+        known = next((encoder for encoder in self._encoders if encoder.rules == rules), None)
+        if known is None:
+            known = RowEncoder(self._tokenizer, self._template, rules)
+            self._encoders.append(known)
+        return known

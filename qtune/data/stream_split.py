@@ -13,7 +13,7 @@ from qtune.cache import mark_used
 from qtune.data.choice import mixed
 from qtune.data.examples import COLUMNS
 from qtune.data.store import kept_table, written_whole
-from qtune.data.stream_index import Index, IndexReader
+from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.template import ChatTemplate
 
 MOST_SET_ASIDE = 4096
@@ -74,13 +74,12 @@ def kept_examples(
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, COLUMNS) as writer,
     ):
-        start = 0
-        for index in indexes:
+        readers, start = IndexReaders(indexes, tokenizer, template), 0
+        for source, index in enumerate(indexes):
             inside = numbers[(numbers >= start) & (numbers < start + len(index))] - start
-            reader = IndexReader(index, tokenizer, template)
             borders = np.flatnonzero(np.diff(np.searchsorted(index.ends, inside, side="right"))) + 1
             for of_block in np.split(inside, borders) if len(inside) else ():
-                writer.write_batch(reader.some(of_block))
-            reader.close()
+                writer.write_batch(readers.of(source).some(of_block))
             start += len(index)
+        readers.close()
     return Dataset.from_file(str(file))

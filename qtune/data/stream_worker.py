@@ -9,13 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.stream_index import Index, IndexReader
+from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.template import ChatTemplate
 
 TRAINED = ["input_ids", "labels"]
 # Handed over once; a pool's initializer is the only way to do that.
 _given: list[tuple[Sequence[Index], PreTrainedTokenizerBase, ChatTemplate]] = []
-_readers: list[IndexReader] = []
+_readers: list[IndexReaders] = []
 
 
 def beside(indexes: Sequence[Index], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> ProcessPoolExecutor:
@@ -40,6 +40,5 @@ def block(source: int, number: int) -> pa.RecordBatch:
         DataError: the file is no longer what it was.
     """
     if not _readers:
-        indexes, tokenizer, template = _given[0]
-        _readers.extend(IndexReader(index, tokenizer, template) for index in indexes)
-    return _readers[source].block(number).select(TRAINED)
+        _readers.append(IndexReaders(*_given[0]))
+    return _readers[0].of(source).block(number).select(TRAINED)

@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from qtune import console
-from qtune.data.sources import find_sources
+from qtune.cache import cache_folder
+from qtune.data.sources import content_digest, find_sources
+from qtune.data.stream_seen import Seen
 from qtune.device.present import Device
 from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
@@ -270,8 +272,10 @@ def locked_sources(recipe: Recipe, folder: Path, parts: Sequence[str]) -> tuple[
     """
     data = recipe.data
     given = {part: getattr(data, part) for part in parts}
+    # Rows that are streamed are too many to be read for this alone.
+    digest_of = Seen(cache_folder() / "examples").digest if data.streaming is True else content_digest
     return tuple(
-        LockedSource(source.name, source.fingerprint)
+        LockedSource(source.name, source.fingerprint_by(digest_of))
         for part, value in given.items()
         if value is not None and not isinstance(value, float)
         for source in find_sources(value, data, folder, part)
