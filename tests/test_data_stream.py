@@ -5,12 +5,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -409,6 +412,27 @@ def test_a_process_beside_this_one_makes_the_same_blocks(
             list(map(streamed.train.__getitem__, order))
     finally:
         streamed.stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["worker", "stream_worker"])
+def test_a_process_beside_one_that_is_killed_does_not_stay(tmp_path: Path, module: str) -> None:
+    script = tmp_path / "beside.py"
+    script.write_text(
+        "import os, sys, time\nfrom multiprocessing import get_context\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        f"from qtune.data import {module} as beside\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('forkserver'), beside.start, (None, None, None))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    gone, _ = psutil.wait_procs([child], timeout=60)
+    assert gone == [child]
 
 
 def test_no_more_than_two_windows_are_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

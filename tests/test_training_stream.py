@@ -152,10 +152,11 @@ def test_every_verb_works_on_a_streamed_run(write_recipe: WriteRecipe) -> None:
         shown = rows_of(run_dir, read_lock(run_dir).training_rows_blake2b)
         assert not shown.changed
         evaluated = evaluate(run_dir, rows=4)
+        asked = evaluate(run_dir, rows=4, data_file=recipe.parent / "rows.jsonl")
         told[streams] = (
             [checked[key] for key in ("splits", "batches", "samples", "findings", "sources")],
             shown,
-            (evaluated.tuned.loss, evaluated.base.loss),
+            (evaluated.tuned.loss, evaluated.base.loss, asked.tuned.loss, asked.rows),
             longest_rows(resolved).longest,
             held_out_rows(resolved.recipe, load_tokenizer(resolved.recipe.model), resolved.folder)[1]["place"],
         )

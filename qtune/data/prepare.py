@@ -99,6 +99,11 @@ class Prepared:
         found: dict[str, Any] = self.train[number] if self.stream is None else self.stream.example(number)
         return found
 
+    def close(self) -> None:
+        """Ends what reads streamed rows ahead; asking for a row begins it anew."""
+        if self.stream is not None:
+            self.stream.close()
+
     def sampler(self, batch_size: int, seed: int) -> StepSampler | WindowSampler:
         """The order in which an epoch takes the rows."""
         if self.stream is not None:

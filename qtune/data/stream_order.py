@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+ROWS_AT_ONCE = 8192
 LengthsOf = Callable[[np.ndarray], np.ndarray]
 
 
@@ -43,16 +44,23 @@ class WindowSampler(Sampler[int]):
 
     def steps(self) -> Iterator[list[int]]:
         """The rows of each step of the current epoch."""
-        for place in range(-(-self.rows // self.batch_size)):
-            yield self.step(place).tolist()
+        # Many at once: whoever goes on in the middle of an epoch counts through all that are past.
+        size = self.batch_size * max(1, ROWS_AT_ONCE // self.batch_size)
+        for first in range(0, self.rows, size):
+            rows = self._grouped(first, min(first + size, self.rows)).tolist()
+            yield from (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
 
     def step(self, place: int) -> np.ndarray:
         """The rows of one step of the current epoch, which are counted from 0: [rows of the step]."""
         start = place * self.batch_size
-        rows = self._at(start, min(start + self.batch_size, self.rows))
+        return self._grouped(start, min(start + self.batch_size, self.rows))
+
+    def _grouped(self, start: int, end: int) -> np.ndarray:
+        """The rows at the places start to end, with which a step begins; within each step the longest first."""
+        rows = self._at(start, end)
+        steps = np.arange(end - start) // self.batch_size
         # Stable, so that rows of one length keep their random order.
-        grouped: np.ndarray = rows[np.argsort(-self.lengths_of(rows), kind="stable")]
-        return grouped
+        return rows[np.lexsort((-self.lengths_of(rows), steps))]
 
     def place_of(self, row: int) -> int:
         """The step of the current epoch in which a row stands."""

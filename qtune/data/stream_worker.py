@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.template import ChatTemplate
+from qtune.data.worker import end_with_parent
 
 TRAINED = ["input_ids", "labels"]
 # Handed over once; a pool's initializer is the only way to do that.
@@ -30,6 +31,7 @@ def start(indexes: Sequence[Index], tokenizer: PreTrainedTokenizerBase, template
     """Gives the process what it reads; an error in here would only break the pool."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that the user has started
+    end_with_parent()
     _given[:] = [(indexes, tokenizer, template)]
 
 

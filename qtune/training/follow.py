@@ -108,6 +108,7 @@ def _follow(ranks: Ranks, inputs: Inputs, course: Course) -> None:
             trainer.train(resume_from_checkpoint=str(course.checkpoint) if course.checkpoint else None)
     finally:
         meter.close()
+        inputs.prepared.close()
 
 
 class Unwritten(Metrics):
