@@ -429,9 +429,12 @@ def test_a_process_beside_one_that_is_killed_does_not_stay(tmp_path: Path, modul
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
+    parent.stdout.close()
     parent.kill()
-    parent.communicate()
-    gone, _ = psutil.wait_procs([child], timeout=60)
+    parent.wait()
+    gone, left = psutil.wait_procs([child], timeout=60)
+    for process in left:
+        process.kill()
     assert gone == [child]
 
 
