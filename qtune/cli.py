@@ -9,7 +9,7 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError
+from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError, RunError
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.launched import launched, use_own_card
@@ -155,8 +155,9 @@ def init(
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    if (said := stage.few_steps_of(output)) is not None:
-        console.say(said)
+    for said in (stage.said_of_columns(data, output) if data else None, stage.few_steps_of(output)):
+        if said is not None:
+            console.say(said)
 
 
 @app.command(rich_help_panel="Train")
@@ -339,22 +340,27 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
+    from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir
     from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
     if Path(target).is_dir():
-        return RunDir.open(Path(target)), changes
+        run_dir = RunDir.open(Path(target))
+        if run_dir.is_finished and adapter_fault(run_dir) is None:
+            raise RunError(nothing_to_resume(run_dir, changes))
+        return run_dir, changes
     resolved = load_recipe(find_recipe(target), changes)
     directory = Path(resolved.recipe.output.directory)
-    run_dir = newest_unfinished(directory, resolved.run_name)
-    if run_dir is None:
+    unfinished = newest_unfinished(directory, resolved.run_name)
+    if unfinished is None:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
-            said = nothing_to_resume(ended)
+            own = [change for change in changes if not change.startswith("output.")]
+            said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
     naming = ("output.directory", "output.name")
-    return run_dir, [change for change in changes if change.partition("=")[0].strip() not in naming]
+    return unfinished, [change for change in changes if change.partition("=")[0].strip() not in naming]
 
 
 def _end_run(run_dir: "RunDir") -> None:
@@ -564,7 +570,7 @@ def _evaluate_tasks(
     accepted: tuple[str, ...],
 ) -> None:
     """Base against tuned on benchmarks, in one table."""
-    from qtune.run.records import plain
+    from qtune.records import plain
     from qtune.screens import tasks as screen
     from qtune.tuned import tasks as stage
 
@@ -745,10 +751,13 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
         return
     import_libraries()
     from qtune.check import memory_alone
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast
 
     known = memory_alone(resolved)
     if known is not None:
+        console.out(draw_answer(known, None, is_timed=False))
+        console.out("")
         console.out(draw_forecast(known, []))
 
 
@@ -932,6 +941,7 @@ def _profile_recipe(
     from qtune.memory.ways_to_fit import ways_to_fit
     from qtune.model.geometry import load_geometry
     from qtune.preflight import foreseen
+    from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast, draw_savings, draw_ways
     from qtune.screens.time import draw_time
     from qtune.timing.forecast import step_duration, time_of
@@ -940,14 +950,19 @@ def _profile_recipe(
     with console.progress("tracing") as bar:
         device = replace(cards.device_for(*card), processes=processes)
         profiled = stage.profile(resolved, device, length, bar.tell)
-    recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
-    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
-    console.out(draw_time(time_of(config, recipe, profiled.forecast)))
+        recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
+        time = time_of(config, recipe, profiled.forecast)
+    console.out(draw_answer(profiled, time))
+    console.out("")
     if not profiled.forecast.fits:
         with console.progress("tracing what would help") as bar:
             ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
-        console.out("")
         console.out(draw_ways(ways, profiled.forecast.budget_bytes))
+        console.out("")
+    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
+    if time is not None:
+        console.out("")
+        console.out(draw_time(time))
     if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
         rates = known_rates(plan.device)
         timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
@@ -1036,7 +1051,7 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
 
     console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
     config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
-    asked = make_plan(recipe, fitted.plan.device, attention_rule(config))
+    asked = make_plan(recipe, fitted.plan.device, attention_rule(config), fitted.rows.longest.most)
     steps = [step_of(config, recipe, asked, fitted.rows.longest)]
     steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
     console.out(draw_steps(steps))

@@ -1,6 +1,6 @@
 """What a file system refuses, in a sentence with the way out: full, broken, read-only, gone, or too long a name.
 
-And how many bytes a folder holds.
+And how many bytes a folder holds, and what is in it that is no file.
 """
 
 import errno
@@ -73,6 +73,26 @@ def bytes_in(folder: Path) -> int:
                 found = Path(place, name).lstat()
                 total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
+
+
+NO_FILE = "is a pipe or a device, which may never end, and no file; remove it"
+
+
+def no_file_in(folder: Path, *, below: bool = True) -> Path | None:
+    """The first thing in a folder that is neither file nor folder; None where there is none. A link is what it leads
+    to, and nothing where it leads nowhere.
+
+    below: whether folders in it are looked into.
+    """
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            with suppress(OSError):
+                kind = Path(place, name).stat().st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                    return Path(place, name)
+        if not below:
+            break
+    return None
 
 
 @contextmanager

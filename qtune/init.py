@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from qtune.errors import ModelError, Problem, RecipeError
+from qtune.errors import InputError, ModelError, Problem, RecipeError
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.recipe.file import check_recipe, load_recipe
 from qtune.recipe.lines import toml_lines
@@ -47,7 +47,7 @@ QUANTIZATIONS = tuple(
 SHOWN: dict[type[Table], tuple[str, ...]] = {
     Model: ("base",),
     FourBit: ("kind", "double_quantization"),
-    Data: ("train", "validation", "max_length"),
+    Data: ("train", "columns", "validation", "max_length"),
     Training: ("epochs", "batch_size", "learning_rate"),
     Memory: ("budget",),
     Output: ("directory",),
@@ -55,7 +55,8 @@ SHOWN: dict[type[Table], tuple[str, ...]] = {
 
 
 def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
-    """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`.
+    """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`, whose columns are renamed
+    where the first row lets that be guessed (`columns_of`).
 
     Raises:
         RecipeError: there is no such adapter, model or data, each named by the option that gave it.
@@ -70,6 +71,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
         ("data", "train"): _path_from(data, file),
         ("adapter", "kind"): adapter,
         ("training", "learning_rate"): rate,
+        ("data", "columns"): columns_of(data),
     }
     tables: dict[str, type[Table]] = {
         "model": Model,
@@ -87,8 +89,34 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     ]
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
+        keys = tuple(key for key in keys if key != "columns" or given["data", "columns"])
         lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
     return _checked("\n".join(lines) + "\n", file)
+
+
+def columns_of(data: str) -> dict[str, str]:
+    """The columns to rename, our names to the file's, by the first row of the first file; empty where nothing is to be
+    renamed, and where that cannot be read: `qtune check` says why."""
+    from qtune.data.files import data_files  # a second, for which no list of recipes has to wait
+    from qtune.data.formats import meant_columns
+    from qtune.data.rows import Row, read_rows
+
+    if data.startswith("hub:"):
+        return {}
+    try:
+        files = data_files(data, Path.cwd())
+    except InputError:
+        return {}
+    first = next((row for row in read_rows(files[0]) if isinstance(row, Row)), None)
+    return {} if first is None else meant_columns(first.value)
+
+
+def said_of_columns(data: str, file: Path) -> str | None:
+    """What is said of columns that were guessed; None where none were."""
+    if not (names := columns_of(data)):
+        return None
+    taken = " and ".join(f"{theirs!r} is taken for {ours!r}" for ours, theirs in names.items())
+    return f"{data}: {taken}; if that is wrong, change data.columns in {file}"
 
 
 def few_steps_of(file: Path) -> str | None:
@@ -188,13 +216,20 @@ def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str |
             number = places["data", key] - 1
             lines[number] = lines[number].replace(show_value(value), show_value(written), 1)
         else:
-            edits[places["data", key]] = f"train = {show_value(_path_from(data, file))}" if key == "train" else None
+            edits[places["data", key]] = _own_rows(data, file, original.recipe.data) if key == "train" else None
     if base is not None:
         edits[places["model", "base"]] = f"base = {show_value(base)}"
     # From the last line to the first, so that the numbers of the others stay right.
     for line, text in sorted(edits.items(), reverse=True):
         _replace_line(lines, line - 1, text)
     return _checked("\n".join(lines) + "\n", file)
+
+
+def _own_rows(data: str, file: Path, original: Data) -> str:
+    """The lines that take the place of the original's rows."""
+    train = f"train = {show_value(_path_from(data, file))}"
+    names = {} if original.columns else columns_of(data)
+    return f"{train}\ncolumns = {show_value(names)}" if names else train
 
 
 def write_recipe(text: str, file: Path, *, force: bool) -> None:

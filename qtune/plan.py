@@ -84,10 +84,11 @@ class Plan:
         return replace(self, embeddings="host", reasons={**self.reasons, ("memory", "embeddings"): reason})
 
 
-def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA) -> Plan:
+def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDPA, longest: int | None = None) -> Plan:
     """Decides everything that a recipe leaves to the device.
 
-    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`).
+    attention: what "auto" means for the recipe's model, and why (`model.attention_rule`). longest: tokens of the
+    longest row, where rows have been looked at; left out, data.max_length, which most data stay far below.
     """
     reasons: dict[KeyPath, str] = {}
 
@@ -102,7 +103,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
     micro_batch_size = settle(
         ("training", "micro_batch_size"),
         training.micro_batch_size,
-        _micro_batch(share, recipe.data.max_length),
+        _micro_batch(share, longest or recipe.data.max_length),
     )
     if micro_batch_size > share or share % micro_batch_size:
         words = f"{micro_batch_size} is no part of the {share} rows of a step that each of {device.processes} takes"
@@ -166,10 +167,10 @@ def compute_dtype_rule(device: "Device") -> tuple[str, str]:
     return "float32", "bfloat16 products were measured to be no faster on this processor"
 
 
-def _micro_batch(batch_size: int, max_length: int) -> tuple[int, str]:
-    most = max(1, TOKENS_PER_MICRO_BATCH // max_length)
-    size = max(size for size in range(1, min(most, batch_size) + 1) if batch_size % size == 0)
-    return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {max_length}"
+def _micro_batch(batch_size: int, length: int) -> tuple[int, str]:
+    most = max(1, TOKENS_PER_MICRO_BATCH // length)
+    size = max(size for size in whole_parts(batch_size) if size <= most)
+    return size, f"at most {TOKENS_PER_MICRO_BATCH} tokens at once, {size} x {length}"
 
 
 def _lean_step(recipe: Recipe, device: "Device") -> tuple[bool, str]:

@@ -182,9 +182,13 @@ def examine(
     forecast: Forecast | str | None = None
     if not len(prepared.train):
         forecast = "there are no rows"
-    elif traced or (not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, prepared))):
-        with console.progress("tracing a step") as bar:
-            forecast = attempted(config, recipe, device, longest_of(prepared, recipe.data), bar.tell)
+    else:
+        rows = longest_of(prepared, recipe.data)
+        plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+        is_asked = not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, rows.longest.most))
+        if traced or is_asked:
+            with console.progress("tracing a step") as bar:
+                forecast = attempted(config, recipe, device, rows, bar.tell)
     settled = forecast.plan if isinstance(forecast, Forecast) else plan
     if recipe.data.streaming == "auto" and prepared.streaming.streams:
         settled = settled.with_streaming(prepared.streaming.reason)
@@ -268,10 +272,10 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
         require_complete(folder, config)
 
 
-def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, prepared: Prepared) -> bool:
-    """Whether on a processor the layers that are computed twice depend on its memory."""
-    is_open = recipe.training.gradient_checkpointing == "auto"
-    return is_open and could_fill(config, plan, longest_of(prepared, recipe.data).longest.length)
+def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:
+    """Whether on a processor the micro-batch or the layers that are computed twice depend on its memory."""
+    is_open = "auto" in (recipe.training.gradient_checkpointing, recipe.training.micro_batch_size)
+    return is_open and could_fill(config, plan, length)
 
 
 def _require_lean_step(recipe: Recipe, device: Device) -> None:

@@ -13,10 +13,10 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: 
     return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
     """The known word that is nearest; None where none is near."""
-    return next(iter(_near(word, known, 1)), None)
+    return next(iter(_near(word, known, 1, likeness)), None)
 
 
-def _near(word: str, known: Iterable[str], most: int) -> list[str]:
-    return difflib.get_close_matches(word, [*known], n=most, cutoff=LIKENESS)
+def _near(word: str, known: Iterable[str], most: int, likeness: float = LIKENESS) -> list[str]:
+    return difflib.get_close_matches(word, [*known], n=most, cutoff=likeness)

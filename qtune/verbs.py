@@ -1,12 +1,17 @@
-"""Verbs of other tools, and mistyped ones: what they are called here."""
+"""What is wrong with a command line, in one sentence: a mistyped verb or option, a value that is none."""
 
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from qtune import console
 from qtune.errors import InputError, Problem
-from qtune.spelling import nearest
+from qtune.spelling import did_you_mean, nearest
 
 # What other tools call ours, with what theirs does.
 ELSEWHERE = {
@@ -44,9 +49,53 @@ ELSEWHERE = {
     "help": "--help",
 }
 
+ALIKE = 0.7
+"""Share of letters that a word has in common with what it is a slip of; so many are known that less says little."""
+
 
 class Verbs(TyperGroup):
     """The verbs; one that is not there is answered with the one that is meant."""
+
+    def main(  # type: ignore[override]  # two of its five arguments have names here, the others go through
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        """The parser's own, but that it says what is wrong as every other error is said, and draws no box."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(words, prog_name, **{**extra, "standalone_mode": False})
+        except USAGE_ERROR as error:
+            if not words:  # what is asked for without a verb is help
+                console.out_raw(f"{error}\n")
+            else:
+                console.say_error(str(self._problem(error, words)))
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def _problem(self, error: Any, words: list[str]) -> Problem:
+        """A usage error of the parser in our words: verb, option and value that were found, and what would be right."""
+        verb = next((word for word in words if word in self.commands), None)
+        command = self if verb is None else self.commands[verb]
+        name = "qtune" if verb is None else f"qtune {verb}"
+        option, param = getattr(error, "option_name", None), getattr(error, "param", None)
+        if isinstance(hint := getattr(error, "param_hint", None), str):
+            return Problem(hint, error.message)
+        if param is not None and not error.message:
+            about = (param.help or "").partition("\n")[0].rstrip(".")
+            return Problem(name, f"{param.metavar or param.opts[0]} is missing: {about[:1].lower()}{about[1:]}")
+        if param is not None:
+            is_option = param.param_type_name == "option"
+            given = _value_of(param.opts, words) if is_option else None
+            place = shlex.join(filter(None, [param.opts[0] if is_option else (param.metavar or param.name), given]))
+            return Problem(f"{name} {place}", _plain(error.message))
+        if option is not None and hasattr(error, "possibilities"):
+            known = [one for one in _options(command) if one.startswith("--")]
+            near = did_you_mean(option, error.possibilities or (), f"its options: {', '.join(known)}", most=2)
+            return Problem(f"{name} {option}", f"no such option; {near}")
+        if option is not None:
+            return Problem(f"{name} {option}", f"its value is missing: {_about(_options(command).get(option))}")
+        if (extra := re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)", error.message)) is not None:
+            return Problem(f"{name} {extra[1]}", f"one argument too many; {shlex.join([*name.split(), '--help'])}")
+        return Problem(name, _plain(error.message))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """click's search for the verb that the first argument names."""
@@ -80,6 +129,32 @@ class Verbs(TyperGroup):
             raise InputError(Problem(f"qtune {name} {option}", told))
 
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What every error of the parser is; the only one of them that typer names in public is below it."""
+
+
+def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The value that an option was given; None where it cannot be told."""
+    for at, word in enumerate(words):
+        option, is_joined, value = word.partition("=")
+        if option in names:
+            return value if is_joined else next(iter(words[at + 1 :]), None)
+    return None
+
+
+def _plain(message: str) -> str:
+    """A sentence of the library that reads values, as ours begin: with what would be right."""
+    said = re.sub(r"^(Value error, |Assertion failed, )", "", message.strip()).rstrip(".")
+    said = said.replace("Input should be", "should be").partition(", unable to parse")[0]
+    return f"{said[:1].lower()}{said[1:]}" if said[1:2].islower() else said
+
+
+def _about(option: Any) -> str:
+    """What an option takes: its help."""
+    about = "" if option is None else (option.help or "").rstrip(".")
+    return f"{about[:1].lower()}{about[1:]}" if about[1:2].islower() else about
+
+
 def _options(command: Any) -> dict[str, Any]:
     """The options of a verb by each of their names."""
     of_kind = [one for one in command.params if one.param_type_name == "option"]
@@ -89,7 +164,7 @@ def _options(command: Any) -> dict[str, Any]:
 def _meant(name: str, verbs: list[str]) -> str:
     """What to say of a verb that is not there: what another tool's word, or a mistyped one, means here; else all."""
     word = name.lower()
-    near = word if word in ELSEWHERE else nearest(word, [*verbs, *ELSEWHERE])
+    near = word if word in ELSEWHERE else nearest(word, [*verbs, *ELSEWHERE], ALIKE) or nearest(word, verbs)
     if near in ELSEWHERE:
         return f"here that is: qtune {ELSEWHERE[near]}"
     return f"did you mean {near!r}?" if near else f"the verbs: {', '.join(verbs)}"

@@ -26,6 +26,11 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
             _take_the_name(partial, path)
         else:
             rename_unless_there(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):  # nobody knows the other name
+            error.filename = str(path)
+            del error.filename2  # of a renaming, whose other name this is
+        raise
     finally:
         # What cannot be removed must not hide why the block has failed; the next one clears it away.
         with suppress(OSError):

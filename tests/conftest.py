@@ -1,15 +1,18 @@
 """What all tests share: no network, one thread, and a tiny random model folder made once."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 from qtune.startup.allocator import VARIABLES
+from qtune.startup.imports import no_collection
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +22,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 FUZZED = int(os.environ.get("QTUNE_FUZZED", "1"))
 """How many times as many random inputs as usual the fuzzers try; by hand 12 makes more than 100,000 in all."""
 FUZZ_SEED = int(os.environ.get("QTUNE_FUZZ_SEED", "15"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports the libraries as the command does, and takes them out of all later looks for reference cycles.
+
+    Every run of a trainer looks through everything, which takes half a second with what the libraries leave behind.
+    """
+    with no_collection():
+        result = yield
+    gc.collect()
+    gc.freeze()
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +78,26 @@ def run_qtune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+WARM = warm.Server()
+
+
+def warm_qtune_process(*arguments: str | Path) -> warm.Warm:
+    """As `qtune_process`, for a test that is not about the start: the libraries are there already (`warm.py`)."""
+    return WARM.start(warm.COMMAND, *arguments)
+
+
+def run_warm_qtune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `run_qtune`, for a test that is not about the start."""
+    return run_warm(warm.COMMAND, *arguments)
+
+
+def run_warm(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program, given as text, to its end in a process that has the libraries."""
+    process = WARM.start(program, *arguments)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers, hidden 64, vocabulary 320, with a real tokenizer and ChatML's template."""
@@ -87,6 +123,11 @@ def rows_file(tmp_path: Path) -> Path:
     return file
 
 
+def short_answers(patch: pytest.MonkeyPatch) -> None:
+    """Ends each answer of a run's evaluations after a few tokens."""
+    patch.setattr("qtune.training.sample_answers.MOST_TOKENS", warm.SHORT_ANSWER)
+
+
 WriteRecipe = Callable[..., Path]
 
 
@@ -100,6 +141,7 @@ def write_recipe(
     unless its quantization says otherwise, so that figures are the same on every processor.
     """
     monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
+    short_answers(monkeypatch)
 
     def write(
         name: str = "tiny",

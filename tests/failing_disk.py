@@ -3,8 +3,9 @@
     cc -O1 -shared -fPIC -o failing_disk.so tests/failing_disk.c -ldl
     LD_PRELOAD=./failing_disk.so python tests/failing_disk.py FOLDER run:EIO:1 export:ENOSPC:7:3
 
-VERB:ERROR:EVERY:START refuses every operation in turn, or every seventh from the third on; VERB:EROFS:cache all of
-them below FOLDER/world/cache. A process of its own, for
+VERB:ERROR:EVERY:START refuses every operation in turn, or every seventh from the third on. VERB:MOUNT:cache mounts
+FOLDER/world/cache read-only, which the process must be allowed to do (`unshare --mount`), and VERB:NOBODY:. runs as a
+user who may write nowhere in FOLDER/world, which only root can. A process of its own, for
 `failing_disk.c` must be there before every other library; its caches and temporary files must be in FOLDER/world
 (`test_disk_everywhere.py` sets them). A line of JSON for each: the number of operations, how many were refused in turn,
 and a sentence for each that did not end as it should. "EIO" refuses one operation; "ENOSPC" that one and all after it,
@@ -30,6 +31,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 TRAINING = "steps = 4\nbatch_size = 4\ncheckpoint_every = 2\neval_every = 2\nkeep_checkpoints = 2"
 NEVER = 2**62
+WARM: set[str] = set()
+"""Verbs that this process has called."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,13 @@ def unchanged(world: Path, kept: Path, *but: str) -> str | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A command, and what must hold after it; `again` is whether it must do its work once the disk is well."""
+    """A command, and what must hold after it; `again` is whether it must do its work once the disk is well, `shows`
+    whether it says what is wrong in a table, instead of an error."""
 
     arguments: Callable[[Path], tuple[str, ...]]
     holds: Callable[[Path, Path, Ended], str | None]
     again: bool = True
+    shows: bool = False
 
 
 def _trained(name: str) -> Callable[[Path, Path, Ended], str | None]:
@@ -184,7 +189,7 @@ def _exported(name: str) -> Callable[[Path, Path, Ended], str | None]:
     """Whole, or not there: what stands there under its name can be read and says what is proven of it."""
 
     def holds(world: Path, kept: Path, ended: Ended) -> str | None:
-        from qtune.run import manifest
+        from qtune import manifest
 
         folder = world / "runs" / "done" / name
         if ended.code == 0 and not folder.is_dir():
@@ -242,6 +247,10 @@ CASES: Mapping[str, Case] = {
     "profile": Case(lambda world: ("profile", _done(world)), _kept("memory.json", "report.html")),
     "chat": Case(lambda world: ("chat", _done(world), "-p", "What is 1", "--max-new-tokens", "2"), _kept()),
     "list": Case(lambda world: ("list", str(world / "runs")), _kept()),
+    "compare": Case(
+        lambda world: ("compare", _done(world), _done(world), "--rows", "2"), _kept("eval.json", "forgetting.json")
+    ),
+    "doctor": Case(lambda world: ("doctor",), _kept(), shows=True),
 }
 
 
@@ -263,8 +272,9 @@ def tried(folder: Path, name: str, number_name: str, every: int, start: int) -> 
     """Refuses every `every`-th operation of a verb in turn, from `start` on; what has come of it."""
     world, kept, case = folder / "world", folder / "kept", CASES[name]
     number, listed = getattr(errno, number_name), folder / "operations.txt"
-    # Twice: what is loaded or remembered by the first call is not written by the second.
-    for _ in range(2):
+    # Twice where it is the first time: what is loaded or remembered by that call is not written by the next.
+    for _ in range(1 if name in WARM else 2):
+        WARM.add(name)
         restore(world, kept)
         listed.unlink(missing_ok=True)
         listing = os.open(listed, os.O_WRONLY | os.O_CREAT)
@@ -287,22 +297,69 @@ def tried(folder: Path, name: str, number_name: str, every: int, start: int) -> 
     return {"verb": name, "error": number_name, "operations": whole.operations, "tried": len(places), "bad": bad}
 
 
-def read_only(folder: Path, name: str, number_name: str, place: str) -> dict[str, object]:
+def read_only(folder: Path, name: str, how: str, place: str) -> dict[str, object]:
     """A verb where nothing can be written below a place of the world, its cache or its home: what has come of it."""
     world, kept, case = folder / "world", folder / "kept", CASES[name]
-    number = getattr(errno, number_name)
     restore(world, kept)
+    if how == "NOBODY":  # what may not be read is another case: safetensors gives its files to their owner alone
+        for file in world.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
     before = contents(world / place)
-    ended = qtune(world / place, *case.arguments(world), first=1, number=number)
+    with mounted_read_only(world / place) if how == "MOUNT" else as_nobody():
+        ended = qtune(world, *case.arguments(world))
     wrote = contents(world / place) != before
-    said = "something was written all the same" if wrote else fault_of(ended, os.strerror(number))
+    shown = case.shows and ended.code == 1 and "cannot be written" in ended.said
+    said = "something was written all the same" if wrote else None if shown else fault_of(ended, REASONS[how])
     said = said or case.holds(world, kept, ended)
     bad = [] if said is None else [f"exit code {ended.code}: {said}"]
     message = ended.said.partition("error: ")[2].replace(str(world), "").strip()
     return {"verb": name, "place": place, "code": ended.code, "said": message, "bad": bad}
 
 
+REASONS = {"MOUNT": os.strerror(errno.EROFS), "NOBODY": os.strerror(errno.EACCES)}
+BIND, REMOUNT, READ_ONLY = 4096, 32, 1
+"""Flags of mount(2)."""
+SAME_FLAGS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+"""Flags of a file system that a mount of a part of it must have as well, and that mount(2) writes as statvfs does."""
+NOBODY = 65534
+
+
+@contextmanager
+def mounted_read_only(folder: Path) -> Iterator[None]:
+    """A folder as a file system of its own that can only be read."""
+    library, name = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
+    flags = os.statvfs(folder).f_flag & SAME_FLAGS
+    for asked in (BIND, BIND | REMOUNT | READ_ONLY | flags):
+        if library.mount(name, name, None, ctypes.c_ulong(asked), None):
+            raise OSError(ctypes.get_errno(), "mount")
+    try:
+        yield
+    finally:
+        if library.umount2(name, 2):  # MNT_DETACH: rows may still be mapped
+            raise OSError(ctypes.get_errno(), "umount2")
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Every thread of the process has the rights of a user who owns nothing."""
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, 0)
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+
+
 def main() -> None:
+    from warm import SHORT_ANSWER
+
+    from qtune.training import sample_answers
+
+    sample_answers.MOST_TOKENS = SHORT_ANSWER
     folder = Path(sys.argv[1])
     world, kept = folder / "world", folder / "kept"
     if not kept.is_dir():

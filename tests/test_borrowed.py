@@ -173,7 +173,7 @@ def questions_for_values_have_the_names_that_are_answered() -> None:
     ]  # fmt: skip
 
 
-@borrowed("torch", "_record_memory_history", "_dump_snapshot", files=("memory/measured/meter.py",))
+@borrowed("torch", "_record_memory_history", "_dump_snapshot", files=("memory/measured/snapshot.py",))
 def the_allocators_history_can_be_kept() -> None:
     """PyTorch's documentation gives these private names as the way ("Understanding CUDA Memory Usage")."""
     assert {"enabled", "stacks", "max_entries"} <= set(parameters_of(torch.cuda.memory._record_memory_history))

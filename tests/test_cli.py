@@ -221,9 +221,38 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
 def test_a_mistyped_option_is_an_error_of_the_input() -> None:
     (code, out, err, _), no_verb = ends(["run", "quickstart", "--resum"], ["trian", "quickstart"])
     assert (code, out) == (2, "")
-    assert "No such option: --resum" in err
+    assert err == "error: qtune run --resum: no such option; did you mean '--resume'?\n"
     assert no_verb[0] == 2
-    assert "no such verb; here that is: qtune run" in no_verb[2]
+    assert no_verb[2] == "error: qtune trian: no such verb; here that is: qtune run\n"
+
+
+USAGE = {
+    "run": "qtune run: RECIPE|RUN is missing: a recipe, or with --resume a run's folder",
+    "run x --seeds few": "qtune run --seeds few: should be a valid integer",
+    "run x --seeds=0": "qtune run --seeds 0: should be greater than or equal to 1",
+    "run a.toml b.toml": "qtune run b.toml: one argument too many; qtune run --help",
+    "export runs/x --gguf f32": "qtune export --gguf f32: 'f32' is not one of 'f16', 'bf16', 'q8_0'",
+    "export runs/x --dtype": "qtune export --dtype: its value is missing: type of the exported weights",
+    "eval runs/x --data none.jsonl": "qtune eval --data none.jsonl: path 'none.jsonl' does not exist",
+    "compare runs/x": "qtune compare: one run is examined with qtune eval; name two or more",
+    "--zzz": "qtune --zzz: no such option; its options: --version, --install-completion, --show-completion",
+    "list --zzz": "qtune list --zzz: no such option; its options: --json",
+    "frobnicate": "qtune frobnicate: no such verb; the verbs: "
+    + ", ".join(typer.main.get_command(cli.app).list_commands(None)),  # type: ignore[attr-defined]
+}
+
+
+def test_every_usage_error_is_one_sentence_with_the_verb_what_was_found_and_what_would_be_right() -> None:
+    answers = ends(*(words.split() for words in USAGE))
+    assert [(code, out, err, heavy) for code, out, err, heavy in answers] == [
+        (2, "", f"error: {said}\n", []) for said in USAGE.values()
+    ]
+
+
+def test_without_a_verb_there_is_help() -> None:
+    ((code, out, _, heavy),) = ends([])
+    assert (code, heavy) == (2, [])
+    assert "Write a commented recipe" in out
 
 
 def test_an_option_of_another_verb_is_named_as_such() -> None:

@@ -56,6 +56,49 @@ def test_a_saved_data_set_is_what_its_state_lists(tmp_path):
     assert read(tmp_path / "train") == ["train"]
 
 
+DAMAGED = "is damaged: it does not list what lies beside it"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", DAMAGED),
+        ('{"splits": ["train"', DAMAGED),
+        ("[]", DAMAGED),
+        ('{"splits": 3}', DAMAGED),
+        ("[" * 100_000, DAMAGED),
+        ('{"splits": ["gone"]}', "names 'gone', which is not there"),
+        ('{"splits": ["."]}', "names '.', which is not there"),
+        ('{"splits": ["train/.."]}', "names 'train/..', which is not there"),
+        ('{"splits": [null]}', "names 'None', which is not there"),
+    ],
+)
+def test_a_damaged_list_of_splits_is_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    write(tmp_path, "train/a.jsonl")
+    file = tmp_path / "dataset_dict.json"
+    file.write_text(text)
+    with pytest.raises(DataError) as caught:
+        data_files(str(tmp_path), tmp_path)
+    assert str(caught.value) == f"{file}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"_data_files": [{"file": "a.arrow"}]}', DAMAGED),
+        ('{"_data_files": "a.arrow"}', DAMAGED),
+        ('{"_data_files": [{"filename": "../a.arrow"}]}', "names '../a.arrow', which is not there"),
+        ('{"_data_files": [{"filename": "a.arrow"}]}', "names 'a.arrow', which is not there"),
+    ],
+)
+def test_a_damaged_list_of_a_data_sets_files_is_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    file.write_text(text)
+    with pytest.raises(DataError) as caught:
+        data_files(str(tmp_path), tmp_path)
+    assert str(caught.value) == f"{file}: {said}"
+
+
 def test_files_of_several_kinds_in_one_folder_are_asked_about(tmp_path):
     write(tmp_path, "rows.jsonl", "LICENSE.txt", "dataset_info.json")
     assert read(tmp_path) == ["rows.jsonl"]

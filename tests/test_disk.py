@@ -6,15 +6,15 @@ Every operation of every verb: `test_disk_everywhere.py`.
 import errno
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import WriteRecipe
+from conftest import WriteRecipe, run_warm
 from safetensors import SafetensorError
+from warm import COMMAND
 
 from qtune import whole
 from qtune.disk import WAYS_OUT, refusal_of, told
@@ -28,7 +28,6 @@ from qtune.run.metrics import NoteRecord, append_metric, read_metrics
 from qtune.training import train
 from qtune.training.callbacks import Metrics
 
-ROOT = str(Path(__file__).parent.parent)
 WRITING = os.O_WRONLY | os.O_RDWR
 CHANGES = ("os.rename", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 
@@ -188,12 +187,8 @@ def test_a_run_that_may_write_no_large_files_says_so_and_keeps_its_last_checkpoi
     """A limit of the system meets every writer: Python's, and those of safetensors, tokenizers and PyTorch."""
     recipe = write_recipe(training=TRAINING)
     for kibibytes in (0, 2, 8, 60, 200):
-        command = (
-            f'ulimit -f {kibibytes}; exec "{sys.executable}" -m qtune run {recipe} --set output.name=small{kibibytes}'
-        )
-        ended = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}, check=False
-        )
+        most = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kibibytes << 10}, {kibibytes << 10}))\n"
+        ended = run_warm(most + COMMAND, "run", recipe, "--set", f"output.name=small{kibibytes}")
         assert "Traceback" not in ended.stderr, ended.stderr
         run = RunDir(tmp_path / "runs" / f"small{kibibytes}")
         assert ended.returncode in ((0,) if run.is_finished else (1, 2)), ended.stderr

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from qtune.export.closeness import Closeness, ClosenessMeter, PerplexityMeter, limits, shortfalls
+from qtune.export.closeness import ClosenessMeter, PerplexityMeter, limits, shortfalls
+from qtune.export.verification import Closeness
 
 
 def test_kl_is_the_definition_s_over_all_rows() -> None:

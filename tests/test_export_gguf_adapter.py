@@ -1,5 +1,6 @@
 """adapter.gguf: llama.cpp's --lora on the base's GGUF file predicts what the merged model does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qtune.export.gguf.adapter import (
 )
 from qtune.export.gguf.file import write_gguf
 from qtune.export.llama_cpp import ADAPTER_FILE
-from qtune.run.manifest import fault
+from qtune.manifest import fault
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -180,9 +181,16 @@ def test_a_second_export_leaves_no_adapter_of_the_first(tmp_path: Path) -> None:
     assert not (export_run(run, Options(verify=False, force=True)) / ADAPTER_FILE).exists()
 
 
+NOT_SEALED = {"manifest.json", "verify.json", "README.md"}
+"""verify.json has a checksum of its own."""
+
+
 def test_a_flipped_bit_in_the_adapter_is_noticed(tmp_path: Path) -> None:
     folder = export_run(tiny_run(tmp_path), Options(gguf="f16", verify=False))
     assert fault(folder) is None
+    files = {file.name for file in folder.iterdir()}
+    assert "Modelfile" in files
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == files - NOT_SEALED
     file = folder / ADAPTER_FILE
     values = bytearray(file.read_bytes())
     values[-1] ^= 1

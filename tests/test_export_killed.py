@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_warm
 from export_models import tiny_run
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ MOMENTS = [
     "model/verify.json",
 ]
 
-# Imports once, then exports in one forked child for each moment and kills it there; prints what is left each time.
+# Exports in one forked child for each moment and kills it there; prints what is left each time.
 SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
@@ -61,9 +61,7 @@ for moment in moments:
 @pytest.mark.slow
 def test_an_export_that_is_killed_leaves_nothing_or_a_whole_model(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(run.path), json.dumps(MOMENTS)], capture_output=True, text=True, check=False
-    )
+    done = run_warm(SCRIPT, run.path, json.dumps(MOMENTS))
     assert done.returncode == 0, done.stderr
     ended = [json.loads(line) for line in done.stdout.splitlines()]
     assert [signal for signal, _ in ended] == [9] * len(MOMENTS)
@@ -86,7 +84,7 @@ def test_an_export_that_is_killed_leaves_nothing_or_a_whole_model(tmp_path: Path
 
 # A file system of its own for the output, too small for the weights; the check before writing is told that it is not.
 FULL_DISK = """
-import subprocess, sys
+import ctypes, os, subprocess, sys
 from pathlib import Path
 import torch
 from qtune.export import staged
@@ -96,6 +94,14 @@ from qtune.run.folder import RunDir
 
 torch.set_num_threads(1)
 disk = Path(sys.argv[2])
+# As `unshare --map-root-user --mount` does it.
+NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
+user, group = os.getuid(), os.getgid()
+assert ctypes.CDLL(None, use_errno=True).unshare(NEW_MOUNTS | NEW_USER) == 0, os.strerror(ctypes.get_errno())
+Path("/proc/self/setgroups").write_text("deny")
+Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
 if sys.argv[3] == "while writing":
     staged.refuse_small_disk = lambda folder, needed_bytes: None
@@ -127,8 +133,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_left(when: str, message: 
     ):
         pytest.skip("no file system can be mounted here")
     run = tiny_run(tmp_path)
-    command = [*alone, sys.executable, "-c", FULL_DISK, str(run.path), str(tmp_path / "disk"), when]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warm(FULL_DISK, run.path, tmp_path / "disk", when)
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()[-2:]
     assert re.search(message, error), error

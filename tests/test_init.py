@@ -255,6 +255,35 @@ def test_rows_that_make_a_run_of_few_steps_are_said_when_its_recipe_is_written(t
     assert "142 rows" in init("--base", MODEL, "--data", "few.jsonl", "-o", "other.toml").stderr
 
 
+OWN_COLUMNS = {
+    "own.jsonl": '{"id": 7, "symptom": "My fern has curled leaves.", "advice": "That is thrips."}\n' * 600,
+    "own.csv": "id,symptom,advice\n" + "7,My fern has curled leaves.,That is thrips.\n" * 600,
+}
+
+
+@pytest.mark.parametrize("name", OWN_COLUMNS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_own_columns_are_renamed_in_the_recipe_and_it_is_said_what_they_are_taken_for(
+    tmp_path, monkeypatch, name, copied
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(OWN_COLUMNS[name])
+    done = init(*(("--from", "quickstart") if copied else ("--base", MODEL)), "--data", name)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"{name}: 'symptom' is taken for 'question' and 'advice' is taken for 'answer'; if that is wrong, change "
+        "data.columns in recipe.toml\n"
+    )
+    assert load_recipe(Path("recipe.toml")).recipe.data.columns == {"question": "symptom", "answer": "advice"}
+
+
+@pytest.mark.parametrize("row", [ROW, '{"chosen": "a b", "rejected": "c d"}\n', '{"number": 7}\n', "not JSON\n"])
+def test_rows_of_a_known_shape_or_of_none_leave_the_columns_alone(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(600 * row)
+    assert "columns" not in new_recipe(MODEL, "rows.jsonl", "lora", Path("recipe.toml"))
+
+
 def test_the_command_prints_the_schema_and_the_list():
     assert json.loads(init("--schema").stdout) == recipe_schema()
     listed = init("--list").stdout

@@ -23,6 +23,8 @@ ROOMS = (
     "sizes",
     "spelling",
     "whole",
+    "records",
+    "manifest",
     "lfs",
     "network",
     "recipe",
@@ -63,8 +65,8 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
     "cli", "console", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole",
-    "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.finished",
-    "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target",
+    "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.finished",
+    "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target", "report.page", "verdicts",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 
@@ -317,6 +319,26 @@ def test_who_asks_what_happens_on_a_run_is_sent_to_one_file_that_names_the_stage
     assert stages == ["recipe", "inputs", "folder", "model", "lock", "trainer", "steps", "adapter", "report"]
     for document in ("README.md", "CONTRIBUTING.md"):
         assert "training/train.py" in (PACKAGE.parent / document).read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_of_the_documents_leads_to_a_page_and_a_heading() -> None:
+    root = PACKAGE.parent
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md")]
+    assert len(pages) > 8
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if target.startswith(("http", "mailto")):
+                continue
+            name, _, anchor = target.partition("#")
+            meant = (page.parent / name).resolve() if name else page
+            assert meant.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(meant.read_text(encoding="utf-8")), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "qtune/training/train.py"])

@@ -1,6 +1,7 @@
 """Fitting: the largest value that stays inside a budget, cards by name, and a recipe's text that keeps its comments."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from qtune.errors import InputError, ModelError, Problem
 from qtune.memory.allowance import Need, card_need
 from qtune.memory.budget import EMBEDDINGS, largest_that_fits, settled
 from qtune.memory.fit import Fitted, _longest_within, fit, fitted_text, largest_micro_batch, longest_that_fits
+from qtune.memory.forecast import forecast
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, summarize
 from qtune.plan import Plan, make_plan
@@ -50,6 +52,19 @@ def test_a_size_far_beyond_the_limit_is_not_traced():
 
     assert largest_that_fits([1, 2, 4, 8, 16], cost, 1500) == 4
     assert set(asked) == {1, 2, 4}
+
+
+def test_rows_that_go_together_on_a_processor_are_as_many_as_its_memory_allows() -> None:
+    recipe = recipe_with(training={**AUTO, "batch_size": 8, "gradient_checkpointing": False})
+    rows = Rows(Longest(128), "a test")
+    limits = dict.fromkeys((1, 2, 4, 8), 0)
+    for size in limits:
+        traced = predict(tiny(), recipe, make_plan(recipe, CPU).with_micro_batch(size), rows.longest)
+        limits[size] = summarize(traced).need.total_bytes
+    assert forecast(tiny(), recipe, replace(CPU, free_bytes=limits[8]), rows).plan.micro_batch_size == 8
+    found = forecast(tiny(), recipe, replace(CPU, free_bytes=limits[8] - 1), rows)
+    assert (found.plan.micro_batch_size, found.plan.accumulation_steps) == (4, 2)
+    assert found.prediction.need.total_bytes == limits[4]
 
 
 @pytest.mark.parametrize("cost", [lambda n: n, lambda n: n * n // 100, lambda n: 10 * int(n**0.5)])
@@ -290,13 +305,13 @@ def test_the_plan_is_the_one_that_a_run_makes_of_the_recipe_that_was_written(mib
 
 
 @pytest.mark.usefixtures("by_head")
-def test_on_a_processor_nothing_is_settled_by_a_run_so_that_the_recipe_says_it() -> None:
+def test_on_a_processor_a_run_settles_the_micro_batch_so_that_the_recipe_leaves_it() -> None:
     recipe = recipe_with(training=AUTO)
-    rows = make_plan(recipe, CPU).micro_batch_size
+    assert make_plan(recipe, CPU).micro_batch_size > 1
     found = fit(tiny(), recipe, CPU, 1800 * MIB + DRIVER)
-    assert rows > 1
-    assert found.changes == {("training", "micro_batch_size"): 1}
-    assert found.left == {}
+    assert found.changes == {}
+    assert found.left[("training", "micro_batch_size")] == found.plan.micro_batch_size == 1
+    assert EMBEDDINGS not in found.left
 
 
 @pytest.mark.usefixtures("by_head")

@@ -8,6 +8,7 @@ its batch was not the largest, the record says so.
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ CARD = card_named("H100").device()
 CLOSE = 0.005
 """What a prediction may be off, of the measured bytes."""
 
-each_run = pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+BY_NAME = {run.name: run for run in RUNS}
+# All tests of a run stand together, so that it is traced once.
+each_run = pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS], scope="module")
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +64,9 @@ def prepared(run: Run, batch: dict[str, Any]) -> tuple[LlamaConfig, Recipe, Plan
     return LlamaConfig(**GEOMETRIES[run.model], pad_token_id=0), recipe, make_plan(recipe, CARD), longest
 
 
-def traced(run: Run) -> Traced:
-    return predict(*prepared(run, MEASURED[run.name]["batch"]))
+@cache
+def traced(name: str) -> Traced:
+    return predict(*prepared(BY_NAME[name], MEASURED[name]["batch"]))
 
 
 def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
@@ -81,7 +85,7 @@ def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
 @pytest.mark.slow
 @each_run
 def test_traced_bytes_are_what_the_allocator_of_the_card_counted(run: Run) -> None:
-    history, measured = traced(run).history, MEASURED[run.name]["by_phase"]
+    history, measured = traced(run.name).history, MEASURED[run.name]["by_phase"]
     found = {phase: history.peak(phase).bytes for phase in ("forward", "backward", "optimizer")}
     beside = 2 * workspace_bytes(CARD.capability)
     state = 0
@@ -116,7 +120,7 @@ def test_traced_bytes_by_category_are_what_the_ledger_of_the_run_saw(run: Run, m
 @pytest.mark.slow
 @each_run
 def test_the_need_is_never_less_than_the_card_used_and_at_most_five_per_cent_more(run: Run) -> None:
-    need = summarize(traced(run)).need
+    need = summarize(traced(run.name)).need
     context = max(one["device_used_gib"] - one["reserved_gib"] for one in H100["alone"].values())
     reserved = max(phase["reserved_peak_bytes"] for phase in MEASURED[run.name]["by_phase"].values())
     used = reserved + context * GIB

@@ -38,7 +38,8 @@ CLOSE = 0.005
 
 pytestmark = pytest.mark.slow
 BY_NAME: dict[str, Run] = {run.name: run for run in (*RUNS, ALONE)}
-each_run = pytest.mark.parametrize("name", BY_NAME)
+# Both tests of a run stand together, so that it is traced once.
+each_run = pytest.mark.parametrize("name", BY_NAME, scope="module")
 
 
 @pytest.fixture(autouse=True)

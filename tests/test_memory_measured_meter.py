@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from qtune.cli import app
 from qtune.errors import InputError
-from qtune.memory.measured.meter import SNAPSHOT_ENTRIES, Meter
+from qtune.memory.measured.meter import Meter
+from qtune.memory.measured.snapshot import SNAPSHOT_ENTRIES
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.training import train
@@ -45,13 +46,13 @@ def test_a_snapshot_ends_with_the_second_step_or_with_the_run(tmp_path: Path, mo
     meter.enter("optimizer")
     meter.close()
     assert allocator.asked == [BEGIN, "dump", END]
-    assert meter.snapshot_written == f"{tmp_path}/a; https://pytorch.org/memory_viz draws it"
+    assert meter.snapshot.said == f"{tmp_path}/a; https://pytorch.org/memory_viz draws it"
 
     short = Meter(torch.device("cpu"), snapshot=tmp_path / "no folder" / "b")
     short.enter("forward")
     short.close()
     assert allocator.asked[3:] == [BEGIN, "dump", END]
-    assert short.snapshot_written.startswith("could not be written: [Errno 2]")
+    assert short.snapshot.said.startswith("could not be written: [Errno 2]")
     Meter(torch.device("cpu")).close()
     assert len(allocator.asked) == 6
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WriteRecipe, run_qtune
+from conftest import WriteRecipe, run_warm_qtune
 from export_models import tiny_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -233,7 +233,7 @@ def test_an_index_that_is_none_is_one_sentence(text, base):
 @pytest.mark.slow
 def test_a_run_on_such_a_base_ends_before_it_has_a_folder(base, write_recipe, tmp_path):
     changed(base, without("model.embed_tokens.weight"))
-    done = run_qtune("run", write_recipe(), "--set", f"model.base={base}")
+    done = run_warm_qtune("run", write_recipe(), "--set", f"model.base={base}")
     assert (done.returncode, done.stdout) == (2, "")
     assert "has no model.embed_tokens.weight" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -242,7 +242,7 @@ def test_a_run_on_such_a_base_ends_before_it_has_a_folder(base, write_recipe, tm
 @pytest.mark.slow
 def test_chat_with_such_a_folder_says_so(base):
     changed(base, without("model.norm.weight"))
-    done = run_qtune("chat", base, "-p", "Hello")
+    done = run_warm_qtune("chat", base, "-p", "Hello")
     assert (done.returncode, done.stdout) == (2, "")
     assert "has no model.norm.weight" in done.stderr
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_model_builtin import write_gguf
 
 from qtune.errors import ModelError
-from qtune.model.checkpoint import Checkpoint
+from qtune.model.checkpoint import Checkpoint, tensors_of
 from qtune.model.folder import require_weights, weight_map
 from qtune.model.gguf_header import require_gguf
 from qtune.model.load import load_config
-from qtune.model.safetensors_file import require_whole, tensors_of
+from qtune.model.safetensors_file import require_whole
 from qtune.recipe.schema import Model
 
 

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from conftest import run_qtune
+from conftest import run_qtune, run_warm_qtune
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -94,7 +94,7 @@ def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[model]\nbase = "owner/gated"\n[data]\ntrain = "rows.jsonl"\n')
-    process = run_qtune("run", recipe, "--set", f"output.directory={tmp_path / 'runs'}")
+    process = run_warm_qtune("run", recipe, "--set", f"output.directory={tmp_path / 'runs'}")
     assert process.returncode == 2
     # What names the model is said once, though configuration and tokenizer both need it.
     assert process.stderr == f"error: owner/gated: is not on this computer, and HF_HUB_OFFLINE is set; {WAYS}\n"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,16 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, tiny_model: Pat
         ModelError, match=rf"^{tmp_path}: brings Python code of its own; .*set model.trust_remote_code = true$"
     ):
         load_config(Model(base=str(tmp_path)))
+
+
+def test_a_base_without_a_tokenizer_is_said_to_be_that(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(Model(base=str(tmp_path / "base")))
+    assert str(caught.value) == (
+        f"{tmp_path / 'base'}: has no tokenizer: there is no tokenizer.json, and no file that one could be made of"
+    )
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from qtune.model.loss import (
     logit_rule,
     loss_agrees,
     scored_positions,
-    streamed_cross_entropy,
     tiled_cross_entropy,
 )
 from qtune.model.stored_rows import HostRows
@@ -31,12 +30,12 @@ RULES = {
 
 def in_five_tiles(hidden, weight, bias, labels, rule: LogitRule):
     """13 rows in tiles of 3: the last one is not full."""
-    return tiled_cross_entropy(hidden, weight, bias, labels, rule, tile_bytes=3 * 4 * VOCABULARY)
+    return tiled_cross_entropy(hidden, weight, bias, labels, rule, tile_bytes=3 * 4 * VOCABULARY)[:2]
 
 
 def in_four_blocks(hidden, weight, bias, labels, rule: LogitRule):
     """11 tokens of the vocabulary in blocks of 3, as a head in host memory comes: the last one is not full."""
-    return streamed_cross_entropy(hidden, HostRows(weight), bias, labels, rule, tile_bytes=3 * 4 * ROWS)
+    return tiled_cross_entropy(hidden, HostRows(weight), bias, labels, rule, tile_bytes=3 * 4 * ROWS)[:2]
 
 
 def some_tensors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -95,8 +94,8 @@ def test_logits_far_apart_do_not_overflow_between_blocks() -> None:
     hidden = torch.tensor([[1.0], [-1.0]])
     weight = torch.tensor([[-500.0], [0.0], [500.0], [100.0]])
     labels = torch.tensor([2, 2])
-    ours = streamed_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=8)
-    assert [float(part) for part in ours] == [1000.0, 1.0]
+    ours = tiled_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=8)
+    assert [float(part) for part in ours[:2]] == [1000.0, 1.0]
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -117,20 +116,19 @@ def test_16_bit_hidden_states_are_scored_in_fp32() -> None:
     hidden, weight, bias, labels = (
         tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in some_tensors()
     )
-    value, _ = tiled_cross_entropy(hidden, weight, bias, labels)
+    value = tiled_cross_entropy(hidden, weight, bias, labels)[0]
     assert value.dtype == torch.float32
     exact = functional.cross_entropy(functional.linear(hidden, weight, bias).float(), labels, reduction="sum")
     torch.testing.assert_close(value, exact)
 
 
-@pytest.mark.parametrize("function", [tiled_cross_entropy, streamed_cross_entropy])
-def test_nothing_to_score_is_no_loss(function) -> None:
+@pytest.mark.parametrize("stored", [lambda weight: weight, HostRows], ids=["tensor", "on the host"])
+def test_nothing_to_score_is_no_loss(stored) -> None:
     hidden, weight, bias, _ = some_tensors()
     hidden = hidden[:0].requires_grad_()
-    head = HostRows(weight) if function is streamed_cross_entropy else weight
-    value, correct = function(hidden, head, bias, torch.zeros(0, dtype=torch.long))
+    value, correct, losses = tiled_cross_entropy(hidden, stored(weight), bias, torch.zeros(0, dtype=torch.long))
     value.backward()
-    assert (value.item(), int(correct), hidden.grad.shape) == (0.0, 0, (0, HIDDEN))
+    assert (value.item(), int(correct), len(losses), hidden.grad.shape) == (0.0, 0, 0, (0, HIDDEN))
 
 
 def test_a_position_is_scored_if_the_next_token_is_and_rows_do_not_run_into_each_other() -> None:
@@ -162,7 +160,7 @@ def test_no_tensor_is_larger_than_a_tile_of_logits() -> None:
     assert hidden.grad is not None
     assert seen.elements == 16 * vocabulary
     with LargestTensor() as seen:
-        streamed_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=20 * 4 * rows)[0].backward()
+        tiled_cross_entropy(hidden, HostRows(weight), None, labels, tile_bytes=20 * 4 * rows)[0].backward()
     assert seen.elements == 20 * rows
     with LargestTensor() as seen:
         plain_cross_entropy(hidden, weight, None, labels, LogitRule())[0].backward()

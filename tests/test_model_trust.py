@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_qtune
+from conftest import run_warm_qtune
 from export_models import tiny_run
 
 from qtune.check import check
@@ -162,12 +162,12 @@ def test_a_person_at_a_terminal_is_asked(
 @pytest.mark.slow
 def test_the_command_agrees_once(run: RunDir, ran: Path) -> None:
     asked = ("chat", run.path, "-p", "Hello", "--max-new-tokens", "1")
-    done = run_qtune(*asked)
+    done = run_warm_qtune(*asked)
     assert (done.returncode, ran.exists()) == (2, False)
     assert "a recipe cannot agree to it for you" in done.stderr
-    done = run_qtune(*asked, "--trust-remote-code")
+    done = run_warm_qtune(*asked, "--trust-remote-code")
     assert (done.returncode, ran.exists()) == (0, True), done.stderr
-    assert run_qtune(*asked).returncode == 0
+    assert run_warm_qtune(*asked).returncode == 0
 
 
 def test_a_model_that_is_talked_to_alone_needs_no_second_consent(run: RunDir, ran: Path) -> None:

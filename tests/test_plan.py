@@ -111,6 +111,14 @@ def test_the_micro_batch_divides_the_batch_and_keeps_to_4096_tokens(batch: int, 
     assert plan.reasons["training", "micro_batch_size"] == f"at most 4096 tokens at once, {size} x {length}"
 
 
+def test_rows_that_were_looked_at_decide_the_micro_batch_and_not_what_they_may_not_exceed() -> None:
+    given = recipe(training={"batch_size": 16}, data={"max_length": 2048})
+    assert make_plan(given, OLD_CPU).micro_batch_size == 2
+    plan = make_plan(given, OLD_CPU, longest=90)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.max_length) == (16, 1, 2048)
+    assert plan.reasons["training", "micro_batch_size"] == "at most 4096 tokens at once, 16 x 90"
+
+
 def test_another_micro_batch_keeps_the_batch() -> None:
     plan = make_plan(recipe(training={"batch_size": 8}), AMPERE)
     smaller = plan.with_micro_batch(1, "it fits")

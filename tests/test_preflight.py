@@ -15,12 +15,12 @@ from qtune.adapter.state import STATE_FILE
 from qtune.check import check
 from qtune.device.present import Device
 from qtune.errors import GateError, InputError, QtuneError
+from qtune.manifest import seal
 from qtune.memory.forecast import Forecast, attempted
 from qtune.plan import make_plan
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
-from qtune.run.manifest import seal
 from qtune.run.resolved import resolved_text
 from qtune.training import build, train
 from qtune.training.inputs import gather
@@ -271,3 +271,14 @@ def test_each_step_that_a_card_has_traced_is_said_before_a_run(
     assert {"1", str(found.plan.micro_batch_size)} <= {rows for _, rows in said}
     searched = [words for words, _ in said[:-1]]  # the last one is the step that was chosen, and traced already
     assert sorted(searched) == sorted(set(searched))
+
+
+def test_short_rows_go_together_on_a_processor_however_long_they_might_be(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtune.preflight.present_device", lambda: CPU)
+    examined = examine(load_recipe(write_recipe(training="batch_size = 8"), ["data.max_length=2048"]))
+    longest = max(examined.prepared.lengths)
+    assert longest < 128
+    assert examined.plan.micro_batch_size == 8
+    assert examined.plan.reasons["training", "micro_batch_size"] == f"at most 4096 tokens at once, 8 x {longest}"

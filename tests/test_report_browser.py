@@ -10,10 +10,10 @@ from browser import CHROMIUM, Browser, browser
 from test_report_page import ATTACK, finish, make_run, tell, train_record
 from test_verdicts_scores import free_text
 
+from qtune.records import write_record
 from qtune.report.page import write_report
 from qtune.run.folder import RunDir
 from qtune.run.metrics import EvalRecord
-from qtune.run.records import write_record
 
 pytestmark = [
     pytest.mark.slow,

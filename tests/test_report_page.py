@@ -19,19 +19,18 @@ from qtune.data.prepare import prepare
 from qtune.data.samples import pieces_of
 from qtune.device.present import Device
 from qtune.errors import RunError
-from qtune.export.closeness import Closeness, Limits
-from qtune.export.verification import Answer, Verification, write_verification
+from qtune.export.verification import Answer, Closeness, Limits, Verification, write_verification
 from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
+from qtune.records import write_record
 from qtune.report import style
 from qtune.report.charts import Series, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import attempt_report, page, write_report
 from qtune.report.record import read_record
-from qtune.report.rows import rows_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
 from qtune.run.memory import RunMemory, write_memory
@@ -45,9 +44,10 @@ from qtune.run.metrics import (
     append_metric,
     seconds_of,
 )
-from qtune.run.records import write_record
 from qtune.run.resolved import resolved_text
-from qtune.tuned.evaluate import Comparison, Evaluation, Score
+from qtune.run.shown_rows import RowPiece, ShownRow, ShownRows, keep_rows
+from qtune.training.shown_rows import rows_of
+from qtune.tuned.evaluation import Comparison, Evaluation, Score
 
 CPU = Device("cpu", "CPU, 2 threads", 16 << 30, 12 << 30, bf16=False)
 ATTACK = "<script>alert('in')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -553,3 +553,25 @@ def test_on_paper_no_cell_of_answers_or_values_has_a_least_width_but_the_steps()
     rules = dict(re.findall(r"^ *([^{}@]+?) \{ ([^{}]*) \}$", printed, re.MULTILINE))
     assert "min-width: 0" in rules["td, .answers td, .values td"]
     assert "min-width: 6rem" in rules[".steps td:first-child"]
+
+
+def test_a_report_with_nothing_to_trace_or_tokenize_waits_for_no_library(tmp_path):
+    run_dir = make_run(tmp_path)
+    tell(run_dir, train_record(1), train_record(2))
+    write_lock(run_dir, Lock())
+    keep_rows(
+        run_dir,
+        ShownRows((ShownRow("first row", "rows.jsonl:1", 3, 1, (RowPiece("kept apart", True),)),), 7, 0, 0, "chatml"),
+    )
+    (tmp_path / "rows.jsonl").unlink()
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom typer.testing import CliRunner\nfrom qtune import cli\n"
+        f"done = CliRunner().invoke(cli.app, ['report', {str(run_dir.path)!r}])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
+        "print(done.exit_code, sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 []\n", done.stderr
+    page = Page(run_dir.report.read_text(encoding="utf-8"))
+    assert page.texts["mark"] == ["marked", "kept apart"]
+    assert "7 rows were trained on" in page.text

@@ -9,22 +9,29 @@ from pathlib import Path
 
 import pytest
 from conftest import FUZZ_SEED, FUZZED
-from test_run_drift import World, kept, world  # noqa: F401  fixtures
+from safetensors.torch import load_file, save_file
+from test_run_drift import RECIPE, World, kept, world  # noqa: F401  fixtures
 
-from qtune.errors import Problem, QtuneError, RunError, VerificationError
+from qtune import manifest
+from qtune.errors import InputError, ModelError, Problem, QtuneError, RunError, VerificationError
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.verification import VERIFICATION, damage_of, proof_today, read_proof
+from qtune.model.load import load_config, load_tokenizer
+from qtune.preflight import examine
+from qtune.recipe.file import Resolved, load_recipe
+from qtune.records import CHECKSUM
 from qtune.report.page import write_report
-from qtune.run import manifest
 from qtune.run.drift import said_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.memory import read_memory
-from qtune.run.metrics import NoteRecord, append_metric, read_metrics
-from qtune.run.records import CHECKSUM
+from qtune.run.metrics import AFTER, NoteRecord, append_metric, read_metrics
 from qtune.run.resolved import resolved_recipe
+from qtune.run.shown_rows import kept_rows
+from qtune.training import train
 from qtune.tuned.chat import open_session
-from qtune.tuned.evaluate import evaluate, read_evaluation
+from qtune.tuned.evaluate import evaluate
+from qtune.tuned.evaluation import read_evaluation
 from qtune.verdicts.of_run import attempt_verdicts
 
 
@@ -45,6 +52,7 @@ READERS: dict[str, Callable[[RunDir], object]] = {
     "memory.json": read_memory,
     "lock.json": read_lock,
     "eval.json": read_evaluation,
+    "rows.json": kept_rows,
     "model/verify.json": lambda run: read_proof(run.path / "model"),
     "model/manifest.json": lambda run: require_whole(run.path / "model"),
     "adapter/manifest.json": lambda run: require_whole(run.adapter),
@@ -96,10 +104,11 @@ def test_a_changed_digit_is_named_with_its_line_and_the_way_out(tmp_path: Path) 
         read_metrics(file)
     assert str(caught.value) == (
         f"{file}:2: is no record of a run: it is not what was written, for its checksum is another; if it is right as "
-        "it is, remove crc32, or remove the line"
+        "it is, remove crc32, or remove the line, and after and crc32 from the next one"
     )
     # Both ways out lead out.
-    file.write_text("\n".join([lines[0], lines[2], ""]))
+    last = {name: value for name, value in json.loads(lines[2]).items() if name not in (AFTER, CHECKSUM)}
+    file.write_text("\n".join([lines[0], json.dumps(last), ""]))
     assert [record.seconds for record in read_metrics(file)] == [1.0, 3.0]
     values = {name: value for name, value in json.loads(lines[1]).items() if name != CHECKSUM}
     file.write_text("\n".join([lines[0], json.dumps(values | {"seconds": 7.0}), lines[2], ""]))
@@ -178,7 +187,7 @@ def test_no_random_damage_to_a_file_of_a_run_ends_in_anything_but_its_values_or_
             continue
         if name == "metrics.jsonl":  # a last line that was cut off is left out, and empty lines are none
             assert isinstance(now, tuple)
-            assert all(record in before for record in now), content
+            assert now == before[: len(now)], content  # where it ends, the adapter's manifest says
         elif name != "resolved.toml":  # whose values the lock keeps
             assert now == before, content
     assert said
@@ -209,7 +218,7 @@ def test_one_flipped_bit_of_an_export_is_said_by_chat_report_and_verification(
     # The last byte of the weights is the low half of a number: what it changes, no comparison of outputs would see.
     flip_a_bit(exported / name, 1.0 if name == "model.safetensors" else 0.5)
     said = f"{name} is not what was saved: its SHA-256 is another"
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(ModelError) as caught:
         open_session(str(exported))
     assert str(caught.value) == (
         f"{exported}: is not what was exported: {said}; export it again; if it is right as it is, remove its "
@@ -240,7 +249,7 @@ def test_the_manifest_of_another_program_is_none_of_ours(text: str, world: World
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../rows.jsonl", "."])
 def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    from qtune.run.records import write_record
+    from qtune.records import write_record
 
     write_record(tmp_path / manifest.NAME, manifest.Manifest({name: manifest.SavedFile(0, "")}))
     assert manifest.fault(tmp_path) == f"its manifest.json names {name!r}, which is no file in it"
@@ -276,3 +285,94 @@ def test_an_edited_file_that_changes_no_figure_is_said_with_what_to_do(
     card = (exported / "README.md").read_text()
     assert f"# {exported.name}\n" in card
     assert "NOT VERIFIED, for the reasons below" in card
+
+
+@pytest.fixture
+def on_export(exported: Path, world: World, tmp_path: Path) -> Resolved:  # noqa: F811
+    """A recipe whose base is the exported model."""
+    file = tmp_path / "on_export.toml"
+    file.write_text(RECIPE.format(home=world.home, data="").replace(f'"{world.base}"', f'"{exported}"'))
+    return load_recipe(file, [f"output.directory={tmp_path}/runs", "training.steps=1"])
+
+
+def test_an_exported_model_is_a_base_like_any_other(on_export: Resolved) -> None:
+    assert evaluate(train.run(on_export), rows=1, max_new_tokens=1).rows == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_an_exported_model_that_has_changed_is_no_base(name: str, on_export: Resolved, exported: Path) -> None:
+    flip_a_bit(exported / name, 1.0 if name == "model.safetensors" else 0.5)
+    model = on_export.recipe.model
+    for verb in (lambda: examine(on_export), lambda: load_config(model), lambda: load_tokenizer(model)):
+        with pytest.raises(InputError) as caught:
+            verb()
+        assert str(caught.value) == (
+            f"{exported}: is not what was exported: {name} is not what was saved: its SHA-256 is another; export it "
+            "again; if it is right as it is, remove its manifest.json"
+        )
+
+
+def test_a_run_on_an_exported_model_that_has_changed_since_stops(on_export: Resolved, exported: Path) -> None:
+    run = train.run(on_export)
+    flip_a_bit(exported / "generation_config.json", 0.5)
+    for verb in (
+        lambda: evaluate(run),
+        lambda: open_session(str(run.path)),
+        lambda: export_run(run, Options()),
+        lambda: train.run(on_export),
+    ):
+        with pytest.raises(
+            ModelError, match=r"is not what was exported: generation_config\.json is not what was saved"
+        ):
+            verb()
+    assert "generation_config.json is not what was saved" in write_report(run).read_text()
+
+
+def test_a_damaged_adapter_is_none_to_start_from(exported: Path, world: World, tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "further.toml"
+    file.write_text(
+        RECIPE.format(home=world.home, data="").replace("rank = 4", f'rank = 4\nstart_from = "{world.finished.path}"')
+    )
+    examine(load_recipe(file)).require()
+    for name in ("trained_state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        content = (world.finished.adapter / name).read_bytes()
+        flip_a_bit(world.finished.adapter / name, 0.9)
+        with pytest.raises(InputError, match=f"is not what was saved: {name} is not what was saved: its SHA-256"):
+            examine(load_recipe(file)).require()
+        (world.finished.adapter / name).write_bytes(content)
+
+
+# --- adapters alone --------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_exported_alone_is_compared_file_by_file(
+    exported: Path,
+    world: World,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = export_run(world.finished, Options(adapter_only=True, output=tmp_path / "alone"))
+    files = {file.name for file in folder.iterdir()} - {manifest.NAME, "README.md"}
+    assert set(json.loads((folder / manifest.NAME).read_text())["files"]) == files
+    assert verify_only(folder, world.finished) == folder
+    assert "is what was exported, and its adapter is that of" in capsys.readouterr().err
+    for name in sorted({*files, manifest.NAME}):
+        content = (folder / name).read_bytes()
+        flip_a_bit(folder / name, 0.5)
+        with pytest.raises(VerificationError, match=f"it is not what was exported: .*{re.escape(name)} "):
+            verify_only(folder, world.finished)
+        with pytest.raises(ModelError, match=f"is not what was exported: .*{re.escape(name)} "):
+            open_session(str(folder))
+        (folder / name).write_bytes(content)
+
+
+def test_the_adapter_of_another_run_is_not_this_runs(exported: Path, world: World, tmp_path: Path) -> None:  # noqa: F811
+    folder = export_run(world.finished, Options(adapter_only=True, output=tmp_path / "alone"))
+    other = {name: tensor + 1 for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(other, folder / "adapter_model.safetensors")
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(VerificationError) as caught:
+        verify_only(folder, world.finished)
+    assert str(caught.value) == (
+        f"{folder} is not the adapter of {world.finished.path}: adapter_model.safetensors differ"
+    )

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import qtune_process, run_qtune
+from conftest import run_warm_qtune, warm_qtune_process
 from safetensors.torch import load_file, save_file
 from test_run_drift import Killed, World, edit_json, kept, said, world  # noqa: F401  fixtures
 
+from qtune import manifest
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import RunError, TrainingError
 from qtune.export.export import Options, export_run
-from qtune.run import manifest
+from qtune.records import plain
 from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
-from qtune.run.records import plain
 from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole
@@ -112,6 +112,23 @@ def test_a_checkpoint_of_another_step_is_none_of_this(world: World) -> None:  # 
     shutil.rmtree(two)
     shutil.copytree(one, two)
     assert fault_of(two) == "it was saved after step 1, not 2"
+
+
+def test_a_checkpoint_of_another_run_is_passed_over_and_not_taken_for_one_that_is_saved(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run, other = world.stopped, world.finished
+    shutil.rmtree(run.checkpoints / "checkpoint-2")
+    shutil.copytree(other.checkpoints / "checkpoint-2", run.checkpoints / "checkpoint-2")
+    resumed = train.resume(run)
+    assert (
+        f"{run.checkpoints / 'checkpoint-2'} is not whole: it is not of this run: when it was saved, record"
+    ) in capsys.readouterr().err
+    assert_same_adapter(resumed, other)
+    assert (run.checkpoints / "damaged-checkpoint-2").is_dir()
+    assert fault_of(run.checkpoints / "checkpoint-2") is None
+    assert fault_of(run.checkpoints / "checkpoint-4") is None
 
 
 @pytest.mark.parametrize(
@@ -391,7 +408,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
         assert said(lambda: train.resume(world.stopped)).startswith(f"{world.stopped.path}: {who}")
         text = said(lambda: export_run(world.stopped, Options()))
         assert f"has no adapter yet: it {who}" in text
-        done = run_qtune("report", world.stopped.path, "--no-trace")
+        done = run_warm_qtune("report", world.stopped.path, "--no-trace")
         assert done.returncode == 0
         assert f"belongs to process {process.pid}" in done.stderr
         assert f"belongs to process {process.pid}" in world.stopped.report.read_text()
@@ -406,7 +423,7 @@ def test_a_second_resume_says_who_has_the_run_and_a_dead_owner_does_not_count(wo
 
 @pytest.mark.slow
 def test_two_resumes_at_once_are_one_run(world: World) -> None:  # noqa: F811
-    both = [qtune_process("run", "--resume", world.stopped.path) for _ in range(2)]
+    both = [warm_qtune_process("run", "--resume", world.stopped.path) for _ in range(2)]
     ends = [(process.communicate(), process.returncode) for process in both]
     codes = sorted(code for _, code in ends)
     assert codes[0] == 0

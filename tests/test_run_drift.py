@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROWS, run_qtune
+from conftest import ROWS, run_warm_qtune, short_answers
 from export_models import tiny_base, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -82,6 +82,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     home, copy = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("copy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        short_answers(patch)
         tiny_base(home / "base")
         tiny_tokenizer(home / "base")
         (home / "rows.jsonl").write_text(rows_text(ROWS[:16]))
@@ -340,10 +341,11 @@ def test_an_adapter_starts_from_a_run_on_the_same_base_alone(world: World) -> No
 @pytest.mark.slow
 def test_the_command_takes_the_name(world: World) -> None:
     negate_weights(world)
-    done = run_qtune("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1")
+    chat = ("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1")
+    done = run_warm_qtune(*chat)
     assert done.returncode == 2
     assert "--accept-drift weights" in done.stderr
-    done = run_qtune("chat", world.finished.path, "-p", "Hello", "--max-new-tokens", "1", "--accept-drift", "weights")
+    done = run_warm_qtune(*chat, "--accept-drift", "weights")
     assert done.returncode == 0
     assert "accepted: weights: " in done.stderr
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import qtune
 from qtune.errors import RunError
-from qtune.export.closeness import Closeness, Limits
 from qtune.export.verification import (
     VERIFICATION,
     Answer,
+    Closeness,
     GgufProof,
+    Limits,
     Proof,
     Verification,
     add_gguf,
@@ -25,6 +26,7 @@ from qtune.export.verification import (
     read_proof,
     write_verification,
 )
+from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
 from qtune.run.lock import Continued, Lock, LockedBase, LockedDevice, LockedSource, read_lock, write_lock
 from qtune.run.memory import RunMemory, measured_memory, read_memory, write_memory
@@ -37,8 +39,7 @@ from qtune.run.metrics import (
     has_evaluation,
     read_metrics,
 )
-from qtune.run.records import read_record, write_record
-from qtune.tuned.evaluate import Comparison, Evaluation, Score, read_evaluation
+from qtune.tuned.evaluation import Comparison, Evaluation, Score, read_evaluation
 
 FEW = settings(max_examples=25, deadline=None)
 """Each example is written to the disk."""

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 import qtune
 from qtune.cli import app
 from qtune.device.present import Device
-from qtune.errors import InputError, RunError
+from qtune.errors import InputError, ModelError, RunError
 from qtune.plan import make_plan
 from qtune.recipe.file import check_recipe
+from qtune.recipe.schema import Model
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
+from qtune.run.listing import list_runs
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import newest_unfinished
 
@@ -198,3 +200,45 @@ def test_files_of_a_run_in_other_encodings_are_read_or_refused_in_one_sentence(t
             read_lock(run)
     run.lock_file.write_text("{}", encoding="utf-8-sig")
     assert read_lock(run) is not None
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a device without end"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "lock.json", "adapter/adapter_config.json", "checkpoints/checkpoint-2/manifest.json"]
+)
+def test_what_may_never_end_among_the_files_of_a_run_is_named_and_not_read(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    run = RunDir.create(tmp_path, "run", "")
+    run.resolved_file.write_text("")
+    assert RunDir.open(run.path) == run
+    file = run.path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if what == "a pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    said = "is a pipe or a device, which may never end, and no file; remove it"
+    with pytest.raises(RunError) as caught:
+        RunDir.open(run.path)
+    assert str(caught.value) == f"{file}: {said}"
+    (listed,) = list_runs(tmp_path)
+    assert listed.state == f"damaged: {said}"
+
+
+def test_links_that_lead_to_themselves_are_left_for_who_reads_them(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run", "")
+    run.resolved_file.write_text("")
+    (run.path / "again").symlink_to(run.path)
+    (run.path / "self").symlink_to(run.path / "self")
+    assert RunDir.open(run.path) == run
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_what_may_never_end_among_the_files_of_a_base_is_named_and_not_read(name: str, tmp_path: Path) -> None:
+    from qtune.model.local import base_folder
+
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError) as caught:
+        base_folder(Model(base=str(tmp_path)))
+    assert str(caught.value) == f"{tmp_path / name}: is a pipe or a device, which may never end, and no file; remove it"

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from qtune.cli import app
 from qtune.errors import RunError
+from qtune.manifest import seal
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
-from qtune.run.manifest import seal
 from qtune.run.metrics import append_metric
 from qtune.run.owner import Owner
 from qtune.screens.listing import age_text

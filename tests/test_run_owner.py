@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from qtune.errors import RunError
+from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.owner import FILE, Owner, owned, owner_of
-from qtune.run.records import plain
 
 
 def written(run: RunDir, **changes: object) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import run_qtune
+from conftest import run_warm_qtune
 
 from qtune.run.folder import RunDir
 from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, append_metric
@@ -64,10 +64,10 @@ def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
 def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(write_recipe, tmp_path: Path) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 2")
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    process = run_qtune("run", recipe)
+    process = run_warm_qtune("run", recipe)
     run_dir = tmp_path / "runs" / "tiny-2"
     assert process.stdout == f"{run_dir}\n"
-    assert f"this run is in {run_dir}; {tmp_path / 'runs' / 'tiny'} is taken\n" in process.stderr
-    begins, ends = process.stderr.index("this run is in"), process.stderr.index("training loss")
+    assert f"{tmp_path / 'runs' / 'tiny'} is there: this run is {run_dir}\n" in process.stderr
+    begins, ends = process.stderr.index("this run is"), process.stderr.index("training loss")
     assert begins < process.stderr.index("step 1/2") < ends
     assert process.stderr.rstrip().splitlines()[-1].split("  ")[1].startswith(f"qtune export {run_dir}")

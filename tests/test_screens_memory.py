@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ from qtune.memory.profile import Profile
 from qtune.memory.savings import Variant
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan
+from qtune.screens.answer import draw_answer
 from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
 
 
@@ -42,7 +44,7 @@ def screen(device: Device, *, terminal: bool) -> str:
     profile = Profile(recipe, forecast, ways, [Variant("nf4 weights", "the base in bf16", found)])
     stream = StringIO()
     console = Console(file=stream, width=80, force_terminal=terminal, no_color=True, highlight=False, markup=False)
-    console.print(draw_forecast(profile), *draw_savings(profile, SIZES), sep="\n")
+    console.print(draw_answer(profile, None), draw_forecast(profile), *draw_savings(profile, SIZES), sep="\n")
     return stream.getvalue()
 
 
@@ -57,6 +59,34 @@ def test_a_profile_fits_80_columns_and_no_name_or_figure_is_broken(on_a_card) ->
     assert any(re.match(r"prompt-tuning, bf16 base +\S+ \w+ +100% +0% +6 GB and more", line) for line in lines)
     assert any(line.startswith("4 base weights 4-bit ") for line in lines)
     assert re.search(r"^\[[A-Za-z0-9]+\]$", on_a_card, re.MULTILINE)
+
+
+def test_the_answer_comes_first_and_every_name_below_it_is_explained(on_a_card) -> None:
+    lines = [line.rstrip() for line in on_a_card.splitlines()]
+    assert re.fullmatch(r"does it fit\?  Fits: \d\.\d\d GiB needed, of 24\.00 GiB", lines[1])
+    assert lines[2].startswith("how long?     not known; name the card with --gpu")
+    assert any(re.match(r"in what way\?  \d rows of at most 128 tokens at once", line) for line in lines)
+    assert all(0 < len(category.about) <= 34 for category in categories.CATEGORIES)
+    assert any(re.match(r"4 base weights 4-bit .* the frozen model$", line) for line in lines)
+
+
+def test_the_answer_says_how_long_the_run_takes_or_a_step_where_its_rows_are_not_known() -> None:
+    recipe = recipe_with()
+    plan = make_plan(recipe, CARD)
+    found = summarize(predict(tiny(layers=1), recipe, plan))
+    profile = Profile(recipe, Forecast(plan, Rows(Longest(128), "told"), found, 1 << 20), [], [])
+    step = SimpleNamespace(seconds=0.5)
+    known = SimpleNamespace(kind="data sheet", run_seconds=180.0, steps=400, step_seconds=0.45, longest_step=step)
+
+    def shown(time) -> str:
+        stream = StringIO()
+        Console(file=stream, width=120).print(draw_answer(profile, time))
+        return stream.getvalue()
+
+    assert "3:00 for the run of 400 steps, 0.45 s each; predicted from a data sheet" in shown(known)
+    known.run_seconds = None
+    assert "0.50 s a step of the longest rows; predicted from a data sheet" in shown(known)
+    assert "Does not fit: " in shown(known)
 
 
 def test_the_screen_is_the_same_without_a_terminal_and_without_colour(on_a_card) -> None:

@@ -3,21 +3,26 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from torch._subclasses import FakeTensorMode
+from warm import Server
 
 from qtune.errors import ModelError
 from qtune.startup import safe_bitsandbytes
 from qtune.startup.safe_bitsandbytes import require_right_kernels, without_hub_kernels, wrong_kernels
 
-ROOT = Path(__file__).parent.parent
 # Whole blocks of 64 in each row; rows that begin within a block; rows of less than one; a last block that is not full.
 SHAPES = [(64, 128), (64, 160), (3, 96), (3, 32), (5, 50), (7, 2), (1, 96), (160, 64)]
+
+# What bitsandbytes asks of PyTorch on being imported is most of the time that it takes.
+BEFORE = Server(
+    "import torch._inductor.compile_fx, transformers.modeling_utils\n"
+    "assert not {'bitsandbytes', 'qtune'} & sys.modules.keys()"
+)
 
 
 def by_hand(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
@@ -140,11 +145,8 @@ def test_whoever_imports_bitsandbytes_gets_it_mended_and_nothing_is_fetched_or_s
         "from qtune.startup.safe_bitsandbytes import wrong_kernels\n"
         "print(wrong_kernels())"
     )
-    search = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search}
-    )
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    search = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+    assert BEFORE.start(search + program).communicate() == ("[]\n", "")
     assert not (tmp_path / "asked").exists()
 
 
@@ -155,10 +157,8 @@ def test_a_bitsandbytes_that_was_imported_before_qtune_is_mended_too():
         "from qtune.startup.safe_bitsandbytes import TRAPS\n"
         "print([trap.name for trap in TRAPS if trap.probe()])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     # What it fetched on its own way in is out of our hands; here there is nothing to fetch from.
-    assert done.stdout == "[]\n"
+    assert BEFORE.start(program).communicate()[0] == "[]\n"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import WriteRecipe, qtune_process
+from conftest import WriteRecipe, warm_qtune_process
 
 from qtune.startup.streams import BROKEN_PIPE_CODE
 from qtune.training.callbacks import StopOnSignal
@@ -120,7 +120,7 @@ def test_a_second_ctrl_c_says_what_is_saved(write_recipe: WriteRecipe, tmp_path:
     from test_training_train import wait_for_step
 
     recipe, metrics = write_recipe(training=RUN.replace("40", "4000")), tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    process = qtune_process("run", recipe)
+    process = warm_qtune_process("run", recipe)
     wait_for_step(process, metrics, 5)
     process.send_signal(signal.SIGSTOP)  # both arrive before the step has ended
     process.send_signal(signal.SIGINT)
@@ -138,7 +138,7 @@ def test_a_hangup_saves_and_the_run_goes_on_later(write_recipe: WriteRecipe, tmp
     from test_training_train import wait_for_step
 
     recipe, metrics = write_recipe(training=RUN.replace("40", "4000")), tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    process = qtune_process("run", recipe)
+    process = warm_qtune_process("run", recipe)
     wait_for_step(process, metrics, 3)
     process.send_signal(signal.SIGHUP)
     _, messages = process.communicate()

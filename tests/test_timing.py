@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WriteRecipe, run_qtune
+from conftest import WriteRecipe, run_warm_qtune
 from test_memory_trace import CARD, recipe_with, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,7 +319,7 @@ def test_check_says_what_an_epoch_and_the_run_take_where_this_device_was_measure
 @pytest.mark.slow
 def test_profile_says_what_a_step_takes_and_what_each_technique_costs(write_recipe: WriteRecipe) -> None:
     file = write_recipe(training="batch_size = 4\nmicro_batch_size = 2")
-    shown = run_qtune("profile", file, "--gpu", "RTX 3060", "--explain").stdout
+    shown = run_warm_qtune("profile", file, "--gpu", "RTX 3060", "--explain").stdout
     assert "for a step of the longest rows" in shown
     assert "the processor is the limit" in shown  # the model is tiny
     assert "RTX 3060: NVIDIA's figures" in shown
@@ -328,7 +328,7 @@ def test_profile_says_what_a_step_takes_and_what_each_technique_costs(write_reci
     assert "training.lean_step = true: the gradients of peft's layers to rounding" in said
     assert "training.gradient_checkpointing = false: not needed: " in said
     assert "% time" in shown or "no time" in shown
-    unknown = run_qtune("profile", file, "--vram", "8GiB", "--no-savings").stdout
+    unknown = run_warm_qtune("profile", file, "--vram", "8GiB", "--no-savings").stdout
     assert UNKNOWN in unknown.replace("\n", " ")
 
 

@@ -87,7 +87,7 @@ def test_a_file_without_the_marks_is_left_alone_and_says_what_is_missing(tool, m
     assert readme.read_text(encoding="utf-8") == "nothing"
 
 
-@pytest.mark.parametrize("name", ["memory table", "time table"])
-def test_the_readme_has_the_marks_of_both_tables(name: str) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(f"<!-- {name}: begin -->") == readme.count(f"<!-- {name}: end -->") == 1
+@pytest.mark.parametrize(("name", "page"), [("memory table", "README.md"), ("time table", "docs/time.md")])
+def test_each_table_has_its_marks_in_one_page(name: str, page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.count(f"<!-- {name}: begin -->") == text.count(f"<!-- {name}: end -->") == 1

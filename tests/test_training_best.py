@@ -81,6 +81,40 @@ def test_a_better_state_that_is_lost_is_said() -> None:
     assert "which may be noise" in str(choice([noisy(6, 1.0), noisy(9, 1.05)], [], "best-beyond-noise", 9)[1])
 
 
+class Weights(torch.nn.Module):
+    """What has the name of a trained model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+
+@pytest.mark.parametrize("way", ["a flipped bit", "another step's"])
+def test_a_kept_state_that_has_changed_is_said_and_is_no_result(
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunDir(tmp_path).checkpoints
+    before = [looked(3, 1.0), looked(6, 1.5), looked(9, 2.0)]
+    keeper = KeepBest(folder, Training(result="best"), lambda note: None)
+    state, metrics = TrainerState(global_step=3, max_steps=9), {"eval_loss": 1.0}
+    keeper.on_evaluate(None, state, TrainerControl(), metrics=metrics, model=Weights())  # type: ignore[arg-type]
+    kept = folder / "best-3"
+    assert kept_states(folder) == [kept]
+    if way == "a flipped bit":
+        content = bytearray((kept / STATE_FILE).read_bytes())
+        content[-1] ^= 1
+        (kept / STATE_FILE).write_bytes(content)
+    else:
+        kept = kept.rename(folder / "best-6")
+    keeper = KeepBest(folder, Training(result="best"), lambda note: None, before)
+    assert f"{kept} is not what was kept: " in capsys.readouterr().err
+    said = keeper.take(Weights(), before, 9)  # type: ignore[arg-type]
+    assert keeper.chosen is None
+    assert str(said).startswith(
+        "the adapter is the last, for the state of step 3, which was better, is no longer there"
+    )
+
+
 def test_without_the_state_of_the_best_the_next_best_is_kept(tmp_path: Path, monkeypatch) -> None:
     keeper = KeepBest(tmp_path, Training(), lambda note: None, [looked(3, 1.0)])
     kept: list[int] = []

@@ -15,10 +15,10 @@ from torch import nn
 
 from qtune.data.batches import StepSampler, rows_of_step
 from qtune.errors import ModelError, RunError, TrainingError
+from qtune.manifest import skipped_until
 from qtune.recipe.file import load_recipe
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
-from qtune.run.manifest import skipped_until
 from qtune.run.metrics import TrainRecord
 from qtune.training import callbacks, train
 from qtune.training.callbacks import PeakRate

@@ -16,10 +16,10 @@ from conftest import WriteRecipe
 from test_training_train import Killed, latest_run, run
 from transformers import TrainerState
 
+from qtune import manifest
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import Failure, Interrupted, RunError, TrainingError
 from qtune.recipe.file import Origin, load_recipe
-from qtune.run import manifest
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import NoteRecord, read_metrics

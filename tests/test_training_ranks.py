@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROWS, WriteRecipe, qtune_process, run_qtune
+from conftest import ROWS, WARM, WriteRecipe, run_qtune, run_warm, run_warm_qtune
 from safetensors.torch import load_file
 from torch import Tensor
+from warm import LAUNCHER, Warm
 
 from qtune.adapter.state import STATE_FILE
 
@@ -53,7 +54,7 @@ def run_of_one(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                 '[data]\ntrain = "rows.jsonl"\nvalidation = 0.1\nmax_length = 128\n'
                 f'[training]\n{TRAINING}\n[output]\ndirectory = "{folder / "runs"}"\n'
             )
-            done = run_qtune("run", recipe)
+            done = run_warm_qtune("run", recipe)
             assert done.returncode == 0, done.stderr
         return run
 
@@ -90,7 +91,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
-def reaches_a_step(run: Path, process: "subprocess.Popen[str]") -> None:
+def reaches_a_step(run: Path, process: "subprocess.Popen[str] | Warm") -> None:
     """Waits until a step of the run is recorded."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until and process.poll() is None:
@@ -101,7 +102,7 @@ def reaches_a_step(run: Path, process: "subprocess.Popen[str]") -> None:
     pytest.fail(f"no step was taken: {process.communicate()[1]}")
 
 
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def ended(process: "subprocess.Popen[str] | Warm") -> tuple[int, str]:
     """The exit code and the messages of a process and of those that it has started; none of them stays."""
     everybody = psutil.Process(process.pid).children(recursive=True)
     try:
@@ -123,7 +124,8 @@ def test_two_processes_train_the_adapter_of_one(
 ) -> None:
     alone = run_of_one(kind)
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TRAINING, data=data)
-    two = run_qtune("run", recipe, "--set", "output.name=two", "--processes", "2")
+    command = ("run", recipe, "--set", "output.name=two", "--processes", "2")
+    two = run_qtune(*command) if kind == "lora" else run_warm(LAUNCHER, *command)
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == str(tmp_path / "runs" / "two"), "one of them speaks"
     assert two.stderr.count("step 6/6") == 1
@@ -145,7 +147,7 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: RunOfOne
         shutil.rmtree(again / "adapter")
         for step in lost:
             shutil.rmtree(again / "checkpoints" / f"checkpoint-{step}")
-        resumed = run_qtune("run", "--resume", again, *made_by)
+        resumed = run_warm(LAUNCHER, "run", "--resume", again, *made_by)
         assert resumed.returncode == 0, resumed.stderr
         assert checkpoints(again) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert (again / "checkpoints" / "checkpoint-4" / "random-1.safetensors").is_file(), "two processes made it"
@@ -155,7 +157,7 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: RunOfOne
 
 def test_a_signal_to_the_launcher_saves_once_and_all_end(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(training=f"{STEP}steps = 5000\ncheckpoint_every = 4000")
-    process = qtune_process("run", recipe, "--processes", "2")
+    process = WARM.start(LAUNCHER, "run", recipe, "--processes", "2")
     run = tmp_path / "runs" / "tiny"
     reaches_a_step(run, process)
     process.send_signal(signal.SIGINT)
@@ -170,10 +172,10 @@ def test_a_signal_to_the_launcher_saves_once_and_all_end(write_recipe: WriteReci
 
 def test_a_process_that_is_killed_ends_the_run_with_a_sentence(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(training=f"{STEP}steps = 5000\ncheckpoint_every = 1")
-    process = qtune_process("run", recipe, "--processes", "2")
+    process = WARM.start(LAUNCHER, "run", recipe, "--processes", "2")
     run = tmp_path / "runs" / "tiny"
     reaches_a_step(run, process)
-    (second,) = (one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "1")
+    _, second = sorted(psutil.Process(process.pid).children(), key=lambda one: (one.create_time(), one.pid))
     second.kill()
     code, messages = ended(process)
     assert code == 1, messages
@@ -247,6 +249,6 @@ def test_what_is_wrong_is_said_once(write_recipe: WriteRecipe) -> None:
         refused = run_qtune("run", recipe, "--processes", "2", *words)
         assert refused.returncode == 2
         assert f"{words[0]} is for one process" in refused.stderr
-    short = run_qtune("run", recipe, "--processes", "2", "--set", "data.max_length=16")
+    short = run_warm(LAUNCHER, "run", recipe, "--processes", "2", "--set", "data.max_length=16")
     assert short.returncode == 1
     assert short.stderr.count("error: ") == 1, short.stderr

@@ -16,11 +16,11 @@ from qtune.errors import RecipeError, RunError
 from qtune.memory.longest import longest_rows
 from qtune.model.load import load_tokenizer
 from qtune.recipe.file import load_recipe
-from qtune.report.rows import rows_of
 from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.training import train
+from qtune.training.shown_rows import rows_of
 from qtune.tuned.evaluate import evaluate
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteRecipe, qtune_process, run_qtune
+from conftest import WriteRecipe, qtune_process, run_warm_qtune, warm_qtune_process
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from qtune import cli
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.export.export import Options, export_run
@@ -123,6 +125,7 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
         "lock.json",
         "metrics.jsonl",
         "memory.json",
+        "rows.json",
         "checkpoints",
         "adapter",
     }
@@ -716,6 +719,8 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
         f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
         f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
     )
+    ended = CliRunner().invoke(cli.app, ["run", "--resume", str(finished.path), "--set", "training.steps=9"])
+    assert str(ended.exception) == f"{caught.value} --set training.steps=9"
 
 
 def test_rows_that_have_changed_cannot_be_gone_on_with(
@@ -799,7 +804,7 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     assert {file.name: file.read_bytes() for file in broken.path.glob("*.*")} == before
     # Said again as it was, a value changes nothing.
     assert resumed_recipe(broken, ["training.learning_rate=1e-2"]) is not None
-    shown = run_qtune("run", "--resume", broken.path, "--set", "training.seed=1")
+    shown = run_warm_qtune("run", "--resume", broken.path, "--set", "training.seed=1")
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.startswith("error: --set training.seed: decides what is learned, so the rest")
 
@@ -847,14 +852,14 @@ def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRec
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
 
-    interrupted = qtune_process("run", "--resume", broken.path)
+    interrupted = warm_qtune_process("run", "--resume", broken.path)
     wait_for_step(interrupted, broken.metrics_file, 12)
     interrupted.send_signal(signal.SIGINT)
     _, messages = interrupted.communicate()
     assert interrupted.returncode == 130, messages
     assert f"go on with: qtune run --resume {broken.path}" in messages.replace("\n", " ")
 
-    finished = run_qtune("run", "--resume", recipe, "--set", "training.keep_checkpoints=1")
+    finished = run_warm_qtune("run", "--resume", recipe, "--set", "training.keep_checkpoints=1")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{broken.path}\n"
     assert_same_run(broken, unbroken)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtune.screens.evaluation import show
-from qtune.tuned.evaluate import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
 from qtune.tuned.free_text import (
     TextScore,
     common_subsequence,
@@ -120,7 +120,7 @@ def test_the_screen_keeps_to_exact_match_where_answers_must_be_equal(capsys) -> 
 
 
 def test_an_evaluation_with_text_scores_is_read_back(tmp_path: Path) -> None:
-    from qtune.run.records import read_record, write_record
+    from qtune.records import read_record, write_record
 
     file = tmp_path / "eval.json"
     write_record(file, evaluation(text=True))

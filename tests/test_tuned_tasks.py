@@ -1,7 +1,10 @@
 """Benchmarks of lm-evaluation-harness: both models in one table; a missing harness or task is one sentence at once."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +12,16 @@ from export_models import tiny_run
 from typer.testing import CliRunner
 
 from qtune import cli
+from qtune.comparing.tasks import task_lines
 from qtune.errors import InputError
+from qtune.records import write_record
+from qtune.report.page import write_report
 from qtune.run.folder import RunDir
-from qtune.screens.tasks import change
 from qtune.tuned import tasks as stage
 from qtune.tuned.load import load_run, load_untuned
-from qtune.tuned.tasks import TaskScore, evaluate_tasks
+from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
+from qtune.tuned.tasks import evaluate_tasks
+from qtune.verdicts.tasks import change, task_table
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -96,7 +103,9 @@ def test_both_models_are_scored_as_their_own_likelihoods_say(adapter: str, tmp_p
     base, tuned = load_untuned(tuned_run), load_run(tuned_run)
     assert score.base_rows == tuple(_right(base, number) for number in range(12))
     assert score.tuned_rows == tuple(_right(tuned, number) for number in range(12))
-    assert json.loads((tuned_run.path / "tasks.json").read_text())["scores"][0]["base"] == score.base
+    kept = read_tasks(tuned_run)
+    assert kept is not None
+    assert kept.scores == (score,)
 
 
 @torch.no_grad()
@@ -111,3 +120,39 @@ def _right(run: object, number: int) -> float:
         scores = logits[0, -len(whole) :].log_softmax(dim=-1)[len(asked) - 1 : -1]
         sums.append(float(scores.gather(1, ids[0, len(asked) :, None]).sum()))
     return float(sums.index(max(sums)) == number % 2)
+
+
+SCORES = TaskScores(
+    "0.4.9",
+    2,
+    None,
+    (TaskScore("arc", "acc", 0.5, 0.75, (0.0, 1.0), (1.0, 0.5)), TaskScore("wikitext", "word_perplexity", 20.0, 15.0)),
+)
+
+
+def test_what_benchmarks_said_stands_in_the_report_with_how_they_were_asked(run: RunDir) -> None:
+    write_record(run.tasks_file, SCORES)
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "lm-evaluation-harness 0.4.9, 2 solved examples before each, without a chat template" in page
+    part = page.partition("<h2>Benchmarks</h2>")[2].partition("</section>")[0]
+    shown = re.findall(r"<td[^>]*>([^<]*)</td>", part)
+    assert shown == [cell for row in task_table(SCORES) for cell in row]
+    assert shown[:4] == ["arc", "acc", "0.500", "0.750"]
+
+
+def test_benchmarks_are_compared_where_all_runs_were_asked_alike() -> None:
+    def of(tuned: float, **changes: object) -> SimpleNamespace:
+        scores = tuple(replace(one, tuned=tuned) for one in SCORES.scores)
+        return SimpleNamespace(tasks=replace(SCORES, scores=scores, **changes))
+
+    lines, said = task_lines([[of(0.5), of(0.7)], [of(0.9)]])
+    assert said is None
+    assert [(one.task, one.base) for one in lines] == [("arc", 0.5), ("wikitext", 20.0)]
+    assert lines[0].tuned == pytest.approx((0.6, 0.9))
+    assert task_lines([[SimpleNamespace(tasks=None)]]) == ((), None)
+    _, missing = task_lines([[of(0.5)], [SimpleNamespace(tasks=None)]])
+    assert missing is not None
+    assert missing.startswith("benchmarks are not compared: not all of these runs were asked them; ask each with")
+    _, other = task_lines([[of(0.5)], [of(0.5, fewshot=None)]])
+    assert other is not None
+    assert "they were not asked alike" in other

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_qtune
+from conftest import run_warm_qtune
 from export_models import tiny_run
 
 from qtune.recipe.schema import Data, HubSource
@@ -79,6 +79,6 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
 
 @pytest.mark.slow
 def test_chat_says_that_it_loads_and_what_it_offers(run: RunDir) -> None:
-    process = run_qtune("chat", run.path, "--prompt", "Hi", "--max-new-tokens", "2")
+    process = run_warm_qtune("chat", run.path, "--prompt", "Hi", "--max-new-tokens", "2")
     assert process.returncode == 0
     assert process.stderr.startswith(f"loading {run.path}\n")

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from qtune.export.closeness import Closeness
-from qtune.export.verification import GgufProof, Proof
+from qtune.export.verification import Closeness, GgufProof, Proof
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.memory import RunMemory
 from qtune.run.metrics import GROUPS, EvalRecord, TrainRecord, grouped
 from qtune.screens.verdicts import show
-from qtune.tuned.evaluate import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
 from qtune.verdicts.curves import overfits, rate
 from qtune.verdicts.export import exported
 from qtune.verdicts.facts import Facts

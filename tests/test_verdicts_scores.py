@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qtune.tuned.evaluate import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
 from qtune.tuned.free_text import text_score
 from qtune.verdicts.learning import learned_against_base
 from qtune.verdicts.scores import answer_scores, score_table, worst_first

@@ -98,3 +98,17 @@ with whole(Path({str(tmp_path / "out")!r})) as partial:
         clear_leftovers(tmp_path / "out")
         assert names(tmp_path) == [partial.name]
     assert names(tmp_path) == ["out"]
+
+
+def test_what_is_refused_is_named_as_people_know_it(tmp_path: Path) -> None:
+    def opened_as_a_file() -> None:
+        with whole(tmp_path / "file") as partial:
+            partial.mkdir()
+            partial.open("w")
+
+    with pytest.raises(IsADirectoryError) as opened:
+        opened_as_a_file()
+    assert str(opened.value) == f"[Errno 21] Is a directory: '{tmp_path / 'file'}'"
+    with pytest.raises(FileNotFoundError) as renamed, whole(tmp_path / "file"):
+        pass
+    assert str(renamed.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'file'}'"

@@ -254,7 +254,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant:
     trainer = QloraTrainer(
         model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
         training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), first_steps=0, longest_steps=0), tokenizer=tokenizer(),
+        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False), tokenizer=tokenizer(),
         train=random_rows(rows, length, geometry["vocab_size"]), validation=None, collator=PaddedCollator(0),
         lengths=[length] * rows, callbacks=[], tiled_loss=True, note=print,
     )  # fmt: skip

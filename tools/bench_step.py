@@ -120,7 +120,7 @@ def _ours(folder: str, scored: str, dtype: str) -> QloraTrainer:
         config=sft_config(recipe.training, plan, run_dir, has_validation=False),
         plan=plan,
         training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), first_steps=0, longest_steps=0),
+        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False),
         tokenizer=tokenizer,
         train=rows,
         validation=None,

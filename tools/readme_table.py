@@ -1,4 +1,4 @@
-"""A table that stands in the README between two marks, printed or put there."""
+"""A table that stands in a page of the documents between two marks, printed or put there."""
 
 import argparse
 import sys

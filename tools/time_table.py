@@ -1,4 +1,4 @@
-"""Traces the README's table of times: python tools/time_table.py [--write README.md]
+"""Traces docs/time.md's table of times: python tools/time_table.py [--write docs/time.md]
 
 Every figure is the time of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, gradient
 checkpointing, ROWS x LENGTH tokens, all rows equally long, every token scored) on a named card: the larger of what its

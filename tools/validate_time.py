@@ -251,7 +251,7 @@ def measured_steps(
         config=config,
         plan=plan,
         training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), first_steps=0, longest_steps=0),
+        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(WordLevel({"end": 0})), eos_token="end", pad_token="end"
         ),

@@ -18,8 +18,10 @@ from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
-from qtune.tuned.evaluate import Evaluation, asked_rows, evaluate, read_evaluation
+from qtune.tuned.evaluate import asked_rows, evaluate
+from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
+from qtune.tuned.task_scores import TaskScores, read_tasks
 
 SEED = ("training", "seed")
 ROWS = 100
@@ -45,6 +47,8 @@ class ComparedRun:
     device: str | None
     evaluation: Evaluation
     forgetting: Forgetting
+    tasks: TaskScores | None = None
+    """What benchmarks said of it, where they were asked."""
 
 
 def compared_runs(
@@ -92,6 +96,7 @@ def _compared(
         lock.last_device.name if lock is not None else None,
         kept,
         measure_forgetting(run_dir, accepted=accepted),
+        read_tasks(run_dir),
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from qtune.comparing.bootstrap import Drawn, Interval, drawn
 from qtune.comparing.runs import ComparedRun
+from qtune.comparing.tasks import TaskLine, task_lines
 from qtune.console import clock
-from qtune.run.records import plain
+from qtune.records import plain
 from qtune.sizes import gib_text
 from qtune.verdicts.scores import answer_scores
+from qtune.verdicts.verdict import number
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class SideBySide:
     source: str
     scored_tokens: int
     answers_name: str | None
+    tasks: tuple[TaskLine, ...] = ()
+    tasks_left_out: str | None = None
+    """Why what benchmarks said of some runs is in none of the lines."""
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints."""
@@ -93,6 +98,7 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         lines.append(_line(group, salt, first))
     evaluation = runs[0].evaluation
     scores = answer_scores(evaluation)
+    tasks, left_out = task_lines(groups)
     return SideBySide(
         tuple(lines),
         _bases(runs),
@@ -100,6 +106,8 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         evaluation.source,
         evaluation.scored_tokens,
         scores.name if scores else None,
+        tasks,
+        left_out,
     )
 
 
@@ -170,6 +178,14 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def task_cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
+    """The table of benchmarks as texts: column names, and a row for each task and metric."""
+    base = "base" if len(comparison.bases) == 1 else "base of the first"
+    head = ["task", "metric", base, *(line.name for line in comparison.lines)]
+    rows = [[one.task, one.metric, number(one.base), *map(number, one.tuned)] for one in comparison.tasks]
+    return head, rows
+
+
 def _text(measure: Measure | None, factor: float, form: str) -> str:
     """ "0.412 (0.390 to 0.437), ±0.011 over runs"."""
     if measure is None:
@@ -206,6 +222,8 @@ def explanation(comparison: SideBySide) -> list[str]:
         said.append(
             "the runs are not of one base: differences to the first one are the bases' as well as the training's"
         )
+    if comparison.tasks_left_out is not None:
+        said.append(comparison.tasks_left_out)
     devices = {device for line in comparison.lines for device in line.devices}
     if len(devices) > 1:
         said.append(f"time and memory are of different devices: {', '.join(sorted(devices))}")

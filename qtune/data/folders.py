@@ -3,7 +3,9 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qtune.errors import DataError, Problem
 from qtune.recipe.row_kinds import ROW_KINDS, kind_of
@@ -56,10 +58,9 @@ def splits_of(base: Path) -> dict[str, list[Path]]:
 
     A folder that `DatasetDict.save_to_disk` wrote lists them; else files and folders have a split's name.
     """
-    listed = base / "dataset_dict.json"
-    if listed.is_file():
-        names = json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
-        return {_NAMES.get(name, name): [base / name] for name in names}
+    if (base / "dataset_dict.json").is_file():
+        splits = _beside(base / "dataset_dict.json", lambda values: values.get("splits", []))
+        return {_NAMES.get(path.name, path.name): [path] for path in splits}
     if (base / "state.json").is_file():
         return {}  # one data set, whatever its folder is called
     named: dict[str, list[Path]] = defaultdict(list)
@@ -86,8 +87,24 @@ def _holds_rows(path: Path, base: Path) -> bool:
 
 def _saved_dataset(base: Path) -> list[Path]:
     """The Arrow files that `Dataset.save_to_disk` wrote, in its order; what a map() left beside them is not rows."""
-    state = base / "state.json"
-    if state.is_file():
-        listed = json.loads(state.read_text(encoding="utf-8")).get("_data_files", [])
-        return [base / one["filename"] for one in listed]
+    if (base / "state.json").is_file():
+        return _beside(base / "state.json", lambda values: [one["filename"] for one in values.get("_data_files", [])])
     return sorted(base.glob("*.arrow")) if (base / "dataset_info.json").is_file() else []
+
+
+def _beside(file: Path, names_in: Callable[[Any], list[Any]]) -> list[Path]:
+    """What a file of `datasets` lists, which lies beside it.
+
+    Raises:
+        DataError: the file is damaged, or names what is not there or elsewhere.
+    """
+    try:
+        names = names_in(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(Problem(str(file), f"cannot be read: {error.strerror}")) from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(Problem(str(file), "is damaged: it does not list what lies beside it")) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (file.parent / name).exists():
+            raise DataError(Problem(str(file), f"names {str(name)[:200]!r}, which is not there"))
+    return [file.parent / name for name in names]

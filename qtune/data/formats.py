@@ -123,26 +123,52 @@ _OTHER_NAMES = {
 }
 
 
+def meant_columns(row: RawRow) -> dict[str, str]:
+    """The columns to rename so that a row has a known shape, our names to the file's, as far as its columns let that be
+    guessed; empty where it has a shape or is near none."""
+    if detect_format(row) is not None or "chosen" in row:
+        return {}
+    if names := _mapping(row):
+        return names
+    if (half := _half_of_a_shape(row)) is not None:
+        there, missing = half
+        return {missing: rest[0]} if (rest := [key for key in _texts(row) if key != there]) else {}
+    return _question_and_answer(row)
+
+
 def _advice(row: RawRow) -> str:
     """What would make a known shape of a row; "" where nothing in it is near one."""
     if names := _mapping(row):
         return f"write {_lines(names)}"
-    texts = _texts(row)
+    if (half := _half_of_a_shape(row)) is not None:
+        there, missing = half
+        said = f"{there!r} is there and {missing!r} is missing"
+        meant = meant_columns(row)
+        return said + (f"; if {meant[missing]!r} is meant by it, write {_lines(meant)}" if meant else "")
+    if not (names := _question_and_answer(row)):
+        return ""
+    return f"if {names['question']!r} is the question and {names['answer']!r} the answer, write {_lines(names)}"
+
+
+def _half_of_a_shape(row: RawRow) -> tuple[str, str] | None:
+    """Of a question and an answer by our names the one that is there, and the one that is missing."""
     for question, answer in (COLUMNS[name] for name in ("question-answer", "prompt-completion", "alpaca")):
         if (question in row) != (answer in row):
-            there, missing = (question, answer) if question in row else (answer, question)
-            rest = [key for key in texts if key != there]
-            said = f"{there!r} is there and {missing!r} is missing"
-            return said + (f"; if {rest[0]!r} is meant by it, write {_lines({missing: rest[0]})}" if rest else "")
+            return (question, answer) if question in row else (answer, question)
+    return None
+
+
+def _question_and_answer(row: RawRow) -> dict[str, str]:
+    """A guess which columns are question and answer; empty where there are no two that could be."""
+    texts = _texts(row)
     present = _by_plain_name(texts)
     answer_column = _called("completion", present)
     question_column = next((key for key in texts if key == _called("prompt", present)), None)
     question_column = question_column or next((key for key in texts if key != answer_column), None)
     answer_column = answer_column or next((key for key in reversed(texts) if key != question_column), None)
     if question_column is None or answer_column is None:
-        return ""
-    lines = _lines({"question": question_column, "answer": answer_column})
-    return f"if {question_column!r} is the question and {answer_column!r} the answer, write {lines}"
+        return {}
+    return {"question": question_column, "answer": answer_column}
 
 
 def _texts(row: RawRow) -> list[str]:

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from qtune.cache import mark_used
+from qtune.data.kept import read_about, write_about
 from qtune.data.masks import IGNORED
-from qtune.data.store import kept_table, written_whole
+from qtune.data.store import not_written, written_whole
 
 # Raised when the code that packs changes what it makes.
-VERSION = 1
+VERSION = 2
+ROWS = "packed.arrow"
 GROUPS_AT_ONCE = 1000
 PACKED = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")])
 
@@ -52,18 +53,17 @@ def pack(examples: Dataset, max_length: int, folder: Path) -> Dataset:
     lengths = np.asarray(examples.with_format("numpy")["length"][:])
     groups = best_fit(lengths.tolist(), max_length)
     digest = hashlib.blake2b(f"{VERSION} {max_length} {examples._fingerprint}".encode(), digest_size=16)
-    file = folder / f"{digest.hexdigest()}.arrow"
-    if (kept := kept_table(file, len(groups))) is not None:
-        mark_used(file)
-        return kept
-    with (
-        written_whole(file) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_stream(sink, PACKED) as writer,
-    ):
-        for start in range(0, len(groups), GROUPS_AT_ONCE):
-            writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
-    return Dataset.from_file(str(file))
+    kept = folder / digest.hexdigest()
+    if read_about(kept, kept / ROWS) is None:
+        with written_whole(kept) as temporary:
+            temporary.mkdir()
+            with pa.OSFile(str(temporary / ROWS), "wb") as sink, pa.ipc.new_stream(sink, PACKED) as writer:
+                for start in range(0, len(groups), GROUPS_AT_ONCE):
+                    writer.write_batch(_joined(examples, groups[start : start + GROUPS_AT_ONCE], lengths))
+            write_about(temporary, temporary / ROWS, {"rows": len(groups)})
+        if read_about(kept, kept / ROWS) is None:
+            raise not_written(kept)
+    return Dataset.from_file(str(kept / ROWS))
 
 
 def _joined(examples: Dataset, groups: list[list[int]], lengths: np.ndarray) -> pa.RecordBatch:

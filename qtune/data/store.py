@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from qtune.cache import FULL, mark_used, not_writable
+from qtune.cache import FULL, not_writable
 from qtune.data.examples import COLUMNS, EncodedBatch, RowRules
+from qtune.data.kept import discard, read_about, write_about
 from qtune.data.rows import BadRow
+from qtune.errors import InputError
 from qtune.whole import rename_unless_there
 
 # Raised when the code that makes examples changes what it makes.
-VERSION = 7
+VERSION = 8
+EXAMPLES = "examples.arrow"
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100
 
@@ -53,7 +56,7 @@ class Stored:
     @property
     def examples(self) -> Dataset:
         """The examples, read from disk as they are needed."""
-        return Dataset.from_file(str(self.folder / "examples.arrow"))
+        return Dataset.from_file(str(self.folder / EXAMPLES))
 
 
 def together(parts: Iterable[Stored]) -> Stored:
@@ -87,19 +90,16 @@ def store_key(source: str, template: str, rules: RowRules) -> str:
 
 
 def open_store(folder: Path) -> Stored | None:
-    """What an earlier run has left under this name, None if nothing, or if it is not whole: then it is removed."""
+    """What an earlier run has left under this name, None if nothing, or if it is not what was written: then it is
+    said, and removed."""
+    about = read_about(folder, folder / EXAMPLES)
+    if about is None:
+        return None
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if (folder / "examples.arrow").stat().st_size != about["nbytes"]:
-            raise ValueError("the examples were cut off, as by a power cut")
-        stored = stored_of(folder, about)
-    except OSError:
+        return stored_of(folder, about)
+    except (KeyError, TypeError):
+        discard(folder)
         return None
-    except (ValueError, KeyError, TypeError):
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    mark_used(folder / "about.json")
-    return stored
 
 
 def stored_of(folder: Path, about: Mapping[str, Any]) -> Stored:
@@ -139,17 +139,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def kept_table(file: Path, rows: int) -> Dataset | None:
-    """A table that was kept before; None where it was not or is not whole, as after a power cut: then it is removed."""
-    if not file.is_file():
-        return None
-    with suppress(OSError, ValueError):  # Arrow's errors are ValueErrors
-        table = Dataset.from_file(str(file))
-        if len(table) == rows:
-            return table
-    with suppress(OSError):
-        file.unlink()
-    return None
+def not_written(folder: Path) -> InputError:
+    """What is said of a folder that is not in the cache, or is another one, though it was written just now."""
+    return not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
 
 
 class Tally:
@@ -202,13 +194,12 @@ def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
     with written_whole(folder) as temporary:
         temporary.mkdir()
         tally = Tally()
-        with pa.OSFile(str(temporary / "examples.arrow"), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
+        with pa.OSFile(str(temporary / EXAMPLES), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
             for batch in batches:
                 writer.write_batch(batch.examples)
                 tally.add(batch)
-        about = {"nbytes": (temporary / "examples.arrow").stat().st_size, **tally.to_json()}
-        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        write_about(temporary, temporary / EXAMPLES, tally.to_json())
     stored = open_store(folder)
     if stored is None:  # another process has removed it, or the disk does not give back what it took
-        raise not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
+        raise not_written(folder)
     return stored

@@ -6,10 +6,8 @@ be found again. Under the same name (contents, template, rules) the pass is not 
 a pass that was stopped has done with those that it had come through.
 """
 
-import errno
 import hashlib
 import json
-import shutil
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from qtune.cache import mark_used, not_writable
 from qtune.data.encoding import encoded
 from qtune.data.examples import EncodedBatch, RowEncoder, RowRules
 from qtune.data.files import DataFile, Progress
 from qtune.data.findings import LISTED
+from qtune.data.kept import discard, read_about, write_about
 from qtune.data.rows import BadRow, Row
-from qtune.data.store import Stored, Tally, stored_of, written_whole
+from qtune.data.store import Stored, Tally, not_written, stored_of, written_whole
 from qtune.data.stream_blocks import DIGEST_BYTES, Block, BlockReader, blocks_of
 from qtune.data.template import ChatTemplate
 from qtune.errors import DataError, Problem
@@ -52,7 +50,7 @@ BLOCKS = np.dtype(
 )
 MOST_OPEN = 4
 """Files at once: a window may reach over a few small ones."""
-FILES = ("figures.bin", "blocks.npy")
+FIGURES_FILE, BLOCKS_FILE = "figures.bin", "blocks.npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +96,16 @@ def index_key(store: str) -> str:
 
 
 def open_index(folder: Path, file: DataFile, rules: RowRules) -> Index | None:
-    """What an earlier pass has left; None where there is nothing, or nothing whole, which is then removed."""
+    """What an earlier pass has left; None where there is nothing, or not what was written: that is removed."""
+    about = read_about(folder, folder / FIGURES_FILE)
+    if about is None:
+        return None
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if any(_digest(folder / name) != about["digests"][name] for name in FILES):
-            raise ValueError("blocks or figures are not what was written")
-        blocks = np.load(folder / "blocks.npy", mmap_mode="r")
-        figures = _figures(folder / "figures.bin")
-        index = Index(
+        if _digest(folder / BLOCKS_FILE) != about["blocks_blake2b"]:
+            raise ValueError("the blocks are not what was written")
+        blocks = np.load(folder / BLOCKS_FILE, mmap_mode="r")
+        figures = _figures(folder / FIGURES_FILE)
+        return Index(
             file,
             rules,
             stored_of(folder, about),
@@ -115,13 +115,9 @@ def open_index(folder: Path, file: DataFile, rules: RowRules) -> Index | None:
             about["note_places"],
             about["note_examples"],
         )
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         return None
-    mark_used(folder / "about.json")
-    return index
 
 
 def _digest(file: Path) -> str:
@@ -143,20 +139,19 @@ def make_index(
     examples, blocks = 0, []
     with written_whole(folder) as temporary:
         temporary.mkdir()
-        with (temporary / "figures.bin").open("wb") as sink:
+        with (temporary / FIGURES_FILE).open("wb") as sink:
             for block, batch in _passed(file, tokenizer, template, rules):
                 tally.add(batch)
                 notes.add(batch.examples, examples)
                 sink.write(_figures_of(batch).tobytes())
                 blocks.append(_entry(block, batch.examples.num_rows))
                 examples += batch.examples.num_rows
-        np.save(temporary / "blocks.npy", np.array(blocks, BLOCKS))
-        digests = {name: _digest(temporary / name) for name in FILES}
-        about = {"digests": digests, **tally.to_json(), **notes.to_json()}
-        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        np.save(temporary / BLOCKS_FILE, np.array(blocks, BLOCKS))
+        digest = {"blocks_blake2b": _digest(temporary / BLOCKS_FILE)}
+        write_about(temporary, temporary / FIGURES_FILE, {**digest, **tally.to_json(), **notes.to_json()})
     index = open_index(folder, file, rules)
     if index is None:
-        raise not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
+        raise not_written(folder)
     return index
 
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qtune.cache import mark_used
 from qtune.data.choice import mixed
 from qtune.data.examples import COLUMNS
-from qtune.data.store import kept_table, written_whole
+from qtune.data.kept import read_about, write_about
+from qtune.data.store import EXAMPLES, not_written, written_whole
 from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.template import ChatTemplate
 
@@ -65,21 +65,26 @@ def kept_examples(
     digest = hashlib.blake2b(numbers.astype(np.int64).tobytes(), digest_size=16)
     for index in indexes:
         digest.update(index.stored.folder.name.encode())
-    file = cache / f"{digest.hexdigest()}.arrow"
-    if (kept := kept_table(file, len(numbers))) is not None:
-        mark_used(file)
-        return kept
-    with (
-        written_whole(file) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_stream(sink, COLUMNS) as writer,
-    ):
-        readers, start = IndexReaders(indexes, tokenizer, template), 0
-        for source, index in enumerate(indexes):
-            inside = numbers[(numbers >= start) & (numbers < start + len(index))] - start
-            borders = np.flatnonzero(np.diff(np.searchsorted(index.ends, inside, side="right"))) + 1
-            for of_block in np.split(inside, borders) if len(inside) else ():
-                writer.write_batch(readers.of(source).some(of_block))
-            start += len(index)
-        readers.close()
-    return Dataset.from_file(str(file))
+    kept = cache / digest.hexdigest()
+    if read_about(kept, kept / EXAMPLES) is None:
+        with written_whole(kept) as temporary:
+            temporary.mkdir()
+            with pa.OSFile(str(temporary / EXAMPLES), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
+                for batch in _made(indexes, numbers, IndexReaders(indexes, tokenizer, template)):
+                    writer.write_batch(batch)
+            write_about(temporary, temporary / EXAMPLES, {"rows": len(numbers)})
+        if read_about(kept, kept / EXAMPLES) is None:
+            raise not_written(kept)
+    return Dataset.from_file(str(kept / EXAMPLES))
+
+
+def _made(indexes: Sequence[Index], numbers: np.ndarray, readers: IndexReaders) -> Iterator[pa.RecordBatch]:
+    """The examples, block by block."""
+    start = 0
+    for source, index in enumerate(indexes):
+        inside = numbers[(numbers >= start) & (numbers < start + len(index))] - start
+        borders = np.flatnonzero(np.diff(np.searchsorted(index.ends, inside, side="right"))) + 1
+        for of_block in np.split(inside, borders) if len(inside) else ():
+            yield readers.of(source).some(of_block)
+        start += len(index)
+    readers.close()

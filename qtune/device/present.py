@@ -53,8 +53,12 @@ def present_device() -> Device:
         # torch.cuda.is_bf16_supported() counts emulation, which is slower than fp16; Ampere (8.0) brought the hardware.
         name = torch.cuda.get_device_name(0)
         return Device("cuda", name, total, free, capability >= (8, 0), capability, _processes())
-    memory, name = psutil.virtual_memory(), f"CPU, {torch.get_num_threads()} threads"
+    memory, name = psutil.virtual_memory(), _name_of_cpu(torch.get_num_threads())
     return Device("cpu", name, memory.total, memory.available, bf16_pays_on_cpu(), processes=_processes())
+
+
+def _name_of_cpu(threads: int) -> str:
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processes() -> int:

@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from qtune.errors import Problem, RunError
-from qtune.model.safetensors_file import tensors_of
+from qtune.model.checkpoint import tensors_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

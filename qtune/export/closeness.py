@@ -1,12 +1,12 @@
 """Logits of two models on the same tokens -> how far apart they are, and how far apart is too far."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qtune.data.masks import IGNORED
+from qtune.export.verification import Closeness, Limits
 
 # Largest mean KL divergence (nats per token) and smallest top-1 agreement that pass, by the dtype that the weights are
 # written in. Activations are float32 on both sides.
@@ -27,24 +27,6 @@ TOP1_LIMITS = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.95}
 # be ten times closer to the trained model than the bare base is, down to what rounding alone can do.
 EFFECT_SHARE = 0.1
 KL_FLOORS = {torch.float32: 1e-8, torch.float16: 2e-5, torch.bfloat16: 2e-3}
-
-
-@dataclass(frozen=True)
-class Closeness:
-    """What one model's next-token distributions are to a reference's, over `tokens` positions.
-
-    `kl` is the mean of KL(reference || other) in nats per token, `kl_largest` its largest value; `top1` the share of
-    positions with the same likeliest token, or one that ties with it (`TIE`);
-    `gap` the largest difference between two logits of the same token;
-    `new_tokens` the mean probability of the tokens that the reference does not have (a baked soft prompt's).
-    """
-
-    tokens: int
-    kl: float
-    kl_largest: float
-    top1: float
-    gap: float
-    new_tokens: float = 0.0
 
 
 class ClosenessMeter:
@@ -111,15 +93,6 @@ class PerplexityMeter:
         """The perplexity; infinite where it is beyond a float."""
         mean = self._loss / max(1, self._scored)
         return math.exp(mean) if mean < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The values that an export must keep, and in words where they come from."""
-
-    kl: float
-    top1: float
-    reason: str
 
 
 def limits(stored: torch.dtype, effect: float) -> Limits:

@@ -12,7 +12,7 @@ from qtune import console
 from qtune.device.present import one_sentence
 from qtune.disk import told
 from qtune.errors import ExportError, VerificationError
-from qtune.export.adapter_folder import write_adapter
+from qtune.export.adapter_folder import is_adapter_alone, require_same_adapter, write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
@@ -28,9 +28,9 @@ from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
+from qtune.manifest import IF_CHANGED
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
-from qtune.run.manifest import IF_CHANGED
 from qtune.startup.quiet import quiet_loading
 
 LATER = (
@@ -156,6 +156,10 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
     quiet_loading()
     run = run or run_around(folder)
     source = open_for_export(run, accepted=accepted)
+    if is_adapter_alone(folder):
+        require_same_adapter(source, folder)
+        console.say(f"{folder} is what was exported, and its adapter is that of {run.path}, byte for byte")
+        return folder
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
     with one_sentence(LATER.format(folder=folder, run=run.path)):

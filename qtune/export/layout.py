@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qtune.errors import ModelError, Problem
+from qtune.model.as_made import require_as_made
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.completeness import require_complete
 from qtune.model.kept_precision import kept_in_fp32
@@ -106,8 +107,10 @@ def open_base(base: Path, *, trust_remote_code: bool = False) -> tuple[Checkpoin
     """A base model's stored tensors, and its modules on the meta device.
 
     Raises:
-        ModelError: it cannot be read, is not whole, or is stored quantized by anything but bitsandbytes.
+        ModelError: it cannot be read, is not whole, is not what qtune wrote there, or is stored quantized by anything
+            but bitsandbytes.
     """
+    require_as_made(base, whole=True)
     network = empty_model(base, trust_remote_code=trust_remote_code)
     quantization = getattr(network.config, "quantization_config", None)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -13,8 +13,7 @@ from qtune.export.adapter_weights import WEIGHTS, AdapterWeights, Update
 from qtune.export.layout import Layout, layout_of, open_base
 from qtune.export.merge import Merge, Weights, plan_merge
 from qtune.export.opened_run import OpenedRun
-from qtune.model.checkpoint import Checkpoint
-from qtune.model.safetensors_file import tensors_of
+from qtune.model.checkpoint import Checkpoint, tensors_of
 
 # Kept in config.json, for readers of the file; no loader needs it.
 CONFIG_KEY = "qtune_soft_prompt"

@@ -5,15 +5,41 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qtune import console
+from qtune import manifest
 from qtune.errors import Problem, RunError, first_line
-from qtune.export.closeness import Closeness, Limits
-from qtune.run import manifest
-from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
+from qtune.model import as_made
+from qtune.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
 VERIFICATION = "verify.json"
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """What one model's next-token distributions are to a reference's, over `tokens` positions.
+
+    `kl` is the mean of KL(reference || other) in nats per token, `kl_largest` its largest value; `top1` the share of
+    positions with the same likeliest token, or one that ties with it (`closeness.TIE`);
+    `gap` the largest difference between two logits of the same token;
+    `new_tokens` the mean probability of the tokens that the reference does not have (a baked soft prompt's).
+    """
+
+    tokens: int
+    kl: float
+    kl_largest: float
+    top1: float
+    gap: float
+    new_tokens: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values that an export must keep, and in words where they come from."""
+
+    kl: float
+    top1: float
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -127,12 +153,8 @@ def seal_export(folder: Path) -> None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is not as it was exported, in words; None where all is, and where nobody or another program has written its
-    manifest.json."""
-    if not manifest.is_ours(folder):
-        return None
-    with console.progress(f"reading {folder}: is it what was exported?"):
-        said = manifest.fault(folder)
+    """`model.as_made.damage_of` of every byte, in a sentence."""
+    said = as_made.damage_of(folder, whole=True)
     return None if said is None else f"it is not what was exported: {said}"
 
 

@@ -126,7 +126,8 @@ class Search:
 
     def plan(self, recipe: Recipe) -> Plan:
         """What the recipe means on this device before memory is asked."""
-        return make_plan(recipe, self.device, attention_rule(self.config))
+        longest = None if self.longest is None else self.longest.most
+        return make_plan(recipe, self.device, attention_rule(self.config), longest)
 
     def trace(self, recipe: Recipe, rows: int, *pulled: Lever) -> Prediction:
         """The step of a recipe with `rows` at once. `pulled`: how the recipe came to be.
@@ -224,17 +225,21 @@ def _tried(
 
 def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
     """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings and the layers that are
-    computed twice, where the recipe says "auto"; on a processor the last of these alone. Embeddings go to the host,
-    which changes nothing but the speed, where a step would not fit otherwise and where that helps.
+    computed twice, where the recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where
+    a step would not fit otherwise and where that helps. On a processor they are there already, and the micro-batch is
+    the plan's, or the largest below it that memory allows.
 
     any_rows: whether the micro-batch is free also where the recipe gives a number.
     """
     plan = search.plan(recipe)
-    is_card = search.device.kind == "cuda"
-    free_rows = any_rows or (is_card and recipe.training.micro_batch_size == "auto")
+    is_card, rows_are_open = search.device.kind == "cuda", recipe.training.micro_batch_size == "auto"
+    free_rows = any_rows or (is_card and rows_are_open)
     sizes = whole_parts(plan.micro_batch_size * plan.accumulation_steps) if free_rows else [plan.micro_batch_size]
     own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
     settled_here = settle(search, recipe, own, sizes)
+    if rows_are_open and not free_rows and not settled_here.is_enough:
+        free_rows, sizes = True, [size for size in whole_parts(sizes[0] * plan.accumulation_steps) if size <= sizes[0]]
+        settled_here = settle(search, recipe, own, sizes)
     if EMBEDDINGS in settled_here.changes:
         what = "one row" if sizes[0] == 1 else f"{sizes[0]} rows"
         needed = settled_here.trials[-1].before.total_bytes / GIB

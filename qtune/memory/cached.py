@@ -9,12 +9,14 @@ import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from qtune import console
 from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.memory.tracing.work import from_rows, rows_of
 from qtune.model.quantization import is_stored_quantized
+from qtune.records import CHECKSUM, require_sealed, sealed
 from qtune.startup.allocator import has_expandable_segments
 from qtune.whole import write_text
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from qtune.memory.tracing.work import Work
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
+
+Traced = TypeVar("Traced")
 
 
 def predicted(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None = None) -> Prediction:
@@ -59,14 +63,10 @@ def cached(
     way: names what is traced where it is not the recipe's own step but another one that follows from it.
     """
     file = cache_folder() / "memory" / f"{_key(config, recipe, plan, longest, way)}.json"
-    try:
-        return Prediction.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or of another version: trace it
-    prediction = traced()
-    # A prediction that cannot be kept, in a cache that is full or another user's, is traced again the next time.
-    with suppress(OSError):
-        write_text(file, json.dumps(asdict(prediction)))
+    prediction = _kept(file, Prediction.from_json)
+    if prediction is None:
+        prediction = traced()
+        _keep(file, asdict(prediction))
     return prediction
 
 
@@ -77,14 +77,30 @@ def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
         ModelError: as `predict`.
     """
     file = cache_folder() / "work" / f"{_key(config, recipe, plan, longest, '')}.json"
-    try:
-        return from_rows(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass  # not there, or of another version: trace it
-    work = predict(config, recipe, plan, longest, plays_allocator=False).work
-    with suppress(OSError):
-        write_text(file, json.dumps(rows_of(work)))
+    work = _kept(file, lambda values: from_rows(values["rows"]))
+    if work is None:
+        work = predict(config, recipe, plan, longest, plays_allocator=False).work
+        _keep(file, {"rows": rows_of(work)})
     return work
+
+
+def _kept(file: Path, made_of: Callable[[dict[str, Any]], Traced]) -> Traced | None:
+    """What was traced before; None where nothing was, and where the file is not what was written, which is said."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        require_sealed(values)
+        return made_of({name: value for name, value in values.items() if name != CHECKSUM})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        console.say(f"{file} is not what was kept there; it is traced again")
+        return None
+
+
+def _keep(file: Path, values: dict[str, Any]) -> None:
+    """Where it cannot be kept, in a cache that is full or another user's, it is traced again the next time."""
+    with suppress(OSError):
+        write_text(file, json.dumps(sealed(values)))
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

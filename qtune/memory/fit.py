@@ -134,13 +134,12 @@ def fit(
 
 
 def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:
-    """What `qtune run` chooses on a card."""
-    if plan.device.kind != "cuda":
-        return {}
+    """What `qtune run` chooses by memory."""
     own: dict[KeyPath, Any] = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
     if recipe.training.gradient_checkpointing == "auto":
         own[CHECKPOINTING] = plan.gradient_checkpointing
-    return own | ({EMBEDDINGS: plan.embeddings} if recipe.memory.embeddings == "auto" else {})
+    is_open = recipe.memory.embeddings == "auto" and plan.device.kind == "cuda"
+    return own | ({EMBEDDINGS: plan.embeddings} if is_open else {})
 
 
 def _shorter(search: Search, pulled: Settled) -> tuple[int, Trial]:

@@ -77,8 +77,9 @@ def forecast(
     Raises:
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
-    plan = make_plan(recipe, device, attention_rule(config))
-    if device.kind == "cuda" or recipe.training.gradient_checkpointing == "auto":
+    plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+    open_keys = (recipe.training.gradient_checkpointing, recipe.training.micro_batch_size)
+    if device.kind == "cuda" or "auto" in open_keys:
         plan = settled(config, recipe, plan, rows.longest, tell)
     tell(f"{plan.micro_batch_size} x {rows.longest.length} tokens")
     prediction = predicted(config, recipe, plan, rows.longest)

@@ -54,6 +54,11 @@ class Longest:
     evaluated: int | None = None
     """Tokens of the longest validation row; None: as long as the training rows."""
 
+    @property
+    def most(self) -> int:
+        """Tokens of the longest row that is computed, in training or in an evaluation."""
+        return max(self.length, self.evaluated or 0)
+
 
 def predict(
     config: PretrainedConfig,

@@ -23,6 +23,8 @@ from qtune import console
 from qtune.cache import cache_folder
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, Problem
+from qtune.manifest import seal
+from qtune.model.as_made import fault_of_kept, say_made_again
 from qtune.sizes import MIB
 from qtune.whole import clear_leftovers, whole
 
@@ -79,7 +81,9 @@ def cached_folder(model: Builtin, models: Path) -> Path:
     try:
         models.mkdir(parents=True, exist_ok=True)
         with locked(models / f".{model.name}.lock", model):
-            if not is_complete(folder, model):
+            if (said := _fault(folder, model)) is not None:
+                if folder.is_dir():
+                    say_made_again(folder, said)
                 make_folder(model, folder)
     except OSError as error:
         raise ModelError(Problem(str(models), f"cannot keep the built-in model here: {error}")) from error
@@ -87,14 +91,25 @@ def cached_folder(model: Builtin, models: Path) -> Path:
 
 
 def is_complete(folder: Path, model: Builtin) -> bool:
-    """Whether every file of the manifest is there with its size, made from this GGUF by this conversion."""
+    """Whether the folder was made from this GGUF by this conversion, and is what was made."""
+    return _fault(folder, model) is None
+
+
+def _fault(folder: Path, model: Builtin) -> str | None:
+    """Why a folder cannot be used, in words that follow its name."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         made_from = (manifest["gguf_sha256"], manifest["conversion"])
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return made_from == (model.gguf_sha256, CONVERSION) and sizes == manifest["files"]
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"its {MANIFEST} is damaged"
+    if made_from != (model.gguf_sha256, CONVERSION):
+        return "it was made by another version"
+    if changed := [name for name, size in sizes.items() if size != manifest["files"][name]]:
+        return f"{changed[0]} has {sizes[changed[0]]:,} bytes, {manifest['files'][changed[0]]} were written"
+    return fault_of_kept(folder)
 
 
 @contextmanager
@@ -128,6 +143,7 @@ def make_folder(model: Builtin, folder: Path) -> None:
             "files": {file.name: file.stat().st_size for file in sorted(converted.iterdir())},
         }
         (converted / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        seal(converted)
         for file in converted.iterdir():
             file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from qtune.errors import ModelError, Problem
-from qtune.model.folder import INDEX, SINGLE, weight_map
+from qtune.errors import ModelError, Problem, first_line
+from qtune.model.folder import INDEX, weight_files, weight_map
 from qtune.model.safetensors_file import require_whole
 
 # The names of the safetensors header and what torch calls them.
@@ -96,26 +97,17 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The shards of a model folder in the order of their names.
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a small file, an adapter's, by name.
 
-    Raises ModelError when there are none or when the index names a file that is not there.
+    Raises:
+        ModelError: it is damaged.
     """
-    if (named := weight_map(folder)) is not None:
-        names = sorted(set(named.values()))
-        files = [folder / name for name in names]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
-        return files
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if any(folder.glob("*.bin")):
-        raise ModelError(
-            Problem(
-                str(folder), "the weights are pickle files (.bin); convert them to safetensors, qtune reads no pickle"
-            )
-        )
-    raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
+    require_whole(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(Problem(str(file), f"cannot be read as safetensors: {first_line(error)}")) from error
 
 
 def not_finite(name: str, tensor: torch.Tensor, file: Path) -> Problem | None:

@@ -20,8 +20,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qtune.errors import ModelError, Problem, first_line
-from qtune.model.checkpoint import Checkpoint, StoredTensor, weight_files
-from qtune.model.folder import INDEX, SINGLE
+from qtune.model.checkpoint import Checkpoint, StoredTensor
+from qtune.model.folder import INDEX, SINGLE, weight_files
 
 SHOWN = 6
 """Names that are written out; of more the number is said."""

@@ -11,13 +11,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError, Problem, first_line
-from qtune.model.checkpoint import weight_files
+from qtune.model.folder import weight_files
 from qtune.sizes import MIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BLOCK_BYTES = 4096
 SMALL_BYTES = 64 * MIB
@@ -72,7 +73,7 @@ class Contents:
         return all(file.whole is not None for file in self.weights.values())
 
 
-def contents_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, whole: bool = False) -> Contents:
+def contents_of(folder: Path, tokenizer: "PreTrainedTokenizerBase | None", *, whole: bool = False) -> Contents:
     """The contents of a model folder; `whole` reads every byte of the weights.
 
     Raises:
@@ -90,7 +91,7 @@ def contents_of(folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, whol
         raise ModelError(Problem(str(folder), f"cannot be read: {first_line(error)}")) from error
 
 
-def tokenizer_contents(tokenizer: PreTrainedTokenizerBase) -> TokenizerContents:
+def tokenizer_contents(tokenizer: "PreTrainedTokenizerBase") -> TokenizerContents:
     """What decides which ids a text becomes; the chat template is asked elsewhere, which a recipe may replace."""
     by_number = sorted(tokenizer.get_vocab().items(), key=lambda one: (one[1], one[0]))
     text = "\n".join(f"{number} {token}" for token, number in by_number)
@@ -152,7 +153,7 @@ def _places(header: bytes) -> list[tuple[int, int]]:
             for name, one in described.items()
             if name != "__metadata__"
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
         return []
 
 
@@ -162,7 +163,7 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(Problem(str(file), f"is not JSON: {first_line(error)}")) from error
     return dict(_flat(values, "")) if isinstance(values, Mapping) else {"": values}
 

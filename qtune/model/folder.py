@@ -77,6 +77,28 @@ def _require_whole(files: Sequence[Path]) -> None:
         raise ModelError(problems)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The shards of a model folder in the order of their names.
+
+    Raises ModelError when there are none or when the index names a file that is not there.
+    """
+    if (named := weight_map(folder)) is not None:
+        names = sorted(set(named.values()))
+        files = [folder / name for name in names]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise ModelError(Problem(str(folder), f"shards named in {INDEX} are missing: {', '.join(missing)}"))
+        return files
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            Problem(
+                str(folder), "the weights are pickle files (.bin); convert them to safetensors, qtune reads no pickle"
+            )
+        )
+    raise ModelError(Problem(str(folder), f"no {SINGLE} and no {INDEX}: not a model folder"))
+
+
 def weight_map(folder: Path) -> dict[str, str] | None:
     """The file of each tensor's name, as the index of a folder in several files says; None where there is no index.
 

@@ -95,6 +95,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
+        if "instantiate the backend tokenizer" in str(error):  # followed by a list of what it could be made of
+            message = "has no tokenizer: there is no tokenizer.json, and no file that one could be made of"
+            raise ModelError(Problem(base, message)) from error
         raise _unreadable(model, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -5,9 +5,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from qtune.disk import NO_FILE, no_file_in
 from qtune.errors import ModelError, Problem, first_line
+from qtune.model.as_made import require_as_made
 from qtune.model.builtin import PREFIX, builtin_folder
-from qtune.model.checkpoint import weight_files
+from qtune.model.folder import weight_files
 from qtune.model.from_gguf import gguf_folder
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.trust import trusted_revision
@@ -21,7 +23,8 @@ def base_folder(model: Model) -> str:
     """What transformers loads from: a folder (built-in models and GGUF files have one made), or a hub id.
 
     Raises:
-        ModelError: a built-in model or a GGUF file cannot be had.
+        ModelError: a built-in model or a GGUF file cannot be had, an exported folder is not what was exported, or one
+            holds a pipe or a device.
     """
     if model.base.startswith(PREFIX):
         return str(builtin_folder(model.base.removeprefix(PREFIX)))
@@ -29,8 +32,13 @@ def base_folder(model: Model) -> str:
     if path.suffix == ".gguf":
         return str(gguf_folder(path))
     if path.is_file() and path.name == "config.json":
-        return str(path.parent)
-    return str(path) if path.is_dir() else model.base
+        path = path.parent
+    if not path.is_dir():
+        return model.base
+    if (found := no_file_in(path, below=False)) is not None:
+        raise ModelError(Problem(str(found), NO_FILE))
+    require_as_made(path)
+    return str(path)
 
 
 def base_on_disk(model: Model) -> Path | None:

@@ -256,36 +256,25 @@ def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor 
 
 def tiled_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | StoredRows,
     bias: Tensor | None,
     labels: Tensor,
     rule: LogitRule = LogitRule(),
     tile_bytes: int = TILE_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood (scalar, fp32 or wider) and number of correct predictions (int64 scalar).
+    *,
+    is_measuring: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed negative log-likelihood (scalar, fp32 or wider), number of correct predictions (int64 scalar), and NLLs.
 
-    hidden: [n, hidden]; weight: [vocab, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored.
-    Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`.
+    hidden: [n, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored. head: [vocab, hidden]; a
+    frozen one may be stored otherwise, and comes to `hidden`'s device block by block. is_measuring: takes no gradient,
+    and gives the NLL of each position [n], of which there are none otherwise.
+    Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`; of a head
+    that is stored otherwise also a block of it, and that gradient in fp32.
     """
-    loss, correct, _ = _TiledCrossEntropy.apply(hidden, weight, bias, labels, rule, tile_bytes, False)
-    return loss, correct
-
-
-def streamed_cross_entropy(
-    hidden: Tensor,
-    head: StoredRows,
-    bias: Tensor | None,
-    labels: Tensor,
-    rule: LogitRule = LogitRule(),
-    tile_bytes: int = TILE_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """`tiled_cross_entropy` for a frozen head that is stored otherwise, and comes to `hidden`'s device block by block.
-
-    Memory there above the inputs: a block of the head, its logits in fp32 and in the head's dtype, and a gradient like
-    `hidden` in fp32.
-    """
-    loss, correct, _ = _StreamedCrossEntropy.apply(hidden, head, bias, labels, rule, tile_bytes, False)
-    return loss, correct
+    function = _StreamedCrossEntropy if isinstance(head, StoredRows) else _TiledCrossEntropy
+    loss, correct, losses = function.apply(hidden, head, bias, labels, rule, tile_bytes, is_measuring)
+    return loss, correct, losses
 
 
 def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int = TILE_BYTES) -> None:
@@ -316,9 +305,10 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int 
         # Under autocast the head would be cast to 16 bits; without it a 16-bit head decides the products' dtype.
         hidden = hidden.to(head.weight.dtype)
         rows, is_measuring = stored_rows(head), not torch.is_grad_enabled()
-        function = _TiledCrossEntropy if rows is None else _StreamedCrossEntropy
-        weight = head.weight if rows is None else rows
-        loss, correct, losses = function.apply(hidden, weight, head.bias, targets, rule, tile_bytes, is_measuring)
+        loss, correct, losses = tiled_cross_entropy(
+            *(hidden, head.weight if rows is None else rows, head.bias, targets, rule, tile_bytes),
+            is_measuring=is_measuring,
+        )
         return ScoredOutput(loss, correct, len(targets), *_by_row(losses, positions, labels))
 
     model.forward = types.MethodType(forward, model)

@@ -21,9 +21,9 @@ from qtune import console
 from qtune.cache import cache_folder, mark_used, remove_unused
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, first_line
-from qtune.model.checkpoint import weight_files
 from qtune.model.config import read_config
 from qtune.model.contents import contents_of
+from qtune.model.folder import weight_files
 from qtune.model.weights import load_weights
 from qtune.plan import Plan
 from qtune.recipe.schema import EightBit, FourBit, Quantization
@@ -106,7 +106,7 @@ class QuantizedCopy:
                     return f"{name} is not what was written"
         except OSError as error:
             return refusal_of(error) or first_line(error)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return f"{ABOUT} is damaged"
         return None if files else f"{ABOUT} names no file"
 

@@ -1,4 +1,4 @@
-"""A safetensors file: its header, checked before anybody believes it, and its tensors.
+"""A safetensors file: its header, checked before anybody believes it. Its tensors: `model/checkpoint.py`.
 
 Layout: https://github.com/huggingface/safetensors#format: eight bytes of length, a JSON header, the tensors.
 """
@@ -10,11 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from qtune.errors import ModelError, Problem, first_line
+from qtune.errors import ModelError, Problem
 
 LONGEST_HEADER = 100_000_000
 """Bytes, as in the library."""
@@ -44,19 +40,6 @@ def require_whole(file: Path) -> None:
         raise ModelError(Problem(str(file), "is no safetensors file: its header is not JSON")) from error
     if (fault := _fault(header, size - 8 - length)) is not None:
         raise ModelError(Problem(str(file), f"is damaged: {fault}"))
-
-
-def tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a small file, an adapter's, by name.
-
-    Raises:
-        ModelError: it is damaged.
-    """
-    require_whole(file)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(Problem(str(file), f"cannot be read as safetensors: {first_line(error)}")) from error
 
 
 def _fault(header: Any, data_bytes: int) -> str | None:

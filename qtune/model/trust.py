@@ -15,7 +15,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import PretrainedConfig
 
 from qtune import console
 from qtune.errors import ModelError, Problem, first_line
@@ -204,6 +203,8 @@ def _commit(base: str, revision: str | None) -> str:
         return Path(snapshot_download(base, revision=revision, local_files_only=True)).name
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         pass
+    from transformers import PretrainedConfig  # a base that is here need not wait for it
+
     try:
         options = {} if revision is None else {"revision": revision}
         values, _ = PretrainedConfig.get_config_dict(base, **options)
@@ -217,7 +218,7 @@ def _known() -> dict[str, str]:
         values = json.loads((config_folder() / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         console.say(f"{config_folder() / FILE} cannot be read ({first_line(error)}): nothing counts as agreed to")
         return {}
     return {str(code): str(base) for code, base in values.items()} if isinstance(values, dict) else {}

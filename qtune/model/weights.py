@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, core_model_loading
 
 from qtune.errors import ModelError, Problem
+from qtune.model.as_made import require_as_made
 from qtune.model.checkpoint import Checkpoint, is_finite, not_finite
 from qtune.model.completeness import refuse_report, require_complete
 
@@ -20,9 +21,12 @@ def load_weights(base: str, config: PretrainedConfig, dtype: torch.dtype, **opti
     base: a folder, whose headers are asked first, or a hub id. Raises what transformers raises, and
 
     Raises:
-        ModelError: weights are missing, unknown, of another shape or not finite; each is named.
+        ModelError: weights are missing, unknown, of another shape or not finite; each is named. Or qtune has written
+            them, and a byte has changed since.
     """
     folder = Path(base)
+    if folder.is_dir():
+        require_as_made(folder, whole=True)
     checkpoint = require_complete(folder, config) if folder.is_dir() else None
     with _watching() as odd:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

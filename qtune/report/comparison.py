@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qtune.comparing.table import SideBySide, cells, explanation
+from qtune.comparing.table import SideBySide, cells, explanation, task_cells
 from qtune.disk import told
 from qtune.errors import WorkError
 from qtune.report.html import Html, element, table
@@ -31,7 +31,16 @@ def comparison_page(comparison: SideBySide) -> Html:
         element("h1", title),
         element("p", asked, class_="dim"),
         table(columns, rows, figures=range(2, len(columns))),
+        *_tasks(comparison),
         *(element("p", sentence, class_="dim") for sentence in explanation(comparison)),
         element("h2", "The runs"),
         table(("run", "folders", "seeds"), folders),
     )
+
+
+def _tasks(comparison: SideBySide) -> list[Html]:
+    """The benchmarks, where all runs were asked the same."""
+    if not comparison.tasks:
+        return []
+    columns, rows = task_cells(comparison)
+    return [element("h2", "Benchmarks"), table(columns, rows, figures=range(2, len(columns)))]

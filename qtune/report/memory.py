@@ -5,7 +5,7 @@ from typing import Any
 
 from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory.measured.failure_text import failure_text
-from qtune.memory.tracing.history import in_order
+from qtune.memory.tracing.categories import in_order
 from qtune.report.charts import bar
 from qtune.report.drawing import svg
 from qtune.report.html import Html, element, table

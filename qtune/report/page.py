@@ -6,19 +6,20 @@ from pathlib import Path
 
 from qtune import console
 from qtune.disk import told
-from qtune.errors import InputError, QtuneError, WorkError, first_line
-from qtune.memory.profile import is_traced, trace_run
+from qtune.errors import InputError, QtuneError, RunError, WorkError, first_line
 from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
 from qtune.report.memory import memory
 from qtune.report.over_time import answers_over_time
 from qtune.report.record import Record, read_record
-from qtune.report.rows import ShownRows, rows_of
 from qtune.report.style import STYLE
 from qtune.run.drift import said_of
 from qtune.run.folder import RunDir
+from qtune.run.memory import measured_memory
 from qtune.run.owner import owner_of
+from qtune.run.shown_rows import ShownRows, kept_rows
+from qtune.startup.imports import import_libraries
 from qtune.startup.quiet import quiet_loading
 from qtune.verdicts.of_run import verdicts
 
@@ -29,16 +30,24 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def trace_memory(run_dir: RunDir) -> None:
-    """Adds to the run's memory.json what is not there yet: the predicted step, the usual ways, each technique.
+    """Adds to the run's memory.json what is not there yet: the predicted step and the usual ways of training.
 
     A trace that fails, or a base model that is gone, is said and stops no report.
     """
+    try:
+        if measured_memory(run_dir).is_traced:
+            return
+    except RunError:  # there is no measurement to compare with
+        return
+    import_libraries()
+    from qtune.memory.profile import is_traced, trace_run  # seconds, for which what is traced already need not wait
+
     if is_traced(run_dir):
         return
     quiet_loading()
     try:
-        with console.progress("tracing the run's step, the usual ways of training and the step without each technique"):
-            trace_run(run_dir, explain=True)
+        with console.progress("tracing the run's step and the usual ways of training") as bar:
+            trace_run(run_dir, tell=bar.tell)
     except Exception as error:
         log.debug("the run's memory could not be traced", exc_info=True)
         reason = str(error) if isinstance(error, QtuneError) else f"{type(error).__name__}: {error}"
@@ -60,11 +69,10 @@ def write_report(run_dir: RunDir) -> Path:
     Raises:
         RunError: the run's files cannot be read. WorkError: the page cannot be written.
     """
-    quiet_loading()
     record = read_record(run_dir)
     rows: ShownRows | str
     try:
-        rows = rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
+        rows = kept_rows(run_dir) or _rows_now(run_dir, record)
     except InputError as error:
         rows = str(error)
     owner = owner_of(run_dir)
@@ -72,6 +80,15 @@ def write_report(run_dir: RunDir) -> Path:
     with told(WorkError):
         run_dir.write_text(run_dir.report, page(record, rows, [*busy, *said_of(run_dir)]))
     return run_dir.report
+
+
+def _rows_now(run_dir: RunDir, record: Record) -> ShownRows:
+    """Of a run that has kept no rows."""
+    import_libraries()
+    from qtune.training.shown_rows import rows_of  # seconds of libraries and, at times, of tokenizing
+
+    quiet_loading()
+    return rows_of(run_dir, record.facts.lock.training_rows_blake2b if record.facts.lock else None)
 
 
 def page(record: Record, rows: ShownRows | str, drifts: Sequence[str] = ()) -> Html:
@@ -108,6 +125,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     parts, facts = [], record.facts
     if facts.evaluation:
         parts.append(results.evaluation(facts.evaluation))
+    if facts.tasks:
+        parts.append(results.tasks(facts.tasks))
     parts.append(sections.curves(record))
     if record.answers:
         parts.append(answers_over_time(record.answers))

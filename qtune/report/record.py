@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from qtune.run.folder import RunDir
-from qtune.run.metrics import AnswersRecord, read_metrics, seconds_of
+from qtune.run.history import history_of
+from qtune.run.metrics import AnswersRecord, seconds_of
 from qtune.run.resolved import WrittenValue, read_values
 from qtune.verdicts.facts import Facts, read_facts
 
@@ -38,7 +39,7 @@ def read_record(run_dir: RunDir) -> Record:
     Raises:
         RunError: one of them is damaged.
     """
-    metrics = read_metrics(run_dir.metrics_file)
+    metrics = history_of(run_dir)
     return Record(
         run_dir=run_dir,
         values=read_values(run_dir),

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from qtune.export.verification import Proof, Verification
 from qtune.report.html import Html, details, element, table
 from qtune.report.sections import paragraph, section
-from qtune.tuned.evaluate import Evaluation
+from qtune.tuned.evaluation import Evaluation
+from qtune.tuned.task_scores import TaskScores
 from qtune.verdicts.scores import score_table, worst_first
+from qtune.verdicts.tasks import COLUMNS, asked_how, task_table
 
 SHOWN_ANSWERS = 10
 
@@ -23,6 +25,15 @@ def evaluation(results: Evaluation) -> Html:
         table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3), class_="scores"),
         *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
+    )
+
+
+def tasks(found: TaskScores) -> Html:
+    """What benchmarks said of both models."""
+    return section(
+        "Benchmarks",
+        paragraph(f"Asked by {asked_how(found)}, without a chat template, as others publish them."),
+        table(COLUMNS, task_table(found), figures=(2, 3, 4), class_="scores"),
     )
 
 

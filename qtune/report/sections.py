@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from qtune.console import clock
+from qtune.records import plain
 from qtune.report.charts import MOST_POINTS, Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Record
-from qtune.report.rows import ShownRow, ShownRows
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
-from qtune.run.records import plain
+from qtune.run.shown_rows import ShownRow, ShownRows
 from qtune.sizes import GIB, MIB, size_text
 from qtune.training.outliers import DEVIATIONS, WINDOW
 from qtune.verdicts.verdict import number
@@ -132,9 +132,10 @@ def training_rows(rows: ShownRows) -> Html:
 def _row(row: ShownRow) -> Html:
     head = f"{row.title}: {row.scored} of {row.tokens} tokens scored"
     pieces = []
-    for text, scored in row.pieces:
+    for piece in row.pieces:
+        text = piece.text
         shown = text if len(text) <= LONGEST_PIECE else f"{text[:LONGEST_PIECE]}… ({len(text):,} characters)"
-        pieces.append(element("mark", shown) if scored else element("span", shown))
+        pieces.append(element("mark" if piece.scored else "span", shown))
     return element(
         "figure", element("figcaption", element("b", head), element("span", row.place)), element("pre", *pieces)
     )

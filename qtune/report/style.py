@@ -19,7 +19,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } p { margin: .4rem 0; max-width: 
 h1, h2, h3, p, dd, li, summary, figcaption { overflow-wrap: anywhere; }
 .dim, figcaption span, dt, th { color: var(--dim); } .note { border-left: 4px solid var(--two); padding-left: .7rem; }
 
-.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: .8rem;
+.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(14.5rem, 100%), 1fr)); gap: .8rem;
   margin: 1.2rem 0 .8rem; }
 .verdict { background: var(--sheet); border: 1px solid var(--faint); border-top: 4px solid var(--dim);
   border-radius: 6px; padding: .6rem 1rem .7rem; }

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from qtune.run import manifest
+from qtune import manifest
 
 TRAINED_STATE, OPTIMIZER = "trained_state.safetensors", "optimizer.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,12}")

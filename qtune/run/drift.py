@@ -7,19 +7,15 @@ it looks well: so whoever goes on with a run asks here first.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qtune import console
 from qtune.cache import cache_folder
-from qtune.data.sources import content_digest, find_sources
-from qtune.data.stream_seen import Seen
-from qtune.device.present import Device
 from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
 from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.recipe.schema import Model, Recipe
+from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.lock import (
     Lock,
@@ -31,9 +27,13 @@ from qtune.run.lock import (
     template_hash,
     versions,
 )
-from qtune.run.records import plain
 from qtune.run.resolved import resolved_recipe, written_text
 from qtune.run.resumption import CHANGEABLE, RATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qtune.device.present import Device
 
 Kind = Literal[
     "weights", "config", "generation", "tokenizer", "code", "template", "rows", "recipe", "versions", "processor"
@@ -97,12 +97,12 @@ def require_no_drift(run_dir: RunDir, drifts: Sequence[Drift], accepted: Sequenc
 def require_same_base(
     run_dir: RunDir,
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     template: str | None,
     accepted: Sequence[str],
     *,
     kinds: Sequence[Kind] = USING,
-    device: Device | None = None,
+    device: "Device | None" = None,
     parts: Sequence[str] = (),
 ) -> None:
     """Whether a finished run is still what was trained, before it is used.
@@ -162,7 +162,7 @@ def said_of_an_old_lock(lock: Lock) -> str | None:
     return "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
 
 
-def contents_here(model: Model, tokenizer: PreTrainedTokenizerBase, *, whole: bool = False) -> Contents:
+def contents_here(model: Model, tokenizer: "PreTrainedTokenizerBase", *, whole: bool = False) -> Contents:
     """Of the base as it is on this disk now; fetched from the hub where it is not.
 
     Raises:
@@ -255,7 +255,7 @@ def version_drifts(lock: Lock, without: Sequence[str] = ()) -> Iterator[Drift]:
         yield Drift("versions", ", ".join(said))
 
 
-def processor_drifts(lock: Lock, device: Device, compute_dtype: str | None) -> Iterator[Drift]:
+def processor_drifts(lock: Lock, device: "Device", compute_dtype: str | None) -> Iterator[Drift]:
     """The device beside the one that computed; `compute_dtype` is what is going to be computed in."""
     last = lock.latest
     here = LockedDevice(device.name, device.kind, device.total_bytes, device.bf16, device.capability)
@@ -270,6 +270,10 @@ def locked_sources(recipe: Recipe, folder: Path, parts: Sequence[str]) -> tuple[
     Raises:
         DataError: one is not there.
     """
+    # They wait for a library, and a report asks for no source.
+    from qtune.data.sources import content_digest, find_sources
+    from qtune.data.stream_seen import Seen
+
     data = recipe.data
     given = {part: getattr(data, part) for part in parts}
     # Rows that are streamed are too many to be read for this alone.

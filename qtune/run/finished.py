@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qtune import console
+from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
-from qtune.run import manifest
 from qtune.run.folder import RunDir
+from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -19,7 +19,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
     """The folder of a run's adapter, file by file what was saved.
 
     Raises:
-        RunError: training has not ended, or something of the adapter is damaged.
+        RunError: training has not ended, or something of the adapter is damaged, or it is another run's.
     """
     if (said := adapter_fault(run_dir)) is not None:
         advice = f"qtune run --resume {shlex.quote(str(run_dir.path))} saves it again from the last checkpoint"
@@ -48,14 +48,14 @@ def adapter_fault(run_dir: RunDir) -> str | None:
     """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
     folder = run_dir.adapter
     if manifest.is_sealed(folder):
-        return manifest.fault(folder)
+        return manifest.fault(folder) or foreign(run_dir.metrics_file, folder)
     if not run_dir.is_finished:
         return None
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "peft_type" not in values:
             return f"{CONFIG} describes no adapter"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{CONFIG} cannot be read: {first_line(error)}"
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as stored:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtune import whole
-from qtune.disk import refusal_of
+from qtune.disk import NO_FILE, no_file_in, refusal_of
 from qtune.errors import InputError, Problem, RecipeError, RunError, first_line
 from qtune.recipe.file import load_recipe
 from qtune.recipe.shipped import find_recipe
@@ -69,7 +69,8 @@ class RunDir:
         if not path.is_dir():
             raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
         if not run_dir.resolved_file.is_file():
-            raise RunError(Problem(str(path), "is not a run: it has no resolved.toml"))
+            raise RunError(Problem(str(path), f"is not a run: it has no resolved.toml{_runs_beside(path / 'any')}"))
+        run_dir.require_files()
         return run_dir
 
     @property
@@ -98,6 +99,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def rows_file(self) -> Path:
+        """A few training rows as the model saw them."""
+        return self.path / "rows.json"
+
+    @property
     def memory_file(self) -> Path:
         """Memory by phase and category."""
         return self.path / "memory.json"
@@ -116,6 +122,11 @@ class RunDir:
     def forgetting_file(self) -> Path:
         """Base against tuned on text that has nothing to do with the rows."""
         return self.path / "forgetting.json"
+
+    @property
+    def tasks_file(self) -> Path:
+        """Base against tuned on benchmarks."""
+        return self.path / "tasks.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -147,6 +158,15 @@ class RunDir:
             command = shlex.join(["qtune", "run", "--resume", str(self.path)])
             raise RunError(Problem(str(self.path), f"has no adapter yet; finish it with: {command}"))
         return self.adapter
+
+    def require_files(self) -> None:
+        """What is in a run's folder can be read to its end.
+
+        Raises:
+            RunError: something in it is a pipe or a device.
+        """
+        if (found := no_file_in(self.path)) is not None:
+            raise RunError(Problem(str(found), NO_FILE))
 
     def require_there(self) -> None:
         """What is written where a folder was would make another, which is no run.

@@ -49,6 +49,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
     """A run in a line; None where its folder was taken away meanwhile."""
     base = adapter = summary = resume = None
     try:
+        run_dir.require_files()
         values = {one.path: one.plain_text for one in read_values(run_dir)}
         base, adapter = values.get(("model", "base")), values.get(("adapter", "kind"))
         summary = summary_of(run_dir)

@@ -17,8 +17,8 @@ from qtune.plan import Plan
 from qtune.recipe.file import leaves
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
+from qtune.records import plain, read_record, write_record
 from qtune.run.folder import RunDir
-from qtune.run.records import plain, read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtune.errors import Problem, RunError
+from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
-from qtune.run.records import read_record, write_record
-
-TRACED = ("traced", "ways", "attribution")
-"""Keys that are traced after a run, not during it: on a CPU that would delay a short run noticeably."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class RunMemory:
 
     @property
     def is_traced(self) -> bool:
-        """Whether nothing is left to trace."""
-        return all(getattr(self, name) is not None for name in TRACED)
+        """Whether nothing is left to trace for a report; what each technique saves is traced where it is asked for."""
+        return self.traced is not None and self.ways is not None
 
 
 def write_memory(run_dir: RunDir, memory: RunMemory) -> None:

@@ -1,16 +1,21 @@
-"""metrics.jsonl: what a run tells while it trains, one record a line; appended, read, and cut where it is resumed."""
+"""metrics.jsonl: what a run tells while it trains, one record a line; appended, read, and cut where it is resumed.
+
+Each line has a checksum of itself, and that of the line before it: one that is taken out, doubled or moved is noticed.
+"""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from qtune.errors import Problem, RunError
-from qtune.run.records import NotARecord, plain, record_of, require_intact, sealed
+from qtune.manifest import NAME as MANIFEST
+from qtune.manifest import Manifest, RecordsThen, is_ours
+from qtune.records import CHECKSUM, NotARecord, plain, read_record, record_of, require_intact, sealed
 from qtune.whole import write_text
 
 
@@ -119,6 +124,10 @@ def grouped(losses: Sequence[float], tokens: Sequence[int]) -> tuple[tuple[float
     return tuple(round(loss, 6) for loss, _ in scored), tuple(count for _, count in scored)
 
 
+AFTER = "after"
+"""The key of a line with the checksum of the line before it, which is empty in the first one; lines of older versions
+have none, and are not compared."""
+
 Metric = TrainRecord | EvalRecord | AnswersRecord | NoteRecord
 KINDS: dict[str, type[Metric]] = {
     "train": TrainRecord,
@@ -135,11 +144,10 @@ def append_metric(file: Path, record: Metric) -> None:
         OSError: it could not be written; nothing of it is in the file.
     """
     values = plain(record)
-    record_values = sealed({"kind": values.pop("kind"), **values})
-    line = json.dumps(record_values, ensure_ascii=False, allow_nan=False) + "\n"
-    left = memoryview(line.encode(errors="backslashreplace"))
-    with file.open("ab", buffering=0) as stream:
+    with file.open("a+b", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
+        follows = _last_checksum(stream, before)
+        left = memoryview(_line({"kind": values.pop("kind"), **values}, follows).encode(errors="backslashreplace"))
         try:
             while left:
                 left = left[stream.write(left) :]
@@ -147,6 +155,32 @@ def append_metric(file: Path, record: Metric) -> None:
             with suppress(OSError):
                 stream.truncate(before)
             raise
+
+
+def _line(values: Mapping[str, Any], follows: str | None) -> str:
+    """A record as its line; `follows` is the checksum of the line before it."""
+    linked = values if follows is None else {**values, AFTER: follows}
+    return json.dumps(sealed(linked), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _last_checksum(stream: IO[bytes], end: int) -> str | None:
+    """The checksum of the last whole line before `end`; empty where there is no line, None where it has none."""
+    read, begin = b"", end
+    while begin and b"\n" not in read[:-1]:
+        begin = max(0, begin - 8192)
+        stream.seek(begin)
+        read = stream.read(end - begin)
+    lines = [line for line in read.split(b"\n") if line.strip()]
+    return _checksum_in(lines[-1].decode(errors="replace")) if lines else ""
+
+
+def _checksum_in(line: str) -> str | None:
+    """What a line says is its checksum."""
+    try:
+        found = json.loads(line)[CHECKSUM]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_metrics(file: Path) -> tuple[Metric, ...]:
@@ -166,12 +200,83 @@ def forget_after(file: Path, step: int) -> None:
     """
     if not file.exists():
         return
-    kept = [
-        line
-        for line, record in _numbered(file)
-        if (record.adapter_step is None if isinstance(record, NoteRecord) else record.step <= step)
-    ]
+    kept, follows = [], ""
+    for line, record in _numbered(file):
+        if record.adapter_step is None if isinstance(record, NoteRecord) else record.step <= step:
+            kept.append(_moved(line, follows))
+            follows = _checksum_in(kept[-1]) or ""
     write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _moved(line: str, follows: str) -> str:
+    """A line that stands after another one from here on; one that is not compared stays as it is."""
+    values = json.loads(line)
+    if AFTER not in values or CHECKSUM not in values or values[AFTER] == follows:
+        return line
+    return _line({name: value for name, value in values.items() if name not in (AFTER, CHECKSUM)}, follows).rstrip()
+
+
+def records_then(file: Path) -> RecordsThen | None:
+    """The records so far, once they are on the disk; None where there are none.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            lines = [line for line in stream.read().decode(errors="replace").split("\n")[:-1] if line]
+    except FileNotFoundError:
+        return None
+    return RecordsThen(len(lines), _checksum_in(lines[0]), _checksum_in(lines[-1])) if lines else None
+
+
+def require_records_of(file: Path, folder: Path) -> None:
+    """What a run had told when a checkpoint or the adapter was saved is still there; an older manifest does not say.
+
+    Raises:
+        RunError: a line is missing, or is another. Or as `read_metrics`.
+    """
+    if (then := _said_in(folder)) is None:
+        return
+    count = len(_numbered(file))
+    if count < then.lines:
+        message = f"has {count:,} records, and had {then.lines:,} when {folder} was saved; put the file back"
+        raise RunError(Problem(str(file), f"{message}; {_if_right(folder)}"))
+    if (said := foreign(file, folder)) is not None:
+        raise RunError(Problem(str(folder), said))
+
+
+def foreign(file: Path, folder: Path) -> str | None:
+    """Why a checkpoint or an adapter is none of the run with these records, which were others when it was saved, and
+    what to do if it is all the same. None where it is, and where they cannot be read or are not all there, for then
+    nothing is compared."""
+    then = _said_in(folder)
+    if then is None or not file.is_file():
+        return None
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig", errors="replace").split("\n") if line.strip()]
+    except OSError:
+        return None
+    for number, checksum in ((1, then.first), (then.lines, then.last)):
+        found = _checksum_in(lines[number - 1]) if 0 < number <= len(lines) else None
+        if None not in (found, checksum) and found != checksum:
+            said = f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
+            return f"{said} ({_if_right(folder)})"
+    return None
+
+
+def _if_right(folder: Path) -> str:
+    return f"if it is right as it is, remove records and {CHECKSUM} from {folder / MANIFEST}"
+
+
+def _said_in(folder: Path) -> RecordsThen | None:
+    """What a manifest says of the records; None where it cannot be read, which is for who uses the folder to say."""
+    try:
+        manifest = read_record(folder / MANIFEST, Manifest) if is_ours(folder) else None
+    except RunError:
+        return None
+    return None if manifest is None else manifest.records
 
 
 def has_evaluation(file: Path, step: int) -> bool:
@@ -208,20 +313,35 @@ def _numbered(file: Path) -> list[tuple[str, Metric]]:
     except OSError as error:
         raise RunError(Problem(str(file), f"cannot be read: {error.strerror}")) from error
     whole, _, cut = text.rpartition("\n")
-    records = [(line, _record_in(line, f"{file}:{number}")) for number, line in enumerate(whole.split("\n"), 1) if line]
+    found = [
+        (number, line, *_parsed(line, f"{file}:{number}"))
+        for number, line in enumerate(whole.split("\n"), 1)
+        if line.strip()
+    ]
     if cut:
         with suppress(RunError):  # the process was killed while it wrote
-            records.append((cut, _record_in(cut, str(file))))
-    return records
+            found.append((whole.count("\n") + 2, cut, *_parsed(cut, str(file))))
+    follows: str | None = ""
+    for number, _, values, _ in found:
+        if None not in (values.get(AFTER), follows) and values[AFTER] != follows:
+            message = (
+                "does not follow what stands before it: lines are missing, doubled or in another order; put them back; "
+                f"if it is right as it is, remove {AFTER} and {CHECKSUM} from the line"
+            )
+            raise RunError(Problem(f"{file}:{number}", message))
+        follows = values.get(CHECKSUM)
+    return [(line, record) for _, line, _, record in found]
 
 
-def _record_in(line: str, place: str) -> Metric:
+def _parsed(line: str, place: str) -> tuple[dict[str, Any], Metric]:
+    """A line's values, and the record that they are."""
     try:
-        values: Any = json.loads(line)
+        values: dict[str, Any] = json.loads(line)
         require_intact(values)
         kind = KINDS[values["kind"]]
-        return record_of(kind, {key: value for key, value in values.items() if key != "kind"})
+        return values, record_of(kind, {key: value for key, value in values.items() if key != "kind"})
     except NotARecord as error:
-        raise RunError(Problem(place, f"is no record of a run: {error}, or remove the line")) from error
+        way_out = f"or remove the line, and {AFTER} and {CHECKSUM} from the next one"
+        raise RunError(Problem(place, f"is no record of a run: {error}, {way_out}")) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(Problem(place, "is no record of a run; remove the line")) from error

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import Problem, RunError
+from qtune.records import NotARecord, plain, record_of
 from qtune.run.folder import RunDir
-from qtune.run.records import NotARecord, plain, record_of
 
 FILE = "owner.json"
 
@@ -124,7 +124,7 @@ def _read(file: Path) -> Owner | None:
     try:
         values: Any = json.loads(file.read_text(encoding="utf-8"))
         return record_of(Owner, values)
-    except (OSError, ValueError, NotARecord):
+    except (OSError, ValueError, RecursionError, NotARecord):
         return None
 
 

@@ -129,11 +129,14 @@ def resuming(run_dir: RunDir, *more: str) -> str:
     return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *more])
 
 
-def nothing_to_resume(run_dir: RunDir) -> Problem:
-    """What to say of a run that has ended, with the command for a new one that goes on from its adapter."""
+def nothing_to_resume(run_dir: RunDir, changes: Sequence[str] = ()) -> Problem:
+    """What to say of a run that has ended, with the command for a new one that goes on from its adapter.
+
+    changes: `--set` texts that were asked for, more steps as a rule.
+    """
     message = "has ended; there is nothing to resume"
     if (run_dir.adapter / TRAINED_STATE).is_file():  # a start like PiSSA's changes the base, and keeps no state
-        further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}"]
+        further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}", *changes]
         words = ["qtune", "run", str(run_dir.resolved_file), *(word for one in further for word in ("--set", one))]
         message += f". A new run goes on from its adapter with: {shlex.join(words)}"
     return Problem(str(run_dir.path), message)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtune.run.folder import RunDir
-from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, read_metrics, seconds_of
+from qtune.run.history import history_of
+from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, seconds_of
 
 # The start and the end of a run are means of this share of its steps each: one batch is easier than another.
 SHARE = 0.1
@@ -67,7 +68,7 @@ def summary_of(run_dir: RunDir) -> Summary:
     Raises:
         RunError: metrics.jsonl is damaged.
     """
-    records = read_metrics(run_dir.metrics_file)
+    records = history_of(run_dir)
     train = [record for record in records if isinstance(record, TrainRecord)]
     losses = training_losses(records)
     return Summary(

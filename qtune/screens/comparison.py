@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 
 def show(comparison: "SideBySide") -> None:
     """Prints a line for each configuration, and what its figures are."""
-    from qtune.comparing.table import cells, explanation
+    from qtune.comparing.table import cells, explanation, task_cells
 
     head, rows = cells(comparison)
     title = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
     console.out(console.table(title, head, rows, right=range(2, len(head))))
     console.out("")
+    if comparison.tasks:
+        head, rows = task_cells(comparison)
+        console.out(console.table("Benchmarks", head, rows, right=range(2, len(head))))
+        console.out("")
     for sentence in explanation(comparison):
         console.out(sentence)

@@ -6,7 +6,7 @@ from qtune import console
 from qtune.verdicts.scores import score_table, worst_first
 
 if TYPE_CHECKING:
-    from qtune.tuned.evaluate import Evaluation
+    from qtune.tuned.evaluation import Evaluation
 
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.device.cards import fitting_cards
-from qtune.memory.tracing.categories import CATEGORIES
+from qtune.memory.tracing.categories import ABOUT, CATEGORIES
 from qtune.recipe.text import show_changes, show_value
 from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtune.memory.predict import Prediction
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Variant
+    from qtune.memory.tracing.history import Moment
     from qtune.memory.ways_to_fit import WaysToFit
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
@@ -41,27 +42,20 @@ StepSeconds = Callable[["Prediction"], float]
 
 
 def draw_forecast(profile: "Profile", refusals: "Sequence[Problem]" = ()) -> RenderableType:
-    """What the recipe's own step takes. A CPU's memory is no card's: nothing is said of cards then.
+    """What the recipe's own step takes, below the answer (`screens.answer`). A CPU's memory is no card's: nothing is
+    said of cards then.
 
     refusals: why a run would not begin, whatever its memory.
     """
-    prediction, plan, rows = profile.forecast.prediction, profile.forecast.plan, profile.forecast.rows
+    prediction, plan = profile.forecast.prediction, profile.forecast.plan
     is_card = plan.device.kind == "cuda"
-    sizes = f"{size_text(prediction.peak.bytes)} traced at its peak"
-    sizes += f", {size_text(prediction.need.total_bytes)} needed" if is_card else ""
-    title = f"{profile.recipe.model.base} on {plan.device.name}: {sizes}"
-    often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
-    about = (
-        f"{plan.micro_batch_size} x {rows.longest.length} tokens at once, {often} a step; "
-        f"peak in {prediction.peak.phase}, {prediction.peak.module or 'outside the model'}\n"
-        f"length: {rows.known_from}"
-    )
+    at = f"Where a step's memory is at its fullest ({prediction.peak.phase}, {_place(prediction.peak)}):"
     executed, layers = prediction.layers_executed, prediction.layers
     how = f", {executed} of {layers} layers executed" if executed < layers else ""
     need = _need(prediction, profile.forecast.budget_bytes, is_card=is_card)
     alive = prediction.peak.alive
-    parts: list[RenderableType] = [Text(title, style="bold"), Text(about)]
-    parts += [Text(""), categories_table(alive), stacked_bar(alive), Text(""), need, Text(""), _phases(prediction)]
+    parts: list[RenderableType] = [Text(at, style="bold"), categories_table(alive)]
+    parts += [stacked_bar(alive), Text(""), need, Text(""), _phases(prediction)]
     parts += [Text(""), Text(f"{_traced_in(prediction, profile.seconds)}{how}", style="dim")]
     if refusals:
         parts += [Text(""), refusals_text(refusals)]
@@ -129,11 +123,10 @@ def categories_table(alive: dict[str, int]) -> Table:
     table.add_column("at the peak")
     table.add_column("size", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("bar")
+    table.add_column("what it is")
     total = sum(alive.values()) or 1
     for name, value in alive.items():
-        blocks = round(20 * value / total)
-        table.add_row(f"{letter_of(name)} {name}", size_text(value), f"{value / total:.1%}", "█" * blocks or "▏")
+        table.add_row(f"{letter_of(name)} {name}", size_text(value), f"{value / total:.1%}", ABOUT.get(name, ""))
     table.add_row("total", size_text(total), "", "", style="bold")
     return table
 
@@ -157,12 +150,12 @@ def stacked_bar(alive: dict[str, int]) -> Text:
 
 def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_row("tensors at the peak", size_text(prediction.need.traced_bytes), "traced")
+    table.add_row("tensors at the peak", size_text(prediction.need.traced_bytes), "the sum above, traced")
     if is_card:
         need = prediction.need
-        table.add_row("context of CUDA", size_text(need.context_bytes), "allowance, as measured on an H100")
-        table.add_row("cuBLAS workspaces", size_text(need.workspace_bytes), "allowance")
-        table.add_row("gaps between tensors", size_text(need.gap_bytes), "allowance: PyTorch's allocator, played")
+        table.add_row("context of CUDA", size_text(need.context_bytes), "before any tensor, as measured on an H100")
+        table.add_row("cuBLAS workspaces", size_text(need.workspace_bytes), "buffers of the library that multiplies")
+        table.add_row("gaps between tensors", size_text(need.gap_bytes), "PyTorch's allocator, played with this step")
         verdict = f"of {size_text(budget_bytes)}: {need.verdict(budget_bytes)}"
         table.add_row("needed free on the card", size_text(need.total_bytes), verdict, style="bold")
     if prediction.paged_bytes:
@@ -182,12 +175,17 @@ def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Tabl
 
 def _phases(prediction: "Prediction") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("phase")
+    table.add_column("phase of a step")
     table.add_column("peak", justify="right")
     table.add_column("where")
     for phase, moment in prediction.by_phase.items():
-        table.add_row(phase, size_text(moment.bytes), moment.module or moment.op)
+        table.add_row(phase, size_text(moment.bytes), _place(moment))
     return table
+
+
+def _place(moment: "Moment") -> str:
+    """Where a step was, as the model names its parts, without what peft puts before them; else the operation."""
+    return moment.module.removeprefix("base_model.model.") if moment.module else f"{moment.op}, outside the model"
 
 
 def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:

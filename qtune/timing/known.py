@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import TYPE_CHECKING
 
+from qtune import console
 from qtune.cache import cache_folder, not_writable
 from qtune.device.cards import card_named
 from qtune.device.rates import Rates, data_sheet_rates
 from qtune.errors import InputError
+from qtune.records import CHECKSUM, require_intact, sealed
 from qtune.whole import write_text
 
 if TYPE_CHECKING:
@@ -22,12 +25,27 @@ if TYPE_CHECKING:
 def known_rates(device: Device) -> Rates | None:
     """What `qtune doctor --measure` kept of the device on this computer, else its card's data sheet; None for a card of
     which only the memory is known, and for a processor that was not measured."""
+    file = _file(device)
     try:
-        return Rates.from_json(json.loads(_file(device).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass  # not measured, or by another version
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not measured here
+        text = None
+    if text is not None and (measured := _measured(file, text)) is not None:
+        return measured
     card = card_of(device)
     return None if card is None else data_sheet_rates(card)
+
+
+@functools.cache
+def _measured(file: Path, text: str) -> Rates | None:
+    """Rates as `keep_rates` wrote them; None where they are not, which is said once."""
+    try:
+        values = json.loads(text)
+        require_intact(values)
+        return Rates.from_json({name: value for name, value in values.items() if name != CHECKSUM})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        console.say(f"{file} is not what was measured, and is not used; qtune doctor --measure measures again")
+        return None
 
 
 def keep_rates(device: Device, rates: Rates) -> Path:
@@ -38,7 +56,7 @@ def keep_rates(device: Device, rates: Rates) -> Path:
     """
     file = _file(device)
     try:
-        write_text(file, json.dumps(rates.to_json(), indent=1))
+        write_text(file, json.dumps(sealed(rates.to_json()), indent=1))
     except OSError as error:
         raise not_writable(file.parent, error) from error
     return file

@@ -9,7 +9,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qtune import console
 from qtune.adapter.state import STATE_FILE, load_trained_state, save_trained_state
+from qtune.manifest import fault, is_sealed, seal
 from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord
@@ -40,6 +42,9 @@ class KeepBest(TrainerCallback):
         for path in kept_states(folder):
             if kept_step(path) > last:  # of steps that will be taken again
                 shutil.rmtree(path, ignore_errors=True)
+        for path in kept_folders(folder):
+            if (said := _fault(path)) is not None:
+                console.say(f"{path} is not what was kept: {said}; it is left as it is")
         kept = {kept_step(path) for path in kept_states(folder)}
         losses = [record.loss for record in before if isinstance(record, EvalRecord) and record.step in kept]
         self.kept_loss = min(losses, default=math.inf)
@@ -82,6 +87,7 @@ class KeepBest(TrainerCallback):
         folder = self.folder / f"best-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         save_trained_state(model, folder)
+        seal(folder, step)
         model.train(was_training)
         for path in older:
             if path != folder:
@@ -109,7 +115,12 @@ class KeepBest(TrainerCallback):
 
 def kept_states(folder: Path) -> list[Path]:
     """The kept states in a folder that are whole, the earliest first."""
-    return [path for path in kept_folders(folder) if (path / STATE_FILE).is_file()]
+    return [path for path in kept_folders(folder) if (path / STATE_FILE).is_file() and _fault(path) is None]
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a kept state; of one that an older version kept, without a manifest, nothing is known."""
+    return fault(path, kept_step(path)) if is_sealed(path) else None
 
 
 def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: int) -> tuple[int | None, str | None]:

@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from qtune import console
+from qtune import console, manifest
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError, first_line
-from qtune.run import manifest
 from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of
 from qtune.run.folder import RunDir
-from qtune.run.metrics import has_evaluation
+from qtune.run.metrics import foreign, has_evaluation
 from qtune.training.callbacks import after_divergence
 from qtune.training.inputs import Inputs
 from qtune.training.saved_state import RANDOM, SCHEDULE, load_state
@@ -108,7 +107,7 @@ def fault_of(checkpoint: Path) -> str | None:
         return "it is no folder"
     step = step_of(checkpoint)
     if manifest.is_sealed(checkpoint) or _is_unsealed(checkpoint):
-        return manifest.fault(checkpoint, step)
+        return manifest.fault(checkpoint, step) or foreign(RunDir(checkpoint.parents[1]).metrics_file, checkpoint)
     return _older_fault(checkpoint, step)
 
 

@@ -67,8 +67,8 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
     finally:
         measured = meter.result()
         meter.close()
-        if meter.snapshot_written:
-            console.say(f"allocator snapshot: {meter.snapshot_written}")
+        if meter.snapshot.said:
+            console.say(f"allocator snapshot: {meter.snapshot.said}")
         predicted = inputs.forecast.to_json() if inputs.forecast else None
         _keep(run_dir, RunMemory(predicted, measured))
 

@@ -134,7 +134,7 @@ def _undone(trainer: QloraTrainer, model: PeftModel) -> Iterator[None]:
     was_training, meter, optim = model.training, trainer.meter, trainer.args.optim
     switches = [(layer, layer.gradient_checkpointing) for layer in switched_layers(model)]
     meter.enter("idle")
-    trainer.meter = Meter(meter.device, first_steps=0, longest_steps=0)
+    trainer.meter = Meter(meter.device, names_tensors=False)
     try:
         yield
     finally:

@@ -33,6 +33,7 @@ from qtune.errors import (
     RunError,
     TrainingError,
 )
+from qtune.manifest import seal, skipped_until
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import Resolved
@@ -41,11 +42,11 @@ from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock, write_lock
-from qtune.run.manifest import seal, skipped_until
-from qtune.run.metrics import forget_after, read_metrics
+from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
+from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
@@ -67,6 +68,7 @@ from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.ranks import Ranks, joined
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
+from qtune.training.shown_rows import shown_rows
 from qtune.whole import whole
 
 log = logging.getLogger(__name__)
@@ -106,8 +108,10 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    taken = "" if run_dir.name == resolved.run_name else f"; {run_dir.path.with_name(resolved.run_name)} is taken"
-    console.say(f"this run is in {run_dir.path}{taken}")
+    first = run_dir.path.with_name(resolved.run_name)
+    is_numbered = run_dir.name != resolved.run_name
+    there = f"{first} is there: " if is_numbered else ""
+    console.say(f"{there}this run is {run_dir.path}")
     with owned(run_dir):
         with told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
@@ -183,6 +187,8 @@ def _resume(
             remove_incomplete_checkpoints(run_dir.checkpoints)
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
+            if checkpoint is not None:
+                require_records_of(run_dir.metrics_file, checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
@@ -277,6 +283,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
             write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
+        keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
@@ -328,4 +335,4 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
-        seal(partial)
+        seal(partial, records=records_then(run_dir.metrics_file))

@@ -30,6 +30,7 @@ from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
 from qtune.kernels.ops import without_kernels
+from qtune.manifest import fault, is_sealed, seal, skipped_until
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
@@ -39,7 +40,7 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
-from qtune.run.manifest import fault, is_sealed, seal, skipped_until
+from qtune.run.metrics import records_then
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers
@@ -142,6 +143,8 @@ class QloraTrainer(SFTTrainer):
         self._losses_of_step: list[float] = []
         self.outliers = outliers
         self.skipped: list[int] = []
+        self._saved: Path | None = None
+        """The checkpoint that this process has saved last, or goes on from; others may be anybody's."""
         self._failure: Failure | None = None
         self._correct: Tensor | None = None
         self._scored = 0
@@ -467,7 +470,7 @@ class QloraTrainer(SFTTrainer):
         self.meter.enter("save")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         RunDir(folder.parents[1]).require_there()
-        if is_sealed(folder) and fault(folder, self.state.global_step) is None:
+        if folder.resolve() == self._saved and is_sealed(folder) and fault(folder, self.state.global_step) is None:
             self.meter.enter("idle")  # two reasons to save in one step: it is saved already
             return
         has_room = False
@@ -480,8 +483,10 @@ class QloraTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
-            seal(folder, self.state.global_step, skipped=self.skipped)
+            then = records_then(RunDir(folder.parents[1]).metrics_file)
+            seal(folder, self.state.global_step, skipped=self.skipped, records=then)
             end_saving(folder)
+            self._saved = folder.resolve()
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.
         except Exception as error:
             if has_room:  # else what has the name is an older one
@@ -546,6 +551,7 @@ class QloraTrainer(SFTTrainer):
         """Bit for bit what was trained. peft alone would lose the encoder of p-tuning without a word (peft 0.21)."""
         load_trained_state(self.model, Path(resume_from_checkpoint))
         self.skipped = list(skipped_until(Path(resume_from_checkpoint)))
+        self._saved = Path(resume_from_checkpoint).resolve()
 
     def take_state_of(self, checkpoint: Path) -> None:
         """Stands where a run's last checkpoint stands, where there is no step left to take."""

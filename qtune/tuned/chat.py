@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -14,13 +13,12 @@ from qtune import console
 from qtune.data.conversation import Conversation, RowError, shown
 from qtune.data.template import prompt_ids
 from qtune.device.present import one_sentence, present_device
-from qtune.errors import DataError, OutOfMemory, Problem, RunError
+from qtune.errors import DataError, OutOfMemory, Problem
 from qtune.model.load import load_plain, load_tokenizer
 from qtune.model.local import base_folder
 from qtune.model.trust import grant_for, is_granted
 from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
-from qtune.run import manifest
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
@@ -151,7 +149,6 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
     """A model folder, hub id, GGUF file or built-in model, unquantized and in the dtype that suits the device."""
     quiet_loading()
     folder, device = base_folder(Model(base=target)), present_device()
-    _require_as_exported(Path(folder))
     if trusted:
         grant_for(folder, None)
     named = Model(base=target, trust_remote_code=trusted or is_granted(folder, None))
@@ -159,20 +156,6 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
     dtype, _ = compute_dtype_rule(device)
     model = load_plain(named, device, getattr(torch, dtype))
     return Session(model, tokenizer, find_ends(model, tokenizer))
-
-
-def _require_as_exported(folder: Path) -> None:
-    """Refuses an exported folder whose files have changed since; other folders say nothing of what they were.
-
-    Raises:
-        RunError: a file is missing, or is not what was exported.
-    """
-    if not manifest.is_ours(folder):
-        return
-    with console.progress(f"reading {folder}: is it what was exported?"):
-        said = manifest.fault(folder)
-    if said is not None:
-        raise RunError(Problem(str(folder), f"is not what was exported: {said}; {manifest.IF_CHANGED}"))
 
 
 def chat(session: Session, lines: Iterator[str]) -> None:

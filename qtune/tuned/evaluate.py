@@ -27,11 +27,12 @@ from qtune.disk import refusal_of
 from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
+from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
-from qtune.run.records import plain, read_record, write_record
 from qtune.run.resolved import resolved_recipe
-from qtune.tuned.free_text import TextScore, is_free_text, text_score
+from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
+from qtune.tuned.free_text import is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate, positions_left, within_reach
 from qtune.tuned.load import load_reader, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
@@ -52,72 +53,6 @@ class Question:
     prompt: tuple[int, ...]
     expected_ids: tuple[int, ...]
     expected: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """How one model does on the rows.
-
-    loss: mean negative log-likelihood of a scored token, in nats. token_accuracy: share of scored tokens that were the
-    likeliest. exact_match: share of answers equal to the expected one; None for raw text, which asks nothing.
-    """
-
-    loss: float
-    token_accuracy: float
-    exact_match: float | None
-    text: TextScore | None = None
-    """Where the expected answers are free text, of which exact match says nothing."""
-
-
-@dataclass(frozen=True)
-class RowLoss:
-    """One row under both models: its scored tokens, and their mean negative log-likelihood in nats."""
-
-    place: str
-    tokens: int
-    base: float
-    tuned: float
-    content: str = ""
-    """What the row says, as `content_of` names it; none in files of older versions."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row and the greedy answers to it, without white space around them."""
-
-    place: str
-    request: str
-    expected: str
-    base: str
-    tuned: str
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the tuned model gave the expected answer."""
-        return self.tuned == self.expected
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of both models on the same rows."""
-
-    run: str
-    source: str
-    rows: int
-    rows_held_out: int
-    scored_tokens: int
-    answers_cut: int
-    """Rows whose expected answer is longer than what was generated, so that they cannot match."""
-    base: Score
-    tuned: Score
-    comparisons: tuple[Comparison, ...]
-    row_losses: tuple[RowLoss, ...] = ()
-    """Of each row with a scored token; none in files of older versions."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What is written to eval.json."""
-        values: dict[str, Any] = plain(self)
-        return values
 
 
 def evaluate(
@@ -278,15 +213,6 @@ def require_finite_losses(losses: Sequence[float], places: Sequence[str], name: 
         )
     reason = "training has diverged, or its adapter is damaged" if name == "tuned" else "it computes no numbers at all"
     raise WorkError(f"the {name} model's loss is no number on any row: {reason}")
-
-
-def read_evaluation(run_dir: RunDir) -> Evaluation | None:
-    """RUN/eval.json, as the last `evaluate` has written it; None where there was none.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    return read_record(run_dir.eval_file, Evaluation)
 
 
 def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Ends) -> Question | None:

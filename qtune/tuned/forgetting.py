@@ -14,8 +14,8 @@ from datasets import Dataset
 
 from qtune import console
 from qtune.model.loss import install_loss, loss_agrees
+from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
-from qtune.run.records import read_record, write_record
 from qtune.tuned.evaluate import require_finite_losses, row_losses
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast

@@ -5,10 +5,8 @@ others publish; only the two models are ours. Tasks are names that it knows or Y
 (github.com/EleutherAI/lm-evaluation-harness, docs/new_task_guide.md).
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,43 +14,16 @@ from typing import Any
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, first_line
+from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
-from qtune.run.records import plain
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
-from qtune.whole import write_text
+from qtune.tuned.task_scores import TaskScore, TaskScores
 
-FILE = "tasks.json"
 ROOM = (
     "As many questions are asked at once as training had rows (training.micro_batch_size); close what else takes memory"
 )
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task for both models."""
-
-    task: str
-    metric: str
-    """As the harness calls it, "acc" or "exact_match (strict-match)"."""
-    base: float
-    tuned: float
-    base_rows: tuple[float, ...] = ()
-    """The questions' own values, where the metric is their mean."""
-    tuned_rows: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """What RUN/tasks.json holds: the scores, and what they were made with."""
-
-    harness: str
-    """Version of lm-evaluation-harness."""
-    fewshot: int | None
-    limit: int | None
-    """Questions of each task that were asked at most; None: all."""
-    scores: tuple[TaskScore, ...]
 
 
 def require_harness() -> None:
@@ -94,7 +65,8 @@ def evaluate_tasks(
     base = _asked(run, "base", loaded, fewshot, limit)
     tuned = _asked(with_adapter(run), "tuned", loaded, fewshot, limit)
     result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)))
-    write_text(run_dir.path / FILE, json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    run_dir.require_there()
+    write_record(run_dir.tasks_file, result)
     return result
 
 

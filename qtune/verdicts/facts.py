@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from qtune.export.verification import Proof, proof_today, proven_folders
 from qtune.run.folder import RunDir
+from qtune.run.history import history_of
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
-from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step, read_metrics
-from qtune.tuned.evaluate import Evaluation, read_evaluation
+from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step
+from qtune.tuned.evaluation import Evaluation, read_evaluation
+from qtune.tuned.task_scores import TaskScores, read_tasks
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Facts:
     """Name of each exported folder inside the run, and what is proven of it."""
     adapter_step: int | None = None
     """The step whose state the adapter is, where that is not the last one."""
+    tasks: TaskScores | None = None
 
     @property
     def judged(self) -> tuple[EvalRecord, ...]:
@@ -39,7 +42,7 @@ def read_facts(run_dir: RunDir) -> Facts:
     Raises:
         RunError: one of them is damaged.
     """
-    metrics = read_metrics(run_dir.metrics_file)
+    metrics = history_of(run_dir)
     return Facts(
         run=str(run_dir.path),
         is_finished=run_dir.is_finished,
@@ -50,4 +53,5 @@ def read_facts(run_dir: RunDir) -> Facts:
         lock=read_lock(run_dir),
         exports=tuple((folder.name, proof_today(folder)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
+        tasks=read_tasks(run_dir),
     )

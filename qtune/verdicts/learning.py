@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from qtune.run.metrics import EvalRecord, TrainRecord
-from qtune.tuned.evaluate import Evaluation
+from qtune.tuned.evaluation import Evaluation
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import FEWEST, Fall, fall_between, paired_fall
 from qtune.verdicts.scores import AnswerScores, answer_scores

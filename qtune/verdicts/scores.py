@@ -11,7 +11,7 @@ from qtune.verdicts.interval import Fall, paired_fall
 from qtune.verdicts.verdict import number
 
 if TYPE_CHECKING:
-    from qtune.tuned.evaluate import Comparison, Evaluation
+    from qtune.tuned.evaluation import Comparison, Evaluation
 
 Line = tuple[str, str, str, str]
 """What, base, tuned, and the change with its interval; "" where none was kept."""

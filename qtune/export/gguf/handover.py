@@ -21,9 +21,9 @@ from qtune.export.serving import context_in_llama_cpp, starts_from_error
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
 from qtune.export.verify.rows import CheckedRow, probes
+from qtune.manifest import add_to_seal
 from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
-from qtune.run.manifest import add_to_seal
 from qtune.sizes import MIB, size_text
 
 
@@ -110,4 +110,4 @@ def _write_modelfile(
     if isinstance(made, NoModelfile):
         console.say(f"no Modelfile for Ollama: {made.reason}")
     else:
-        write_modelfile(folder, made, file.name)
+        add_to_seal(folder, [write_modelfile(folder, made, file.name)])

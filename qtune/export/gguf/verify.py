@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from qtune import console
 from qtune.data.conversation import RowError
 from qtune.data.template import choose_template, default_template, render
-from qtune.export.closeness import KL_LIMITS, TOP1_LIMITS, Closeness, ClosenessMeter, Limits, shortfalls
+from qtune.export.closeness import KL_LIMITS, TOP1_LIMITS, ClosenessMeter, shortfalls
 from qtune.export.gguf.file import GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
-from qtune.export.verification import GgufProof
+from qtune.export.verification import Closeness, GgufProof, Limits
 from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import CheckedRow, encode, probes
 from qtune.model.gguf_header import require_gguf

@@ -21,9 +21,8 @@ from qtune.export.adapter_weights import WEIGHTS
 from qtune.export.basis import Basis
 from qtune.export.layout import Layout, empty_model, layout_of
 from qtune.export.verify.exact import is_low
-from qtune.model.checkpoint import Checkpoint
+from qtune.model.checkpoint import Checkpoint, tensors_of
 from qtune.model.completeness import require_complete
-from qtune.model.safetensors_file import tensors_of
 
 DORA = "lora_magnitude_vector.weight"
 

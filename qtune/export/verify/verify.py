@@ -16,10 +16,10 @@ from qtune import console
 from qtune.data.template import choose_template
 from qtune.device.present import is_out_of_memory, present_device
 from qtune.errors import ModelError, VerificationError, first_line
-from qtune.export.closeness import Closeness, ClosenessMeter, Limits, PerplexityMeter, limits, shortfalls
+from qtune.export.closeness import ClosenessMeter, PerplexityMeter, limits, shortfalls
 from qtune.export.merge import Merge, Weights
 from qtune.export.opened_run import OpenedRun
-from qtune.export.verification import Answer, Verification, mark_unverified, write_verification
+from qtune.export.verification import Answer, Closeness, Limits, Verification, mark_unverified, write_verification
 from qtune.export.verify.differences import differing_tensors
 from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_logits, rows_that_fit
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large

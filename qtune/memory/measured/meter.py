@@ -18,21 +18,15 @@ import torch
 
 from qtune.errors import Failure, Phase, first_line
 from qtune.memory.measured import process
-from qtune.memory.tracing import adoption, categories
-from qtune.memory.tracing.cuda import workspace
-from qtune.memory.tracing.history import Moment, history_of, in_order
-from qtune.memory.tracing.ledger import Ledger, follow_modules
-from qtune.model.checkpointed import switched_layers
+from qtune.memory.measured.batch import SeenBatch
+from qtune.memory.measured.counted_steps import CountedSteps, Watched
+from qtune.memory.measured.snapshot import SNAPSHOT_STEPS, Snapshot
+from qtune.memory.tracing import categories
+from qtune.memory.tracing.categories import in_order
 from qtune.sizes import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-SNAPSHOT_STEPS = 2
-"""The optimizer's state exists from the second step on."""
-SNAPSHOT_ENTRIES = 200_000
-"""Allocator events kept for a snapshot; two steps of a 7B model make fewer."""
 
 
 @dataclass
@@ -53,42 +47,6 @@ class PhasePeaks:
     """The process's peak resident set."""
 
 
-@dataclass
-class SeenBatch:
-    """A micro-batch of the run. Whether it is padded stays on its device until it is asked for, which waits for it."""
-
-    rows: int
-    length: int
-    padding: torch.Tensor | None
-    """Scalar: whether any position is padding; None: there is no mask."""
-    scored: int | None = None
-    """Labelled tokens, once the loss has counted them."""
-
-    @property
-    def positions(self) -> int:
-        """What memory grows with."""
-        return self.rows * self.length
-
-    def joined(self, other: SeenBatch | None) -> SeenBatch:
-        """The larger of two; of two as large, what the larger memory needs of each."""
-        if other is None or other.positions < self.positions:
-            return self
-        if other.positions > self.positions:
-            return other
-        both = [one.padding for one in (self, other) if one.padding is not None]
-        counts = [one.scored for one in (self, other) if one.scored is not None]
-        return SeenBatch(self.rows, self.length, torch.stack(both).any() if both else None, max(counts, default=None))
-
-    def to_json(self) -> dict[str, int]:
-        """rows, length, padded (0 or 1) and, once it is known, scored."""
-        report = {
-            "rows": self.rows,
-            "length": self.length,
-            "padded": int(self.padding is not None and bool(self.padding)),
-        }
-        return report if self.scored is None else report | {"scored": self.scored}
-
-
 REST = "activations, logits and loss"
 """On CUDA, without a ledger: what the allocator counts beyond what stays between steps."""
 LOADED = "what was loaded so far"
@@ -98,53 +56,38 @@ LOADED = "what was loaded so far"
 class Meter:
     """Measures a run phase by phase; `result()` is the plain value that goes into memory.json."""
 
-    def __init__(
-        self, device: torch.device, first_steps: int = 2, longest_steps: int = 3, snapshot: Path | None = None
-    ) -> None:
-        """`snapshot`: a file for the CUDA allocator's history up to the end of SNAPSHOT_STEPS steps, or of the run.
+    def __init__(self, device: torch.device, *, names_tensors: bool = True, snapshot: Path | None = None) -> None:
+        """names_tensors: whether the ledger runs over some steps, which makes them slower.
 
-        https://pytorch.org/memory_viz draws it (PyTorch docs, "Understanding CUDA Memory Usage").
+        snapshot: a file for the CUDA allocator's history of the first steps.
         """
         self.device = device
-        self._snapshot = snapshot
-        self.snapshot_written = ""
-        """In words, where it is or why it is not; empty until then."""
         self.cuda = device.type == "cuda"
         self.phases: dict[str, PhasePeaks] = {}
         self.phase: Phase | None = None
         self._since = 0.0
         self._resets = process.reset_peak()
-        self._model: torch.nn.Module | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._first_steps = {"forward": first_steps, "eval": first_steps}
-        self._longest_steps = {"forward": longest_steps, "eval": longest_steps}
+        self._watched = Watched()
+        self._counted = CountedSteps(device, self._watched, names_tensors)
         self.largest: dict[str, SeenBatch] = {}
         """The largest batch that was measured in "forward" and in "eval"."""
-        self._counted: dict[str, int] = {}
         self.batch: SeenBatch | None = None
         self.step = 0
         """The optimizer step at work, from 1."""
-        self._ledger: Ledger | None = None
-        self._handles: list[Any] = []
-        self._ledger_batch: SeenBatch | None = None
-        """The largest micro-batch of the step that the ledger runs over."""
-        self._best: Moment | None = None
-        self._best_batch: SeenBatch | None = None
         self._static: dict[str, int] = {}
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        if self._snapshot is not None:
-            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
+        self.snapshot = Snapshot(snapshot)
 
     @property
     def is_counting(self) -> bool:
         """Whether the ledger runs over the step at work, which makes it slower."""
-        return self._ledger is not None
+        return self._counted.is_open
 
     def watch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Whose tensors to name: call it once the model (and, when it exists, the optimizer) is built."""
-        self._model = model
-        self._optimizer = optimizer or self._optimizer
+        self._watched.model = model
+        self._watched.optimizer = optimizer or self._watched.optimizer
 
     def enter(self, phase: Phase, batch: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> None:
         """The trainer begins `phase`; `batch` is the input_ids [rows, length] where a forward begins.
@@ -160,17 +103,13 @@ class Meter:
             self.batch = None
         if "optimizer" in (phase, self.phase) and categories.OPTIMIZER not in self._static:
             self._static = self._static | self.static()
-        if self._ledger is not None:
-            self._tell_ledger(phase)
-        begins_step = phase == "forward" and self.phase != "backward"
-        if self._ledger is None and (begins_step or phase == "eval") and self._wanted(phase):
-            self._open_ledger(phase)
+        self._counted.enter(phase, self.phase, self.batch)
         self.phase = phase
         if batch is not None and self.batch is not None:
-            if self.cuda or self._ledger is not None:
+            if self.cuda or self.is_counting:
                 self.largest[phase] = self.batch.joined(self.largest.get(phase))
-            if self._ledger is not None:
-                self._ledger_batch = self.batch.joined(self._ledger_batch)
+            if self.is_counting:
+                self._counted.saw(self.batch)
         self._since = time.perf_counter()
 
     def scored(self, count: int) -> None:
@@ -178,29 +117,27 @@ class Meter:
         if self.batch is None:
             return
         self.batch.scored = count
-        for seen in (self.largest.get("eval" if self.phase == "eval" else "forward"), self._ledger_batch):
-            if seen is not None and seen.positions == self.batch.positions:
-                seen.scored = max(count, seen.scored or 0)
+        self._counted.scored(self.batch.positions, count)
+        seen = self.largest.get("eval" if self.phase == "eval" else "forward")
+        if seen is not None and seen.positions == self.batch.positions:
+            seen.scored = max(count, seen.scored or 0)
 
     def failure(self, error: BaseException) -> Failure:
         """What is known now that memory has run out; to be asked while the tensors of the failed step are alive."""
         phase = self.phase or "load"
         alive: dict[str, int] = {}
         counted = ""
-        if self._ledger is not None:
-            self._adopt_training(self._ledger)
-            # The fullest moment, not the last: autograd lets go of a failed backward's tensors at once.
-            history = history_of(self._ledger, self._checkpointing())
-            alive, counted = dict(history.peak(phase).alive or history.last().alive), "tensor by tensor"
-        elif self._model is not None:
+        if self.is_counting:
+            alive, counted = self._counted.alive(phase), "tensor by tensor"
+        elif self._watched.model is not None:
             static = self.static()
             alive, counted = {name: static[name] for name in in_order(static)}, "what stays between steps"
         if self.cuda:
             free, total = torch.cuda.mem_get_info(self.device)
             own = torch.cuda.memory_reserved(self.device)
             rest = torch.cuda.max_memory_allocated(self.device) - sum(alive.values())
-            if self._ledger is None and rest > 0:
-                alive[REST if self._model is not None else LOADED] = rest
+            if not self.is_counting and rest > 0:
+                alive[REST if self._watched.model is not None else LOADED] = rest
                 counted = f"{counted}; the rest by the allocator" if counted else "by the allocator"
         else:
             memory = psutil.virtual_memory()
@@ -212,14 +149,16 @@ class Meter:
     def close(self) -> None:
         """The run is over (or failed): close the open phase and let go of the model."""
         self._close_phase()
-        self._close_ledger()
-        self._write_snapshot()
-        self.phase, self._model, self._optimizer = None, None, None
+        self._counted.close()
+        self.snapshot.write()
+        self.phase, self._watched.model, self._watched.optimizer = None, None, None
 
     def result(self) -> dict[str, Any]:
         """Everything measured so far, ready for JSON."""
         self._close_phase()
-        self._close_ledger()
+        self._counted.close()
+        for name, peak_bytes in self._counted.peaks.items():
+            self.phases.setdefault(name, PhasePeaks()).tensor_peak_bytes = peak_bytes
         peaks = [p.allocated_peak_bytes if self.cuda else p.tensor_peak_bytes for p in self.phases.values()]
         counted = "tensor by tensor in chosen steps"
         method = f"the allocator's statistics; {counted}" if self.cuda else f"{counted}; resident set of the process"
@@ -232,88 +171,15 @@ class Meter:
             "static": self._static,
             "largest_batch": {phase: batch.to_json() for phase, batch in self.largest.items()},
         }
-        if self._best is not None:
-            result["at_peak"] = asdict(self._best)
-            if self._best_batch is not None:
-                result["at_peak"]["batch"] = self._best_batch.to_json()
+        if self._counted.best is not None:
+            result["at_peak"] = asdict(self._counted.best)
+            if self._counted.best_batch is not None:
+                result["at_peak"]["batch"] = self._counted.best_batch.to_json()
         return result
 
     def static(self) -> dict[str, int]:
         """Bytes that stay between steps, by category: weights by dtype, constants, adapter, gradients, optimizer."""
-        ledger = Ledger(device=self.device.type)
-        self._adopt_all(ledger)
-        sizes: dict[str, int] = {}
-        for life in ledger.lives:
-            sizes[life.category] = sizes.get(life.category, 0) + life.size
-        return sizes
-
-    def _wanted(self, kind: Phase) -> bool:
-        """Whether the step that begins is to be counted: one of the first, or larger than any counted so far."""
-        if self._model is None or self.batch is None:
-            return False
-        if self._first_steps[kind] > 0:
-            self._first_steps[kind] -= 1
-        elif self._longest_steps[kind] > 0 and self.batch.positions > self._counted.get(kind, 0):
-            self._longest_steps[kind] -= 1
-        else:
-            return False
-        self._counted[kind] = max(self._counted.get(kind, 0), self.batch.positions)
-        return True
-
-    def _checkpointing(self) -> bool:
-        if self._model is None:
-            return False
-        if layers := switched_layers(self._model):
-            return all(layer.gradient_checkpointing for layer in layers)
-        return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
-
-    def _adopt_all(self, ledger: Ledger) -> None:
-        if self._model is not None:
-            adoption.adopt_model(ledger, self._model)
-        self._adopt_training(ledger)
-
-    def _adopt_training(self, ledger: Ledger) -> None:
-        if self._model is not None and self._optimizer is not None:
-            adoption.adopt_gradients(ledger, self._model.parameters())
-            adoption.adopt_optimizer(ledger, self._optimizer)
-
-    def _open_ledger(self, phase: str) -> None:
-        assert self._model is not None
-        ledger = Ledger(device=self.device.type, workspace=lambda func, args: workspace(func, args, self.cuda))
-        self._adopt_all(ledger)
-        ledger.enter(phase)
-        self._handles = follow_modules(ledger, self._model)
-        ledger.__enter__()
-        self._ledger = ledger
-
-    def _tell_ledger(self, phase: str) -> None:
-        """A step under the ledger goes from its first forward to the end of its optimizer step."""
-        assert self._ledger is not None
-        if phase in ("backward", "optimizer") or (phase == "forward" and self.phase == "backward"):
-            if phase == "optimizer" and self._model is not None:
-                adoption.adopt_gradients(self._ledger, self._model.parameters())
-            self._ledger.enter(phase)
-        else:
-            self._close_ledger()
-
-    def _close_ledger(self) -> None:
-        if self._ledger is None:
-            return
-        ledger, self._ledger = self._ledger, None
-        batch, self._ledger_batch = self._ledger_batch, None
-        ledger.__exit__(None, None, None)
-        for handle in self._handles:
-            handle.remove()
-        if self._optimizer is not None:
-            adoption.adopt_optimizer(ledger, self._optimizer)
-        history = history_of(ledger, self._checkpointing())
-        for name in ("forward", "backward", "optimizer", "eval"):
-            if peak_bytes := history.peak(name).bytes:
-                seen = self.phases.setdefault(name, PhasePeaks())
-                seen.tensor_peak_bytes = max(seen.tensor_peak_bytes, peak_bytes)
-        peak = history.peak()
-        if self._best is None or peak.bytes > self._best.bytes:
-            self._best, self._best_batch = peak, batch
+        return self._watched.sizes(self.device.type)
 
     def _close_phase(self) -> None:
         """Read the statistics of the phase that ends and begin new peaks."""
@@ -333,18 +199,7 @@ class Meter:
             seen.device_used_bytes = max(seen.device_used_bytes, total - free)
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.phase == "optimizer" and seen.visits == SNAPSHOT_STEPS:
-            self._write_snapshot()
-
-    def _write_snapshot(self) -> None:
-        if self._snapshot is None:
-            return
-        file, self._snapshot = self._snapshot, None
-        try:
-            torch.cuda.memory._dump_snapshot(str(file))
-            self.snapshot_written = f"{file}; https://pytorch.org/memory_viz draws it"
-        except (OSError, RuntimeError) as error:  # a full disk ends no training for the sake of a picture
-            self.snapshot_written = f"could not be written: {error}"
-        torch.cuda.memory._record_memory_history(enabled=None)
+            self.snapshot.write()
 
 
 def _request(error: BaseException) -> tuple[str, int]:

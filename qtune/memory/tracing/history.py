@@ -107,7 +107,7 @@ def history_of(ledger: Ledger, checkpointing: bool) -> History:
     visit, phase_end = _phases(ledger)
     names = [adoption.category_of(life, int(phase_end[life.born]), checkpointing) for life in lives]
     paged = sum(life.size for life, name in zip(lives, names, strict=True) if name == categories.PAGED)
-    rows = tuple(in_order({name for name in names if name != categories.PAGED}))
+    rows = tuple(categories.in_order({name for name in names if name != categories.PAGED}))
     place = {name: row for row, name in enumerate(rows)}
     change = numpy.zeros((len(rows), len(lives) + 1), dtype=numpy.int64)
     for life, name in zip(lives, names, strict=True):
@@ -133,7 +133,7 @@ def _phases(ledger: Ledger) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]
 def join(histories: Iterable[History]) -> History:
     """Histories one after the other, as one step."""
     parts = list(histories)
-    rows = tuple(in_order({name for part in parts for name in part.names}))
+    rows = tuple(categories.in_order({name for part in parts for name in part.names}))
     blocks = []
     for part in parts:
         block = numpy.zeros((len(rows), part.bytes.shape[1]), dtype=numpy.int64)
@@ -142,9 +142,3 @@ def join(histories: Iterable[History]) -> History:
         blocks.append(block)
     labels = tuple(label for part in parts for label in part.labels)
     return History(rows, numpy.concatenate(blocks, axis=1), labels, max((part.paged for part in parts), default=0))
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Category names in the order of the tables; unknown ones last, by name."""
-    rank = {name: place for place, name in enumerate(categories.ORDER)}
-    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from qtune.memory.tracing.history import History, Label, in_order
+from qtune.memory.tracing.categories import in_order
+from qtune.memory.tracing.history import History, Label
 from qtune.memory.tracing.layers import depth_for
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Training rows as the model sees them: every token of the rendered conversation, those that are scored told apart."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,37 +8,28 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.samples import by_length, example_of, is_scored, pieces_of
 from qtune.model.load import load_tokenizer
+from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
 from qtune.run.lock import rows_hash
 from qtune.run.resolved import read_resolved
+from qtune.run.shown_rows import RowPiece, ShownRow, ShownRows
 
 
-@dataclass(frozen=True)
-class ShownRow:
-    """One row: why it was chosen, where it stands, and its text in pieces that are scored or not."""
-
-    title: str
-    place: str
-    tokens: int
-    scored: int
-    pieces: tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
-class ShownRows:
-    """The chosen rows, how many there are, and what stands before each of them without being text."""
-
-    rows: tuple[ShownRow, ...]
-    train_rows: int
-    validation_rows: int
-    virtual_tokens: int
-    template: str
-    changed: bool
-    """Whether the files hold other rows now than those that were trained on."""
+def shown_rows(prepared: Prepared, recipe: Recipe, *, changed: bool = False) -> ShownRows:
+    """A few rows of a run: the first, one of middle length, the longest, and one that is held out for validation."""
+    validation = prepared.examples.get("validation")
+    return ShownRows(
+        tuple(_chosen(prepared, prepared.tokenizer)),
+        len(prepared.examples["train"]),
+        0 if validation is None else len(validation),
+        recipe.adapter.prompt_length,
+        prepared.template.origin,
+        changed,
+    )
 
 
 def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
-    """A few rows of a run: the first, one of middle length, the longest, and one that is held out for validation.
+    """`shown_rows` of a run that has kept none, from its files as they are now.
 
     `trained_on` is the run's hash of its training rows (`lock.rows_hash`).
 
@@ -48,17 +38,8 @@ def rows_of(run_dir: RunDir, trained_on: str | None = None) -> ShownRows:
     """
     resolved = read_resolved(run_dir)
     recipe = resolved.recipe
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = prepare(recipe.data, tokenizer, resolved.folder, seed=recipe.training.seed)
-    validation = prepared.examples.get("validation")
-    return ShownRows(
-        tuple(_chosen(prepared, tokenizer)),
-        len(prepared.examples["train"]),
-        0 if validation is None else len(validation),
-        recipe.adapter.prompt_length,
-        prepared.template.origin,
-        trained_on is not None and rows_hash(prepared) != trained_on,
-    )
+    prepared = prepare(recipe.data, load_tokenizer(recipe.model), resolved.folder, seed=recipe.training.seed)
+    return shown_rows(prepared, recipe, changed=trained_on is not None and rows_hash(prepared) != trained_on)
 
 
 def _chosen(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Iterator[ShownRow]:
@@ -76,4 +57,5 @@ def _chosen(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 def _shown_row(title: str, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> ShownRow:
     ids, scored = example["input_ids"], is_scored(example)
-    return ShownRow(title, example["place"], len(ids), sum(scored), tuple(pieces_of(ids, scored, tokenizer)))
+    pieces = tuple(RowPiece(text, counts) for text, counts in pieces_of(ids, scored, tokenizer))
+    return ShownRow(title, example["place"], len(ids), sum(scored), pieces)

@@ -10,13 +10,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from qtune.errors import RunError
-from qtune.run.records import CHECKSUM, read_record, write_record
+from qtune.errors import Problem, RunError
+from qtune.records import CHECKSUM, read_record, write_record
+from qtune.sizes import MIB
 from qtune.whole import sync_folder
 
 NAME = "manifest.json"
 IF_CHANGED = f"export it again; if it is right as it is, remove its {NAME}"
 """What to do about an exported folder that has changed."""
+
+SMALL_BYTES = 64 * MIB
+"""A file up to this size is read whole, however little time there is."""
+BLOCKS, BLOCK_BYTES = 1024, 4096
+"""What is read of a larger one then: a fraction of a second on a solid-state disk, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,18 @@ class SavedFile:
 
     nbytes: int
     sha256: str
+    sampled: str | None = None
+    """Of blocks that are spread over a large file; None for a small one, and in manifests of older versions."""
+
+
+@dataclass(frozen=True)
+class RecordsThen:
+    """The lines of a run's metrics.jsonl at some time."""
+
+    lines: int
+    first: str | None
+    """The checksum of the first of them, which tells one run from another; None where it had none."""
+    last: str | None
 
 
 @dataclass(frozen=True)
@@ -36,15 +54,24 @@ class Manifest:
     """Of a checkpoint: the step after which it was made."""
     skipped: tuple[int, ...] = ()
     """Of a checkpoint: the steps until then whose updates were left out, for they stood out."""
+    records: RecordsThen | None = None
+    """Of a checkpoint or an adapter: what the run had told until then."""
 
 
-def seal(folder: Path, step: int | None = None, *, skipped: Iterable[int] = (), left_out: Iterable[str] = ()) -> None:
+def seal(
+    folder: Path,
+    step: int | None = None,
+    *,
+    skipped: Iterable[int] = (),
+    left_out: Iterable[str] = (),
+    records: RecordsThen | None = None,
+) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
 
-    left_out: files that change later, and have a checksum of their own.
+    left_out: files that change later, and have a checksum of their own. records: what the run has told until now.
     """
     names = [name for name in _names(folder) if name not in left_out]
-    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped))
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records)
     for inside in {(folder / name).parent for name in names} | {folder}:
         sync_folder(inside)
     write_record(folder / NAME, manifest)
@@ -75,7 +102,26 @@ def _as_saved(file: Path) -> SavedFile:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return SavedFile(file.stat().st_size, digest)
+    nbytes = file.stat().st_size
+    return SavedFile(nbytes, digest, sampled(file) if nbytes > SMALL_BYTES else None)
+
+
+def sampled(file: Path) -> str:
+    """A hash of a file: of all of it where it is small, else of blocks at even distances from its first byte to its
+    last.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        nbytes = os.fstat(stream.fileno()).st_size
+        if nbytes <= SMALL_BYTES:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for number in range(BLOCKS):
+            stream.seek(number * (nbytes - BLOCK_BYTES) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def is_sealed(folder: Path) -> bool:
@@ -96,18 +142,23 @@ def skipped_until(checkpoint: Path) -> tuple[int, ...]:
 def is_ours(folder: Path) -> bool:
     """Whether a folder that may be anybody's has a manifest of this program: others have files of that name, too."""
     try:
-        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, RecursionError):
-        return (folder / "verify.json").is_file()
+        text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return is_sealed(folder) and (folder / "verify.json").is_file()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return '"sha256"' in text or (folder / "verify.json").is_file()
     return isinstance(values, dict) and CHECKSUM in values
 
 
-def fault(folder: Path, step: int | None = None) -> str | None:
+def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str | None:
     """What is wrong with a sealed folder, the first of it, in words that follow its name; None where it is whole.
 
-    step: the one that the folder claims to be of.
+    step: the one that the folder claims to be of. quick: of large files only blocks are read.
+
+    Raises:
+        RunError: a file is there, and this user may not read it.
     """
     try:
         manifest = read_record(folder / NAME, Manifest)
@@ -121,22 +172,39 @@ def fault(folder: Path, step: int | None = None) -> str | None:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts:
             return f"its {NAME} names {name!r}, which is no file in it"
-        if (said := _file_fault(folder / name, saved)) is not None:
+        if (said := _file_fault(folder / name, saved, quick=quick)) is not None:
             return f"{name} {said}"
     return None
 
 
-def _file_fault(file: Path, saved: SavedFile) -> str | None:
+def file_fault(file: Path) -> str | None:
+    """What is wrong with one file of a sealed folder; None where it is whole, and where the manifest, a damaged one
+    too, does not name it."""
+    try:
+        manifest = read_record(file.parent / NAME, Manifest) if is_ours(file.parent) else None
+    except RunError:
+        return None
+    saved = None if manifest is None else manifest.files.get(file.name)
+    return None if saved is None else _file_fault(file, saved, quick=False)
+
+
+def _file_fault(file: Path, saved: SavedFile, *, quick: bool) -> str | None:
     try:
         found = file.stat().st_size
         if not file.is_file():
             return "is no file"
         if found != saved.nbytes:
             return f"has {found:,} bytes, {saved.nbytes:,} were saved"
+        if quick and found > SMALL_BYTES:
+            is_same = saved.sampled in (None, sampled(file))
+            return None if is_same else "is not what was saved: blocks of it are others"
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
         return "is missing"
+    except PermissionError as error:  # which says nothing of what is in it
+        message = f"cannot be read: {error.strerror}; give yourself the right to it"
+        raise RunError(Problem(str(file), message)) from error
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if digest == saved.sha256 else "is not what was saved: its SHA-256 is another"

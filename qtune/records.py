@@ -35,7 +35,8 @@ CHECKSUM = "crc32"
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values with their checksum, which comes last."""
     own = {name: value for name, value in values.items() if name != CHECKSUM}
-    return {**own, CHECKSUM: _checksum(own)}
+    # As they will be read: numbers as keys become texts, which stand in another order.
+    return {**own, CHECKSUM: _checksum(json.loads(json.dumps(own)))}
 
 
 def require_intact(values: Any) -> None:
@@ -50,6 +51,17 @@ def require_intact(values: Any) -> None:
             raise NotARecord(
                 f"it is not what was written, for its checksum is another; if it is right as it is, remove {CHECKSUM}"
             )
+
+
+def require_sealed(values: Any) -> None:
+    """`require_intact` of values that have had a checksum ever since they are written.
+
+    Raises:
+        NotARecord: they are others, or have none.
+    """
+    if not isinstance(values, Mapping) or CHECKSUM not in values:
+        raise NotARecord(f"it has no {CHECKSUM}")
+    require_intact(values)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

@@ -1,0 +1,76 @@
+"""Model folders that qtune has made itself, in its cache or as an export: whether they are what was written."""
+
+import functools
+from pathlib import Path
+
+from qtune import console, manifest
+from qtune.cache import cache_folder
+from qtune.errors import ModelError, Problem
+from qtune.sizes import GIB
+
+
+def damage_of(folder: Path, *, whole: bool = False) -> str | None:
+    """What is not as it was written, in words that follow the folder's name; None where all is, and where nobody or
+    another program has written its manifest.json.
+
+    whole: every byte is read; otherwise of files beyond `manifest.SMALL_BYTES` blocks alone. While no size and no time
+    of a file changes, the answer of this process stands.
+    """
+    return _damage(folder, _state(folder), whole) if manifest.is_ours(folder) else None
+
+
+def require_as_made(folder: Path, *, whole: bool = False) -> None:
+    """Refuses a folder of the cache or an exported one whose files have changed since; other folders say nothing of
+    what they were.
+
+    Raises:
+        ModelError: a file is missing, or is not what was written.
+    """
+    if (said := damage_of(folder, whole=whole)) is None:
+        return
+    if folder.absolute().is_relative_to(cache_folder().absolute()):
+        raise ModelError(Problem(str(folder), f"is not what was kept there: {said}; remove it, and it is made again"))
+    raise ModelError(Problem(str(folder), f"is not what was exported: {said}; {manifest.IF_CHANGED}"))
+
+
+def fault_of_kept(folder: Path) -> str | None:
+    """What of a folder of the cache is not as it was put there, in words that follow its name; None where all is.
+
+    One of an older version, which had no manifest, gets one: from here on it is compared with what it is now.
+    """
+    if not manifest.is_sealed(folder):
+        _seal_as_it_is(folder)
+        return None
+    return _damage(folder, _state(folder), False)
+
+
+def say_made_again(folder: Path, said: str) -> None:
+    """A line about a folder of the cache that cannot be used."""
+    console.say(f"{folder} is not what was kept there: {said}; it is made again")
+
+
+def _seal_as_it_is(folder: Path) -> None:
+    try:
+        manifest.seal(folder)
+    except OSError:  # another user's cache, or a full disk
+        return
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """(name, size, time) of each file."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        try:
+            state = file.stat()
+        except OSError:  # a dangling link
+            continue
+        found.append((str(file), state.st_size, state.st_mtime_ns))
+    return tuple(found)
+
+
+@functools.cache
+def _damage(folder: Path, state: tuple[tuple[str, int, int], ...], whole: bool) -> str | None:
+    if not (whole and sum(nbytes for _, nbytes, _ in state) > GIB):
+        return manifest.fault(folder, quick=not whole)
+    with console.progress(f"reading {folder}: is it what was written?"):
+        return manifest.fault(folder)

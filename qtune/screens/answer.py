@@ -1,0 +1,50 @@
+"""What `qtune profile` is asked, answered first: does it fit, how long does it take, in what way is it done."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qtune.screens.time import UNKNOWN, seconds
+from qtune.sizes import size_text
+
+if TYPE_CHECKING:
+    from qtune.memory.profile import Profile
+    from qtune.timing.forecast import TimeForecast
+
+
+def draw_answer(profile: "Profile", time: "TimeForecast | None", *, is_timed: bool = True) -> RenderableType:
+    """A line for each question. time: None where no rates of the device are known; is_timed: whether it was asked."""
+    plan, rows = profile.forecast.plan, profile.forecast.rows
+    often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_row("does it fit?", Text(_fits(profile), style="bold"))
+    if is_timed:
+        table.add_row("how long?", _how_long(time))
+    at_once = f"{plan.micro_batch_size} {'row' if plan.micro_batch_size == 1 else 'rows'}"
+    table.add_row("in what way?", f"{at_once} of at most {rows.longest.length} tokens at once, {often} a step")
+    table.add_row("known from?", rows.known_from)
+    return Group(Text(f"{profile.recipe.model.base} on {plan.device.name}", style="bold"), table)
+
+
+def _fits(profile: "Profile") -> str:
+    """The memory that is needed beside what there is. On a processor nothing is refused for want of it."""
+    forecast = profile.forecast
+    prediction, there = forecast.prediction, size_text(forecast.budget_bytes)
+    if forecast.plan.device.kind != "cuda":
+        peak = size_text(prediction.peak.bytes)
+        return f"a step on this processor takes {peak} at its peak, of {there} that are free"
+    verdict = forecast.verdict
+    return f"{verdict[:1].upper()}{verdict[1:]}: {size_text(prediction.need.total_bytes)} needed, of {there}"
+
+
+def _how_long(time: "TimeForecast | None") -> str:
+    """The run where its rows are known, else a step."""
+    if time is None:
+        return UNKNOWN.removeprefix("time: ")
+    whose = "a data sheet" if time.kind == "data sheet" else "measured rates"
+    if time.run_seconds is None or time.steps is None:
+        return f"{seconds(time.longest_step.seconds)} a step of the longest rows; predicted from {whose}"
+    run = f"{seconds(time.run_seconds)} for the run of {time.steps:,} steps"
+    return f"{run}, {seconds(time.step_seconds)} each; predicted from {whose}"

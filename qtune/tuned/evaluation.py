@@ -1,0 +1,83 @@
+"""eval.json: what an evaluation has found, as a value and as a file. Reading it needs no library that computes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qtune.records import plain, read_record
+from qtune.run.folder import RunDir
+from qtune.tuned.free_text import TextScore
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one model does on the rows.
+
+    loss: mean negative log-likelihood of a scored token, in nats. token_accuracy: share of scored tokens that were the
+    likeliest. exact_match: share of answers equal to the expected one; None for raw text, which asks nothing.
+    """
+
+    loss: float
+    token_accuracy: float
+    exact_match: float | None
+    text: TextScore | None = None
+    """Where the expected answers are free text, of which exact match says nothing."""
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """One row under both models: its scored tokens, and their mean negative log-likelihood in nats."""
+
+    place: str
+    tokens: int
+    base: float
+    tuned: float
+    content: str = ""
+    """What the row says, as `content_of` names it; none in files of older versions."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row and the greedy answers to it, without white space around them."""
+
+    place: str
+    request: str
+    expected: str
+    base: str
+    tuned: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the tuned model gave the expected answer."""
+        return self.tuned == self.expected
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of both models on the same rows."""
+
+    run: str
+    source: str
+    rows: int
+    rows_held_out: int
+    scored_tokens: int
+    answers_cut: int
+    """Rows whose expected answer is longer than what was generated, so that they cannot match."""
+    base: Score
+    tuned: Score
+    comparisons: tuple[Comparison, ...]
+    row_losses: tuple[RowLoss, ...] = ()
+    """Of each row with a scored token; none in files of older versions."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written to eval.json."""
+        values: dict[str, Any] = plain(self)
+        return values
+
+
+def read_evaluation(run_dir: RunDir) -> Evaluation | None:
+    """RUN/eval.json, as the last `evaluate` has written it; None where there was none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return read_record(run_dir.eval_file, Evaluation)

@@ -1,0 +1,41 @@
+"""tasks.json: what benchmarks said of the base and the tuned model. Reading it needs no library that computes."""
+
+from dataclasses import dataclass
+
+from qtune.records import read_record
+from qtune.run.folder import RunDir
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task for both models."""
+
+    task: str
+    metric: str
+    """As the harness calls it, "acc" or "exact_match (strict-match)"."""
+    base: float
+    tuned: float
+    base_rows: tuple[float, ...] = ()
+    """The questions' own values, where the metric is their mean."""
+    tuned_rows: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What RUN/tasks.json holds: the scores, and what they were made with."""
+
+    harness: str
+    """Version of lm-evaluation-harness."""
+    fewshot: int | None
+    limit: int | None
+    """Questions of each task that were asked at most; None: all."""
+    scores: tuple[TaskScore, ...]
+
+
+def read_tasks(run_dir: RunDir) -> TaskScores | None:
+    """RUN/tasks.json, as the last `qtune eval --tasks` has written it; None where there was none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return read_record(run_dir.tasks_file, TaskScores)
