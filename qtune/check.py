@@ -169,6 +169,7 @@ class Check:
                 }
                 for source in prepared.sources
             ],
+            "streaming": asdict(prepared.streaming),
             "bad_rows": [asdict(bad) for bad in prepared.bad_rows],
             "findings": [finding.to_json() for finding in self.findings],
             "stops": sorted({finding.kind for finding in self.stopping}),

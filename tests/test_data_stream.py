@@ -4,12 +4,14 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qtune.data import encoding, stream, stream_blocks, stream_findings, stream_index
+from qtune.data import encoding, stream, stream_blocks, stream_findings, stream_index, stream_split
+from qtune.data import prepare as prepare_module
 from qtune.data.batches import StepSampler
 from qtune.data.figures import split_figures
 from qtune.data.files import DataFile, data_files
 from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, prepare, survey
 from qtune.data.rows import BadRow, Row, read_rows
+from qtune.data.sources import find_sources
 from qtune.data.stream_blocks import BlockReader, blocks_of
+from qtune.data.stream_choice import GROWTH, Choice, choose_streaming
 from qtune.data.stream_order import WindowSampler
 from qtune.errors import DataError, WorkError
 from qtune.memory.longest import longest_of
@@ -454,3 +459,46 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, tokenizer: PreTrained
         streamed.train[number]
         assert len(streamed.stream._blocks) <= 8  # twice what 20 rows and those that are set aside can stand in
     assert sorted(made) == list(range(15))  # and each block was made once
+
+
+def test_of_a_stream_no_more_rows_are_set_aside_than_tell_a_mean_loss(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in (stream_split, prepare_module):
+        monkeypatch.setattr(module, "MOST_SET_ASIDE", 6)
+    written(tmp_path, "rows.jsonl", ROWS)
+    whole, streamed = both(tmp_path, tokenizer, train="rows.jsonl", validation=0.2)
+    kept, all_of_share = (set(one.examples["validation"]["place"]) for one in (streamed, whole))
+    assert len(kept) == 6
+    assert kept < all_of_share
+    assert "6 rows are set aside for validation: of a stream, no larger share than that" in capsys.readouterr().err
+    assert not kept & {streamed.row(number)["place"] for number in range(len(streamed.train))}
+
+
+def test_a_disk_that_cannot_keep_rows_decides_and_what_cannot_be_streamed_is_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, "rows.jsonl", ROWS)
+
+    def choice(free: int, **changes: Any) -> Choice:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        data = Data.model_validate({"train": "rows.jsonl", **changes})
+        return choose_streaming(data, find_sources(data.train, data, tmp_path), tmp_path / "not there")
+
+    kept = GROWTH * file.stat().st_size
+    assert not choice(2 * kept).streams
+    assert choice(2 * kept - 2).streams
+    assert choice(2 * kept, streaming=True).streams
+    assert not choice(0, streaming=False).streams
+    packed = choice(0, packing=True)
+    assert not packed.streams
+    assert packed.is_tight
+    assert packed.reason.endswith("packing or weights do not let them be streamed")
+    with pytest.raises(
+        DataError, match=r"data.streaming = true: rows.csv: only JSON lines and Parquet are read in blocks"
+    ):
+        (tmp_path / "rows.csv").write_text("question,answer\nWho?,I\n")
+        choice(0, streaming=True, train="rows.csv")

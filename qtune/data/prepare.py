@@ -164,6 +164,8 @@ def survey(
     streaming = choose_streaming(data, sources, cache)
     if streaming.streams:
         return _streamed(maker, sources, folder, seed, streaming)
+    if streaming.is_tight:
+        console.say(streaming.reason)
     train, weights = maker.split("train", sources)
     examples = {"train": train}
     if isinstance(data.validation, float):

@@ -32,6 +32,7 @@ from qtune.data.stream_order import WindowSampler
 from qtune.data.stream_worker import TRAINED
 from qtune.data.template import ChatTemplate
 from qtune.errors import WorkError
+from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
@@ -110,6 +111,12 @@ class RowStream(Dataset[dict[str, list[int]]]):
         rows = min(len(self), 3 * max(self.window, 1))
         mean = float(self.figures("length", self.some(MOST_LENGTHS)).mean())
         return round(rows * mean * BYTES_PER_TOKEN)
+
+    @property
+    def in_words(self) -> str:
+        """The order of the rows, and what of them is in memory."""
+        order = f"shuffled {self.window:,} at a time" if self.window else "in the order of their files"
+        return f"{order}, {size_text(self.window_bytes)} of them in memory"
 
     def some(self, count: int) -> np.ndarray:
         """At most `count` row numbers, spread evenly over all of them."""

@@ -24,6 +24,8 @@ class Choice:
 
     streams: bool
     reason: str
+    is_tight: bool = False
+    """Whether the disk is short of what will be kept."""
 
 
 WHOLE = Choice(False, "prepared as a whole")
@@ -50,7 +52,9 @@ def choose_streaming(data: Data, sources: Sequence[Source], cache: Path) -> Choi
         return Choice(False, about)
     needs_all = others or data.packing or any(source.hub is not None or source.weight != 1 for source in sources)
     if needs_all:
-        return Choice(False, f"{about}, and kinds of files, packing or weights do not let them be streamed")
+        return Choice(
+            False, f"{about}, and kinds of files, packing or weights do not let them be streamed", is_tight=True
+        )
     return Choice(True, about)
 
 

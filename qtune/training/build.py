@@ -15,7 +15,6 @@ from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
 from qtune.plan import Plan
 from qtune.run.folder import RunDir
-from qtune.sizes import size_text
 from qtune.training.arguments import sft_config
 from qtune.training.best import KeepBest
 from qtune.training.callbacks import CheckpointClock, Intervals, Metrics, OptimizerPhase, PeakRate, StopOnSignal
@@ -60,9 +59,11 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
     )
     console.say(f"computing in {plan.compute_dtype}: {_why_computed_in(inputs)}")
     console.say(
-        f"{len(inputs.prepared.train):,} training rows{_streamed(inputs.prepared)}, "
-        f"{inputs.recipe.training.batch_size} per step in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
+        f"{len(inputs.prepared.train):,} training rows, {inputs.recipe.training.batch_size} per step "
+        f"in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
     )
+    if inputs.prepared.stream is not None:
+        console.say(f"rows are streamed: {inputs.prepared.stream.in_words}")
     if (time := inputs.time) is not None and time.run_seconds is not None:
         console.say(
             f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
@@ -84,14 +85,6 @@ def _why_computed_in(inputs: Inputs) -> str:
             return "as --set says"
         case _:
             return "as the recipe says"
-
-
-def _streamed(prepared: Prepared) -> str:
-    """How rows are streamed, and what of them is in memory."""
-    if (stream := prepared.stream) is None:
-        return ""
-    order = f"shuffled {stream.window:,} at a time" if stream.window else "in the order of their files"
-    return f" are streamed, {order} ({size_text(stream.window_bytes)} of them in memory)"
 
 
 def _shared(plan: Plan) -> str:
