@@ -321,6 +321,7 @@ def _rehearsed(preflight: Preflight) -> Rehearsal:
             return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
         finally:
             meter.close()
+            inputs.prepared.close()
 
 
 def step_seconds(preflight: Preflight) -> float:
@@ -351,6 +352,7 @@ def step_seconds(preflight: Preflight) -> float:
         stop = StopOnSignal(lambda: None)
         make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False).train()
         metrics.meter.close()
+        inputs.prepared.close()
         records = read_metrics(run_dir.metrics_file)
     # The first step is slower: memory is taken and kernels are chosen.
     speeds = [record.tokens_per_second for record in records if isinstance(record, TrainRecord) and record.step > 1]

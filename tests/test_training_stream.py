@@ -20,6 +20,7 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.training import train
+from qtune.training.proof import prove
 from qtune.training.shown_rows import rows_of
 from qtune.tuned.evaluate import evaluate
 
@@ -113,7 +114,9 @@ def test_sigkill_does_not_change_what_is_learned_from_a_stream(write_recipe: Wri
 def test_a_stream_that_has_changed_is_not_gone_on_with(write_recipe: WriteRecipe) -> None:
     training = TRAINING.replace("epochs = 2", "steps = 3").replace("rehearse = true", "rehearse = false")
     recipe = write_recipe(training=training, data=WINDOWS)
-    stopped = stopped_after(run(recipe), 2)
+    finished = run(recipe)
+    assert prove(finished).endswith("checkpoint-3, bit for bit")
+    stopped = stopped_after(finished, 2)
     rows = recipe.parent / "rows.jsonl"
     rows.write_text(rows.read_text().replace("It is 1.", "It is one."))
     with pytest.raises(RunError, match="rows: the training rows are not those that the run began with"):
@@ -163,16 +166,29 @@ def test_every_verb_works_on_a_streamed_run(write_recipe: WriteRecipe) -> None:
     assert told["true"] == told["false"]
 
 
-def test_what_cannot_be_streamed_is_refused_by_name(write_recipe: WriteRecipe) -> None:
-    refused = {
-        "packing = true": "data.streaming = true: packing fits rows together by the lengths of all of them",
-        'columns = {}\ntest = "hub:a/b"': None,
-    }
-    for more, message in refused.items():
-        recipe = write_recipe(data=f"streaming = true\n{more}")
-        if message is None:
-            load_recipe(recipe)
-            continue
-        with pytest.raises(RecipeError) as raised:
-            load_recipe(recipe)
-        assert message in str(raised.value)
+@pytest.mark.parametrize(
+    ("train", "more", "message"),
+    [
+        (
+            '"rows.jsonl"',
+            "packing = true",
+            "packing fits rows together by the lengths of all of them; set packing = false",
+        ),
+        (
+            '["rows.jsonl", { path = "b.jsonl", weight = 2.0 }]',
+            "",
+            "a stream gives each row once an epoch; remove weight",
+        ),
+        ('"hub:owner/name"', "", "a hub dataset is fetched to this disk whole; name files, or remove the key"),
+        ('[{ hub = "owner/name" }]', "", "a hub dataset is fetched to this disk whole; name files, or remove the key"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_by_name(
+    write_recipe: WriteRecipe, train: str, more: str, message: str
+) -> None:
+    recipe = write_recipe(data=f"streaming = true\n{more}")
+    recipe.write_text(recipe.read_text().replace('train = "rows.jsonl"', f"train = {train}"))
+    (recipe.parent / "b.jsonl").touch()
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(recipe)
+    assert f"data.streaming = true: {message}" in str(raised.value)
