@@ -1,7 +1,9 @@
 """Rows that are read while they are trained on are the rows that would have been prepared as a whole."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +85,10 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
             file.write_text(lines(rows))
         case ".jsonl.gz":
             file.write_bytes(gzip.compress(lines(rows).encode()))
+        case ".jsonl.bz2":
+            file.write_bytes(bz2.compress(lines(rows).encode()))
+        case ".jsonl.xz":
+            file.write_bytes(lzma.compress(lines(rows).encode()))
         case ".jsonl.zst":
             file.write_bytes(pa.Codec("zstd").compress(lines(rows).encode(), asbytes=True))
         case ".parquet":
@@ -114,6 +121,25 @@ def test_streamed_rows_are_those_that_would_have_been_prepared(
     assert [streamed.stream.example(number) for number in (0, 7, 63, 100)] == [
         whole.examples["train"][number] for number in (0, 7, 63, 100)
     ]
+    assert list(streamed.examples["validation"]) == list(whole.examples["validation"])
+
+
+@pytest.mark.parametrize("on_long_row", ["drop", "cut-left"])
+def test_rows_that_give_no_example_or_several_keep_their_places(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, on_long_row: str
+) -> None:
+    documents = [{"text": f"{number} " + "a long book " * (number % 40)} for number in range(60)]
+    mixed = [one for pair in zip(ROWS[:60], documents, strict=True) for one in pair]
+    text = lines(mixed).replace('"assistant"', '"nobody"', 3) + "{}\n" + lines(ROWS[60:70])
+    (tmp_path / "rows.jsonl").write_text(text)
+    rules = {"max_length": 100, "on_long_row": on_long_row, "on_bad_row": "skip", "validation": 0.2}
+    whole, streamed = both(tmp_path, tokenizer, train="rows.jsonl", **rules)
+    (stored,), (expected,) = ([source.stored for source in one.sources] for one in (streamed, whole))
+    assert replace(stored, folder=tmp_path) == replace(expected, folder=tmp_path)
+    assert stored.bad_count == 3  # of the three words two are in one row; and one row is empty
+    numbers = range(len(whole.train))
+    assert [streamed.train[number] for number in numbers] == list(whole.train)
+    assert [streamed.row(number) for number in numbers] == list(whole.examples["train"])
     assert list(streamed.examples["validation"]) == list(whole.examples["validation"])
 
 
@@ -159,7 +185,7 @@ def blocks(file: Path) -> list[tuple[stream_blocks.Block, list[Row | BadRow]]]:
     return [(block, list(rows)) for block, rows in blocks_of(found)]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "rows.jsonl.bz2", "rows.jsonl.xz"])
 def test_a_block_is_read_again_from_where_it_begins_in_any_order(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, name, ROWS)
     (found,) = data_files(name, tmp_path)
