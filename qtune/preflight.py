@@ -48,7 +48,7 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import LONGEST_NAME, Model, Recipe
-from qtune.recipe.steps import few_steps
+from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir, existing_folder, require_writable
 from qtune.sizes import gib_text, size_text
@@ -107,7 +107,9 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
-        if (steps := few_steps(recipe.training, len(self.prepared.train))) is not None:
+        trained = len(self.prepared.train)
+        of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
+        if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
             said.append(steps)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")

@@ -20,6 +20,7 @@ from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning
 from qtune.recipe.shipped import shipped_recipes
+from qtune.recipe.steps import few_steps_of_a_prompt
 from qtune.run.resolved import resolved_text
 
 GIB = 1 << 30
@@ -106,6 +107,13 @@ def test_a_learning_rate_is_within_an_order_of_magnitude_of_its_kinds(file):
     usual, _ = recipe.adapter.auto_learning_rate
     assert isinstance(recipe.training.learning_rate, float)
     assert usual / 10 <= recipe.training.learning_rate <= usual * 10
+
+
+@every_recipe
+def test_no_soft_prompt_is_shipped_with_steps_that_its_run_would_warn_of(file):
+    recipe = load_recipe(file).recipe
+    rows = len((file.parent / recipe.data.train).read_text().splitlines())
+    assert few_steps_of_a_prompt(recipe.adapter, recipe.training, int(0.95 * rows)) is None
 
 
 def test_the_recipe_for_8_gb_saves_where_it_can():

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from qtune.recipe.schema import Training
-from qtune.recipe.steps import FEW_STEPS, few_steps
+from qtune.recipe.schema import Adapter, Lora, PromptTuning, PTuning, Training
+from qtune.recipe.steps import FEW_STEPS, FEW_STEPS_OF_A_PROMPT, few_steps, few_steps_of_a_prompt
+
+PROMPTS: list[Adapter] = [PromptTuning(kind="prompt-tuning"), PTuning(kind="p-tuning")]
 
 
 def test_nine_steps_are_few_and_the_keys_that_make_more_of_them_are_named() -> None:
@@ -34,3 +36,26 @@ def test_steps_that_somebody_asked_for_and_runs_of_many_are_not_spoken_of() -> N
     assert few_steps(Training(steps=3), 142) is None
     assert few_steps(Training(epochs=4.0), 142) is None
     assert few_steps(Training(), 16 * FEW_STEPS) is None
+
+
+@pytest.mark.parametrize("adapter", PROMPTS, ids=lambda adapter: adapter.kind)
+def test_a_soft_prompt_in_few_steps_of_many_rows_is_told_of_more_steps_of_the_same_rows(adapter: Adapter) -> None:
+    said = few_steps_of_a_prompt(adapter, Training(steps=110, batch_size=8), 600)
+    assert said is not None
+    assert said.startswith("training: 110 steps are few for a soft prompt")
+    assert "with training.batch_size = 4, training.steps = 220 the same rows" in said
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(142, 16), (3, 2), (700, 7), (1, 8), (599, 6)])
+def test_what_is_proposed_for_a_soft_prompt_is_the_same_rows_in_more_steps(rows: int, batch: int) -> None:
+    said = few_steps_of_a_prompt(PROMPTS[0], Training(batch_size=batch), rows)
+    assert said is not None
+    size = int(re.findall(r"training\.batch_size = (\d+)", said)[0])
+    assert size < batch
+    assert -(-rows // size) >= min(rows, FEW_STEPS_OF_A_PROMPT)
+
+
+def test_a_lora_single_rows_and_many_steps_are_not_spoken_of() -> None:
+    assert few_steps_of_a_prompt(Lora(), Training(steps=60, batch_size=8), 600) is None
+    assert few_steps_of_a_prompt(PROMPTS[0], Training(steps=60, batch_size=1), 600) is None
+    assert few_steps_of_a_prompt(PROMPTS[0], Training(batch_size=2), 2 * FEW_STEPS_OF_A_PROMPT) is None

@@ -248,3 +248,21 @@ def test_a_manifest_that_does_not_say_leaves_the_records_as_they_are(text: str, 
     (run.adapter / manifest.NAME).write_text(text)
     run.metrics_file.write_text("")
     assert history_of(run) == ()
+
+
+def test_a_file_that_this_user_may_not_read_is_no_damage(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    manifest.seal(run.adapter)
+    opened = Path.open
+
+    def refused(file: Path, *given: object, **named: object) -> object:
+        if file.name == "adapter_config.json":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *given, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(RunError) as caught:
+        whole_adapter(run)
+    assert str(caught.value) == (
+        f"{run.adapter}/adapter_config.json: cannot be read: Permission denied; give yourself the right to it"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 CONFIGS = [
@@ -34,7 +35,7 @@ def worker(search: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(search.QUANTIZATION, "minimum_share", 0.0)
     found = search.tasks()["triage"]
     search.write_rows({"triage": found}, tmp_path, "validation")
-    return search.Worker(tmp_path, "validation", 2)
+    return search.Worker(tmp_path, "validation")
 
 
 @pytest.mark.slow
@@ -56,3 +57,22 @@ def test_no_row_that_choices_are_made_on_is_trained_on_or_asked_at_the_end(searc
         parts = [{json.dumps(row) for row in rows} for rows in (task.train, task.validation, task.test)]
         assert [len(part) for part in parts] == [len(task.train), len(task.validation), len(task.test)], task.name
         assert len(set.union(*parts)) == sum(map(len, parts)), task.name
+
+
+def test_an_answer_counts_as_right_where_each_of_its_tokens_is_what_greedy_decoding_would_write(
+    search: ModuleType, worker
+) -> None:
+    run = search.Run({**CONFIGS[0], "training": {"learning_rate": 0.3, "steps": 1, "batch_size": 1}}, "triage", 3)
+    recipe = run.recipe(worker.rows)
+    prepared = worker.data("triage", recipe)
+    one = search.Prompted(run, recipe, worker, prepared)
+    row = {key: prepared.train[0][key] for key in ("input_ids", "labels")}
+    first = next(place for place, label in enumerate(row["labels"]) if label >= 0)
+    ids = row["input_ids"][:first]
+    with torch.no_grad():
+        for _ in range(4):
+            embeds, _, _ = worker.inputs([one], [[{"input_ids": ids, "labels": ids}]])
+            ids = [*ids, int(worker.network(inputs_embeds=embeds).logits[0, -1].argmax())]
+        own = {"input_ids": ids, "labels": [search.IGNORED] * first + ids[first:]}
+        other = own | {"labels": [*own["labels"][:-1], (ids[-1] + 1) % 100]}
+        assert worker.score_rows([one], [[own, other]]).right.tolist() == [True, False]

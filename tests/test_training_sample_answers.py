@@ -35,6 +35,12 @@ SOFT = 'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_
 STEPS = "steps = 6\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 3\neval_every = 2"
 
 
+@pytest.fixture(autouse=True)
+def answers_are_as_long_as_a_users(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' are short."""
+    monkeypatch.setattr(sample_answers, "MOST_TOKENS", MOST_TOKENS)
+
+
 def answers_in(run_dir: RunDir) -> list[AnswersRecord]:
     return [one for one in read_metrics(run_dir.metrics_file) if isinstance(one, AnswersRecord)]
 

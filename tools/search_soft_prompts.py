@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
 from soft_prompt_tasks import Task, tasks
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.starts import Material, start
@@ -45,8 +44,7 @@ from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.training.schedule import schedule_of
-from qtune.tuned.evaluate import EXTRA_TOKENS, Question, to_question
-from qtune.tuned.generate import Ends, find_ends
+from qtune.tuned.generate import find_ends
 from qtune.tuned.precision import training_autocast
 
 BASE = "builtin:smollm2-135m-instruct"
@@ -55,10 +53,8 @@ TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
 KINDS = {"lora", "p-tuning", "prompt-tuning"}
 """A prefix is no row of embeddings, and IA3 changes the base that runs share."""
-LONGEST_ANSWER = 64
-"""Tokens; longer answers of the docstring questions are scored by their loss alone."""
-CACHE_TOKENS = {"cuda": 400_000, "cpu": 8_000}
-"""Positions of the key-value cache of one batch of answers."""
+SCORED_AT_ONCE = 16
+"""Held-out rows of each run."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +121,15 @@ class Prompted:
 class Worker:
     """A process with the base in memory."""
 
-    def __init__(self, rows: Path, held_out: str, questions: int | None) -> None:
-        self.rows, self.held_out, self.questions = rows, held_out, questions
+    def __init__(self, rows: Path, held_out: str) -> None:
+        self.rows, self.held_out = rows, held_out
         self.device = present_device()
         recipe = Run({"name": "", "adapter": {"kind": "lora"}, "training": {}}, "triage", 1).recipe(rows)
         self.plan = make_plan(recipe, self.device)
         self.tokenizer = load_tokenizer(recipe.model)
         self.network = unpacked(load_base(recipe.model, recipe.quantization, self.plan), self.plan.compute_dtype)
         self.network.requires_grad_(False)
-        self.ends = find_ends(self.network, self.tokenizer)
+        self.pad = find_ends(self.network, self.tokenizer).pad
         self.prepared: dict[str, Prepared] = {}
 
     def data(self, task: str, recipe: Recipe) -> Prepared:
@@ -173,7 +169,7 @@ class Worker:
         trained = time.monotonic() - began
         history = torch.stack(losses).float().cpu()
         with torch.no_grad(), training_autocast(self.plan):
-            scores = self.scores(prompted, prepared, recipes[0])
+            scores = self.scores(prompted, prepared)
         lines = []
         for place, (run, one, score) in enumerate(zip(group, prompted, scores, strict=True)):
             of_run = history[:, place]
@@ -195,7 +191,7 @@ class Worker:
         self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(embeddings [all rows, virtual + length, hidden], mask, labels) with each run's prompt before its rows."""
-        batch = PaddedCollator(self.ends.pad)([row for part in rows for row in part])
+        batch = PaddedCollator(self.pad)([row for part in rows for row in part])
         ids, mask, labels = (batch[name].to(self.network.device) for name in ("input_ids", "attention_mask", "labels"))
         text = self.network.get_input_embeddings()(ids)
         virtual = prompted[0].virtual
@@ -213,93 +209,68 @@ class Worker:
 
     def loss(self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]) -> Tensor:
         """Mean negative log-likelihood of a scored token, of each run [runs]."""
-        of_rows, scored = self.row_losses(prompted, rows)
-        owner = torch.tensor([place for place, part in enumerate(rows) for _ in part], device=of_rows.device)
-        sums = of_rows.new_zeros(len(rows)).index_add(0, owner, of_rows)
-        return sums / of_rows.new_zeros(len(rows)).index_add(0, owner, scored)
+        of_rows = self.score_rows(prompted, rows)
+        owner = torch.tensor([place for place, part in enumerate(rows) for _ in part], device=of_rows.nll.device)
+        sums = of_rows.nll.new_zeros(len(rows)).index_add(0, owner, of_rows.nll)
+        return sums / of_rows.nll.new_zeros(len(rows)).index_add(0, owner, of_rows.tokens)
 
-    def row_losses(self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
-        """Summed negative log-likelihood and scored tokens of each row, [all rows]."""
+    def score_rows(self, prompted: Sequence[Prompted], rows: Sequence[list[dict[str, Any]]]) -> "RowScores":
+        """All rows, run by run."""
         embeds, mask, labels = self.inputs(prompted, rows)
         hidden = self.network.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
-        places = (targets != IGNORED).nonzero()
-        logits = self.network.get_output_embeddings()(hidden[places[:, 0], places[:, 1]]).float()
-        nll = functional.cross_entropy(logits, targets[places[:, 0], places[:, 1]], reduction="none")
-        sums = nll.new_zeros(len(labels)).index_add(0, places[:, 0], nll)
-        return sums, nll.new_zeros(len(labels)).index_add(0, places[:, 0], torch.ones_like(nll))
+        row, place = (targets != IGNORED).nonzero(as_tuple=True)
+        wanted = targets[row, place]
+        logits = self.network.get_output_embeddings()(hidden[row, place]).float()
+        nll = functional.cross_entropy(logits, wanted, reduction="none")
+        zeros = nll.new_zeros(len(labels))
+        misses = zeros.index_add(0, row, (logits.argmax(dim=-1) != wanted).to(nll.dtype))
+        return RowScores(zeros.index_add(0, row, nll), zeros.index_add(0, row, torch.ones_like(nll)), misses == 0)
 
     # --- what is kept of a run ---
 
-    def scores(self, prompted: Sequence[Prompted], prepared: Prepared, recipe: Recipe) -> list[dict[str, Any]]:
-        examples = list(prepared.examples["validation"])
+    def scores(self, prompted: Sequence[Prompted], prepared: Prepared) -> list[dict[str, Any]]:
+        examples = [{key: row[key] for key in ("input_ids", "labels")} for row in prepared.examples["validation"]]
         for one in prompted:
             one.model.eval()
-        sums, counts = torch.zeros(len(prompted)), 0.0
-        many = 16
-        for first in range(0, len(examples), many):
-            part = [{key: row[key] for key in ("input_ids", "labels")} for row in examples[first : first + many]]
-            of_rows, scored = self.row_losses(prompted, [part] * len(prompted))
-            sums += of_rows.view(len(prompted), -1).sum(dim=1).cpu()
-            counts += float(scored.sum()) / len(prompted)
-        asked = [question for row in examples if (question := to_question(row, self.tokenizer, self.ends))]
-        asked = [question for question in asked if len(question.expected_ids) <= LONGEST_ANSWER][: self.questions]
-        if not asked:
-            return [{"loss": round(float(total) / counts, 4)} for total in sums]
-        right = self.right(prompted, asked)
-        half = len(asked) // 2
+        pieces_of = [
+            self.score_rows(prompted, [examples[first : first + SCORED_AT_ONCE]] * len(prompted)).of_runs(len(prompted))
+            for first in range(0, len(examples), SCORED_AT_ONCE)
+        ]
+        nll, tokens, right = (torch.cat(parts, dim=1).cpu() for parts in zip(*pieces_of, strict=True))
+        halves = {
+            "": slice(None),
+            "first_half_": slice(len(examples) // 2),
+            "second_half_": slice(len(examples) // 2, None),
+        }
         return [
-            {"loss": round(float(total) / counts, 4), "exact_match": round(float(np.mean(of_run)), 4)}
-            | {
-                "first_half": round(float(np.mean(of_run[:half])), 4),
-                "second_half": round(float(np.mean(of_run[half:])), 4),
-            }
-            | {"right": "".join(str(int(one)) for one in of_run)}
+            {f"{name}loss": mean(nll[run, part].sum() / tokens[run, part].sum()) for name, part in halves.items()}
+            | {f"{name}exact_match": mean(right[run, part].float().mean()) for name, part in halves.items()}
+            | {"right": "".join(str(int(answer)) for answer in right[run])}
             | {"longest_vector": longest(one, self.network)}
-            for one, total, of_run in zip(prompted, sums, right, strict=True)
+            for run, one in enumerate(prompted)
         ]
 
-    def right(self, prompted: Sequence[Prompted], asked: Sequence[Question]) -> list[list[bool]]:
-        """Whether each run answers each question as expected, greedily."""
-        found = [[False] * len(asked) for _ in prompted]
-        order = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
-        virtual = prompted[0].virtual
-        most = max(len(question.prompt) + len(question.expected_ids) for question in asked) + virtual + EXTRA_TOKENS
-        many = max(1, CACHE_TOKENS[self.device.kind] // (most * len(prompted)))
-        prompts = torch.stack([one.prompt() for one in prompted]) if virtual else None
-        for first in range(0, len(order), many):
-            places = order[first : first + many]
-            made = self.answers(prompts, [asked[place] for place in places], len(prompted))
-            for row, ids in enumerate(made):
-                of_run, place = divmod(row, len(places))
-                found[of_run][places[place]] = until_end(ids, self.ends) == list(asked[places[place]].expected_ids)
-        return found
 
-    def answers(self, prompts: Tensor | None, asked: Sequence[Question], runs: int) -> list[list[int]]:
-        """The new ids of runs x questions, run by run; padded on the left, prompts behind the padding."""
-        words = self.network.get_input_embeddings()
-        virtual = 0 if prompts is None else prompts.shape[1]
-        length = max(len(question.prompt) for question in asked) + virtual
-        embeds = words.weight.new_zeros((runs, len(asked), length, words.weight.shape[1]))
-        mask = torch.zeros(embeds.shape[:3], dtype=torch.long, device=embeds.device)
-        for place, question in enumerate(asked):
-            begin = length - len(question.prompt)
-            embeds[:, place, begin:] = words(torch.tensor(question.prompt, device=embeds.device))
-            if prompts is not None:
-                embeds[:, place, begin - virtual : begin] = prompts.to(embeds.dtype)
-            mask[:, place, begin - virtual :] = 1
-        config = GenerationConfig(
-            max_new_tokens=max(len(question.expected_ids) for question in asked) + EXTRA_TOKENS,
-            do_sample=False,
-            eos_token_id=list(self.ends.stop),
-            pad_token_id=self.ends.pad,
-        )
-        self.network.eval()
-        made = self.network.generate(
-            inputs_embeds=embeds.flatten(0, 1), attention_mask=mask.flatten(0, 1), generation_config=config
-        )
-        answered: list[list[int]] = made.tolist()
-        return answered
+@dataclass(frozen=True)
+class RowScores:
+    """What a forward says of its rows, [rows] each."""
+
+    nll: Tensor
+    """Summed over the scored tokens."""
+    tokens: Tensor
+    """That are scored."""
+    right: Tensor
+    """Whether every scored token is the likeliest one behind those before it: then a greedy answer is the row's own."""
+
+    def of_runs(self, runs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[runs, rows] each, where all runs have been shown the same rows."""
+        nll, tokens, right = (each.view(runs, -1) for each in (self.nll, self.tokens, self.right))
+        return nll, tokens, right
+
+
+def mean(value: Tensor) -> float:
+    return round(float(value), 4)
 
 
 def unpacked(network: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -324,10 +295,6 @@ def longest(one: Prompted, network: PreTrainedModel) -> float | None:
     return round(float(one.prompt().float().norm(dim=1).max() / words), 2)
 
 
-def until_end(ids: Sequence[int], ends: Ends) -> list[int]:
-    return list(ids[: next((place for place, token in enumerate(ids) if token in ends.stop), len(ids))])
-
-
 # --- the whole search ---
 
 
@@ -349,7 +316,7 @@ def pieces(runs: list[Run], size: int) -> Iterator[list[Run]]:
 def work(queue: Any, lock: Any, rows: Path, given: argparse.Namespace, deadline: float) -> None:
     """A process: takes groups until there are none, or no time for another one."""
     torch.set_num_threads(1)  # several processes whose threads wait for each other are slower than one
-    worker, slowest = Worker(rows, given.rows, given.questions), 0.0
+    worker, slowest = Worker(rows, given.rows), 0.0
     while True:
         with lock:
             group = queue.get() if not queue.empty() else None
@@ -389,7 +356,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--steps", type=int, help="instead of the configurations' own, for a rehearsal")
-    parser.add_argument("--questions", type=int, help="that are asked of each task (default: all; 0: the loss alone)")
     parser.add_argument("--rows", choices=["validation", "test"], default="validation")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes

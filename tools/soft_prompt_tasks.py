@@ -37,9 +37,9 @@ def read(file: Path) -> list[Row]:
 
 def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
-    combinations, and half have names, rooms, events and messages that stand in none."""
+    combinations, and half, the second, have names, rooms, events and messages that stand in none."""
     rows = read(DATA / "quickstart_train.jsonl")
-    new = new_quickstart_rows(160)
+    new = new_quickstart_rows(200)
     return Task(
         "quickstart",
         tuple(rows[80:]),
