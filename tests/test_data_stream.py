@@ -341,6 +341,7 @@ def test_an_index_that_is_damaged_is_made_again(
     assert rows_hash(again) == first
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +369,8 @@ def test_memory_does_not_grow_with_the_file(
             tmp_path,
             cache=tmp_path / "cache",
         )
-        for number in streamed.sampler(4, 1):
+        assert streamed.stream is not None
+        for number in streamed.stream.order(4, 1):
             streamed.train[number]
         assert len(streamed.train) == rows
         peaks.append(tracemalloc.get_traced_memory()[1] + max(arrow) - min(arrow))
@@ -424,6 +426,7 @@ def test_without_a_window_rows_come_in_the_order_of_their_files() -> None:
     assert [sampler.place_of(row) for row in (0, 3, 4, 29)] == [0, 0, 1, 7]
 
 
+@pytest.mark.slow
 def test_a_process_beside_this_one_makes_the_same_blocks(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -526,3 +529,20 @@ def test_a_disk_that_cannot_keep_rows_decides_and_what_cannot_be_streamed_is_sai
     (tmp_path / "rows.csv").write_text("question,answer\nWho?,I\n")
     with pytest.raises(DataError, match=r"streaming = true: rows.csv: only JSON lines and Parquet are read in blocks"):
         choice(0, streaming=True, train="rows.csv")
+
+
+@pytest.mark.parametrize("text", ["", "{}\n" * 3])
+def test_a_stream_without_a_row_is_refused_as_other_files_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    said = []
+    for streaming in (True, False):
+        data = Data(train="rows.jsonl", streaming=streaming, format="messages", on_bad_row="skip")
+        with pytest.raises(DataError) as raised:
+            prepare(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+        said.append(str(raised.value))
+        surveyed = survey(data, tokenizer, tmp_path, cache=tmp_path / "cache")
+        said.append([finding.kind for finding in inspect(surveyed, data, VOCABULARY).findings])
+    assert said[:2] == said[2:]
+    assert said[0] == "data.train: no row is left to train on"

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.cache import cache_folder, remove_unused
-from qtune.data.batches import StepSampler
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
@@ -30,7 +29,6 @@ from qtune.data.store import Stored, open_store, store_key, together
 from qtune.data.stream import MOST_LENGTHS, RowStream
 from qtune.data.stream_choice import WHOLE, Choice, choose_streaming
 from qtune.data.stream_index import Index, index_key, make_index, open_index
-from qtune.data.stream_order import WindowSampler
 from qtune.data.stream_seen import Seen
 from qtune.data.stream_split import MOST_SET_ASIDE, examples_set_aside, kept_examples
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
@@ -103,12 +101,6 @@ class Prepared:
         """Ends what reads streamed rows ahead; asking for a row begins it anew."""
         if self.stream is not None:
             self.stream.close()
-
-    def sampler(self, batch_size: int, seed: int) -> StepSampler | WindowSampler:
-        """The order in which an epoch takes the rows."""
-        if self.stream is not None:
-            return self.stream.order(batch_size, seed)
-        return StepSampler(self.lengths, batch_size, seed)
 
     @property
     def bad_rows(self) -> list[BadRow]:
