@@ -107,7 +107,7 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
-        trained = len(self.prepared.lengths)
+        trained = len(self.prepared.train)
         of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
         if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
             said.append(steps)
@@ -191,9 +191,12 @@ def examine(
         if traced or is_asked:
             with console.progress("tracing a step") as bar:
                 forecast = attempted(config, recipe, device, rows, bar.tell)
+    settled = forecast.plan if isinstance(forecast, Forecast) else plan
+    if recipe.data.streaming == "auto" and prepared.streaming.streams:
+        settled = settled.with_streaming(prepared.streaming.reason)
     return Preflight(
         resolved,
-        forecast.plan if isinstance(forecast, Forecast) else plan,
+        settled,
         tokenizer,
         prepared,
         inspection,
