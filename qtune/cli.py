@@ -9,10 +9,10 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError, RunError
+from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
-from qtune.startup.launched import launched, use_own_card
+from qtune.startup.launched import is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -1082,7 +1082,7 @@ def main() -> None:
     guard_streams()
     try:
         try:
-            app()
+            _parse_and_run()
         finally:  # what is still in the buffer may be what cannot be written
             sys.stdout.flush()
     except OutputEndedError as error:
@@ -1094,7 +1094,7 @@ def main() -> None:
         # What the user asked for is no error.
         console.say(str(stopped))
         sys.exit(stopped.exit_code)
-    except LeaderEnded as error:
+    except SaidElsewhere as error:
         sys.exit(error.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
@@ -1107,6 +1107,23 @@ def main() -> None:
             raise
         console.say_error(known)
         sys.exit(1)
+
+
+def _parse_and_run() -> None:
+    """The command. What stops one of several processes before they have met ends all, and is said once."""
+    try:
+        app()
+    except QtuneError as error:
+        if not is_to_meet():
+            raise
+        raise _said_once(error) from error
+
+
+def _said_once(error: QtuneError) -> QtuneError:
+    import_libraries()
+    from qtune.training.meeting import end_together
+
+    return end_together(error)
 
 
 def _told(error: Exception) -> str | None:

@@ -320,7 +320,7 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
     try:
         store_embeddings(network, plan.embeddings, "meta")
         if plan.layers != "device":
-            stream_layers(network, plan.layers, "meta")
+            stream_layers(network, plan.layers, "meta", parts=plan.device.processes)
         with torch.device("meta"):
             model = attach_adapter(network, recipe.adapter, plan)
     except ModelError as error:

@@ -499,10 +499,11 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
-    layers: Literal["device", "host", "disk"] = "device"
+    layers: Literal["device", "host", "disk", "sharded"] = "device"
     """Where the frozen 4-bit layers wait. "host" and "disk": two of them are on the device, and each comes there
     twice a step for all micro-batches together, whose hidden states wait beside one another; the same gradients. A step
-    takes at least as long as the layers need to come."""
+    takes at least as long as the layers need to come. "sharded": each of several processes holds a part of every layer,
+    and they bring it together where it is computed; one process has all of it."""
     loss_tile: Size = "64MiB"
     """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 

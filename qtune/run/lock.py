@@ -5,6 +5,7 @@ import platform
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -271,7 +272,9 @@ def rows_hash(prepared: "Prepared") -> str:
     return digest.hexdigest()
 
 
+@cache
 def _version(package: str) -> str | None:
+    """Read once: what a process has imported stays, and a look at all of them is asked for three times a run."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -8,6 +8,7 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.starts import Material, start
 from qtune.data.collate import collator_for
+from qtune.model.layer_stream import stream_of
 from qtune.model.load import load_base
 from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
@@ -31,6 +32,8 @@ def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     recipe, plan = inputs.recipe, inputs.plan
     with console.progress(f"loading {recipe.model.base}"):
         network = load_base(recipe.model, recipe.quantization, plan)
+    if plan.layers == "sharded":
+        console.say(f"{stream_of(network)}")
     row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
     tiled = loss_agrees(network, torch.tensor([row], device=network.device))
     if not tiled:

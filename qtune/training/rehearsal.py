@@ -53,13 +53,14 @@ class Rehearsal:
     """Tokens of the longest row of the micro-batch."""
     validated: bool
     checkpoint_bytes: int
+    answered: bool
     seconds: float
 
     def __str__(self) -> str:
         evaluation = "an evaluation, " if self.validated else ""
         return (
             f"rehearsed in {self.seconds:.1f} s: the heaviest micro-batch ({self.rows} x {self.length} tokens), "
-            f"{evaluation}a checkpoint of {size_text(self.checkpoint_bytes)} and an answer"
+            f"{evaluation}a checkpoint of {size_text(self.checkpoint_bytes)}{' and an answer' * self.answered}"
         )
 
 
@@ -91,16 +92,18 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
         leads, size = trainer.ranks.is_leader, 0
+        answers = leads and not trainer.in_lockstep
         if leads:
             size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
         del optimizer
-        if leads:
+        if answers:
             _answer(model, inputs)
     if leads:
         state = sum(tensor.nbytes for tensor in trained_state(model).values())
         _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
     longest = int(inputs.prepared.lengths[rows].max())
-    return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
+    validated = inputs.prepared.validation is not None
+    return Rehearsal(len(rows), longest, validated, size, answers, time.monotonic() - began)
 
 
 def heaviest(lengths: np.ndarray, micro_batch_size: int, inputs: Inputs) -> list[int]:

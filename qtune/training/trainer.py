@@ -60,6 +60,11 @@ from qtune.training.schedule import schedule_of
 GROUP = "micro_batches"
 """Under this key stand micro-batches that pass the layers together."""
 
+CANNOT_SPLIT = (
+    "with memory.layers sharded the processes wait for one another at every layer, so that none can take it apart and "
+    "try again; lower training.micro_batch_size, or have layers computed twice (training.gradient_checkpointing)"
+)
+
 CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
 
@@ -130,6 +135,8 @@ class QloraTrainer(SFTTrainer):
         have no room. The latter holds for as long as the process lives, like `pieces`: a resumed run tries again."""
         self.expected = 1
         """Micro-batches of the step that is being taken."""
+        self.in_lockstep = plan.layers == "sharded"
+        """Whether all processes have to go through the layers as often as each other."""
         self._stand_alone: bool | None = None
         self._done_in_step: list[dict[str, Any]] = []
         self._losses_of_step: list[float] = []
@@ -265,7 +272,7 @@ class QloraTrainer(SFTTrainer):
         each layer one behind the other; the first ones return nothing, the last one the loss of all.
 
         Raises:
-            OutOfMemory: a single row does not fit.
+            OutOfMemory: a single row does not fit; where layers are sharded, a micro-batch.
         """
         self._done_in_step.append(inputs)
         group = self._done_in_step if self.goes_together(model, inputs) else [inputs]
@@ -274,6 +281,8 @@ class QloraTrainer(SFTTrainer):
         sums = False
         loss = self._try_pieces(model, group, num_items_in_batch)
         while loss is None:
+            if self.in_lockstep:
+                raise OutOfMemory(f"a micro-batch does not fit: {CANNOT_SPLIT}", self._failure)
             if self.together:
                 self.together, sums = False, True
                 self._release_memory(model)
@@ -373,9 +382,12 @@ class QloraTrainer(SFTTrainer):
         own: list[tuple[Tensor, list[tuple[float, int]]]] = []
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
-            for number, inputs in enumerate(self.get_eval_dataloader(eval_dataset)):
-                if number % self.ranks.processes == self.ranks.rank:
+            number = 0
+            for number, inputs in enumerate(self.get_eval_dataloader(eval_dataset), 1):
+                if self.ranks.has(number - 1):
                     own.append(self.evaluated(inputs))
+            if self.in_lockstep and len(own) < -(-number // self.ranks.processes):
+                self.evaluated(inputs)  # with the others, for nothing
         self.meter.enter("idle")
         # One after the other, as one process adds them.
         batches = in_turn(self.ranks.all_of(own))
@@ -400,7 +412,7 @@ class QloraTrainer(SFTTrainer):
             try:
                 pieces = [self._sums(piece) for piece in _split(batch, self.eval_pieces)]
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]):
+                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]) or self.in_lockstep:
                     raise
             if pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
