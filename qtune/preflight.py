@@ -222,11 +222,12 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
 
 
 def together(refusals: Sequence[InputError]) -> InputError:
-    """Several errors as one with all of their problems; one alone as it is."""
+    """Several errors as one with all of their problems, of their kind where they are of one; one alone as it is."""
     first, *others = refusals
     if not others:
         return first
-    return InputError(dict.fromkeys(problem for error in refusals for problem in error.problems))
+    kind = type(first) if len({type(error) for error in refusals}) == 1 else InputError
+    return kind(dict.fromkeys(problem for error in refusals for problem in error.problems))
 
 
 Parameters = ParamSpec("Parameters")

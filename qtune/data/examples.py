@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import COLUMNS as SHAPES
-from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation
+from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation, with_the_files_names
 from qtune.data.lengths import shortened, windows
 from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
 from qtune.data.order import OutOfOrder
@@ -129,7 +129,7 @@ class RowEncoder:
                 else:
                     bad.append(BadRow(row.place, str(fault), advice=_order_advice(self.rules.on_turn_order)))
             except RowError as fault:
-                bad.append(BadRow(row.place, str(fault)))
+                bad.append(BadRow(row.place, with_the_files_names(str(fault), self.rules.columns)))
         encoded = iter(self.encoder.encode([one for one in waiting if isinstance(one, Rendered)]))
         examples: list[Encoded] = []
         for one, origin in zip(waiting, origins, strict=True):
