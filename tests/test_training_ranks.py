@@ -158,6 +158,17 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: Callable
     assert furthest(run, again) <= 1e-6
 
 
+@pytest.mark.parametrize("begins", ["loftq", "eva"])
+def test_a_start_that_looks_at_the_base_is_the_same_in_two_processes_that_share_its_layers(
+    begins: str, recipe: Recipe, folder: Path
+) -> None:
+    file = recipe(begins, f"{STEP}steps = 2", data="validation = 0", more='[memory]\nlayers = "sharded"')
+    starting = ("run", file, "--set", f"adapter.initialization={begins}")
+    done([start(*starting)])
+    done(start_several(2, *starting, "--set", f"output.name=two-{begins}"))
+    assert furthest(folder / "runs" / begins, folder / "runs" / f"two-{begins}") <= 1e-6
+
+
 EVERYTHING = (
     "batch_size = 6\nmicro_batch_size = 1\nlearning_rate = 1e-3\nsteps = 9\neval_every = 3\ncheckpoint_every = 4\n"
     'skip_outlier_steps = true\nsample_answers = 0\nevaluate_first = true\nresult = "best"\nrehearse = true'
@@ -280,13 +291,16 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layers"), [*((stage, "device") for stage in STAGES), ("loading", "sharded"), ("a step", "sharded")]
+)
 def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
-    stage: str, recipe: Recipe, folder: Path
+    stage: str, layers: str, recipe: Recipe, folder: Path
 ) -> None:
-    name = f"dies-in-{stage.replace(' ', '-')}"
+    name = f"{layers}-dies-in-{stage.replace(' ', '-')}"
     training = f"{STEP}steps = 4\neval_every = 2\ncheckpoint_every = 3"
-    first, second = start_several(2, "run", recipe(name, training), first={1: STAGES[stage]})
+    file = recipe(name, training, more=f'[memory]\nlayers = "{layers}"')
+    first, second = start_several(2, "run", file, first={1: STAGES[stage]})
     assert (first.ended(), second.ended()) == (1, -signal.SIGKILL), first.messages
     assert first.messages.count("error: ") == 1
     assert "error: another process of this run has ended" in first.messages
