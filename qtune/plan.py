@@ -48,6 +48,8 @@ class Plan:
     loss_tile_bytes: int
     lean_step: bool
     reasons: Mapping[KeyPath, str]
+    streaming: bool = False
+    """Whether the training rows are read while they are trained on; known once the rows have been looked for."""
 
     @property
     def together(self) -> int:
@@ -75,6 +77,10 @@ class Plan:
         """The same plan with other layers computed twice."""
         reasons = {**self.reasons, ("training", "gradient_checkpointing"): reason}
         return replace(self, gradient_checkpointing=layers, reasons=reasons)
+
+    def with_streaming(self, reason: str) -> "Plan":
+        """The same plan with rows that are streamed because a rule says so."""
+        return replace(self, streaming=True, reasons={**self.reasons, ("data", "streaming"): reason})
 
     def with_embeddings_on_host(self, reason: str) -> "Plan":
         """The same plan with embeddings and head in host memory."""

@@ -132,7 +132,10 @@ def run_of_one(recipe: Recipe, folder: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_two_processes_train_the_adapter_of_one(kind: str, run_of_one: Callable[[str], Path], folder: Path) -> None:
     alone, run = run_of_one(kind), folder / "runs" / f"two-{kind}"
-    first, second = done(start_several(2, "run", folder / f"{kind}.toml", "--set", f"output.name={run.name}"))
+    changes = ["--set", f"output.name={run.name}"]
+    if kind == "prompt-tuning":  # in one window, whose order is that of rows in memory
+        changes += ["--set", "data.streaming=true"]
+    first, second = done(start_several(2, "run", folder / f"{kind}.toml", *changes))
     assert first.results.strip() == str(run), "one of them speaks"
     assert first.messages.count("step 6/6") == 1
     assert (second.messages, second.results) == ("", "")
@@ -153,6 +156,17 @@ def test_a_run_goes_on_with_two_processes_and_then_with_one(run_of_one: Callable
     assert (again / "checkpoints" / "checkpoint-4" / "random-1.safetensors").is_file(), "two processes made it"
     assert not (again / "checkpoints" / "checkpoint-6" / "random-1.safetensors").exists(), "one process made it"
     assert furthest(run, again) <= 1e-6
+
+
+@pytest.mark.parametrize("begins", ["loftq", "eva"])
+def test_a_start_that_looks_at_the_base_is_the_same_in_two_processes_that_share_its_layers(
+    begins: str, recipe: Recipe, folder: Path
+) -> None:
+    file = recipe(begins, f"{STEP}steps = 2", data="validation = 0", more='[memory]\nlayers = "sharded"')
+    starting = ("run", file, "--set", f"adapter.initialization={begins}")
+    done([start(*starting)])
+    done(start_several(2, *starting, "--set", f"output.name=two-{begins}"))
+    assert furthest(folder / "runs" / begins, folder / "runs" / f"two-{begins}") <= 1e-6
 
 
 EVERYTHING = (
@@ -277,13 +291,16 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layers"), [*((stage, "device") for stage in STAGES), ("loading", "sharded"), ("a step", "sharded")]
+)
 def test_a_process_that_dies_ends_the_run_with_a_sentence_wherever_it_is(
-    stage: str, recipe: Recipe, folder: Path
+    stage: str, layers: str, recipe: Recipe, folder: Path
 ) -> None:
-    name = f"dies-in-{stage.replace(' ', '-')}"
+    name = f"{layers}-dies-in-{stage.replace(' ', '-')}"
     training = f"{STEP}steps = 4\neval_every = 2\ncheckpoint_every = 3"
-    first, second = start_several(2, "run", recipe(name, training), first={1: STAGES[stage]})
+    file = recipe(name, training, more=f'[memory]\nlayers = "{layers}"')
+    first, second = start_several(2, "run", file, first={1: STAGES[stage]})
     assert (first.ended(), second.ended()) == (1, -signal.SIGKILL), first.messages
     assert first.messages.count("error: ") == 1
     assert "error: another process of this run has ended" in first.messages

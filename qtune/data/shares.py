@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from qtune.data.batches import StepSampler
 from qtune.data.masks import IGNORED
+from qtune.data.stream_order import WindowSampler
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -22,7 +23,7 @@ class ShareSampler(Sampler[list[int]]):
     empty list, so that all take as many.
     """
 
-    def __init__(self, rows: StepSampler, micro_batch_size: int, rank: int, processes: int) -> None:
+    def __init__(self, rows: StepSampler | WindowSampler, micro_batch_size: int, rank: int, processes: int) -> None:
         self.rows = rows
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -42,9 +43,7 @@ class ShareSampler(Sampler[list[int]]):
         return -(-micro_batches // self.processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, size = self.rows.order().tolist(), self.rows.batch_size
-        for start in range(0, len(order), size):
-            step = order[start : start + size]
+        for step in self.rows.steps():
             micro_batches = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
             own = micro_batches[self.rank :: self.processes]
             yield from own

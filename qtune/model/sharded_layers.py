@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from qtune.device.peers import PATIENCE, noticing_loss
+from qtune.device.peers import noticing_loss
 from qtune.errors import ModelError, Problem, SaidElsewhere
 from qtune.model.layer_stream import LayerStream
 from qtune.sizes import size_text
@@ -46,8 +46,7 @@ class ShardedStream(LayerStream):
 
     def __init__(self, layers: Sequence[Sequence[Any]], where: str, device: torch.device, blocks: int = 2) -> None:
         super().__init__(layers, where, device, blocks)
-        self.group = distributed.new_group(timeout=PATIENCE)
-        mesh = DeviceMesh.from_group(self.group, device.type)
+        mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self.shards: list[Any] = []
         for number, home in enumerate(self.homes):
             self.shards.append(_cut_up(home.to(device, copy=True), mesh))
@@ -79,7 +78,7 @@ class ShardedStream(LayerStream):
             shard.reshard()
             smaller = part <= -(-home.numel() // parts) and block.untyped_storage().nbytes() == 0
             agreed = torch.tensor([int(same), int(smaller)])
-            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN, group=self.group)
+            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN)
         if not agreed[0]:
             reason = f"layer {number} is not the same after FSDP has cut it up and brought it together"
         elif not agreed[1]:

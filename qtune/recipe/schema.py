@@ -415,6 +415,11 @@ class Data(Table):
     """Rows that are longer: refuse them, leave them out, or cut them at the start or the end."""
     packing: bool = False
     """Put several short rows into one of max_length; they do not see each other."""
+    streaming: Auto | bool = "auto"
+    """Read the training rows (JSON lines, Parquet) from their files while they are trained on, after a pass that checks
+    them. "auto": where what is kept of prepared rows would take more than half of the cache's free disk."""
+    shuffle_rows: Annotated[int, Field(ge=0, le=1_048_576)] = 10_000
+    """Streamed rows that are shuffled among each other, and wait in memory; 0 leaves the order of the files."""
     on_turn_order: Literal["error", "merge", "drop"] = "error"
     """Rows with two turns of one role in a row, an answer at the start or a question at the end: refuse them, join such
     turns (a first answer stays as context, a last question goes), or leave the rows out."""

@@ -266,6 +266,12 @@ def read_lock(run_dir: RunDir) -> Lock | None:
 
 def rows_hash(prepared: "Prepared") -> str:
     """A hash of the training rows, their order, weights and lengths in tokens, wherever their files are."""
+    if prepared.stream is not None:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("row_hash", "length"):
+            for _, part in prepared.stream.all_figures(name):
+                digest.update(part[name].astype(np.int64).tobytes())
+        return digest.hexdigest()
     contents = prepared.examples["train"].with_format("numpy")["row_hash"][:]
     digest = hashlib.blake2b(np.asarray(contents, dtype=np.int64).tobytes(), digest_size=16)
     digest.update(np.asarray(prepared.lengths, dtype=np.int64).tobytes())

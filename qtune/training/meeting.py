@@ -85,22 +85,30 @@ def settings_of(recipe: Recipe | None) -> dict[str, Any]:
 @contextmanager
 def _together(started: Launched) -> Iterator[Ranks]:
     forget_launcher(os.environ)
-    group = _meet(started)
+    _meet(started)
     try:
-        yield Ranks(started.rank, started.processes, group)
+        yield Ranks(started.rank, started.processes)
     finally:
         distributed.destroy_process_group()
 
 
-def _meet(started: Launched) -> Any:
-    """Waits for the others; says where, for one that never comes is waited for long."""
+def _meet(started: Launched) -> None:
+    """Waits for the others; says where, for one that never comes is waited for long.
+
+    They meet at the store, where one that does not come is given up soon; only then connections are made, on which all
+    wait with patience: those of a group that has little would end a run whose leader fetches a base for an hour.
+    """
     where = ":".join(os.environ[name] for name in RENDEZVOUS)
     others = started.processes - 1
     console.say(f"meeting the other {others} of {started.processes} processes at {where}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, rank=started.rank, world_size=started.processes, timeout=COMING)
-        return distributed.new_group(backend=backend, timeout=PATIENCE)
+        store, _, _ = next(distributed.rendezvous("env://", started.rank, started.processes, timeout=COMING))
+        store.set(f"qtune/{started.rank}", "here")
+        store.wait([f"qtune/{rank}" for rank in range(started.processes)], COMING)
+        distributed.init_process_group(
+            backend, store=store, rank=started.rank, world_size=started.processes, timeout=PATIENCE
+        )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes of this run did not meet at {where}: {first_line(error)}") from error
 

@@ -30,8 +30,6 @@ class Ranks:
 
     rank: int = 0
     processes: int = 1
-    group: Any = None
-    """torch.distributed's, where it is not the one of all."""
 
     @property
     def is_leader(self) -> bool:
@@ -58,7 +56,7 @@ class Ranks:
     def _broadcast(self, value: Any) -> Any:
         box = [value if self.is_leader else None]
         with noticing_loss():
-            distributed.broadcast_object_list(box, src=0, group=self.group)
+            distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_of(self, value: Value) -> list[Value]:
@@ -67,7 +65,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.processes
         with noticing_loss():
-            distributed.all_gather_object(values, value, group=self.group)
+            distributed.all_gather_object(values, value)
         return values
 
     def sum_of(self, values: Sequence[float]) -> list[float]:
@@ -76,7 +74,7 @@ class Ranks:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         with noticing_loss():
-            distributed.all_reduce(total, group=self.group)
+            distributed.all_reduce(total)
         return total.tolist()
 
     def add_gradients(self, model: nn.Module) -> None:
@@ -92,7 +90,7 @@ class Ranks:
             parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in group]
             flat = torch.cat([part.reshape(-1) for part in parts])
             with noticing_loss():
-                distributed.all_reduce(flat, group=self.group)
+                distributed.all_reduce(flat)
             for parameter, part in zip(group, flat.split([one.numel() for one in group]), strict=True):
                 total = part.view_as(parameter)
                 parameter.grad = total.clone() if parameter.grad is None else parameter.grad.copy_(total)
@@ -102,7 +100,7 @@ class Ranks:
         for parameter in model.parameters() if self.are_several else ():
             if parameter.requires_grad:
                 with noticing_loss():
-                    distributed.broadcast(parameter.data, src=0, group=self.group)
+                    distributed.broadcast(parameter.data, src=0)
 
     def require_alike(self, what: str, value: Any) -> None:
         """Refuses processes that do not see the same, on another computer for example; the leader says it.

@@ -243,6 +243,8 @@ def _train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | Non
         raise TrainingError(f"{error}\n{_way_on(run_dir)}") from error
     except KeyboardInterrupt as error:
         raise Interrupted(_stopped_at_once(run_dir)) from error
+    finally:
+        inputs.prepared.close()
     # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
     if failure is not None:
         raise OutOfMemory(failure_text(explained(failure, inputs, run_dir).to_json()), failure)

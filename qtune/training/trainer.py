@@ -24,6 +24,8 @@ from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.data.shares import ShareSampler, with_blanks
+from qtune.data.stream import RowStream
+from qtune.data.stream_order import WindowSampler
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
@@ -97,12 +99,14 @@ class QloraTrainer(SFTTrainer):
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
         outliers: Outliers | None = None,
         ranks: Ranks = ALONE,
+        stream: RowStream | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
-        outliers: those of which no update is taken. ranks: the processes that share the steps.
+        outliers: those of which no update is taken. ranks: the processes that share the steps. stream: rows that are
+        read from their files, of which `train` then holds the first one alone, and `lengths` nothing.
         """
         super().__init__(
             model=model,
@@ -113,6 +117,9 @@ class QloraTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[CheckpointedLayers(plan.gradient_checkpointing), *callbacks],
         )
+        self.first_row = train[0]
+        if stream is not None:
+            self.train_dataset = stream  # SFTTrainer's constructor takes no other map-style dataset than datasets' own
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
@@ -126,6 +133,7 @@ class QloraTrainer(SFTTrainer):
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
         self.row_lengths = lengths
+        self.stream = stream
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
@@ -156,7 +164,9 @@ class QloraTrainer(SFTTrainer):
 
     # --- order of rows ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler | WindowSampler:
+        if self.stream is not None:
+            return self.stream.order(self.effective_batch, self.args.seed)
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -168,7 +178,7 @@ class QloraTrainer(SFTTrainer):
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=share,
-            collate_fn=with_blanks(self.data_collator, self.train_dataset[0]),
+            collate_fn=with_blanks(self.data_collator, self.first_row),
             pin_memory=self.args.dataloader_pin_memory,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
