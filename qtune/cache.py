@@ -27,8 +27,11 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
-def remove_unused(folder: Path) -> None:
-    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago."""
+def remove_unused(folder: Path, mark: str = "about.json") -> None:
+    """Removes what nobody has used for UNUSED_DAYS, and what was left unfinished a day ago.
+
+    mark: the file in a folder whose time says when that was used.
+    """
     try:
         kept = list(folder.iterdir())
     except OSError:  # not there, or another user's
@@ -37,8 +40,8 @@ def remove_unused(folder: Path) -> None:
     for path in kept:
         # Other processes use and remove these at the same time.
         with suppress(OSError):
-            mark = path / "about.json" if path.is_dir() and not path.name.startswith(".") else path
-            days = (now - mark.stat().st_mtime) / 86400
+            used = path / mark if path.is_dir() and not path.name.startswith(".") else path
+            days = (now - used.stat().st_mtime) / 86400
             if days > (1 if path.name.startswith(".unfinished-") else UNUSED_DAYS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

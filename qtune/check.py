@@ -169,6 +169,7 @@ class Check:
                 }
                 for source in prepared.sources
             ],
+            "streaming": asdict(prepared.streaming),
             "bad_rows": [asdict(bad) for bad in prepared.bad_rows],
             "findings": [finding.to_json() for finding in self.findings],
             "stops": sorted({finding.kind for finding in self.stopping}),
@@ -270,13 +271,13 @@ def memory_alone(resolved: Resolved) -> Profile | None:
 
 
 def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
-    """Steps and padding of the first epoch."""
-    training, lengths = recipe.training, prepared.lengths
-    per_epoch = -(-len(lengths) // training.batch_size)
+    """Steps and padding of the first epoch; of a long stream, the padding of rows spread over it."""
+    training, lengths, rows = recipe.training, prepared.lengths, len(prepared.train)
+    per_epoch = -(-rows // training.batch_size)
     shuffled = np.random.default_rng((training.seed, 0)).permutation(len(lengths))
     grouped = StepSampler(lengths, training.batch_size, training.seed).order()
     return Batches(
-        len(lengths),
+        rows,
         per_epoch,
         # A part of an epoch is rounded up, as transformers does.
         training.steps or math.ceil(training.epochs * per_epoch),
@@ -320,6 +321,7 @@ def _rehearsed(preflight: Preflight) -> Rehearsal:
             return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
         finally:
             meter.close()
+            inputs.prepared.close()
 
 
 def step_seconds(preflight: Preflight) -> float:
@@ -350,6 +352,7 @@ def step_seconds(preflight: Preflight) -> float:
         stop = StopOnSignal(lambda: None)
         make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False).train()
         metrics.meter.close()
+        inputs.prepared.close()
         records = read_metrics(run_dir.metrics_file)
     # The first step is slower: memory is taken and kernels are chosen.
     speeds = [record.tokens_per_second for record in records if isinstance(record, TrainRecord) and record.step > 1]

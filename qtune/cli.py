@@ -9,10 +9,10 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, LeaderEnded, Problem, QtuneError, RunError
+from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
-from qtune.startup.launched import launched, use_own_card
+from qtune.startup.launched import is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -78,6 +78,12 @@ def _a_number(value: float) -> float:
     if value != value:
         raise typer.BadParameter("nan is not a number")
     return value
+
+
+def _load_libraries() -> None:
+    """Seconds in which nothing else can be said."""
+    with console.waiting("loading the libraries"):
+        import_libraries()
 
 
 def _version(value: bool) -> None:
@@ -241,7 +247,7 @@ def run(
             others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
             raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
         proven = RunDir.open(Path(target))
-        import_libraries()
+        _load_libraries()
         if trust:
             _agree(proven)
         from qtune.training import proof
@@ -268,7 +274,7 @@ def run(
         from qtune.training.launch import launch
 
         raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
-    import_libraries()
+    _load_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
     from qtune.training import train
@@ -452,7 +458,7 @@ def export(
     require_adapter(opened)
     if verify_only is None:
         refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
-    import_libraries()
+    _load_libraries()
     from qtune.export import export as stage
     from qtune.screens import export as screen
 
@@ -530,7 +536,7 @@ def evaluate(
     _refuse_ignored(_given(context), is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
     require_adapter(run_dir)
-    import_libraries()
+    _load_libraries()
     if trust:
         _agree(run_dir)
     if tasks is not None:
@@ -620,7 +626,7 @@ def compare(
         from qtune.report.drawing import require_writable
 
         require_writable(page, "--page", "page", ".html")
-    import_libraries()
+    _load_libraries()
     for run_dir in opened if trust else ():
         _agree(run_dir)
     from qtune.comparing.runs import compared_runs
@@ -677,7 +683,7 @@ def chat(
         require_model(target)
     elif adapter:
         require_adapter(run_dir)
-    import_libraries()
+    _load_libraries()
     from qtune.tuned import chat as stage
     from qtune.tuned.generate import Sampling
 
@@ -722,7 +728,7 @@ def check(
     try:
         # What is wrong with a recipe is said before seconds of imports.
         resolved = load_recipe(file, changes or ())
-        import_libraries()
+        _load_libraries()
         from qtune import check as stage
         from qtune.screens.check import draw_check
 
@@ -749,7 +755,7 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
         resolved = load_recipe(file, changes, need_rows=False)
     except InputError:
         return
-    import_libraries()
+    _load_libraries()
     from qtune.check import memory_alone
     from qtune.screens.answer import draw_answer
     from qtune.screens.memory import draw_forecast
@@ -882,7 +888,7 @@ def profile(
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
-    import_libraries()
+    _load_libraries()
     from qtune.report.timeline import write_timeline
     from qtune.startup.quiet import quiet_loading
 
@@ -908,14 +914,23 @@ def _require_one_card(gpu: str | None, vram: str | None) -> None:
 
 def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
+    from dataclasses import replace
+
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
     from qtune.report.page import attempt_report
+    from qtune.run.summary import summary_of
+    from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.memory import draw_measured
+    from qtune.verdicts.facts import read_facts
+    from qtune.verdicts.memory import fits
 
     _say_drifts(run_dir)
     with console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
+    verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
+    summary = summary_of(run_dir)
+    console.out(f"took {console.clock(summary.seconds)} for {summary.step:,} of {summary.steps:,} steps\n")
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
@@ -1013,7 +1028,7 @@ def fit(
     target = output or written_beside(file, ".fit.toml")
     if largest is None and target.exists() and not force:
         raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
-    import_libraries()
+    _load_libraries()
     from qtune.memory import fit as stage
     from qtune.startup.quiet import quiet_loading
     from qtune.whole import write_text
@@ -1067,7 +1082,7 @@ def main() -> None:
     guard_streams()
     try:
         try:
-            app()
+            _parse_and_run()
         finally:  # what is still in the buffer may be what cannot be written
             sys.stdout.flush()
     except OutputEndedError as error:
@@ -1079,7 +1094,7 @@ def main() -> None:
         # What the user asked for is no error.
         console.say(str(stopped))
         sys.exit(stopped.exit_code)
-    except LeaderEnded as error:
+    except SaidElsewhere as error:
         sys.exit(error.exit_code)
     except QtuneError as error:
         console.say_error(str(error))
@@ -1092,6 +1107,23 @@ def main() -> None:
             raise
         console.say_error(known)
         sys.exit(1)
+
+
+def _parse_and_run() -> None:
+    """The command. What stops one of several processes before they have met ends all, and is said once."""
+    try:
+        app()
+    except QtuneError as error:
+        if not is_to_meet():
+            raise
+        raise _said_once(error) from error
+
+
+def _said_once(error: QtuneError) -> QtuneError:
+    import_libraries()
+    from qtune.training.meeting import end_together
+
+    return end_together(error)
 
 
 def _told(error: Exception) -> str | None:

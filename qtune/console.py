@@ -168,6 +168,17 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
         yield Bar(description, total, _progress=drawn)
 
 
+@contextmanager
+def waiting(for_what: str) -> Iterator[None]:
+    """Says on a terminal what is waited for, as long as that lasts; what takes seconds is of no use in a file."""
+    console = live_console()
+    if not console.is_terminal or console.quiet:
+        yield
+        return
+    with console.status(Text(for_what), refresh_per_second=4):
+        yield
+
+
 def clock(seconds: float | None) -> str:
     """ "1:23:45", "2:05", or "–" while it is not known."""
     if seconds is None:

@@ -11,10 +11,10 @@
     │   ├── OutOfMemory         does not fit the device
     │   ├── TrainingError       training stopped
     │   │   └── PeerLostError   another process of the run has gone
-    │   ├── LeaderEnded         of a process that follows another one, which has ended and has said why
     │   ├── ExportError         the exported model could not be written
     │   └── VerificationError   the exported model is not the trained one
-    └── Interrupted     (130)   Ctrl-C; the state is saved
+    ├── Interrupted     (130)   Ctrl-C; the state is saved
+    └── SaidElsewhere           another process of the run says why, and has the exit code
 
 Anything else that reaches the user is a bug of ours and keeps its traceback.
 """
@@ -142,10 +142,6 @@ class PeerLostError(TrainingError):
     """Another process of the run has gone."""
 
 
-class LeaderEnded(WorkError):  # noqa: N818  not an error of its own
-    """The leader of a run of several processes did not come to its end; there is nothing to add to what it said."""
-
-
 class ExportError(WorkError):
     """The export could not be written."""
 
@@ -158,3 +154,11 @@ class Interrupted(QtuneError):  # noqa: N818  not an error, an answer to Ctrl-C
     """The user stopped the work; what was done is saved."""
 
     exit_code = 130
+
+
+class SaidElsewhere(QtuneError):  # noqa: N818  not an error of its own
+    """The run has ended; another of its processes has said why, and there is nothing to add."""
+
+    def __init__(self, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__()

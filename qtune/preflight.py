@@ -107,7 +107,7 @@ class Preflight:
         said = []
         if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
             said.append(rate)
-        trained = len(self.prepared.lengths)
+        trained = len(self.prepared.train)
         of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
         if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
             said.append(steps)
@@ -191,9 +191,12 @@ def examine(
         if traced or is_asked:
             with console.progress("tracing a step") as bar:
                 forecast = attempted(config, recipe, device, rows, bar.tell)
+    settled = forecast.plan if isinstance(forecast, Forecast) else plan
+    if recipe.data.streaming == "auto" and prepared.streaming.streams:
+        settled = settled.with_streaming(prepared.streaming.reason)
     return Preflight(
         resolved,
-        forecast.plan if isinstance(forecast, Forecast) else plan,
+        settled,
         tokenizer,
         prepared,
         inspection,
@@ -219,11 +222,12 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
 
 
 def together(refusals: Sequence[InputError]) -> InputError:
-    """Several errors as one with all of their problems; one alone as it is."""
+    """Several errors as one with all of their problems, of their kind where they are of one; one alone as it is."""
     first, *others = refusals
     if not others:
         return first
-    return InputError(dict.fromkeys(problem for error in refusals for problem in error.problems))
+    kind = type(first) if len({type(error) for error in refusals}) == 1 else InputError
+    return kind(dict.fromkeys(problem for error in refusals for problem in error.problems))
 
 
 Parameters = ParamSpec("Parameters")
@@ -320,7 +324,7 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
     try:
         store_embeddings(network, plan.embeddings, "meta")
         if plan.layers != "device":
-            stream_layers(network, plan.layers, "meta")
+            stream_layers(network, plan.layers, "meta", parts=plan.device.processes)
         with torch.device("meta"):
             model = attach_adapter(network, recipe.adapter, plan)
     except ModelError as error:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from qtune import console
 from qtune.errors import InputError, Problem
 from qtune.spelling import did_you_mean, nearest
+from qtune.startup.launched import is_to_meet
 
 # What other tools call ours, with what theirs does.
 ELSEWHERE = {
@@ -66,6 +67,8 @@ class Verbs(TyperGroup):
         except USAGE_ERROR as error:
             if not words:  # what is asked for without a verb is help
                 console.out_raw(f"{error}\n")
+            elif is_to_meet():  # all of several processes end with it, and one says it
+                raise InputError(self._problem(error, words)) from error
             else:
                 console.say_error(str(self._problem(error, words)))
             code = 2

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+EVERYTHING = os.environ.get("QTUNE_EVERYTHING") == "1"
+"""Whether products of many kinds are tried whole, of which one of each kind is enough day by day."""
 FUZZED = int(os.environ.get("QTUNE_FUZZED", "1"))
 """How many times as many random inputs as usual the fuzzers try; by hand 12 makes more than 100,000 in all."""
 FUZZ_SEED = int(os.environ.get("QTUNE_FUZZ_SEED", "15"))

@@ -246,6 +246,22 @@ def test_a_gguf_files_folder_that_has_changed_is_said_and_made_again(
     assert capsys.readouterr().err == ""
 
 
+def test_a_damaged_folder_of_another_user_is_not_used(
+    tmp_path: Path, cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    folder = gguf_folder(file)
+    damage(folder / "config.json", flipped(0.5))
+    later(folder)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(InputError) as caught:
+        gguf_folder(file)
+    assert str(caught.value) == (
+        f"{cache / 'gguf'}: the cache cannot be written: Permission denied; QTUNE_CACHE can name another folder"
+    )
+
+
 def test_a_gguf_file_with_other_bytes_of_the_same_size_and_time_is_another(
     tmp_path: Path, cache: Path, conversions: list[Path]
 ) -> None:

@@ -213,3 +213,17 @@ def test_a_note_stands_above_the_display(terminal: Console, hands: list[float]) 
         display.show(TRAIN)
         display.show(NoteRecord("[stopping]"))
     assert "[stopping]" in terminal.export_text()
+
+
+def test_what_is_waited_for_is_said_on_a_terminal_and_in_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.waiting("loading [the libraries]"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(console, "live_console", lambda: screen)
+    with console.waiting("loading [the libraries]"):
+        pass
+    assert isinstance(screen.file, io.StringIO)
+    assert "loading [the libraries]" in screen.file.getvalue()

@@ -101,6 +101,15 @@ def test_each_source_may_have_a_shape_and_columns_of_its_own(folder):
     ]
 
 
+def test_a_bad_row_of_renamed_columns_is_named_as_the_file_names_it(folder):
+    (folder / "own.csv").write_text("query,reply\nHi,Hello\nHi,\n,Hello\n")
+    with pytest.raises(DataError) as caught:
+        made(folder, train="own.csv", columns={"question": "query", "answer": "reply"})
+    first, second = (problem.message for problem in caught.value.problems[:2])
+    assert first.endswith("(answer is 'reply' there)")
+    assert second.endswith("(question is 'query' there)")
+
+
 def test_a_named_shape_is_not_guessed(folder):
     (folder / "rows.jsonl").write_text('{"text": "no", "prompt": "Hi", "completion": "Hello"}\n')
     assert made(folder).sources[0].row_format == "prompt-completion"

@@ -6,6 +6,7 @@ All imports count: those under TYPE_CHECKING and inside functions too, for a typ
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +86,18 @@ def modules(package: Path) -> dict[str, Path]:
     return {".".join(file.relative_to(package).with_suffix("").parts): file for file in files}
 
 
-def imports(file: Path) -> Iterator[Import]:
+def imports(file: Path) -> tuple[Import, ...]:
     """Every import of a file; `from a import b` counts as a.b as well, which may be a module."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return imports_in(file.read_text(encoding="utf-8"), file)
+
+
+@cache
+def imports_in(text: str, file: Path) -> tuple[Import, ...]:
+    """Of a file with this text, which many tests ask for."""
+    return tuple(_imports(ast.parse(text), file))
+
+
+def _imports(tree: ast.Module, file: Path) -> Iterator[Import]:
     later = {id(inner) for node in ast.walk(tree) if is_later(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         names: list[str] = []

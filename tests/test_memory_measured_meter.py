@@ -81,10 +81,10 @@ def test_a_run_keeps_its_snapshot_beside_its_other_files(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA card")
 def test_without_a_card_a_snapshot_is_refused_before_anything_is_done(write_recipe: WriteRecipe) -> None:
-    recipe = write_recipe(training="steps = 1")
+    recipe, threads = write_recipe(training="steps = 1"), torch.get_num_threads()
     message = (
         f"--memory-snapshot: only a CUDA card's allocator can be asked for it, and this would run on CPU, "
-        f"{torch.get_num_threads()} threads; leave it out"
+        f"{threads} thread{'' if threads == 1 else 's'}; leave it out"
     )
     with pytest.raises(InputError) as caught:
         train.run(load_recipe(recipe), snapshot=True)

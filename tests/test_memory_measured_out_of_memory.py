@@ -129,7 +129,8 @@ def prediction(rows: int, here: str, peak_bytes: int, verdict: str) -> str:
 
 
 def memory(free: str) -> str:
-    return f"CPU, {torch.get_num_threads()} threads: {free} GiB of 8.00 GiB free, 2.00 GiB held by this run"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}: {free} GiB of 8.00 GiB free, 2.00 GiB held by this run"
 
 
 def with_eight_bits() -> list[str]:

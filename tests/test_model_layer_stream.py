@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import EVERYTHING
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file
 from test_adapter_lean import Case, distance, network, readied
@@ -111,7 +112,7 @@ def test_so_are_those_of_layers_on_disk_in_bfloat16(adapter: str, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["lora", "p-tuning"])
+@pytest.mark.parametrize("adapter", ["lora", "p-tuning"] if EVERYTHING else ["lora"])
 def test_so_are_those_of_the_built_in_model(adapter: str) -> None:
     table = {"lora": {"kind": "lora", "rank": 8}, "p-tuning": {"kind": "p-tuning", "virtual_tokens": 4}}[adapter]
     found = []

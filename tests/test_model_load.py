@@ -173,7 +173,7 @@ def test_a_model_of_which_too_little_is_quantized_is_refused(tiny_model: Path, k
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for read, said in ((load_config, "has no config.json"), (load_tokenizer, "cannot be loaded: ")):
+    for read, said in ((load_config, "has no config.json"), (load_tokenizer, "has no tokenizer: ")):
         with pytest.raises(ModelError, match=rf"^{tmp_path}/empty: {said}"):
             read(Model(base=str(tmp_path / "empty")))
     with pytest.raises(

@@ -39,7 +39,7 @@ def loaded(base: Path, quantization: Quantization = KINDS["nf4"], dtype: str = "
 
 
 def copies() -> list[Path]:
-    return sorted(path.parent for path in quantized_copy.cache_folder().glob("quantized/*/about.json"))
+    return sorted(path.parent for path in quantized_copy.cache_folder().glob("quantized/*/manifest.json"))
 
 
 def is_quantized_anew(base: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> bool:
@@ -128,10 +128,10 @@ DAMAGES = {
     "a file that was cut": lambda copy: (copy / "model.safetensors").write_bytes(b"x"),
     "a file that is gone": lambda copy: (copy / "model.safetensors").unlink(),
     "another configuration": lambda copy: (copy / "config.json").write_text("{}"),
-    "a record that is no JSON": lambda copy: (copy / "about.json").write_text("{"),
-    "a record of nothing": lambda copy: (copy / "about.json").write_text('{"files": {}}'),
-    "a record of another shape": lambda copy: (copy / "about.json").write_text("[]"),
-    "a record that is gone": lambda copy: (copy / "about.json").unlink(),
+    "a record that is no JSON": lambda copy: (copy / "manifest.json").write_text("{"),
+    "a record of nothing": lambda copy: (copy / "manifest.json").write_text('{"files": {}}'),
+    "a record of another shape": lambda copy: (copy / "manifest.json").write_text("[]"),
+    "a record that is gone": lambda copy: (copy / "manifest.json").unlink(),
 }
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_copy_is_made_again_and_said(
     DAMAGES[damage](copy)
     capsys.readouterr()
     again = loaded(base).state_dict()
-    assert "quantizing again" in capsys.readouterr().err
+    assert "it is made again" in capsys.readouterr().err
     assert all(torch.equal(again[name], value) for name, value in right.items())
     assert copies() == [copy]
     assert not is_quantized_anew(base, monkeypatch)

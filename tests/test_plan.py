@@ -111,10 +111,25 @@ def test_the_micro_batch_divides_the_batch_and_keeps_to_4096_tokens(batch: int, 
     assert plan.reasons["training", "micro_batch_size"] == f"at most 4096 tokens at once, {size} x {length}"
 
 
+@pytest.mark.parametrize("batch", [8, 12, 16, 64])
+def test_in_float32_on_a_processor_two_processes_take_the_groups_of_one(batch: int) -> None:
+    given = recipe(training={"batch_size": batch}, data={"max_length": 64})
+    alone, shared = (make_plan(given, replace(OLD_CPU, processes=count)) for count in (1, 2))
+    assert alone.micro_batch_size == shared.micro_batch_size == batch // 2
+    assert (alone.accumulation_steps, shared.accumulation_steps) == (2, 1)
+    assert "the same groups for two processes" in alone.reasons["training", "micro_batch_size"]
+
+
+@pytest.mark.parametrize(("device", "batch"), [(NEW_CPU, 8), (AMPERE, 8), (OLD_CPU, 6), (OLD_CPU, 9)])
+def test_elsewhere_or_with_few_rows_all_go_at_once(device: Device, batch: int) -> None:
+    given = recipe(training={"batch_size": batch}, data={"max_length": 64})
+    assert make_plan(given, device).micro_batch_size == batch
+
+
 def test_rows_that_were_looked_at_decide_the_micro_batch_and_not_what_they_may_not_exceed() -> None:
     given = recipe(training={"batch_size": 16}, data={"max_length": 2048})
-    assert make_plan(given, OLD_CPU).micro_batch_size == 2
-    plan = make_plan(given, OLD_CPU, longest=90)
+    assert make_plan(given, NEW_CPU).micro_batch_size == 2
+    plan = make_plan(given, NEW_CPU, longest=90)
     assert (plan.micro_batch_size, plan.accumulation_steps, plan.max_length) == (16, 1, 2048)
     assert plan.reasons["training", "micro_batch_size"] == "at most 4096 tokens at once, 16 x 90"
 

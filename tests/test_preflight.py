@@ -277,7 +277,11 @@ def test_short_rows_go_together_on_a_processor_however_long_they_might_be(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qtune.preflight.present_device", lambda: CPU)
-    examined = examine(load_recipe(write_recipe(training="batch_size = 8"), ["data.max_length=2048"]))
+    examined = examine(
+        load_recipe(
+            write_recipe(training="batch_size = 8"), ["data.max_length=2048", "quantization.compute_dtype=bfloat16"]
+        )
+    )
     longest = max(examined.prepared.lengths)
     assert longest < 128
     assert examined.plan.micro_batch_size == 8

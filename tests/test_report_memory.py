@@ -1,6 +1,7 @@
 """The report's part on memory: predicted beside measured, one step drawn, what was saved; and where that comes from."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from qtune.memory.profile import is_traced, trace_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.records import record_of
-from qtune.report import page as stage
 from qtune.report.memory import memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
@@ -211,7 +211,7 @@ def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_r
     assert len(names) == len(set(names)) == 5
     assert any(name.startswith("TRL") for name in names)
     assert is_traced(run_dir)
-    monkeypatch.setattr(stage, "trace_run", lambda *_, **__: pytest.fail("it is known"))
+    monkeypatch.setattr("qtune.memory.profile.trace_run", lambda *_, **__: pytest.fail("it is known"))
     trace_memory(run_dir)
     text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
     assert "for the largest batch that was measured, 2 x" in text
@@ -242,6 +242,8 @@ def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, 
     assert "Nothing is predicted here yet" in run_dir.report.read_text(encoding="utf-8")
     done = run_qtune("profile", run_dir.path, "--no-savings", "--timeline", picture)
     assert done.returncode == 0, done.stderr
+    assert re.match(r"✓  fits\?  Fits: the process took .* at the peak", done.stdout)
+    assert re.search(r"^took \d+:\d\d for \d+ of \d+ steps$", done.stdout, re.MULTILINE)
     assert "<polygon" in run_dir.report.read_text(encoding="utf-8")
     assert picture.read_text(encoding="utf-8").startswith("<svg ")
 

@@ -366,14 +366,14 @@ def test_what_is_marked_is_what_was_trained(finished):
     assert [row.title for row in shown.rows] == ["first row", "middle length", "longest", "held out for validation"]
     assert (shown.train_rows, shown.validation_rows) == (len(examples["train"]), len(examples["validation"]))
     first, longest = shown.rows[0], shown.rows[2]
-    number = int(re.search(r"Question (\d+)", "".join(text for text, _ in first.pieces))[1])
-    assert [text for text, scored in first.pieces if scored] == [f"Answer {number}.<|im_end|>"]
-    assert "".join(text for text, _ in first.pieces) == tokenizer.decode(examples["train"][0]["input_ids"])
-    assert ATTACK in "".join(text for text, scored in longest.pieces if scored)
+    number = int(re.search(r"Question (\d+)", "".join(piece.text for piece in first.pieces))[1])
+    assert [piece.text for piece in first.pieces if piece.scored] == [f"Answer {number}.<|im_end|>"]
+    assert "".join(piece.text for piece in first.pieces) == tokenizer.decode(examples["train"][0]["input_ids"])
+    assert ATTACK in "".join(piece.text for piece in longest.pieces if piece.scored)
 
 
 def test_the_marks_of_the_page_are_the_scored_pieces(finished, drawn):
-    scored = [text for row in rows_of(finished).rows for text, is_scored in row.pieces if is_scored]
+    scored = [piece.text for row in rows_of(finished).rows for piece in row.pieces if piece.scored]
     assert drawn.texts["mark"] == ["marked", *scored]
 
 

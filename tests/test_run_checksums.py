@@ -322,7 +322,7 @@ def test_a_run_on_an_exported_model_that_has_changed_since_stops(on_export: Reso
         lambda: train.run(on_export),
     ):
         with pytest.raises(
-            ModelError, match=r"is not what was exported: generation_config\.json is not what was saved"
+            InputError, match=r"is not what was exported: generation_config\.json is not what was saved"
         ):
             verb()
     assert "generation_config.json is not what was saved" in write_report(run).read_text()

@@ -119,16 +119,15 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_not_taken_for_one_that_i
     capsys: pytest.CaptureFixture,
 ) -> None:
     run, other = world.stopped, world.finished
-    shutil.rmtree(run.checkpoints / "checkpoint-2")
-    shutil.copytree(other.checkpoints / "checkpoint-2", run.checkpoints / "checkpoint-2")
+    last = run.checkpoints / "checkpoint-4"
+    shutil.copytree(other.checkpoints / "checkpoint-4", last)
+    theirs = (last / manifest.NAME).read_bytes()
     resumed = train.resume(run)
-    assert (
-        f"{run.checkpoints / 'checkpoint-2'} is not whole: it is not of this run: when it was saved, record"
-    ) in capsys.readouterr().err
+    said = f"{last} is not whole: it is not of this run: when it was saved, record 1 of metrics.jsonl was another"
+    assert said in capsys.readouterr().err
     assert_same_adapter(resumed, other)
-    assert (run.checkpoints / "damaged-checkpoint-2").is_dir()
-    assert fault_of(run.checkpoints / "checkpoint-2") is None
-    assert fault_of(run.checkpoints / "checkpoint-4") is None
+    assert (last.parent / "damaged-checkpoint-4" / manifest.NAME).read_bytes() == theirs
+    assert fault_of(last) is None
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@
 Nothing may end in a traceback, and nothing may come out that differs without a word.
 """
 
-import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import EVERYTHING
 from safetensors.torch import load_file
-from test_run_drift import World, kept, world  # noqa: F401  fixtures
+from test_run_drift import World, make_world
 
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import QtuneError
@@ -26,8 +26,15 @@ from qtune.tuned.evaluate import evaluate
 pytestmark = pytest.mark.slow
 
 SEED = 20261127
-# Every file in three of the nine ways; QTUNE_DAMAGE_SHARE=1 takes all of them, which is three times the work.
-SHARE = int(os.environ.get("QTUNE_DAMAGE_SHARE", "3"))
+# Every file in three of the nine ways; all of them are three times the work.
+SHARE = 1 if EVERYTHING else 3
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """(where the world is, a copy of it as it was): one step is left to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield make_world(tmp_path_factory, patch, steps=3)
 
 
 def flipped(file: Path, chance: random.Random) -> None:
@@ -105,7 +112,7 @@ def outcome(verb: Callable[[], Any]) -> tuple[str, Any]:
         return "traceback", error
 
 
-def restored(kept: tuple[Path, Path]) -> World:  # noqa: F811
+def restored(kept: tuple[Path, Path]) -> World:
     home, copy = kept
     shutil.rmtree(home)
     shutil.copytree(copy, home, symlinks=True)
@@ -121,7 +128,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_exactly_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:  # noqa: F811
+def test_a_stopped_run_goes_on_exactly_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:
     home = restored(kept)
     whole, stopped = load_file(home.finished.adapter / STATE_FILE), home.stopped.path
     bad = []
@@ -156,7 +163,7 @@ def reported(run: Path) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_finished_run_is_used_as_it_was_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:  # noqa: F811
+def test_a_finished_run_is_used_as_it_was_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:
     finished = restored(kept).finished.path
     weights = exported(finished)
     verbs = {"eval": (figures, figures(finished)), "export": (exported, weights), "report": (reported, True)}

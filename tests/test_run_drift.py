@@ -79,29 +79,35 @@ def rows_text(rows: list[dict]) -> str:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """(where the world is, a copy of it as it was)."""
-    home, copy = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("copy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        short_answers(patch)
-        tiny_base(home / "base")
-        tiny_tokenizer(home / "base")
-        (home / "rows.jsonl").write_text(rows_text(ROWS[:16]))
-        (home / "validation.jsonl").write_text(rows_text(ROWS[16:]))
-        (home / "recipe.toml").write_text(RECIPE.format(home=home, data=""))
-        train.run(load_recipe(home / "recipe.toml", ["output.name=finished"]))
-        original = QloraTrainer.compute_loss
+        yield make_world(tmp_path_factory, patch)
 
-        def compute_loss(self, *args, **kwargs):
-            if self.state.global_step == 2:
-                raise Killed
-            return original(self, *args, **kwargs)
 
-        patch.setattr(QloraTrainer, "compute_loss", compute_loss)
+def make_world(folders: pytest.TempPathFactory, patch: pytest.MonkeyPatch, steps: int = 4) -> tuple[Path, Path]:
+    """Makes what `kept` gives; the stopped run has two of so many steps."""
+    home, copy = folders.mktemp("world"), folders.mktemp("copy")
+    patch.setenv("QTUNE_CACHE", str(folders.mktemp("cache")))
+    short_answers(patch)
+    tiny_base(home / "base")
+    tiny_tokenizer(home / "base")
+    (home / "rows.jsonl").write_text(rows_text(ROWS[:16]))
+    (home / "validation.jsonl").write_text(rows_text(ROWS[16:]))
+    recipe = RECIPE.format(home=home, data="")
+    (home / "recipe.toml").write_text(recipe.replace("steps = 4", f"steps = {steps}"))
+    train.run(load_recipe(home / "recipe.toml", ["output.name=finished"]))
+    original = QloraTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as killing:
+        killing.setattr(QloraTrainer, "compute_loss", compute_loss)
         with pytest.raises(Killed):
             train.run(load_recipe(home / "recipe.toml", ["output.name=stopped"]))
-        patch.setattr(QloraTrainer, "compute_loss", original)
-        shutil.copytree(home, copy / "world")
-        yield home, copy / "world"
+    shutil.copytree(home, copy / "world")
+    return home, copy / "world"
 
 
 @pytest.fixture

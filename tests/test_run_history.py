@@ -9,10 +9,11 @@ import pytest
 
 from qtune import manifest
 from qtune.errors import RunError
-from qtune.records import CHECKSUM
+from qtune.records import CHECKSUM, write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.history import history_of
+from qtune.run.measured_adapter import WEIGHTS, adapter_name
 from qtune.run.metrics import (
     AFTER,
     EvalRecord,
@@ -25,6 +26,7 @@ from qtune.run.metrics import (
     records_then,
     require_records_of,
 )
+from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
 
 RECORDS: tuple[Metric, ...] = (
     NoteRecord("begun"),
@@ -248,3 +250,45 @@ def test_a_manifest_that_does_not_say_leaves_the_records_as_they_are(text: str, 
     (run.adapter / manifest.NAME).write_text(text)
     run.metrics_file.write_text("")
     assert history_of(run) == ()
+
+
+def test_figures_of_another_adapter_are_none_of_this_runs(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RunDir(tmp_path / "other")
+    for one, weights in ((run, b"these"), (other, b"those")):
+        one.adapter.mkdir(parents=True, exist_ok=True)
+        (one.adapter / WEIGHTS).write_bytes(weights)
+        manifest.seal(one.adapter)
+        scores = TaskScores("0.4", None, None, (TaskScore("arc", "acc", 0.25, 0.5),), adapter_name(one))
+        write_record(one.tasks_file, scores)
+        assert read_tasks(one) == scores
+    shutil.copy(other.tasks_file, run.tasks_file)
+    assert read_tasks(run) is None
+    said = f"{run.tasks_file} is left out: it was measured of another adapter than the one that is here\n"
+    assert capsys.readouterr().err == said
+    # An older version did not say of which adapter its figures are.
+    older = TaskScores("0.4", None, None, ())
+    write_record(run.tasks_file, older)
+    assert read_tasks(run) == older
+    (run.adapter / manifest.NAME).unlink()
+    shutil.copy(other.tasks_file, run.tasks_file)
+    assert read_tasks(run) == read_tasks(other)
+
+
+def test_a_file_that_this_user_may_not_read_is_no_damage(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    manifest.seal(run.adapter)
+    opened = Path.open
+
+    def refused(file: Path, *given: object, **named: object) -> object:
+        if file.name == "adapter_config.json":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *given, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(RunError) as caught:
+        whole_adapter(run)
+    assert str(caught.value) == (
+        f"{run.adapter}/adapter_config.json: cannot be read: Permission denied; give yourself the right to it"
+    )

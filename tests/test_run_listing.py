@@ -152,3 +152,16 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     assert (found["name"], found["loss_end"]) == ("mine", 1.25)
     (tmp_path / "empty").mkdir()
     assert run_qtune("list", tmp_path / "empty").stdout == f"no runs in {tmp_path / 'empty'}\n"
+
+
+def test_a_base_that_all_runs_share_stands_once_above_them(tmp_path: Path) -> None:
+    made(tmp_path, "a_run_with_a_long_name", trained(1, 3.0, 1))
+    made(tmp_path, "second", trained(1, 3.0, 1))
+    alike = CliRunner().invoke(app, ["list", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    assert alike.startswith(f"Runs in {tmp_path}, all on org/model\n")
+    assert "base" not in alike.splitlines()[1]
+    other = made(tmp_path, "third")
+    other.resolved_file.write_text(RESOLVED.replace("org/model", "org/other"))
+    both = CliRunner().invoke(app, ["list", str(tmp_path)], env={"COLUMNS": "200"}).stdout
+    assert both.count("org/model") == 2
+    assert both.count("org/other") == 1

@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,12 @@ pytestmark = pytest.mark.slow
 LORA = 'kind = "lora"\nrank = 4\ndropout = 0.1'
 SOFT = 'kind = "p-tuning"\nvirtual_tokens = 4\nencoder = "lstm"\nencoder_hidden_size = 32\nencoder_dropout = 0.1'
 STEPS = "steps = 6\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 3\neval_every = 2"
+
+
+@pytest.fixture(autouse=True)
+def answers_are_as_long_as_a_users(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' are short."""
+    monkeypatch.setattr(sample_answers, "MOST_TOKENS", MOST_TOKENS)
 
 
 def answers_in(run_dir: RunDir) -> list[AnswersRecord]:
@@ -185,6 +192,16 @@ def test_the_screen_shows_question_and_answer_and_what_was_wanted_where_it_diffe
         "step 2: what it answers now\n  asked   What is it?\n  says    the the…\n  wanted  Tea"
     )
     assert answers_text(RECORDS[2]) == "step 6: what it answers now\n  asked   What is it?\n✓ says    Tea"
+
+
+def test_the_screen_says_questions_once_and_afterwards_the_answers_that_are_new() -> None:
+    assert answers_text(RECORDS[2], RECORDS[1]) == "step 6: what it answers now\n✓ says    Tea"
+    assert answers_text(RECORDS[3], RECORDS[2]) == "step 9: it answers as before"
+    (one,) = RECORDS[0].answers
+    two = replace(RECORDS[0], answers=(one, replace(one, request="And this?")))
+    later = replace(two, step=5, answers=(one, replace(one, request="And this?", answer="Milk")))
+    assert answers_text(later, two) == "step 5: what it answers now\n  says    (as before)\n  says    Milk"
+    assert answers_text(two, RECORDS[0]).count("asked") == 2  # other questions are shown
 
 
 def test_the_report_shows_the_answers_over_time_and_equal_ones_once() -> None:

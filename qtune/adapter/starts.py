@@ -21,7 +21,9 @@ from qtune.adapter.state import load_trained_state
 from qtune.data.collate import PaddedCollator
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
+from qtune.kernels.ops import dequantized
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.layer_stream import packed_weight
 from qtune.model.local import local_base
 from qtune.recipe.schema import Lora, PrefixTuning, PromptTuning, PTuning, Recipe
 
@@ -158,7 +160,8 @@ def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_
         batch = collate([train[row] for row in range(start, min(rows, start + micro_batch_size))])
         batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
     console.say(f"EVA: looking at the activations of {rows} training rows")
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    # Each of several processes looks at the same rows: together they would be looked at once by each.
+    initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 @torch.no_grad()
@@ -178,9 +181,9 @@ def start_from_residual(model: PeftModel, base: Checkpoint) -> None:
     ]
     with console.progress("LoftQ: decomposing the quantization error", len(layers)) as bar:
         for name, module in layers:
-            packed = module.get_base_layer().weight
-            original = base.read_finite(_stored_name(base, f"{name}.weight")).to(packed.device, torch.float32)
-            error = original - bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+            weight = dequantized(*packed_weight(module.get_base_layer())).float()
+            original = base.read_finite(_stored_name(base, f"{name}.weight")).to(weight.device, torch.float32)
+            error = original - weight
             for adapter, rank in module.r.items():
                 left, values, right = torch.linalg.svd(error, full_matrices=False)
                 root = (values[:rank] / module.scaling[adapter]).sqrt()

@@ -40,6 +40,11 @@ class StepSampler(Sampler[int]):
         grouped = [step[np.argsort(-self.lengths[step], kind="stable")] for step in steps]
         return np.concatenate(grouped) if grouped else shuffled
 
+    def steps(self) -> Iterator[list[int]]:
+        """The rows of each step of the current epoch."""
+        order = self.order().tolist()
+        yield from (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
 
 def rows_of_step(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, step: int) -> list[int]:
     """The row numbers of an optimizer step, which are counted from 1."""

@@ -13,18 +13,18 @@ def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
         return np.array([], dtype=np.int64)
     # By prompt: the same question must not be in both parts, whatever its answers are.
     hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
-    mixed = _mixed(hashes, seed)
+    order = mixed(hashes, seed)
     count = max(1, round(share * len(train)))
-    border = np.partition(mixed, count - 1)[count - 1]
-    return np.flatnonzero(mixed <= border)
+    border = np.partition(order, count - 1)[count - 1]
+    return np.flatnonzero(order <= border)
 
 
-def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+def mixed(values: np.ndarray, seed: int) -> np.ndarray:
     """A pseudo-random order of hashes under a seed. splitmix64 (Steele, Lea, Flood 2014, figure 17)."""
-    mixed = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    order = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1))
+    order = (order ^ (order >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    order = (order ^ (order >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return order ^ (order >> np.uint64(31))
 
 
 def weighted_rows(weights: np.ndarray, seed: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -33,24 +33,44 @@ def encode_source(
 ) -> Stored:
     """Makes the examples of a source and writes them to `folder`."""
     read = Progress()
-    batches = _batched(source.rows(read))
+    batches = encoded(
+        f"tokenizing {source.name}",
+        _batched(source.rows(read)),
+        lambda rows: source.estimated_rows(rows, read),
+        tokenizer,
+        template,
+        rules,
+    )
+    return write_store(folder, batches)
+
+
+def encoded(
+    what: str,
+    batches: Iterator[list[Row | BadRow]],
+    estimated_rows: Callable[[int], int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    rules: RowRules,
+) -> Iterator[EncodedBatch]:
+    """The examples of batches of rows, batch by batch in their order; many rows on every core.
+
+    what: is shown beside the progress. estimated_rows: how many there are in all, once so many were read.
+    """
     first, is_large = _read_ahead(batches)
     count = sum(map(len, first))
     workers = len(os.sched_getaffinity(0)) if is_large else 1
-    total = source.estimated_rows(count, read) if is_large else None
+    total = estimated_rows(count) if is_large else None
     rows_in_words = f"about {total:,} rows" if total else f"{count:,} rows"
-    with console.progress(f"tokenizing {source.name}, {rows_in_words}", total) as shown:
-
-        def counted(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
-            for batch in batches:
-                shown.advance(batch.rows)
-                yield batch
-
-        every = _chain(first, batches)
+    every = _chain(first, batches)
+    with console.progress(f"{what}, {rows_in_words}", total) as shown:
         if workers == 1:
             encoder = RowEncoder(tokenizer, template, rules)
-            return write_store(folder, counted(encoder(batch) for batch in every))
-        return write_store(folder, counted(_in_parallel(every, tokenizer, template, rules, workers)))
+            made: Iterator[EncodedBatch] = (encoder(batch) for batch in every)
+        else:
+            made = _in_parallel(every, tokenizer, template, rules, workers)
+        for batch in made:
+            shown.advance(batch.rows)
+            yield batch
 
 
 def _batched(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
@@ -58,7 +78,7 @@ def _batched(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += _characters(row.value if isinstance(row, Row) else row.message)
+        characters += characters_of(row.value if isinstance(row, Row) else row.message)
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -66,12 +86,12 @@ def _batched(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
         yield batch
 
 
-def _characters(value: object) -> int:
+def characters_of(value: object) -> int:
     """The length of all texts in a row."""
     if isinstance(value, str):
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_characters, inner))
+    return sum(map(characters_of, inner))
 
 
 def _read_ahead(batches: Iterator[list[Row | BadRow]]) -> tuple[list[list[Row | BadRow]], bool]:
@@ -81,7 +101,7 @@ def _read_ahead(batches: Iterator[list[Row | BadRow]]) -> tuple[list[list[Row | 
     for batch in batches:
         first.append(batch)
         rows += len(batch)
-        characters += sum(_characters(row.value) for row in batch if isinstance(row, Row))
+        characters += sum(characters_of(row.value) for row in batch if isinstance(row, Row))
         if rows >= ROWS_WORTH_WORKERS or characters >= CHARACTERS_WORTH_WORKERS:
             return first, True
     return first, False

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import COLUMNS as SHAPES
-from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation
+from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation, with_the_files_names
 from qtune.data.lengths import shortened, windows
 from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
 from qtune.data.order import OutOfOrder
@@ -92,6 +92,8 @@ class EncodedBatch:
     rows_with_unused: int = 0
     mapped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
+    origins: list[int] = field(default_factory=list)
+    """Of each example the place of its row in the batch, ascending: a row may give several, or none."""
 
 
 class RowEncoder:
@@ -113,24 +115,27 @@ class RowEncoder:
         bad, dropped = batch.bad, batch.dropped
         # Rendered texts wait here to be tokenized together; documents need nothing rendered.
         waiting: list[Rendered | Encoded] = []
-        for row in rows:
+        origins: list[int] = []
+        for number, row in enumerate(rows):
             if isinstance(row, BadRow):
                 bad.append(row)
                 continue
             try:
                 waiting.extend(self._read(row))
+                origins.extend([number] * (len(waiting) - len(origins)))
             except OutOfOrder as fault:
                 if self.rules.on_turn_order == "drop":
                     batch.out_of_order.append(f"{row.place} ({fault})")
                 else:
                     bad.append(BadRow(row.place, str(fault), advice=_order_advice(self.rules.on_turn_order)))
             except RowError as fault:
-                bad.append(BadRow(row.place, str(fault)))
+                bad.append(BadRow(row.place, with_the_files_names(str(fault), self.rules.columns)))
         encoded = iter(self.encoder.encode([one for one in waiting if isinstance(one, Rendered)]))
         examples: list[Encoded] = []
-        for one in waiting:
+        for one, origin in zip(waiting, origins, strict=True):
             if isinstance(one, Encoded):
                 examples.extend(windows(one, self.rules.max_length))
+                batch.origins.extend([origin] * (len(examples) - len(batch.origins)))
                 continue
             bos = self.encoder.tokenizer.bos_token_id
             fitted = shortened(next(encoded), self.rules.max_length, self.rules.on_long_row, bos)
@@ -138,6 +143,7 @@ class RowEncoder:
                 dropped.append(one.conversation.place)
             else:
                 examples.append(fitted)
+                batch.origins.append(origin)
         batch.examples = _columns(examples)
         return batch
 

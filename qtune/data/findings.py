@@ -10,6 +10,10 @@ Level = Literal["error", "warning"]
 
 # Places that a finding lists.
 LISTED = 10
+# Thresholds under which a repetition is ordinary: a classifier repeats its labels, a helper says hello.
+SAME_ANSWER_SHARE = 0.5
+OPENING_SHARE = 0.2
+ENOUGH_ROWS = 20
 
 
 @dataclass(frozen=True)

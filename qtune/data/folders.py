@@ -99,7 +99,7 @@ def _beside(file: Path, names_in: Callable[[Any], list[Any]]) -> list[Path]:
         DataError: the file is damaged, or names what is not there or elsewhere.
     """
     try:
-        names = names_in(json.loads(file.read_text(encoding="utf-8")))
+        names = list(names_in(json.loads(file.read_text(encoding="utf-8"))))
     except OSError as error:
         raise DataError(Problem(str(file), f"cannot be read: {error.strerror}")) from error
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -68,6 +69,12 @@ def renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in taken and key not in columns}
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def with_the_files_names(message: str, columns: Mapping[str, str]) -> str:
+    """What is wrong with a row whose columns were renamed, for somebody who looks at the file."""
+    named = [f"{ours} is {theirs!r} there" for ours, theirs in columns.items() if re.search(rf"\b{ours}\b", message)]
+    return f"{message} ({', '.join(named)})" if named else message
 
 
 def replaced(row: RawRow, columns: Mapping[str, str]) -> list[str]:

@@ -24,7 +24,9 @@ def held_out_rows(
     given = str(data_file.resolve()) if data_file else data.test if data.test is not None else data.validation
     if not isinstance(given, float):
         # Only these rows are read; the training rows may be gone by now.
-        alone = data.model_copy(update={"train": given, "validation": 0.0, "test": None, "packing": False})
+        alone = data.model_copy(
+            update={"train": given, "validation": 0.0, "test": None, "packing": False, "streaming": False}
+        )
         name = str(data_file) if data_file else own_rows(recipe)
         split = "test" if data_file or data.test is not None else "validation"
         return name, prepare(alone, tokenizer, folder, split=split).examples["train"]

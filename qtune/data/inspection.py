@@ -9,15 +9,13 @@ from datasets import Dataset
 
 from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
 from qtune.data.conversation import Conversation
-from qtune.data.findings import LISTED, Finding, found
+from qtune.data.findings import ENOUGH_ROWS, LISTED, OPENING_SHARE, SAME_ANSWER_SHARE, Finding, found
 from qtune.data.prepare import Prepared
+from qtune.data.stream import RowStream
+from qtune.data.stream_findings import StreamColumns
 from qtune.recipe.schema import Data
 
-# Thresholds under which a repetition is ordinary: a classifier repeats its labels, a helper says hello.
-SAME_ANSWER_SHARE = 0.5
-OPENING_SHARE = 0.2
 REFUSAL_SHARE = 0.01
-ENOUGH_ROWS = 20
 FEW_ROWS = 50
 
 
@@ -40,9 +38,19 @@ class Columns:
     def __len__(self) -> int:
         return len(self.length)
 
+    def has_prompts(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether prompts stand here, too, by their hashes: [hashes]."""
+        return np.isin(hashes, self.prompt_hash)
+
     def places(self, rows: Iterable[int]) -> list[str]:
         """Where the first of some rows stand."""
         return [self.examples[int(row)]["place"] for _, row in zip(range(LISTED), rows, strict=False)]
+
+    def conversation_with(self, note: str) -> tuple[str, str]:
+        """The place of the first example with a note, and its conversation as JSON."""
+        place = self.note_places[note][0]
+        rows = self.examples.select_columns(["place", "conversation"])
+        return place, next(row["conversation"] for row in rows if row["place"] == place)
 
 
 FIGURES = ("length", "scored", "largest_id", "row_hash", "prompt_hash", "answer_hash", "opening_hash")
@@ -52,13 +60,22 @@ FIGURES = ("length", "scored", "largest_id", "row_hash", "prompt_hash", "answer_
 class Inspection:
     """The figures of each split, and everything that is found, errors first."""
 
-    splits: dict[str, Columns]
+    splits: dict[str, Columns | StreamColumns]
     findings: list[Finding]
 
 
 def inspect(prepared: Prepared, data: Data, vocabulary: int) -> Inspection:
     """Looks at every example. `vocabulary` is the number of rows of the model's embedding."""
-    splits = {name: _columns(name, examples) for name, examples in prepared.examples.items()}
+    whole = {
+        name: _columns(name, examples)
+        for name, examples in prepared.examples.items()
+        if not isinstance(examples, RowStream)
+    }
+    splits: dict[str, Columns | StreamColumns] = {**whole}
+    if (stream := prepared.stream) is not None:
+        aside = whole["validation"] if len(stream.set_aside) else None
+        noted, places = (aside.notes, set(aside.examples["place"])) if aside else (Counter[str](), set[str]())
+        splits = {"train": StreamColumns.of(stream, noted, places), **splits}
     return Inspection(splits, _findings(prepared, data, vocabulary, splits))
 
 
@@ -80,7 +97,9 @@ def _columns(name: str, examples: Dataset) -> Columns:
     return Columns(name=name, notes=notes, note_places=places, examples=examples, **figures)
 
 
-def _findings(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns]) -> list[Finding]:
+def _findings(
+    prepared: Prepared, data: Data, vocabulary: int, splits: dict[str, Columns | StreamColumns]
+) -> list[Finding]:
     findings = [
         *_of_template(prepared),
         *_of_vocabulary(prepared, vocabulary),
@@ -92,10 +111,14 @@ def _findings(prepared: Prepared, data: Data, vocabulary: int, splits: dict[str,
         findings.append(found("few-rows", "train", len(train), len(train)))
     for split in splits.values():
         findings += _of_notes(split, data, prepared)
+        if isinstance(split, StreamColumns):
+            findings += split.findings(vocabulary)
+            continue
         findings += _out_of_vocabulary(split, vocabulary)
         if split is not train:
             findings += _overlap(train, split)
-    findings += [*_duplicates(train), *_repetition(train)]
+    if not isinstance(train, StreamColumns):
+        findings += [*_duplicates(train), *_repetition(train)]
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
@@ -142,7 +165,7 @@ def _of_sources(prepared: Prepared, data: Data) -> Iterable[Finding]:
             yield found("unused", source.split, stored.rows_with_unused, stored.rows, detail=f"{source.name}: {names}")
 
 
-def _of_notes(split: Columns, data: Data, prepared: Prepared) -> Iterable[Finding]:
+def _of_notes(split: Columns | StreamColumns, data: Data, prepared: Prepared) -> Iterable[Finding]:
     for note, count in split.notes.items():
         kind = note
         if note == "rewritten-turn" and data.on_rewritten_turn != "error":
@@ -153,17 +176,14 @@ def _of_notes(split: Columns, data: Data, prepared: Prepared) -> Iterable[Findin
         yield found(kind, split.name, count, len(split), split.note_places[note], hint=hint)
 
 
-def _hint(kind: str, split: Columns, prepared: Prepared) -> str:
+def _hint(kind: str, split: Columns | StreamColumns, prepared: Prepared) -> str:
     """What to do about a finding with this very template; "" where the kind's own advice is all that is known."""
     if kind == "no-end-of-turn":
         return end_of_turn_advice(prepared.template)
     if kind not in LOSSES:
         return ""
-    place = split.note_places[kind][0]
-    row = next(row for row in split.examples.select_columns(["place", "conversation"]) if row["place"] == place)
-    return template_advice(
-        kind, Conversation.from_json(row["conversation"], place), prepared.template, prepared.tokenizer
-    )
+    place, conversation = split.conversation_with(kind)
+    return template_advice(kind, Conversation.from_json(conversation, place), prepared.template, prepared.tokenizer)
 
 
 def _out_of_vocabulary(split: Columns, vocabulary: int) -> Iterable[Finding]:
@@ -173,8 +193,8 @@ def _out_of_vocabulary(split: Columns, vocabulary: int) -> Iterable[Finding]:
         yield found("out-of-vocabulary", split.name, len(outside), len(split), split.places(outside), detail)
 
 
-def _overlap(train: Columns, split: Columns) -> Iterable[Finding]:
-    shared = np.flatnonzero(np.isin(split.prompt_hash, train.prompt_hash))
+def _overlap(train: Columns | StreamColumns, split: Columns) -> Iterable[Finding]:
+    shared = np.flatnonzero(train.has_prompts(split.prompt_hash))
     if len(shared):
         yield found("overlap", split.name, len(shared), len(split), split.places(shared))
 

@@ -1,27 +1,36 @@
 """The [data] table -> datasets that training and evaluation read, every row accounted for.
 
 rows -> conversations -> ids and labels happen once per source and are kept on disk (`store`); splitting, weights and
-packing are choices of rows and cost nothing.
+packing are choices of rows and cost nothing. Rows that the disk cannot keep are checked once and streamed (`stream`).
 """
 
+import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from qtune import console
 from qtune.cache import cache_folder, remove_unused
 from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
+from qtune.data.files import DataFile
 from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_name
 from qtune.data.packing import pack
 from qtune.data.rows import BadRow, Row
 from qtune.data.sources import Source, find_sources
-from qtune.data.store import Stored, open_store, store_key
+from qtune.data.store import Stored, open_store, store_key, together
+from qtune.data.stream import MOST_LENGTHS, RowStream
+from qtune.data.stream_choice import WHOLE, Choice, choose_streaming
+from qtune.data.stream_index import Index, index_key, make_index, open_index
+from qtune.data.stream_seen import Seen
+from qtune.data.stream_split import MOST_SET_ASIDE, examples_set_aside, kept_examples
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
 from qtune.recipe.schema import Data
@@ -50,22 +59,48 @@ class Prepared:
     """Datasets with the columns input_ids [length] and labels [length] (-100: not scored; not shifted).
 
     Packed training rows also have seq_lengths. `examples` holds the same splits, not packed and not weighted, with
-    everything that is known of each example (`examples.COLUMNS`).
+    everything that is known of each example (`examples.COLUMNS`). Streamed training rows are one `RowStream` in both
+    places.
     """
 
-    train: Dataset
+    train: Dataset | RowStream
     validation: Dataset | None
-    examples: dict[str, Dataset]
+    examples: dict[str, Any]
     sources: tuple[SourceReport, ...]
     template: ChatTemplate
     end_of_turn: str | None
     packed: bool
     lengths: np.ndarray
-    """Tokens of each row of `train`, [rows], for grouping by length."""
+    """Tokens of each row of `train`, [rows], for grouping by length; of a long stream, of MOST_LENGTHS rows spread over
+    it."""
     tokenizer: PreTrainedTokenizerBase
     """What the rows were tokenized with."""
     order: np.ndarray | None = None
-    """The example that each row of `train` is, [rows]; None where several are packed into one."""
+    """The example that each row of `train` is, [rows]; None where several are packed into one, or rows are streamed."""
+    streaming: Choice = WHOLE
+    """Whether the training rows are streamed, and why."""
+
+    @property
+    def stream(self) -> RowStream | None:
+        """The training rows where they are streamed."""
+        return self.train if isinstance(self.train, RowStream) else None
+
+    @property
+    def tokens(self) -> int:
+        """Of all training rows."""
+        if self.stream is None:
+            return int(self.lengths.sum())
+        return sum(int(part["length"].sum()) for _, part in self.stream.all_figures("length"))
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A row of `train`; of a stream without those around it, which a step would need."""
+        found: dict[str, Any] = self.train[number] if self.stream is None else self.stream.example(number)
+        return found
+
+    def close(self) -> None:
+        """Ends what reads streamed rows ahead; asking for a row begins it anew."""
+        if self.stream is not None:
+            self.stream.close()
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -117,7 +152,13 @@ def survey(
     cache = cache or cache_folder() / "examples"
     remove_unused(cache)
     maker = _Maker(data, tokenizer, template, cache)
-    train, weights = maker.split("train", find_sources(data.train, data, folder, split))
+    sources = find_sources(data.train, data, folder, split)
+    streaming = choose_streaming(data, sources, cache)
+    if streaming.streams:
+        return _streamed(maker, sources, folder, seed, streaming)
+    if streaming.is_tight:
+        console.say(streaming.reason)
+    train, weights = maker.split("train", sources)
     examples = {"train": train}
     if isinstance(data.validation, float):
         chosen = rows_set_aside(train, data.validation, seed if data.validation_seed is None else data.validation_seed)
@@ -127,8 +168,7 @@ def survey(
             examples["validation"] = train.select(chosen)
     else:
         examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
-    if data.test is not None:
-        examples["test"], _ = maker.split("test", find_sources(data.test, data, folder, "test"))
+    examples |= maker.tests(folder)
     if weights.sum() > MOST_ROWS:
         message = f"the weights make {weights.sum():.3g} rows of an epoch, and at most {MOST_ROWS:,} can be ordered"
         raise DataError(Problem("data.train", f"{message}; lower them, or raise training.epochs instead"))
@@ -150,6 +190,41 @@ def survey(
         _lengths(columns["train"]) if data.packing else np.asarray(weighted.with_format("numpy")["length"][:]),
         tokenizer,
         None if data.packing else order,
+        streaming,
+    )
+
+
+def _streamed(maker: "_Maker", sources: Sequence[Source], folder: Path, seed: int, streaming: Choice) -> Prepared:
+    """`survey` of training rows that stay in their files. Validation and test rows are prepared as ever."""
+    data, tokenizer, template = maker.data, copy.deepcopy(maker.tokenizer), maker.template
+    if data.streaming == "auto":
+        console.say(f"the training rows are streamed: {streaming.reason}")
+    indexes = maker.indexes("train", sources)
+    set_aside = np.zeros(0, np.int64)
+    examples: dict[str, Any] = {}
+    if isinstance(data.validation, float):
+        split_seed = seed if data.validation_seed is None else data.validation_seed
+        set_aside = examples_set_aside(indexes, data.validation, split_seed)
+        if len(set_aside):
+            examples["validation"] = kept_examples(indexes, set_aside, tokenizer, template, maker.cache)
+        if data.validation * sum(map(len, indexes)) > MOST_SET_ASIDE:
+            console.say(f"{len(set_aside):,} rows are set aside for validation: of a stream, no larger share than that")
+    else:
+        examples["validation"], _ = maker.split("validation", find_sources(data.validation, data, folder, "validation"))
+    examples |= maker.tests(folder)
+    stream = RowStream(indexes, set_aside, data.shuffle_rows, tokenizer, template)
+    validation = examples.get("validation")
+    return Prepared(
+        stream,
+        None if validation is None else validation.select_columns(TRAINED),
+        {"train": stream, **examples},
+        tuple(maker.reports),
+        template,
+        Renderer.of(tokenizer, template.text).end_of_turn,
+        False,
+        stream.figures("length", stream.some(MOST_LENGTHS)),
+        maker.tokenizer,
+        streaming=streaming,
     )
 
 
@@ -202,6 +277,32 @@ class _Maker:
             parts.append(stored.examples)
             weights.append(np.full(len(parts[-1]), source.weight))
         return concatenate_datasets(parts), np.concatenate(weights)
+
+    def tests(self, folder: Path) -> dict[str, Dataset]:
+        """The test rows, where the recipe names some."""
+        if self.data.test is None:
+            return {}
+        return {"test": self.split("test", find_sources(self.data.test, self.data, folder, "test"))[0]}
+
+    def indexes(self, name: str, sources: Sequence[Source]) -> list[Index]:
+        """What a pass over each source finds, or has found before."""
+        found, seen = [], Seen(self.cache)
+        for source in sources:
+            row_format = source.row_format if source.row_format != "auto" else _detected(source)
+            rules = self._rules(source, row_format)
+            indexes = [self._index(replace(source, files=(file,)), file, rules, seen) for file in source.files]
+            stored = together(index.stored for index in indexes)
+            _require_mapped(source, stored)
+            fingerprint = source.fingerprint_by(seen.digest)
+            self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored, fingerprint))
+            found += indexes
+        return found
+
+    def _index(self, alone: Source, file: DataFile, rules: RowRules, seen: Seen) -> Index:
+        """Of one file; `alone`: its source without the others, whose name it goes by."""
+        folder = self.cache / index_key(store_key(alone.fingerprint_by(seen.digest), self.template_key, rules))
+        known = open_index(folder, file, rules)
+        return known or make_index(file, self.tokenizer, self.template, rules, folder)
 
     def _rules(self, source: Source, row_format: str) -> RowRules:
         data = self.data

@@ -6,10 +6,10 @@ Files are read as streams: memory is bounded by the longest row, not by the file
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,14 @@ from qtune.errors import first_line
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
 LONGEST_ROW_BYTES = 64 << 20
 TEXT_PIECE_BYTES = 1 << 20
+
+
+class Lines(Protocol):
+    """What lines are read from."""
+
+    def readline(self, size: int = -1, /) -> bytes:
+        """The next line with its end, of at most `size` bytes; empty at the end."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class BadRow:
 def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row | BadRow]:
     """The rows of a file in their order; `progress` is kept up as they are read."""
     reader = _READERS[file.kind]
-    expected = _TABLE_ERRORS if reader in (_parquet, _arrow) else DECOMPRESSION_ERRORS
+    expected = TABLE_ERRORS if reader in (_parquet, _arrow) else DECOMPRESSION_ERRORS
     try:
         yield from reader(file, progress or Progress())
     except expected as error:
@@ -59,23 +67,31 @@ def read_rows(file: DataFile, progress: Progress | None = None) -> Iterator[Row 
 
 
 # Damaged tables also have names that are not UTF-8, and years beyond Python's.
-_TABLE_ERRORS = (*DECOMPRESSION_ERRORS, ValueError, OverflowError)
+TABLE_ERRORS = (*DECOMPRESSION_ERRORS, ValueError, OverflowError)
 
 
 def _json_lines(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     with open_bytes(file, progress) as stream:
-        for number, raw in _lines(stream):
-            place = f"{file.name}:{number}"
-            text = _decoded(raw, place)
-            if isinstance(text, BadRow):
-                yield text
-                if text.ends_file:
-                    return
-            elif text.strip() in ("{", "["):
-                yield BadRow(place, "JSON over several lines; name the file .json", ends_file=True)
+        yield from json_lines(stream, file.name)
+
+
+def json_lines(stream: Lines, name: str, before: int = 0) -> Iterator[Row | BadRow]:
+    """The rows of JSON lines, of which `before` stand before the stream's first; `name` is the file's in places.
+
+    Not a byte more than the lines up to a row has been read when it is yielded.
+    """
+    for number, raw in _lines(stream, before):
+        place = f"{name}:{number}"
+        text = _decoded(raw, place)
+        if isinstance(text, BadRow):
+            yield text
+            if text.ends_file:
                 return
-            elif text.strip():
-                yield _json_row(text, place)
+        elif text.strip() in ("{", "["):
+            yield BadRow(place, "JSON over several lines; name the file .json", ends_file=True)
+            return
+        elif text.strip():
+            yield _json_row(text, place)
 
 
 def _json_row(text: str, place: str) -> Row | BadRow:
@@ -203,13 +219,18 @@ def _counted(batches: Iterator[pa.RecordBatch], progress: Progress) -> Iterator[
 
 
 def _batches(batches: Iterator[pa.RecordBatch], file: DataFile) -> Iterator[Row | BadRow]:
-    number = 0
+    return table_rows(batches, file.name)
+
+
+def table_rows(batches: Iterable[pa.RecordBatch], name: str, before: int = 0) -> Iterator[Row]:
+    """The rows of a table, of which `before` stand before the first batch; `name` is the file's in places."""
+    number = before
     for batch in batches:
         batch.validate(full=True)  # offsets in a damaged file may point anywhere
         for start in range(0, batch.num_rows, 1024):
             for value in batch.slice(start, 1024).to_pylist():
                 number += 1
-                yield Row(f"{file.name}:{number}", without_inner_nulls(value))
+                yield Row(f"{name}:{number}", without_inner_nulls(value))
 
 
 def without_inner_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -258,14 +279,15 @@ _READERS = {
 }
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: Lines, before: int = 0) -> Iterator[tuple[int, bytes]]:
     """Numbered lines with their ends, each at most LONGEST_ROW_BYTES + 1 long; a byte order mark is dropped."""
-    number = 0
+    number = before
     while raw := stream.readline(LONGEST_ROW_BYTES + 1):
         number += 1
+        rest = raw
+        while len(rest) > LONGEST_ROW_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_ROW_BYTES + 1)
         yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        while len(raw) > LONGEST_ROW_BYTES and not raw.endswith(b"\n"):
-            raw = stream.readline(LONGEST_ROW_BYTES + 1)
 
 
 def _decoded(raw: bytes, place: str) -> str | BadRow:

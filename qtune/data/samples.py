@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.masks import IGNORED
+from qtune.data.stream import MOST_LENGTHS, RowStream
 
 Kind = TypeVar("Kind", bound=Hashable)
 
@@ -34,17 +35,27 @@ class Sample:
     """Columns and keys of its row that nothing reads."""
 
 
-def samples_of(examples: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sample]:
+def samples_of(examples: Dataset | RowStream, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sample]:
     """The shortest, the median and the longest example and some between: `count` of them, spread over the lengths."""
     if not len(examples):
         return []
     order = by_length(examples)
     chosen = dict.fromkeys(order[np.linspace(0, len(order) - 1, count).round().astype(int)].tolist())
-    return [_sample(examples[row], tokenizer) for row in chosen]
+    return [_sample(example_of(examples, row), tokenizer) for row in chosen]
 
 
-def by_length(examples: Dataset) -> np.ndarray:
-    """Numbers of the examples, the shortest first: [examples]."""
+def example_of(examples: Dataset | RowStream, row: int) -> dict[str, Any]:
+    """Everything that is known of an example."""
+    found: dict[str, Any] = examples.example(row) if isinstance(examples, RowStream) else examples[row]
+    return found
+
+
+def by_length(examples: Dataset | RowStream) -> np.ndarray:
+    """Numbers of the examples, the shortest first: [examples]; of a long stream, of some that are spread over it."""
+    if isinstance(examples, RowStream):
+        some = examples.some(MOST_LENGTHS)
+        sorted_rows: np.ndarray = some[np.argsort(examples.figures("length", some), kind="stable")]
+        return sorted_rows
     return np.argsort(np.asarray(examples.with_format("numpy")["length"][:]), kind="stable")
 
 

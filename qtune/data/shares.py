@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from qtune.data.batches import StepSampler
 from qtune.data.masks import IGNORED
+from qtune.data.stream_order import WindowSampler
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -18,11 +19,11 @@ Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 class ShareSampler(Sampler[list[int]]):
     """One process's micro-batches of an epoch, as lists of row numbers.
 
-    An epoch's last step may have fewer micro-batches than there are processes; one that has none gets an empty list,
-    so that every process takes every step.
+    An epoch's last step may have fewer micro-batches than the processes could take; one that has none left gets an
+    empty list, so that all take as many.
     """
 
-    def __init__(self, rows: StepSampler, micro_batch_size: int, rank: int, processes: int) -> None:
+    def __init__(self, rows: StepSampler | WindowSampler, micro_batch_size: int, rank: int, processes: int) -> None:
         self.rows = rows
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -37,16 +38,16 @@ class ShareSampler(Sampler[list[int]]):
         return whole * self._of_step(self.rows.batch_size) + (self._of_step(rest) if rest else 0)
 
     def _of_step(self, rows: int) -> int:
-        """How many micro-batches of a step of so many rows are this process's; at least one."""
+        """How many micro-batches of a step of so many rows every process takes."""
         micro_batches = -(-rows // self.micro_batch_size)
-        return max(1, len(range(self.rank, micro_batches, self.processes)))
+        return -(-micro_batches // self.processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, size = self.rows.order().tolist(), self.rows.batch_size
-        for start in range(0, len(order), size):
-            step = order[start : start + size]
+        for step in self.rows.steps():
             micro_batches = [step[at : at + self.micro_batch_size] for at in range(0, len(step), self.micro_batch_size)]
-            yield from micro_batches[self.rank :: self.processes] or [[]]
+            own = micro_batches[self.rank :: self.processes]
+            yield from own
+            yield from [[]] * (self._of_step(len(step)) - len(own))
 
 
 def with_blanks(collate: Collator, row: dict[str, Any]) -> Collator:

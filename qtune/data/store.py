@@ -59,6 +59,30 @@ class Stored:
         return Dataset.from_file(str(self.folder / EXAMPLES))
 
 
+def together(parts: Iterable[Stored]) -> Stored:
+    """What became of the rows of all parts, of which there is at least one; the folder is the first one's."""
+    first, *others = parts
+    for part in others:
+        counts = {
+            name: Counter(getattr(first, name)) + Counter(getattr(part, name))
+            for name in ("unused", "mapped", "shapes")
+        }
+        room = LISTED - len(first.bad)
+        first = Stored(
+            first.folder,
+            first.rows + part.rows,
+            (*first.bad, *(bad for number, bad in enumerate(part.bad) if bad.ends_file or number < room)),
+            first.bad_count + part.bad_count,
+            (*first.dropped, *part.dropped)[:LISTED],
+            first.dropped_count + part.dropped_count,
+            (*first.out_of_order, *part.out_of_order)[:LISTED],
+            first.out_of_order_count + part.out_of_order_count,
+            rows_with_unused=first.rows_with_unused + part.rows_with_unused,
+            **{name: dict(counted.most_common()) for name, counted in counts.items()},
+        )
+    return first
+
+
 def store_key(source: str, template: str, rules: RowRules) -> str:
     """The name of the folder: `source` and `template` are fingerprints of the rows and of the tokenizer."""
     parts = json.dumps([VERSION, source, template, asdict(rules)], sort_keys=True)
@@ -72,13 +96,14 @@ def open_store(folder: Path) -> Stored | None:
     if about is None:
         return None
     try:
-        return _stored(folder, about)
+        return stored_of(folder, about)
     except (KeyError, TypeError):
         discard(folder)
         return None
 
 
-def _stored(folder: Path, about: Mapping[str, Any]) -> Stored:
+def stored_of(folder: Path, about: Mapping[str, Any]) -> Stored:
+    """What about.json says; a KeyError where something is missing."""
     return Stored(
         folder,
         about["rows"],
@@ -119,48 +144,61 @@ def not_written(folder: Path) -> InputError:
     return not_writable(folder.parent, OSError(errno.EIO, f"{folder.name} is not what was written"))
 
 
+class Tally:
+    """What becomes of rows, batch by batch: every count, and the first LISTED places of each kind."""
+
+    def __init__(self) -> None:
+        self.rows = self.bad_count = self.dropped_count = self.out_of_order_count = self.rows_with_unused = 0
+        self.bad: list[BadRow] = []
+        self.dropped: list[str] = []
+        self.out_of_order: list[str] = []
+        self.unused: Counter[str] = Counter()
+        self.mapped: Counter[str] = Counter()
+        self.shapes: Counter[str] = Counter()
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Counts a batch."""
+        self.rows += batch.rows
+        self.bad_count += len(batch.bad)
+        self.dropped_count += len(batch.dropped)
+        # A file that could not be read to its end is listed in any case: its rows are not even counted.
+        room = LISTED - len(self.bad)
+        self.bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
+        self.dropped.extend(batch.dropped[: LISTED - len(self.dropped)])
+        self.out_of_order_count += len(batch.out_of_order)
+        self.out_of_order.extend(batch.out_of_order[: LISTED - len(self.out_of_order)])
+        self.unused.update(batch.unused)
+        self.mapped.update(batch.mapped)
+        self.shapes.update(batch.shapes)
+        self.rows_with_unused += batch.rows_with_unused
+
+    def to_json(self) -> dict[str, Any]:
+        """As about.json has it."""
+        return {
+            "rows": self.rows,
+            "bad": [asdict(one) for one in self.bad],
+            "bad_count": self.bad_count,
+            "dropped": self.dropped,
+            "dropped_count": self.dropped_count,
+            "out_of_order": self.out_of_order,
+            "out_of_order_count": self.out_of_order_count,
+            "unused": dict(self.unused.most_common()),
+            "rows_with_unused": self.rows_with_unused,
+            "mapped": self.mapped,
+            "shapes": dict(self.shapes.most_common()),
+        }
+
+
 def write_store(folder: Path, batches: Iterable[EncodedBatch]) -> Stored:
     """Writes the batches as they come, then gives the folder its name: it is whole or not there."""
     with written_whole(folder) as temporary:
         temporary.mkdir()
-        rows = bad_count = dropped_count = 0
-        bad: list[BadRow] = []
-        dropped: list[str] = []
-        out_of_order: list[str] = []
-        out_of_order_count = rows_with_unused = 0
-        unused: Counter[str] = Counter()
-        mapped: Counter[str] = Counter()
-        shapes: Counter[str] = Counter()
+        tally = Tally()
         with pa.OSFile(str(temporary / EXAMPLES), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
             for batch in batches:
                 writer.write_batch(batch.examples)
-                rows += batch.rows
-                bad_count += len(batch.bad)
-                dropped_count += len(batch.dropped)
-                # A file that could not be read to its end is listed in any case: its rows are not even counted.
-                room = LISTED - len(bad)
-                bad.extend(one for number, one in enumerate(batch.bad) if one.ends_file or number < room)
-                dropped.extend(batch.dropped[: LISTED - len(dropped)])
-                out_of_order_count += len(batch.out_of_order)
-                out_of_order.extend(batch.out_of_order[: LISTED - len(out_of_order)])
-                unused.update(batch.unused)
-                mapped.update(batch.mapped)
-                shapes.update(batch.shapes)
-                rows_with_unused += batch.rows_with_unused
-        about = {
-            "rows": rows,
-            "bad": [asdict(one) for one in bad],
-            "bad_count": bad_count,
-            "dropped": dropped,
-            "dropped_count": dropped_count,
-            "out_of_order": out_of_order,
-            "out_of_order_count": out_of_order_count,
-            "unused": dict(unused.most_common()),
-            "rows_with_unused": rows_with_unused,
-            "mapped": mapped,
-            "shapes": dict(shapes.most_common()),
-        }
-        write_about(temporary, temporary / EXAMPLES, about)
+                tally.add(batch)
+        write_about(temporary, temporary / EXAMPLES, tally.to_json())
     stored = open_store(folder)
     if stored is None:  # another process has removed it, or the disk does not give back what it took
         raise not_written(folder)

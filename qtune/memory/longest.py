@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from qtune.data.prepare import Prepared
+    from qtune.data.stream import RowStream
     from qtune.recipe.file import Resolved
     from qtune.recipe.schema import Data
 
@@ -30,6 +31,13 @@ class RowLengths:
     validation: np.ndarray
     scored_share: float
     """Labelled tokens among all of the training rows."""
+    streamed_rows: int | None = None
+    """Training rows of a stream; of a long one `train` has those of some, spread over it."""
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return len(self.train) if self.streamed_rows is None else self.streamed_rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ def longest_of(prepared: Prepared, data: Data) -> Rows:
     micro_batch_size x length positions, exactly. That all of its rows have as many labelled tokens as any row has is
     the most that can come.
     """
+    if prepared.stream is not None:
+        return _longest_of_stream(prepared, prepared.stream, data)
     lengths = prepared.lengths
     limit = data.max_length if "too-long" not in data.allow and not prepared.packed else int(lengths.max())
     if not (lengths <= limit).any():
@@ -95,6 +105,36 @@ def longest_of(prepared: Prepared, data: Data) -> Rows:
         f"the longest of {len(lengths):,} {what}{where}{left_out}; at most {scored:,} tokens of a row are scored"
     )
     return Rows(row, known_from, _all_of(prepared))
+
+
+def _longest_of_stream(prepared: Prepared, stream: RowStream, data: Data) -> Rows:
+    """The same of rows that are streamed, from their figures piece by piece."""
+    limit = data.max_length if "too-long" not in data.allow else np.iinfo(np.int64).max
+    longest = scored = tokens = labelled = beyond = place = 0
+    shortest = limit
+    for first, part in stream.all_figures("length", "scored"):
+        lengths, within = part["length"], part["length"] <= limit
+        beyond += int((~within).sum())
+        tokens, labelled = tokens + int(lengths.sum()), labelled + int(part["scored"].sum())
+        if not within.any():
+            continue
+        scored = max(scored, int(part["scored"][within].max()))
+        shortest = min(shortest, int(lengths[within].min()))
+        if (largest := int(lengths[within].max())) > longest:
+            longest, place = largest, first + int(np.flatnonzero(lengths == largest)[0])
+    if not longest:
+        return unread(data.max_length, f"each is longer than max_length = {limit}")
+    evaluated, validation = None, np.zeros(0, dtype=np.int64)
+    if (held_out := prepared.examples.get("validation")) is not None:
+        scored = max(scored, _largest(held_out, "scored", limit))
+        evaluated, validation = _largest(held_out, "length", limit) or None, _column(held_out, "length")
+    left_out = f", {beyond:,} beyond max_length left out" if beyond else ""
+    known_from = (
+        f"the longest of {len(stream):,} streamed rows ({stream.example(place)['place']}){left_out}; at most "
+        f"{scored:,} tokens of a row are scored"
+    )
+    row = Longest(longest, scored, not beyond and shortest == longest, evaluated)
+    return Rows(row, known_from, RowLengths(prepared.lengths, validation, labelled / max(1, tokens), len(stream)))
 
 
 def _largest(examples: Dataset, name: str, limit: int) -> int:

@@ -106,7 +106,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
         "plan": [
             device.kind, device.capability, plan.compute_dtype, plan.adapter_dtype, plan.attention,
             plan.gradient_checkpointing, plan.optimizer, plan.embeddings, plan.activations, plan.loss_tile_bytes,
-            plan.lean_step, plan.layers,
+            plan.lean_step, plan.layers, device.processes if plan.layers == "sharded" else 1,
         ],
     }  # fmt: skip
     return json.dumps(parts, sort_keys=True, default=str)
@@ -121,7 +121,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     network = bare_model(config, dtype, quantization_config(recipe.quantization, dtype), attention)
     store_embeddings(network, plan.embeddings, "meta")
     if plan.layers != "device":
-        stream_layers(network, plan.layers, "meta")
+        stream_layers(network, plan.layers, "meta", parts=plan.device.processes)
     with torch.device("meta"):  # nothing to initialise: only the shapes matter
         model = attach_adapter(network, recipe.adapter, plan)
     base = model.get_base_model()

@@ -212,7 +212,8 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
         plain = changed(recipe, {("memory", "embeddings"): "device"})
         yield f"{plan.embeddings} embeddings", f"embeddings and head in {plan.compute_dtype}", plain
     if plan.layers != "device":
-        yield f"layers on the {plan.layers}", "they stay on the card", changed(recipe, {LAYERS: "device"})
+        where = "layers shared out" if plan.layers == "sharded" else f"layers on the {plan.layers}"
+        yield where, "they stay on the card", changed(recipe, {LAYERS: "device"})
     if plan.activations == "host":
         yield "activations on the host", "they stay on the card", changed(recipe, {("memory", "activations"): "device"})
     if plan.loss_tile_bytes < TILE_BYTES:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qtune import console, manifest
 from qtune.cache import cache_folder
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, RunError
 from qtune.sizes import GIB
 
 
@@ -41,7 +41,10 @@ def fault_of_kept(folder: Path) -> str | None:
     if not manifest.is_sealed(folder):
         _seal_as_it_is(folder)
         return None
-    return _damage(folder, _state(folder), False)
+    try:
+        return _damage(folder, _state(folder), False)
+    except RunError as error:  # another user's, and his alone
+        return error.problems[0].message
 
 
 def say_made_again(folder: Path, said: str) -> None:

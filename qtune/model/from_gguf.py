@@ -3,8 +3,10 @@
 transformers can keep GGUF weights packed, but a packed model can be neither quantized to NF4 nor merged.
 """
 
+import errno
 import functools
 import hashlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,7 +42,9 @@ def gguf_folder(file: Path) -> Path:
     try:
         if said is not None:
             say_made_again(folder, said)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may do the same
+            if folder.exists():
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_writable(folder.parent, error) from error

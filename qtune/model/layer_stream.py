@@ -81,6 +81,16 @@ class Packed:
         if state.nested:
             self.nested_code, self.offset = state.state2.code, state.offset
 
+    def be_nowhere(self) -> None:
+        """The weight is to be had from the stream alone; what it was is let go of."""
+        for tensor in (
+            self.module.weight,
+            self.state.absmax,
+            *([self.state.state2.absmax] if self.state.nested else []),
+        ):
+            tensor.data = tensor.data.new_empty(0)
+        self.module.quant_state = self.state
+
     def leave(self, home: Tensor) -> None:
         """The weight and its absmax are what lies in `home`, the layer's block on the host."""
         self.module.weight.data = self.pieces["codes"].of(home)
@@ -125,7 +135,8 @@ class LayerStream:
     """The layers of one model: where they wait, and which of them are on the device."""
 
     def __init__(self, layers: Sequence[Sequence[Any]], where: str, device: torch.device, blocks: int = BLOCKS) -> None:
-        """layers: the `Linear4bit` modules of each layer, in the order of the forward. where: "host" or "disk"."""
+        """layers: the `Linear4bit` modules of each layer, in the order of the forward. where: "host", "disk" or, of a
+        model on the meta device, "sharded", which is `ShardedStream`'s elsewhere."""
         self.where, self.device = where, device
         self.layers: list[list[Packed]] = []
         self.homes: list[Tensor] = []
@@ -139,25 +150,35 @@ class LayerStream:
                 weight.leave(self.homes[-1])
                 weight.stay(lambda tensor: tensor.to(device))
         size = max(home.numel() for home in self.homes)
-        self.blocks = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(blocks, len(layers)))]
+        self.blocks = self._made_blocks(size, min(blocks, len(layers)))
+        self.parts = 1
+        """Among how many processes a layer is shared out."""
+        self.own_parts: list[Tensor] = []
+        """What a process holds of shared layers, in a trace."""
         self.loads = 0
         """Layers that have come to the device so far."""
-        self._holds: list[int | None] = [None] * len(self.blocks)
+        self.holds: list[int | None] = [None] * len(self.blocks)
         self._now: int | None = None
-        self._views: dict[tuple[int, int, int], tuple[Tensor, QuantState]] = {}
+        self.made_views: dict[tuple[int, int, int], tuple[Tensor, QuantState]] = {}
         is_card = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if is_card else None
-        self._arrived: list[Any] = [None] * len(self.blocks)
+        self.arrived: list[Any] = [None] * len(self.blocks)
         """The event of a block's copy, or the future of one, until somebody has waited for it."""
         self._thread = ThreadPoolExecutor(1, "layers") if where == "disk" and device.type != "meta" else None
         self._staging = torch.empty(size, dtype=torch.uint8).pin_memory() if is_card and where == "disk" else None
+
+    def _made_blocks(self, size: int, count: int) -> list[Tensor]:
+        # A layer that is brought together from parts takes as much once more until they are in their places.
+        spare = 1 if self.where == "sharded" else 0
+        return [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count + spare)]
 
     def _home(self, packed: list[Packed]) -> Tensor:
         """A layer's block, filled, where it waits."""
         size = packed[-1].stop
         is_real = packed[0].module.weight.device.type != "meta"
         pinned = is_real and self.where == "host" and self.device.type == "cuda"
-        home = torch.empty(size, dtype=torch.uint8, device="cpu" if is_real else "meta", pin_memory=pinned)
+        # Zeros, so that what lies between two tensors is the same in every process.
+        home = torch.zeros(size, dtype=torch.uint8, device="cpu" if is_real else "meta", pin_memory=pinned)
         for weight in packed:
             weight.write(home)
         return _on_disk(home) if is_real and self.where == "disk" else home
@@ -165,15 +186,17 @@ class LayerStream:
     def through(self, convert: Callable[[Tensor], Tensor]) -> None:
         """Every tensor of the stream's own, through `convert`: a trace gives them another kind of storage, in which
         nothing is anywhere yet and nothing is read from a disk."""
+        if self.where == "sharded":
+            self.own_parts = [convert(home.new_empty(-(-home.numel() // self.parts))) for home in self.homes]
         self.homes, self.blocks = [convert(home) for home in self.homes], [convert(block) for block in self.blocks]
         for weight in (weight for packed in self.layers for weight in packed):
             weight.stay(convert)
-        self._views.clear()
+        self.made_views.clear()
         self._thread = None
 
     def rest(self) -> None:
         """As after a step: the first layers are here. For a trace, whose tensors hold nothing anyway."""
-        self._holds, self._now = list(range(len(self.blocks))), 0
+        self.holds, self._now = list(range(len(self.blocks))), 0
 
     def tables(self) -> list[Tensor]:
         """What stays on the device of every weight."""
@@ -184,12 +207,12 @@ class LayerStream:
         the layer after it is sent for."""
         if layer != self._now:
             self._turn_to(layer)
-        block = self._holds.index(layer)
+        block = self.holds.index(layer)
         self._wait_for(block)
         key = (layer, place, block)
-        if key not in self._views:
-            self._views[key] = self.layers[layer][place].views(self.blocks[block])
-        return self._views[key]
+        if key not in self.made_views:
+            self.made_views[key] = self.layers[layer][place].views(self.blocks[block])
+        return self.made_views[key]
 
     def _turn_to(self, layer: int) -> None:
         """A layer is about to be computed: it has to be here, and its successors should be on their way."""
@@ -199,20 +222,20 @@ class LayerStream:
         self._now = layer
         wanted = [place for place in range(layer, layer + step * len(self.blocks), step) if 0 <= place <= last]
         for coming in wanted:
-            if coming not in self._holds:
-                free = next(block for block, held in enumerate(self._holds) if held not in wanted)
+            if coming not in self.holds:
+                free = next(block for block, held in enumerate(self.holds) if held not in wanted)
                 self._load(coming, free)
 
     def _load(self, layer: int, block: int) -> None:
         """Sends for a layer. What the device has been given to do so far may still read what the block holds."""
         self._wait_for(block)
-        self._holds[block] = layer
+        self.holds[block] = layer
         self.loads += 1
         used = None if self._side is None else torch.cuda.current_stream(self.device).record_event()
         if self._thread is not None:
-            self._arrived[block] = self._thread.submit(self._from_disk, layer, block, used)
+            self.arrived[block] = self._thread.submit(self._from_disk, layer, block, used)
         else:
-            self._arrived[block] = self._copy(self.homes[layer], block, used)
+            self.arrived[block] = self._copy(self.homes[layer], block, used)
 
     def _copy(self, home: Tensor, block: int, used: Any) -> Any:
         target = self.blocks[block][: home.numel()]
@@ -236,12 +259,12 @@ class LayerStream:
 
     def _wait_for(self, block: int) -> None:
         """What is queued from here on finds the block filled."""
-        arrived = self._arrived[block]
+        arrived = self.arrived[block]
         if isinstance(arrived, Future):
             arrived = arrived.result()
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        self._arrived[block] = None
+        self.arrived[block] = None
 
 
 def _on_disk(home: Tensor) -> Tensor:
@@ -293,9 +316,20 @@ def packed_weight(module: Any) -> tuple[Tensor, QuantState]:
     return place.stream.read(place.layer, place.weight)
 
 
-def stream_layers(network: PreTrainedModel, where: str, device: str | torch.device, blocks: int = BLOCKS) -> None:
+def stream_layers(
+    network: PreTrainedModel,
+    where: str,
+    device: str | torch.device,
+    blocks: int = BLOCKS,
+    *,
+    stream_type: type[LayerStream] = LayerStream,
+    parts: int = 1,
+) -> None:
     """Keeps the 4-bit weights of a frozen model's layers in host memory (`where` = "host") or on disk, and everything
     else on the device, except what the host keeps already. Loaded may all of it be to the host.
+
+    stream_type: what brings them. parts: among how many processes "sharded" layers of a model on the meta device are
+    shared out.
 
     A module's own weight is then the host's: whoever reads weights one by one finds them there.
 
@@ -307,7 +341,8 @@ def stream_layers(network: PreTrainedModel, where: str, device: str | torch.devi
     if not layers or not all(layers):
         reason = f'the layers of {type(network).__name__} are not in 4 bits, and only such can wait there; use "device"'
         raise ModelError(Problem("memory.layers", reason))
-    stream = LayerStream(layers, where, device, blocks)
+    stream = stream_type(layers, where, device, blocks)
+    stream.parts = parts
     for number, modules in enumerate(layers):
         for place, module in enumerate(modules):
             module.place_in_stream = Address(stream, number, place)

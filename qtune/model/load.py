@@ -175,7 +175,12 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
 
 def _stream(model: Model, network: PreTrainedModel, plan: Plan) -> None:
     try:
-        stream_layers(network, plan.layers, plan.device.torch_name)
+        if plan.layers == "sharded":
+            from qtune.model.sharded_layers import ShardedStream  # FSDP takes a while to import, and few need it
+
+            stream_layers(network, plan.layers, plan.device.torch_name, stream_type=ShardedStream)
+        else:
+            stream_layers(network, plan.layers, plan.device.torch_name)
     except OSError as error:
         reason = f"the layers cannot be written to {cache_folder()}: {refusal_of(error) or first_line(error)}"
         raise ModelError(Problem("memory.layers", reason)) from error

@@ -17,10 +17,11 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qtune import console
+from qtune import console, manifest
 from qtune.cache import cache_folder, mark_used, remove_unused
 from qtune.disk import refusal_of
-from qtune.errors import ModelError, first_line
+from qtune.errors import ModelError, RunError
+from qtune.model.as_made import damage_of, say_made_again
 from qtune.model.config import read_config
 from qtune.model.contents import contents_of
 from qtune.model.folder import weight_files
@@ -32,7 +33,6 @@ from qtune.startup.launched import launched
 from qtune.whole import whole
 
 VERSION = 1
-ABOUT = "about.json"
 LIBRARIES = ("bitsandbytes", "torch", "transformers")
 
 FROM_BYTES = 128 * MIB
@@ -67,7 +67,7 @@ class QuantizedCopy:
         except ModelError as error:
             self._remove(error.problems[0].message)
             return None
-        mark_used(self.folder / ABOUT)
+        mark_used(self.folder / manifest.NAME)
         network.config.name_or_path = network.name_or_path = self.base
         return network
 
@@ -89,29 +89,24 @@ class QuantizedCopy:
             console.say(f"{what} is not kept for the next start: {reason}")
 
     def _write(self, network: PreTrainedModel) -> None:
-        remove_unused(self.folder.parent)
+        remove_unused(self.folder.parent, manifest.NAME)
         with whole(self.folder, keep_existing=True) as partial:
             network.save_pretrained(partial, max_shard_size=SHARD)
-            files = {file.name: _as_written(file) for file in sorted(partial.iterdir())}
-            (partial / ABOUT).write_text(json.dumps({"files": files}), encoding="utf-8")
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
+            manifest.seal(partial)
 
     def _fault(self) -> str | None:
-        """What is wrong with the copy; its first file that differs from what was written."""
+        """What is wrong with the copy, in words that follow its name."""
+        if not manifest.is_ours(self.folder):
+            return f"its {manifest.NAME} is missing"
         try:
-            files = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))["files"]
-            for name, written in files.items():
-                if _as_written(self.folder / name) != written:
-                    return f"{name} is not what was written"
-        except OSError as error:
-            return refusal_of(error) or first_line(error)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            return f"{ABOUT} is damaged"
-        return None if files else f"{ABOUT} names no file"
+            return damage_of(self.folder, whole=True)
+        except RunError as error:  # another user's, and his alone
+            return error.problems[0].message
 
-    def _remove(self, reason: str) -> None:
-        console.say(f"the quantized copy in {self.folder} is not used ({reason}): quantizing again")
+    def _remove(self, said: str) -> None:
+        say_made_again(self.folder, said)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -157,9 +152,3 @@ def _free_bytes(folder: Path) -> int:
         with suppress(OSError):
             return shutil.disk_usage(place).free
     return 0
-
-
-def _as_written(file: Path) -> list[Any]:
-    """Bytes and SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]

@@ -8,6 +8,7 @@ from qtune.recipe.schema import (
     Adapter,
     Data,
     FourBit,
+    HubSource,
     Lora,
     PrefixTuning,
     PromptTuning,
@@ -25,6 +26,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(recipe.adapter, Lora):
         yield from _of_lora(recipe.adapter, recipe.quantization)
     yield from _of_adapter_and_run(recipe)
+    yield from _of_streaming(recipe.data)
     yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
     yield from _of_layers(recipe)
@@ -133,6 +135,25 @@ def _of_layers(recipe: Recipe) -> Iterator[Fault]:
         )
     if isinstance(recipe.adapter, Lora) and recipe.adapter.dora:
         yield Fault(("memory", "layers"), 'DoRA reads the base\'s weights beside their products; use "device"')
+
+
+def _of_streaming(data: Data) -> Iterator[Fault]:
+    """What needs all rows at once."""
+    if data.streaming is not True:
+        return
+    if data.packing:
+        yield Fault(
+            ("data", "streaming"),
+            "packing fits rows together by the lengths of all of them; set packing = false or streaming = false",
+        )
+    entries = data.train if isinstance(data.train, tuple) else (data.train,)
+    if any(getattr(entry, "weight", 1.0) != 1.0 for entry in entries):
+        yield Fault(("data", "streaming"), "a stream gives each row once an epoch; remove weight from the sources")
+    if any(isinstance(entry, HubSource) or str(entry).startswith("hub:") for entry in entries):
+        yield Fault(
+            ("data", "streaming"),
+            "a hub dataset is fetched to this disk whole; name files, or remove the key",
+        )
 
 
 def _of_validation(data: Data, training: Training) -> Iterator[Fault]:

@@ -415,6 +415,11 @@ class Data(Table):
     """Rows that are longer: refuse them, leave them out, or cut them at the start or the end."""
     packing: bool = False
     """Put several short rows into one of max_length; they do not see each other."""
+    streaming: Auto | bool = "auto"
+    """Read the training rows (JSON lines, Parquet) from their files while they are trained on, after a pass that checks
+    them. "auto": where what is kept of prepared rows would take more than half of the cache's free disk."""
+    shuffle_rows: Annotated[int, Field(ge=0, le=1_048_576)] = 10_000
+    """Streamed rows that are shuffled among each other, and wait in memory; 0 leaves the order of the files."""
     on_turn_order: Literal["error", "merge", "drop"] = "error"
     """Rows with two turns of one role in a row, an answer at the start or a question at the end: refuse them, join such
     turns (a first answer stays as context, a last question goes), or leave the rows out."""
@@ -499,10 +504,11 @@ class Memory(Table):
     activations: Literal["device", "host"] = "device"
     """Where activations wait for the backward pass. "host": they cross the bus out and back (with gradient
     checkpointing one hidden state a layer); the same results bit for bit, slower."""
-    layers: Literal["device", "host", "disk"] = "device"
+    layers: Literal["device", "host", "disk", "sharded"] = "device"
     """Where the frozen 4-bit layers wait. "host" and "disk": two of them are on the device, and each comes there
     twice a step for all micro-batches together, whose hidden states wait beside one another; the same gradients. A step
-    takes at least as long as the layers need to come."""
+    takes at least as long as the layers need to come. "sharded": each of several processes holds a part of every layer,
+    and they bring it together where it is computed; one process has all of it."""
     loss_tile: Size = "64MiB"
     """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 

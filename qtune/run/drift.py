@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qtune import console
+from qtune.cache import cache_folder
 from qtune.errors import InputError, Problem, RunError
 from qtune.model.contents import Contents, TokenizerContents, WeightFile, contents_of
 from qtune.model.local import base_folder, base_on_disk, local_base
@@ -269,12 +270,16 @@ def locked_sources(recipe: Recipe, folder: Path, parts: Sequence[str]) -> tuple[
     Raises:
         DataError: one is not there.
     """
-    from qtune.data.sources import find_sources  # it waits for a library, and a report asks for no source
+    # They wait for a library, and a report asks for no source.
+    from qtune.data.sources import content_digest, find_sources
+    from qtune.data.stream_seen import Seen
 
     data = recipe.data
     given = {part: getattr(data, part) for part in parts}
+    # Rows that are streamed are too many to be read for this alone.
+    digest_of = Seen(cache_folder() / "examples").digest if data.streaming is True else content_digest
     return tuple(
-        LockedSource(source.name, source.fingerprint)
+        LockedSource(source.name, source.fingerprint_by(digest_of))
         for part, value in given.items()
         if value is not None and not isinstance(value, float)
         for source in find_sources(value, data, folder, part)

@@ -5,6 +5,7 @@ import platform
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -265,13 +266,21 @@ def read_lock(run_dir: RunDir) -> Lock | None:
 
 def rows_hash(prepared: "Prepared") -> str:
     """A hash of the training rows, their order, weights and lengths in tokens, wherever their files are."""
+    if prepared.stream is not None:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("row_hash", "length"):
+            for _, part in prepared.stream.all_figures(name):
+                digest.update(part[name].astype(np.int64).tobytes())
+        return digest.hexdigest()
     contents = prepared.examples["train"].with_format("numpy")["row_hash"][:]
     digest = hashlib.blake2b(np.asarray(contents, dtype=np.int64).tobytes(), digest_size=16)
     digest.update(np.asarray(prepared.lengths, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 
+@cache
 def _version(package: str) -> str | None:
+    """Read once: what a process has imported stays, and a look at all of them is asked for three times a run."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -39,6 +39,7 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         ("training", "lean_step"): plan.lean_step,
         ("training", "optimizer"): plan.optimizer,
         ("training", "learning_rate"): plan.learning_rate,
+        ("data", "streaming"): plan.streaming if resolved.recipe.data.streaming == "auto" else None,
         ("memory", "embeddings"): plan.embeddings,
     }
     rows: list[tuple[KeyPath, Any, Origin]] = []
@@ -50,7 +51,8 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         origin = resolved.origins[path]
         if path in plan.reasons:
             origin = Origin("rule", plan.reasons[path])
-        rows.append((path, decided.get(path, value), origin))
+        settled = decided.get(path)
+        rows.append((path, value if settled is None else settled, origin))
     return rows
 
 

@@ -148,9 +148,10 @@ def draw_sample(sample: "Sample") -> Text:
 
 def _costs(check: "Check") -> Iterator[RenderableType]:
     batches = check.batches
-    tokens = int(check.prepared.lengths.sum())
+    tokens = check.prepared.tokens
     rows = [
         ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
+        *([("streamed", check.prepared.stream.in_words)] if check.prepared.stream else []),
         (
             "steps",
             f"{batches.steps:,} of {batches.batch_size} rows in micro-batches of {batches.micro_batch_size}; "

@@ -22,11 +22,13 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
     from, in seconds since 1970."""
     if not runs:
         return Text(f"no runs in {directory}")
+    bases = {_short_base(run.base) for run in runs}
+    shared = next(iter(bases)) if len(bases) == 1 and len(runs) > 1 else None
     rows = [
         (
             run.name,
             run.state,
-            _short_base(run.base),
+            *([] if shared else [_short_base(run.base)]),
             run.adapter or "?",
             "" if run.loss_start is None else f"{run.loss_start:.3f} -> {run.loss_end:.3f}",
             "" if run.validation is None else f"{run.validation:.4f}",
@@ -35,8 +37,10 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
         )
         for run in runs
     ]
-    columns = ("run", "state", "base", "adapter", "training loss", "best validation", "size", "age")
-    drawn = table(f"Runs in {directory}", columns, rows, right=(4, 5, 6, 7))
+    figures = ("training loss", "best validation", "size", "age")
+    columns = ("run", "state", *([] if shared else ["base"]), "adapter", *figures)
+    title = f"Runs in {directory}" + (f", all on {shared}" if shared else "")
+    drawn = table(title, columns, rows, right=range(len(columns) - len(figures), len(columns)))
     ways = [f"go on with {run.name}: {run.resume}" for run in runs if run.resume is not None]
     # A command that is broken over lines by hand cannot be pasted.
     return Group(drawn, *(Text(way, no_wrap=True, overflow="ignore") for way in ways))

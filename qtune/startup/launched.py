@@ -14,10 +14,10 @@ SAID_BY_A_LAUNCHER = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
 """What accelerate takes for a launcher's word (accelerate 1.15, state.py): the first four, or one of MPI's."""
-_INSTEAD = "start without it, so that each process holds the whole 4-bit base; one larger than a card: [memory] layers"
+_INSTEAD = "start without it: with --set memory.layers=sharded each process has a part of every 4-bit layer"
 SHARDING = {
-    "ACCELERATE_USE_FSDP": "accelerate 1.15 leaves 4-bit weights out of FSDP's shards (accelerate#3983), and FSDP2 "
-    f"changes NF4 bytes that look like no number (bitsandbytes#1945); {_INSTEAD}",
+    "ACCELERATE_USE_FSDP": "accelerate 1.15 leaves 4-bit weights out of FSDP's shards (accelerate#3983), and stored as "
+    f"bfloat16 FSDP2 changes NF4 bytes that look like no number (bitsandbytes#1945); {_INSTEAD}",
     "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed shards what is trained, and an adapter is small; {_INSTEAD}",
 }
 """What `accelerate launch` says where it is to shard a model, and why that is refused."""
@@ -73,6 +73,12 @@ def launched() -> Launched:
     """What this process was started as; read once, for `join` takes the words away that others would obey."""
     said = said_in(os.environ)
     return said if isinstance(said, Launched) else Launched()
+
+
+def is_to_meet() -> bool:
+    """Whether this is one of several processes that have not met yet (`forget_launcher`)."""
+    said = said_in(os.environ)
+    return isinstance(said, Launched) and said.processes > 1
 
 
 def forget_launcher(environment: MutableMapping[str, str]) -> None:

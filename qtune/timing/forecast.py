@@ -236,7 +236,10 @@ def _of_data(
     near, far = at(mean), at(longest)
     model = StepModel(mean, longest, near.micro_batch, far.micro_batch, far.update, rates)
     epoch_seconds = float(model.seconds_of_steps(padded, plan.accumulation_steps).sum())
-    steps_per_epoch = -(-len(data.train) // training.batch_size)
+    # Where the rows stand for more, their epoch is a part of the whole one.
+    of_some = data.rows / len(data.train)
+    epoch_seconds *= of_some
+    steps_per_epoch = -(-data.rows // training.batch_size)
     steps = training.steps or round(training.epochs * steps_per_epoch)
     one_evaluation = _evaluation_seconds(data, rows, micro, far, rates) / processes
     evaluations = _evaluations(recipe, steps, steps_per_epoch) * one_evaluation
@@ -246,7 +249,7 @@ def _of_data(
         model,
         step_duration(prediction, plan, rates),
         epoch_seconds / steps_per_epoch,
-        float(data.train.sum()) / epoch_seconds,
+        float(data.train.sum()) * of_some / epoch_seconds,
         steps_per_epoch,
         steps,
         epoch_seconds,

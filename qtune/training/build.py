@@ -1,13 +1,16 @@
 """Base, adapter and loss -> the trainer of a run."""
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from qtune import console
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.starts import Material, start
+from qtune.adapter.starts import EVA_ROWS, Material, start
 from qtune.data.collate import collator_for
+from qtune.data.prepare import TRAINED, Prepared
+from qtune.model.layer_stream import stream_of
 from qtune.model.load import load_base
 from qtune.model.loss import loss_agrees
 from qtune.model.quantization import count_parameters
@@ -31,7 +34,9 @@ def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     recipe, plan = inputs.recipe, inputs.plan
     with console.progress(f"loading {recipe.model.base}"):
         network = load_base(recipe.model, recipe.quantization, plan)
-    row = inputs.prepared.train[0]["input_ids"][:CHECKED_TOKENS]
+    if plan.layers == "sharded":
+        console.say(f"{stream_of(network)}")
+    row = inputs.prepared.row(0)["input_ids"][:CHECKED_TOKENS]
     tiled = loss_agrees(network, torch.tensor([row], device=network.device))
     if not tiled:
         console.say(
@@ -39,7 +44,9 @@ def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
         )
     set_seed(recipe.training.seed)
     model = attach_adapter(network, recipe.adapter, plan)
-    start(model, recipe, Material(inputs.tokenizer, inputs.prepared.train, plan.micro_batch_size))
+    reads_rows = getattr(recipe.adapter, "initialization", None) in ("rows", "eva")
+    train = rows_at_hand(inputs.prepared, EVA_ROWS if reads_rows else 1)
+    start(model, recipe, Material(inputs.tokenizer, train, plan.micro_batch_size))
     introduce(network, model, inputs)
     return model, tiled
 
@@ -58,6 +65,8 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
         f"{len(inputs.prepared.train):,} training rows, {inputs.recipe.training.batch_size} per step "
         f"in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
     )
+    if inputs.prepared.stream is not None:
+        console.say(f"rows are streamed: {inputs.prepared.stream.in_words}")
     if (time := inputs.time) is not None and time.run_seconds is not None:
         console.say(
             f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
@@ -84,6 +93,15 @@ def _why_computed_in(inputs: Inputs) -> str:
 def _shared(plan: Plan) -> str:
     processes = plan.device.processes
     return f", shared out among {processes} processes" if processes > 1 else ""
+
+
+def rows_at_hand(prepared: Prepared, count: int) -> Dataset:
+    """The training rows; of a stream so many, spread over it."""
+    stream = prepared.stream
+    if stream is None:
+        return prepared.train
+    rows = [stream.example(int(row)) for row in stream.some(count)]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in TRAINED})
 
 
 def make_trainer(
@@ -115,10 +133,11 @@ def make_trainer(
         training=training,
         meter=metrics.meter,
         tokenizer=inputs.tokenizer,
-        train=prepared.train,
+        train=rows_at_hand(prepared, 1),
+        stream=prepared.stream,
         validation=prepared.validation,
         collator=collator_for(prepared.packed, pad_id, plan.attention),
-        lengths=prepared.lengths.tolist(),
+        lengths=prepared.lengths.tolist() if prepared.stream is None else [],
         callbacks=[
             Intervals(),
             PeakRate(plan.learning_rate),

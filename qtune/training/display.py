@@ -25,6 +25,7 @@ class TrainingDisplay:
         self._figures: dict[str, str] = {}
         self._started: tuple[float, int] | None = None
         self._last_line = float("-inf")
+        self._answers: AnswersRecord | None = None
         console = live_console()
         is_live = console.is_terminal and not console.quiet
         self._live = Live(console=console, refresh_per_second=4, transient=False) if is_live else None
@@ -46,7 +47,8 @@ class TrainingDisplay:
             self._print(record.message)
             return
         if isinstance(record, AnswersRecord):
-            self._print(answers_text(record))
+            self._print(answers_text(record, self._answers))
+            self._answers = record
             return
         if self._started is None:
             self._started = (time.monotonic(), record.step)
@@ -123,8 +125,13 @@ ANSWER_WIDTH = 100
 """Characters of a question or an answer on the screen; metrics.jsonl and the report have more."""
 
 
-def answers_text(record: AnswersRecord) -> str:
-    """What the model says after a step: under each question the answer, and the expected one where it is another."""
+def answers_text(record: AnswersRecord, before: AnswersRecord | None = None) -> str:
+    """What the model says after a step: under each question the answer, and the expected one where it is another.
+
+    before: what it said when it was asked last, with the questions: to the same ones only the new answers are shown.
+    """
+    if before is not None and [one.request for one in before.answers] == [one.request for one in record.answers]:
+        return _answers_again(record, before)
     lines = [f"step {record.step}: what it answers now"]
     for one in record.answers:
         is_right = one.answer == one.expected
@@ -132,6 +139,17 @@ def answers_text(record: AnswersRecord) -> str:
         lines.append(f"{'✓' if is_right else ' '} says    {_one_line(one.answer)}")
         if not is_right:
             lines.append(f"  wanted  {_one_line(one.expected)}")
+    return "\n".join(lines)
+
+
+def _answers_again(record: AnswersRecord, before: AnswersRecord) -> str:
+    """A line for each answer to questions that stand above already."""
+    if record.answers == before.answers:
+        return f"step {record.step}: it answers as before"
+    lines = [f"step {record.step}: what it answers now"]
+    for one, earlier in zip(record.answers, before.answers, strict=True):
+        said = "(as before)" if one.answer == earlier.answer else _one_line(one.answer)
+        lines.append(f"{'✓' if one.answer == one.expected else ' '} says    {said}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,8 @@ the course, the rows, how training begins, the trainer, its steps, the end.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from qtune import console
-from qtune.errors import LeaderEnded, PeerLostError
+from qtune.errors import Interrupted, PeerLostError, QtuneError, SaidElsewhere
 from qtune.memory.measured.meter import Meter
 from qtune.plan import Plan
 from qtune.recipe.file import Resolved
@@ -21,6 +22,7 @@ from qtune.run.folder import RunDir
 from qtune.run.metrics import Metric
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
+from qtune.training.depends import base_now
 from qtune.training.inputs import Inputs, gather
 from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import rehearse
@@ -52,30 +54,56 @@ def rows_seen(inputs: Inputs) -> str:
     """A digest of the rows, as their lengths and the tokens of some show them."""
     prepared = inputs.prepared
     digest = hashlib.sha256(np.ascontiguousarray(prepared.lengths).tobytes())
-    for rows in filter(None, (prepared.train, prepared.validation)):
+    for place in range(0, len(prepared.train), max(1, len(prepared.train) // LOOKED_AT)):
+        digest.update(np.asarray(prepared.row(place)["input_ids"]).tobytes())
+    if (rows := prepared.validation) is not None:
         for place in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
             digest.update(np.asarray(rows[place]["input_ids"]).tobytes())
     return digest.hexdigest()
+
+
+def require_same_files(ranks: Ranks, inputs: Inputs) -> None:
+    """Refuses processes that have read other rows, or would train on another base.
+
+    Raises:
+        InputError: in the leader, which says it. SaidElsewhere: in the others.
+    """
+    if ranks.are_several:
+        ranks.require_alike("the rows", rows_seen(inputs))
+        ranks.require_alike("the base's files", base_now(inputs))
+
+
+@contextmanager
+def ending_together(ranks: Ranks) -> Iterator[None]:
+    """The leader's errors before it tells the course are the end of the others, which wait for that."""
+    try:
+        yield
+    except QtuneError as error:
+        ranks.told(SaidElsewhere(error.exit_code))
+        raise
 
 
 def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence[str] = ()) -> RunDir:
     """Takes every step of a run with its leader. resolved_of: the recipe, read once the leader has found it right.
 
     Raises:
-        LeaderEnded: the leader did not come to the run's end.
+        SaidElsewhere: the leader did not come to the run's end, or was asked to stop before it.
         InputError, WorkError: something is wrong with this process alone.
     """
     try:
-        course: Course = ranks.heard()
+        course: Course | SaidElsewhere = ranks.heard()
+        if isinstance(course, SaidElsewhere):
+            raise course
         inputs = gather(resolved_of(), course.run_dir, accepted=accepted)
         plan = replace(course.plan, device=inputs.plan.device)
         # The leader alone compares with the predicted time and tells trackers.
         inputs = replace(inputs, plan=plan, time=None, resolved=_without_trackers(inputs))
-        ranks.require_alike("the rows", rows_seen(inputs))
+        require_same_files(ranks, inputs)
         _follow(ranks, inputs, course)
-        ranks.heard()
+        if not ranks.heard():
+            raise SaidElsewhere(Interrupted.exit_code)
     except PeerLostError as error:
-        raise LeaderEnded(str(error)) from error
+        raise SaidElsewhere from error
     return course.run_dir
 
 
@@ -106,6 +134,7 @@ def _follow(ranks: Ranks, inputs: Inputs, course: Course) -> None:
             trainer.train(resume_from_checkpoint=str(course.checkpoint) if course.checkpoint else None)
     finally:
         meter.close()
+        inputs.prepared.close()
 
 
 class Unwritten(Metrics):

@@ -9,6 +9,7 @@ from qtune import console
 from qtune.data.batches import rows_of_step
 from qtune.data.findings import said_before_a_run
 from qtune.data.prepare import Prepared
+from qtune.data.stream import RowStream
 from qtune.device.present import present_device
 from qtune.errors import InputError, Problem
 from qtune.memory.forecast import Forecast, attempted
@@ -17,7 +18,7 @@ from qtune.model.load import load_config
 from qtune.plan import Plan
 from qtune.preflight import Preflight, examine
 from qtune.recipe.file import Resolved
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import Recipe, Training
 from qtune.run.folder import RunDir
 from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.timing.known import known_rates
@@ -82,12 +83,26 @@ MOST_NAMED = 8
 def batch_in_words(inputs: Inputs, step: int) -> str:
     """The rows of an optimizer step, by their places in the files: "rows a.jsonl:4, a.jsonl:9 and 14 more"."""
     prepared, training = inputs.prepared, inputs.recipe.training
-    numbers = rows_of_step(prepared.lengths, training.batch_size, training.seed, step)
+    if prepared.stream is not None:
+        numbers = _streamed_rows(prepared.stream, training, step)
+    else:
+        numbers = rows_of_step(prepared.lengths, training.batch_size, training.seed, step)
     more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
+    if prepared.stream is not None:
+        places = [prepared.stream.example(number)["place"] for number in numbers[:MOST_NAMED]]
+        return f"rows {', '.join(places)}{more}"
     if prepared.order is None:
         return f"packed rows {', '.join(str(number + 1) for number in numbers[:MOST_NAMED])}{more}"
-    places = prepared.examples["train"].select_columns(["place"])
-    return f"rows {', '.join(places[int(prepared.order[number])]['place'] for number in numbers[:MOST_NAMED])}{more}"
+    examples = prepared.examples["train"].select_columns(["place"])
+    return f"rows {', '.join(examples[int(prepared.order[number])]['place'] for number in numbers[:MOST_NAMED])}{more}"
+
+
+def _streamed_rows(stream: RowStream, training: Training, step: int) -> list[int]:
+    """The rows of an optimizer step of a stream."""
+    sampler = stream.order(training.batch_size, training.seed)
+    epoch, place = divmod(step - 1, -(-len(sampler) // training.batch_size))
+    sampler.set_epoch(epoch)
+    return [int(row) for row in sampler.step(place)]
 
 
 def require_allocator() -> None:

@@ -153,6 +153,7 @@ def _repeated(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             meter.close()
+            inputs.prepared.close()
         state: dict[str, Any] = trainer.optimizer.state_dict()
         return {name: tensor.clone() for name, tensor in trained_state(model).items()}, state
 

@@ -9,25 +9,17 @@ is not wrapped; torch.distributed carries what is added.
 The first process is the leader: it alone writes files, speaks and decides. The others follow.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune import console
-from qtune.errors import InputError, PeerLostError, Problem, TrainingError, first_line
-from qtune.startup.launched import RENDEZVOUS, Launched, forget_launcher, launched, said_in
+from qtune.device.peers import noticing_loss
+from qtune.errors import InputError, Problem, SaidElsewhere
 from qtune.training.callbacks import StopOnSignal
-
-PATIENCE = timedelta(hours=12)
-"""How long a process waits for the others. The leader prepares rows and fetches the base while they wait; one that has
-died is noticed at once, by its connection."""
 
 Value = TypeVar("Value")
 
@@ -49,6 +41,10 @@ class Ranks:
         """Whether there is anybody else."""
         return self.processes > 1
 
+    def has(self, number: int) -> bool:
+        """Whether something that is shared out, counted from 0, is this process's."""
+        return number % self.processes == self.rank
+
     def told(self, value: Value) -> Value:
         """The leader's value; that of the others is not looked at."""
         return self._broadcast(value) if self.are_several else value
@@ -59,7 +55,7 @@ class Ranks:
 
     def _broadcast(self, value: Any) -> Any:
         box = [value if self.is_leader else None]
-        with _noticing_loss():
+        with noticing_loss():
             distributed.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -68,7 +64,7 @@ class Ranks:
         if not self.are_several:
             return [value]
         values: list[Any] = [None] * self.processes
-        with _noticing_loss():
+        with noticing_loss():
             distributed.all_gather_object(values, value)
         return values
 
@@ -77,7 +73,7 @@ class Ranks:
         if not self.are_several:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        with _noticing_loss():
+        with noticing_loss():
             distributed.all_reduce(total)
         return total.tolist()
 
@@ -93,7 +89,7 @@ class Ranks:
             group = [parameter for parameter in trained if parameter.dtype == dtype]
             parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in group]
             flat = torch.cat([part.reshape(-1) for part in parts])
-            with _noticing_loss():
+            with noticing_loss():
                 distributed.all_reduce(flat)
             for parameter, part in zip(group, flat.split([one.numel() for one in group]), strict=True):
                 total = part.view_as(parameter)
@@ -103,79 +99,31 @@ class Ranks:
         """Gives every process the leader's trained weights, whatever a start has drawn or rounded elsewhere."""
         for parameter in model.parameters() if self.are_several else ():
             if parameter.requires_grad:
-                with _noticing_loss():
+                with noticing_loss():
                     distributed.broadcast(parameter.data, src=0)
 
     def require_alike(self, what: str, value: Any) -> None:
-        """Refuses processes that do not see the same, on another computer for example.
+        """Refuses processes that do not see the same, on another computer for example; the leader says it.
 
         Raises:
-            InputError: what `value` is here and on another one differs.
+            InputError: what `value` is here and on another one differs. SaidElsewhere: likewise, in the others.
         """
-        for rank, other in enumerate(self.all_of(value)):
-            if other != value:
-                message = f"{what} of process {rank} are not those of process {self.rank}; all must read the same files"
-                raise InputError(Problem("", message))
+        values = self.all_of(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            message = f"{what} of process {others[0]} are not those of process 0; all must read the same files"
+            self.refuse(InputError(Problem("", message)))
+
+    def refuse(self, error: InputError) -> NoReturn:
+        """Ends all processes for a reason that all of them know; the leader says it.
+
+        Raises:
+            InputError: in the leader. SaidElsewhere: in the others.
+        """
+        raise error if self.is_leader else SaidElsewhere(error.exit_code)
 
 
 ALONE = Ranks()
-
-
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """Meets the other processes that the launcher has started, for as long as the block runs.
-
-    Afterwards accelerate and transformers see one process on one device, which is all that they have to do with.
-
-    Raises:
-        InputError: the launcher's variables cannot be used, or two processes have one card.
-        TrainingError: they did not meet.
-    """
-    said = said_in(os.environ)
-    if isinstance(said, str):
-        raise InputError(Problem("", said))
-    started = launched()
-    if started.processes == 1:
-        yield ALONE
-        return
-    _meet(started)
-    forget_launcher(os.environ)
-    ranks = Ranks(started.rank, started.processes)
-    try:
-        _require_own_cards(ranks)
-        yield ranks
-    finally:
-        distributed.destroy_process_group()
-
-
-def _meet(started: Launched) -> None:
-    """Waits for the others; says where, for one that never comes is waited for long."""
-    where = ":".join(os.environ[name] for name in RENDEZVOUS)
-    console.say(f"meeting the other {started.processes - 1} of {started.processes} processes at {where}")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        distributed.init_process_group(backend, rank=started.rank, world_size=started.processes, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"the processes of this run did not meet at {where}: {first_line(error)}") from error
-
-
-def _require_own_cards(ranks: Ranks) -> None:
-    card = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
-    cards = ranks.all_of(card)
-    shared = next((one for one in cards if one is not None and cards.count(one) > 1), None)
-    if shared is not None:
-        both = " and ".join(str(rank) for rank, one in enumerate(cards) if one == shared)
-        message = f"processes {both} have one card ({shared}); start as many as there are cards, or name more of them"
-        raise InputError(Problem("CUDA_VISIBLE_DEVICES", message))
-
-
-@contextmanager
-def _noticing_loss() -> Iterator[None]:
-    """What torch.distributed says of a peer that has gone, as an error of ours."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo raises it plain, NCCL as a DistBackendError
-        raise PeerLostError(f"another process of this run has ended: {first_line(error)}") from error
 
 
 class Agree(TrainerCallback):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,13 +54,14 @@ class Rehearsal:
     """Tokens of the longest row of the micro-batch."""
     validated: bool
     checkpoint_bytes: int
+    answered: bool
     seconds: float
 
     def __str__(self) -> str:
         evaluation = "an evaluation, " if self.validated else ""
         return (
             f"rehearsed in {self.seconds:.1f} s: the heaviest micro-batch ({self.rows} x {self.length} tokens), "
-            f"{evaluation}a checkpoint of {size_text(self.checkpoint_bytes)} and an answer"
+            f"{evaluation}a checkpoint of {size_text(self.checkpoint_bytes)}{' and an answer' * self.answered}"
         )
 
 
@@ -68,7 +70,7 @@ def is_worth_it(inputs: Inputs) -> bool:
     training = inputs.recipe.training
     if isinstance(training.rehearse, bool):
         return training.rehearse
-    per_epoch = math.ceil(len(inputs.prepared.lengths) / training.batch_size)
+    per_epoch = math.ceil(len(inputs.prepared.train) / training.batch_size)
     return (training.steps or math.ceil(training.epochs * per_epoch)) >= WORTH_STEPS
 
 
@@ -84,23 +86,38 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
     began = time.monotonic()
     model = trainer.model
     assert isinstance(model, PeftModel)
-    rows = heaviest(inputs.prepared.lengths, inputs.plan.micro_batch_size, inputs)
+    rows = _heaviest(inputs)
     with _undone(trainer, model):
         _checkpoint_as_planned(model, inputs.plan.gradient_checkpointing)
         optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:
             _evaluate(trainer, inputs)
         leads, size = trainer.ranks.is_leader, 0
+        answers = leads and not trainer.in_lockstep
         if leads:
             size = _save(model, optimizer, inputs, run_dir, has_initial=has_initial)
         del optimizer
-        if leads:
+        if answers:
             _answer(model, inputs)
     if leads:
         state = sum(tensor.nbytes for tensor in trained_state(model).values())
         _require_disk(size, best_states(inputs.recipe) * state, inputs, run_dir)
-    longest = int(inputs.prepared.lengths[rows].max())
-    return Rehearsal(len(rows), longest, inputs.prepared.validation is not None, size, time.monotonic() - began)
+    longest = max(len(row["input_ids"]) for row in rows)
+    validated = inputs.prepared.validation is not None
+    return Rehearsal(len(rows), longest, validated, size, answers, time.monotonic() - began)
+
+
+def _heaviest(inputs: Inputs) -> list[dict[str, Any]]:
+    """The largest micro-batch of the first epoch; of a stream that of its longest row, for which no other step has to
+    be looked at: only a short last one could be smaller than another."""
+    prepared, size, training = inputs.prepared, inputs.plan.micro_batch_size, inputs.recipe.training
+    if prepared.stream is None:
+        return [prepared.row(row) for row in heaviest(prepared.lengths, size, inputs)]
+    sampler = prepared.stream.order(training.batch_size, training.seed)
+    longest = prepared.stream.longest()
+    step = sampler.step(sampler.place_of(longest)).tolist()
+    start = step.index(longest) // size * size
+    return [prepared.row(row) for row in step[start : start + size]]
 
 
 def heaviest(lengths: np.ndarray, micro_batch_size: int, inputs: Inputs) -> list[int]:
@@ -154,14 +171,16 @@ def _checkpoint_as_planned(model: PeftModel, layers: bool | int) -> None:
         free_inputs(model)
 
 
-def _step(trainer: QloraTrainer, model: PeftModel, rows: list[int], optimizer_name: str) -> torch.optim.Optimizer:
+def _step(
+    trainer: QloraTrainer, model: PeftModel, rows: list[dict[str, Any]], optimizer_name: str
+) -> torch.optim.Optimizer:
     """A micro-batch through the model and the optimizer, which is returned.
 
     A paged optimizer's place is taken by AdamW with 8-bit state: bitsandbytes never gives paged memory back (0.50,
     `GlobalPageManager`), and the run would keep the rehearsal's beside its own. Two bytes a trained weight are the
     least that a card which needs paging can be asked for.
     """
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    batch = trainer.data_collator(rows)
     scored = int((batch["labels"] != IGNORED).sum())
     # As many as a step's, where these wait for one another.
     trainer.expected = trainer.micro_batches_together
@@ -234,7 +253,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _answer(model: PeftModel, inputs: Inputs) -> None:
-    row = inputs.prepared.train[0]
+    row = inputs.prepared.row(0)
     scored = next((at for at, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
     prompt = row["input_ids"][: max(1, scored)][-PROMPT_TOKENS:]
     ends = find_ends(model, inputs.tokenizer)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Prepared, prepare
-from qtune.data.samples import by_length, is_scored, pieces_of
+from qtune.data.samples import by_length, example_of, is_scored, pieces_of
 from qtune.model.load import load_tokenizer
 from qtune.recipe.schema import Recipe
 from qtune.run.folder import RunDir
@@ -50,7 +50,7 @@ def _chosen(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     for title, number in wanted.items():
         if number not in seen:
             seen.add(number)
-            yield _shown_row(title, train[number], tokenizer)
+            yield _shown_row(title, example_of(train, number), tokenizer)
     if "validation" in prepared.examples:
         yield _shown_row("held out for validation", prepared.examples["validation"][0], tokenizer)
 

@@ -36,6 +36,7 @@ from qtune.errors import (
 from qtune.manifest import seal, skipped_until
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
+from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
 from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
@@ -61,11 +62,12 @@ from qtune.training.checkpoints import (
 )
 from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
 from qtune.training.display import TrainingDisplay
-from qtune.training.follow import Beginning, Course, follow, rows_seen
+from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
+from qtune.training.meeting import joined
 from qtune.training.outcome import require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
-from qtune.training.ranks import Ranks, joined
+from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import is_worth_it, rehearse
 from qtune.training.sample_answers import SampleAnswers
 from qtune.training.shown_rows import shown_rows
@@ -95,16 +97,16 @@ def run(
     known_kinds(accepted)
     # What is waived on the command line is part of the run: resolved.toml keeps it for --resume.
     resolved = resolved.allowing(allow)
-    with joined() as ranks:
+    with joined(resolved.recipe, accepted) as ranks:
         if not ranks.is_leader:
             return follow(ranks, lambda: resolved, accepted)
         return _run(ranks, resolved, snapshot=snapshot, accepted=accepted, whole_weights=whole_weights)
 
 
 def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[str, ...], whole_weights: bool) -> RunDir:
-    if snapshot:
-        require_allocator()
-    with told(TrainingError):
+    with ending_together(ranks), told(TrainingError):
+        if snapshot:
+            require_allocator()
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
@@ -113,7 +115,7 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
     there = f"{first} is there: " if is_numbered else ""
     console.say(f"{there}this run is {run_dir.path}")
     with owned(run_dir):
-        with told(TrainingError):
+        with ending_together(ranks), told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
                 write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs, whole=True)))
@@ -143,7 +145,7 @@ def resume(
         InputError, WorkError, Interrupted: as `run`.
     """
     known_kinds(accepted)
-    with joined() as ranks:
+    with joined(accepted=accepted) as ranks:
         if not ranks.is_leader:
             return follow(ranks, lambda: resumed_recipe(run_dir, changes).allowing(allow), accepted)
         return _resume(
@@ -161,29 +163,16 @@ def _resume(
     accepted: tuple[str, ...],
     whole_weights: bool,
 ) -> RunDir:
-    require_free(run_dir)
-    if run_dir.is_finished:
-        if (said := adapter_fault(run_dir)) is None:
-            raise RunError(nothing_to_resume(run_dir))
-        console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
-    if snapshot:
-        require_allocator()
-    with told(TrainingError, lambda: _way_on(run_dir)):
-        # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
-        resolved = resumed_recipe(run_dir, changes).allowing(allow)
-        try:
-            inputs = gather(resolved, run_dir, accepted=accepted)
-        except (InputError, GateError):
-            blame_drift(run_dir, accepted)
-            raise
-    with told(TrainingError, lambda: _way_on(run_dir)):
-        base = base_now(inputs, whole=whole_weights)
-    if lowers_rate(run_dir, changes):
-        # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
-        require_unchanged(inputs, run_dir, accepted, base)
-        run_dir = _branched(run_dir)
+    with ending_together(ranks):
+        if snapshot:
+            require_allocator()
+        inputs, base = _to_go_on_with(run_dir, changes, allow, accepted, whole_weights=whole_weights)
+        if lowers_rate(run_dir, changes):
+            # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
+            require_unchanged(inputs, run_dir, accepted, base)
+            run_dir = _branched(run_dir)
     with owned(run_dir):
-        with told(TrainingError, lambda: _way_on(run_dir)):
+        with ending_together(ranks), told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
@@ -194,6 +183,26 @@ def _resume(
             forget_after(run_dir.metrics_file, step)
         _train(ranks, inputs, run_dir, checkpoint, snapshot)
     return run_dir
+
+
+def _to_go_on_with(
+    run_dir: RunDir, changes: Sequence[str], allow: tuple[str, ...], accepted: tuple[str, ...], *, whole_weights: bool
+) -> tuple[Inputs, Contents]:
+    """Everything that a run needs to go on, and what its base's files hold."""
+    require_free(run_dir)
+    if run_dir.is_finished:
+        if (said := adapter_fault(run_dir)) is None:
+            raise RunError(nothing_to_resume(run_dir))
+        console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
+    with told(TrainingError, lambda: _way_on(run_dir)):
+        # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
+        resolved = resumed_recipe(run_dir, changes).allowing(allow)
+        try:
+            inputs = gather(resolved, run_dir, accepted=accepted)
+        except (InputError, GateError):
+            blame_drift(run_dir, accepted)
+            raise
+        return inputs, base_now(inputs, whole=whole_weights)
 
 
 def _without(checkpoint: Path | None) -> str:
@@ -234,6 +243,8 @@ def _train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | Non
         raise TrainingError(f"{error}\n{_way_on(run_dir)}") from error
     except KeyboardInterrupt as error:
         raise Interrupted(_stopped_at_once(run_dir)) from error
+    finally:
+        inputs.prepared.close()
     # Outside of the handler nothing holds the failed step's frames, and with them the model, any longer.
     if failure is not None:
         raise OutOfMemory(failure_text(explained(failure, inputs, run_dir).to_json()), failure)
@@ -264,7 +275,7 @@ def _resuming(run_dir: RunDir) -> str:
 def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
     recipe = inputs.recipe
     ranks.told(Course(run_dir, inputs.plan, checkpoint))
-    ranks.require_alike("the rows", rows_seen(inputs) if ranks.are_several else None)
+    require_same_files(ranks, inputs)
     display = TrainingDisplay()
     metrics = Metrics(
         run_dir.metrics_file,
@@ -286,7 +297,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
         best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
-        answers = SampleAnswers(inputs, metrics.answered, metrics.note)
+        answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
         rehearses = checkpoint is None and is_worth_it(inputs)
         ranks.told(Beginning(first, rehearses, takes_steps=not ended))
@@ -319,12 +330,21 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 _save(model, inputs, run_dir, initial)
                 saved = True
                 best.forget()
-    ranks.told(None)  # the others stay until everything is saved
+    ranks.told(saved)  # the others stay until everything is
     if not saved:  # the folder may have been finished before, with an adapter that is damaged
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
             f"go on with: {_resuming(run_dir)}"
         )
+
+
+def _asks(inputs: Inputs, metrics: Metrics) -> SampleAnswers | None:
+    """What has the model answer at each evaluation; nobody where no process can go through the layers alone."""
+    if inputs.plan.layers != "sharded":
+        return SampleAnswers(inputs, metrics.answered, metrics.note)
+    if inputs.recipe.training.sample_answers:
+        metrics.note('no sample answers: with memory.layers = "sharded" one process alone cannot ask the model')
+    return None
 
 
 def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | None) -> None:

@@ -24,6 +24,8 @@ from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state
 from qtune.data.batches import StepSampler
 from qtune.data.shares import ShareSampler, with_blanks
+from qtune.data.stream import RowStream
+from qtune.data.stream_order import WindowSampler
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
@@ -60,6 +62,11 @@ from qtune.training.schedule import schedule_of
 GROUP = "micro_batches"
 """Under this key stand micro-batches that pass the layers together."""
 
+CANNOT_SPLIT = (
+    "with memory.layers sharded the processes wait for one another at every layer, so that none can take it apart and "
+    "try again; lower training.micro_batch_size, or have layers computed twice (training.gradient_checkpointing)"
+)
+
 CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
 
@@ -92,12 +99,14 @@ class QloraTrainer(SFTTrainer):
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
         outliers: Outliers | None = None,
         ranks: Ranks = ALONE,
+        stream: RowStream | None = None,
     ) -> None:
         """`note` hears, in a sentence, what the user should know of a step.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
-        outliers: those of which no update is taken. ranks: the processes that share the steps.
+        outliers: those of which no update is taken. ranks: the processes that share the steps. stream: rows that are
+        read from their files, of which `train` then holds the first one alone, and `lengths` nothing.
         """
         super().__init__(
             model=model,
@@ -108,6 +117,9 @@ class QloraTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[CheckpointedLayers(plan.gradient_checkpointing), *callbacks],
         )
+        self.first_row = train[0]
+        if stream is not None:
+            self.train_dataset = stream  # SFTTrainer's constructor takes no other map-style dataset than datasets' own
         # Both of these undo what SFTTrainer's constructor has just done to a 4-bit model (trl 1.16, sft_trainer.py).
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
@@ -121,6 +133,7 @@ class QloraTrainer(SFTTrainer):
         self.keep_checkpoints = training.keep_checkpoints
         self.effective_batch = training.batch_size
         self.row_lengths = lengths
+        self.stream = stream
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
@@ -130,6 +143,8 @@ class QloraTrainer(SFTTrainer):
         have no room. The latter holds for as long as the process lives, like `pieces`: a resumed run tries again."""
         self.expected = 1
         """Micro-batches of the step that is being taken."""
+        self.in_lockstep = plan.layers == "sharded"
+        """Whether all processes have to go through the layers as often as each other."""
         self._stand_alone: bool | None = None
         self._done_in_step: list[dict[str, Any]] = []
         self._losses_of_step: list[float] = []
@@ -149,7 +164,9 @@ class QloraTrainer(SFTTrainer):
 
     # --- order of rows ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler | WindowSampler:
+        if self.stream is not None:
+            return self.stream.order(self.effective_batch, self.args.seed)
         return StepSampler(self.row_lengths, self.effective_batch, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -161,7 +178,7 @@ class QloraTrainer(SFTTrainer):
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=share,
-            collate_fn=with_blanks(self.data_collator, self.train_dataset[0]),
+            collate_fn=with_blanks(self.data_collator, self.first_row),
             pin_memory=self.args.dataloader_pin_memory,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
@@ -265,7 +282,7 @@ class QloraTrainer(SFTTrainer):
         each layer one behind the other; the first ones return nothing, the last one the loss of all.
 
         Raises:
-            OutOfMemory: a single row does not fit.
+            OutOfMemory: a single row does not fit; where layers are sharded, a micro-batch.
         """
         self._done_in_step.append(inputs)
         group = self._done_in_step if self.goes_together(model, inputs) else [inputs]
@@ -274,6 +291,8 @@ class QloraTrainer(SFTTrainer):
         sums = False
         loss = self._try_pieces(model, group, num_items_in_batch)
         while loss is None:
+            if self.in_lockstep:
+                raise OutOfMemory(f"a micro-batch does not fit: {CANNOT_SPLIT}", self._failure)
             if self.together:
                 self.together, sums = False, True
                 self._release_memory(model)
@@ -373,9 +392,12 @@ class QloraTrainer(SFTTrainer):
         own: list[tuple[Tensor, list[tuple[float, int]]]] = []
         # A data loader draws a seed when it starts; measuring must not change what training draws next.
         with torch.random.fork_rng(devices=[]):
-            for number, inputs in enumerate(self.get_eval_dataloader(eval_dataset)):
-                if number % self.ranks.processes == self.ranks.rank:
+            number = 0
+            for number, inputs in enumerate(self.get_eval_dataloader(eval_dataset), 1):
+                if self.ranks.has(number - 1):
                     own.append(self.evaluated(inputs))
+            if self.in_lockstep and len(own) < -(-number // self.ranks.processes):
+                self.evaluated(inputs)  # with the others, for nothing
         self.meter.enter("idle")
         # One after the other, as one process adds them.
         batches = in_turn(self.ranks.all_of(own))
@@ -400,7 +422,7 @@ class QloraTrainer(SFTTrainer):
             try:
                 pieces = [self._sums(piece) for piece in _split(batch, self.eval_pieces)]
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]):
+                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]) or self.in_lockstep:
                     raise
             if pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))

@@ -30,6 +30,7 @@ from qtune.recipe.schema import Recipe
 from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
+from qtune.run.measured_adapter import adapter_name
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
 from qtune.tuned.free_text import is_free_text, text_score
@@ -147,6 +148,7 @@ def evaluate(
             )
             if tokens
         ),
+        adapter=adapter_name(run_dir),
     )
     kept = None if replaces_larger else read_evaluation(run_dir)
     if kept is not None and kept.rows > evaluation.rows:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qtune.records import plain, read_record
+from qtune.records import plain
 from qtune.run.folder import RunDir
+from qtune.run.measured_adapter import read_figures
 from qtune.tuned.free_text import TextScore
 
 
@@ -67,6 +68,8 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
     row_losses: tuple[RowLoss, ...] = ()
     """Of each row with a scored token; none in files of older versions."""
+    adapter: str | None = None
+    """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
@@ -75,9 +78,9 @@ class Evaluation:
 
 
 def read_evaluation(run_dir: RunDir) -> Evaluation | None:
-    """RUN/eval.json, as the last `evaluate` has written it; None where there was none.
+    """RUN/eval.json, as the last `evaluate` has written it; None where there was none of this adapter.
 
     Raises:
         RunError: it is damaged.
     """
-    return read_record(run_dir.eval_file, Evaluation)
+    return read_figures(run_dir, run_dir.eval_file, Evaluation)

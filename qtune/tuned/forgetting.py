@@ -14,8 +14,9 @@ from datasets import Dataset
 
 from qtune import console
 from qtune.model.loss import install_loss, loss_agrees
-from qtune.records import read_record, write_record
+from qtune.records import write_record
 from qtune.run.folder import RunDir
+from qtune.run.measured_adapter import adapter_name, read_figures
 from qtune.tuned.evaluate import require_finite_losses, row_losses
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
@@ -37,6 +38,8 @@ class Forgetting:
     text: str
     """Which text: the start of its SHA-256."""
     pieces: tuple[PieceLoss, ...]
+    adapter: str | None = None
+    """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
 
     @property
     def base(self) -> float:
@@ -73,7 +76,7 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = ()) -> Fo
         RunError: the run has not ended, or is not what was trained. WorkError: a loss is no number.
     """
     run_dir.finished_adapter()
-    kept = read_record(run_dir.forgetting_file, Forgetting)
+    kept = read_figures(run_dir, run_dir.forgetting_file, Forgetting)
     if kept is not None and kept.text == text_name():
         return kept
     untuned = load_untuned(run_dir, accepted=accepted)
@@ -87,6 +90,7 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = ()) -> Fo
     found = Forgetting(
         text_name(),
         tuple(PieceLoss(count, b / count, t / count) for count, b, t in zip(tokens, base, tuned, strict=True)),
+        adapter_name(run_dir),
     )
     write_record(run_dir.forgetting_file, found)
     return found

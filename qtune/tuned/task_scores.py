@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qtune.records import read_record
 from qtune.run.folder import RunDir
+from qtune.run.measured_adapter import read_figures
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class TaskScores:
     limit: int | None
     """Questions of each task that were asked at most; None: all."""
     scores: tuple[TaskScore, ...]
+    adapter: str | None = None
+    """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
 
 
 def read_tasks(run_dir: RunDir) -> TaskScores | None:
-    """RUN/tasks.json, as the last `qtune eval --tasks` has written it; None where there was none.
+    """RUN/tasks.json, as the last `qtune eval --tasks` has written it; None where there was none
+    of this adapter.
 
     Raises:
         RunError: it is damaged.
     """
-    return read_record(run_dir.tasks_file, TaskScores)
+    return read_figures(run_dir, run_dir.tasks_file, TaskScores)

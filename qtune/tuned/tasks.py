@@ -17,6 +17,7 @@ from qtune.errors import InputError, Problem, first_line
 from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
+from qtune.run.measured_adapter import adapter_name
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.task_scores import TaskScore, TaskScores
@@ -64,7 +65,7 @@ def evaluate_tasks(
     run = load_untuned(run_dir, accepted=accepted)
     base = _asked(run, "base", loaded, fewshot, limit)
     tuned = _asked(with_adapter(run), "tuned", loaded, fewshot, limit)
-    result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)))
+    result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)), adapter_name(run_dir))
     run_dir.require_there()
     write_record(run_dir.tasks_file, result)
     return result

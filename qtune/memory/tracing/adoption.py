@@ -114,6 +114,7 @@ def _streamed_tensors(stream: LayerStream, *, cuda: bool) -> Iterator[tuple[torc
     """The layers where they wait, and what of them is on the device. Of a file memory holds no more than it likes."""
     yield from ((block, WEIGHTS_4BIT) for block in stream.blocks)
     yield from ((table, CONSTANTS) for table in stream.tables())
+    yield from ((part, WEIGHTS_4BIT) for part in stream.own_parts)
     if stream.where == "host":
         is_apart = cuda or stream.homes[0].device.type != stream.blocks[0].device.type
         yield from ((home, HOST if is_apart else WEIGHTS_4BIT) for home in stream.homes)

@@ -1,0 +1,63 @@
+"""Whether training rows are prepared as a whole or streamed: as the recipe says, or as the disk allows."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtune.data.files import DataFile
+from qtune.data.sources import Source
+from qtune.data.stream_blocks import KINDS
+from qtune.errors import DataError, Problem
+from qtune.recipe.schema import Data
+from qtune.sizes import size_text
+
+LARGEST_SHARE = 0.5
+"""Of the free disk, that prepared rows may take without being asked for."""
+GROWTH, GROWTH_OF_PACKED = 3, 12
+"""Bytes that are kept of a row for each byte of its file."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether rows are streamed, and why."""
+
+    streams: bool
+    reason: str
+    is_tight: bool = False
+    """Whether the disk is short of what will be kept."""
+
+
+WHOLE = Choice(False, "prepared as a whole")
+
+
+def choose_streaming(data: Data, sources: Sequence[Source], cache: Path) -> Choice:
+    """Decides for the training rows; `cache` is where prepared ones would be kept.
+
+    Raises:
+        DataError: streaming is asked for, and a file is of a kind that cannot be.
+    """
+    others = [file for source in sources for file in source.files if file.kind not in KINDS]
+    if data.streaming is True:
+        if others:
+            message = "only JSON lines and Parquet are read in blocks; save it as one of them, or remove the key"
+            raise DataError([Problem(f"data.streaming = true: {file.name}", message) for file in others])
+        return Choice(True, "as the recipe says")
+    if data.streaming is False:
+        return Choice(False, "as the recipe says")
+    kept = sum(_kept_bytes(file) for source in sources for file in source.files)
+    free = shutil.disk_usage(next(path for path in (cache, *cache.absolute().parents) if path.is_dir())).free
+    about = f"prepared rows would take about {size_text(kept)} of the {size_text(free)} that are free in {cache}"
+    if kept <= LARGEST_SHARE * free:
+        return Choice(False, about)
+    needs_all = others or data.packing or any(source.hub is not None or source.weight != 1 for source in sources)
+    if needs_all:
+        return Choice(
+            False, f"{about}, and kinds of files, packing or weights do not let them be streamed", is_tight=True
+        )
+    return Choice(True, about)
+
+
+def _kept_bytes(file: DataFile) -> int:
+    packed = file.compression or file.kind == "parquet"
+    return file.path.stat().st_size * (GROWTH_OF_PACKED if packed else GROWTH)

@@ -1,0 +1,90 @@
+"""The rows of a stream that are set aside for validation: chosen by their hashes, and kept as any other rows are."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.choice import mixed
+from qtune.data.examples import COLUMNS
+from qtune.data.kept import read_about, write_about
+from qtune.data.store import EXAMPLES, not_written, written_whole
+from qtune.data.stream_index import Index, IndexReaders
+from qtune.data.template import ChatTemplate
+
+MOST_SET_ASIDE = 4096
+"""A share of a file of millions would be evaluated for hours; so many rows know a mean loss well."""
+FIGURES_AT_ONCE = 1 << 20
+
+
+def examples_set_aside(indexes: Sequence[Index], share: float, seed: int) -> np.ndarray:
+    """The numbers of the examples that `choice.rows_set_aside` would choose, at most MOST_SET_ASIDE and their equals.
+
+    The figures are read twice in pieces: once for the border below which a hash is chosen, once for those below it.
+    """
+    total = sum(map(len, indexes))
+    if not share or not total:
+        return np.zeros(0, np.int64)
+    count = min(max(1, round(share * total)), MOST_SET_ASIDE)
+    lowest = np.zeros(0, np.uint64)
+    for hashes in _pieces(indexes, seed):
+        lowest = np.concatenate([lowest, hashes])
+        if len(lowest) > count:
+            lowest = np.partition(lowest, count - 1)[:count]
+    border = lowest.max()
+    found, first = [], 0
+    for hashes in _pieces(indexes, seed):
+        found.append(first + np.flatnonzero(hashes <= border))
+        first += len(hashes)
+    return np.concatenate(found)
+
+
+def _pieces(indexes: Sequence[Index], seed: int) -> Iterator[np.ndarray]:
+    for index in indexes:
+        for start in range(0, len(index), FIGURES_AT_ONCE):
+            hashes = index.figures["prompt_hash"][start : start + FIGURES_AT_ONCE]
+            yield mixed(np.asarray(hashes).astype(np.uint64), seed)
+
+
+def kept_examples(
+    indexes: Sequence[Index],
+    numbers: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    cache: Path,
+) -> Dataset:
+    """Examples by their numbers, which ascend, as a dataset in the cache with `examples.COLUMNS`.
+
+    Raises:
+        DataError: a file is no longer what it was.
+    """
+    digest = hashlib.blake2b(numbers.astype(np.int64).tobytes(), digest_size=16)
+    for index in indexes:
+        digest.update(index.stored.folder.name.encode())
+    kept = cache / digest.hexdigest()
+    if read_about(kept, kept / EXAMPLES) is None:
+        with written_whole(kept) as temporary:
+            temporary.mkdir()
+            with pa.OSFile(str(temporary / EXAMPLES), "wb") as sink, pa.ipc.new_stream(sink, COLUMNS) as writer:
+                for batch in _made(indexes, numbers, IndexReaders(indexes, tokenizer, template)):
+                    writer.write_batch(batch)
+            write_about(temporary, temporary / EXAMPLES, {"rows": len(numbers)})
+        if read_about(kept, kept / EXAMPLES) is None:
+            raise not_written(kept)
+    return Dataset.from_file(str(kept / EXAMPLES))
+
+
+def _made(indexes: Sequence[Index], numbers: np.ndarray, readers: IndexReaders) -> Iterator[pa.RecordBatch]:
+    """The examples, block by block."""
+    start = 0
+    for source, index in enumerate(indexes):
+        inside = numbers[(numbers >= start) & (numbers < start + len(index))] - start
+        borders = np.flatnonzero(np.diff(np.searchsorted(index.ends, inside, side="right"))) + 1
+        for of_block in np.split(inside, borders) if len(inside) else ():
+            yield readers.of(source).some(of_block)
+        start += len(index)
+    readers.close()
