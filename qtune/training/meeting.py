@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from qtune import __version__, console
 from qtune.device.peers import PATIENCE
@@ -103,7 +104,7 @@ def _meet(started: Launched) -> None:
     console.say(f"meeting the other {others} of {started.processes} processes at {where}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, _, _ = next(distributed.rendezvous("env://", started.rank, started.processes, timeout=COMING))
+        store, _, _ = next(rendezvous("env://", started.rank, started.processes, timeout=COMING))
         store.set(f"qtune/{started.rank}", "here")
         store.wait([f"qtune/{rank}" for rank in range(started.processes)], COMING)
         distributed.init_process_group(
