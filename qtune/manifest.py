@@ -177,6 +177,16 @@ def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str 
     return None
 
 
+def files_of(folder: Path) -> frozenset[str]:
+    """The names of the files that a sealed folder had.
+
+    Raises:
+        RunError: its manifest is damaged.
+    """
+    manifest = read_record(folder / NAME, Manifest)
+    return frozenset() if manifest is None else frozenset(manifest.files)
+
+
 def file_fault(file: Path) -> str | None:
     """What is wrong with one file of a sealed folder; None where it is whole, and where the manifest, a damaged one
     too, does not name it."""

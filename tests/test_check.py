@@ -167,7 +167,8 @@ def test_memory_that_will_not_do_is_a_warning_and_one_that_is_not_known_is_said(
     found = check(load_recipe(recipe, ["memory.budget=1MiB"]))
     rows = found.plan.micro_batch_size
     need = gib_text(found.memory.prediction.need.total_bytes)
-    warning = f"warning  memory: {rows} rows are predicted to need {need} of 1.0 MiB; qtune fit shows"
+    what = "one row is" if rows == 1 else f"{rows} rows are"
+    warning = f"warning  memory: {what} predicted to need {need} of 1.0 MiB; qtune fit shows"
     assert warning in screen(found)
 
     def fails(*_):

@@ -214,6 +214,7 @@ def test_an_adapter_alone_is_peft_s_and_holds_no_path_of_this_computer(adapter: 
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "manifest.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

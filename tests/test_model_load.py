@@ -210,6 +210,21 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, tiny_model: Pat
         load_config(Model(base=str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '"text"', "null", "[]", '{"version": "1.0"', "1" * 5000]
+)
+def test_a_file_of_a_tokenizer_that_holds_no_object_is_named(
+    name: str, text: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / name).write_text(text)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(Model(base=str(tmp_path / "base")))
+    assert str(caught.value).startswith(f"{tmp_path / 'base' / name}: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_base_without_a_tokenizer_is_said_to_be_that(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()

@@ -19,6 +19,7 @@ from qtune.export.verification import VERIFICATION, damage_of, proof_today, read
 from qtune.model.load import load_config, load_tokenizer
 from qtune.preflight import examine
 from qtune.recipe.file import Resolved, load_recipe
+from qtune.recipe.schema import Model
 from qtune.records import CHECKSUM
 from qtune.report.page import write_report
 from qtune.run.drift import said_of
@@ -309,6 +310,32 @@ def test_an_exported_model_that_has_changed_is_no_base(name: str, on_export: Res
         assert str(caught.value) == (
             f"{exported}: is not what was exported: {name} is not what was saved: its SHA-256 is another; export it "
             "again; if it is right as it is, remove its manifest.json"
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "modeling_x.py"]
+)
+def test_a_file_that_has_come_into_an_export_since_is_said(name: str, exported: Path, world: World) -> None:  # noqa: F811
+    (exported / "notes.md").write_text("notes")
+    (exported / "done-Q4_K_M.gguf").write_text("made by another program")
+    assert damage_of(exported) is None
+    (exported / name).write_text("{}")
+    said = f"is not what was exported: {name} has come in since"
+    assert damage_of(exported) == f"it {said}"
+    with pytest.raises(ModelError, match=re.escape(said)):
+        open_session(str(exported))
+
+
+def test_an_adapter_beside_a_base_is_not_put_on_it_without_a_word(world: World) -> None:  # noqa: F811
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(world.finished.adapter / name, world.base)
+    for verb in (lambda: load_config(Model(base=str(world.base))), lambda: open_session(str(world.finished.path))):
+        with pytest.raises(ModelError) as caught:
+            verb()
+        assert str(caught.value) == (
+            f"{world.base}: has an adapter beside the model, which would be put on it; move adapter_config.json "
+            "elsewhere"
         )
 
 

@@ -180,6 +180,7 @@ STAND_OUT_SOON = "import qtune.training.outliers as outliers; outliers.LEAST, ou
     ("name", "training", "data", "more"),
     [
         ("guarded", EVERYTHING.replace("answers = 0", "answers = 1"), "validation = 0.15", ""),
+        ("read", EVERYTHING, "validation = 0.15\nstreaming = true\nshuffle_rows = 8", ""),
         ("packed", EVERYTHING.replace("batch_size = 6", "batch_size = 2"), "packing = true", ""),
         ("streamed", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "host"'),
         ("sharded", EVERYTHING, "validation = 0.15", '[memory]\nlayers = "sharded"'),

@@ -160,7 +160,7 @@ def start_from_activations(model: PeftModel, train: Dataset, pad_id: int, micro_
         batch = collate([train[row] for row in range(start, min(rows, start + micro_batch_size))])
         batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
     console.say(f"EVA: looking at the activations of {rows} training rows")
-    # Each of several processes looks at the same rows: together they would be looked at once by each.
+    # Each of several processes looks at the same rows: gathered, each row would count once for every process.
     initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
 
 

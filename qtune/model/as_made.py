@@ -71,9 +71,23 @@ def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
+ADDED = {".safetensors", ".bin", ".jinja", ".py"}
+ADDED_NAMES = {"adapter_config.json", "generation_config.json", "model.safetensors.index.json", "added_tokens.json"}
+"""Files that a loader reads where they are there: one that has come in since makes another model."""
+
+
+def _added(folder: Path) -> str | None:
+    """The first file that was not there when the folder was written, and that a loader reads."""
+    saved = manifest.files_of(folder)
+    for file in sorted(folder.iterdir()):
+        if file.name not in saved and (file.suffix in ADDED or file.name in ADDED_NAMES):
+            return f"{file.name} has come in since"
+    return None
+
+
 @functools.cache
 def _damage(folder: Path, state: tuple[tuple[str, int, int], ...], whole: bool) -> str | None:
     if not (whole and sum(nbytes for _, nbytes, _ in state) > GIB):
-        return manifest.fault(folder, quick=not whole)
+        return manifest.fault(folder, quick=not whole) or _added(folder)
     with console.progress(f"reading {folder}: is it what was written?"):
-        return manifest.fault(folder)
+        return manifest.fault(folder) or _added(folder)

@@ -4,27 +4,39 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtune.errors import ModelError, Problem
+from qtune.errors import ModelError, Problem, first_line
 from qtune.lfs import ADVICE, lfs_pointers
 from qtune.model.safetensors_file import require_whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+"""Files that loaders believe to hold an object."""
 
 
 def refuse_other_folders(base: str) -> None:
-    """A folder with an adapter or a run in it is no base model.
+    """A folder with an adapter or a run in it is no base model; nor is one with an adapter beside the model, which
+    transformers would put on it without a word.
 
     Raises:
         ModelError: with the model that is meant, as far as the folder says.
     """
     folder = Path(base)
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not folder.is_dir():
+        return
+    if (folder / "config.json").is_file():
+        if (folder / ADAPTER).exists():
+            message = f"has an adapter beside the model, which would be put on it; move {ADAPTER} elsewhere"
+            raise ModelError(Problem(base, message))
         return
     if (folder / "resolved.toml").is_file():
         message = "is a run of qtune, not a model; adapter.start_from goes on from it, its export is a model"
         raise ModelError(Problem(base, message))
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER
     if file.is_file():
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
@@ -125,3 +137,20 @@ def refuse_pointers(folder: Path) -> None:
     """Raises a ModelError that names the files of a folder that are Git LFS pointers, if there are any."""
     if pointers := lfs_pointers(folder):
         raise ModelError([Problem(str(file), ADVICE) for file in pointers])
+
+
+def refuse_damaged_json(folder: Path) -> None:
+    """Names the file for which a loader has failed in words of its own, if there is one.
+
+    Raises:
+        ModelError: a configuration or a tokenizer's file holds no JSON object.
+    """
+    for name in OBJECTS:
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except OSError:  # not there, or said by the loader
+            continue
+        except (ValueError, RecursionError) as error:
+            raise ModelError(Problem(str(folder / name), f"is not JSON: {first_line(error)}")) from error
+        if not isinstance(values, dict):
+            raise ModelError(Problem(str(folder / name), f"must be an object with keys, not {str(values)[:40]!r}"))

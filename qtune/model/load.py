@@ -21,9 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
-from qtune.errors import ModelError, OutOfMemory, Problem, first_line
+from qtune.errors import ModelError, OutOfMemory, Problem, QtuneError, first_line
 from qtune.model.config import read_config
-from qtune.model.folder import refuse_other_folders, refuse_pointers
+from qtune.model.folder import refuse_damaged_json, refuse_other_folders, refuse_pointers
 from qtune.model.host import frozen_tables, store_embeddings
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
@@ -83,6 +83,10 @@ def require_kernels(quantization: Quantization, plan: Plan) -> None:
         require_right_kernels()
 
 
+TOKENIZER_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""What transformers raises over a tokenizer's files that are damaged; what its tokenizers raise is a bare Exception."""
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token in any case: labels are built before padding, so any token will do.
 
@@ -94,7 +98,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     require_reachable(model, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if isinstance(error, QtuneError) or not (isinstance(error, TOKENIZER_ERRORS) or type(error) is Exception):
+            raise
+        refuse_damaged_json(Path(base))
         if "instantiate the backend tokenizer" in str(error):  # followed by a list of what it could be made of
             message = "has no tokenizer: there is no tokenizer.json, and no file that one could be made of"
             raise ModelError(Problem(base, message)) from error

@@ -74,6 +74,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
         values: dict[str, Any] = plain(self)
+        if self.adapter is None:
+            del values["adapter"]
         return values
 
 
