@@ -1,5 +1,6 @@
 """The command line: parse, call one stage, turn its errors into exit codes. Stages are imported inside their verb."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from qtune.disk import refusal_of
 from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
-from qtune.startup.launched import is_to_meet, launched, use_own_card
+from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
 from qtune.verbs import Verbs
@@ -111,6 +112,7 @@ def _options(
     ] = False,
 ) -> None:
     if launched().processes > 1 and context.invoked_subcommand != "run":
+        forget_launcher(os.environ)  # there is nobody to meet: each says it, and ends
         raise InputError(Problem("WORLD_SIZE", "only qtune run shares its work out; start this without a launcher"))
 
 
