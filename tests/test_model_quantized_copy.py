@@ -74,6 +74,12 @@ def test_the_copy_is_the_model_that_was_quantized(
     assert not any(parameter.requires_grad for parameter in second.parameters())
 
 
+def test_the_copy_is_called_what_the_model_was_loaded_from_whatever_the_recipe_calls_it(base: Path) -> None:
+    """An adapter names it, and peft looks there for the base."""
+    names = [loaded(base / "config.json").config.name_or_path for _ in range(2)]
+    assert names == [str(base)] * 2
+
+
 def test_a_base_that_is_quantized_in_no_time_is_not_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_copy, "FROM_BYTES", sum(file.stat().st_size for file in base.glob("*.safetensors")))
     loaded(base, FourBit(minimum_share=0.0, keep_copy=False))

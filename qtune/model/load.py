@@ -157,16 +157,16 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
     options = {"dtype": dtype, "attn_implementation": plan.attention}
-    copied = None
+    source, copied = base_folder(model), None
     if ours is not None and not model.trust_remote_code:
-        copied = copy_of(model.base, base_on_disk(model), quantization, plan, config)
+        copied = copy_of(source, base_on_disk(model), quantization, plan, config)
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
             network = copied.load(places, **options) if copied is not None else None
             if network is None:
                 # Even a None would hide the quantization that a checkpoint brings along.
                 options |= {"quantization_config": ours} if ours else {}
-                network = load_weights(base_folder(model), config, device_map=places, **options, **_where(model))
+                network = load_weights(source, config, device_map=places, **options, **_where(model))
                 if copied is not None:
                     copied.keep(network)
     except LOADING_ERRORS as error:

@@ -48,8 +48,8 @@ class QuantizedCopy:
     """Where the quantized copy of one base is, or would be."""
 
     folder: Path
-    base: str
-    """As the recipe names it."""
+    source: str
+    """What transformers would have loaded, a folder or a hub id; the model is called so, and its adapters name it."""
 
     def load(self, places: Mapping[str, str], **options: Any) -> PreTrainedModel | None:
         """The model, as `load_weights` would have quantized it; None where there is no copy, or none that is whole.
@@ -68,7 +68,7 @@ class QuantizedCopy:
             self._remove(error.problems[0].message)
             return None
         mark_used(self.folder / manifest.NAME)
-        network.config.name_or_path = network.name_or_path = self.base
+        network.config.name_or_path = network.name_or_path = self.source
         return network
 
     def keep(self, network: PreTrainedModel) -> None:
@@ -111,11 +111,12 @@ class QuantizedCopy:
 
 
 def copy_of(
-    base: str, on_disk: Path | None, quantization: Quantization, plan: Plan, config: PretrainedConfig
+    source: str, on_disk: Path | None, quantization: Quantization, plan: Plan, config: PretrainedConfig
 ) -> QuantizedCopy | None:
     """The place of a base's quantized copy; None where none is kept.
 
-    base: as the recipe names it. on_disk: its folder, None where its weights are still to be fetched.
+    source: a folder or a hub id, as transformers loads it. on_disk: its folder, None where its weights are still to
+    be fetched.
     """
     if on_disk is None or not isinstance(quantization, (FourBit, EightBit)) or not quantization.keep_copy:
         return None
@@ -137,7 +138,7 @@ def copy_of(
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     key = hashlib.blake2b(json.dumps(decides, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    return QuantizedCopy(cache_folder() / "quantized" / key, base)
+    return QuantizedCopy(cache_folder() / "quantized" / key, source)
 
 
 def _allow_the_host(config: PretrainedConfig, places: Mapping[str, str]) -> None:

@@ -94,11 +94,11 @@ def _waited_for(started: "Sequence[subprocess.Popen[bytes]]") -> int:
     until = float("inf")
     while any(process.poll() is None for process in started) and time.monotonic() < until:
         if first is None:
-            first = next((rank for rank, process in enumerate(started) if process.poll()), None)
+            first = _failed(started)
             until = time.monotonic() + GRACE_SECONDS if first is not None else until
         time.sleep(LOOKS_SECONDS)
     if first is None:
-        first = next((rank for rank, process in enumerate(started) if process.returncode), None)
+        first = _failed(started)
     if first is None:
         return 0
     code = started[first].returncode
@@ -111,6 +111,12 @@ def _waited_for(started: "Sequence[subprocess.Popen[bytes]]") -> int:
         )
     leader = started[0].poll()
     return leader if leader is not None and leader > 0 else max(code, 1)
+
+
+def _failed(started: "Sequence[subprocess.Popen[bytes]]") -> int | None:
+    """The first process that has failed. One that was killed before others, which end because it is gone."""
+    failed = [rank for rank, process in enumerate(started) if process.poll()]
+    return min(failed, key=lambda rank: started[rank].returncode >= 0, default=None)
 
 
 def _named(ranks: Sequence[int]) -> str:
