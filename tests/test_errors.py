@@ -17,6 +17,7 @@ from qtune.errors import (
     Problem,
     QtuneError,
     RecipeError,
+    SaidElsewhere,
     WorkError,
     first_line,
 )
@@ -39,7 +40,7 @@ def test_exit_codes_follow_the_tree_that_the_module_draws(error: type[QtuneError
     expected = 2 if issubclass(error, InputError) else 130 if issubclass(error, Interrupted) else 1
     assert error.exit_code == expected
     assert error is QtuneError or error.__name__ in (errors.__doc__ or "")
-    assert issubclass(error, (InputError, WorkError, Interrupted)) or error is QtuneError
+    assert issubclass(error, (InputError, WorkError, Interrupted, SaidElsewhere)) or error is QtuneError
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ class RowStream(Dataset[dict[str, list[int]]]):
         self._span, self._kept = 1, 2
         self._tokenizer, self._template = tokenizer, template
         self._readers = IndexReaders(self.indexes, tokenizer, template)
+        weakref.finalize(self, self._readers.close)  # whoever drops a stream has closed its files
         self._ahead: dict[int, Future[pa.RecordBatch]] = {}
         self._pool: ProcessPoolExecutor | None = None
 
