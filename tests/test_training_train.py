@@ -566,7 +566,7 @@ def test_the_lock_of_a_resumed_run_says_under_which_versions_each_part_was_train
     begun = read_lock(stopped)
     assert begun is not None
     assert begun.resumed == ()
-    monkeypatch.setattr("qtune.run.lock.version", lambda package: "9.9" if package == "torch" else "1.0")
+    monkeypatch.setattr("qtune.run.lock._version", lambda package: "9.9" if package == "torch" else "1.0")
     train.resume(stopped, accepted=("versions",))
     lock = read_lock(stopped)
     assert lock is not None
