@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
             ("training", "gradient_checkpointing"), training.gradient_checkpointing, checkpointing
         ),
         optimizer=settle(("training", "optimizer"), training.optimizer, ("adamw", "the state of an adapter is small")),
-        learning_rate=settle(("training", "learning_rate"), training.learning_rate, adapter.auto_learning_rate),
+        learning_rate=settle(("training", "learning_rate"), training.learning_rate, adapter.usual_rate),
         max_length=recipe.data.max_length,
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,

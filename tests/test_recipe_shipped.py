@@ -104,9 +104,17 @@ def test_a_recipe_is_planned_on_every_device(file, device, tmp_path):
 @every_recipe
 def test_a_learning_rate_is_within_an_order_of_magnitude_of_its_kinds(file):
     recipe = load_recipe(file).recipe
-    usual, _ = recipe.adapter.auto_learning_rate
+    usual, _ = recipe.adapter.usual_rate
     assert isinstance(recipe.training.learning_rate, float)
     assert usual / 10 <= recipe.training.learning_rate <= usual * 10
+
+
+@pytest.mark.parametrize("name", ["quickstart_p_tuning", "quickstart_prompt_tuning"])
+def test_a_residual_prompt_without_a_rate_takes_the_one_that_was_measured(name):
+    recipe = load_recipe(RECIPES[name]).recipe
+    assert recipe.adapter.residual
+    left_out = load_recipe(RECIPES[name], ['training.learning_rate="auto"']).recipe
+    assert make_plan(left_out, CARD).learning_rate == recipe.training.learning_rate
 
 
 @every_recipe

@@ -102,7 +102,7 @@ def _of_lora(adapter: Lora, quantization: Quantization) -> Iterator[Fault]:
 def _of_adapter_and_run(recipe: Recipe) -> Iterator[Fault]:
     """What the kind of adapter rules out elsewhere."""
     adapter, training = recipe.adapter, recipe.training
-    rate = adapter.auto_learning_rate[0] if training.learning_rate == "auto" else training.learning_rate
+    rate = adapter.usual_rate[0] if training.learning_rate == "auto" else training.learning_rate
     if rate * training.weight_decay >= 1:
         yield Fault(
             ("training", "weight_decay"),

@@ -158,6 +158,12 @@ class AdapterTable(Table):
     """Whether peft's own way of training it can compute activations twice; ours always can."""
     predicts_first_token: ClassVar[bool] = False
     """Whether something of it stands before a row's first token, so that this one can be scored too."""
+
+    @property
+    def usual_rate(self) -> tuple[float, str]:
+        """`auto_learning_rate`, where none of the adapter's own keys makes it another one."""
+        return self.auto_learning_rate
+
     first_keys: ClassVar[tuple[str, ...]] = ("kind",)
     """The keys worth a first look, which a new recipe shows."""
 
@@ -202,6 +208,9 @@ class Lora(AdapterTable):
     activations of the training rows, pissa (arXiv:2404.02948) from the weights of an unquantized base."""
 
 
+RESIDUAL_RATE = (3e-3, "what an encoder that is added to its vectors learned best with (docs/quickstart.md)")
+
+
 class PTuning(AdapterTable):
     """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
 
@@ -236,6 +245,11 @@ class PTuning(AdapterTable):
     text: Words | None = None
     """Text whose tokens start the virtual tokens; it is repeated or cut to their number."""
 
+    @property
+    def usual_rate(self) -> tuple[float, str]:
+        """With `residual` it is the encoder's, and `vector_rate` times as much the vectors'."""
+        return RESIDUAL_RATE if self.residual else self.auto_learning_rate
+
 
 class PromptTuning(AdapterTable):
     """Virtual tokens trained directly. Lester et al. 2021 (arXiv:2104.08691), section 2."""
@@ -264,6 +278,11 @@ class PromptTuning(AdapterTable):
     vector_scale: Factor = 1.0
     """Size at which the vectors begin, as a multiple of the words'; large ones reach every layer nearly as they are.
     Needs residual."""
+
+    @property
+    def usual_rate(self) -> tuple[float, str]:
+        """With `residual` it is the encoder's, and `vector_rate` times as much the vectors'."""
+        return RESIDUAL_RATE if self.residual else self.auto_learning_rate
 
 
 class PrefixTuning(AdapterTable):
