@@ -111,7 +111,7 @@ def test_the_micro_batch_divides_the_batch_and_keeps_to_4096_tokens(batch: int, 
     assert plan.reasons["training", "micro_batch_size"] == f"at most 4096 tokens at once, {size} x {length}"
 
 
-@pytest.mark.parametrize("batch", [8, 12, 16, 64])
+@pytest.mark.parametrize("batch", [2, 8, 12, 16, 64])
 def test_in_float32_on_a_processor_two_processes_take_the_groups_of_one(batch: int) -> None:
     given = recipe(training={"batch_size": batch}, data={"max_length": 64})
     alone, shared = (make_plan(given, replace(OLD_CPU, processes=count)) for count in (1, 2))
