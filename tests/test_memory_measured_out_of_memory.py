@@ -50,7 +50,7 @@ DRIVER = 673 * MIB
 REFUSED = "CUDA out of memory. Tried to allocate 64.00 KiB"
 SAID = f"{REFUSED}. GPU 0 has a total capacity of 7.79 GiB of which 12.00 MiB is free.\nMore than anybody reads."
 
-TRAINING = "steps = 2\nbatch_size = 2\ncheckpoint_every = 1\neval_every = 2"
+TRAINING = "steps = 2\nbatch_size = 2\nmicro_batch_size = 2\ncheckpoint_every = 1\neval_every = 2"
 
 
 def refuse(*_: Any, **__: Any) -> None:
