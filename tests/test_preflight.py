@@ -1,6 +1,7 @@
 """One preflight: what stops a run is found before a weight is read, and `check`, `run` and `resume` say the same."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,6 +252,21 @@ def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:
     assert (found.refusals, found.stopping, found.warnings) == ((), [], [])
     assert found.disk is not None
     assert found.disk.is_enough
+
+
+def test_an_export_that_is_quantized_again_is_said_to_lose_what_it_learned(
+    write_recipe: WriteRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    export = tmp_path / "model"
+    shutil.copytree(tiny_model, export)
+    recipe = write_recipe(training="steps = 40")
+    changes = [f"model.base={export}"]
+    assert examine(load_recipe(recipe, changes)).warnings == []
+    (export / "verify.json").write_text("{}")
+    (said,) = examine(load_recipe(recipe, changes)).warnings
+    assert said.startswith(f"{export} is an export, and quantizing it rounds away")
+    assert "start_from" in said
+    assert examine(load_recipe(recipe, [*changes, "quantization.kind=none"])).warnings == []
 
 
 def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: WriteRecipe) -> None:
