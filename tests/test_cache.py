@@ -133,6 +133,7 @@ def test_what_other_processes_take_away_while_the_cache_is_counted_is_nothing(
     assert preflight.disk.cache_bytes > len("12345")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["", "packing = true"])
 @pytest.mark.parametrize(
     "damage",

@@ -73,6 +73,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["", "packing = true"])
 def test_encoded_and_packed_rows_that_have_changed_are_said_and_made_again(
     write_recipe: WriteRecipe, cache: Path, packing: str, capsys: pytest.CaptureFixture[str]
@@ -130,6 +131,7 @@ def test_damaged_rows_in_a_cache_of_another_user_are_not_used(
         examine(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["memory", "work"])
 def test_what_was_traced_and_has_changed_is_said_and_traced_again(
     room: str, cache: Path, capsys: pytest.CaptureFixture[str]

@@ -158,6 +158,7 @@ def test_an_adapter_on_compressed_embeddings_is_refused() -> None:
 # --- what a trace says of it ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_traced_bytes_are_the_executed_ones(tmp_path, tied: bool, kind: str) -> None:

@@ -22,6 +22,7 @@ def resident_bytes(where: str, processes: int) -> int:
     return int(history.at(0).alive[categories.WEIGHTS_4BIT])
 
 
+@pytest.mark.slow
 def test_a_card_holds_its_part_of_all_layers_and_three_that_are_brought_together() -> None:
     whole = resident_bytes("device", 1)
     for processes in (2, 4):

@@ -78,6 +78,7 @@ def assert_same_adapter(one: RunDir, other: RunDir) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_is_not_whole_is_named_left_and_passed_over(

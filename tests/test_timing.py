@@ -341,6 +341,7 @@ def test_fit_says_what_its_changes_cost_in_time() -> None:
     assert str(draw_steps([None])) == UNKNOWN
 
 
+@pytest.mark.slow
 def test_a_plan_with_checkpointing_is_predicted_to_take_longer() -> None:
     device = card_named("RTX 3060").device()
     kept, again = (

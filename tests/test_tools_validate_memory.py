@@ -101,6 +101,7 @@ def test_experts_were_quantized_before_transformers_5():
     assert new["base weights bf16"] - old["base weights bf16"] == weights * 2
 
 
+@pytest.mark.slow
 def test_keys_and_values_were_repeated_for_every_head():
     plain = {"gradient_checkpointing": False, "quantization": None, "weights_dtype": "bfloat16"}
     old = traced(software="transformers 4.50.0", **plain).peak("forward").bytes
@@ -224,6 +225,7 @@ def printed(monkeypatch, capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_for_the_chosen_records(tmp_path, monkeypatch, capsys):
     file = tmp_path / "records.json"
     file.write_text(json.dumps([TINY, {**TINY, "id": "other"}, {**TINY, "id": "refused", "method": "vera"}]))

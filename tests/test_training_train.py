@@ -706,6 +706,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert_same_run(stopped, unbroken)
 
 
+@pytest.mark.slow
 def test_the_clock_asks_for_checkpoints_too(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtune.training.callbacks.time.monotonic", itertools.count().__next__)
     finished = run(write_recipe(training="steps = 4\nbatch_size = 2\ncheckpoint_minutes = 0.01\nkeep_checkpoints = 3"))
@@ -716,6 +717,7 @@ def test_the_clock_asks_for_checkpoints_too(write_recipe: WriteRecipe, monkeypat
     ]
 
 
+@pytest.mark.slow
 def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training="steps = 1\nbatch_size = 1"))
     with pytest.raises(RunError) as caught:

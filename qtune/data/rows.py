@@ -100,7 +100,7 @@ def _json_row(text: str, place: str) -> Row | BadRow:
     except ValueError as error:
         message = str(error) if isinstance(error, BrokenJson) else "a number has too many digits"
         if isinstance(error, json.JSONDecodeError):
-            message = f"{error.msg} at column {error.colno}"
+            message = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         return BadRow(place, f"not valid JSON: {message}; expected one object like {{…}} on the line")
     except RecursionError:
         return BadRow(place, "not usable JSON: nested too deeply")
