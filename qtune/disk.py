@@ -6,6 +6,7 @@ And how many bytes a folder holds, and what is in it that is no file.
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,6 +63,14 @@ def refusal_of(error: BaseException) -> str | None:
     # Python itself raises some with words of its own: "No usable temporary directory found in …".
     words = error.strerror if isinstance(error, OSError) and error.strerror else os.strerror(number)
     return f"{place}{words}; {WAYS_OUT[number]}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free where a folder is or would be made; nothing where that cannot be said."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return 0
 
 
 def bytes_in(folder: Path) -> int:

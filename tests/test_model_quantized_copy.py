@@ -94,7 +94,7 @@ def test_a_copy_is_kept_where_there_is_room_and_said(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_copy, "_free_bytes", lambda folder: 1)
+        patch.setattr(quantized_copy, "free_bytes", lambda folder: 1)
         loaded(base)
     assert copies() == []
     assert "is not kept for the next start: 1 B are free" in capsys.readouterr().err

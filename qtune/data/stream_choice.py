@@ -1,6 +1,5 @@
 """Whether training rows are prepared as a whole or streamed: as the recipe says, or as the disk allows."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from qtune.data.files import DataFile
 from qtune.data.sources import Source
 from qtune.data.stream_blocks import KINDS
+from qtune.disk import free_bytes
 from qtune.errors import DataError, Problem
 from qtune.recipe.schema import Data
 from qtune.sizes import size_text
@@ -46,7 +46,7 @@ def choose_streaming(data: Data, sources: Sequence[Source], cache: Path) -> Choi
     if data.streaming is False:
         return Choice(False, "as the recipe says")
     kept = sum(_kept_bytes(file) for source in sources for file in source.files)
-    free = shutil.disk_usage(next(path for path in (cache, *cache.absolute().parents) if path.is_dir())).free
+    free = free_bytes(cache)
     about = f"prepared rows would take about {size_text(kept)} of the {size_text(free)} that are free in {cache}"
     if kept <= LARGEST_SHARE * free:
         return Choice(False, about)

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qtune import console, manifest
 from qtune.cache import cache_folder, mark_used, remove_unused
-from qtune.disk import refusal_of
+from qtune.disk import free_bytes, refusal_of
 from qtune.errors import ModelError, RunError
 from qtune.model.as_made import damage_of, say_made_again
 from qtune.model.config import read_config
@@ -77,7 +76,7 @@ class QuantizedCopy:
             return
         nbytes = sum(parameter.nbytes for parameter in network.parameters())
         what = f"the quantized model ({gib_text(nbytes)})"
-        if (free := _free_bytes(self.folder)) < ROOM * nbytes:
+        if (free := free_bytes(self.folder)) < ROOM * nbytes:
             console.say(f"{what} is not kept for the next start: {gib_text(free)} are free")
             return
         console.say(f"keeping {what} for the next start in {self.folder}")
@@ -146,10 +145,3 @@ def _allow_the_host(config: PretrainedConfig, places: Mapping[str, str]) -> None
     stored: Any = getattr(config, "quantization_config", None)
     if len(places) > 1 and isinstance(stored, dict):
         stored["llm_int8_enable_fp32_cpu_offload"] = True
-
-
-def _free_bytes(folder: Path) -> int:
-    for place in folder.parents:
-        with suppress(OSError):
-            return shutil.disk_usage(place).free
-    return 0
