@@ -83,8 +83,7 @@ def _a_number(value: float) -> float:
 
 def _load_libraries() -> None:
     """Seconds in which nothing else can be said."""
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    import_libraries(console.waiting)
 
 
 def _version(value: bool) -> None:
@@ -1122,7 +1121,7 @@ def _parse_and_run() -> None:
 
 
 def _said_once(error: QtuneError) -> QtuneError:
-    import_libraries()
+    _load_libraries()
     from qtune.training.meeting import end_together
 
     return end_together(error)

@@ -213,4 +213,4 @@ def test_one_shot_prints_the_answer_alone():
         [*command_line, "--prompt", "What is the capital of France?"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "The capital of France is Paris.\n"
-    assert done.stderr == "loading builtin:smollm2-135m-instruct\n"
+    assert done.stderr == "loading the libraries …\nloading builtin:smollm2-135m-instruct …\n"

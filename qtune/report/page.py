@@ -39,8 +39,7 @@ def trace_memory(run_dir: RunDir) -> None:
             return
     except RunError:  # there is no measurement to compare with
         return
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    import_libraries(console.waiting)
     from qtune.memory.profile import is_traced, trace_run  # seconds, for which what is traced already need not wait
 
     if is_traced(run_dir):
@@ -85,8 +84,7 @@ def write_report(run_dir: RunDir) -> Path:
 
 def _rows_now(run_dir: RunDir, record: Record) -> ShownRows:
     """Of a run that has kept no rows."""
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    import_libraries(console.waiting)
     from qtune.training.shown_rows import rows_of  # seconds of libraries and, at times, of tokenizing
 
     quiet_loading()

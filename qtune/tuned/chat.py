@@ -125,7 +125,6 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
         RunError, ModelError: it is neither, or cannot be loaded.
     """
     known_kinds(accepted)
-    console.say(f"loading {target}")
     run_dir = run_meant(target)
     if run_dir is None:
         require_model(target)
