@@ -154,17 +154,19 @@ def init(
         return
     if source is not None and adapter is not None:
         raise typer.BadParameter("--adapter is for a new recipe; one that is copied with --from has its own")
-    if source is not None:
-        text = stage.copied_recipe(source, output, base=base, data=data)
-    elif base and data:
-        text = stage.new_recipe(base, data, adapter or "lora", output)
-    else:
+    if source is None and not (base and data):
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
+    look = stage.look_at(data) if data else None
+    if source is not None:
+        text = stage.copied_recipe(source, output, base=base, data=data, look=look)
+    else:
+        text = stage.new_recipe(str(base), str(data), adapter or "lora", output, look)
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    for said in (stage.said_of_columns(data, output) if data else None, stage.few_steps_of(output)):
-        if said is not None:
-            console.say(said)
+    said = stage.said_of_rows(look, str(data), output) if look is not None else []
+    for sentence in (*said, stage.few_steps_of(output)):
+        if sentence is not None:
+            console.say(sentence)
 
 
 @app.command(rich_help_panel="Train")
@@ -836,6 +838,7 @@ def doctor(
     --measure takes ten to thirty seconds; what it finds stands for the device's data sheet from then on. Ends with exit
     code 1 if something stands in the way of training.
     """
+    _load_libraries()
     from qtune import doctor as stage
     from qtune.screens import doctor as doctor_screen
 
