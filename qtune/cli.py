@@ -696,8 +696,7 @@ def chat(
     if prompt is None:
         stage.chat(session, stage.typed_lines())
         return
-    session.ask(prompt, console.out_raw)
-    console.out_raw("\n")
+    stage.answered(session, prompt)
 
 
 @app.command(rich_help_panel="Prepare")
