@@ -556,7 +556,7 @@ def evaluate(
     if as_json:
         console.out_json(evaluation.to_json())
     else:
-        verdicts_screen.show([learned_against_base(evaluation, str(target))])
+        verdicts_screen.show([learned_against_base(evaluation, shlex.quote(str(target)))])
         console.out("")
         evaluation_screen.show(evaluation, shown)
 

@@ -130,8 +130,9 @@ def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
     said = refusal()
     assert said.startswith("tiny.toml: has no unfinished run; its latest, runs/tiny-2, has ended; ")
     command = said.rpartition("with: ")[2]
-    assert (
-        command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2 --set output.name=tiny-2"
+    assert command == (
+        "qtune run runs/tiny-2/resolved.toml --set training.micro_batch_size=auto "
+        "--set training.gradient_checkpointing=auto --set adapter.start_from=runs/tiny-2"
     )
 
 

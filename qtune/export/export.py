@@ -1,5 +1,6 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,6 @@ from qtune.manifest import IF_CHANGED
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.startup.quiet import quiet_loading
-
-LATER = (
-    "{folder} is whole, and not compared with the trained model; where more memory is free: qtune export {run} "
-    "--verify-only {folder}"
-)
 
 ALONE_NOTE = (
     "What {kind} trains stands where no plain checkpoint can hold it. The adapter is exported alone; its README.md has "
@@ -114,7 +110,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     require_same_questions(source, target.output, ids)
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
-        with one_sentence(LATER.format(folder=target.output, run=run.path)):
+        with one_sentence(_later(target.output, run)):
             verification = verify(
                 source,
                 target.output,
@@ -132,6 +128,12 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
         write_card(source, target.output, read_proof(target.output).figures)  # which serves these files as well
     _say_serving(source, target.output)
     return target.output
+
+
+def _later(folder: Path, run: RunDir) -> str:
+    """What is said where there is no room to compare."""
+    command = shlex.join(["qtune", "export", str(run.path), "--verify-only", str(folder)])
+    return f"{folder} is whole, and not compared with the trained model; where more memory is free: {command}"
 
 
 def _say_serving(source: OpenedRun, folder: Path) -> None:
@@ -162,7 +164,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
         return folder
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
-    with one_sentence(LATER.format(folder=folder, run=run.path)):
+    with one_sentence(_later(folder, run)):
         damage = damage_of(folder)
         verification = verify(
             source,

@@ -1,6 +1,7 @@
 """The page itself: all parts in one file, with a policy that forbids it to load or run anything."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def attempt_report(run_dir: RunDir) -> None:
         write_report(run_dir)
     except Exception as error:
         log.debug("the report could not be written", exc_info=True)
-        console.say(f"the report was not written ({first_line(error)}); try again with: qtune report {run_dir.path}")
+        again = ["qtune", "report", str(run_dir.path)]
+        console.say(f"the report was not written ({first_line(error)}); try again with: {shlex.join(again)}")
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -135,7 +137,7 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     else:
         parts.append(sections.training_rows(rows))
     if facts.memory:
-        parts.append(memory(facts.memory, str(record.run_dir.path)))
+        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path))))
     if facts.exports:
         parts.append(results.exports(facts.exports))
     parts.append(sections.values(record))
