@@ -459,8 +459,8 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monke
     assert str(caught.value) == (
         "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
         f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before\n"
-        f"a new run goes on from there at a lower rate with: qtune run --resume {latest_run(recipe).path} "
-        "--set training.learning_rate=RATE"
+        f"a new run goes on from there at a third of the rate with: qtune run --resume {latest_run(recipe).path} "
+        "--set training.learning_rate=0.003"
     )
     stopped = latest_run(recipe)
     assert not stopped.is_finished

@@ -129,9 +129,10 @@ def resuming(run_dir: RunDir, *more: str) -> str:
     return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *more])
 
 
-def beginning_anew(run_dir: RunDir, changes: Sequence[str] = ()) -> str:
+def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: bool = False) -> str:
     """The command for a new run with this one's values, changed by `--set` texts: from resolved.toml, whose paths hold
-    from anywhere. What followed from memory follows from it again: other values take another amount."""
+    from anywhere. What followed from memory follows from it again, for other values take another amount; `is_settled`:
+    it was thought of, and stays."""
     changed = {change.partition("=")[0].strip() for change in changes}
     by_rule = {value.path for value in read_values(run_dir) if value.origin.source == "rule"}
     words = [

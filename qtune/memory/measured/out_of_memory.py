@@ -130,5 +130,5 @@ def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, b
         for key, value in changes.items()
     ]
     if any(key not in CHANGEABLE for key in changes):
-        return beginning_anew(run_dir, words), True
+        return beginning_anew(run_dir, words, is_settled=True), True
     return resuming(run_dir, *(part for word in words for part in ("--set", word))), False
