@@ -135,9 +135,8 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
     it was thought of, and stays."""
     changed = {change.partition("=")[0].strip() for change in changes}
     by_rule = {value.path for value in read_values(run_dir) if value.origin.source == "rule"}
-    words = [
-        f"{key}=auto" for path in BY_MEMORY if (key := ".".join(map(str, path))) not in changed and path in by_rule
-    ]
+    open_again = [".".join(map(str, path)) for path in BY_MEMORY if path in by_rule and not is_settled]
+    words = [f"{key}=auto" for key in open_again if key not in changed]
     if _asked_name(run_dir) is None:  # else a run of another name would begin; a name that is taken gets a number
         words.append(f"output.name={run_dir.name}")
     told = (word for one in (*words, *changes) for word in ("--set", one))
