@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.disk import told
-from qtune.errors import ExportError, VerificationError
+from qtune.errors import ExportError, ModelError, VerificationError
 from qtune.export.adapter_folder import is_adapter_alone, require_same_adapter, write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
@@ -24,7 +24,7 @@ from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.output import output_folder, run_around
 from qtune.export.push import push
-from qtune.export.serving import serving, serving_text
+from qtune.export.serving import serving, uses_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
@@ -91,7 +91,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if options.adapter_only or is_alone:
         folder = write_adapter(source, output_folder(run, options.output, alone=True), force=options.force)
         require_same_questions(source, folder)
-        _say_serving(source, folder)
+        _say_uses(source, folder, run, options)
         return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -126,7 +126,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
             hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
             hand_over_adapter(source, target.output)
         write_card(source, target.output, read_proof(target.output).figures)  # which serves these files as well
-    _say_serving(source, target.output)
+    _say_uses(source, target.output, run, options)
     return target.output
 
 
@@ -136,9 +136,22 @@ def _later(folder: Path, run: RunDir) -> str:
     return f"{folder} is whole, and not compared with the trained model; where more memory is free: {command}"
 
 
-def _say_serving(source: OpenedRun, folder: Path) -> None:
-    if commands := serving(source, folder):
-        console.say(serving_text(commands))
+def _say_uses(source: OpenedRun, folder: Path, run: RunDir, options: Options) -> None:
+    console.say(uses_text(folder, serving(source, folder), _gguf_command(source, folder, run, options)))
+
+
+def _gguf_command(source: OpenedRun, folder: Path, run: RunDir, options: Options) -> str | None:
+    """The command that writes a GGUF file; None where there is one, and where none can be made."""
+    if source.recipe.adapter.export == "alone" or any(folder.glob("*.gguf")):
+        return None
+    try:
+        refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
+    except ModelError:
+        return None
+    whole = output_folder(run, None if options.adapter_only else options.output, alone=False)
+    where = [] if options.adapter_only or options.output is None else ["--output", str(options.output)]
+    again = ["--force"] if whole.exists() else []
+    return shlex.join(["qtune", "export", str(run.path), *where, "--gguf", "q8_0", *again])
 
 
 def _asked(options: Options) -> set[str]:
