@@ -16,7 +16,7 @@ from qtune.startup.imports import import_libraries
 from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
-from qtune.verbs import Verbs
+from qtune.verbs import RUNS, Verbs
 
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
@@ -70,8 +70,6 @@ MOST_SEEDS = 100
 MOST_ROWS = 1_000_000
 MOST_PROCESSES = 64
 """Of one computer: more cards than any has."""
-RUNS = Path("runs")
-"""The default of output.directory."""
 
 
 def _a_number(value: float) -> float:
@@ -350,9 +348,10 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.finished import adapter_fault
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, refuse_missing_run
     from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
+    refuse_missing_run(target)
     if Path(target).is_dir():
         run_dir = RunDir.open(Path(target))
         if run_dir.is_finished and adapter_fault(run_dir) is None:
@@ -536,7 +535,8 @@ def evaluate(
     from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
 
-    _refuse_ignored(_given(context), is_tasks=tasks is not None)
+    given = _given(context)
+    _refuse_ignored(given, is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
     require_adapter(run_dir)
     _load_libraries()
@@ -553,6 +553,10 @@ def evaluate(
     evaluation = stage.evaluate(
         run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
     )
+    if "--rows" in given and rows > evaluation.rows_held_out:
+        console.say(
+            f"--rows {rows}: there are {evaluation.rows_held_out:,} {evaluation.source}; all of them were asked"
+        )
     if as_json:
         console.out_json(evaluation.to_json())
     else:
@@ -887,9 +891,10 @@ def profile(
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, refuse_missing_run
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
+    refuse_missing_run(target)
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
     _load_libraries()
     from qtune.report.timeline import write_timeline

@@ -67,9 +67,8 @@ def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | N
     if gguf_command is not None:
         lines.append(("llama.cpp, Ollama", f"load a GGUF file, which is written by: {gguf_command}"))
     width = max(len(name) for name, _ in lines) + 1
-    return "\n".join(
-        ["use it with one of:", *(f"  {f'{name}:' if name else '':<{width}} {does}" for name, does in lines)]
-    )
+    named = ((f"{name}:" if name else "", does) for name, does in lines)
+    return "\n".join(["use it with one of:", *(f"  {name:<{width}} {does}" for name, does in named)])
 
 
 def context_of(config: PretrainedConfig, recipe: Recipe) -> int:

@@ -12,6 +12,7 @@ from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
 from qtune.errors import DataError
 from qtune.export.opened_run import OpenedRun
+from qtune.run.resolved import as_written
 
 # Positions compared in each row; more of one row says little more.
 LONGEST = 512
@@ -44,7 +45,8 @@ class CheckedRows:
 def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
     """At most `count` of a run's held-out rows, spread over all."""
     try:
-        name, examples = held_out_rows(source.recipe, source.tokenizer, source.run.path)
+        recipe, folder = as_written(source.run, source.recipe)
+        name, examples = held_out_rows(recipe, source.tokenizer, folder)
     except DataError:
         return CheckedRows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
     chosen = examples.select(spread(len(examples), count))
