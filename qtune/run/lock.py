@@ -107,6 +107,10 @@ class Lock:
     recipe: dict[str, Any] | None = None
     """The values of resolved.toml by their keys."""
     resumed: tuple[Continued, ...] = ()
+    run_id: str | None = None
+    """Who the run is (`run.identity`); None in locks of older versions."""
+    ancestors: tuple[str, ...] = ()
+    """The runs whose records and checkpoints it goes on from."""
 
     @property
     def latest(self) -> "Lock":
@@ -136,6 +140,12 @@ class Lock:
     def last_device(self) -> LockedDevice:
         """The one of the last part of the run, which its memory was measured on."""
         return self.resumed[-1].device if self.resumed else self.device
+
+    def branched(self, run_id: str) -> "Lock":
+        """The lock of another run, which goes on from this one's records and checkpoints."""
+        if self.run_id is None:  # what an older version has written says nothing either
+            return self
+        return replace(self, run_id=run_id, ancestors=(*self.ancestors, self.run_id))
 
     def resumed_as(self, now: "Lock", step: int, accepted: tuple[str, ...] = ()) -> "Lock":
         """This lock with what another process goes on with after `step`; what is as it was is not written again."""

@@ -1,6 +1,7 @@
 """What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qtune import console
 from qtune.data.template import choose_template
@@ -20,6 +21,7 @@ from qtune.run.drift import (
     values_of,
 )
 from qtune.run.folder import RunDir
+from qtune.run.history import identity_to_begin_with
 from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
 from qtune.run.resolved import recipe_of_text, resolved_recipe, resolved_text, written_text
 from qtune.training.inputs import Inputs
@@ -50,6 +52,15 @@ def lock_now(inputs: Inputs, run_dir: RunDir, base: Contents, text: str | None =
         base,
         recipe_values(text),
     )
+
+
+def begin_lock(inputs: Inputs, run_dir: RunDir, base: Contents) -> None:
+    """Writes the lock of a run that has none: what it begins with, and who it is. base: as in `lock_now`."""
+    run_id, ancestors = identity_to_begin_with(run_dir)
+    lock = lock_now(inputs, run_dir, base)
+    # Of an attempt that ended before there was an identity, and with it before the first step.
+    run_dir.memory_file.unlink(missing_ok=True)
+    write_lock(run_dir, replace(lock, run_id=run_id, ancestors=ancestors))
 
 
 def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:
