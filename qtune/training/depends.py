@@ -7,7 +7,7 @@ from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.contents import Contents
-from qtune.model.load import load_config, load_tokenizer
+from qtune.model.load import checksums_loaded, load_config, load_tokenizer
 from qtune.model.local import base_folder
 from qtune.run.drift import (
     BASE,
@@ -28,8 +28,10 @@ from qtune.training.inputs import Inputs
 
 
 def base_now(inputs: Inputs, *, whole: bool = False) -> Contents:
-    """What the base's files hold; `whole` reads every byte of the weights."""
-    return contents_here(inputs.recipe.model, inputs.tokenizer, whole=whole)
+    """What the base's files hold, whose weights are loaded; `whole` hashes every byte of them."""
+    recipe = inputs.recipe
+    checksums = checksums_loaded(recipe.model, recipe.quantization, inputs.plan)
+    return contents_here(recipe.model, inputs.tokenizer, whole=whole, checksums=checksums)
 
 
 def lock_now(inputs: Inputs, run_dir: RunDir, base: Contents, text: str | None = None) -> Lock:
