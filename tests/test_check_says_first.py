@@ -102,7 +102,7 @@ def test_a_damaged_file_beside_the_weights_is_said_by_every_verb(name: str, way:
 def test_a_damaged_configuration_is_said_by_every_verb(way: str, world: World) -> None:  # noqa: F811
     change, _ = WAYS[way]
     change(world.base / CONFIG)
-    require_same_words(world, f"{world.base / CONFIG}: ")
+    require_same_words(world, CONFIG)
 
 
 def test_a_configuration_that_is_gone_is_said_by_every_verb(world: World) -> None:  # noqa: F811

@@ -17,8 +17,8 @@ OBJECTS = (
     *("special_tokens_map.json", "added_tokens.json"),
 )
 """Files that loaders believe to hold an object."""
-LARGE = "tokenizer.json"
-"""Of those the one that takes a moment to read; its loader says that it is damaged, and is asked at once."""
+ASKED = ("config.json", "tokenizer.json")
+"""Those of them whose readers are asked at once, and say it themselves; the second takes a moment to read."""
 
 
 def refuse_other_folders(base: str) -> None:
@@ -148,12 +148,13 @@ def require_side_files(folder: Path) -> None:
     Raises:
         ModelError: something that has the name of such a file is none, or is damaged.
     """
-    for name in (*OBJECTS, "chat_template.jinja"):
+    names = [name for name in OBJECTS if name not in ASKED]
+    for name in (*names, "chat_template.jinja"):
         file = folder / name
         if os.path.lexists(file) and not file.is_file():
             what = "is a folder" if file.is_dir() else "is a link to what is not there"
             raise ModelError(Problem(str(file), f"{what}; a file of the model has this name: put that back"))
-    refuse_damaged_json(folder, [name for name in OBJECTS if name != LARGE])
+    refuse_damaged_json(folder, names)
 
 
 def refuse_damaged_json(folder: Path, names: Sequence[str] = OBJECTS) -> None:

@@ -1,5 +1,6 @@
 """The base model and its tokenizer: found, and loaded as the plan says."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -50,19 +50,14 @@ def load_config(model: Model) -> PretrainedConfig:
     base = base_folder(model)
     refuse_other_folders(base)
     require_reachable(model, "config.json")
-    _require_side_files(model, base)
+    folder = Path(base) if Path(base).is_dir() else base_on_disk(model)
+    if folder is not None:  # of a hub model that is not here yet, nothing can be asked
+        require_side_files(folder)
+        require_generation_config(folder)
     try:
         return read_config(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
-
-
-def _require_side_files(model: Model, base: str) -> None:
-    """Of a hub model those that are here already."""
-    folder = Path(base) if Path(base).is_dir() else base_on_disk(model)
-    if folder is not None:
-        require_side_files(folder)
-        require_generation_config(folder)
 
 
 def attention_rule(config: PretrainedConfig) -> tuple[str, str]:
@@ -95,9 +90,7 @@ def require_kernels(quantization: Quantization, plan: Plan) -> None:
         require_right_kernels()
 
 
-TOKENIZER_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, StrictDataclassError,
-)  # fmt: skip
+TOKENIZER_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 """What transformers raises over a tokenizer's files that are damaged; what its tokenizers raise is a bare Exception."""
 
 
@@ -110,14 +103,15 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     base = base_folder(model)
     refuse_other_folders(base)
     require_reachable(model, "tokenizer_config.json")
-    _require_side_files(model, base)
+    if Path(base).is_dir():
+        require_side_files(Path(base))
+    if os.path.lexists(Path(base) / "config.json"):
+        load_config(model)  # the tokenizer's loader asks it too, and has no words for what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
     except Exception as error:
         if isinstance(error, QtuneError) or not (isinstance(error, TOKENIZER_ERRORS) or type(error) is Exception):
             raise
-        if isinstance(error, StrictDataclassError):
-            load_config(model)  # which the tokenizer has asked first, and which says what is wrong
         refuse_damaged_json(Path(base))
         if "instantiate the backend tokenizer" in str(error):  # followed by a list of what it could be made of
             message = "has no tokenizer: there is no tokenizer.json, and no file that one could be made of"
