@@ -196,7 +196,7 @@ def run(
         bool,
         typer.Option(
             "--hash-weights",
-            help="Hash the base's weights into lock.json, and compare on resuming; their checksums are compared anyway.",
+            help="Hash the base's weights into lock.json, and compare on resuming; their checksums are, anyway.",
         ),
     ] = False,
     seeds: Annotated[
