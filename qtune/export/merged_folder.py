@@ -62,7 +62,7 @@ def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPr
         mark_unverified(work, "not compared with the trained model", target.weights)
         write_card(source, work, None, name=target.output.name)
         with console.progress("hashing what was written"):
-            seal_export(work)
+            seal_export(work, source.run.path)
     return target.output
 
 
