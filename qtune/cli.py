@@ -13,6 +13,7 @@ from qtune.disk import refusal_of
 from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
+from qtune.startup.interrupts import nothing_to_keep, take_interrupts
 from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
@@ -81,7 +82,8 @@ def _a_number(value: float) -> float:
 
 def _load_libraries() -> None:
     """Seconds in which nothing else can be said."""
-    import_libraries(console.waiting)
+    with nothing_to_keep():
+        import_libraries(console.waiting)
 
 
 def _version(value: bool) -> None:
@@ -1088,6 +1090,7 @@ def main() -> None:
     use_expandable_segments()
     use_own_card()
     guard_streams()
+    take_interrupts()
     try:
         try:
             _parse_and_run()

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from qtune import console
-from qtune.errors import InputError, Problem
+from qtune.errors import InputError, Interrupted, Problem
 from qtune.spelling import did_you_mean, nearest
 from qtune.startup.launched import is_to_meet
 
@@ -51,6 +51,18 @@ ELSEWHERE = {
     "help": "--help",
 }
 
+# What a verb that was stopped leaves; a run that has begun says it itself.
+KEPT = {
+    "init": "no recipe was written",
+    "run": "no step was taken",
+    "check": "a check keeps nothing",
+    "profile": "what was traced to its end is kept in the cache",
+    "fit": "no recipe was written",
+    "eval": "what an earlier evaluation has kept in the run's folder is as it was",
+    "compare": "what was measured of a run to its end is kept in its folder",
+    "export": "what stands under its name is whole, and its verify.json says whether it was compared",
+    "report": "an earlier page is as it was",
+}
 RUNS = Path("runs")
 """The default of output.directory."""
 ALIKE = 0.7
@@ -76,6 +88,14 @@ class Verbs(TyperGroup):
                 console.say_error(str(self._problem(error, words)))
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """click's, but that who stops a verb is told what is left of it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            kept = KEPT.get(str(ctx.invoked_subcommand))
+            raise Interrupted(f"stopped; {kept}" if kept else "stopped") from error
 
     def _problem(self, error: Any, words: list[str]) -> Problem:
         """A usage error of the parser in our words: verb, option and value that were found, and what would be right."""
