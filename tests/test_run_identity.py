@@ -31,6 +31,7 @@ from qtune.run.shown_rows import ShownRows, keep_rows, kept_rows
 from qtune.training import train
 from qtune.training.best import kept_states
 from qtune.training.checkpoints import newest_whole
+from qtune.training.proof import prove
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.evaluation import read_evaluation
 from qtune.tuned.forgetting import Forgetting
@@ -143,10 +144,16 @@ def test_a_record_that_does_not_say_of_which_run_it_is_is_refused_where_all_do(t
     )
 
 
-def test_a_lock_of_a_twin_is_said(twins: tuple[RunDir, RunDir]) -> None:
+def test_a_lock_of_a_twin_is_said_and_nothing_else_is_blamed(twins: tuple[RunDir, RunDir]) -> None:
     one, other = twins
+    said = f"{one.lock_file}: {told(one, other)}: put the run's own back"
     shutil.copy(other.lock_file, one.lock_file)
-    for read in READERS.values():
+    verbs: list[Callable[[RunDir], object]] = [history_of, whole_adapter, train.resume, prove]
+    for verb in verbs:
+        with pytest.raises(RunError) as caught:
+            verb(one)
+        assert str(caught.value) == said
+    for read in (read_memory, kept_rows):
         with pytest.raises(RunError, match="is of another run"):
             read(one)
 
