@@ -132,6 +132,9 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
     assert finished.recipe_file.read_text() == recipe.read_text()
     # Of the checkpoints after steps 3, 6, 9 and the last one, two are kept.
     assert [folder.name for folder in complete_checkpoints(finished.checkpoints)] == ["checkpoint-9", "checkpoint-10"]
+    saved = {file.name for file in (finished.checkpoints / "checkpoint-10").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json"} <= saved
+    assert not saved & {"README.md", "training_args.bin"}, "a checkpoint is no model to publish, and has no pickles"
     assert [record["step"] for record in records(finished, "train")] == list(range(1, 11))
     assert [record["step"] for record in records(finished, "eval")] == [5, 10]
     losses = [record["loss"] for record in records(finished, "train")]

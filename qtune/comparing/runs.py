@@ -12,6 +12,7 @@ from qtune.data.held_out import own_rows
 from qtune.errors import InputError, Problem
 from qtune.export.adapter_weights import WEIGHTS
 from qtune.recipe.schema import Recipe
+from qtune.run.drift import recipe_drifts, require_no_drift, values_of
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
@@ -89,6 +90,8 @@ def _compared(
     bases: BaseOnce,
 ) -> ComparedRun:
     recipe, summary, lock = resolved_recipe(run_dir), summary_of(run_dir), read_lock(run_dir)
+    if lock is not None:
+        require_no_drift(run_dir, list(recipe_drifts(lock, values_of(run_dir))), accepted)
     if kept is None:
         kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted, replaces_larger=False, bases=bases)
     return ComparedRun(

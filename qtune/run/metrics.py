@@ -273,6 +273,8 @@ def foreign(file: Path, folder: Path) -> str | None:
     nothing is compared."""
     if (said := foreign_folder(file.parent, folder)) is not None:
         return f"it {said}"
+    if not _begins_as_its_run(file):  # and the folder is this run's, so that it is not its fault
+        return None
     then = _said_in(folder)
     if then is None or not file.is_file():
         return None
@@ -286,6 +288,12 @@ def foreign(file: Path, folder: Path) -> str | None:
             said = f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
             return f"{said} ({_if_right(folder)})"
     return None
+
+
+def _begins_as_its_run(file: Path) -> bool:
+    """Whether the first record is one of this run; also where that is not known."""
+    identity = identity_of(file.parent)
+    return identity is None or first_run_id(file) in identity.own
 
 
 def _if_right(folder: Path) -> str:

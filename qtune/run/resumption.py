@@ -15,7 +15,6 @@ from qtune.recipe.schema import KeyPath
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.identity import new_run_id
-from qtune.run.lock import read_lock, write_lock
 from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
@@ -68,6 +67,8 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
     Raises:
         RunError: its folder cannot be made.
     """
+    from qtune.run.lock import read_lock, write_lock  # numpy, for which a list of runs need not wait
+
     text = run_dir.recipe_file.read_text(encoding="utf-8", errors="replace") if run_dir.recipe_file.is_file() else ""
     branch = RunDir.create(run_dir.path.parent, run_dir.name, text)
     if run_dir.metrics_file.is_file():

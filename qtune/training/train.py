@@ -42,6 +42,7 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
+from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
@@ -198,6 +199,7 @@ def _to_go_on_with(
 ) -> tuple[Inputs, Contents]:
     """Everything that a run needs to go on, and what its base's files hold."""
     require_free(run_dir)
+    require_own_lock(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
             raise RunError(nothing_to_resume(run_dir))
