@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -101,6 +102,34 @@ def table(
     for row in rows:
         drawn.add_row(*row)
     return drawn
+
+
+@dataclass(frozen=True)
+class IfItFits:
+    """What is shown where a table is too wide for the terminal, whose lines would be broken inside of words."""
+
+    table: Table
+    narrow: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """rich's way to draw it."""
+        fits = Measurement.get(console, options.update(width=MEASURED_WIDTH), self.table).maximum <= options.max_width
+        yield self.table if fits else self.narrow
+
+
+MEASURED_WIDTH = 10_000
+"""Wider than any table: rich measures within what there is."""
+
+
+def on_its_side(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
+) -> IfItFits:
+    """A table; where it is too wide, a line for each column and a column for each row."""
+    turned = [[name, *(row[index] for row in rows)] for index, name in enumerate(columns)]
+    names, *lines = turned
+    return IfItFits(
+        table(title, columns, rows, right=right), table(title, list(map(str, names)), lines, right=range(1, len(names)))
+    )
 
 
 @dataclass
