@@ -265,7 +265,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant:
     return ready(trainer, plan)
 
 
-def trl(geometry: dict[str, int], rows: int, length: int, folder: str) -> SFTTrainer:
+def trl(geometry: dict[str, int], rows: int, length: int, folder: str, *, use_liger_kernel: bool = False) -> SFTTrainer:
     """SFTTrainer as a plain script makes it: bf16, checkpointing, AdamW, TRL's own loss and adapter type."""
     recipe, plan = parts(rows, length, compute_dtype())
     model = random_model(geometry, recipe, plan)
@@ -275,6 +275,7 @@ def trl(geometry: dict[str, int], rows: int, length: int, folder: str) -> SFTTra
         fp16=plan.loss_scaling, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=length, remove_unused_columns=False,
         report_to="none", disable_tqdm=True,
+        use_liger_kernel=use_liger_kernel,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=random_rows(rows, length, geometry["vocab_size"]),
