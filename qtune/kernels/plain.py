@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtune.kernels import on_cpu
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -154,7 +156,7 @@ def cross_entropy(
 
 def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right as another type than theirs."""
-    return (left @ right).to(dtype)
+    return on_cpu.mm(left, right).to(dtype)
 
 
 # --- a layer's packed weights, from where they wait -----------------------------------------------------------------

@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.data.masks import IGNORED
+from qtune.kernels import on_cpu
 from qtune.model.stored_rows import StoredRows, stored_rows
 from qtune.sizes import MIB
 
@@ -105,15 +106,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
         for start in range(0, len(hidden), rows):
             tile = slice(start, start + rows)
-            logits = functional.linear(hidden[tile], weight, bias)
+            logits = on_cpu.linear(hidden[tile], weight, bias)
             wanted = want_hidden or want_weight or want_bias
             torch.ops.qtune.cross_entropy.default(
                 logits, labels[tile], rule.scale, rule.cap or 0.0, wanted, nll[tile], right[tile]
             )
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[tile])
+                on_cpu.mm(logits, weight, out=grad_hidden[tile])
             if grad_weight is not None:
-                grad_weight += logits.t() @ hidden[tile]
+                grad_weight += on_cpu.mm(logits.t(), hidden[tile])
             if grad_bias is not None:
                 grad_bias += logits.sum(dim=0, dtype=exact)
             del logits  # or the next tile would come beside it
@@ -159,7 +160,7 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         running = _Running.start(hidden.shape[0], exact, hidden.device)
         for piece in pieces:
             block = head.block(piece.start, piece.stop, hidden.device)
-            logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+            logits = on_cpu.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
             del block  # or the next one would come beside it
             _apply_rule(logits, rule, want_slope=False)
             running.take(logits, labels, piece)
@@ -173,8 +174,8 @@ class _StreamedCrossEntropy(torch.autograd.Function):
             grad = torch.zeros_like(hidden, dtype=exact)
             for piece in pieces:
                 block = head.block(piece.start, piece.stop, hidden.device)
-                logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
-                grad += _slope(logits, normalizer, labels, piece, rule).to(head.dtype) @ block
+                logits = on_cpu.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
+                grad += on_cpu.mm(_slope(logits, normalizer, labels, piece, rule).to(head.dtype), block)
                 del block, logits
             grad_hidden = grad.to(hidden.dtype)
         if not is_measuring:
