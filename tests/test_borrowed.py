@@ -73,6 +73,14 @@ def parameters_of(function: Any) -> list[str]:
 # --- torch ---------------------------------------------------------------------------------------------------------
 
 
+@borrowed("torch", "_linear_pointwise", files=("kernels/on_cpu.py",))
+def _() -> None:
+    left, right = torch.randn(70, 80), torch.randn(80, 90)
+    for operands in ((left, right), (left, right.t().contiguous().t()), (left.t().contiguous().t(), right)):
+        found = torch.ops.mkldnn._linear_pointwise.default(operands[0], operands[1].t(), None, "none", [], "")
+        torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-4)
+
+
 @borrowed(
     "torch", "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.FakeTensor", "_C",
     "_should_skip_dynamo", "_schema", "device",
