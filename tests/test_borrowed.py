@@ -371,6 +371,8 @@ OVERRIDDEN = {
     "_load_scaler": ["self", "checkpoint"],
     "_load_rng_state": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_clip_grad_norm": ["self", "model"],
+    "floating_point_ops": ["self", "inputs"],
 }
 
 
@@ -379,6 +381,7 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
+    assert loop.index("self._clip_grad_norm(") < loop.index("self._get_grad_norm("), "the norm is that after clipping"
     assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     parts = ("optimizer_and_scheduler", "scaler", "rng_state")
     states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]

@@ -13,6 +13,8 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def chosen(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(on_cpu, "LEAST_WORK", 1)
+    monkeypatch.setattr(on_cpu, "PIECE", 70 * 130)  # more than one piece
     monkeypatch.setattr(on_cpu, "is_faster", lambda: request.param)
     return request.param
 
@@ -35,7 +37,7 @@ def test_every_product_is_that_of_exact_arithmetic(chosen, shape, dtype):
     for left, right in operands(*shape, dtype):
         exact = left.double() @ right.double()
         bias, total = torch.randn(shape[2], dtype=dtype), torch.randn(shape[0], shape[2], dtype=dtype)
-        out = torch.empty(shape[0], 2 * shape[2], dtype=dtype)[:, : shape[2]]
+        out, half = torch.empty(2, shape[0], 2 * shape[2], dtype=dtype)[:, :, : shape[2]]
         sums = on_cpu.add_product(total.clone(), left, right)
         for ours, theirs in (
             (on_cpu.mm(left, right), exact),
@@ -45,7 +47,7 @@ def test_every_product_is_that_of_exact_arithmetic(chosen, shape, dtype):
             (on_cpu.linear(left, right.t()), exact),
             (sums, total.double() + exact),
             (on_cpu.scaled_product(left, right, 0.5), exact / 2),
-            (on_cpu.scaled_product(left, right, 0.5, out=out), exact / 2),
+            (on_cpu.scaled_product(left, right, 0.5, out=half), exact / 2),
         ):
             assert ours.dtype is dtype
             torch.testing.assert_close(ours.double(), theirs.double(), **near)
@@ -59,6 +61,8 @@ def test_a_sum_stays_where_it_is(chosen):
 @needs_onednn
 def test_what_has_no_kernel_but_the_reference_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(on_cpu, "is_faster", lambda: True)
+    assert not on_cpu.takes(*next(operands(100, 96, 130)))
+    monkeypatch.setattr(on_cpu, "LEAST_WORK", 1)
     taken = [on_cpu.takes(*pair) for pair in operands(100, 96, 130)]
     assert taken == [True, True, True, False, False]
     thin = [
@@ -70,16 +74,16 @@ def test_what_has_no_kernel_but_the_reference_is_left_to_pytorch(monkeypatch):
 @needs_onednn
 def test_tensors_without_storage_and_other_types_are_pytorchs(monkeypatch):
     monkeypatch.setattr(on_cpu, "is_faster", lambda: True)
-    left, right = next(operands(100, 96, 130))
+    left, right = next(operands(300, 400, 200))
     assert on_cpu.takes(left, right)
     assert on_cpu.takes(left, torch.nn.Parameter(right))
     assert not on_cpu.takes(left.bfloat16(), right.bfloat16())
     assert not on_cpu.takes(left.double(), right.double())
     assert not on_cpu.takes(left.to("meta"), right.to("meta"))
     with RememberingMode():
-        fake = torch.empty(100, 96), torch.empty(96, 130)
+        fake = torch.empty(300, 400), torch.empty(400, 200)
         assert not on_cpu.takes(*fake)
-        assert on_cpu.mm(*fake).shape == (100, 130)
+        assert on_cpu.mm(*fake).shape == (300, 200)
 
 
 @pytest.mark.parametrize(

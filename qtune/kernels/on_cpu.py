@@ -12,24 +12,39 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 LEAST = 64
 """Of each of the three sizes: thin products are bound by memory, and of some oneDNN has no kernel but its reference."""
+
+LEAST_WORK = 2**24
+"""Multiplications: a smaller product is not worth the question."""
+
+PIECE = 2**18
+"""Elements of a result that are computed at once where they are then added or copied: what that takes beside the
+tensors that a trace knows stays small."""
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left [n, k] @ right [k, m]; into `out` where it is given."""
     if not takes(left, right):
         return torch.mm(left, right, out=out)
-    return _into(_product(left, right), out)
+    if out is None:
+        return _product(left, right)
+    for rows in _pieces(left, out):
+        out[rows] = _product(left[rows], right)
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, k] @ weight [m, k]ᵀ + bias [m]."""
-    if not takes(x, weight):
+    if not takes(x, weight.t()):
         return torch.nn.functional.linear(x, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return found
@@ -37,13 +52,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total [n, m] + left [n, k] @ right [k, m], in the place of `total`."""
-    return total.add_(_product(left, right)) if takes(left, right) else total.addmm_(left, right)
+    if not takes(left, right):
+        return total.addmm_(left, right)
+    for rows in _pieces(left, total):
+        total[rows] += _product(left[rows], right)
+    return total
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale · left @ right, in one launch on a card."""
     if takes(left, right):
-        return _into(_product(left, right).mul_(scale), out)
+        return mm(left, right, out).mul_(scale)
     unread = left.new_empty(right.shape[1]) if out is None else out  # beta = 0
     return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)
 
@@ -57,6 +76,7 @@ def takes(left: Tensor, right: Tensor) -> bool:
         and left.device.type == right.device.type == "cpu"
         and left.dim() == right.dim() == 2
         and min(*left.shape, *right.shape) >= LEAST
+        and left.numel() * (right.numel() // right.shape[0]) >= LEAST_WORK
         and _is_dense(left)
         and _is_dense(right)
         and is_faster()
@@ -95,5 +115,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def _into(found: Tensor, out: Tensor | None) -> Tensor:
-    return found if out is None else out.copy_(found)
+def _pieces(left: Tensor, result: Tensor) -> Iterator[slice]:
+    """Rows of both; all of them where some would not lie dense."""
+    rows = max(LEAST, PIECE // result.shape[1]) if left.is_contiguous() else len(result)
+    return (slice(start, start + rows) for start in range(0, len(result), rows))

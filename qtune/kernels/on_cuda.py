@@ -241,7 +241,8 @@ def _cross_entropy_block(
     line = logits + row * width
     label = tl.load(labels + row) - first
     highest, sums, best_place = tl.load(maximum + row), tl.load(total + row), tl.load(likeliest + row)
-    for start in range(0, width, piece):
+    start = 0
+    while start < width:
         places = start + tl.arange(0, piece)
         values, _ = _capped(
             tl.load(line + places, mask=places < width, other=0.0).to(tl.float32), scale, cap, is_capped
@@ -252,6 +253,7 @@ def _cross_entropy_block(
         higher = tl.maximum(highest, best)
         sums = sums * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
         highest = higher
+        start += piece
     tl.store(maximum + row, highest)
     tl.store(total + row, sums)
     tl.store(likeliest + row, best_place)
@@ -276,7 +278,7 @@ def _cross_entropy_block_gradient(
 
 
 def _block_piece(width: int) -> int:
-    return min(VOCABULARY_BLOCK // 4, triton.next_power_of_2(width))
+    return min(VOCABULARY_BLOCK // 2, triton.next_power_of_2(width))
 
 
 def cross_entropy_block(
