@@ -22,6 +22,7 @@ from qtune.errors import Failure, Interrupted, RunError, TrainingError
 from qtune.recipe.file import Origin, load_recipe
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
+from qtune.run.identity import saved_by
 from qtune.run.metrics import NoteRecord, read_metrics
 from qtune.training import build, callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
@@ -140,7 +141,7 @@ def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkey
 def test_an_adapter_that_nothing_can_start_from_is_not_offered_as_a_start(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training=f"{STEPS}steps = 1"))
     (finished.adapter / STATE_FILE).unlink()
-    manifest.seal(finished.adapter)
+    manifest.seal(finished.adapter, by=saved_by(finished.path))
     with pytest.raises(RunError, match=r"has ended; there is nothing to resume$"):
         train.resume(finished)
 
@@ -210,12 +211,16 @@ def test_a_dtype_that_a_run_began_with_is_not_said_to_be_the_recipes(
 def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "my runs" / "first one")
     run_dir.path.mkdir(parents=True)
+    run_dir.write_text(
+        run_dir.resolved_file,
+        '[model]\nbase = "a/b"\n[data]\ntrain = "rows.jsonl"\n[training]\nlearning_rate = 1e-2\n',
+    )
     with pytest.raises(RunError) as caught:
         run_dir.finished_adapter()
     said = [
         str(caught.value),
         train._way_on(run_dir),
-        after_divergence([run_dir.checkpoints / "checkpoint-2"]).removesuffix(" --set training.learning_rate=RATE"),
+        after_divergence([run_dir.checkpoints / "checkpoint-2"]).removesuffix(" --set training.learning_rate=0.003"),
     ]
     for text in said:
         assert shlex.split(text.rpartition(": ")[2]) == ["qtune", "run", "--resume", str(run_dir.path)]

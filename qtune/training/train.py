@@ -42,11 +42,20 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
-from qtune.run.lock import read_lock, write_lock
+from qtune.run.history import require_own_lock
+from qtune.run.identity import saved_by
+from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
+from qtune.run.resumption import (
+    begin_branch,
+    beginning_anew,
+    lowers_rate,
+    nothing_to_resume,
+    resumed_recipe,
+    resuming,
+)
 from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
@@ -60,7 +69,7 @@ from qtune.training.checkpoints import (
     remove_incomplete_checkpoints,
     require_finite,
 )
-from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
+from qtune.training.depends import base_now, begin_lock, blame_drift, go_on_with, require_unchanged
 from qtune.training.display import TrainingDisplay
 from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
@@ -118,7 +127,7 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
         with ending_together(ranks), told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
-                write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs, whole=True)))
+                begin_lock(inputs, run_dir, base_now(inputs, whole=True))
         _train(ranks, inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -170,14 +179,14 @@ def _resume(
         if lowers_rate(run_dir, changes):
             # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
             require_unchanged(inputs, run_dir, accepted, base)
-            run_dir = _branched(run_dir)
+            run_dir = _branched(run_dir, changes)
     with owned(run_dir):
         with ending_together(ranks), told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
             if checkpoint is not None:
-                require_records_of(run_dir.metrics_file, checkpoint)
+                require_records_of(run_dir.metrics_file, len(read_metrics(run_dir.metrics_file)), checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
@@ -190,6 +199,7 @@ def _to_go_on_with(
 ) -> tuple[Inputs, Contents]:
     """Everything that a run needs to go on, and what its base's files hold."""
     require_free(run_dir)
+    require_own_lock(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
             raise RunError(nothing_to_resume(run_dir))
@@ -214,11 +224,11 @@ def _without(checkpoint: Path | None) -> str:
     return f", without the skipped update{'s' if len(skipped) > 1 else ''} of step {shown}"
 
 
-def _branched(run_dir: RunDir) -> RunDir:
+def _branched(run_dir: RunDir, changes: Sequence[str]) -> RunDir:
     """A new run that goes on from another's last whole checkpoint; that one stays as it is."""
     checkpoint = newest_whole(run_dir.checkpoints)
     if checkpoint is None:
-        message = f"has no checkpoint to go on from; begin again with: qtune run {run_dir.resolved_file} --set …"
+        message = f"has no checkpoint to go on from; begin again with: {beginning_anew(run_dir, changes)}"
         raise RunError(Problem(str(run_dir.path), message))
     with told(TrainingError):
         branch = begin_branch(run_dir, checkpoint)
@@ -291,7 +301,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         meter.enter("load")
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
-            write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
+            begin_lock(inputs, run_dir, base_now(inputs))
         keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
@@ -353,4 +363,4 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
-        seal(partial, records=records_then(run_dir.metrics_file))
+        seal(partial, records=records_then(run_dir.metrics_file), by=saved_by(run_dir.path))

@@ -1,5 +1,6 @@
 """A run's folder -> what verdicts are made of. Whatever is not there yet is None or empty."""
 
+import shlex
 from dataclasses import dataclass
 
 from qtune.export.verification import Proof, proof_today, proven_folders
@@ -44,14 +45,14 @@ def read_facts(run_dir: RunDir) -> Facts:
     """
     metrics = history_of(run_dir)
     return Facts(
-        run=str(run_dir.path),
+        run=shlex.quote(str(run_dir.path)),
         is_finished=run_dir.is_finished,
         train=tuple(one for one in metrics if isinstance(one, TrainRecord)),
         validation=tuple(one for one in metrics if isinstance(one, EvalRecord)),
         evaluation=read_evaluation(run_dir),
         memory=read_memory(run_dir),
         lock=read_lock(run_dir),
-        exports=tuple((folder.name, proof_today(folder)) for folder in proven_folders(run_dir.path)),
+        exports=tuple((folder.name, proof_today(folder, run_dir.path)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
         tasks=read_tasks(run_dir),
     )
