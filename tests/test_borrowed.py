@@ -374,7 +374,6 @@ OVERRIDDEN = {
     "_load_rng_state": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_clip_grad_norm": ["self", "model"],
-    "floating_point_ops": ["self", "inputs"],
 }
 
 

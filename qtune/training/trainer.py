@@ -276,11 +276,6 @@ class QloraTrainer(SFTTrainer):
                 model.zero_grad(set_to_none=True)
         return norm
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None are counted: transformers would count the model's parameters anew for each micro-batch, and nobody reads
-        the sum."""
-        return 0
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
