@@ -158,6 +158,26 @@ def test_a_lock_of_a_twin_is_said_and_nothing_else_is_blamed(twins: tuple[RunDir
             read(one)
 
 
+def test_a_lock_from_before_a_resumption_is_said(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    before = one.lock_file.read_bytes()
+    go_on(one, 2)
+    append_metric(one.metrics_file, step(3))
+    saved = save_checkpoint(one, 3)
+    shutil.rmtree(one.adapter)
+    history_of(one)
+    one.lock_file.write_bytes(before)
+    said = (
+        f"{one.lock_file}: is an earlier one of this run: it knows of 0 resumptions, and {saved} was saved after 1; "
+        f"put the later one back; if it is right as it is, remove {RUN_ID} and {CHECKSUM} from it"
+    )
+    verbs: list[Callable[[RunDir], object]] = [history_of, whole_adapter, train.resume, prove]
+    for verb in verbs:
+        with pytest.raises(RunError) as caught:
+            verb(one)
+        assert str(caught.value) == said
+
+
 @pytest.mark.parametrize("with_records", [True, False])
 def test_a_checkpoint_and_an_adapter_of_a_twin_are_said_with_and_without_records(
     twins: tuple[RunDir, RunDir], *, with_records: bool
@@ -420,6 +440,9 @@ def test_a_report_of_a_run_without_its_lock_says_so(world: World) -> None:  # no
     world.finished.lock_file.unlink()
     said = "has no lock.json: what it was trained on cannot be compared"
     assert said_of(world.finished) == [said]
+    world.stopped.lock_file.unlink()
+    world.stopped.metrics_file.unlink()
+    assert said_of(world.stopped) == [said]
     assert f"This run {said}" in write_report(world.finished).read_text()
 
 
