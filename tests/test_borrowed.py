@@ -355,6 +355,8 @@ OVERRIDDEN = {
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "floating_point_ops": ["self", "inputs"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_save_scaler": ["self", "output_dir"],
@@ -374,8 +376,9 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     parts = ("optimizer_and_scheduler", "scaler", "rng_state")
     states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]
-    for name in ("_get_train_sampler", "_load_from_checkpoint", "_save_checkpoint", "get_batch_samples", *states):
-        assert f"self.{name}" in loop, f"{name} is used by nobody"
+    others = ("_save", "_save_checkpoint", "floating_point_ops", "get_batch_samples")
+    for name in ("_get_train_sampler", "_load_from_checkpoint", *others, *states):
+        assert re.search(rf"self\.{name}\b", loop), f"{name} is used by nobody"
 
 
 @borrowed(
@@ -522,6 +525,13 @@ def the_constructor_makes_adapters_on_four_bits_bfloat16_and_nothing_does_later(
 
 def adapted(config: peft.PeftConfig) -> peft.PeftModel:
     return peft.get_peft_model(LlamaForCausalLM(tiny_config()), config)
+
+
+@borrowed("peft", "create_or_update_model_card", files=("adapter/state.py",))
+def saving_asks_the_model_for_a_card() -> None:
+    """Not to have one is no parameter."""
+    assert "self.create_or_update_model_card(" in inspect.getsource(peft.PeftModel.save_pretrained)
+    assert parameters_of(peft.PeftModel.create_or_update_model_card) == ["self", "output_dir"]
 
 
 @borrowed("peft", "_adapters_disabled", files=("tuned/generate.py",))

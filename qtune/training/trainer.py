@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import copies_of, install_lean_step
-from qtune.adapter.state import load_trained_state, save_trained_state
+from qtune.adapter.state import load_trained_state, save_trained_state, without_card
 from qtune.data.batches import StepSampler
 from qtune.data.shares import ShareSampler, with_blanks
 from qtune.data.stream import RowStream
@@ -494,7 +494,6 @@ class QloraTrainer(SFTTrainer):
             has_room = True
             begin_saving(folder)
             super()._save_checkpoint(model, trial)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
             run = RunDir(folder.parents[1])
             then, by = records_then(run.metrics_file), saved_by(run.path)
@@ -516,6 +515,13 @@ class QloraTrainer(SFTTrainer):
         self.model.train()
         remove_older(folder, self.keep_checkpoints)
         self.meter.enter("idle")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter in peft's format and its tokenizer: no card, no pickle of the arguments, which nobody reads."""
+        assert output_dir is not None
+        with without_card(self.model):
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As safetensors, not as pickles."""
@@ -557,6 +563,10 @@ class QloraTrainer(SFTTrainer):
             set_random_state(state)
         else:
             set_seed(random_of(self.args.seed, self.ranks.rank, self.state.global_step))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: nobody reads their sum, for which the Trainer would count all parameters anew for every micro-batch."""
+        return 0
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""
