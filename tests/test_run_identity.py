@@ -250,6 +250,33 @@ def test_a_run_of_an_older_version_is_read_as_it_was(twins: tuple[RunDir, RunDir
     require_good(one)
 
 
+def test_nothing_is_written_without_its_run_where_the_lock_cannot_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    write_lock(run, Lock(run_id=new_run_id()))
+    read = Path.read_text
+
+    def refused(file: Path, *given: object, **named: object) -> str:
+        if file == run.lock_file:
+            raise OSError(5, "Input/output error", str(file))
+        return read(file, *given, **named)  # type: ignore[arg-type]
+
+    writers: list[Callable[[], object]] = [
+        lambda: append_metric(run.metrics_file, step(1)),
+        lambda: write_memory(run, RunMemory()),
+        lambda: saved_by(run.path),
+    ]
+    for write in writers:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", refused)
+            with pytest.raises(OSError, match="Input/output error"):
+                write()
+        write()
+    assert history_of(run) == (step(1),)
+    assert read_memory(run) == RunMemory()
+
+
 def test_a_run_that_has_lost_its_lock_gets_its_identity_back(twins: tuple[RunDir, RunDir], tmp_path: Path) -> None:
     one, _ = twins
     own = identity_of(one.path).run_id  # type: ignore[union-attr]
