@@ -158,6 +158,26 @@ def test_a_lock_of_a_twin_is_said_and_nothing_else_is_blamed(twins: tuple[RunDir
             read(one)
 
 
+def test_a_lock_from_before_a_resumption_is_said(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    before = one.lock_file.read_bytes()
+    go_on(one, 2)
+    append_metric(one.metrics_file, step(3))
+    saved = save_checkpoint(one, 3)
+    shutil.rmtree(one.adapter)
+    history_of(one)
+    one.lock_file.write_bytes(before)
+    said = (
+        f"{one.lock_file}: is an earlier one of this run: it knows of 0 resumptions, and {saved} was saved after 1; "
+        f"put the later one back; if it is right as it is, remove {RUN_ID} and {CHECKSUM} from it"
+    )
+    verbs: list[Callable[[RunDir], object]] = [history_of, whole_adapter, train.resume, prove]
+    for verb in verbs:
+        with pytest.raises(RunError) as caught:
+            verb(one)
+        assert str(caught.value) == said
+
+
 @pytest.mark.parametrize("with_records", [True, False])
 def test_a_checkpoint_and_an_adapter_of_a_twin_are_said_with_and_without_records(
     twins: tuple[RunDir, RunDir], *, with_records: bool
@@ -228,6 +248,33 @@ def test_a_run_of_an_older_version_is_read_as_it_was(twins: tuple[RunDir, RunDir
     values = {name: value for name, value in json.loads(one.memory_file.read_text()).items() if name != RUN_ID}
     one.memory_file.write_text(json.dumps(sealed(values)))
     require_good(one)
+
+
+def test_nothing_is_written_without_its_run_where_the_lock_cannot_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    write_lock(run, Lock(run_id=new_run_id()))
+    read = Path.read_text
+
+    def refused(file: Path, *given: object, **named: object) -> str:
+        if file == run.lock_file:
+            raise OSError(5, "Input/output error", str(file))
+        return read(file, *given, **named)  # type: ignore[arg-type]
+
+    writers: list[Callable[[], object]] = [
+        lambda: append_metric(run.metrics_file, step(1)),
+        lambda: write_memory(run, RunMemory()),
+        lambda: saved_by(run.path),
+    ]
+    for write in writers:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", refused)
+            with pytest.raises(OSError, match="Input/output error"):
+                write()
+        write()
+    assert history_of(run) == (step(1),)
+    assert read_memory(run) == RunMemory()
 
 
 def test_a_run_that_has_lost_its_lock_gets_its_identity_back(twins: tuple[RunDir, RunDir], tmp_path: Path) -> None:
@@ -420,6 +467,9 @@ def test_a_report_of_a_run_without_its_lock_says_so(world: World) -> None:  # no
     world.finished.lock_file.unlink()
     said = "has no lock.json: what it was trained on cannot be compared"
     assert said_of(world.finished) == [said]
+    world.stopped.lock_file.unlink()
+    world.stopped.metrics_file.unlink()
+    assert said_of(world.stopped) == [said]
     assert f"This run {said}" in write_report(world.finished).read_text()
 
 

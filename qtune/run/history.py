@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qtune.errors import Problem, RunError
-from qtune.records import run_id_in
+from qtune.records import CHECKSUM, RUN_ID, run_id_in
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.identity import Identity, identity_of, manifest_in, new_run_id, of_another
@@ -35,10 +35,11 @@ def history_of(run_dir: RunDir) -> tuple[Metric, ...]:
 
 
 def require_own_lock(run_dir: RunDir) -> None:
-    """The lock is not another run's: then everything else would seem to be.
+    """The lock is not another run's: then everything else would seem to be. Nor is it an earlier one of this run.
 
     Raises:
-        RunError: several files of the run say that they are of one run, and none that it is the lock's.
+        RunError: several files of the run say that they are of one run, and none that it is the lock's; or one was
+            saved in a part of the run that the lock does not know.
     """
     identity = identity_of(run_dir.path)
     if identity is None:
@@ -47,12 +48,25 @@ def require_own_lock(run_dir: RunDir) -> None:
     if len(told) > 1 and len(set(told)) == 1 and told[0] not in identity.own:
         message = f"{of_another(identity.run_id, replace(identity, run_id=told[0]))}: put the run's own back"
         raise RunError(Problem(str(run_dir.lock_file), message))
+    for folder in _saved(run_dir):
+        manifest = manifest_in(folder)
+        by = None if manifest is None else manifest.by
+        if by is not None and by.run_id in identity.own and by.part > len(identity.resumed):
+            known = f"knows of {len(identity.resumed)} resumptions, and {folder} was saved after {by.part}"
+            message = f"is an earlier one of this run: it {known}; put the later one back"
+            way_out = f"if it is right as it is, remove {RUN_ID} and {CHECKSUM} from it"
+            raise RunError(Problem(str(run_dir.lock_file), f"{message}; {way_out}"))
+
+
+def _saved(run_dir: RunDir) -> tuple[Path, ...]:
+    """What was saved last."""
+    return (run_dir.adapter, *complete_checkpoints(run_dir.checkpoints)[-1:])
 
 
 def _told(run_dir: RunDir) -> Iterator[str | None]:
     """Of which run the other files say that they are."""
     yield first_run_id(run_dir.metrics_file)
-    for folder in (run_dir.adapter, *complete_checkpoints(run_dir.checkpoints)[-1:]):
+    for folder in _saved(run_dir):
         manifest = manifest_in(folder)
         yield None if manifest is None or manifest.by is None else manifest.by.run_id
     for file in (run_dir.memory_file, run_dir.rows_file):

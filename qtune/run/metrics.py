@@ -17,7 +17,7 @@ from qtune.errors import Problem, RunError
 from qtune.manifest import NAME as MANIFEST
 from qtune.manifest import RecordsThen
 from qtune.records import CHECKSUM, RUN_ID, NotARecord, plain, record_of, require_intact, sealed
-from qtune.run.identity import foreign_folder, identity_of, is_run_id, manifest_in, of_another
+from qtune.run.identity import foreign_folder, identity_of, identity_to_write, is_run_id, manifest_in, of_another
 from qtune.whole import write_text
 
 
@@ -167,7 +167,7 @@ def _line(values: Mapping[str, Any], follows: str | None) -> str:
 
 def _beginning(file: Path) -> str:
     """What the first line follows."""
-    identity = identity_of(file.parent)
+    identity = identity_to_write(file.parent)
     return "" if identity is None else str(identity.run_id)
 
 

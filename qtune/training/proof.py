@@ -45,7 +45,11 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
     """
     require_own_lock(run_dir)
     with owned(run_dir, "proving the last steps"):
-        whole = [path for path in named_checkpoints(run_dir.checkpoints) if fault_of(path) is None]
+        faults = {path: fault_of(path) for path in named_checkpoints(run_dir.checkpoints)}
+        for path, said in faults.items():
+            if said is not None:
+                console.say(f"{path} is not whole, and left out: {said}")
+        whole = [path for path, said in faults.items() if said is None]
         if not whole:
             raise RunError(Problem(str(run_dir.checkpoints), "no checkpoint is whole, so there is nothing to repeat"))
         last, first = whole[-1], whole[-2] if len(whole) > 1 else None
