@@ -76,6 +76,13 @@ def say(message: RenderableType) -> None:
     _console(stderr=True).print(message)
 
 
+def say_in_file(message: str) -> None:
+    """Prints a message to stderr where no display on a terminal shows that the work goes on."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        console.print(message)
+
+
 def say_of_process(message: str) -> None:
     """Prints to stderr what concerns this process alone, one of several, and says which it is."""
     _console(stderr=True, of_process=True).print(Text(f"{launched()}: {message}"))

@@ -1,14 +1,19 @@
-"""Tables in a terminal that is too narrow for them: on their side or in lines, with no word broken."""
+"""What stands in tables, and tables in a terminal that is too narrow: on their side or in lines, no word broken."""
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console, RenderableType
 
 from qtune.console import on_its_side
+from qtune.device.cards import described
+from qtune.device.present import Device
 from qtune.run.listing import ListedRun
 from qtune.screens.listing import draw_runs
+from qtune.screens.memory import _of_it, _why_others_take_less
+from qtune.sizes import GIB
 
 HEAD = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first", "ROUGE-L", "forgotten, nats", "time"]
 ROWS = [
@@ -79,3 +84,29 @@ def test_an_export_as_a_base_is_called_by_its_run(tmp_path: Path, monkeypatch: p
     }.items():
         run = ListedRun("x", "finished", base, "lora", None, None, None, 0, 0.0, None)
         assert lines_of(draw_runs([run], Path("runs"), 0.0), 170)[2].split()[2] == shown
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"), [(8, "a card with 8 GiB"), (700 / 1024, "a card with 700 MiB"), (1.5, "a card with 1.5 GiB")]
+)
+def test_a_card_of_a_size_is_called_by_it_once(gib: float, name: str) -> None:
+    card = described(gib)
+    assert card.name == name
+    assert _of_it(card, card.total_bytes) == ""
+    assert _of_it(Device("cuda", "RTX 3060", 12 * GIB, 12 * GIB, True, (8, 6)), 11 * GIB) == ", 11.00 GiB"
+
+
+def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:
+    def way(name: str, peak: int) -> SimpleNamespace:
+        return SimpleNamespace(name=name, prediction=SimpleNamespace(peak=SimpleNamespace(bytes=peak)))
+
+    def profile(is_checkpointed: bool) -> SimpleNamespace:
+        plan = SimpleNamespace(gradient_checkpointing=is_checkpointed)
+        forecast = SimpleNamespace(plan=plan, prediction=way("", 2 * GIB).prediction)
+        return SimpleNamespace(forecast=forecast, baselines=[way("full fine-tuning", 9 * GIB), way("TRL 1", GIB)])
+
+    said = _why_others_take_less(profile(False))  # type: ignore[arg-type]
+    assert said is not None
+    assert said.startswith("TRL 1: computes every layer twice")
+    assert "training.gradient_checkpointing = true" in said
+    assert _why_others_take_less(profile(True)) is None  # type: ignore[arg-type]
