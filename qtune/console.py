@@ -192,13 +192,9 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
         yield bar
         bar.end()
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    words = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
+    # Where nobody knows how much there is, a bar would say nothing.
+    columns = (*words, BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()) if total else words
     with Progress(*columns, console=console, transient=True) as drawn:
         drawn.add_task(description, total=total)
         yield Bar(description, total, _progress=drawn)

@@ -132,7 +132,9 @@ def test_on_a_terminal_the_part_that_is_worked_on_stands_beside_the_bar(
         bar.tell("1 x 128 tokens")
         bar.tell("2 x 128 tokens")
     assert capsys.readouterr() == ("", "")
-    assert "tracing: 2 x 128 tokens" in terminal.export_text()
+    shown = terminal.export_text()
+    assert "tracing: 2 x 128 tokens" in shown
+    assert "?" not in shown  # no bar of which nobody knows how long it is
 
 
 def test_progress_on_a_terminal_is_a_bar_that_goes_away(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,9 @@ def test_a_run_that_has_ended_goes_on_as_another_with_the_values_that_were_asked
 def test_what_a_stopped_run_prints_can_be_pasted(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = stopped_run(write_recipe(training=TWO_EPOCHS), monkeypatch, step=5)
     with pytest.raises(QtuneError) as refused:
+        resumed_recipe(stopped, ["training.steps=6"])
+    assert [problem.place for problem in refused.value.problems] == ["--set training.steps"]  # and not epochs
+    with pytest.raises(QtuneError) as refused:
         resumed_recipe(stopped, ["training.batch_size=6", "training.seed=3"])
     assert changes_of(shlex.split(told(refused.value)))[-2:] == ["training.batch_size=6", "training.seed=3"]
     require_right(told(refused.value))

@@ -57,9 +57,12 @@ sys.stderr.write("went on")
 """
 SWALLOWED = "interrupts.take_interrupts()\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: pass"
 
+GOES_ON = f"{SWALLOWED}\ninterrupts.take_again()\n{SWALLOWED.partition(chr(10))[2]}"
 
-@pytest.mark.parametrize("before", ["interrupts.keep_nothing_yet()", SWALLOWED], ids=["at the start", "a second time"])
+
+@pytest.mark.parametrize("before", ["interrupts.keep_nothing_yet()", SWALLOWED, GOES_ON])
 def test_the_end_is_at_once_and_one_line(before: str) -> None:
+    """At the start; after one that was swallowed; after one that was answered and another that was swallowed."""
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(before=before)],

@@ -118,7 +118,11 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     changeable = (*CHANGEABLE, RATE) if lowers_rate(run_dir, changes) else CHANGEABLE
     refused = [path for path in changed if path not in changeable and (path[0] not in kinds or path[1] == "kind")]
     if refused:
-        raise RecipeError([_refusal(path, new, run_dir, changes) for path in refused])
+        asked = {change.partition("=")[0].strip() for change in changes}
+        named = [
+            path for path in refused if ".".join(map(str, path)) in asked
+        ]  # others follow from them: epochs of steps
+        raise RecipeError([_refusal(path, new, run_dir, changes) for path in named or refused])
     # What was set to the value that it has keeps its origin too.
     origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
     if BUDGET in changed:

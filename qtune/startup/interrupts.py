@@ -45,6 +45,12 @@ def take_interrupts() -> None:
         signal.signal(signal.SIGINT, _once)
 
 
+def take_again() -> None:
+    """Whoever has caught a Ctrl-C and goes on says so: the next one is the first again."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        take_interrupts()
+
+
 @contextmanager
 def nothing_to_keep() -> Iterator[None]:
     """While the block runs, Ctrl-C ends the process at once."""

@@ -21,6 +21,7 @@ from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
+from qtune.startup.interrupts import take_again
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Ids, Sampling, find_ends, loop_at_end, positions_left, stream
 from qtune.tuned.load import load_run, load_untuned
@@ -185,6 +186,7 @@ def chat(session: Session, lines: Iterator[str]) -> None:
         try:
             answered(session, text)
         except KeyboardInterrupt:
+            take_again()
             console.say("\nstopped; this question is forgotten")
             console.out_raw("\n")
         except (DataError, OutOfMemory) as error:

@@ -12,6 +12,7 @@ from qtune.model.load import load_config
 from qtune.recipe.text import show_value
 from qtune.run.resumption import CHANGEABLE, beginning_anew, resuming
 from qtune.sizes import size_in_bytes
+from qtune.startup.interrupts import take_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,6 +102,7 @@ def with_offers(
     try:
         search = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
     except KeyboardInterrupt:
+        take_again()
         return replace(report, untraced="stopped")
     except Exception as error:
         # Whatever it is, the report of the first failure must not be lost to a second one.
