@@ -23,7 +23,8 @@ from qtune.training.callbacks import after_divergence
 from qtune.training.checkpoints import complete_checkpoints
 from qtune.training.train import _branched
 
-PACKAGE = Path(__file__).parents[1] / "qtune"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qtune"
 GROUP = typer.main.get_command(cli.app)
 VALUE = "1"
 """Stands for what is put into a text when it is printed: a number passes for a file, a name and a number."""
@@ -78,11 +79,44 @@ def test_commands_are_found_in_the_sources() -> None:
     assert {"run", "eval", "export", "fit", "profile", "init", "check", "report"} <= {words[0] for _, words in SOURCES}
 
 
+def _documented() -> Iterator[tuple[str, list[str]]]:
+    """Commands of the documents: in code spans, and on lines of code."""
+    for file in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]):
+        text = re.sub(r"<!--.*?-->", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        spans = re.findall(r"`(qtune [a-z][^`]*)`", text)
+        lines = re.findall(r"^ {4}(?:\$ )?(qtune [a-z].*)$", text, re.MULTILINE)
+        for code in [*spans, *lines]:
+            words = shlex.split(code.replace("\n", " ").replace("…", VALUE).replace("|", "\\|"), comments=True)
+            if words[1:2] and words[1] in GROUP.commands:
+                yield file.name, words[1:]
+
+
+DOCUMENTED = list(_documented())
+
+
+def test_commands_are_found_in_the_documents() -> None:
+    assert len(DOCUMENTED) > 60
+    assert {words[0] for _, words in DOCUMENTED} == set(GROUP.commands)
+
+
+@pytest.mark.parametrize(("place", "words"), DOCUMENTED, ids=[f"{place} {' '.join(one)}" for place, one in DOCUMENTED])
+def test_what_the_documents_show_has_a_verb_s_own_options_and_as_many_arguments(place: str, words: list[str]) -> None:
+    require_parsed(place, words)
+
+
 @pytest.mark.parametrize(("place", "words"), SOURCES, ids=[f"{place} {' '.join(words)}" for place, words in SOURCES])
 def test_what_is_printed_has_a_verb_s_own_options_and_as_many_arguments(place: str, words: list[str]) -> None:
+    require_parsed(place, words)
+
+
+def require_parsed(place: str, words: list[str]) -> None:
     verb, *rest = words
     command = GROUP.commands[verb]
-    arguments = sum(param.param_type_name == "argument" for param in command.params)
+    arguments = sum(
+        abs(param.nargs) * (99 if param.nargs < 0 else 1)
+        for param in command.params
+        if param.param_type_name == "argument"
+    )
     context = typer.Context(command, info_name=verb, resilient_parsing=True)
     _, left, _ = command.make_parser(context).parse_args(args=list(rest))
     assert not [word for word in left if word.startswith("-")], place
