@@ -149,6 +149,7 @@ class Bar:
     _progress: Progress | None = None
     _said: int = 0
     """Quarters that a file has a line of."""
+    _part: str = ""
 
     def advance(self, steps: float = 1) -> None:
         """Counts `steps` more of the work as done."""
@@ -160,7 +161,11 @@ class Bar:
             self.update(self.total)
 
     def tell(self, next_part: str) -> None:
-        """Says which part of the work is next, where nobody knows how many there are; each has a line in a file."""
+        """Says which part of the work is next, where nobody knows how many there are; each has a line in a file, and the
+        same one behind itself no second line."""
+        if next_part == self._part:
+            return
+        self._part = next_part
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=f"{self.description}: {next_part}")
         else:

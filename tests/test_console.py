@@ -121,6 +121,7 @@ def test_work_of_which_nobody_knows_how_much_there_is_has_a_line_for_each_part(
 ) -> None:
     with console.progress("tracing") as bar:
         bar.tell("1 x 128 tokens")
+        bar.tell("1 x 128 tokens")
         bar.tell("2 x 128 tokens")
     assert capsys.readouterr() == ("", "tracing …\ntracing: 1 x 128 tokens\ntracing: 2 x 128 tokens\n")
 
