@@ -309,6 +309,17 @@ def test_no_recipe_that_is_written_is_warned_of_for_what_init_has_chosen(here, a
         assert recipe.data.max_length >= tokens + 100
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_check_has_nothing_to_say_of_a_recipe_as_it_was_written(here, tiny_model, adapter):
+    for count in (8, 60):
+        Path("rows.jsonl").write_text(rows_of(count))
+        file = here / f"{adapter}-{count}.toml"
+        file.write_text(new_recipe(str(tiny_model), "rows.jsonl", adapter, file))
+        examined = examine(load_recipe(file, ["quantization.minimum_share=0.0"]))
+        assert examined.warnings == []
+        assert {finding.kind for finding in examined.inspection.findings} <= {"few-rows"}
+
+
 def test_documents_are_counted_by_the_pieces_that_they_are_cut_into(here):
     Path("book.txt").write_text("So it goes on and on. " * 60_000)  # one document
     recipe = load_text(new_recipe(MODEL, "book.txt", "lora", Path("recipe.toml")))
