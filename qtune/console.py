@@ -161,8 +161,8 @@ class Bar:
             self.update(self.total)
 
     def tell(self, next_part: str) -> None:
-        """Says which part of the work is next, where nobody knows how many there are; each has a line in a file, and the
-        same one behind itself no second line."""
+        """Says which part of the work is next, where nobody knows how many there are. Each has a line in a file; the
+        same one behind itself has no second one."""
         if next_part == self._part:
             return
         self._part = next_part

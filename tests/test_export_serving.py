@@ -70,8 +70,16 @@ def test_an_export_ends_with_every_program_that_loads_what_was_exported(
     folder = export_run(run, options)
     said = capsys.readouterr().err.partition("use it with one of:\n")[2].splitlines()
     assert [line.strip().partition(": ")[0].rstrip(":") for line in said] == programs
-    assert f"the lines in {folder / 'README.md'}" in "\n".join(said)
     assert "```python" in (folder / "README.md").read_text()
+    if kind == "merged":
+        (line,) = (line for line in said if "transformers:" in line)
+        program, switch, code = shlex.split(line.partition("transformers:")[2])
+        assert (program, switch) == ("python", "-c")
+        capsys.readouterr()
+        exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+        assert capsys.readouterr().out
+    if kind == "adapter alone":
+        assert f"the lines in {folder / 'README.md'}, from inside" in "\n".join(said)
     if programs[-1] == "llama.cpp, Ollama":
         command = said[-1].rpartition("written by: ")[2]
         again = " --force" if kind == "merged" else ""

@@ -1,5 +1,6 @@
 """An exported folder -> the commands that serve it: those that hold for what is in it, ready to paste."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 OTHER_WEIGHTS = (
     "on the base's own weights: trained on {}, which vLLM does not make of them, it answers a little otherwise"
 )
+
+PIPELINE = (
+    'from transformers import pipeline; print(pipeline("text-generation", {folder})'
+    '([{{"role": "user", "content": "Hello"}}], max_new_tokens=200)[0]["generated_text"][-1]["content"])'
+)
+"""What asks an export in one line of Python; README.md beside it has the longer ones."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,14 @@ def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | N
     gguf_command: makes the GGUF file that llama.cpp and Ollama load, where there is none and one can be made.
     """
     is_adapter = (folder / CONFIG).is_file()
-    lines = [("transformers" + (", peft" if is_adapter else ""), f"the lines in {folder / 'README.md'}")]
-    if not is_adapter:
-        lines.insert(0, ("here", shlex.join(["qtune", "chat", str(folder)])))
+    if is_adapter:
+        lines = [("transformers, peft", f"the lines in {folder / 'README.md'}, from inside of that folder")]
+    else:
+        asked = PIPELINE.format(folder=json.dumps(str(folder), ensure_ascii=False))
+        lines = [
+            ("here", shlex.join(["qtune", "chat", str(folder)])),
+            ("transformers", shlex.join(["python", "-c", asked])),
+        ]
     for one in commands:
         lines += [(one.program, one.command), *([("", f"({one.note})")] if one.note else [])]
     if gguf_command is not None:
