@@ -321,7 +321,8 @@ def _rehearsed(preflight: Preflight) -> Rehearsal:
         stop = StopOnSignal(lambda: None)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False)
         try:
-            return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
+            with console.waiting("rehearsing once what a run will do"):
+                return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
         finally:
             meter.close()
             inputs.prepared.close()

@@ -315,7 +315,9 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
             inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers, ranks=ranks
         )
         if rehearses:
-            console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
+            with console.waiting("rehearsing once what the run will do"):
+                rehearsed = rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
+            console.say(str(rehearsed))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and ended:
