@@ -283,3 +283,17 @@ def test_a_long_question_is_shown_with_its_end() -> None:
     assert "Here is a text" in asked
     assert asked.endswith("What is its last word?")
     assert len(asked) == len("  asked   ") + 100
+
+
+def test_what_may_take_long_between_two_steps_is_said_as_it_begins(
+    write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first evaluation, of which nobody knows how long it will take; quick ones after it are not spoken of."""
+    train.run(load_recipe(write_recipe(training="steps = 2\nbatch_size = 2\neval_every = 1\nrehearse = true")))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" …")]
+    asking = [f"step {step}: asking 2 validation rows …" for step in (1, 2)]
+    assert said[-4:] == [
+        "rehearsing once what the run will do …",
+        "step 1: measuring the validation loss …",
+        *asking,
+    ]

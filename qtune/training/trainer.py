@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import gc
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from qtune import console
 from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state, without_card
@@ -71,6 +74,9 @@ CANNOT_SPLIT = (
 
 CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
+
+WORTH_A_LINE = 3.0
+"""Seconds of an evaluation that is said before it begins, where no display on a terminal shows that the run goes on."""
 
 
 class QloraTrainer(SFTTrainer):
@@ -142,6 +148,8 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
+        self.evaluation_seconds = math.inf
+        """What the last evaluation took; of the first nobody knows."""
         self.micro_batches_together = plan.together
         self.together = plan.together > 1
         """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot, or
@@ -392,8 +400,13 @@ class QloraTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
+        if self.evaluation_seconds > WORTH_A_LINE:
+            console.say_in_file(f"step {self.state.global_step}: measuring the validation loss …")
+        began = time.monotonic()
         with self.pace.stopped():
-            return self._evaluate_all(eval_dataset, metric_key_prefix)
+            measured = self._evaluate_all(eval_dataset, metric_key_prefix)
+        self.evaluation_seconds = time.monotonic() - began
+        return measured
 
     def _evaluate_all(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         self.model.eval()
