@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and a tiny random model folder made once."""
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -59,10 +60,17 @@ def the_allocators_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="session")
+def configurations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are not there yet, one after the other. pytest would look for each number through all of them."""
+    folder = tmp_path_factory.mktemp("configurations")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def nobody_has_agreed_to_any_code(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_has_agreed_to_any_code(configurations: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a person has decided on this computer is no part of a test."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(next(configurations)))
 
 
 ROWS = [
