@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -290,7 +291,9 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
 
 
 def _timed(preflight: Preflight) -> float:
-    with one_sentence(f"A run would not fit either; qtune fit {preflight.resolved.file} shows what would help"):
+    with one_sentence(
+        f"A run would not fit either; qtune fit {shlex.quote(str(preflight.resolved.file))} shows what would help"
+    ):
         return step_seconds(preflight)
 
 

@@ -111,7 +111,8 @@ class Bar:
     total: float | None
     done: float = 0
     _progress: Progress | None = None
-    _said: int = -1
+    _said: int = 0
+    """Quarters that a file has a line of."""
 
     def advance(self, steps: float = 1) -> None:
         """Counts `steps` more of the work as done."""
@@ -147,11 +148,10 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Bar]:
-    """Shows how far some work is: a bar on a terminal, a line for each quarter elsewhere."""
+    """Shows how far some work is: a bar on a terminal, elsewhere a line as it begins and one for each quarter."""
     console = live_console()
     if not console.is_terminal or console.quiet:
-        if not total:
-            say(f"{description} …")
+        say(f"{description} …")
         bar = Bar(description, total)
         yield bar
         bar.end()
@@ -170,9 +170,10 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
 
 @contextmanager
 def waiting(for_what: str) -> Iterator[None]:
-    """Says on a terminal what is waited for, as long as that lasts; what takes seconds is of no use in a file."""
+    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins."""
     console = live_console()
     if not console.is_terminal or console.quiet:
+        say(f"{for_what} …")
         yield
         return
     with console.status(Text(for_what), refresh_per_second=4):

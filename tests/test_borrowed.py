@@ -73,6 +73,14 @@ def parameters_of(function: Any) -> list[str]:
 # --- torch ---------------------------------------------------------------------------------------------------------
 
 
+@borrowed("torch", "_linear_pointwise", files=("kernels/on_cpu.py",))
+def _() -> None:
+    left, right = torch.randn(70, 80), torch.randn(80, 90)
+    for operands in ((left, right), (left, right.t().contiguous().t()), (left.t().contiguous().t(), right)):
+        found = torch.ops.mkldnn._linear_pointwise.default(operands[0], operands[1].t(), None, "none", [], "")
+        torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-4)
+
+
 @borrowed(
     "torch", "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.FakeTensor", "_C",
     "_should_skip_dynamo", "_schema", "device",
@@ -365,6 +373,7 @@ OVERRIDDEN = {
     "_load_scaler": ["self", "checkpoint"],
     "_load_rng_state": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_clip_grad_norm": ["self", "model"],
 }
 
 
@@ -373,6 +382,7 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     for name, parameters in OVERRIDDEN.items():
         assert parameters_of(getattr(Trainer, name)) == parameters, name
     loop = inspect.getsource(Trainer)
+    assert loop.index("self._clip_grad_norm(") < loop.index("self._get_grad_norm("), "the norm is that after clipping"
     assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
     parts = ("optimizer_and_scheduler", "scaler", "rng_state")
     states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]

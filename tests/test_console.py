@@ -89,7 +89,7 @@ def test_a_table_in_a_file_is_not_folded(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_a_file_is_a_line_as_it_begins_and_one_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("merging", 10) as bar:
         for _ in range(10):
             bar.advance()
@@ -97,14 +97,14 @@ def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFix
         bar.advance()
     assert capsys.readouterr() == (
         "",
-        "merging: 10 %\nmerging: 30 %\nmerging: 50 %\nmerging: 80 %\nmerging: 100 %\nloading …\n",
+        "merging …\nmerging: 30 %\nmerging: 50 %\nmerging: 80 %\nmerging: 100 %\nloading …\n",
     )
 
 
 def test_progress_in_a_file_ends_at_the_end_also_where_there_was_less_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("asking", 10) as bar:
         bar.advance(8)
-    assert capsys.readouterr().err == "asking: 80 %\nasking: 100 %\n"
+    assert capsys.readouterr().err == "asking …\nasking: 80 %\nasking: 100 %\n"
 
     def fail() -> None:
         with console.progress("asking", 10) as bar:
@@ -113,7 +113,7 @@ def test_progress_in_a_file_ends_at_the_end_also_where_there_was_less_to_do(caps
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert capsys.readouterr().err == "asking: 80 %\n"
+    assert capsys.readouterr().err == "asking …\nasking: 80 %\n"
 
 
 def test_work_of_which_nobody_knows_how_much_there_is_has_a_line_for_each_part(
@@ -215,11 +215,11 @@ def test_a_note_stands_above_the_display(terminal: Console, hands: list[float]) 
     assert "[stopping]" in terminal.export_text()
 
 
-def test_what_is_waited_for_is_said_on_a_terminal_and_in_no_file(
+def test_what_is_waited_for_is_said_as_it_begins_in_a_file_as_well(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with console.waiting("loading [the libraries]"):
-        pass
+        assert capsys.readouterr() == ("", "loading [the libraries] …\n")
     assert capsys.readouterr() == ("", "")
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(console, "live_console", lambda: screen)

@@ -493,8 +493,8 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monke
     assert str(caught.value) == (
         "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
         f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before\n"
-        f"a new run goes on from there at a lower rate with: qtune run --resume {latest_run(recipe).path} "
-        "--set training.learning_rate=RATE"
+        f"a new run goes on from there at a third of the rate with: qtune run --resume {latest_run(recipe).path} "
+        "--set training.learning_rate=0.003"
     )
     stopped = latest_run(recipe)
     assert not stopped.is_finished
@@ -758,7 +758,8 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
         train.resume(finished)
     assert str(caught.value) == (
         f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
-        f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
+        f"{finished.resolved_file} --set training.micro_batch_size=auto --set training.gradient_checkpointing=auto "
+        f"--set adapter.start_from={finished.path}"
     )
     ended = CliRunner().invoke(cli.app, ["run", "--resume", str(finished.path), "--set", "training.steps=9"])
     assert str(ended.exception) == f"{caught.value} --set training.steps=9"
@@ -836,11 +837,15 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
         "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, "
         "training.keep_checkpoints, training.trackers, training.rehearse, data.allow, output.gguf"
     )
+    asked = (
+        "--set training.gradient_checkpointing=auto --set training.learning_rate=0.5 --set adapter.kind=ia3 "
+        "--set training.log_every=2"
+    )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
     assert str(caught.value) == "\n".join(
         f"--set {key}: decides what is learned, so the rest would not be the same run; start a new one with: qtune run "
-        f"{broken.resolved_file} --set output.name=broken --set {key}=… (on resuming these may change: {may})"
+        f"{broken.resolved_file} {asked} (on resuming these may change: {may})"
         for key in ("adapter.kind", "training.learning_rate")
     )
     assert {file.name: file.read_bytes() for file in broken.path.glob("*.*")} == before

@@ -53,14 +53,22 @@ def _base(source: OpenedRun) -> str:
     return source.base_name if source.is_of_hub else str(source.base)
 
 
-def serving_text(commands: tuple[Serving, ...]) -> str:
-    """A line for each command under its program."""
-    lines = (
-        line
-        for one in commands
-        for line in (f"  {one.program + ':':<11} {one.command}", *([f"  {'':<11} ({one.note})"] if one.note else []))
-    )
-    return "\n".join(["serve it with one of:", *lines])
+def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | None) -> str:
+    """A line for each program that loads what is in a folder; the ways of libraries are in its README.md.
+
+    gguf_command: makes the GGUF file that llama.cpp and Ollama load, where there is none and one can be made.
+    """
+    is_adapter = (folder / CONFIG).is_file()
+    lines = [("transformers" + (", peft" if is_adapter else ""), f"the lines in {folder / 'README.md'}")]
+    if not is_adapter:
+        lines.insert(0, ("here", shlex.join(["qtune", "chat", str(folder)])))
+    for one in commands:
+        lines += [(one.program, one.command), *([("", f"({one.note})")] if one.note else [])]
+    if gguf_command is not None:
+        lines.append(("llama.cpp, Ollama", f"load a GGUF file, which is written by: {gguf_command}"))
+    width = max(len(name) for name, _ in lines) + 1
+    named = ((f"{name}:" if name else "", does) for name, does in lines)
+    return "\n".join(["use it with one of:", *(f"  {name:<{width}} {does}" for name, does in named)])
 
 
 def context_of(config: PretrainedConfig, recipe: Recipe) -> int:

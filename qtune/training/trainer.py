@@ -59,6 +59,7 @@ from qtune.training.saved_state import (
     set_random_state,
 )
 from qtune.training.schedule import schedule_of
+from qtune.training.walks import forget_gradients_of, switch_once
 
 GROUP = "micro_batches"
 """Under this key stand micro-batches that pass the layers together."""
@@ -126,6 +127,9 @@ class QloraTrainer(SFTTrainer):
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         _install_lean_step(model, plan, note)
         ranks.begin_alike(model)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        switch_once(model)
+        forget_gradients_of(model, self.trained)
         self.ranks = ranks
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
@@ -271,6 +275,9 @@ class QloraTrainer(SFTTrainer):
                     self.note(f"step {self.state.global_step + 1} is skipped: {found}")
                 model.zero_grad(set_to_none=True)
         return norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
