@@ -63,7 +63,14 @@ VALUES: tuple[tuple[str, str, object, str], ...] = (
     (CONFIG, "head_dim", 7, "cannot be: RoPE requires an even rotary dimension"),
     (CONFIG, "rms_norm_eps", -1.0, "rms_norm_eps = -1.0: must be a small number that is not below 0"),
     (CONFIG, "attention_dropout", 2.0, "attention_dropout = 2.0: must be a share, from 0 to 1"),
-    (CONFIG, "model_type", 3, "model_type = 3: unknown to transformers"),
+    (CONFIG, "sliding_window", 1e30, "sliding_window = 1e+30: no number of a model is that large"),
+    (CONFIG, "sliding_window", 0, "sliding_window = 0: must be a whole number above 0"),
+    (CONFIG, "output_attentions", True, "output_attentions = true: attention is computed by kernels"),
+    (CONFIG, "output_hidden_states", -1, "output_hidden_states = -1: must be true or false"),
+    (CONFIG, "return_dict", "", 'return_dict = "": must be true or false'),
+    (CONFIG, "return_dict", False, "return_dict = false: results are taken by their names"),
+    (CONFIG, "model_type", [], 'model_type = []: must be the name of an architecture, as "llama"'),
+    (CONFIG, "model_type", "nope", 'model_type = "nope": unknown to transformers'),
     (TOKENIZER, "model_max_length", "abc", "model_max_length = 'abc': is no number of tokens"),
 )
 

@@ -1,18 +1,29 @@
 """Training: what a run leaves behind, that only the effective batch counts, and that a stopped run goes on exactly."""
 
+import functools
 import itertools
 import json
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYTHING, WriteRecipe, qtune_process, run_warm_qtune, warm_qtune_process
+from conftest import (
+    EVERYTHING,
+    WriteRecipe,
+    qtune_process,
+    recipe_for,
+    rows_in,
+    run_warm_qtune,
+    short_answers,
+    warm_qtune_process,
+)
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -62,6 +73,26 @@ class Killed(BaseException):
 
 def run(recipe: Path, *changes: str, allow: tuple[str, ...] = ()) -> RunDir:
     return train.run(load_recipe(recipe, changes), allow)
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tiny_model: Path, own_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], RunDir]:
+    """A function that gives the run of `TWO_EPOCHS` with an adapter, in a dtype, that nothing broke off. However often
+    it saves, it learns the same."""
+    rows = rows_in(tmp_path_factory.mktemp("unbroken"))
+
+    @functools.cache
+    def trained(kind: str, dtype: str) -> RunDir:
+        quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
+        recipe = recipe_for(tiny_model, rows, adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QTUNE_CACHE", str(own_cache))
+            short_answers(patch)
+            return run(recipe, f"output.name={kind}-{dtype}")
+
+    return trained
 
 
 def latest_run(recipe: Path) -> RunDir:
@@ -389,7 +420,7 @@ def test_a_run_is_trained_evaluated_exported_and_talked_to_in_either_dtype(
     quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
     finished = run(recipe)
-    evaluation = evaluate(finished)
+    evaluation = evaluate(finished, max_new_tokens=4)
     assert evaluation.tuned.loss < evaluation.base.loss
     # Training measured the same rows in the same precision.
     last = records(finished, "eval")[-1]["loss"]
@@ -592,12 +623,15 @@ IN_FLOAT32 = list(ADAPTERS) if EVERYTHING else ["lora", *(kind for kind in ADAPT
     ("kind", "dtype"), [*((kind, "float32") for kind in IN_FLOAT32), *((kind, "bfloat16") for kind in IN_BFLOAT16)]
 )
 def test_a_killed_run_goes_on_exactly(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+    write_recipe: WriteRecipe,
+    unbroken: Callable[[str, str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: str,
 ) -> None:
     """Bit for bit, on the same processor, in either dtype."""
     quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
-    unbroken = run(recipe)
     with monkeypatch.context() as patch:
         kill_in_step(patch, 8)
         with pytest.raises(Killed):
@@ -605,7 +639,7 @@ def test_a_killed_run_goes_on_exactly(
     broken = latest_run(recipe)
     assert complete_checkpoints(broken.checkpoints)[-1].name == "checkpoint-6"  # the first of the second epoch's steps
     assert train.resume(broken) == broken
-    assert_same_run(broken, unbroken)
+    assert_same_run(broken, unbroken(kind, dtype))
 
 
 @pytest.mark.slow
@@ -624,10 +658,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_makes_up_for_it(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(adapter=ADAPTERS["lora"], training=TWO_EPOCHS.replace("every = 3", "every = 5"))
-    unbroken = run(recipe)
 
     def evaluate(*_, **__):
         raise Killed
@@ -636,15 +669,14 @@ def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_mak
         patch.setattr(QloraTrainer, "evaluate", evaluate)
         with pytest.raises(Killed):
             run(recipe)
-    assert_same_run(train.resume(latest_run(recipe)), unbroken)
+    assert_same_run(train.resume(latest_run(recipe)), unbroken("lora", "float32"))
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_does_not_count(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
-    unbroken = run(recipe)
     original = train.save_adapter
 
     def killed_while_saving(model, folder):
@@ -673,17 +705,16 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(
         with pytest.raises(Killed):
             train.resume(broken)
     assert not broken.is_finished
-    assert_same_run(train.resume(broken), unbroken)
+    assert_same_run(train.resume(broken), unbroken("p-tuning-lstm", "float32"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 10], ids=["in an epoch", "at the end of an epoch", "at the last step"])
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, step: int
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     # The LSTM's dropout draws random numbers wherever it runs: a checkpoint more must not draw one more.
     recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
-    unbroken = run(recipe)
     before = signal.getsignal(signal.SIGINT)
 
     def press(self, args, state, control, **_):
@@ -706,7 +737,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert records(stopped, "note")[0]["message"] == "stopping after this step; once more stops at once"
     if step != 10:
         train.resume(stopped)
-    assert_same_run(stopped, unbroken)
+    assert_same_run(stopped, unbroken("p-tuning-lstm", "float32"))
 
 
 @pytest.mark.slow
