@@ -309,6 +309,7 @@ def test_no_recipe_that_is_written_is_warned_of_for_what_init_has_chosen(here, a
         assert recipe.data.max_length >= tokens + 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_check_has_nothing_to_say_of_a_recipe_as_it_was_written(here, tiny_model, adapter):
     for count in (8, 60):

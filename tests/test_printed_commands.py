@@ -142,6 +142,7 @@ def told(error: QtuneError) -> str:
     return re.findall(r"with: (qtune [^(\n]*)", str(error))[0].strip()
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_goes_on_as_another_with_the_values_that_were_asked_for(write_recipe: WriteRecipe) -> None:
     """Six rows are no whole number of the micro-batches of four that the first run has settled."""
     ended = run(write_recipe(training="steps = 1\nbatch_size = 4"))
@@ -151,6 +152,7 @@ def test_a_run_that_has_ended_goes_on_as_another_with_the_values_that_were_asked
     require_right(command)
 
 
+@pytest.mark.slow
 def test_what_a_stopped_run_prints_can_be_pasted(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = stopped_run(write_recipe(training=TWO_EPOCHS), monkeypatch, step=5)
     with pytest.raises(QtuneError) as refused:
