@@ -157,13 +157,14 @@ def test_lines_are_answered_and_commands_obeyed(session, capsys):
     assert first
     assert second
     said = [line for line in printed.err.splitlines() if not line.startswith("cut at 12 tokens; ")]
-    assert said == ["adapter off", "conversation forgotten", *stage.HELP.splitlines()]
+    switched = "adapter off; it goes on from what was said so far, which /reset forgets"
+    assert said == [switched, "conversation forgotten", *stage.HELP.splitlines()]
 
 
 def test_the_adapter_command_changes_the_answer(session):
     on = session.ask("Hello", lambda _: None)
-    assert command(session, "/adapter off") == "adapter off"
     session.turns = []
+    assert command(session, "/adapter off") == "adapter off"
     off = session.ask("Hello", lambda _: None)
     with session.model.disable_adapter():
         assert off == answer_of(session, [{"role": "user", "content": "Hello"}]) != on

@@ -216,7 +216,8 @@ def command(session: Session, text: str) -> str:
             if not session.has_adapter:
                 return "there is no adapter to switch"
             session.adapter_is_on = state == "on"
-            return f"adapter {state}"
+            kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
+            return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
             return "most training rows have no system message, or they are not known any more"
         case ["/trained"]:
