@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import random
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,16 @@ class Task:
     test: tuple[Row, ...]
     instruction: str
     """What is wanted, in a sentence, for starts from a text."""
+    known: dict[str, int] = field(default_factory=dict)
+    """Of each split that is asked, how many rows, the first ones, have values that stand in training rows; none: they
+    are not told apart."""
 
 
 def tasks() -> dict[str, Task]:
     """By name."""
-    return {task.name: task for task in (quickstart_task(), docstring_task(), triage_task())}
+    quickstart = quickstart_task()
+    others = (docstring_task(), triage_task(), swapped_task(quickstart), swapped_task(triage_task()))
+    return {task.name: task for task in (quickstart, *others)}
 
 
 def read(file: Path) -> list[Row]:
@@ -39,13 +47,14 @@ def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
     combinations, and half, the second, have names, rooms, events and messages that stand in none."""
     rows = read(DATA / "quickstart_train.jsonl")
-    new = new_quickstart_rows(200)
+    new, more = new_quickstart_rows(NEW_VALUES, 200), new_quickstart_rows(MORE_NEW_VALUES, 100)
     return Task(
         "quickstart",
         tuple(rows[80:]),
-        tuple(rows[:80] + new[:80]),
+        tuple(rows[:80] + new[:80] + more),
         tuple(read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
         "Turn the request into one JSON command.",
+        {"validation": 80, "test": 120},
     )
 
 
@@ -64,20 +73,36 @@ NEW_VALUES = {
 }  # fmt: skip
 
 
-def new_quickstart_rows(count: int) -> list[Row]:
-    """Commands of the three kinds whose values are words, in the quickstart's phrasings, with values of their own."""
+MORE_NEW_VALUES = {
+    "ROOMS": ("pantry", "balcony", "studio", "gym", "dining room", "greenhouse", "loft", "waiting room"),
+    "PEOPLE": ("Bjorn", "Fatima", "Kenji", "Rosa", "Liam", "Nadia", "Oscar", "Greta"),
+    "EVENTS": (
+        "piano tuning", "blood test", "dance class", "bank visit", "wine tasting", "riding lesson", "staff training",
+        "breakfast with Rosa",
+    ),
+    "MESSAGES": (
+        "the taxi is here", "I lost my wallet", "the door is locked", "we have no water", "I'm in the queue",
+        "the baby is awake", "I'll wait at the gate", "the lights are on",
+    ),
+    "UNITS": (("furlongs", "feet"), ("tons", "pounds"), ("cups", "milliliters"), ("knots", "miles")),
+}  # fmt: skip
+"""For choices alone."""
+
+
+def new_quickstart_rows(values: dict[str, Any], count: int) -> list[Row]:
+    """Commands of the four kinds whose values are words, in the quickstart's phrasings, with values of their own."""
     draw = random.Random(77)
-    kept = {name: getattr(quickstart, name) for name in NEW_VALUES}
-    for name, values in NEW_VALUES.items():
-        setattr(quickstart, name, values)
+    kept = {name: getattr(quickstart, name) for name in values}
+    for name, own in values.items():
+        setattr(quickstart, name, own)
     try:
         named = ("send_message", "add_event", "set_temperature", "convert_units")
         commands = [command for command in quickstart.COMMANDS if command.name in named]
         pairs = [quickstart.rows_of(dataclasses.replace(command), draw) for command in commands]
         return [quickstart.conversation(*next(pairs[place % len(pairs)])) for place in range(count)]
     finally:
-        for name, values in kept.items():
-            setattr(quickstart, name, values)
+        for name, own in kept.items():
+            setattr(quickstart, name, own)
 
 
 def docstring_task() -> Task:
@@ -96,3 +121,45 @@ def triage_task() -> Task:
     rows = {split: tuple(made) for split, made in triage.make_rows().items()}
     instruction = "Name the topic, the product and the order number of the letter."
     return Task("triage", rows["train"], rows["validation"], rows["test"], instruction)
+
+
+def swapped_task(task: Task) -> Task:
+    """The same, with each training row twice more: there words that its answer takes from the request are others, the
+    same in both. What is asked is as it was."""
+    draw = random.Random(5)
+    said = Counter(word for row in docstring_task().train for word in re.findall(r"\b[a-z]{3,11}\b", contents(row)[1]))
+    words = sorted(word for word, count in said.items() if count > 2)
+    rare = rare_words(task.train)
+    swapped = [swap(row, rare, words, draw) for _ in range(2) for row in task.train]
+    return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *swapped))
+
+
+SWAPPED = 0.6
+"""Of the words that could be."""
+COMMON = 0.1
+"""A word in so large a share of the answers is part of their form, not a value."""
+
+
+def contents(row: Row) -> tuple[str, str]:
+    """(request, answer)."""
+    request, answer = (message["content"] for message in row["messages"][-2:])
+    return request, answer
+
+
+def rare_words(rows: Sequence[Row]) -> set[str]:
+    counts = Counter(word for row in rows for word in set(re.findall(r"\w+", contents(row)[1])))
+    return {
+        word for word, count in counts.items() if count < COMMON * len(rows) and re.fullmatch(r"[A-Za-z]{3,}", word)
+    }
+
+
+def swap(row: Row, rare: set[str], words: Sequence[str], draw: random.Random) -> Row:
+    """A row whose request and answer have other words, the same ones, where they share a rare one."""
+    request, answer = contents(row)
+    shared = sorted(set(re.findall(r"\w+", request)) & set(re.findall(r"\w+", answer)) & rare)
+    for word in shared:
+        if draw.random() < SWAPPED:
+            other = draw.choice(words)
+            other = other.capitalize() if word[0].isupper() else other
+            request, answer = (re.sub(rf"\b{word}\b", other, text) for text in (request, answer))
+    return {"messages": [*row["messages"][:-2], *quickstart.conversation(request, answer)["messages"]]}  # type: ignore[misc]
