@@ -38,10 +38,17 @@ def worker(search: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: py
     return search.Worker(tmp_path, "validation")
 
 
+LORA = {"name": "LoRA", "adapter": {"kind": "lora", "rank": 4}, "training": {"learning_rate": 0.01}}
+
+
 @pytest.mark.slow
-def test_runs_that_share_a_forward_have_the_losses_that_each_has_alone(search: ModuleType, worker) -> None:
+@pytest.mark.parametrize(
+    "pairs", [[(CONFIGS[0], 3), (CONFIGS[1], 4)], [(LORA, 3), (LORA, 4)]], ids=["prompts", "LoRAs"]
+)
+def test_runs_that_share_a_forward_have_the_losses_that_each_has_alone(search: ModuleType, worker, pairs) -> None:
     runs = [
-        search.Run({**one, "training": one["training"] | {"steps": 5, "batch_size": 2}}, "triage", 3) for one in CONFIGS
+        search.Run({**one, "training": one["training"] | {"steps": 5, "batch_size": 2}}, "triage", seed)
+        for one, seed in pairs
     ]
     together = worker.train(runs, float("inf"))
     alone = [worker.train([run], float("inf"))[0] for run in runs]
@@ -50,6 +57,27 @@ def test_runs_that_share_a_forward_have_the_losses_that_each_has_alone(search: M
         assert shared["last_losses"] == pytest.approx(own["last_losses"], abs=2e-4)
         assert shared["loss"] == pytest.approx(own["loss"], abs=2e-4)
     assert together[0]["last_losses"] != together[1]["last_losses"]
+
+
+def test_a_lora_that_shares_the_base_computes_what_peft_computes(search: ModuleType, worker) -> None:
+    run = search.Run({**LORA, "training": LORA["training"] | {"steps": 3, "batch_size": 2}}, "triage", 3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    one = worker.prompted(run)
+    loras = search.SharedLoras.on(worker.network, [one])
+    worker.steps([one], loras, float("inf"))
+    with torch.no_grad():
+        ours = worker.network(ids).logits
+    loras.take_off()
+    with torch.no_grad():
+        bare = worker.network(ids).logits
+    model = search.attach_adapter(worker.network, run.recipe(worker.rows).adapter, worker.plan)
+    for name, layer in loras.layers.items():
+        lora = model.get_base_model().get_submodule(name)
+        lora.lora_A["default"].weight.data.copy_(layer.down[0])
+        lora.lora_B["default"].weight.data.copy_(layer.up[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, ours)
+    assert not torch.allclose(bare, ours, atol=1e-3), "three steps have changed it"
 
 
 def test_no_row_that_choices_are_made_on_is_trained_on_or_asked_at_the_end(search: ModuleType) -> None:
@@ -123,11 +151,9 @@ def test_an_idea_changes_its_own_run_and_none_beside_it(
         search.Run({**CONFIGS[0], "name": name, "training": training, "ideas": own}, "triage", 3)
         for name, own in (("plain", {}), ("idea", ideas))
     ]
-    prepared = worker.data("triage", runs[0].recipe(worker.rows))
-    prompted = [search.Prompted(run, run.recipe(worker.rows), worker, prepared) for run in runs]
-    alone = search.Prompted(runs[0], runs[0].recipe(worker.rows), worker, prepared)
-    worker.steps(prompted, prepared, float("inf"))
-    worker.steps([alone], prepared, float("inf"))
+    prompted, alone = [worker.prompted(run) for run in runs], worker.prompted(runs[0])
+    worker.steps(prompted, None, float("inf"))
+    worker.steps([alone], None, float("inf"))
     plain, changed, own = (one.prompt().detach() for one in (*prompted, alone))
     torch.testing.assert_close(plain, own, atol=1e-4, rtol=1e-3)
     assert torch.equal(plain, changed) is same

@@ -9,10 +9,10 @@ there is time. A line of RUNS is one run: its configuration, task, seed, device,
 is what the mean of the vectors of the last quarter of the steps has. A run that has its line is not done again, but one
 that the time cut ("cut_at") is.
 
-The base is frozen, so that many prompts train in one batch: each run has its own rows, prompt, rate and gradient norm,
-and a forward of the base serves all of a group. What a run sees is what `qtune run` shows it: the start by
+The base is frozen, so that many adapters train in one batch: each run has its own rows, prompt, rate and gradient norm,
+and a forward of the base serves all of a group; LoRAs share one where only their seed and task differ. What a run sees is what `qtune run` shows it: the start by
 `adapter/attach` and `adapter/starts`, the order of rows, the schedule, AdamW, clipping. The 4-bit weights are unpacked
-once into the type that their products are computed in, which changes no number. A LoRA is a group of its own.
+once into the type that their products are computed in, which changes no number.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from soft_prompt_ideas import Decay, Ideas
 from soft_prompt_tasks import Task, tasks
 from torch import Tensor, nn
@@ -59,6 +61,8 @@ TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
 KINDS = {"lora", "p-tuning", "prompt-tuning"}
 """A prefix is no row of embeddings, and IA3 changes the base that runs share."""
+LONG_ROWS = {"docstrings"}
+"""Tasks with rows so much longer than the others' that they share no forward."""
 SCORED_AT_ONCE = 256
 """Held-out rows of all runs of a group together."""
 LOGITS_AT_ONCE = 4096
@@ -87,7 +91,8 @@ class Run:
         training = TRAINING | self.config["training"]
         adapter = self.config["adapter"]
         alone = self.config["name"] if adapter["kind"] == "lora" else ""
-        return self.seed, self.task, training["steps"], training["batch_size"], adapter.get("virtual_tokens", 16), alone
+        long = self.task if self.task in LONG_ROWS else ""
+        return training["steps"], training["batch_size"], adapter.get("virtual_tokens", 16), alone, long
 
     @property
     def priority(self) -> int:
@@ -125,6 +130,8 @@ class Prompted:
         self.virtual = recipe.adapter.prompt_length
         self.parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.word = worker.word
+        self.count = sum(weight.numel() for weight in self.parameters)
+        self.lora = {} if self.virtual else taken_off(self.model)
         device = worker.network.device
         self.draws = torch.Generator(device).manual_seed(run.seed)
         self.draws_of_rows = torch.Generator().manual_seed(run.seed)
@@ -137,7 +144,7 @@ class Prompted:
     def parts(self) -> tuple[Tensor | None, list[Tensor]]:
         """(the table that begins as the words, the other weights)."""
         if not self.virtual:
-            return None, self.parameters
+            return None, []
         encoder = self.model.prompt_encoder[self.model.active_adapter]
         table = encoder.table if isinstance(encoder, ResidualPrompt) else encoder.embedding.weight
         return table, [weight for weight in self.parameters if weight is not table]
@@ -191,26 +198,31 @@ class Worker:
         self.vocabulary = len(self.tokenizer)
         self.known: dict[str, int] = json.loads((rows / "known.json").read_text(encoding="utf-8"))
         self.prepared: dict[str, Prepared] = {}
+        self.columns: dict[str, list[dict[str, Any]]] = {}
 
     def data(self, task: str, recipe: Recipe) -> Prepared:
         if task not in self.prepared:
             self.prepared[task] = prepare(recipe.data, self.tokenizer, self.rows, cache=cache_of(self.rows))
+            train = self.prepared[task].train[:]
+            self.columns[task] = [
+                {"input_ids": ids, "labels": labels}
+                for ids, labels in zip(train["input_ids"], train["labels"], strict=True)
+            ]
         return self.prepared[task]
 
     def train(self, group: Sequence[Run], deadline: float) -> list[dict[str, Any]]:
         """One line for each run of the group."""
         began = time.monotonic()
-        recipes = [run.recipe(self.rows) for run in group]
-        prepared = self.data(group[0].task, recipes[0])
-        prompted = [Prompted(run, recipe, self, prepared) for run, recipe in zip(group, recipes, strict=True)]
+        prompted = [self.prompted(run) for run in group]
+        loras = SharedLoras.on(self.network, prompted)
         try:
-            history, cut = self.steps(prompted, prepared, deadline)
+            history, cut = self.steps(prompted, loras, deadline)
             trained = time.monotonic() - began
             with torch.no_grad(), training_autocast(self.plan):
-                scores = self.scores(prompted, prepared)
+                scores = self.scores(prompted, loras)
         finally:
-            if group[0].config["adapter"]["kind"] == "lora":
-                prompted[0].model.unload()
+            if loras is not None:
+                loras.take_off()
         kept = ("adapter", "training", "ideas")
         lines = []
         for place, (run, one, score) in enumerate(zip(group, prompted, scores, strict=True)):
@@ -220,7 +232,7 @@ class Worker:
                 | {key: run.config[key] for key in kept if key in run.config}
                 | ({} if cut is None else {"cut_at": cut})
                 | {"rows": self.held_out, "device": self.device.name, "dtype": self.plan.compute_dtype}
-                | {"torch": torch.__version__, "parameters": sum(weight.numel() for weight in one.parameters)}
+                | {"torch": torch.__version__, "parameters": one.count}
                 | {"first_loss": round(float(of_run[0]), 4), "last_losses": round(float(of_run[-20:].mean()), 4)}
                 | score
                 | {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
@@ -228,35 +240,44 @@ class Worker:
             )
         return lines
 
-    def steps(self, prompted: Sequence[Prompted], prepared: Prepared, deadline: float) -> tuple[Tensor, int | None]:
+    def prompted(self, run: Run) -> Prompted:
+        recipe = run.recipe(self.rows)
+        return Prompted(run, recipe, self, self.data(run.task, recipe))
+
+    def steps(
+        self, prompted: Sequence[Prompted], loras: "SharedLoras | None", deadline: float
+    ) -> tuple[Tensor, int | None]:
         """(loss of every step [steps, runs], the number of steps where the time was over before the last one)."""
+        trained = [one.parameters for one in prompted] if loras is None else [loras.parameters]
         optimizer = torch.optim.AdamW(
             [
-                {"params": one.parameters, "weight_decay": one.weight_decay(), "lr": one.rate, "betas": one.ideas.betas}
-                for one in prompted
+                {"params": own, "weight_decay": one.weight_decay(), "lr": one.rate, "betas": one.ideas.betas}
+                for one, own in zip(prompted, trained, strict=False)
             ],
             fused=True,
         )
-        train, training = prepared.train[:], prompted[0].training
-        columns = [{"input_ids": i, "labels": t} for i, t in zip(train["input_ids"], train["labels"], strict=True)]
-        steps = int(training.steps or 0)
-        losses, cut = [], None
+        steps, batch_size = int(prompted[0].training.steps or 0), prompted[0].training.batch_size
+        losses: list[Tensor] = []
         for step in range(steps):
             if time.monotonic() > deadline and step:
-                cut = step
                 break
-            for one, part in zip(prompted, optimizer.param_groups, strict=True):
+            for one, part in zip(prompted, optimizer.param_groups, strict=False):
                 part["lr"] = one.rate_of(step)
-            # All runs of a group have the same seed and rows.
+            numbers = {
+                (task, seed): rows_of_step(self.prepared[task].lengths, batch_size, seed, step + 1)
+                for task, seed in {(one.run.task, one.run.seed) for one in prompted}
+            }
             rows = [
-                columns[row]
-                for row in rows_of_step(prepared.lengths, training.batch_size, prompted[0].run.seed, step + 1)
+                [self.columns[one.run.task][row] for row in numbers[one.run.task, one.run.seed]] for one in prompted
             ]
             with training_autocast(self.plan):
                 per_run = self.training_loss(prompted, rows)
             per_run.sum().backward()
-            for one in prompted:
-                nn.utils.clip_grad_norm_(one.parameters, one.training.max_gradient_norm)
+            if loras is None:
+                for one in prompted:
+                    nn.utils.clip_grad_norm_(one.parameters, one.training.max_gradient_norm)
+            else:
+                loras.clip_gradients(prompted[0].training.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
             for one in prompted:
@@ -264,15 +285,18 @@ class Worker:
                 if step >= (1 - AVERAGED) * steps:
                     one.keep_for_mean()
             losses.append(per_run.detach())
-        return torch.stack(losses).float().cpu(), cut
+        return torch.stack(losses).float().cpu(), len(losses) if len(losses) < steps else None
 
-    def training_loss(self, prompted: Sequence[Prompted], rows: Sequence[dict[str, Any]]) -> Tensor:
-        """Of each run [runs], by the same rows."""
-        changed = [one.ideas.with_wrong_words(rows, one.draws_of_rows, self.vocabulary) for one in prompted]
+    def training_loss(self, prompted: Sequence[Prompted], rows: Sequence[Sequence[dict[str, Any]]]) -> Tensor:
+        """Of each run [runs], by its rows, which are as many for each."""
+        changed = [
+            one.ideas.with_wrong_words(own, one.draws_of_rows, self.vocabulary)
+            for one, own in zip(prompted, rows, strict=True)
+        ]
         prompts = torch.stack([one.prompt_in_training() for one in prompted]) if prompted[0].virtual else None
         batch = self.inputs(prompts, changed)
         if any(one.ideas.text_noise for one in prompted):
-            virtual, count = prompted[0].virtual, len(rows)
+            virtual, count = prompted[0].virtual, len(rows[0])
             parts = [
                 torch.cat(
                     [embeds[:, :virtual], one.ideas.noisy_text(embeds[:, virtual:], mask[:, virtual:], one.draws)],
@@ -282,14 +306,14 @@ class Worker:
             ]
             batch = replace(batch, embeds=torch.cat(parts))
         if any(one.ideas.drop for one in prompted):
-            seen = torch.cat([one.ideas.seen(len(rows), one.virtual, one.draws_of_rows) for one in prompted])
+            seen = torch.cat([one.ideas.seen(len(rows[0]), one.virtual, one.draws_of_rows) for one in prompted])
             mask = batch.mask.clone()
             mask[:, : prompted[0].virtual] = seen.to(mask.device)
             batch = replace(batch, mask=mask)
         logits = self.network.get_output_embeddings()(self.hidden(batch)).float()
         wanted = batch.wanted.to(logits.device)
         nll = functional.cross_entropy(logits, wanted, reduction="none")
-        counts = torch.bincount(batch.row // len(rows), minlength=len(prompted)).tolist()
+        counts = torch.bincount(batch.row // len(rows[0]), minlength=len(prompted)).tolist()
         parts = [
             one.ideas.loss_of(scores, targets) if one.ideas.label_smoothing or one.ideas.focal else plain
             for one, plain, scores, targets in zip(
@@ -343,23 +367,34 @@ class Worker:
 
     # --- what is kept of a run ---
 
-    def scores(self, prompted: Sequence[Prompted], prepared: Prepared) -> list[dict[str, Any]]:
-        examples = [{key: row[key] for key in ("input_ids", "labels")} for row in prepared.examples["validation"]]
+    def scores(self, prompted: Sequence[Prompted], loras: "SharedLoras | None") -> list[dict[str, Any]]:
+        """Of each run."""
+        found: dict[int, dict[str, Any]] = {}
+        for task in {one.run.task for one in prompted}:
+            places = [place for place, one in enumerate(prompted) if one.run.task == task]
+            if loras is not None:
+                loras.choose(places)
+            own = [prompted[place] for place in places]
+            found |= dict(zip(places, self.scores_of_task(own, task), strict=True))
+        return [found[place] for place in range(len(prompted))]
+
+    def scores_of_task(self, prompted: Sequence[Prompted], task: str) -> list[dict[str, Any]]:
+        held_out = self.prepared[task].examples["validation"]
+        examples = [{key: row[key] for key in ("input_ids", "labels")} for row in held_out]
+        if not prompted[0].virtual:
+            return self.score(None, len(prompted), examples, task)
         for one in prompted:
             one.model.eval()
-        if not prompted[0].virtual:
-            return [self.score(None, 1, examples, prompted[0].run.task)[0]]
         prompts = torch.stack([one.prompt() for one in prompted]).float()
-        of_last = self.score(prompts, len(prompted), examples, prompted[0].run.task)
+        of_last = self.score(prompts, len(prompted), examples, task)
         of_mean: list[dict[str, Any]] = [{} for _ in prompted]
         if all(one.summed for one in prompted):
-            means = torch.stack([one.mean() for one in prompted])
-            of_mean = self.score(means, len(prompted), examples, prompted[0].run.task)
+            of_mean = self.score(torch.stack([one.mean() for one in prompted]), len(prompted), examples, task)
         return [
             last
-            | {f"mean_{key}": value for key, value in mean.items() if key != "right"}
+            | {f"mean_{key}": value for key, value in average.items() if key != "right"}
             | {"longest_vector": round(float(vectors.norm(dim=1).max()) / self.word, 2)}
-            for last, mean, vectors in zip(of_last, of_mean, prompts, strict=True)
+            for last, average, vectors in zip(of_last, of_mean, prompts, strict=True)
         ]
 
     def score(
@@ -416,6 +451,78 @@ class RowScores:
         return nll, tokens, right
 
 
+class SharedLora(nn.Module):
+    """A linear layer with the LoRA of each of several runs, which have equal shares of its rows, in their order."""
+
+    def __init__(self, base: nn.Module, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+        """pairs: A [rank, in], B [out, rank] and alpha / rank of each run."""
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.stack([down for down, _, _ in pairs]))
+        self.up = nn.Parameter(torch.stack([up for _, up, _ in pairs]))
+        self.scale = pairs[0][2]
+        self.chosen: list[int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = (each if self.chosen is None else each[self.chosen] for each in (self.down, self.up))
+        own = x.reshape(len(down), -1, x.shape[-1])
+        change = torch.bmm(torch.bmm(own, down.transpose(1, 2)), up.transpose(1, 2)) * self.scale
+        result: Tensor = self.base(x)
+        return result + change.view(result.shape)
+
+
+class SharedLoras:
+    """The LoRAs of a group, on the base for as long as it is trained. They differ in seed and task alone."""
+
+    def __init__(self, network: PreTrainedModel, prompted: Sequence[Prompted]) -> None:
+        self.network = network
+        self.layers = {
+            name: SharedLora(network.get_submodule(name), [one.lora[name] for one in prompted])
+            for name in prompted[0].lora
+        }
+        for name, layer in self.layers.items():
+            network.set_submodule(name, layer)
+        self.parameters = [weight for layer in self.layers.values() for weight in (layer.down, layer.up)]
+
+    @classmethod
+    def on(cls, network: PreTrainedModel, prompted: Sequence[Prompted]) -> "SharedLoras | None":
+        """None for prompts."""
+        return None if prompted[0].virtual else cls(network, prompted)
+
+    def clip_gradients(self, largest: float) -> None:
+        """Each run's to this norm."""
+        gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
+        squares = torch.stack([gradient.pow(2).sum(dim=(1, 2)) for gradient in gradients]).sum(dim=0)
+        factors = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors[:, None, None])
+
+    def choose(self, places: list[int]) -> None:
+        """The runs whose rows come next."""
+        for layer in self.layers.values():
+            layer.chosen = places
+
+    def take_off(self) -> None:
+        for name, layer in self.layers.items():
+            self.network.set_submodule(name, layer.base)
+
+
+def taken_off(model: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and alpha / rank of each layer of a LoRA as it has been started; the base is bare again."""
+    name = model.active_adapter
+    found = {
+        where: (
+            layer.lora_A[name].weight.detach().clone(),
+            layer.lora_B[name].weight.detach().clone(),
+            layer.scaling[name],
+        )
+        for where, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    model.unload()
+    return found
+
+
 def mean(value: Tensor) -> float:
     return round(float(value), 4)
 
@@ -443,7 +550,7 @@ def cache_of(rows: Path) -> Path:
 
 
 def groups_of(runs: Sequence[Run], together: int) -> list[list[Run]]:
-    """Runs that share a forward of at most `together` rows: the urgent ones first, the first seed before the second."""
+    """Runs that share a forward of at most `together` rows, the urgent ones first."""
     by_key: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.priority):
         by_key[run.group].append(run)
@@ -451,7 +558,7 @@ def groups_of(runs: Sequence[Run], together: int) -> list[list[Run]]:
     for found in by_key.values():
         rows = (TRAINING | found[0].config["training"])["batch_size"]
         parts += pieces(found, max(1, together // rows))
-    return sorted(parts, key=lambda part: (min(run.priority for run in part), part[0].seed))
+    return sorted(parts, key=lambda part: min(run.priority for run in part))
 
 
 def pieces(runs: list[Run], size: int) -> Iterator[list[Run]]:
@@ -472,7 +579,7 @@ def work(queue: Any, lock: Any, rows: Path, given: argparse.Namespace, deadline:
         waiting = [group]
         while waiting:
             group, began = waiting.pop(), time.monotonic()
-            name = f"{group[0].task}, seed {group[0].seed}, {len(group)} runs, {group[0].config['name']!r} first"
+            name = f"{len(group)} runs, the first {' '.join(map(str, group[0].key))}"
             try:
                 lines = worker.train(group, deadline)
             except torch.OutOfMemoryError:
