@@ -128,7 +128,7 @@ def test_a_swapped_row_asks_for_the_words_that_its_answer_has(search: ModuleType
     plain, swapped = search.tasks()["quickstart"], search.tasks()["quickstart_swapped"]
     assert (swapped.train[: len(plain.train)], swapped.test) == (plain.train, plain.test)
     changed = 0
-    for row, before in zip(swapped.train[len(plain.train) :], plain.train * 2, strict=True):
+    for row, before in zip(swapped.train[len(plain.train) :], plain.train * soft_prompt_tasks.COPIES, strict=True):
         request, answer = soft_prompt_tasks.contents(row)
         own, old = json.loads(answer), json.loads(soft_prompt_tasks.contents(before)[1])
         assert (own["command"], list(own)) == (old["command"], list(old)), "the form of an answer stays"
@@ -183,3 +183,18 @@ def test_urgent_runs_come_first_and_a_forward_has_no_more_rows_than_it_may(searc
     assert all(len(group) <= 3 and len({run.group for run in group}) == 1 for group in groups)
     urgency = [min(run.priority for run in group) for group in groups]
     assert urgency == sorted(urgency)
+
+
+def test_rows_of_the_end_are_counted_apart_from_those_that_choices_are_made_on(
+    search: ModuleType, tmp_path: Path
+) -> None:
+    found = {name: search.tasks()[name] for name in ("quickstart", "triage")}
+    search.write_rows(found, tmp_path, "both")
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    asked = [json.loads(line) for line in (tmp_path / "quickstart_held_out.jsonl").read_text().splitlines()]
+    task = found["quickstart"]
+    assert tuple(asked[slice(*parts["quickstart"][""])]) == task.validation
+    assert tuple(asked[slice(*parts["quickstart"]["test_"])]) == task.test
+    assert tuple(asked[slice(*parts["quickstart"]["test_new_"])]) == task.test[120:]
+    assert tuple(asked[slice(*parts["quickstart"]["known_"])]) == task.validation[:80]
+    assert set(parts["triage"]) == {"", "test_"}

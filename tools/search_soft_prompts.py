@@ -1,7 +1,7 @@
 """Searches for what a soft prompt should be: every configuration of a list, on three tasks, with several seeds.
 
     python tools/search_soft_prompts.py GRID.json RUNS.jsonl --minutes 6 --processes 4 --seeds 1 2
-    python tools/search_soft_prompts.py CHOSEN.json TEST.jsonl --rows test       # once, at the end
+    python tools/search_soft_prompts.py CHOSEN.json TEST.jsonl --rows both       # once, at the end
 
 GRID.json: a list of {"name", "adapter": a recipe's table, "training": {"learning_rate", "steps", …}}, and where wanted
 "ideas" (`soft_prompt_ideas.py`), "tasks" and "seeds" instead of the command's, and "priority": 0 is done first, 9 where
@@ -10,9 +10,10 @@ is what the mean of the vectors of the last quarter of the steps has. A run that
 that the time cut ("cut_at") is.
 
 The base is frozen, so that many adapters train in one batch: each run has its own rows, prompt, rate and gradient norm,
-and a forward of the base serves all of a group; LoRAs share one where only their seed and task differ. What a run sees is what `qtune run` shows it: the start by
-`adapter/attach` and `adapter/starts`, the order of rows, the schedule, AdamW, clipping. The 4-bit weights are unpacked
-once into the type that their products are computed in, which changes no number.
+and a forward of the base serves all of a group; LoRAs share one where only their seed and task differ. What a run sees
+is what `qtune run` shows it: the start by `adapter/attach` and `adapter/starts`, the order of rows, the schedule,
+AdamW, clipping. The 4-bit weights are unpacked once into the type that their products are computed in, which changes no
+number.
 """
 
 import argparse
@@ -61,6 +62,9 @@ TRAINING = {"steps": 110, "batch_size": 8, "warmup": 0.1}
 """What a configuration does not say."""
 KINDS = {"lora", "p-tuning", "prompt-tuning"}
 """A prefix is no row of embeddings, and IA3 changes the base that runs share."""
+SPLITS = {"validation": ("validation",), "test": ("test",), "both": ("validation", "test")}
+"""What may be asked. Of "both", what is chosen is chosen by the validation rows; the keys of the others begin with
+"test_"."""
 LONG_ROWS = {"docstrings"}
 """Tasks with rows so much longer than the others' that they share no forward."""
 SCORED_AT_ONCE = 256
@@ -196,7 +200,7 @@ class Worker:
         self.pad = find_ends(self.network, self.tokenizer).pad
         self.word = float(self.network.get_input_embeddings().weight[::16].float().norm(dim=1).mean())
         self.vocabulary = len(self.tokenizer)
-        self.known: dict[str, int] = json.loads((rows / "known.json").read_text(encoding="utf-8"))
+        self.parts: dict[str, dict[str, list[int]]] = json.loads((rows / "parts.json").read_text(encoding="utf-8"))
         self.prepared: dict[str, Prepared] = {}
         self.columns: dict[str, list[dict[str, Any]]] = {}
 
@@ -388,7 +392,7 @@ class Worker:
         prompts = torch.stack([one.prompt() for one in prompted]).float()
         of_last = self.score(prompts, len(prompted), examples, task)
         of_mean: list[dict[str, Any]] = [{} for _ in prompted]
-        if all(one.summed for one in prompted):
+        if all(one.summed for one in prompted) and any(one.training.schedule == "constant" for one in prompted):
             of_mean = self.score(torch.stack([one.mean() for one in prompted]), len(prompted), examples, task)
         return [
             last
@@ -407,12 +411,10 @@ class Worker:
             for first in range(0, len(examples), size)
         ]
         nll, tokens, right = (torch.cat(parts, dim=1).cpu() for parts in zip(*pieces_of, strict=True))
-        halves = {"": slice(None)}
-        if known := self.known[task]:
-            halves |= {"known_": slice(known), "new_": slice(known, None)}
+        parts = {name: slice(*bounds) for name, bounds in self.parts[task].items()}
         return [
-            {f"{name}loss": mean(nll[run, part].sum() / tokens[run, part].sum()) for name, part in halves.items()}
-            | {f"{name}exact_match": mean(right[run, part].float().mean()) for name, part in halves.items()}
+            {f"{name}loss": mean(nll[run, part].sum() / tokens[run, part].sum()) for name, part in parts.items()}
+            | {f"{name}exact_match": mean(right[run, part].float().mean()) for name, part in parts.items()}
             | {"right": "".join(str(int(answer)) for answer in right[run])}
             for run in range(runs)
         ]
@@ -600,14 +602,24 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def write_rows(found: dict[str, Task], folder: Path, held_out: str, every: int = 1) -> None:
-    """`every`: one of so many of the held-out rows is asked."""
+def write_rows(found: dict[str, Task], folder: Path, asked: str, every: int = 1) -> None:
+    """`asked`: one of SPLITS. `every`: one of so many of its rows."""
+    parts = {}
     for task in found.values():
-        for split, rows in (("train", task.train), ("held_out", getattr(task, held_out)[::every])):
+        held_out: list[dict[str, Any]] = []
+        parts[task.name] = {}
+        for split in SPLITS[asked]:
+            rows, first = list(getattr(task, split)[::every]), len(held_out)
+            held_out += rows
+            prefix = f"{split}_" if len(SPLITS[asked]) > 1 and split == "test" else ""
+            parts[task.name][prefix] = [first, len(held_out)]
+            if known := -(-task.known.get(split, 0) // every):
+                parts[task.name][f"{prefix}known_"] = [first, first + known]
+                parts[task.name][f"{prefix}new_"] = [first + known, len(held_out)]
+        for split, rows in (("train", list(task.train)), ("held_out", held_out)):
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{task.name}_{split}.jsonl").write_text(lines, encoding="utf-8")
-    known = {task.name: -(-task.known.get(held_out, 0) // every) for task in found.values()}
-    (folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
+    (folder / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
 
 
 def prepare_rows(groups: Sequence[Sequence[Run]], rows: Path) -> None:
@@ -649,7 +661,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--steps", type=int, help="a rehearsal: so many, and few held-out rows")
-    parser.add_argument("--rows", choices=["validation", "test"], default="validation")
+    parser.add_argument("--rows", choices=list(SPLITS), default="validation", help="what is asked (default validation)")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
     configs = [config for config in json.loads(given.grid.read_text(encoding="utf-8")) if given.only in config["name"]]

@@ -124,16 +124,17 @@ def triage_task() -> Task:
 
 
 def swapped_task(task: Task) -> Task:
-    """The same, with each training row twice more: there words that its answer takes from the request are others, the
-    same in both. What is asked is as it was."""
+    """The same, with each training row three times more: there words that its answer takes from the request are others,
+    the same in both. What is asked is as it was."""
     draw = random.Random(5)
     said = Counter(word for row in docstring_task().train for word in re.findall(r"\b[a-z]{3,11}\b", contents(row)[1]))
     words = sorted(word for word, count in said.items() if count > 2)
     rare = rare_words(task.train)
-    swapped = [swap(row, rare, words, draw) for _ in range(2) for row in task.train]
+    swapped = [swap(row, rare, words, draw) for _ in range(COPIES) for row in task.train]
     return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *swapped))
 
 
+COPIES = 3
 SWAPPED = 0.6
 """Of the words that could be."""
 COMMON = 0.1
