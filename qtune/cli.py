@@ -196,7 +196,7 @@ def run(
         bool,
         typer.Option(
             "--hash-weights",
-            help="Hash every byte of the base's weights into lock.json, and compare on resuming; samples are, anyway.",
+            help="Hash the base's weights into lock.json, and compare on resuming; their checksums are, anyway.",
         ),
     ] = False,
     seeds: Annotated[

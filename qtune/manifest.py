@@ -46,6 +46,15 @@ class RecordsThen:
 
 
 @dataclass(frozen=True)
+class SavedBy:
+    """The run that saved a folder (`run.identity`)."""
+
+    run_id: str
+    part: int
+    """How often it had been resumed."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of a folder by their names."""
 
@@ -56,6 +65,8 @@ class Manifest:
     """Of a checkpoint: the steps until then whose updates were left out, for they stood out."""
     records: RecordsThen | None = None
     """Of a checkpoint or an adapter: what the run had told until then."""
+    by: SavedBy | None = None
+    """None in manifests of older versions, and of what is no run's."""
 
 
 def seal(
@@ -65,13 +76,15 @@ def seal(
     skipped: Iterable[int] = (),
     left_out: Iterable[str] = (),
     records: RecordsThen | None = None,
+    by: SavedBy | None = None,
 ) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
 
-    left_out: files that change later, and have a checksum of their own. records: what the run has told until now.
+    left_out: files that change later, and have a checksum of their own. records: what the run has told until now. by:
+    the run that it is of.
     """
     names = [name for name in _names(folder) if name not in left_out]
-    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records)
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records, by)
     for inside in {(folder / name).parent for name in names} | {folder}:
         sync_folder(inside)
     write_record(folder / NAME, manifest)

@@ -36,7 +36,7 @@ from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
 from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
-from qtune.model.load import attention_rule, load_config, load_tokenizer, require_kernels
+from qtune.model.load import attention_rule, checksums_loaded, load_config, load_tokenizer, require_kernels
 from qtune.model.local import base_folder, base_on_disk
 from qtune.model.quantization import (
     ParameterCount,
@@ -146,12 +146,18 @@ class Preflight:
 
 
 def examine(
-    resolved: Resolved, *, folder: Path | None = None, traced: bool = False, accepted: Sequence[str] = ()
+    resolved: Resolved,
+    *,
+    folder: Path | None = None,
+    traced: bool = False,
+    accepted: Sequence[str] = (),
+    loads: bool = False,
 ) -> Preflight:
     """Looks at everything that a run depends on. What stops it is collected: `Preflight.require` raises it.
 
     folder: where the run writes; left out, a new one in output.directory. traced: whether the step's memory is traced
     where nothing is decided by it, on a CPU. accepted: drifts of the base of the run that the adapter starts from.
+    loads: whether the base's weights are loaded next, and every byte of them is compared with what that run had.
 
     Raises:
         InputError: model or rows cannot be read at all, so that there is nothing more to look at; with whatever else
@@ -169,10 +175,12 @@ def examine(
     if config is None or tokenizer is None:
         raise together(asked.refusals)
     asked.of(_require_whole_base, recipe.model, config)
+    asked.of(_require_padding, recipe.model, tokenizer)
+    plan = make_plan(recipe, device, attention_rule(config))
     if recipe.adapter.start_from is not None and not asked.refusals:
         earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
-        asked.of(require_same_base, earlier, recipe, tokenizer, None, accepted, kinds=BASE)
-    plan = make_plan(recipe, device, attention_rule(config))
+        checksums = checksums_loaded(recipe.model, recipe.quantization, plan) if loads else {}
+        asked.of(require_same_base, earlier, recipe, tokenizer, None, accepted, kinds=BASE, checksums=checksums)
     asked.of(require_kernels, recipe.quantization, plan)
     if recipe.output.gguf is not None:
         asked.of(refuse_unconvertible, config, tokenizer, recipe.model.base)
@@ -289,6 +297,13 @@ def _require_whole_base(model: Model, config: PretrainedConfig) -> None:
     require_weights(base_folder(model))
     if (folder := base_on_disk(model)) is not None:
         require_complete(folder, config)
+
+
+def _require_padding(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows of a batch are padded with some token that is none of their text."""
+    if tokenizer.pad_token_id is None:
+        message = "its tokenizer names neither an end of text nor a token to pad with (eos_token, pad_token)"
+        raise ModelError(Problem(model.base, f"{message}: is its tokenizer_config.json whole?"))
 
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:

@@ -69,10 +69,23 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
-def write_record(file: Path, record: Any) -> None:
+RUN_ID = "run_id"
+"""The key of a record with the identity of the run that it is of (`run.identity`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRun:
+    """Any record of a run, as far as whose it is."""
+
+    run_id: str | None = None
+
+
+def write_record(file: Path, record: Any, run_id: str | None = None) -> None:
     """Writes a record as a JSON file, whole or not at all; what is None by default and in fact is left out."""
     absent = {field.name for field in dataclasses.fields(record) if field.default is None}
     values = {name: value for name, value in plain(record).items() if value is not None or name not in absent}
+    if run_id is not None:
+        values[RUN_ID] = run_id
     write_text(file, json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -92,6 +105,16 @@ def read_record(file: Path, kind: type[Record]) -> Record | None:
         raise RunError(Problem(str(file), f"cannot be read: {error}")) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
+
+
+def run_id_in(file: Path) -> str | None:
+    """Of which run a record says that it is; None where it does not say.
+
+    Raises:
+        RunError: the file cannot be read, or holds no record.
+    """
+    found = read_record(file, _OfRun)
+    return None if found is None else found.run_id
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from export_models import tiny_base
 from test_model_load import CPU
 
-from qtune.model import load, quantized_copy
+from qtune.model import contents, load, quantized_copy
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Quantization
@@ -171,3 +171,29 @@ def test_of_several_processes_one_writes(base: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(quantized_copy, "launched", lambda: Launched(1, 2, 1, 2))
     loaded(base)
     assert copies() == []
+
+
+def test_what_a_copy_was_made_of_is_what_its_model_is_compared_with(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit between the samples of the base: the copy is of what was there before, one that is made since is not."""
+    monkeypatch.setattr(contents, "SMALL_BYTES", 0)
+    monkeypatch.setattr(contents, "BLOCK_BYTES", 16)
+    model, quantization = Model(base=str(base)), KINDS["nf4"]
+    plan = plan_for(quantization)
+    before = load.checksums_loaded(model, quantization, plan)
+    assert before == contents.checksums_of(base)
+    loaded(base)
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + 100] ^= 1
+    file.write_bytes(content)
+    now = contents.checksums_of(base)
+    assert now != before
+    assert load.checksums_loaded(model, quantization, plan) == before
+    assert load.checksums_loaded(model, quantization.model_copy(update={"keep_copy": False}), plan) == now
+    damaged = copies()[0] / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert load.checksums_loaded(model, quantization, plan) == now
+    loaded(base)
+    assert load.checksums_loaded(model, quantization, plan) == now

@@ -197,7 +197,7 @@ def copy_of(run_dir: RunDir, folder: Path, name: str = "run") -> RunDir:
 
 @pytest.mark.slow
 def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_run, tmp_path, monkeypatch) -> None:
-    assert set(json.loads(a_run.memory_file.read_text())) == {"measured", "crc32"}
+    assert set(json.loads(a_run.memory_file.read_text())) == {"measured", "run_id", "crc32"}
     run_dir = copy_of(a_run, tmp_path)
     assert not is_traced(run_dir)
     trace_memory(run_dir)

@@ -238,7 +238,7 @@ def test_one_flipped_bit_of_an_export_is_said_by_chat_report_and_verification(
 
 def test_an_export_that_is_what_it_was_is_verified_again(exported: Path, world: World) -> None:  # noqa: F811
     assert verify_only(exported, world.finished) == exported
-    assert proof_today(exported).verified
+    assert proof_today(exported, world.finished.path).verified
     open_session(str(exported))
 
 

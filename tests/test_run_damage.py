@@ -24,6 +24,7 @@ from qtune.export.export import Options, export_run
 from qtune.records import plain
 from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
+from qtune.run.identity import saved_by
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
 from qtune.run.resumption import begin_branch
@@ -124,7 +125,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_not_taken_for_one_that_i
     shutil.copytree(other.checkpoints / "checkpoint-4", last)
     theirs = (last / manifest.NAME).read_bytes()
     resumed = train.resume(run)
-    said = f"{last} is not whole: it is not of this run: when it was saved, record 1 of metrics.jsonl was another"
+    said = f"{last} is not whole: it is of another run, "
     assert said in capsys.readouterr().err
     assert_same_adapter(resumed, other)
     assert (last.parent / "damaged-checkpoint-4" / manifest.NAME).read_bytes() == theirs
@@ -255,7 +256,7 @@ def test_steps_that_led_elsewhere_are_no_proof(world: World) -> None:  # noqa: F
     state = load_file(last / STATE_FILE)
     name = min(state)
     save_file(state | {name: state[name] + 1e-3}, last / STATE_FILE)
-    manifest.seal(last, 4)
+    manifest.seal(last, 4, by=saved_by(world.finished.path))
     with pytest.raises(TrainingError, match=rf"led elsewhere: 1 of .* the first of them the adapter's {name}"):
         prove(world.finished)
 
@@ -266,7 +267,7 @@ def test_what_is_on_one_side_alone_is_no_proof(world: World) -> None:  # noqa: F
     first = min(state["state"])
     del state["state"][first]["exp_avg"]
     save_tree(last / OPTIMIZER, state)
-    manifest.seal(last, 4)
+    manifest.seal(last, 4, by=saved_by(world.finished.path))
     with pytest.raises(TrainingError, match=rf"1 places of .* missing on one side, .* state\.{first}\.exp_avg"):
         prove(world.finished)
 

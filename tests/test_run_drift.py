@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import ModelError, RunError
 from qtune.export.export import Options, export_run
-from qtune.model.contents import SMALL_BYTES, contents_of
+from qtune.model.contents import SMALL_BYTES, checksums_of, contents_of
 from qtune.model.load import load_tokenizer
+from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
 from qtune.run.drift import KINDS, said_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, read_lock, write_lock
 from qtune.training import train
+from qtune.training.proof import prove
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session
 from qtune.tuned.evaluate import evaluate
@@ -446,6 +449,72 @@ def test_the_whole_of_a_large_file_finds_what_lies_between_samples(tmp_path, mon
     after, whole_after = contents_of(folder, None), contents_of(folder, None, whole=True)
     assert after.weights == before.weights
     assert whole_after.weights != whole_before.weights
+
+
+def turn_a_bit_between_samples(world: World) -> None:
+    file = world.base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + 100] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_bit_between_samples_is_said_by_every_verb_that_loads_the_weights(world: World, monkeypatch) -> None:
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)
+    monkeypatch.setattr("qtune.model.contents.BLOCK_BYTES", 16)
+    base = Model(base=str(world.base))
+    for run in (world.finished, world.stopped):
+        lock = read_lock(run)
+        assert lock is not None
+        now = contents_of(world.base, load_tokenizer(base), checksums=checksums_of(world.base))
+        write_lock(run, replace(lock, contents=now))
+    further = load_recipe(
+        world.home / "recipe.toml", ["output.name=further", f"adapter.start_from={world.finished.path}"]
+    )
+    turn_a_bit_between_samples(world)
+    # Whoever loads no weights reads blocks of a large file alone.
+    assert said_of(world.finished) == []
+    examine(further).require()
+    verbs: list[Callable[[], object]] = [
+        lambda: train.resume(world.stopped),
+        lambda: prove(world.finished),
+        lambda: train.run(further),
+        lambda: evaluate(world.finished),
+        lambda: open_session(str(world.finished.path)),
+        lambda: export_run(world.finished, Options()),
+    ]
+    for verb in verbs:
+        assert "weights: model.safetensors holds other numbers (crc32 " in said(verb)
+    turn_a_bit_between_samples(world)
+    open_session(str(world.finished.path))
+    export_run(world.finished, Options(adapter_only=True))
+
+
+def test_a_run_on_a_large_base_begins_with_a_checksum_of_every_byte_and_keeps_it(world: World, monkeypatch) -> None:
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", 0)
+    run = train.run(load_recipe(world.home / "recipe.toml", ["output.name=large", "training.steps=1"]))
+    lock = read_lock(run)
+    assert lock is not None
+    assert lock.contents is not None
+    content = (world.base / "model.safetensors").read_bytes()
+    assert lock.contents.weights["model.safetensors"].checksum == checksum_by_hand(content)
+
+
+def checksum_by_hand(content: bytes) -> str:
+    """The documented one, in one line: of a file that is one piece."""
+    assert len(content) <= 64 * 2**20
+    return f"{zlib.crc32(zlib.crc32(content).to_bytes(4, 'little')):08x}"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 64, 65, 128, 1000])
+def test_every_byte_of_a_file_counts_wherever_pieces_end(nbytes: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("qtune.model.contents.SMALL_BYTES", -1)
+    monkeypatch.setattr("qtune.model.contents.PIECE_BYTES", 64)
+    monkeypatch.setattr("qtune.model.contents.READ_BYTES", 16)
+    content = bytes(number % 251 for number in range(nbytes))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    pieces = [zlib.crc32(content[start : start + 64]).to_bytes(4, "little") for start in range(0, nbytes, 64)]
+    expected = {"model.safetensors": f"{zlib.crc32(b''.join(pieces)):08x}"}
+    assert checksums_of(tmp_path) == expected
 
 
 @pytest.mark.slow

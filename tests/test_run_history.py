@@ -178,7 +178,7 @@ def test_records_that_are_missing_at_the_end_are_said(run: RunDir) -> None:
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     run.metrics_file.write_text("".join(lines[:4]))
     checkpoint = run.checkpoints / "checkpoint-2"
-    require_records_of(run.metrics_file, checkpoint)
+    require_records_of(run.metrics_file, 4, checkpoint)
     with pytest.raises(RunError) as caught:
         history_of(run)
     assert str(caught.value) == (
@@ -187,10 +187,10 @@ def test_records_that_are_missing_at_the_end_are_said(run: RunDir) -> None:
     )
     run.metrics_file.write_text("".join(lines[:3]))
     with pytest.raises(RunError, match=f"has 3 records, and had 4 when {checkpoint} was saved"):
-        require_records_of(run.metrics_file, checkpoint)
+        require_records_of(run.metrics_file, 3, checkpoint)
     run.metrics_file.unlink()
     with pytest.raises(RunError, match="has 0 records, and had 4"):
-        require_records_of(run.metrics_file, checkpoint)
+        require_records_of(run.metrics_file, 0, checkpoint)
 
 
 def test_a_checkpoint_or_an_adapter_of_another_run_is_said(run: RunDir) -> None:
@@ -200,7 +200,7 @@ def test_a_checkpoint_or_an_adapter_of_another_run_is_said(run: RunDir) -> None:
     read_metrics(run.metrics_file)
     for folder in (run.adapter, run.checkpoints / "checkpoint-2"):
         with pytest.raises(RunError) as caught:
-            require_records_of(run.metrics_file, folder)
+            require_records_of(run.metrics_file, len(RECORDS), folder)
         assert str(caught.value) == (
             f"{folder}: it is not of this run: when it was saved, record 1 of metrics.jsonl was another (if it "
             f"is right as it is, remove records and crc32 from {folder}/manifest.json)"

@@ -22,6 +22,7 @@ from qtune.errors import Failure, Interrupted, RunError, TrainingError
 from qtune.recipe.file import Origin, load_recipe
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
+from qtune.run.identity import saved_by
 from qtune.run.metrics import NoteRecord, read_metrics
 from qtune.training import build, callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
@@ -140,7 +141,7 @@ def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkey
 def test_an_adapter_that_nothing_can_start_from_is_not_offered_as_a_start(write_recipe: WriteRecipe) -> None:
     finished = run(write_recipe(training=f"{STEPS}steps = 1"))
     (finished.adapter / STATE_FILE).unlink()
-    manifest.seal(finished.adapter)
+    manifest.seal(finished.adapter, by=saved_by(finished.path))
     with pytest.raises(RunError, match=r"has ended; there is nothing to resume$"):
         train.resume(finished)
 

@@ -29,7 +29,7 @@ def write_adapter(source: OpenedRun, output: Path, *, force: bool) -> Path:
         write_json(work / CONFIG, public_config(source))
         source.tokenizer.save_pretrained(work)
         (work / "README.md").write_text(adapter_card(source, work, output.name), encoding="utf-8")
-        seal_export(work)
+        seal_export(work, source.run.path)
     return output
 
 

@@ -31,6 +31,7 @@ from qtune.export.verify.verify import verify
 from qtune.manifest import IF_CHANGED
 from qtune.model.load import load_config
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
 
 LATER = (
@@ -87,8 +88,8 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
 def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
-    source = open_for_export(run, accepted=options.accepted)
-    is_alone = source.recipe.adapter.export == "alone"
+    is_alone = resolved_recipe(run).adapter.export == "alone"
+    source = open_for_export(run, accepted=options.accepted, reads_weights=not (options.adapter_only or is_alone))
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
         console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
@@ -155,7 +156,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
     """Proves a folder that was exported before; `run` may be left out for a folder inside its run."""
     quiet_loading()
     run = run or run_around(folder)
-    source = open_for_export(run, accepted=accepted)
+    source = open_for_export(run, accepted=accepted, reads_weights=not is_adapter_alone(folder))
     if is_adapter_alone(folder):
         require_same_adapter(source, folder)
         console.say(f"{folder} is what was exported, and its adapter is that of {run.path}, byte for byte")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qtune.errors import ModelError, Problem
 from qtune.model.as_made import require_as_made
 from qtune.model.checkpoint import Checkpoint
-from qtune.model.completeness import require_complete
+from qtune.model.completeness import built_on_meta, require_complete
 from qtune.model.kept_precision import kept_in_fp32
 
 
@@ -42,11 +42,9 @@ class Layout:
 
 
 def empty_model(base: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder on the meta device: its modules and shapes, no memory."""
+    """The model of a folder on the meta device (`model.completeness.built_on_meta`)."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
+    return built_on_meta(base, config, trust_remote_code=trust_remote_code)
 
 
 def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool = True) -> Layout:

@@ -14,7 +14,8 @@ from qtune.data.template import ChatTemplate, choose_template
 from qtune.device.present import present_device
 from qtune.export.adapter_weights import adapter_config
 from qtune.export.basis import Basis
-from qtune.model.load import load_tokenizer
+from qtune.model.contents import checksums_of
+from qtune.model.load import load_config, load_tokenizer
 from qtune.model.local import local_base
 from qtune.model.trust import code_files, code_hash, require_consent
 from qtune.plan import compute_dtype_rule
@@ -73,10 +74,13 @@ def _local(base: str) -> Path:
     return Path(os.path.expanduser(base))  # noqa: PTH111  pathlib raises for a home that nobody has
 
 
-def open_for_export(run: RunDir, adapter: Path | None = None, *, accepted: Sequence[str] = ()) -> OpenedRun:
+def open_for_export(
+    run: RunDir, adapter: Path | None = None, *, accepted: Sequence[str] = (), reads_weights: bool = True
+) -> OpenedRun:
     """Opens a run for export; `adapter` names another of its adapters, a checkpoint for example.
 
-    accepted: kinds of drift (`run.drift`) that it goes on with.
+    accepted: kinds of drift (`run.drift`) that it goes on with. reads_weights: whether the base's weights are about to
+    be read, and every byte of them is compared.
 
     Raises RunError when training has not ended, its files are not readable or not what was trained with, and ModelError
     when the base model cannot be
@@ -84,9 +88,11 @@ def open_for_export(run: RunDir, adapter: Path | None = None, *, accepted: Seque
     """
     adapter = adapter or whole_adapter(run)
     recipe = resolved_recipe(run)
+    load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
-    require_same_base(run, recipe, tokenizer, trained.text, accepted, device=present_device())
+    checksums = checksums_of(local_base(recipe.model)) if reads_weights else {}
+    require_same_base(run, recipe, tokenizer, trained.text, accepted, device=present_device(), checksums=checksums)
     template = asking_template(trained, recipe.data)
     tokenizer.chat_template = template.of_tokenizer
     return OpenedRun(

@@ -1,5 +1,6 @@
 """verify.json: what an exported folder says of its own proof; written, read, and added to by a GGUF file's."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from qtune import manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.model import as_made
 from qtune.records import NotARecord, plain, record_of, require_intact, sealed
+from qtune.run.identity import identity_of, manifest_in, of_another, saved_by
 from qtune.whole import write_text
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
@@ -104,12 +106,14 @@ class Proof:
     """None where the models were not compared."""
     gguf: dict[str, GgufProof] = field(default_factory=dict)
     """By type, the proof of each GGUF file that was made of the folder."""
+    folder: str | None = None
+    """`folder_name` of what was compared; None in files of older versions, and where nothing was."""
 
 
 def write_verification(folder: Path, figures: Verification) -> None:
     """Notes how a comparison has ended; what is known of GGUF files stays."""
     proof = Proof(figures.verified, figures.failures, figures.weights, figures, _before(folder).gguf)
-    _write(folder, proof)
+    _write(folder, replace(proof, folder=folder_name(folder)))
 
 
 def mark_unverified(folder: Path, reason: str, weights: str | None = None) -> None:
@@ -147,9 +151,20 @@ def read_proof(folder: Path) -> Proof:
         raise RunError(Problem(str(file), f"cannot be read: {first_line(error)}")) from error
 
 
-def seal_export(folder: Path) -> None:
-    """Notes what is in a folder that is complete. verify.json comes and goes, and has a checksum of its own."""
-    manifest.seal(folder, left_out=(VERIFICATION,))
+def folder_name(folder: Path) -> str | None:
+    """Changes with what an exported folder computes, by the SHA-256 of its files as its manifest has them; None where
+    it has none. Files that are made of it later, such as a GGUF file, do not count."""
+    found = manifest_in(folder)
+    if found is None:
+        return None
+    counted = {name: one.sha256 for name, one in found.files.items() if Path(name).suffix in (".safetensors", ".json")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def seal_export(folder: Path, run: Path) -> None:
+    """Notes what is in a folder that is complete, and that it was made of the run in `run`. verify.json comes and goes,
+    and has a checksum of its own."""
+    manifest.seal(folder, left_out=(VERIFICATION,), by=saved_by(run))
 
 
 def damage_of(folder: Path) -> str | None:
@@ -158,14 +173,24 @@ def damage_of(folder: Path) -> str | None:
     return None if said is None else f"it is not what was exported: {said}"
 
 
-def proof_today(folder: Path) -> Proof:
-    """What is known about a folder, if its files are still those that were exported.
+def proof_today(folder: Path, run: Path) -> Proof:
+    """What is known about a folder inside a run, if its files are still those that were exported of that run.
 
     Raises:
         RunError: as `read_proof`.
     """
-    proof, said = read_proof(folder), damage_of(folder)
+    proof, said = read_proof(folder), damage_of(folder) or _of_another_run(folder, run)
+    if said is None and None not in (proof.folder, name := folder_name(folder)) and proof.folder != name:
+        said = f"its {VERIFICATION} is of another folder than this one"
     return proof if said is None else replace(proof, verified=False, failures=(said, *proof.failures))
+
+
+def _of_another_run(folder: Path, run: Path) -> str | None:
+    """Of an export, which carries its adapter, that of an ancestor is another's too."""
+    identity, found = identity_of(run), manifest_in(folder)
+    if identity is None or found is None or (found.by is not None and found.by.run_id == identity.run_id):
+        return None
+    return f"it {of_another(None if found.by is None else found.by.run_id, identity)}"
 
 
 def proven_folders(run: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def require_complete(folder: Path, config: PretrainedConfig, checkpoint: Checkpo
             file. A shard is missing or cannot be read.
     """
     checkpoint = checkpoint or Checkpoint.open(folder)
-    model = _without_storage(config)
+    model = _without_storage(folder, config)
     if model is None:
         return checkpoint  # loading it says why
     refuse(list(_misfits(model, checkpoint)))
@@ -70,17 +70,36 @@ def refuse_report(place: str, report: dict[str, Any]) -> None:
     refuse(problems)
 
 
-def _without_storage(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model as it is stored: unquantized, on the meta device. None where it cannot be built there."""
+def _without_storage(folder: Path, config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model as it is stored: unquantized. None where it cannot be built on the meta device."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     trusted = type(config).__module__.startswith("transformers_modules")
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError, OSError):
+        return built_on_meta(folder, config, trust_remote_code=trusted)
+    except (*NOT_BUILT, RuntimeError, OSError):
         return None
+
+
+NOT_BUILT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What modules raise over a configuration with which they cannot be."""
+
+
+def built_on_meta(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this configuration, in `folder`, on the meta device: its modules and shapes, no memory.
+
+    Raises:
+        ModelError: transformers can build none. What code raises that comes with a model, it raises itself.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except NOT_BUILT as error:
+        if trust_remote_code:
+            raise
+        said = f"no model can be built from it: {type(error).__name__}: {first_line(error)}"
+        raise ModelError(Problem(str(folder / "config.json"), said)) from error
     return model
 
 

@@ -145,6 +145,7 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
                 if value is None and size in OPTIONAL_SIZES:
                     continue
                 yield f"{name} = {_shown(value)}: must be a whole number above 0"
+    yield from _out_of_range(raw)
     heads, shared = whole.get("num_attention_heads"), whole.get("num_key_value_heads")
     if heads and shared and heads % shared:
         fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
@@ -154,6 +155,17 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
         experts = raw.get(name)
         if isinstance(chosen, int) and isinstance(experts, int) and 0 < experts < chosen:
             yield f"num_experts_per_tok = {chosen}: there are only {name} = {experts}"
+
+
+def _out_of_range(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that modules take, and with which they compute none, or end in the first step."""
+    for name, value in raw.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if name.endswith(("_eps", "_epsilon")) and not 0 <= value < 1:
+            yield f"{name} = {_shown(value)}: must be a small number that is not below 0"
+        if name.endswith(("dropout", "_pdrop", "dropout_prob")) and not 0 <= value <= 1:
+            yield f"{name} = {_shown(value)}: must be a share, from 0 to 1"
 
 
 def _foreign_quantization(given: Any) -> Iterator[str]:

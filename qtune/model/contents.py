@@ -1,21 +1,27 @@
 """What is in a base model's files, in a few hundred bytes: enough to notice later that it is another one.
 
 Weights are sampled: the header of each file whole, and blocks of each tensor. That finds other weights, a tensor that
-was replaced, and a file that was cut, in a fraction of a second; a few numbers changed between two samples are found by
-`whole` alone, which reads everything.
+was replaced, and a file that was cut, in a fraction of a second; a few numbers changed between two samples are found
+where the weights are loaded, by a checksum of every byte, and by `whole`.
 """
 
 import hashlib
 import json
+import os
 import struct
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from qtune import console
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.folder import weight_files
-from qtune.sizes import MIB
+from qtune.sizes import GIB, MIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4096
 SMALL_BYTES = 64 * MIB
 """A file up to this size is read whole."""
+PIECE_BYTES, READ_BYTES = 64 * MIB, MIB
 MANY_TENSORS = 2000
 """Of a file with more tensors, one block of each is read, else three."""
 
@@ -41,6 +48,8 @@ class WeightFile:
     """Of its header and of blocks of its tensors; of all of it where it is small."""
     whole: str | None = None
     """Of all of it, where that was asked for."""
+    checksum: str | None = None
+    """`checksums_of` it, where its weights were loaded; None of a small one, and in locks of older versions."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,24 @@ class Contents:
         return all(file.whole is not None for file in self.weights.values())
 
 
-def contents_of(folder: Path, tokenizer: "PreTrainedTokenizerBase | None", *, whole: bool = False) -> Contents:
-    """The contents of a model folder; `whole` reads every byte of the weights.
+def contents_of(
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    whole: bool = False,
+    checksums: Mapping[str, str] = MappingProxyType({}),
+) -> Contents:
+    """The contents of a model folder; `whole` reads every byte of the weights. checksums: by names of files, as far as
+    they are known.
 
     Raises:
         ModelError: a file is not there or cannot be read.
     """
     try:
         return Contents(
-            weights={file.name: _weight_file(file, whole=whole) for file in weight_files(folder)},
+            weights={
+                file.name: _weight_file(file, checksums.get(file.name), whole=whole) for file in weight_files(folder)
+            },
             config=_json(folder / CONFIGS[0]),
             generation=_json(folder / CONFIGS[1]),
             tokenizer=None if tokenizer is None else tokenizer_contents(tokenizer),
@@ -115,13 +133,47 @@ def tokenizer_contents(tokenizer: "PreTrainedTokenizerBase") -> TokenizerContent
     )
 
 
-def _weight_file(file: Path, *, whole: bool) -> WeightFile:
+def checksums_of(folder: Path) -> dict[str, str]:
+    """A checksum of every byte of each file of weights, by its name; small files are sampled whole, and have none here.
+
+    CRC-32 of pieces of `PIECE_BYTES`, several at a time, and then of those: it is against bits that a disk or a copy
+    has turned, and takes a fraction of the time of a hash that withstands a person.
+
+    Raises:
+        ModelError: a file is not there or cannot be read.
+    """
+    files = [file for file in weight_files(folder) if file.stat().st_size > SMALL_BYTES]
+    nbytes = sum(file.stat().st_size for file in files)
+    shown = console.progress(f"reading {folder}: are its weights what they were?") if nbytes > GIB else nullcontext()
+    try:
+        with shown, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            return {file.name: _checksum(file, threads) for file in files}
+    except OSError as error:
+        raise ModelError(Problem(str(folder), f"cannot be read: {first_line(error)}")) from error
+
+
+def _checksum(file: Path, threads: ThreadPoolExecutor) -> str:
+    pieces = threads.map(lambda start: _piece(file, start), range(0, file.stat().st_size, PIECE_BYTES))
+    return f"{zlib.crc32(b''.join(piece.to_bytes(4, 'little') for piece in pieces)):08x}"
+
+
+def _piece(file: Path, start: int) -> int:
+    """CRC-32 of one piece of a file, which is never in memory whole."""
+    checksum = 0
+    with file.open("rb") as stream:
+        stream.seek(start)
+        for _ in range(PIECE_BYTES // READ_BYTES):
+            checksum = zlib.crc32(stream.read(READ_BYTES), checksum)
+    return checksum
+
+
+def _weight_file(file: Path, checksum: str | None, *, whole: bool) -> WeightFile:
     nbytes = file.stat().st_size
     everything = None
     if whole:
         with file.open("rb") as stream:
             everything = hashlib.file_digest(stream, "sha256").hexdigest()
-    return WeightFile(nbytes, _sampled(file, nbytes), everything)
+    return WeightFile(nbytes, _sampled(file, nbytes), everything, checksum)
 
 
 def _sampled(file: Path, nbytes: int) -> str:

@@ -1,6 +1,7 @@
 """A base folder before anything is loaded from it: what it is instead of a model, and whether its weights are there."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ OBJECTS = (
     *("special_tokens_map.json", "added_tokens.json"),
 )
 """Files that loaders believe to hold an object."""
+ASKED = ("config.json", "tokenizer.json")
+"""Those of them whose readers are asked at once, and say it themselves; the second takes a moment to read."""
 
 
 def refuse_other_folders(base: str) -> None:
@@ -139,13 +142,28 @@ def refuse_pointers(folder: Path) -> None:
         raise ModelError([Problem(str(file), ADVICE) for file in pointers])
 
 
-def refuse_damaged_json(folder: Path) -> None:
-    """Names the file for which a loader has failed in words of its own, if there is one.
+def require_side_files(folder: Path) -> None:
+    """What stands beside the weights can be read, by whichever verb comes to need it first.
+
+    Raises:
+        ModelError: something that has the name of such a file is none, or is damaged.
+    """
+    names = [name for name in OBJECTS if name not in ASKED]
+    for name in (*names, "chat_template.jinja"):
+        file = folder / name
+        if os.path.lexists(file) and not file.is_file():
+            what = "is a folder" if file.is_dir() else "is a link to what is not there"
+            raise ModelError(Problem(str(file), f"{what}; a file of the model has this name: put that back"))
+    refuse_damaged_json(folder, names)
+
+
+def refuse_damaged_json(folder: Path, names: Sequence[str] = OBJECTS) -> None:
+    """Names the file for which a loader has failed, or would fail, in words of its own, if there is one.
 
     Raises:
         ModelError: a configuration or a tokenizer's file holds no JSON object.
     """
-    for name in OBJECTS:
+    for name in names:
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
         except OSError:  # not there, or said by the loader

@@ -1,5 +1,6 @@
 """The base model and its tokenizer: found, and loaded as the plan says."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -23,13 +24,15 @@ from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, QtuneError, first_line
 from qtune.model.config import read_config
-from qtune.model.folder import refuse_damaged_json, refuse_other_folders, refuse_pointers
+from qtune.model.contents import checksums_of
+from qtune.model.folder import refuse_damaged_json, refuse_other_folders, refuse_pointers, require_side_files
+from qtune.model.generation import require_generation_config
 from qtune.model.host import frozen_tables, store_embeddings
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
 from qtune.model.layer_stream import stream_layers
-from qtune.model.local import base_folder, base_on_disk
+from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
-from qtune.model.quantized_copy import copy_of
+from qtune.model.quantized_copy import QuantizedCopy, copy_of
 from qtune.model.trust import trusted_revision
 from qtune.model.weights import load_weights
 from qtune.plan import SDPA, Plan
@@ -47,6 +50,10 @@ def load_config(model: Model) -> PretrainedConfig:
     base = base_folder(model)
     refuse_other_folders(base)
     require_reachable(model, "config.json")
+    folder = Path(base) if Path(base).is_dir() else base_on_disk(model)
+    if folder is not None:  # of a hub model that is not here yet, nothing can be asked
+        require_side_files(folder)
+        require_generation_config(folder)
     try:
         return read_config(base, **_where(model))
     except (OSError, ValueError, KeyError) as error:
@@ -96,6 +103,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     base = base_folder(model)
     refuse_other_folders(base)
     require_reachable(model, "tokenizer_config.json")
+    if Path(base).is_dir():
+        require_side_files(Path(base))
+    if os.path.lexists(Path(base) / "config.json"):
+        load_config(model)  # the tokenizer's loader asks it too, and has no words for what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **_where(model))
     except Exception as error:
@@ -106,6 +117,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             message = "has no tokenizer: there is no tokenizer.json, and no file that one could be made of"
             raise ModelError(Problem(base, message)) from error
         raise _unreadable(model, error) from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        message = f"model_max_length = {str(tokenizer.model_max_length)[:40]!r}: is no number of tokens"
+        raise ModelError(Problem(str(Path(base) / "tokenizer_config.json"), message))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -157,9 +171,7 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
             # transformers' consent to weights on the host. They are not quantized anyway, and keep their type.
             ours.llm_int8_enable_fp32_cpu_offload = True
     options = {"dtype": dtype, "attn_implementation": plan.attention}
-    source, copied = base_folder(model), None
-    if ours is not None and not model.trust_remote_code:
-        copied = copy_of(source, base_on_disk(model), quantization, plan, config)
+    source, copied = base_folder(model), _copy_of(model, quantization, plan, config)
     try:
         with _without_hooks() if len(places) > 1 else nullcontext():
             network = copied.load(places, **options) if copied is not None else None
@@ -178,6 +190,25 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
     if plan.layers != "device":
         _stream(model, network, plan)
     return network
+
+
+def checksums_loaded(model: Model, quantization: Quantization, plan: Plan) -> dict[str, str]:
+    """`contents.checksums_of` the files that `load_base` reads; of those that the quantized copy was made of, where it
+    reads that.
+
+    Raises:
+        ModelError: the base cannot be had.
+    """
+    folder = base_on_disk(model) or local_base(model)
+    copied = _copy_of(model, quantization, plan, load_config(model))
+    known = None if copied is None else copied.checksums()
+    return checksums_of(folder) if known is None else known
+
+
+def _copy_of(model: Model, quantization: Quantization, plan: Plan, config: PretrainedConfig) -> QuantizedCopy | None:
+    if is_stored_quantized(config) or model.trust_remote_code:
+        return None
+    return copy_of(base_folder(model), base_on_disk(model), quantization, plan, config)
 
 
 def _stream(model: Model, network: PreTrainedModel, plan: Plan) -> None:

@@ -22,16 +22,17 @@ from qtune.disk import free_bytes, refusal_of
 from qtune.errors import ModelError, RunError
 from qtune.model.as_made import damage_of, say_made_again
 from qtune.model.config import read_config
-from qtune.model.contents import contents_of
+from qtune.model.contents import checksums_of, contents_of
 from qtune.model.folder import weight_files
 from qtune.model.weights import load_weights
 from qtune.plan import Plan
 from qtune.recipe.schema import EightBit, FourBit, Quantization
+from qtune.records import read_record, write_record
 from qtune.sizes import MIB, gib_text
 from qtune.startup.launched import launched
 from qtune.whole import whole
 
-VERSION = 1
+VERSION = 2
 LIBRARIES = ("bitsandbytes", "torch", "transformers")
 
 FROM_BYTES = 128 * MIB
@@ -42,6 +43,16 @@ SHARD = "1GB"
 """Of host memory that writing takes at a time."""
 
 
+MADE_OF = "made_of.json"
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What a copy was made of. The base's own files are not read where the copy is, and may have changed since."""
+
+    checksums: dict[str, str]
+
+
 @dataclass(frozen=True)
 class QuantizedCopy:
     """Where the quantized copy of one base is, or would be."""
@@ -49,6 +60,8 @@ class QuantizedCopy:
     folder: Path
     source: str
     """What transformers would have loaded, a folder or a hub id; the model is called so, and its adapters name it."""
+    base: Path
+    """The folder of the weights that are quantized."""
 
     def load(self, places: Mapping[str, str], **options: Any) -> PreTrainedModel | None:
         """The model, as `load_weights` would have quantized it; None where there is no copy, or none that is whole.
@@ -69,6 +82,13 @@ class QuantizedCopy:
         mark_used(self.folder / manifest.NAME)
         network.config.name_or_path = network.name_or_path = self.source
         return network
+
+    def checksums(self) -> dict[str, str] | None:
+        """`contents.checksums_of` the base when the copy was made; None where there is none that is whole."""
+        if self._fault() is not None:
+            return None
+        found = read_record(self.folder / MADE_OF, MadeOf)
+        return None if found is None else found.checksums
 
     def keep(self, network: PreTrainedModel) -> None:
         """Keeps a model that was quantized just now, where there is room for it."""
@@ -93,6 +113,7 @@ class QuantizedCopy:
             network.save_pretrained(partial, max_shard_size=SHARD)
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
+            write_record(partial / MADE_OF, MadeOf(checksums_of(self.base)))
             manifest.seal(partial)
 
     def _fault(self) -> str | None:
@@ -137,7 +158,7 @@ def copy_of(
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     key = hashlib.blake2b(json.dumps(decides, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-    return QuantizedCopy(cache_folder() / "quantized" / key, source)
+    return QuantizedCopy(cache_folder() / "quantized" / key, source, on_disk)
 
 
 def _allow_the_host(config: PretrainedConfig, places: Mapping[str, str]) -> None:

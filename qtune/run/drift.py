@@ -4,9 +4,10 @@ A tuned model is its adapter and its base together. On another base it answers s
 it looks well: so whoever goes on with a run asks here first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qtune import console
@@ -104,11 +105,13 @@ def require_same_base(
     kinds: Sequence[Kind] = USING,
     device: "Device | None" = None,
     parts: Sequence[str] = (),
+    checksums: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Whether a finished run is still what was trained, before it is used.
 
     template: the chat template's text as it is here; None leaves it out. parts: those of [data] whose rows are about to
-    be used, as "test".
+    be used, as "test". checksums: of the base's weights, where they are about to be loaded
+    (`model.load.checksums_loaded`).
 
     Raises:
         RunError: it is not, and that was not accepted. ModelError, DataError: base or rows are not there.
@@ -116,8 +119,8 @@ def require_same_base(
     lock = _lock_or_said(run_dir, accepted)
     if lock is None:
         return
-    sizes = sizes_hash(Path(base_folder(recipe.model)))
-    drifts = list(base_drifts(lock, contents_here(recipe.model, tokenizer), kinds, sizes))
+    now = contents_here(recipe.model, tokenizer, checksums=checksums)
+    drifts = list(base_drifts(lock, now, kinds, sizes_hash(Path(base_folder(recipe.model)))))
     if template is not None:
         drifts += template_drifts(lock, template)
     if "recipe" in kinds:
@@ -162,13 +165,19 @@ def said_of_an_old_lock(lock: Lock) -> str | None:
     return "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
 
 
-def contents_here(model: Model, tokenizer: "PreTrainedTokenizerBase", *, whole: bool = False) -> Contents:
-    """Of the base as it is on this disk now; fetched from the hub where it is not.
+def contents_here(
+    model: Model,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    whole: bool = False,
+    checksums: Mapping[str, str] = MappingProxyType({}),
+) -> Contents:
+    """Of the base as it is on this disk now; fetched from the hub where it is not. The rest as in `contents_of`.
 
     Raises:
         ModelError: it cannot be had.
     """
-    return contents_of(base_on_disk(model) or local_base(model), tokenizer, whole=whole)
+    return contents_of(base_on_disk(model) or local_base(model), tokenizer, whole=whole, checksums=checksums)
 
 
 def values_of(run_dir: RunDir) -> dict[str, Any]:
@@ -317,6 +326,8 @@ def _weights(then: dict[str, WeightFile], now: dict[str, WeightFile]) -> Iterato
             yield f"{name} has {before.nbytes:,} -> {after.nbytes:,} bytes"
         elif before.sampled != after.sampled:
             yield f"{name} holds other numbers (blake2b {_short(before.sampled)} -> {_short(after.sampled)})"
+        elif None not in (before.checksum, after.checksum) and before.checksum != after.checksum:
+            yield f"{name} holds other numbers (crc32 {before.checksum} -> {after.checksum})"
         elif None not in (before.whole, after.whole) and before.whole != after.whole:
             yield f"{name} holds other numbers (sha256 {_short(before.whole)} -> {_short(after.whole)})"
 

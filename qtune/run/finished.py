@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.run.folder import RunDir
+from qtune.run.history import said_of_records
 from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
 
@@ -27,6 +28,8 @@ def whole_adapter(run_dir: RunDir) -> Path:
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
     folder = run_dir.finished_adapter()
+    if (said := said_of_records(run_dir)) is not None:
+        console.say(said)
     if not manifest.is_sealed(folder):
         console.say(
             f"{folder} is of an older version and has no {manifest.NAME}: whether it is what was saved cannot be told"

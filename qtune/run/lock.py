@@ -107,6 +107,10 @@ class Lock:
     recipe: dict[str, Any] | None = None
     """The values of resolved.toml by their keys."""
     resumed: tuple[Continued, ...] = ()
+    run_id: str | None = None
+    """Who the run is (`run.identity`); None in locks of older versions."""
+    ancestors: tuple[str, ...] = ()
+    """The runs whose records and checkpoints it goes on from."""
 
     @property
     def latest(self) -> "Lock":
@@ -137,6 +141,12 @@ class Lock:
         """The one of the last part of the run, which its memory was measured on."""
         return self.resumed[-1].device if self.resumed else self.device
 
+    def branched(self, run_id: str) -> "Lock":
+        """The lock of another run, which goes on from this one's records and checkpoints."""
+        if self.run_id is None:  # what an older version has written says nothing either
+            return self
+        return replace(self, run_id=run_id, ancestors=(*self.ancestors, self.run_id))
+
     def resumed_as(self, now: "Lock", step: int, accepted: tuple[str, ...] = ()) -> "Lock":
         """This lock with what another process goes on with after `step`; what is as it was is not written again."""
         last = self.latest
@@ -146,7 +156,7 @@ class Lock:
             now.python,
             now.packages,
             now.device,
-            contents=None if now.contents == last.contents or _is_sampled_again(now, last) else now.contents,
+            contents=None if (contents := _all_known(now.contents, last.contents)) == last.contents else contents,
             training_rows_blake2b=_new(now.training_rows_blake2b, last.training_rows_blake2b),
             chat_template_sha256=_new(now.chat_template_sha256, last.chat_template_sha256),
             data=() if now.data == last.data else now.data,
@@ -157,13 +167,17 @@ class Lock:
         return replace(self, resumed=(*self.resumed, part))
 
 
-def _is_sampled_again(now: "Lock", last: "Lock") -> bool:
-    """Whether the base is the same as far as was read now, which is less than was read then."""
-    if now.contents is None or last.contents is None:
-        return False
-    weights = now.contents.weights
-    less = {name: replace(file, whole=None) for name, file in last.contents.weights.items() if name in weights}
-    return last.contents == replace(now.contents, weights=last.contents.weights) and less == weights
+def _all_known(now: Contents | None, last: Contents | None) -> Contents | None:
+    """What is known of the base now, with what was found of the same files before: not everything is read each time."""
+    if now is None or last is None:
+        return now
+    weights = {}
+    for name, file in now.weights.items():
+        before = last.weights.get(name)
+        if before is not None and (before.nbytes, before.sampled) == (file.nbytes, file.sampled):
+            file = replace(file, whole=file.whole or before.whole, checksum=file.checksum or before.checksum)
+        weights[name] = file
+    return replace(now, weights=weights)
 
 
 def _new(now: str | None, before: str | None) -> str | None:

@@ -8,6 +8,7 @@ from qtune.errors import RunError
 from qtune.manifest import NAME, Manifest, is_ours
 from qtune.records import read_record
 from qtune.run.folder import RunDir
+from qtune.run.identity import foreign_record
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -34,13 +35,15 @@ def adapter_name(run_dir: RunDir) -> str | None:
 
 
 def read_figures(run_dir: RunDir, file: Path, kind: type[Figures]) -> Figures | None:
-    """The figures in a file of the run; None where there are none, or those of another adapter, which is said.
+    """The figures in a file of the run; None where there are none, or those of another adapter or run, which is said.
 
     Raises:
         RunError: the file is damaged.
     """
-    found = read_record(file, kind)
-    name = adapter_name(run_dir)
+    if (said := foreign_record(run_dir, file)) is not None:
+        console.say(f"{file} is left out: it {said}")
+        return None
+    found, name = read_record(file, kind), adapter_name(run_dir)
     if found is not None and None not in (found.adapter, name) and found.adapter != name:
         console.say(f"{file} is left out: it was measured of another adapter than the one that is here")
         return None

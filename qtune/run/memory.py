@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtune.errors import Problem, RunError
-from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
+from qtune.run.identity import read_of_run, write_of_run
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class RunMemory:
 
 def write_memory(run_dir: RunDir, memory: RunMemory) -> None:
     """Writes RUN/memory.json."""
-    write_record(run_dir.memory_file, memory)
+    write_of_run(run_dir, run_dir.memory_file, memory)
 
 
 def read_memory(run_dir: RunDir) -> RunMemory | None:
     """RUN/memory.json; None where the run was killed before it was written.
 
     Raises:
-        RunError: it is damaged.
+        RunError: it is damaged, or another run's.
     """
-    return read_record(run_dir.memory_file, RunMemory)
+    return read_of_run(run_dir, run_dir.memory_file, RunMemory)
 
 
 def measured_memory(run_dir: RunDir) -> RunMemory:

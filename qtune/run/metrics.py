@@ -1,6 +1,7 @@
 """metrics.jsonl: what a run tells while it trains, one record a line; appended, read, and cut where it is resumed.
 
 Each line has a checksum of itself, and that of the line before it: one that is taken out, doubled or moved is noticed.
+The first line has the run's identity in its place.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import IO, Any, Literal
 
 from qtune.errors import Problem, RunError
 from qtune.manifest import NAME as MANIFEST
-from qtune.manifest import Manifest, RecordsThen, is_ours
-from qtune.records import CHECKSUM, NotARecord, plain, read_record, record_of, require_intact, sealed
+from qtune.manifest import RecordsThen
+from qtune.records import CHECKSUM, RUN_ID, NotARecord, plain, record_of, require_intact, sealed
+from qtune.run.identity import foreign_folder, identity_of, is_run_id, manifest_in, of_another
 from qtune.whole import write_text
 
 
@@ -125,8 +127,8 @@ def grouped(losses: Sequence[float], tokens: Sequence[int]) -> tuple[tuple[float
 
 
 AFTER = "after"
-"""The key of a line with the checksum of the line before it, which is empty in the first one; lines of older versions
-have none, and are not compared."""
+"""The key of a line with the checksum of the line before it. In the first one it is the run's identity, empty where it
+has none; lines of older versions have no such key, and are not compared."""
 
 Metric = TrainRecord | EvalRecord | AnswersRecord | NoteRecord
 KINDS: dict[str, type[Metric]] = {
@@ -146,7 +148,7 @@ def append_metric(file: Path, record: Metric) -> None:
     values = plain(record)
     with file.open("a+b", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
-        follows = _last_checksum(stream, before)
+        follows = _last_checksum(stream, before) if before else _beginning(file)
         left = memoryview(_line({"kind": values.pop("kind"), **values}, follows).encode(errors="backslashreplace"))
         try:
             while left:
@@ -161,6 +163,12 @@ def _line(values: Mapping[str, Any], follows: str | None) -> str:
     """A record as its line; `follows` is the checksum of the line before it."""
     linked = values if follows is None else {**values, AFTER: follows}
     return json.dumps(sealed(linked), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _beginning(file: Path) -> str:
+    """What the first line follows."""
+    identity = identity_of(file.parent)
+    return "" if identity is None else str(identity.run_id)
 
 
 def _last_checksum(stream: IO[bytes], end: int) -> str | None:
@@ -200,8 +208,10 @@ def forget_after(file: Path, step: int) -> None:
     """
     if not file.exists():
         return
-    kept, follows = [], ""
-    for line, record in _numbered(file):
+    kept: list[str] = []
+    numbered = _numbered(file)
+    follows = first_run_id(file) or ""
+    for line, record in numbered:
         if record.adapter_step is None if isinstance(record, NoteRecord) else record.step <= step:
             kept.append(_moved(line, follows))
             follows = _checksum_in(kept[-1]) or ""
@@ -214,6 +224,16 @@ def _moved(line: str, follows: str) -> str:
     if AFTER not in values or CHECKSUM not in values or values[AFTER] == follows:
         return line
     return _line({name: value for name, value in values.items() if name not in (AFTER, CHECKSUM)}, follows).rstrip()
+
+
+def first_run_id(file: Path) -> str | None:
+    """The run whose records they were when they began; None where they do not say."""
+    try:
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            found = json.loads(stream.readline()).get(AFTER)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return found if is_run_id(found) else None
 
 
 def records_then(file: Path) -> RecordsThen | None:
@@ -231,16 +251,16 @@ def records_then(file: Path) -> RecordsThen | None:
     return RecordsThen(len(lines), _checksum_in(lines[0]), _checksum_in(lines[-1])) if lines else None
 
 
-def require_records_of(file: Path, folder: Path) -> None:
+def require_records_of(file: Path, count: int, folder: Path) -> None:
     """What a run had told when a checkpoint or the adapter was saved is still there; an older manifest does not say.
 
+    count: the records that are in the file now.
+
     Raises:
-        RunError: a line is missing, or is another. Or as `read_metrics`.
+        RunError: a line is missing, or is another.
     """
-    if (then := _said_in(folder)) is None:
-        return
-    count = len(_numbered(file))
-    if count < then.lines:
+    then = _said_in(folder)
+    if then is not None and count < then.lines:
         message = f"has {count:,} records, and had {then.lines:,} when {folder} was saved; put the file back"
         raise RunError(Problem(str(file), f"{message}; {_if_right(folder)}"))
     if (said := foreign(file, folder)) is not None:
@@ -251,6 +271,8 @@ def foreign(file: Path, folder: Path) -> str | None:
     """Why a checkpoint or an adapter is none of the run with these records, which were others when it was saved, and
     what to do if it is all the same. None where it is, and where they cannot be read or are not all there, for then
     nothing is compared."""
+    if (said := foreign_folder(file.parent, folder)) is not None:
+        return f"it {said}"
     then = _said_in(folder)
     if then is None or not file.is_file():
         return None
@@ -272,10 +294,7 @@ def _if_right(folder: Path) -> str:
 
 def _said_in(folder: Path) -> RecordsThen | None:
     """What a manifest says of the records; None where it cannot be read, which is for who uses the folder to say."""
-    try:
-        manifest = read_record(folder / MANIFEST, Manifest) if is_ours(folder) else None
-    except RunError:
-        return None
+    manifest = manifest_in(folder)
     return None if manifest is None else manifest.records
 
 
@@ -321,7 +340,9 @@ def _numbered(file: Path) -> list[tuple[str, Metric]]:
     if cut:
         with suppress(RunError):  # the process was killed while it wrote
             found.append((whole.count("\n") + 2, cut, *_parsed(cut, str(file))))
-    follows: str | None = ""
+    if not found:
+        return []
+    follows: str | None = _first_follows(found[0][2].get(AFTER), file)
     for number, _, values, _ in found:
         if None not in (values.get(AFTER), follows) and values[AFTER] != follows:
             message = (
@@ -331,6 +352,22 @@ def _numbered(file: Path) -> list[tuple[str, Metric]]:
             raise RunError(Problem(f"{file}:{number}", message))
         follows = values.get(CHECKSUM)
     return [(line, record) for _, line, _, record in found]
+
+
+def _first_follows(said: Any, file: Path) -> str | None:
+    """What the first line has to follow; `said` is what it says.
+
+    Raises:
+        RunError: it is of another run than the lock beside it.
+    """
+    identity = identity_of(file.parent)
+    is_beginning = said in (None, "") or is_run_id(said)
+    if identity is None or not is_beginning:  # in the second case the lines before it are missing
+        return said if is_run_id(said) else ""
+    if said not in identity.own:
+        way_out = f"put it back; if it is right as it is, remove {RUN_ID} and {CHECKSUM} from lock.json"
+        raise RunError(Problem(str(file), f"{of_another(said or None, identity)}: {way_out}"))
+    return str(said)
 
 
 def _parsed(line: str, place: str) -> tuple[dict[str, Any], Metric]:

@@ -14,6 +14,8 @@ from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
+from qtune.run.identity import new_run_id
+from qtune.run.lock import read_lock, write_lock
 from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
@@ -68,9 +70,10 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
     """
     text = run_dir.recipe_file.read_text(encoding="utf-8", errors="replace") if run_dir.recipe_file.is_file() else ""
     branch = RunDir.create(run_dir.path.parent, run_dir.name, text)
-    for file in (run_dir.lock_file, run_dir.metrics_file):
-        if file.is_file():
-            shutil.copy2(file, branch.path / file.name)
+    if run_dir.metrics_file.is_file():
+        shutil.copy2(run_dir.metrics_file, branch.metrics_file)
+    if (lock := read_lock(run_dir)) is not None:
+        write_lock(branch, lock.branched(new_run_id()))
     initial = run_dir.checkpoints / "initial"
     step = int(checkpoint.name.rpartition("-")[2])
     best = [path for path in kept_folders(run_dir.checkpoints) if kept_step(path) <= step]

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qtune.records import read_record, write_record
 from qtune.run.folder import RunDir
+from qtune.run.identity import read_of_run, write_of_run
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def keep_rows(run_dir: RunDir, rows: ShownRows) -> None:
         OSError: it cannot be written.
     """
     run_dir.require_there()
-    write_record(run_dir.rows_file, rows)
+    write_of_run(run_dir, run_dir.rows_file, rows)
 
 
 def kept_rows(run_dir: RunDir) -> ShownRows | None:
     """RUN/rows.json; None where the run has kept none: it is of an older version, or stopped before its first step.
 
     Raises:
-        RunError: it is damaged.
+        RunError: it is damaged, or another run's.
     """
-    return read_record(run_dir.rows_file, ShownRows)
+    return read_of_run(run_dir, run_dir.rows_file, ShownRows)

@@ -14,6 +14,7 @@ from qtune.adapter.state import STATE_FILE, load_trained_state, save_trained_sta
 from qtune.manifest import fault, is_sealed, seal
 from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
+from qtune.run.identity import foreign_folder, saved_by
 from qtune.run.metrics import EvalRecord, Metric, NoteRecord
 from qtune.run.resumption import kept_folders, kept_step
 from qtune.verdicts.interval import Fall
@@ -87,7 +88,7 @@ class KeepBest(TrainerCallback):
         folder = self.folder / f"best-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         save_trained_state(model, folder)
-        seal(folder, step)
+        seal(folder, step, by=saved_by(self.folder.parent))
         model.train(was_training)
         for path in older:
             if path != folder:
@@ -120,7 +121,7 @@ def kept_states(folder: Path) -> list[Path]:
 
 def _fault(path: Path) -> str | None:
     """What is wrong with a kept state; of one that an older version kept, without a manifest, nothing is known."""
-    return fault(path, kept_step(path)) if is_sealed(path) else None
+    return fault(path, kept_step(path)) or foreign_folder(path.parents[1], path) if is_sealed(path) else None
 
 
 def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: int) -> tuple[int | None, str | None]:

@@ -1,12 +1,13 @@
 """What a run depends on, as its lock has it: noted when it begins, compared and noted again when it goes on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qtune import console
 from qtune.data.template import choose_template
 from qtune.errors import InputError
 from qtune.model.contents import Contents
-from qtune.model.load import load_config, load_tokenizer
+from qtune.model.load import checksums_loaded, load_config, load_tokenizer
 from qtune.model.local import base_folder
 from qtune.run.drift import (
     BASE,
@@ -20,14 +21,17 @@ from qtune.run.drift import (
     values_of,
 )
 from qtune.run.folder import RunDir
+from qtune.run.history import identity_to_begin_with
 from qtune.run.lock import Lock, lock_of, read_lock, recipe_values, write_lock
 from qtune.run.resolved import recipe_of_text, resolved_recipe, resolved_text, written_text
 from qtune.training.inputs import Inputs
 
 
 def base_now(inputs: Inputs, *, whole: bool = False) -> Contents:
-    """What the base's files hold; `whole` reads every byte of the weights."""
-    return contents_here(inputs.recipe.model, inputs.tokenizer, whole=whole)
+    """What the base's files hold, whose weights are loaded; `whole` hashes every byte of them."""
+    recipe = inputs.recipe
+    checksums = checksums_loaded(recipe.model, recipe.quantization, inputs.plan)
+    return contents_here(recipe.model, inputs.tokenizer, whole=whole, checksums=checksums)
 
 
 def lock_now(inputs: Inputs, run_dir: RunDir, base: Contents, text: str | None = None) -> Lock:
@@ -50,6 +54,15 @@ def lock_now(inputs: Inputs, run_dir: RunDir, base: Contents, text: str | None =
         base,
         recipe_values(text),
     )
+
+
+def begin_lock(inputs: Inputs, run_dir: RunDir, base: Contents) -> None:
+    """Writes the lock of a run that has none: what it begins with, and who it is. base: as in `lock_now`."""
+    run_id, ancestors = identity_to_begin_with(run_dir)
+    lock = lock_now(inputs, run_dir, base)
+    # Of an attempt that ended before there was an identity, and with it before the first step.
+    run_dir.memory_file.unlink(missing_ok=True)
+    write_lock(run_dir, replace(lock, run_id=run_id, ancestors=ancestors))
 
 
 def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None, *, accepted: Seque
     Raises:
         InputError, GateError: something stops it.
     """
-    preflight = examine(resolved, folder=run_dir.path if run_dir else None, accepted=accepted)
+    preflight = examine(resolved, folder=run_dir.path if run_dir else None, accepted=accepted, loads=True)
     preflight.require()
     for warning in (*said_before_a_run(preflight.inspection.findings), *preflight.warnings):
         console.say(warning)

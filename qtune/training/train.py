@@ -42,7 +42,8 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
-from qtune.run.lock import read_lock, write_lock
+from qtune.run.identity import saved_by
+from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
@@ -60,7 +61,7 @@ from qtune.training.checkpoints import (
     remove_incomplete_checkpoints,
     require_finite,
 )
-from qtune.training.depends import base_now, blame_drift, go_on_with, lock_now, require_unchanged
+from qtune.training.depends import base_now, begin_lock, blame_drift, go_on_with, require_unchanged
 from qtune.training.display import TrainingDisplay
 from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
@@ -118,7 +119,7 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
         with ending_together(ranks), told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
             if whole_weights:
-                write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs, whole=True)))
+                begin_lock(inputs, run_dir, base_now(inputs, whole=True))
         _train(ranks, inputs, run_dir, None, snapshot)
     return run_dir
 
@@ -177,7 +178,7 @@ def _resume(
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
             if checkpoint is not None:
-                require_records_of(run_dir.metrics_file, checkpoint)
+                require_records_of(run_dir.metrics_file, len(read_metrics(run_dir.metrics_file)), checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
             forget_after(run_dir.metrics_file, step)
@@ -291,7 +292,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         meter.enter("load")
         model, tiled = build_model(inputs)
         if read_lock(run_dir) is None:
-            write_lock(run_dir, lock_now(inputs, run_dir, base_now(inputs)))
+            begin_lock(inputs, run_dir, base_now(inputs))
         keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
@@ -353,4 +354,4 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
-        seal(partial, records=records_then(run_dir.metrics_file))
+        seal(partial, records=records_then(run_dir.metrics_file), by=saved_by(run_dir.path))

@@ -40,6 +40,7 @@ from qtune.plan import Plan
 from qtune.recipe.schema import Training
 from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
+from qtune.run.identity import saved_by
 from qtune.run.metrics import records_then
 from qtune.training.callbacks import CheckpointedLayers
 from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
@@ -495,8 +496,9 @@ class QloraTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
-            then = records_then(RunDir(folder.parents[1]).metrics_file)
-            seal(folder, self.state.global_step, skipped=self.skipped, records=then)
+            run = RunDir(folder.parents[1])
+            then, by = records_then(run.metrics_file), saved_by(run.path)
+            seal(folder, self.state.global_step, skipped=self.skipped, records=then, by=by)
             end_saving(folder)
             self._saved = folder.resolve()
         # A full disk: the writers of Python, safetensors, tokenizers and torch each say it in their own way.

@@ -27,9 +27,9 @@ from qtune.disk import refusal_of
 from qtune.errors import DataError, Problem, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
-from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
+from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
@@ -156,7 +156,7 @@ def evaluate(
         return evaluation
     try:
         run_dir.require_there()
-        write_record(run_dir.eval_file, evaluation)
+        write_of_run(run_dir, run_dir.eval_file, evaluation)
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation

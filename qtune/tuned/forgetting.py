@@ -14,8 +14,8 @@ from datasets import Dataset
 
 from qtune import console
 from qtune.model.loss import install_loss, loss_agrees
-from qtune.records import write_record
 from qtune.run.folder import RunDir
+from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name, read_figures
 from qtune.tuned.evaluate import require_finite_losses, row_losses
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
@@ -92,7 +92,7 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = ()) -> Fo
         tuple(PieceLoss(count, b / count, t / count) for count, b, t in zip(tokens, base, tuned, strict=True)),
         adapter_name(run_dir),
     )
-    write_record(run_dir.forgetting_file, found)
+    write_of_run(run_dir, run_dir.forgetting_file, found)
     return found
 
 

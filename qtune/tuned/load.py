@@ -10,7 +10,7 @@ from qtune.adapter.state import load_adapter
 from qtune.data.asking import merging_template
 from qtune.data.template import choose_template
 from qtune.device.present import Device, present_device
-from qtune.model.load import load_base, load_tokenizer
+from qtune.model.load import checksums_loaded, load_base, load_tokenizer
 from qtune.plan import Plan, make_plan
 from qtune.recipe.schema import Recipe
 from qtune.run.drift import require_same_base
@@ -41,27 +41,38 @@ def load_untuned(
     Raises:
         RunError, ModelError: the run's files or its base model cannot be read, or are not what was trained with.
     """
-    recipe, plan, tokenizer = load_reader(run_dir, device, accepted=accepted, parts=parts)
+    recipe, plan, tokenizer = load_reader(run_dir, device, accepted=accepted, parts=parts, loads=True)
     network = load_base(recipe.model, recipe.quantization, plan)
     return LoadedRun(run_dir, recipe, plan, tokenizer, network.eval())
 
 
 def load_reader(
-    run_dir: RunDir, device: Device | None = None, *, accepted: Sequence[str] = (), parts: Sequence[str] = ()
+    run_dir: RunDir,
+    device: Device | None = None,
+    *,
+    accepted: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    loads: bool = False,
 ) -> tuple[Recipe, Plan, PreTrainedTokenizerBase]:
     """What rows are read with, before any weight is: the run's recipe, its plan, and its tokenizer with its template.
 
+    loads: whether the weights will be loaded, and every byte of them is compared. The rest as in `load_untuned`.
+
     Raises:
-        RunError, ModelError: as `load_untuned`, whose arguments these are.
+        RunError, ModelError: as `load_untuned`.
     """
     quiet_loading()
     recipe = resolved_recipe(run_dir)
     device = device or present_device()
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(recipe.data.chat_template, tokenizer, run_dir.path)
-    require_same_base(run_dir, recipe, tokenizer, template.text, accepted, device=device, parts=parts)
+    plan = make_plan(recipe, device)
+    checksums = checksums_loaded(recipe.model, recipe.quantization, plan) if loads else {}
+    require_same_base(
+        run_dir, recipe, tokenizer, template.text, accepted, device=device, parts=parts, checksums=checksums
+    )
     tokenizer.chat_template = merging_template(template, recipe.data).of_tokenizer
-    return recipe, make_plan(recipe, device), tokenizer
+    return recipe, plan, tokenizer
 
 
 def with_adapter(untuned: LoadedRun) -> LoadedRun:

@@ -14,9 +14,9 @@ from typing import Any
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, first_line
-from qtune.records import write_record
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
+from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
@@ -67,7 +67,7 @@ def evaluate_tasks(
     tuned = _asked(with_adapter(run), "tuned", loaded, fewshot, limit)
     result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)), adapter_name(run_dir))
     run_dir.require_there()
-    write_record(run_dir.tasks_file, result)
+    write_of_run(run_dir, run_dir.tasks_file, result)
     return result
 
 

@@ -51,7 +51,7 @@ def read_facts(run_dir: RunDir) -> Facts:
         evaluation=read_evaluation(run_dir),
         memory=read_memory(run_dir),
         lock=read_lock(run_dir),
-        exports=tuple((folder.name, proof_today(folder)) for folder in proven_folders(run_dir.path)),
+        exports=tuple((folder.name, proof_today(folder, run_dir.path)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
         tasks=read_tasks(run_dir),
     )

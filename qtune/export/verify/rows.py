@@ -10,7 +10,7 @@ from qtune.data.conversation import Conversation
 from qtune.data.held_out import held_out_rows, spread
 from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
-from qtune.errors import DataError
+from qtune.errors import DataError, Problem
 from qtune.export.opened_run import OpenedRun
 
 # Positions compared in each row; more of one row says little more.
@@ -42,13 +42,21 @@ class CheckedRows:
 
 
 def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
-    """At most `count` of a run's held-out rows, spread over all."""
+    """At most `count` of a run's held-out rows, spread over all.
+
+    Raises:
+        DataError: the run's chat template renders nothing of a conversation.
+    """
     try:
         name, examples = held_out_rows(source.recipe, source.tokenizer, source.run.path)
+        rows = [_row(example) for example in examples.select(spread(len(examples), count))]
     except DataError:
-        return CheckedRows("general conversations (the run has no held-out rows)", tuple(general_rows(source)))
-    chosen = examples.select(spread(len(examples), count))
-    return CheckedRows(name, tuple(_row(example) for example in chosen))
+        name, rows = "general conversations (the run has no held-out rows)", general_rows(source)
+    rows = [row for row in rows if row.ids]
+    if not rows:
+        message = "its chat template renders nothing of a conversation: there is nothing to compare models on"
+        raise DataError(Problem(source.base_name, message))
+    return CheckedRows(name, tuple(rows))
 
 
 def general_rows(source: OpenedRun) -> list[CheckedRow]:

@@ -1,0 +1,141 @@
+"""What a later verb would refuse of a base, `check` says, in the same words; nobody meets it in a traceback."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_run_drift import World, edit_json, kept, world  # noqa: F401  fixtures
+
+from qtune.errors import InputError
+from qtune.export.export import Options, export_run
+from qtune.preflight import examine
+from qtune.recipe.file import load_recipe
+from qtune.run.drift import KINDS
+from qtune.training import train
+from qtune.tuned.chat import open_session
+from qtune.tuned.evaluate import evaluate
+
+Change = Callable[[Path], object]
+
+GENERATION, CONFIG, TOKENIZER = "generation_config.json", "config.json", "tokenizer_config.json"
+SIDE_FILES = (GENERATION, TOKENIZER, "special_tokens_map.json", "added_tokens.json")
+
+
+def written(content: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content)
+
+
+def to_folder(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+def to_link(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to("nowhere")
+
+
+WAYS: dict[str, tuple[Change, str]] = {
+    "cut": (written(b'{"a": '), "is not JSON: Expecting value: line 1 column 7"),
+    "empty": (written(b""), "is not JSON: Expecting value: line 1 column 1"),
+    "a list": (written(b"[1]"), "must be an object with keys, not '[1]'"),
+    "null": (written(b"null"), "must be an object with keys, not 'None'"),
+    "Latin-1": (written(b'{"a": "\xff"}'), "is not JSON: 'utf-8' codec can't decode byte 0xff"),
+    "without end": (written(b"[" * 100_000), "is not JSON: maximum recursion depth exceeded"),
+    "a folder": (to_folder, "is a folder; a file of the model has this name: put that back"),
+    "a dangling link": (to_link, "is a link to what is not there; a file of the model has this name: put that back"),
+}
+
+VALUES: tuple[tuple[str, str, object, str], ...] = (
+    (GENERATION, "eos_token_id", "x", "eos_token_id = 'x': is not the number of a token"),
+    (GENERATION, "eos_token_id", [1, None], "eos_token_id = 'None': is not the number of a token"),
+    (GENERATION, "eos_token_id", -5, "eos_token_id = '-5': is not the number of a token"),
+    (GENERATION, "pad_token_id", "x", "pad_token_id = 'x': is not the number of a token"),
+    (GENERATION, "cache_implementation", "nope", "transformers refuses it: Invalid `cache_implementation` (nope)"),
+    (GENERATION, "watermarking_config", 4, "transformers refuses it: "),
+    (CONFIG, "pad_token_id", 10**9, "no model can be built from it: AssertionError: Padding_idx must be within"),
+    (CONFIG, "pad_token_id", "x", "cannot be: Field 'pad_token_id' with value 'x' doesn't match"),
+    (CONFIG, "hidden_act", "nope", "no model can be built from it: KeyError: 'nope'"),
+    (CONFIG, "rope_parameters", {"rope_type": "nope"}, "no model can be built from it: KeyError: 'nope'"),
+    (CONFIG, "rope_parameters", 3, "cannot be: Field 'rope_parameters' with value 3"),
+    (CONFIG, "use_cache", "x", "cannot be: Field 'use_cache' expected bool"),
+    (CONFIG, "head_dim", 7, "cannot be: RoPE requires an even rotary dimension"),
+    (CONFIG, "rms_norm_eps", -1.0, "rms_norm_eps = -1.0: must be a small number that is not below 0"),
+    (CONFIG, "attention_dropout", 2.0, "attention_dropout = 2.0: must be a share, from 0 to 1"),
+    (CONFIG, "model_type", 3, "model_type = 3: unknown to transformers"),
+    (TOKENIZER, "model_max_length", "abc", "model_max_length = 'abc': is no number of tokens"),
+)
+
+
+def said_by(verb: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        verb()
+    return str(caught.value)
+
+
+def require_same_words(world: World, words: str) -> None:  # noqa: F811
+    """Of the run that goes on no more is compared, for it may say its own drift first."""
+    recipe = load_recipe(world.home / "recipe.toml", ["output.name=new"])
+    checked = said_by(lambda: examine(recipe).require())
+    assert words in checked
+    run = str(world.finished.path)
+    verbs: list[Callable[[], object]] = [
+        lambda: train.run(recipe),
+        lambda: evaluate(world.finished, accepted=KINDS),
+        lambda: open_session(run, accepted=KINDS),
+        lambda: export_run(world.finished, Options(accepted=KINDS)),
+    ]
+    for verb in verbs:
+        assert said_by(verb) == checked
+    assert words in said_by(lambda: train.resume(world.stopped, accepted=KINDS))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_file_beside_the_weights_is_said_by_every_verb(name: str, way: str, world: World) -> None:  # noqa: F811
+    change, words = WAYS[way]
+    change(world.base / name)
+    require_same_words(world, f"{world.base / name}: {words}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_configuration_is_said_by_every_verb(way: str, world: World) -> None:  # noqa: F811
+    change, _ = WAYS[way]
+    change(world.base / CONFIG)
+    require_same_words(world, CONFIG)
+
+
+def test_a_configuration_that_is_gone_is_said_by_every_verb(world: World) -> None:  # noqa: F811
+    (world.base / CONFIG).unlink()
+    require_same_words(world, f"{world.base}: has no config.json, so it is no model folder")
+
+
+@pytest.mark.parametrize(("name", "key", "value", "words"), VALUES)
+def test_a_value_that_nothing_can_be_done_with_is_said_by_every_verb(
+    name: str,
+    key: str,
+    value: object,
+    words: str,
+    world: World,  # noqa: F811
+) -> None:
+    file = world.base / name
+    if not file.is_file():
+        file.write_text("{}")
+    edit_json(file, **{key: value})
+    require_same_words(world, f"{file}: {words}")
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_said_before_a_run(world: World) -> None:  # noqa: F811
+    (world.base / TOKENIZER).unlink()
+    recipe = load_recipe(world.home / "recipe.toml", ["output.name=new"])
+    words = f"{world.base}: its tokenizer names neither an end of text nor a token to pad with (eos_token, pad_token)"
+    for verb in (lambda: examine(recipe).require(), lambda: train.run(recipe)):
+        assert words in said_by(verb)
+
+
+def test_a_template_that_renders_nothing_is_no_proof_of_an_export(world: World) -> None:  # noqa: F811
+    (world.base / "chat_template.jinja").write_text("")
+    said = said_by(lambda: export_run(world.finished, Options(accepted=KINDS)))
+    assert said == (
+        f"{world.base}: its chat template renders nothing of a conversation: there is nothing to compare models on"
+    )
