@@ -1,17 +1,14 @@
 """The three tasks that soft prompts are searched on: rows to train on, to choose by, and to open once at the end."""
 
 import dataclasses
-import json
 import random
-import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import make_quickstart_data as quickstart
 import make_triage_data as triage
+import swap_words
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 Row = dict[str, Any]
@@ -39,20 +36,16 @@ def tasks() -> dict[str, Task]:
     return {task.name: task for task in (quickstart, *others)}
 
 
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
     combinations, and half, the second, have names, rooms, events and messages that stand in none."""
-    rows = read(DATA / "quickstart_train.jsonl")
+    rows = swap_words.read(DATA / "quickstart_train.jsonl")
     new, more = new_quickstart_rows(NEW_VALUES, 200), new_quickstart_rows(MORE_NEW_VALUES, 100)
     return Task(
         "quickstart",
         tuple(rows[80:]),
         tuple(rows[:80] + new[:80] + more),
-        tuple(read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
+        tuple(swap_words.read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
         "Turn the request into one JSON command.",
         {"validation": 80, "test": 120},
     )
@@ -107,7 +100,7 @@ def new_quickstart_rows(values: dict[str, Any], count: int) -> list[Row]:
 
 def docstring_task() -> Task:
     """Questions about the standard library. Few answers can be known, so that the loss counts, not the exact match."""
-    rows = read(DATA / "docstrings.jsonl")
+    rows = swap_words.read(DATA / "docstrings.jsonl")
     return Task(
         "docstrings",
         tuple(rows[:440]),
@@ -124,43 +117,10 @@ def triage_task() -> Task:
 
 
 def swapped_task(task: Task) -> Task:
-    """The same, with each training row three times more: there words that its answer takes from the request are others,
-    the same in both. What is asked is as it was."""
-    draw = random.Random(5)
-    said = Counter(word for row in docstring_task().train for word in re.findall(r"\b[a-z]{3,11}\b", contents(row)[1]))
-    words = sorted(word for word, count in said.items() if count > 2)
-    rare = rare_words(task.train)
-    swapped = [swap(row, rare, words, draw) for _ in range(COPIES) for row in task.train]
-    return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *swapped))
+    """The same with more training rows, which have other words in request and answer. What is asked is as it was."""
+    words = swap_words.usual_words(docstring_task().train)
+    more = swap_words.swapped_rows(task.train, words, COPIES)
+    return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *more))
 
 
 COPIES = 3
-SWAPPED = 0.6
-"""Of the words that could be."""
-COMMON = 0.1
-"""A word in so large a share of the answers is part of their form, not a value."""
-
-
-def contents(row: Row) -> tuple[str, str]:
-    """(request, answer)."""
-    request, answer = (message["content"] for message in row["messages"][-2:])
-    return request, answer
-
-
-def rare_words(rows: Sequence[Row]) -> set[str]:
-    counts = Counter(word for row in rows for word in set(re.findall(r"\w+", contents(row)[1])))
-    return {
-        word for word, count in counts.items() if count < COMMON * len(rows) and re.fullmatch(r"[A-Za-z]{3,}", word)
-    }
-
-
-def swap(row: Row, rare: set[str], words: Sequence[str], draw: random.Random) -> Row:
-    """A row whose request and answer have other words, the same ones, where they share a rare one."""
-    request, answer = contents(row)
-    shared = sorted(set(re.findall(r"\w+", request)) & set(re.findall(r"\w+", answer)) & rare)
-    for word in shared:
-        if draw.random() < SWAPPED:
-            other = draw.choice(words)
-            other = other.capitalize() if word[0].isupper() else other
-            request, answer = (re.sub(rf"\b{word}\b", other, text) for text in (request, answer))
-    return {"messages": [*row["messages"][:-2], *quickstart.conversation(request, answer)["messages"]]}  # type: ignore[misc]
