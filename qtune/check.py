@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -290,7 +291,9 @@ def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
 
 
 def _timed(preflight: Preflight) -> float:
-    with one_sentence(f"A run would not fit either; qtune fit {preflight.resolved.file} shows what would help"):
+    with one_sentence(
+        f"A run would not fit either; qtune fit {shlex.quote(str(preflight.resolved.file))} shows what would help"
+    ):
         return step_seconds(preflight)
 
 
@@ -318,7 +321,8 @@ def _rehearsed(preflight: Preflight) -> Rehearsal:
         stop = StopOnSignal(lambda: None)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False)
         try:
-            return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
+            with console.waiting("rehearsing once what a run will do"):
+                return rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
         finally:
             meter.close()
             inputs.prepared.close()

@@ -13,10 +13,11 @@ from qtune.disk import refusal_of
 from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
+from qtune.startup.interrupts import nothing_to_keep, take_interrupts
 from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
-from qtune.verbs import Verbs
+from qtune.verbs import RUNS, Verbs
 
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
@@ -70,8 +71,6 @@ MOST_SEEDS = 100
 MOST_ROWS = 1_000_000
 MOST_PROCESSES = 64
 """Of one computer: more cards than any has."""
-RUNS = Path("runs")
-"""The default of output.directory."""
 
 
 def _a_number(value: float) -> float:
@@ -83,8 +82,8 @@ def _a_number(value: float) -> float:
 
 def _load_libraries() -> None:
     """Seconds in which nothing else can be said."""
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    with nothing_to_keep():
+        import_libraries(console.waiting)
 
 
 def _version(value: bool) -> None:
@@ -155,17 +154,19 @@ def init(
         return
     if source is not None and adapter is not None:
         raise typer.BadParameter("--adapter is for a new recipe; one that is copied with --from has its own")
-    if source is not None:
-        text = stage.copied_recipe(source, output, base=base, data=data)
-    elif base and data:
-        text = stage.new_recipe(base, data, adapter or "lora", output)
-    else:
+    if source is None and not (base and data):
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
+    look = stage.look_at(data) if data else None
+    if source is not None:
+        text = stage.copied_recipe(source, output, base=base, data=data, look=look)
+    else:
+        text = stage.new_recipe(str(base), str(data), adapter or "lora", output, look)
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    for said in (stage.said_of_columns(data, output) if data else None, stage.few_steps_of(output)):
-        if said is not None:
-            console.say(said)
+    said = stage.said_of_rows(look, str(data), output) if look is not None else []
+    for sentence in (*said, stage.few_steps_of(output)):
+        if sentence is not None:
+            console.say(sentence)
 
 
 @app.command(rich_help_panel="Train")
@@ -349,9 +350,10 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.finished import adapter_fault
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, refuse_missing_run
     from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
+    refuse_missing_run(target)
     if Path(target).is_dir():
         run_dir = RunDir.open(Path(target))
         if run_dir.is_finished and adapter_fault(run_dir) is None:
@@ -535,7 +537,8 @@ def evaluate(
     from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
 
-    _refuse_ignored(_given(context), is_tasks=tasks is not None)
+    given = _given(context)
+    _refuse_ignored(given, is_tasks=tasks is not None)
     run_dir = RunDir.open(target)
     require_adapter(run_dir)
     _load_libraries()
@@ -552,10 +555,14 @@ def evaluate(
     evaluation = stage.evaluate(
         run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
     )
+    if "--rows" in given and rows > evaluation.rows_held_out:
+        console.say(
+            f"--rows {rows}: there are {evaluation.rows_held_out:,} {evaluation.source}; all of them were asked"
+        )
     if as_json:
         console.out_json(evaluation.to_json())
     else:
-        verdicts_screen.show([learned_against_base(evaluation, str(target))])
+        verdicts_screen.show([learned_against_base(evaluation, shlex.quote(str(target)))])
         console.out("")
         evaluation_screen.show(evaluation, shown)
 
@@ -695,8 +702,7 @@ def chat(
     if prompt is None:
         stage.chat(session, stage.typed_lines())
         return
-    session.ask(prompt, console.out_raw)
-    console.out_raw("\n")
+    stage.answered(session, prompt)
 
 
 @app.command(rich_help_panel="Prepare")
@@ -837,6 +843,7 @@ def doctor(
     --measure takes ten to thirty seconds; what it finds stands for the device's data sheet from then on. Ends with exit
     code 1 if something stands in the way of training.
     """
+    _load_libraries()
     from qtune import doctor as stage
     from qtune.screens import doctor as doctor_screen
 
@@ -886,9 +893,10 @@ def profile(
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, refuse_missing_run
 
     # What is wrong with a recipe or a run's name is said before seconds of imports.
+    refuse_missing_run(target)
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
     _load_libraries()
     from qtune.report.timeline import write_timeline
@@ -1082,6 +1090,7 @@ def main() -> None:
     use_expandable_segments()
     use_own_card()
     guard_streams()
+    take_interrupts()
     try:
         try:
             _parse_and_run()
@@ -1122,7 +1131,7 @@ def _parse_and_run() -> None:
 
 
 def _said_once(error: QtuneError) -> QtuneError:
-    import_libraries()
+    _load_libraries()
     from qtune.training.meeting import end_together
 
     return end_together(error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -75,6 +76,13 @@ def say(message: RenderableType) -> None:
     _console(stderr=True).print(message)
 
 
+def say_in_file(message: str) -> None:
+    """Prints a message to stderr where no display on a terminal shows that the work goes on."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        console.print(message)
+
+
 def say_of_process(message: str) -> None:
     """Prints to stderr what concerns this process alone, one of several, and says which it is."""
     _console(stderr=True, of_process=True).print(Text(f"{launched()}: {message}"))
@@ -103,6 +111,34 @@ def table(
     return drawn
 
 
+@dataclass(frozen=True)
+class IfItFits:
+    """What is shown where a table is too wide for the terminal, whose lines would be broken inside of words."""
+
+    table: Table
+    narrow: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """rich's way to draw it."""
+        fits = Measurement.get(console, options.update(width=MEASURED_WIDTH), self.table).maximum <= options.max_width
+        yield self.table if fits else self.narrow
+
+
+MEASURED_WIDTH = 10_000
+"""Wider than any table: rich measures within what there is."""
+
+
+def on_its_side(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
+) -> IfItFits:
+    """A table; where it is too wide, a line for each column and a column for each row."""
+    turned = [[name, *(row[index] for row in rows)] for index, name in enumerate(columns)]
+    names, *lines = turned
+    return IfItFits(
+        table(title, columns, rows, right=right), table(title, list(map(str, names)), lines, right=range(1, len(names)))
+    )
+
+
 @dataclass
 class Bar:
     """A running progress display; `total` may be None while it is not known."""
@@ -111,7 +147,9 @@ class Bar:
     total: float | None
     done: float = 0
     _progress: Progress | None = None
-    _said: int = -1
+    _said: int = 0
+    """Quarters that a file has a line of."""
+    _part: str = ""
 
     def advance(self, steps: float = 1) -> None:
         """Counts `steps` more of the work as done."""
@@ -123,7 +161,11 @@ class Bar:
             self.update(self.total)
 
     def tell(self, next_part: str) -> None:
-        """Says which part of the work is next, where nobody knows how many there are; each has a line in a file."""
+        """Says which part of the work is next, where nobody knows how many there are. Each has a line in a file; the
+        same one behind itself has no second one."""
+        if next_part == self._part:
+            return
+        self._part = next_part
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=f"{self.description}: {next_part}")
         else:
@@ -147,22 +189,17 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Bar]:
-    """Shows how far some work is: a bar on a terminal, a line for each quarter elsewhere."""
+    """Shows how far some work is: a bar on a terminal, elsewhere a line as it begins and one for each quarter."""
     console = live_console()
     if not console.is_terminal or console.quiet:
-        if not total:
-            say(f"{description} …")
+        say(f"{description} …")
         bar = Bar(description, total)
         yield bar
         bar.end()
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    words = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
+    # Where nobody knows how much there is, a bar would say nothing.
+    columns = (*words, BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()) if total else words
     with Progress(*columns, console=console, transient=True) as drawn:
         drawn.add_task(description, total=total)
         yield Bar(description, total, _progress=drawn)
@@ -170,9 +207,10 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
 
 @contextmanager
 def waiting(for_what: str) -> Iterator[None]:
-    """Says on a terminal what is waited for, as long as that lasts; what takes seconds is of no use in a file."""
+    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins."""
     console = live_console()
     if not console.is_terminal or console.quiet:
+        say(f"{for_what} …")
         yield
         return
     with console.status(Text(for_what), refresh_per_second=4):

@@ -6,13 +6,16 @@ Nothing is described here: every comment is a docstring of `recipe/schema.py`, e
 import csv
 import math
 import os
+import shlex
 import textwrap
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from qtune.errors import InputError, ModelError, Problem, RecipeError
+from qtune.data.findings import FEW_ROWS
+from qtune.errors import DataError, ModelError, Problem, RecipeError
+from qtune.export.verification import VERIFICATION
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.recipe.file import check_recipe, load_recipe
 from qtune.recipe.lines import toml_lines
@@ -29,15 +32,23 @@ from qtune.recipe.schema import (
     Recipe,
     Table,
     Training,
+    Unquantized,
     kinds_of,
 )
 from qtune.recipe.shipped import shipped_recipes
-from qtune.recipe.steps import FEW_STEPS, few_steps
+from qtune.recipe.steps import FEW_STEPS, few_steps, first_steps
 from qtune.recipe.text import show_value
 from qtune.spelling import did_you_mean
 from qtune.whole import write_text
 
+if TYPE_CHECKING:
+    from qtune.data.first_look import FirstLook
+
 LINE_LENGTH = 118
+LEAST_LENGTH = 2048
+"""Of the longest example, in tokens: what most rows stay far below; memory follows the rows that there are."""
+AROUND_A_ROW = 256
+"""Tokens that a template may put around a row. Inside of it there are no more than bytes."""
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
@@ -47,6 +58,7 @@ QUANTIZATIONS = tuple(
 SHOWN: dict[type[Table], tuple[str, ...]] = {
     Model: ("base",),
     FourBit: ("kind", "double_quantization"),
+    Unquantized: ("kind",),
     Data: ("train", "columns", "validation", "max_length"),
     Training: ("epochs", "batch_size", "learning_rate"),
     Memory: ("budget",),
@@ -54,9 +66,34 @@ SHOWN: dict[type[Table], tuple[str, ...]] = {
 }
 
 
-def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
-    """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`, whose columns are renamed
-    where the first row lets that be guessed (`columns_of`).
+def look_at(data: str) -> "FirstLook | None":
+    """The rows of --data, seen from here; None of a data set on the hub, which is not asked for, and of a file that is
+    not there, which is told with everything else that is wrong.
+
+    Raises:
+        RecipeError: they are no files that hold rows, or there is no row in them.
+    """
+    from qtune.data.first_look import first_look  # what reads rows takes a moment, for which a list need not wait
+
+    path = Path(data).expanduser()
+    if data.startswith("hub:") or not (path.exists() or any(mark in data for mark in "*?[")):
+        return None
+    try:
+        look = first_look(data, Path.cwd())
+    except DataError as error:
+        raise RecipeError([Problem("--data", str(problem)) for problem in error.problems]) from error
+    if not look.rows:
+        raise RecipeError(
+            Problem("--data", f"{data}: holds no row; a row is a line of JSONL, or one below CSV's names")
+        )
+    return look
+
+
+def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook | None") -> str:
+    """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`.
+
+    look: at the rows. Their columns are renamed where the first one lets that be guessed; passes, rows of a step and
+    the longest example follow from how many and how long they are. None: the schema's defaults.
 
     Raises:
         RecipeError: there is no such adapter, model or data, each named by the option that gave it.
@@ -66,57 +103,76 @@ def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
     _require_base(base)
     table = ADAPTERS[adapter]
     rate, _ = table.auto_learning_rate
+    quantization: type[Table] = Unquantized if is_export(base) else FourBit
     given: dict[KeyPath, Any] = {
         ("model", "base"): base,
         ("data", "train"): _path_from(data, file),
         ("adapter", "kind"): adapter,
         ("training", "learning_rate"): rate,
-        ("data", "columns"): columns_of(data),
+        **({("quantization", "kind"): "none"} if quantization is Unquantized else {}),
+        **({} if look is None else _by_rows(look, table)),
     }
     tables: dict[str, type[Table]] = {
         "model": Model,
-        "quantization": FourBit,
+        "quantization": quantization,
         "adapter": table,
         "data": Data,
         "training": Training,
         "memory": Memory,
         "output": Output,
     }
+    in_nf4 = "whose weights stay in NF4"
     lines = [
-        f"# {adapter} on {base}, whose weights stay in NF4.",
+        f"# {adapter} on {base}, {'an export, whose weights stay as they are' if is_export(base) else in_nf4}.",
         f"# Look for mistakes with `qtune check {file.name}`, train with `qtune run {file.name}`.",
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
-        keys = tuple(key for key in keys if key != "columns" or given["data", "columns"])
+        keys = tuple(key for key in keys if key != "columns" or given.get(("data", "columns")))
         lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
     return _checked("\n".join(lines) + "\n", file)
 
 
-def columns_of(data: str) -> dict[str, str]:
-    """The columns to rename, our names to the file's, by the first row of the first file; empty where nothing is to be
-    renamed, and where that cannot be read: `qtune check` says why."""
-    from qtune.data.files import data_files  # a second, for which no list of recipes has to wait
-    from qtune.data.formats import meant_columns
-    from qtune.data.rows import Row, read_rows
+def _by_rows(look: "FirstLook", adapter: type[AdapterTable]) -> dict[KeyPath, Any]:
+    """What follows from the rows; where none can be used, what follows from one."""
+    share = Data.model_fields["validation"].default
+    longest = max(LEAST_LENGTH, 2 ** math.ceil(math.log2(look.longest_bytes + AROUND_A_ROW)))
+    examples = max(1, look.examples(longest))
+    # The one row there is cannot be held out.
+    held_out = 0 if examples == 1 else max(1, round(share * examples))
+    epochs, batch_size = first_steps(adapter, examples - held_out)
+    return {
+        ("data", "columns"): look.columns,
+        ("data", "validation"): share if held_out else 0.0,
+        ("data", "max_length"): longest,
+        ("training", "epochs"): float(epochs),
+        ("training", "batch_size"): batch_size,
+    }
 
-    if data.startswith("hub:"):
-        return {}
-    try:
-        files = data_files(data, Path.cwd())
-    except InputError:
-        return {}
-    first = next((row for row in read_rows(files[0]) if isinstance(row, Row)), None)
-    return {} if first is None else meant_columns(first.value)
+
+def is_export(base: str) -> bool:
+    """Whether a base is a folder that qtune has exported: quantizing it again would round away what it has learned."""
+    return (Path(base).expanduser() / VERIFICATION).is_file()
 
 
-def said_of_columns(data: str, file: Path) -> str | None:
-    """What is said of columns that were guessed; None where none were."""
-    if not (names := columns_of(data)):
-        return None
-    taken = " and ".join(f"{theirs!r} is taken for {ours!r}" for ours, theirs in names.items())
-    return f"{data}: {taken}; if that is wrong, change data.columns in {file}"
+def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
+    """What is said of rows beside a recipe that was written: a sentence each on columns that were guessed, rows that
+    cannot be used, and rows that are few."""
+    said = []
+    if look.columns:
+        taken = " and ".join(f"{theirs!r} is taken for {ours!r}" for ours, theirs in look.columns.items())
+        said.append(f"{data}: {taken}; if that is wrong, change data.columns in {file}")
+    if look.first_bad is not None:
+        why = f"{look.first_bad.place}: {look.first_bad.message}"
+        count = f"{look.bad_count:,} of {'the first ' if not look.is_whole else ''}{look.rows:,} rows cannot"
+        count = count if look.usable else f"none of {look.rows:,} rows can" if look.rows > 1 else "its only row cannot"
+        rest = "" if look.bad_count == 1 else f"; {shlex.join(['qtune', 'check', str(file)])} names them all"
+        said.append(f"{data}: {count} be used: {why}{rest}")
+    if 0 < look.usable < FEW_ROWS and not look.document_bytes:
+        rows = "1 row is" if look.usable == 1 else f"{look.usable} rows are"
+        said.append(f"{data}: {rows} few: below some {FEW_ROWS} a model learns them by heart")
+    return said
 
 
 def few_steps_of(file: Path) -> str | None:
@@ -192,10 +248,13 @@ def _require_gguf(base: str, file: Path) -> None:
         raise RecipeError(Problem("--base", f"{base}: {message}"))
 
 
-def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str | None = None) -> str:
+def copied_recipe(
+    name: str, file: Path, *, base: str | None = None, data: str | None = None, look: "FirstLook | None" = None
+) -> str:
     """The text of a shipped recipe, whose data paths are right for `file`; with another model or other data.
 
-    Other data replace the rows of every split: those of the original have nothing to do with them.
+    look: at the rows of `data`, whose columns are renamed where the first one lets that be guessed. Other data replace
+    the rows of every split: those of the original have nothing to do with them.
 
     Raises:
         RecipeError: there is no such recipe, model or data.
@@ -216,7 +275,7 @@ def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str |
             number = places["data", key] - 1
             lines[number] = lines[number].replace(show_value(value), show_value(written), 1)
         else:
-            edits[places["data", key]] = _own_rows(data, file, original.recipe.data) if key == "train" else None
+            edits[places["data", key]] = _own_rows(data, file, original.recipe.data, look) if key == "train" else None
     if base is not None:
         edits[places["model", "base"]] = f"base = {show_value(base)}"
     # From the last line to the first, so that the numbers of the others stay right.
@@ -225,10 +284,10 @@ def copied_recipe(name: str, file: Path, *, base: str | None = None, data: str |
     return _checked("\n".join(lines) + "\n", file)
 
 
-def _own_rows(data: str, file: Path, original: Data) -> str:
+def _own_rows(data: str, file: Path, original: Data, look: "FirstLook | None") -> str:
     """The lines that take the place of the original's rows."""
     train = f"train = {show_value(_path_from(data, file))}"
-    names = {} if original.columns else columns_of(data)
+    names = {} if original.columns or look is None else look.columns
     return f"{train}\ncolumns = {show_value(names)}" if names else train
 
 

@@ -67,6 +67,8 @@ class Manifest:
     """Of a checkpoint or an adapter: what the run had told until then."""
     by: SavedBy | None = None
     """None in manifests of older versions, and of what is no run's."""
+    name: str | None = None
+    """Of a folder in the cache, whose name says what is in it; others may be called anything."""
 
 
 def seal(
@@ -77,14 +79,15 @@ def seal(
     left_out: Iterable[str] = (),
     records: RecordsThen | None = None,
     by: SavedBy | None = None,
+    name: str | None = None,
 ) -> None:
     """Writes the manifest of a folder that is complete, once everything in it has reached the disk.
 
     left_out: files that change later, and have a checksum of their own. records: what the run has told until now. by:
-    the run that it is of.
+    the run that it is of. name: what it will be called, where the name says what is in it.
     """
     names = [name for name in _names(folder) if name not in left_out]
-    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records, by)
+    manifest = Manifest({name: _as_saved(folder / name) for name in names}, step, tuple(skipped), records, by, name)
     for inside in {(folder / name).parent for name in names} | {folder}:
         sync_folder(inside)
     write_record(folder / NAME, manifest)
@@ -181,6 +184,8 @@ def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str 
         return f"its {NAME} is missing"
     if step is not None and manifest.step != step:
         return f"it was saved after step {manifest.step}, not {step}"
+    if manifest.name not in (None, folder.name):
+        return f"it was made as {manifest.name}, which is something else"
     for name, saved in manifest.files.items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts:

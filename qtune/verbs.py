@@ -4,13 +4,14 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from qtune import console
-from qtune.errors import InputError, Problem
+from qtune.errors import InputError, Interrupted, Problem
 from qtune.spelling import did_you_mean, nearest
 from qtune.startup.launched import is_to_meet
 
@@ -50,6 +51,20 @@ ELSEWHERE = {
     "help": "--help",
 }
 
+# What a verb that was stopped leaves; a run that has begun says it itself.
+KEPT = {
+    "init": "no recipe was written",
+    "run": "no step was taken",
+    "check": "a check keeps nothing",
+    "profile": "what was traced to its end is kept in the cache",
+    "fit": "no recipe was written",
+    "eval": "what an earlier evaluation has kept in the run's folder is as it was",
+    "compare": "what was measured of a run to its end is kept in its folder",
+    "export": "what stands under its name is whole, and its verify.json says whether it was compared",
+    "report": "an earlier page is as it was",
+}
+RUNS = Path("runs")
+"""The default of output.directory."""
 ALIKE = 0.7
 """Share of letters that a word has in common with what it is a slip of; so many are known that less says little."""
 
@@ -74,6 +89,14 @@ class Verbs(TyperGroup):
             code = 2
         sys.exit(code if isinstance(code, int) else 0)
 
+    def invoke(self, ctx: Any) -> Any:
+        """click's, but that who stops a verb is told what is left of it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            kept = KEPT.get(str(ctx.invoked_subcommand))
+            raise Interrupted(f"stopped; {kept}" if kept else "stopped") from error
+
     def _problem(self, error: Any, words: list[str]) -> Problem:
         """A usage error of the parser in our words: verb, option and value that were found, and what would be right."""
         verb = next((word for word in words if word in self.commands), None)
@@ -97,7 +120,8 @@ class Verbs(TyperGroup):
         if option is not None:
             return Problem(f"{name} {option}", f"its value is missing: {_about(_options(command).get(option))}")
         if (extra := re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)", error.message)) is not None:
-            return Problem(f"{name} {extra[1]}", f"one argument too many; {shlex.join([*name.split(), '--help'])}")
+            meant = shlex.join(["qtune", *_meant_words(verb, words, extra[1])])
+            return Problem(f"{name} {extra[1]}", f"one argument too many; did you mean: {meant}")
         return Problem(name, _plain(error.message))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -130,6 +154,46 @@ class Verbs(TyperGroup):
                 size = value or next(iter(words[at + 1 :]), "SIZE")
                 told += f"; what qtune {name} may spend is set with: --set memory.budget={size}"
             raise InputError(Problem(f"qtune {name} {option}", told))
+
+
+def _meant_words(verb: str | None, words: Sequence[str], extra: str) -> list[str]:
+    """The command line with the option that stands for each word too many; without those for which none does.
+
+    extra: those words, with spaces between them.
+    """
+    meant = list(words)
+    for word in [extra] if extra in words else [one for one in extra.split() if one in words]:
+        at = len(meant) - 1 - meant[::-1].index(word)
+        meant[at : at + 1] = [] if verb == "chat" else _option_for(verb, word, words)
+        if verb == "run" and "--resume" in words and (RUNS / word).is_dir():
+            first = next((one for one in meant[1:] if not one.startswith("-")), None)
+            meant = [str(RUNS / word) if one == first else one for one in meant]
+    return [*meant, "--prompt", extra] if verb == "chat" else meant
+
+
+def _option_for(verb: str | None, word: str, words: Sequence[str]) -> list[str]:
+    """The option and the word, by what the word looks like."""
+    is_number, is_size = word.isdigit(), re.fullmatch(r"[0-9.]+ ?[KMGT]i?B?", word, re.IGNORECASE)
+    match verb:
+        case "init" if word.endswith(".toml"):
+            option = "--output"
+        case "init":
+            option = "--data" if Path(word).exists() and "--data" not in words else "--base"
+        case "eval" | "check" | "compare" if is_number:
+            option = "--rows"
+        case "eval" if Path(word).is_file():
+            option = "--data"
+        case "fit" | "profile" if is_number or is_size:
+            option = "--vram"
+        case "profile" | "fit":
+            option = "--gpu"
+        case "export":
+            option = "--gguf" if word in ("f16", "bf16", "q8_0") else "--output"
+        case "run" if "=" in word:
+            option = "--set"
+        case _:
+            return []
+    return [] if option in words else [option, word]
 
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]

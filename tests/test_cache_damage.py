@@ -131,6 +131,40 @@ def test_damaged_rows_in_a_cache_of_another_user_are_not_used(
         examine(recipe)
 
 
+def test_rows_of_another_file_in_the_place_of_these_are_never_trained_on(
+    write_recipe: WriteRecipe, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole, with every checksum right, and under a name that says something else."""
+    written = write_recipe(data="packing = true")
+    os.environ["QTUNE_CACHE"] = str(cache)
+    recipe, other = load_recipe(written), load_recipe(written, ["data.max_length=60"])
+    folders = []
+    for one in (recipe, other):
+        before = set((cache / "examples").glob("*"))
+        prepared = examine(one).prepared
+        folders.append((prepared.train[:], set((cache / "examples").glob("*")) - before))
+    (whole, ours), (_, theirs) = folders
+    for kind in ("examples.arrow", "packed.arrow"):
+        (here,), (there,) = ([folder for folder in some if (folder / kind).is_file()] for some in (ours, theirs))
+        shutil.rmtree(here)
+        shutil.copytree(there, here)
+    assert examine(recipe).prepared.train[:] == whole
+    assert capsys.readouterr().err.count(" is not what was kept there; its rows are made again\n") >= 1
+
+
+def test_a_step_that_was_traced_for_another_batch_is_no_answer(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_with()
+    plan = make_plan(recipe, CARD)
+    files, found = [], []
+    for length in (64, 96):
+        before = set((cache / "memory").glob("*"))
+        found.append(predicted(tiny(1), recipe, plan, Longest(length)).need)
+        files += set((cache / "memory").glob("*")) - before
+    shutil.copy(files[1], files[0])
+    assert predicted(tiny(1), recipe, plan, Longest(64)).need == found[0]
+    assert f"{files[0]} is not what was kept there; it is traced again\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("room", ["memory", "work"])
 def test_what_was_traced_and_has_changed_is_said_and_traced_again(
@@ -227,6 +261,23 @@ def test_a_built_in_model_that_has_changed_is_said_and_made_again(
 def later(folder: Path) -> None:
     """Another process, which remembers nothing."""
     as_made._damage.cache_clear()
+
+
+def test_the_folder_of_another_gguf_file_in_the_place_of_this_is_made_again(
+    tmp_path: Path, cache: Path, conversions: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
+    for number, file in enumerate(files):
+        write_gguf(file)
+        file.write_bytes(file.read_bytes() + bytes(32 * number))
+    here, there = (gguf_folder(file) for file in files)
+    before = (here / "model.safetensors").read_bytes()
+    shutil.rmtree(here)
+    shutil.copytree(there, here)
+    later(here)
+    assert (gguf_folder(files[0]) / "model.safetensors").read_bytes() == before
+    said = f"{here} is not what was kept there: it was made as {there.name}, which is something else; it is made again"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", KEPT)

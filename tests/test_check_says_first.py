@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import EVERYTHING
 from test_run_drift import World, edit_json, kept, world  # noqa: F401  fixtures
 
 from qtune.errors import InputError
@@ -62,7 +63,14 @@ VALUES: tuple[tuple[str, str, object, str], ...] = (
     (CONFIG, "head_dim", 7, "cannot be: RoPE requires an even rotary dimension"),
     (CONFIG, "rms_norm_eps", -1.0, "rms_norm_eps = -1.0: must be a small number that is not below 0"),
     (CONFIG, "attention_dropout", 2.0, "attention_dropout = 2.0: must be a share, from 0 to 1"),
-    (CONFIG, "model_type", 3, "model_type = 3: unknown to transformers"),
+    (CONFIG, "sliding_window", 1e30, "sliding_window = 1e+30: no number of a model is that large"),
+    (CONFIG, "sliding_window", 0, "sliding_window = 0: must be a whole number above 0"),
+    (CONFIG, "output_attentions", True, "output_attentions = true: attention is computed by kernels"),
+    (CONFIG, "output_hidden_states", -1, "output_hidden_states = -1: must be true or false"),
+    (CONFIG, "return_dict", "", 'return_dict = "": must be true or false'),
+    (CONFIG, "return_dict", False, "return_dict = false: results are taken by their names"),
+    (CONFIG, "model_type", [], 'model_type = []: must be the name of an architecture, as "llama"'),
+    (CONFIG, "model_type", "nope", 'model_type = "nope": unknown to transformers'),
     (TOKENIZER, "model_max_length", "abc", "model_max_length = 'abc': is no number of tokens"),
 )
 
@@ -90,8 +98,16 @@ def require_same_words(world: World, words: str) -> None:  # noqa: F811
     assert words in said_by(lambda: train.resume(world.stopped, accepted=KINDS))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SIDE_FILES)
+# Each file and each way; all combinations are four times the work.
+COMBINED = [
+    (name, way)
+    for at, name in enumerate(SIDE_FILES)
+    for number, way in enumerate(WAYS)
+    if EVERYTHING or (at + number) % len(SIDE_FILES) == 0
+]
+
+
+@pytest.mark.parametrize(("name", "way"), COMBINED)
 def test_a_damaged_file_beside_the_weights_is_said_by_every_verb(name: str, way: str, world: World) -> None:  # noqa: F811
     change, words = WAYS[way]
     change(world.base / name)

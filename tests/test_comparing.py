@@ -1,6 +1,7 @@
 """Runs beside each other: seeds of one recipe are one line, intervals cover rows and seeds, all on the same rows."""
 
 import csv
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -124,6 +125,32 @@ def with_evaluation(run: Path, **changes) -> None:
     kept = json.loads((run / "eval.json").read_text())
     kept.pop("crc32", None)
     (run / "eval.json").write_text(json.dumps(kept | changes))
+
+
+def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
+    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of each run are those that it has alone."""
+    alone = [evaluate(RunDir(run), rows=5).to_json() for run in (copied, enough[1])]
+    for run in (copied, enough[1]):
+        (run / "eval.json").unlink()
+    (copied / "forgetting.json").unlink(missing_ok=True)
+    (enough[1] / "forgetting.json").unlink(missing_ok=True)
+    asked = []
+    for module in ("evaluate", "forgetting"):
+        original = importlib.import_module(f"qtune.tuned.{module}").row_losses
+
+        def counted(model, *rest, module=module, original=original):
+            asked.append((module, hasattr(model, "peft_config")))
+            return original(model, *rest)
+
+        monkeypatch.setattr(f"qtune.tuned.{module}.row_losses", counted)
+    found = compared_runs([copied, enough[1]], rows=5)
+    assert sorted(asked) == sorted(
+        [(module, tuned) for module in ("evaluate", "forgetting") for tuned in (False, True, True)]
+    )
+    assert [run.evaluation.base for run in found] == [found[0].evaluation.base] * 2
+    assert [run.evaluation.to_json() for run in found] == alone
 
 
 def test_an_evaluation_of_another_files_rows_is_not_taken_for_the_recipes_own(enough: list[Path], copied: Path) -> None:
@@ -250,6 +277,14 @@ def test_the_table_and_the_page_have_the_same_figures(enough: list[Path]) -> Non
         for cell in row:
             assert cell in page
     assert "default-src" in page
+
+
+def test_more_rows_than_were_held_out_are_said_to_be_all_of_them(enough: list[Path]) -> None:
+    said = CliRunner().invoke(app, ["eval", str(enough[0]), "--rows", "99", "--json"])
+    held_out = json.loads(said.stdout)["rows_held_out"]
+    assert held_out < 99
+    assert f"--rows 99: there are {held_out} " in said.stderr
+    assert "all of them were asked" not in CliRunner().invoke(app, ["eval", str(enough[0]), "--json"]).stderr
 
 
 def test_the_verb_prints_json_and_wants_two_runs(enough: list[Path], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_table_in_a_file_is_not_folded(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_a_file_is_a_line_as_it_begins_and_one_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("merging", 10) as bar:
         for _ in range(10):
             bar.advance()
@@ -97,14 +97,14 @@ def test_progress_in_a_file_is_a_line_for_each_quarter(capsys: pytest.CaptureFix
         bar.advance()
     assert capsys.readouterr() == (
         "",
-        "merging: 10 %\nmerging: 30 %\nmerging: 50 %\nmerging: 80 %\nmerging: 100 %\nloading …\n",
+        "merging …\nmerging: 30 %\nmerging: 50 %\nmerging: 80 %\nmerging: 100 %\nloading …\n",
     )
 
 
 def test_progress_in_a_file_ends_at_the_end_also_where_there_was_less_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("asking", 10) as bar:
         bar.advance(8)
-    assert capsys.readouterr().err == "asking: 80 %\nasking: 100 %\n"
+    assert capsys.readouterr().err == "asking …\nasking: 80 %\nasking: 100 %\n"
 
     def fail() -> None:
         with console.progress("asking", 10) as bar:
@@ -113,13 +113,14 @@ def test_progress_in_a_file_ends_at_the_end_also_where_there_was_less_to_do(caps
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert capsys.readouterr().err == "asking: 80 %\n"
+    assert capsys.readouterr().err == "asking …\nasking: 80 %\n"
 
 
 def test_work_of_which_nobody_knows_how_much_there_is_has_a_line_for_each_part(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with console.progress("tracing") as bar:
+        bar.tell("1 x 128 tokens")
         bar.tell("1 x 128 tokens")
         bar.tell("2 x 128 tokens")
     assert capsys.readouterr() == ("", "tracing …\ntracing: 1 x 128 tokens\ntracing: 2 x 128 tokens\n")
@@ -132,7 +133,9 @@ def test_on_a_terminal_the_part_that_is_worked_on_stands_beside_the_bar(
         bar.tell("1 x 128 tokens")
         bar.tell("2 x 128 tokens")
     assert capsys.readouterr() == ("", "")
-    assert "tracing: 2 x 128 tokens" in terminal.export_text()
+    shown = terminal.export_text()
+    assert "tracing: 2 x 128 tokens" in shown
+    assert "?" not in shown  # no bar of which nobody knows how long it is
 
 
 def test_progress_on_a_terminal_is_a_bar_that_goes_away(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,11 +218,11 @@ def test_a_note_stands_above_the_display(terminal: Console, hands: list[float]) 
     assert "[stopping]" in terminal.export_text()
 
 
-def test_what_is_waited_for_is_said_on_a_terminal_and_in_no_file(
+def test_what_is_waited_for_is_said_as_it_begins_in_a_file_as_well(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with console.waiting("loading [the libraries]"):
-        pass
+        assert capsys.readouterr() == ("", "loading [the libraries] …\n")
     assert capsys.readouterr() == ("", "")
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(console, "live_console", lambda: screen)

@@ -170,9 +170,19 @@ def test_half_of_a_shape_is_said_to_lack_the_other(there, missing):
     assert said.endswith(f"{there!r} is there and {missing!r} is missing")
 
 
+def test_columns_that_are_near_no_shape_are_told_the_shapes_and_numbers_that_they_teach_nothing():
+    assert unknown_columns({"a": "x", "b": [1]}) == (
+        "columns a, b fit no known shape; a row has question and answer, prompt and completion, instruction and "
+        "output, messages, conversations, or text alone: rename them with columns"
+    )
+    assert unknown_columns({"height": 7, "label": 3}) == (
+        "columns height, label fit no known shape; none of them holds text to learn from"
+    )
+
+
 def test_rows_inside_of_one_object_are_pointed_at():
     said = unknown_columns({"version": "1.0", "data": [{"prompt": "a", "completion": "b"}]})
-    assert said.endswith("Its 'data' holds rows: write that list alone into the file")
+    assert said.endswith("its 'data' holds rows: write that list alone into the file")
 
 
 @pytest.mark.parametrize(

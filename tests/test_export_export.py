@@ -26,6 +26,17 @@ def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureF
     run = tiny_run(tmp_path)
     folder = export_run(run, Options(), show)
     assert folder == run.path / "model"
+    written = capsys.readouterr()
+    begun = [line.removesuffix(" …") for line in written.err.splitlines() if line.endswith("…")]
+    begun = [what for what in begun if not what.startswith("tokenizing")]
+    assert begun[-6].startswith("merging")
+    assert begun[-5:] == [
+        "hashing what was written",
+        f"loading {folder}",
+        f"loading {tmp_path / 'base'}",
+        "comparing with the trained model, 12 rows",
+        "asking both models 3 questions",
+    ]
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
         "chat_template.jinja",
@@ -43,7 +54,7 @@ def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert (proof["rows"], proof["rows_from"]) == (12, "validation rows")
     assert proof["exported"]["kl"] < 1e-5 < proof["bare_base"]["kl"]
     assert len(proof["answers"]) == 3
-    assert "KL divergence, nats per token" in capsys.readouterr().out
+    assert "KL divergence, nats per token" in written.out
     assert "**Verified.**" in (folder / "README.md").read_text()
 
 

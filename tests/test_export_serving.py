@@ -52,6 +52,40 @@ def test_an_export_with_gguf_ends_with_commands_whose_files_are_there(
     assert "llama-server -m BASE.gguf --lora model/adapter.gguf" in card
 
 
+USES = {
+    "merged": (Options(verify=False), ["here", "transformers", "vLLM", "llama.cpp, Ollama"]),
+    "with a GGUF file": (
+        Options(verify=False, gguf="q8_0"),
+        ["here", "transformers", "vLLM", "llama.cpp", "llama.cpp", "Ollama"],
+    ),
+    "adapter alone": (Options(adapter_only=True), ["transformers, peft", "vLLM", "llama.cpp, Ollama"]),
+}
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_an_export_ends_with_every_program_that_loads_what_was_exported(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, (options, programs) = tiny_run(tmp_path), USES[kind]
+    folder = export_run(run, options)
+    said = capsys.readouterr().err.partition("use it with one of:\n")[2].splitlines()
+    assert [line.strip().partition(": ")[0].rstrip(":") for line in said] == programs
+    assert "```python" in (folder / "README.md").read_text()
+    if kind == "merged":
+        (line,) = (line for line in said if "transformers:" in line)
+        program, switch, code = shlex.split(line.partition("transformers:")[2])
+        assert (program, switch) == ("python", "-c")
+        capsys.readouterr()
+        exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+        assert capsys.readouterr().out
+    if kind == "adapter alone":
+        assert f"the lines in {folder / 'README.md'}, from inside" in "\n".join(said)
+    if programs[-1] == "llama.cpp, Ollama":
+        command = said[-1].rpartition("written by: ")[2]
+        again = " --force" if kind == "merged" else ""
+        assert command == f"qtune export {run.path} --gguf q8_0{again}"
+
+
 def test_a_plain_export_is_served_by_vllm_alone_and_a_soft_prompt_has_no_adapter_to_load(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3')
     plain = export_run(run, Options(verify=False))

@@ -1,6 +1,7 @@
 """`qtune init`: recipes that run as they are written, in the schema's own words, and a schema for editors."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,20 @@ import pytest
 import tomlkit
 from jsonschema import Draft202012Validator
 
+from qtune import init as stage
+from qtune.data.first_look import ENOUGH, FirstLook
+from qtune.data.prepare import survey
 from qtune.errors import RecipeError
-from qtune.init import ADAPTERS, copied_recipe, few_steps_of, new_recipe, recipe_schema, shipped_summaries, write_recipe
+from qtune.init import ADAPTERS, copied_recipe, look_at, recipe_schema, said_of_rows, shipped_summaries, write_recipe
+from qtune.model.load import load_tokenizer
+from qtune.preflight import examine
 from qtune.recipe.faults import Faulty
 from qtune.recipe.file import load_recipe
 from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import Lora, Recipe
+from qtune.recipe.rates import doubtful_rate
+from qtune.recipe.schema import Lora, Model, Recipe
 from qtune.recipe.shipped import shipped_recipes
+from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
 MODEL = "meta-llama/Llama-3.2-3B-Instruct"
@@ -30,6 +38,16 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(ROW)
     return tmp_path
+
+
+def new_recipe(base: str, data: str, adapter: str, file: Path) -> str:
+    """As the command writes it: the rows are looked at first."""
+    return stage.new_recipe(base, data, adapter, file, look_at(data))
+
+
+def load_text(text: str) -> Recipe:
+    """The recipe in a text, without the files that it names."""
+    return parse_recipe(tomllib.loads(text))
 
 
 def init(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -233,7 +251,7 @@ def test_the_schema_explains_every_key_and_knows_no_null():
 
 def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     rows, file = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
-    rows.write_text(600 * ROW)
+    rows.write_text(rows_of(600))
     done = init("--base", MODEL, "--data", str(rows), "--output", str(file))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}\n", "")
     assert load_recipe(file).recipe.data.train == "rows.jsonl"
@@ -242,17 +260,157 @@ def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     assert again.stderr.startswith(f"error: {file}: is there already;")
 
 
-def test_rows_that_make_a_run_of_few_steps_are_said_when_its_recipe_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table = 'question,answer\n"a, and\nb",c\n' + "d,e\n" * 148  # a row of two lines
-    for name, text in {"few.jsonl": 149 * ROW, "few.csv": table, "many.jsonl": 600 * ROW}.items():
-        Path(name).write_text(text)
-        Path("recipe.toml").write_text(new_recipe(MODEL, name, "lora", Path("recipe.toml")))
-        said = few_steps_of(Path("recipe.toml"))
-        # 5 % of 149 rows are kept for validation.
-        assert (said is None) == name.startswith("many")
-        assert said is None or said.startswith("training: 9 steps are few (142 rows, 16 in a step); ")
-    assert "142 rows" in init("--base", MODEL, "--data", "few.jsonl", "-o", "other.toml").stderr
+def rows_of(count: int) -> str:
+    rows = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(count)]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "batch_size"),
+    [(8, 15, 4), (50, 5, 4), (150, 3, 4), (400, 3, 8), (600, 3, 16), (5_000, 2, 16), (15_000, 1, 16)],
+)
+def test_passes_and_rows_of_a_step_are_those_that_the_readme_advises(here, count, epochs, batch_size):
+    Path("rows.jsonl").write_text(rows_of(count))
+    training = load_text(new_recipe(MODEL, "rows.jsonl", "lora", Path("recipe.toml"))).training
+    assert (training.epochs, training.batch_size) == (epochs, batch_size)
+
+
+@pytest.mark.parametrize("words", [1, 40, 400, 4000])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_no_recipe_that_is_written_is_warned_of_for_what_init_has_chosen(here, adapter, words):
+    counts = {
+        1,
+        2,
+        8,
+        19,
+        20,
+        49,
+        50,
+        142,
+        499,
+        500,
+        501,
+        2_000,
+        10_000,
+        10_527,
+        *random.Random(words).sample(range(8, 20_000), 12),
+    }
+    tokens = len(f"{'sesquipedalian 1234 ' * words}".encode())
+    for count in counts:
+        look = FirstLook({}, min(count, ENOUGH), 0, None, tokens)
+        recipe = load_text(stage.new_recipe(MODEL, "rows.jsonl", adapter, Path("recipe.toml"), look))
+        held_out = round(recipe.data.validation * count) or (1 if recipe.data.validation else 0)
+        trained = count - held_out
+        assert trained >= 1
+        assert few_steps(recipe.training, trained) is None
+        assert few_steps_of_a_prompt(recipe.adapter, recipe.training, trained) is None
+        assert doubtful_rate(recipe.adapter, recipe.training.learning_rate) is None
+        # A token is one byte at least.
+        assert recipe.data.max_length >= tokens + 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_check_has_nothing_to_say_of_a_recipe_as_it_was_written(here, tiny_model, adapter):
+    for count in (8, 60):
+        Path("rows.jsonl").write_text(rows_of(count))
+        file = here / f"{adapter}-{count}.toml"
+        file.write_text(new_recipe(str(tiny_model), "rows.jsonl", adapter, file))
+        examined = examine(load_recipe(file, ["quantization.minimum_share=0.0"]))
+        assert examined.warnings == []
+        assert {finding.kind for finding in examined.inspection.findings} <= {"few-rows"}
+
+
+def test_documents_are_counted_by_the_pieces_that_they_are_cut_into(here):
+    Path("book.txt").write_text("So it goes on and on. " * 60_000)  # one document
+    recipe = load_text(new_recipe(MODEL, "book.txt", "lora", Path("recipe.toml")))
+    assert (recipe.data.max_length, recipe.training.epochs, recipe.training.batch_size) == (2048, 4, 4)
+
+
+def test_an_export_is_not_quantized_once_more(here, tiny_model):
+    folder = here / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "verify.json").write_text("{}")
+    file = here / "recipe.toml"
+    text = new_recipe(str(folder), "rows.jsonl", "lora", file)
+    assert load_text(text).quantization.kind == "none"
+    assert "NF4" not in text.split("\n")[0]
+    file.write_text(text)
+    assert not [said for said in examine(load_recipe(file)).warnings if "export" in said or "steps" in said]
+
+
+HOLDS_NONE = "holds no row; a row is a line of JSONL, or one below CSV's names"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", ""), ("a.jsonl", "\n \n\n"), ("a.csv", "question,answer\n"), ("a.json", "[]"), ("a.txt", "")],
+)
+def test_a_file_without_rows_is_refused_and_no_recipe_is_written(here, name, text):
+    Path(name).write_text(text)
+    done = init("--base", MODEL, "--data", name)
+    assert (done.returncode, done.stderr) == (2, f"error: --data: {name}: {HOLDS_NONE}\n")
+    assert not Path("recipe.toml").exists()
+
+
+def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
+    (here / "empty").mkdir()
+    (here / "mixed").mkdir()
+    for name in ("a.jsonl", "b.csv"):
+        (here / "mixed" / name).write_text(ROW)
+    with pytest.raises(RecipeError, match=r"^--data: empty: a folder without data files; known kinds: "):
+        look_at("empty")
+    with pytest.raises(RecipeError, match=r"^--data: mixed: holds files of several kinds \(\.csv, \.jsonl\)"):
+        look_at("mixed")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (rows_of(60), []),
+        (rows_of(1), ["rows.jsonl: 1 row is few: below some 50 a model learns them by heart"]),
+        (rows_of(9), ["rows.jsonl: 9 rows are few: below some 50 a model learns them by heart"]),
+        (
+            '{"question": "x"}\n',
+            [
+                "rows.jsonl: its only row cannot be used: rows.jsonl:1: columns question fit no known shape; "
+                "'question' is there and 'answer' is missing"
+            ],
+        ),
+        (
+            rows_of(60) + '{"question": "x"}\nnot JSON\n',
+            [
+                "rows.jsonl: 2 of 62 rows cannot be used: rows.jsonl:61: no 'answer' in a question-answer row; found "
+                "question; qtune check recipe.toml names them all"
+            ],
+        ),
+        (
+            3 * '{"question": 7, "answer": "x"}\n',
+            [
+                "rows.jsonl: none of 3 rows can be used: rows.jsonl:1: question = 7: not a text; "
+                "qtune check recipe.toml names them all"
+            ],
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_and_rows_that_are_few_are_a_sentence_each(here, text, said):
+    Path("rows.jsonl").write_text(text)
+    assert said_of_rows(look_at("rows.jsonl"), "rows.jsonl", Path("recipe.toml")) == said
+
+
+def test_what_is_said_of_rows_is_what_preparing_them_finds(here, tiny_model):
+    Path("rows.jsonl").write_text(rows_of(20) + '{"question": "x"}\n' + "not JSON\n" + '{"messages": []}\n' + ROW)
+    look = look_at("rows.jsonl")
+    data = load_text(stage.new_recipe(str(tiny_model), "rows.jsonl", "lora", Path("recipe.toml"), look)).data
+    stored = survey(data, load_tokenizer(Model(base=str(tiny_model))), here).sources[0].stored
+    assert (look.rows, look.bad_count, look.first_bad.place) == (stored.rows, stored.bad_count, stored.bad[0].place)
+    assert look.first_bad.message == stored.bad[0].message
+
+
+def test_a_copy_whose_steps_would_be_few_says_so(here):
+    Path("rows.jsonl").write_text(rows_of(150))
+    done = init("--from", "llama_lora", "--data", "rows.jsonl")
+    assert "steps are few (142 rows, " in done.stderr
 
 
 OWN_COLUMNS = {

@@ -1,5 +1,6 @@
 """The operations `torch.ops.qtune.*` against what transformers, bitsandbytes and PyTorch compute."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -96,6 +97,33 @@ def test_a_tiles_likelihoods_and_gradient_are_those_of_pytorch(dtype, scale, cap
     assert_near(slope, exact.grad.to(dtype), DTYPES[dtype])
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.5, 0.0), (1.3, 7.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_likelihoods_and_gradients_block_by_block_are_those_of_pytorch_over_the_whole_vocabulary(dtype, scale, cap):
+    logits = (3 * torch.randn(40, 3000)).to(dtype)
+    labels = torch.randint(0, 3000, (40,))
+    labels[0] = logits[0].argmax()
+    exact = logits.double().requires_grad_()
+    scaled = exact * scale
+    ruled = cap * (scaled / cap).tanh() if cap else scaled
+    expected = functional.cross_entropy(ruled, labels, reduction="none")
+    expected.sum().backward()
+    maximum, total, target = torch.full((40,), -torch.inf), torch.zeros(40), torch.zeros(40)
+    likeliest = torch.zeros(40, dtype=torch.long)
+    edges = [0, 1300, 1301, 3000]
+    for start, stop in itertools.pairwise(edges):
+        block = logits[:, start:stop].clone()
+        torch.ops.qtune.cross_entropy_block(block, labels, start, scale, cap, maximum, total, target, likeliest)
+    normalizer = maximum + total.log()
+    assert torch.allclose((normalizer - target).double(), expected, rtol=1e-4)
+    assert torch.equal(likeliest, logits.argmax(dim=1))
+    slopes = []
+    for start, stop in itertools.pairwise(edges):
+        slopes.append(logits[:, start:stop].clone())
+        torch.ops.qtune.cross_entropy_block_gradient(slopes[-1], labels, start, scale, cap, normalizer)
+    assert_near(torch.cat(slopes, dim=1), exact.grad.to(dtype), DTYPES[dtype])
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,6 +217,11 @@ def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
         "gated": ([x, x, "silu", x.clone()], 0),
         "gated_backward": ([x.clone(), x, x, "silu", x.clone(), x.clone()], 0),
         "cross_entropy": ([wide, labels, 1.0, 2.0, True, torch.empty(64), torch.empty(64, dtype=torch.bool)], 0),
+        "cross_entropy_block": (
+            [wide, labels, 5, 1.0, 2.0, *(torch.ones(64) for _ in range(3)), torch.zeros(64, dtype=torch.long)],
+            0,
+        ),
+        "cross_entropy_block_gradient": ([wide, labels, 5, 1.0, 2.0, torch.ones(64)], 0),
         "dequantize_nested": (list(plain.nested_arguments(packed, packed.quant_state)), weight.nbytes),
     }[name]
 

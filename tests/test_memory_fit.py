@@ -184,7 +184,7 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
     row -= 30 if plan.activations == "host" else 0
     moments = 20 if plan.optimizer.endswith("8bit") else 80
     tile = 50 if plan.embeddings == "host" and plan.loss_tile_bytes == 64 * MIB else 0
-    embeddings = 0 if plan.embeddings == "host" else 300
+    embeddings = {"host": 0, "int8": 160}.get(plan.embeddings, 300)
     traced = int((1000 + embeddings + plan.micro_batch_size * row + moments + tile) * MIB)
     return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[])
 

@@ -114,7 +114,7 @@ def needed(peak_bytes: int) -> str:
 # --- what is said, phase by phase ----------------------------------------------------------------------------------
 
 RESUME = "qtune run --resume {run}"
-NEW = "qtune run {run}/resolved.toml --set output.name=tiny"
+NEW = "qtune run {run}/resolved.toml"
 CHECKPOINTING = "the forward is computed twice: a third more time, same result"
 EIGHT_BITS = "8-bit moments: results as with 32 bits (arXiv:2110.02861)"
 IS_NEW = "(a new run: it decides what is learned)"

@@ -1,11 +1,13 @@
 """A quantized copy of the base for the next start: the same model bit for bit, or none."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from export_models import tiny_base
+from safetensors.torch import load_file, save_file
 from test_model_load import CPU
 
 from qtune.model import contents, load, quantized_copy
@@ -197,3 +199,19 @@ def test_what_a_copy_was_made_of_is_what_its_model_is_compared_with(
     assert load.checksums_loaded(model, quantization, plan) == now
     loaded(base)
     assert load.checksums_loaded(model, quantization, plan) == now
+
+
+def test_the_copy_of_another_base_in_the_place_of_this_is_not_loaded(base: Path, tmp_path: Path) -> None:
+    """Of the same shapes: everything in it is whole, and it would load."""
+    before = loaded(base).state_dict()
+    (here,) = copies()
+    other = tiny_base(tmp_path / "other")
+    file = other / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded(other)
+    (there,) = set(copies()) - {here}
+    shutil.rmtree(here)
+    shutil.copytree(there, here)
+    after = loaded(base).state_dict()
+    for name, value in before.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, after[name]), name

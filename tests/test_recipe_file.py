@@ -353,7 +353,7 @@ def test_a_name_that_is_near_a_shipped_recipe_and_folders_are_answered(tmp_path:
         find_recipe(str(run))
     assert str(caught.value) == (
         f"{run}: is a run's folder, not a recipe: qtune run --resume {run} goes on with it, "
-        f"qtune run {run}/recipe.toml begins anew"
+        f"qtune run {run}/resolved.toml begins anew"
     )
     (tmp_path / "a.toml").touch()
     with pytest.raises(RecipeError, match=rf"is a folder, not a recipe; it holds {tmp_path}/a.toml$"):

@@ -355,13 +355,13 @@ def test_the_way_out_makes_the_adapter_again(name: str, world: World) -> None:  
     change(world.finished.adapter / file)
     stopped = train.resume(world.stopped)
     assert_same_adapter(train.resume(world.finished), stopped)
-    evaluate(world.finished)
+    evaluate(world.finished, max_new_tokens=2)
 
 
 def test_an_adapter_without_a_manifest_is_checked_as_far_as_it_goes(world: World, capsys) -> None:  # noqa: F811
     run = world.finished
     (run.adapter / manifest.NAME).unlink()
-    evaluate(run)
+    evaluate(run, max_new_tokens=2)
     assert "is of an older version and has no manifest.json" in capsys.readouterr().err
     halve(run.adapter / "adapter_model.safetensors")
     assert "adapter_model.safetensors cannot be read" in said(lambda: evaluate(run))

@@ -277,7 +277,7 @@ def test_what_only_shows_says_it_too_and_goes_on(name: str, world: World) -> Non
 @pytest.mark.slow
 def test_nothing_is_said_of_a_run_that_is_what_it_was(world: World) -> None:
     assert said_of(world.finished) == []
-    assert evaluate(world.finished).rows == 6
+    assert evaluate(world.finished, max_new_tokens=2).rows == 6
     assert train.resume(world.stopped).is_finished
 
 
@@ -303,7 +303,7 @@ def test_a_drift_that_is_accepted_is_said_kept_and_asked_no_second_time(world: W
     assert part.contents is not None
     assert part.contents.weights != begun.contents.weights  # type: ignore[union-attr]
     # The adapter belongs to the negated weights now: on those of the beginning it is not what was trained.
-    evaluate(run)
+    evaluate(run, max_new_tokens=2)
     negate_weights(world)
     assert "weights: " in said(lambda: evaluate(run))
 
@@ -388,7 +388,7 @@ def test_an_older_lock_is_read_and_what_it_cannot_say_is_said(world: World, caps
     for run in (world.finished, world.stopped):
         old_lock(run)
     negate_weights(world)
-    evaluate(world.finished)
+    evaluate(world.finished, max_new_tokens=2)
     words = "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
     assert words in capsys.readouterr().err
     resumed = train.resume(world.stopped)
@@ -410,7 +410,7 @@ def test_an_older_lock_knows_sizes_and_configuration(world: World) -> None:
 
 def test_a_run_without_a_lock_goes_on_and_says_so(world: World, capsys) -> None:
     world.finished.lock_file.unlink()
-    evaluate(world.finished)
+    evaluate(world.finished, max_new_tokens=2)
     assert "has no lock.json: whether its base is the one it was trained on cannot be told" in capsys.readouterr().err
 
 

@@ -130,8 +130,9 @@ def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
     said = refusal()
     assert said.startswith("tiny.toml: has no unfinished run; its latest, runs/tiny-2, has ended; ")
     command = said.rpartition("with: ")[2]
-    assert (
-        command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2 --set output.name=tiny-2"
+    assert command == (
+        "qtune run runs/tiny-2/resolved.toml --set training.micro_batch_size=auto "
+        "--set training.gradient_checkpointing=auto --set adapter.start_from=runs/tiny-2"
     )
 
 
@@ -242,3 +243,19 @@ def test_what_may_never_end_among_the_files_of_a_base_is_named_and_not_read(name
     with pytest.raises(ModelError) as caught:
         base_folder(Model(base=str(tmp_path)))
     assert str(caught.value) == f"{tmp_path / name}: is a pipe or a device, which may never end, and no file; remove it"
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["eval"], ["export"], ["report"], ["profile"], ["run", "--resume"]])
+def test_every_verb_names_the_runs_that_there_are_where_one_is_misspelt(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "resolved.toml").touch()
+    said = {
+        "runs/third": "runs/third: no such folder; runs there: runs/first, runs/second",
+        "first": "first: no such folder; did you mean runs/first?",
+    }
+    for target, expected in said.items():
+        assert str(CliRunner().invoke(app, [*verb, target]).exception) == expected

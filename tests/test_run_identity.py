@@ -10,6 +10,7 @@ import pytest
 from test_run_drift import World, kept, world  # noqa: F401  fixtures
 
 from qtune import manifest
+from qtune.comparing.runs import compared_runs
 from qtune.errors import RunError
 from qtune.export.verification import Closeness, Limits, Proof, Verification, proof_today, seal_export
 from qtune.export.verification import write_verification as write_proof
@@ -30,6 +31,8 @@ from qtune.run.shown_rows import ShownRows, keep_rows, kept_rows
 from qtune.training import train
 from qtune.training.best import kept_states
 from qtune.training.checkpoints import newest_whole
+from qtune.training.proof import prove
+from qtune.tuned.evaluate import evaluate
 from qtune.tuned.evaluation import read_evaluation
 from qtune.tuned.forgetting import Forgetting
 from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
@@ -141,12 +144,38 @@ def test_a_record_that_does_not_say_of_which_run_it_is_is_refused_where_all_do(t
     )
 
 
-def test_a_lock_of_a_twin_is_said(twins: tuple[RunDir, RunDir]) -> None:
+def test_a_lock_of_a_twin_is_said_and_nothing_else_is_blamed(twins: tuple[RunDir, RunDir]) -> None:
     one, other = twins
+    said = f"{one.lock_file}: {told(one, other)}: put the run's own back"
     shutil.copy(other.lock_file, one.lock_file)
-    for read in READERS.values():
+    verbs: list[Callable[[RunDir], object]] = [history_of, whole_adapter, train.resume, prove]
+    for verb in verbs:
+        with pytest.raises(RunError) as caught:
+            verb(one)
+        assert str(caught.value) == said
+    for read in (read_memory, kept_rows):
         with pytest.raises(RunError, match="is of another run"):
             read(one)
+
+
+def test_a_lock_from_before_a_resumption_is_said(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    before = one.lock_file.read_bytes()
+    go_on(one, 2)
+    append_metric(one.metrics_file, step(3))
+    saved = save_checkpoint(one, 3)
+    shutil.rmtree(one.adapter)
+    history_of(one)
+    one.lock_file.write_bytes(before)
+    said = (
+        f"{one.lock_file}: is an earlier one of this run: it knows of 0 resumptions, and {saved} was saved after 1; "
+        f"put the later one back; if it is right as it is, remove {RUN_ID} and {CHECKSUM} from it"
+    )
+    verbs: list[Callable[[RunDir], object]] = [history_of, whole_adapter, train.resume, prove]
+    for verb in verbs:
+        with pytest.raises(RunError) as caught:
+            verb(one)
+        assert str(caught.value) == said
 
 
 @pytest.mark.parametrize("with_records", [True, False])
@@ -163,6 +192,19 @@ def test_a_checkpoint_and_an_adapter_of_a_twin_are_said_with_and_without_records
         whole_adapter(one)
     with pytest.raises(RunError, match="checkpoint-2: it is of another run"):
         newest_whole(one.checkpoints)
+
+
+def test_records_of_a_twin_or_without_their_beginning_are_not_blamed_on_the_adapter(
+    twins: tuple[RunDir, RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = twins
+    own = one.metrics_file.read_text()
+    shutil.copy(other.metrics_file, one.metrics_file)
+    assert whole_adapter(one) == one.adapter
+    assert capsys.readouterr().err.startswith(f"{one.metrics_file}: {told(one, other)}: put ")
+    one.metrics_file.write_text(own.partition("\n")[2])
+    assert whole_adapter(one) == one.adapter
+    assert capsys.readouterr().err.startswith(f"{one.metrics_file}:1: does not follow what stands before it")
 
 
 def test_a_kept_state_of_a_twin_is_no_result(twins: tuple[RunDir, RunDir]) -> None:
@@ -206,6 +248,33 @@ def test_a_run_of_an_older_version_is_read_as_it_was(twins: tuple[RunDir, RunDir
     values = {name: value for name, value in json.loads(one.memory_file.read_text()).items() if name != RUN_ID}
     one.memory_file.write_text(json.dumps(sealed(values)))
     require_good(one)
+
+
+def test_nothing_is_written_without_its_run_where_the_lock_cannot_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    write_lock(run, Lock(run_id=new_run_id()))
+    read = Path.read_text
+
+    def refused(file: Path, *given: object, **named: object) -> str:
+        if file == run.lock_file:
+            raise OSError(5, "Input/output error", str(file))
+        return read(file, *given, **named)  # type: ignore[arg-type]
+
+    writers: list[Callable[[], object]] = [
+        lambda: append_metric(run.metrics_file, step(1)),
+        lambda: write_memory(run, RunMemory()),
+        lambda: saved_by(run.path),
+    ]
+    for write in writers:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", refused)
+            with pytest.raises(OSError, match="Input/output error"):
+                write()
+        write()
+    assert history_of(run) == (step(1),)
+    assert read_memory(run) == RunMemory()
 
 
 def test_a_run_that_has_lost_its_lock_gets_its_identity_back(twins: tuple[RunDir, RunDir], tmp_path: Path) -> None:
@@ -392,6 +461,24 @@ def test_a_report_with_a_record_of_another_run_is_refused_in_a_sentence(world: W
         file.write_bytes(own)
     shutil.copy(world.finished.rows_file, world.stopped.rows_file)
     assert "They cannot be shown" in write_report(world.stopped).read_text()
+
+
+def test_a_report_of_a_run_without_its_lock_says_so(world: World) -> None:  # noqa: F811
+    world.finished.lock_file.unlink()
+    said = "has no lock.json: what it was trained on cannot be compared"
+    assert said_of(world.finished) == [said]
+    world.stopped.lock_file.unlink()
+    world.stopped.metrics_file.unlink()
+    assert said_of(world.stopped) == [said]
+    assert f"This run {said}" in write_report(world.finished).read_text()
+
+
+def test_a_comparison_with_the_recipe_of_another_run_is_refused(world: World) -> None:  # noqa: F811
+    text = world.finished.resolved_file.read_text()
+    world.finished.resolved_file.write_text(text.replace("seed = 42", "seed = 7"))
+    evaluate(world.finished, rows=2, max_new_tokens=2, accepted=("recipe",))
+    with pytest.raises(RunError, match=r"recipe: resolved.toml says otherwise: training.seed 42 -> 7"):
+        compared_runs([world.finished.path])
 
 
 def test_a_resumed_run_is_who_it_was_and_its_files_stay_its_own(world: World) -> None:  # noqa: F811

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qtune.data.sources import find_sources
 from qtune.device.present import Device
 from qtune.plan import make_plan
 from qtune.recipe.file import Resolved, check_recipe, leaves
-from qtune.run.resolved import resolved_text, settled_values
+from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
+from qtune.run.folder import RunDir
+from qtune.run.resolved import as_written, read_resolved, resolved_recipe, resolved_text, settled_values
 
 CARD = Device("cuda", "RTX 2080", 8 * 2**30, 7 * 2**30, bf16=False, capability=(7, 5))
 OTHER_CARD = Device("cuda", "RTX 4090", 24 * 2**30, 23 * 2**30, bf16=True, capability=(8, 9))
@@ -113,3 +117,49 @@ def test_any_text_survives(folder: Path, text: str) -> None:
     )
     written = resolved_text(changed, make_plan(changed.recipe, CARD))
     assert tomllib.loads(written)["data"]["system_prompt"] == text
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '"rows.jsonl"',
+        '"./rows.jsonl"',
+        '"../rows.jsonl"',
+        '[{ path = "inner/rows.jsonl", weight = 2.0 }, "rows.jsonl"]',
+    ],
+)
+def test_rows_are_called_as_in_the_recipe_that_the_run_began_with(tmp_path: Path, written: str) -> None:
+    folder = tmp_path / "recipes"
+    for name in ("rows.jsonl", "../rows.jsonl", "inner/rows.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    text = f'[model]\nbase = "org/base"\n[data]\ntrain = {written}\n'
+    resolved = check_recipe(text, folder / "mine.toml")
+    run_dir = RunDir.create(tmp_path / "runs", "mine", text)
+    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CARD)))
+    recipe, there = as_written(run_dir, resolved_recipe(run_dir))
+
+    def found(recipe: Recipe, folder: Path) -> list[tuple[str, str]]:
+        sources = find_sources(recipe.data.train, recipe.data, folder)
+        return [(source.files[0].name, source.fingerprint) for source in sources]
+
+    assert found(recipe, there) == found(resolved.recipe, folder)
+    again = read_resolved(run_dir)
+    assert found(again.recipe, again.folder) == found(resolved.recipe, folder)
+    # What is written of it for a part that goes on is as it was.
+    assert (
+        resolved_recipe(run_dir).data.train
+        == parse_recipe(tomllib.loads(resolved_text(again, make_plan(again.recipe, CARD)))).data.train
+    )
+
+
+def test_rows_that_were_named_by_their_whole_path_or_by_set_keep_it(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    text = f'[model]\nbase = "org/base"\n[data]\ntrain = "{tmp_path}/rows.jsonl"\n'
+    resolved = check_recipe(text, tmp_path / "mine.toml")
+    run_dir = RunDir.create(tmp_path / "runs", "mine", text)
+    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CARD)))
+    recipe = resolved_recipe(run_dir)
+    assert as_written(run_dir, recipe) == (recipe, run_dir.path)
+    run_dir.recipe_file.write_text(text.replace(f"{tmp_path}/rows", "others"))
+    assert as_written(run_dir, recipe) == (recipe, run_dir.path)

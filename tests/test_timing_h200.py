@@ -14,7 +14,7 @@ from bench_card import VARIANTS
 from memory_table import MODELS, config_of
 
 from qtune.device.cards import card_named
-from qtune.device.rates import data_sheet_rates
+from qtune.device.rates import Rates, data_sheet_rates
 from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing.trace import Traced
 from qtune.memory.trl_step import trace_trl
@@ -55,11 +55,26 @@ def traced(name: str) -> Traced:
     return predict(config, recipe, plan, longest, plays_allocator=False)
 
 
-@pytest.mark.parametrize("name", [name for name, one in STEPS.items() if one["rows"] == 4])
-def test_a_step_that_the_card_limits_takes_what_it_took_within_ten_per_cent(name: str) -> None:
-    rates = data_sheet_rates(H200)
+LIMITED_BY_THE_CARD = [name for name, one in STEPS.items() if one["rows"] == 4]
+
+
+def seconds(name: str, rates: Rates) -> float:
     costs = cost_by(training_part(traced(name).work), rates, lambda place, kernel: kernel.kind)
-    assert duration(costs.values(), rates).seconds == pytest.approx(STEPS[name]["seconds"], rel=0.10)
+    return duration(costs.values(), rates).seconds
+
+
+@pytest.mark.parametrize("source", ["data sheet", "measured"])
+@pytest.mark.parametrize("name", LIMITED_BY_THE_CARD)
+def test_a_step_that_the_card_limits_takes_what_it_took_within_ten_per_cent(name: str, source: str) -> None:
+    """Measured: by `qtune doctor --measure`, on the same visit."""
+    rates = data_sheet_rates(H200) if source == "data sheet" else Rates(**MEASURED["measured_rates"])
+    assert seconds(name, rates) == pytest.approx(STEPS[name]["seconds"], rel=0.10)
+
+
+def test_a_step_that_the_processor_limits_takes_what_it_took_where_nothing_else_ran() -> None:
+    alone = MEASURED["step_of_one_trainer_alone_1x2048"]
+    found = seconds(f"{alone['what']} 1 x 2048", Rates(**MEASURED["measured_rates"]))
+    assert found == pytest.approx(alone["seconds"], rel=0.10)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -75,9 +75,8 @@ def test_a_loss_that_is_no_number_names_its_rows_and_the_way_on_works(
     (note,) = [one["message"] for one in records(stopped, "note") if "the loss is nan" in one["message"]]
     assert note.startswith("the loss is nan at step 3, with rows ")
     assert note.count(rows_file.name) == 2
-    # The command of the advice, with a rate.
     command = str(caught.value).rpartition("with: ")[2]
-    assert command == f"qtune run --resume {stopped.path} --set training.learning_rate=RATE"
+    assert command == f"qtune run --resume {stopped.path} --set training.learning_rate=0.003"
     before = {file: file.read_bytes() for file in stopped.path.rglob("*") if file.is_file()}
     branch = train.resume(stopped, ["training.learning_rate=1e-3"])
     assert branch.path == stopped.path.with_name("tiny-2")

@@ -211,12 +211,16 @@ def test_a_dtype_that_a_run_began_with_is_not_said_to_be_the_recipes(
 def test_a_command_in_a_message_can_be_pasted_where_a_path_has_a_space(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "my runs" / "first one")
     run_dir.path.mkdir(parents=True)
+    run_dir.write_text(
+        run_dir.resolved_file,
+        '[model]\nbase = "a/b"\n[data]\ntrain = "rows.jsonl"\n[training]\nlearning_rate = 1e-2\n',
+    )
     with pytest.raises(RunError) as caught:
         run_dir.finished_adapter()
     said = [
         str(caught.value),
         train._way_on(run_dir),
-        after_divergence([run_dir.checkpoints / "checkpoint-2"]).removesuffix(" --set training.learning_rate=RATE"),
+        after_divergence([run_dir.checkpoints / "checkpoint-2"]).removesuffix(" --set training.learning_rate=0.003"),
     ]
     for text in said:
         assert shlex.split(text.rpartition(": ")[2]) == ["qtune", "run", "--resume", str(run_dir.path)]

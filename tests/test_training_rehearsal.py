@@ -24,6 +24,8 @@ from qtune.training.rehearsal import heaviest, is_worth_it
 from qtune.training.trainer import QloraTrainer
 
 STEPS = "steps = 5\nbatch_size = 4\nmicro_batch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 2\neval_every = 2\n"
+SHORT = STEPS.replace("steps = 5", "steps = 3")
+"""With a checkpoint and an evaluation in the middle."""
 
 
 def run(recipe: Path, *changes: str) -> RunDir:
@@ -35,7 +37,7 @@ def run(recipe: Path, *changes: str) -> RunDir:
 def test_a_run_is_bit_for_bit_the_same_with_and_without_a_rehearsal(
     write_recipe: WriteRecipe, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(adapter=ADAPTERS[kind], training=STEPS)
+    recipe = write_recipe(adapter=ADAPTERS[kind], training=SHORT)
     without = run(recipe, "output.name=without", "training.rehearse=false")
     assert "rehearsed" not in capsys.readouterr().err
     rehearsed = run(recipe, "output.name=rehearsed", "training.rehearse=true")
@@ -46,7 +48,7 @@ def test_a_run_is_bit_for_bit_the_same_with_and_without_a_rehearsal(
 
 @pytest.mark.slow
 def test_dropout_draws_the_same_numbers_after_a_rehearsal(write_recipe: WriteRecipe) -> None:
-    recipe = write_recipe(adapter='kind = "lora"\nrank = 4\ndropout = 0.5', training=STEPS)
+    recipe = write_recipe(adapter='kind = "lora"\nrank = 4\ndropout = 0.5', training=SHORT)
     assert_same_run(run(recipe, "training.rehearse=true"), run(recipe, "training.rehearse=false"))
 
 

@@ -189,18 +189,21 @@ RECORDS = (
 
 def test_the_screen_shows_question_and_answer_and_what_was_wanted_where_it_differs() -> None:
     assert answers_text(RECORDS[0]) == (
-        "step 2: what it answers now\n  asked   What is it?\n  says    the the…\n  wanted  Tea"
+        "step 2: what it answers now; 1 of 1 was cut at the limit\n"
+        "  asked   What is it?\n  says    the the…\n  wanted  Tea"
     )
     assert answers_text(RECORDS[2]) == "step 6: what it answers now\n  asked   What is it?\n✓ says    Tea"
 
 
 def test_the_screen_says_questions_once_and_afterwards_the_answers_that_are_new() -> None:
     assert answers_text(RECORDS[2], RECORDS[1]) == "step 6: what it answers now\n✓ says    Tea"
-    assert answers_text(RECORDS[3], RECORDS[2]) == "step 9: it answers as before"
+    assert answers_text(RECORDS[3], RECORDS[2]) == "step 9: the same answers as at step 6"
     (one,) = RECORDS[0].answers
     two = replace(RECORDS[0], answers=(one, replace(one, request="And this?")))
     later = replace(two, step=5, answers=(one, replace(one, request="And this?", answer="Milk")))
-    assert answers_text(later, two) == "step 5: what it answers now\n  says    (as before)\n  says    Milk"
+    assert answers_text(later, two) == (
+        "step 5: what it answers now; 1 of 2 was cut at the limit\n  says    (the same as at step 2)\n  says    Milk"
+    )
     assert answers_text(two, RECORDS[0]).count("asked") == 2  # other questions are shown
 
 
@@ -280,3 +283,17 @@ def test_a_long_question_is_shown_with_its_end() -> None:
     assert "Here is a text" in asked
     assert asked.endswith("What is its last word?")
     assert len(asked) == len("  asked   ") + 100
+
+
+def test_what_may_take_long_between_two_steps_is_said_as_it_begins(
+    write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first evaluation, of which nobody knows how long it will take; quick ones after it are not spoken of."""
+    train.run(load_recipe(write_recipe(training="steps = 2\nbatch_size = 2\neval_every = 1\nrehearse = true")))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" …")]
+    asking = [f"step {step}: asking 2 validation rows …" for step in (1, 2)]
+    assert said[-4:] == [
+        "rehearsing once what the run will do …",
+        "step 1: measuring the validation loss …",
+        *asking,
+    ]

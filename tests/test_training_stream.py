@@ -154,8 +154,8 @@ def test_every_verb_works_on_a_streamed_run(write_recipe: WriteRecipe) -> None:
         checked = json.loads(check(resolved).to_json())
         shown = rows_of(run_dir, read_lock(run_dir).training_rows_blake2b)
         assert not shown.changed
-        evaluated = evaluate(run_dir, rows=4)
-        asked = evaluate(run_dir, rows=4, data_file=recipe.parent / "rows.jsonl")
+        evaluated = evaluate(run_dir, rows=4, max_new_tokens=4)
+        asked = evaluate(run_dir, rows=4, data_file=recipe.parent / "rows.jsonl", max_new_tokens=4)
         told[streams] = (
             [checked[key] for key in ("splits", "batches", "samples", "findings", "sources")],
             shown,

@@ -1,18 +1,29 @@
 """Training: what a run leaves behind, that only the effective batch counts, and that a stopped run goes on exactly."""
 
+import functools
 import itertools
 import json
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYTHING, WriteRecipe, qtune_process, run_warm_qtune, warm_qtune_process
+from conftest import (
+    EVERYTHING,
+    WriteRecipe,
+    qtune_process,
+    recipe_for,
+    rows_in,
+    run_warm_qtune,
+    short_answers,
+    warm_qtune_process,
+)
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -62,6 +73,26 @@ class Killed(BaseException):
 
 def run(recipe: Path, *changes: str, allow: tuple[str, ...] = ()) -> RunDir:
     return train.run(load_recipe(recipe, changes), allow)
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tiny_model: Path, own_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], RunDir]:
+    """A function that gives the run of `TWO_EPOCHS` with an adapter, in a dtype, that nothing broke off. However often
+    it saves, it learns the same."""
+    rows = rows_in(tmp_path_factory.mktemp("unbroken"))
+
+    @functools.cache
+    def trained(kind: str, dtype: str) -> RunDir:
+        quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
+        recipe = recipe_for(tiny_model, rows, adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QTUNE_CACHE", str(own_cache))
+            short_answers(patch)
+            return run(recipe, f"output.name={kind}-{dtype}")
+
+    return trained
 
 
 def latest_run(recipe: Path) -> RunDir:
@@ -132,6 +163,9 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
     assert finished.recipe_file.read_text() == recipe.read_text()
     # Of the checkpoints after steps 3, 6, 9 and the last one, two are kept.
     assert [folder.name for folder in complete_checkpoints(finished.checkpoints)] == ["checkpoint-9", "checkpoint-10"]
+    saved = {file.name for file in (finished.checkpoints / "checkpoint-10").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json"} <= saved
+    assert not saved & {"README.md", "training_args.bin"}, "a checkpoint is no model to publish, and has no pickles"
     assert [record["step"] for record in records(finished, "train")] == list(range(1, 11))
     assert [record["step"] for record in records(finished, "eval")] == [5, 10]
     losses = [record["loss"] for record in records(finished, "train")]
@@ -386,7 +420,7 @@ def test_a_run_is_trained_evaluated_exported_and_talked_to_in_either_dtype(
     quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
     finished = run(recipe)
-    evaluation = evaluate(finished)
+    evaluation = evaluate(finished, max_new_tokens=4)
     assert evaluation.tuned.loss < evaluation.base.loss
     # Training measured the same rows in the same precision.
     last = records(finished, "eval")[-1]["loss"]
@@ -459,8 +493,8 @@ def test_a_loss_that_is_no_number_stops_the_run(write_recipe: WriteRecipe, monke
     assert str(caught.value) == (
         "the loss is nan at step 3: training has diverged. Lower training.learning_rate or raise training.warmup, "
         f"and begin again; {latest_run(recipe).checkpoints / 'checkpoint-2'} was saved before\n"
-        f"a new run goes on from there at a lower rate with: qtune run --resume {latest_run(recipe).path} "
-        "--set training.learning_rate=RATE"
+        f"a new run goes on from there at a third of the rate with: qtune run --resume {latest_run(recipe).path} "
+        "--set training.learning_rate=0.003"
     )
     stopped = latest_run(recipe)
     assert not stopped.is_finished
@@ -589,12 +623,15 @@ IN_FLOAT32 = list(ADAPTERS) if EVERYTHING else ["lora", *(kind for kind in ADAPT
     ("kind", "dtype"), [*((kind, "float32") for kind in IN_FLOAT32), *((kind, "bfloat16") for kind in IN_BFLOAT16)]
 )
 def test_a_killed_run_goes_on_exactly(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+    write_recipe: WriteRecipe,
+    unbroken: Callable[[str, str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: str,
 ) -> None:
     """Bit for bit, on the same processor, in either dtype."""
     quantization = f'minimum_share = 0.0\ncompute_dtype = "{dtype}"'
     recipe = write_recipe(adapter=ADAPTERS[kind], training=TWO_EPOCHS, quantization=quantization)
-    unbroken = run(recipe)
     with monkeypatch.context() as patch:
         kill_in_step(patch, 8)
         with pytest.raises(Killed):
@@ -602,7 +639,7 @@ def test_a_killed_run_goes_on_exactly(
     broken = latest_run(recipe)
     assert complete_checkpoints(broken.checkpoints)[-1].name == "checkpoint-6"  # the first of the second epoch's steps
     assert train.resume(broken) == broken
-    assert_same_run(broken, unbroken)
+    assert_same_run(broken, unbroken(kind, dtype))
 
 
 @pytest.mark.slow
@@ -621,10 +658,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_again(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_makes_up_for_it(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(adapter=ADAPTERS["lora"], training=TWO_EPOCHS.replace("every = 3", "every = 5"))
-    unbroken = run(recipe)
 
     def evaluate(*_, **__):
         raise Killed
@@ -633,15 +669,14 @@ def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_mak
         patch.setattr(QloraTrainer, "evaluate", evaluate)
         with pytest.raises(Killed):
             run(recipe)
-    assert_same_run(train.resume(latest_run(recipe)), unbroken)
+    assert_same_run(train.resume(latest_run(recipe)), unbroken("lora", "float32"))
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_does_not_count(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
-    unbroken = run(recipe)
     original = train.save_adapter
 
     def killed_while_saving(model, folder):
@@ -670,17 +705,16 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(
         with pytest.raises(Killed):
             train.resume(broken)
     assert not broken.is_finished
-    assert_same_run(train.resume(broken), unbroken)
+    assert_same_run(train.resume(broken), unbroken("p-tuning-lstm", "float32"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 10], ids=["in an epoch", "at the end of an epoch", "at the last step"])
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, step: int
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     # The LSTM's dropout draws random numbers wherever it runs: a checkpoint more must not draw one more.
     recipe = write_recipe(adapter=ADAPTERS["p-tuning-lstm"], training=TWO_EPOCHS)
-    unbroken = run(recipe)
     before = signal.getsignal(signal.SIGINT)
 
     def press(self, args, state, control, **_):
@@ -703,7 +737,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert records(stopped, "note")[0]["message"] == "stopping after this step; once more stops at once"
     if step != 10:
         train.resume(stopped)
-    assert_same_run(stopped, unbroken)
+    assert_same_run(stopped, unbroken("p-tuning-lstm", "float32"))
 
 
 @pytest.mark.slow
@@ -724,7 +758,8 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
         train.resume(finished)
     assert str(caught.value) == (
         f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
-        f"{finished.resolved_file} --set adapter.start_from={finished.path} --set output.name={finished.name}"
+        f"{finished.resolved_file} --set training.micro_batch_size=auto --set training.gradient_checkpointing=auto "
+        f"--set adapter.start_from={finished.path}"
     )
     ended = CliRunner().invoke(cli.app, ["run", "--resume", str(finished.path), "--set", "training.steps=9"])
     assert str(ended.exception) == f"{caught.value} --set training.steps=9"
@@ -802,11 +837,15 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
         "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, "
         "training.keep_checkpoints, training.trackers, training.rehearse, data.allow, output.gguf"
     )
+    asked = (
+        "--set training.gradient_checkpointing=auto --set training.learning_rate=0.5 --set adapter.kind=ia3 "
+        "--set training.log_every=2"
+    )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
     assert str(caught.value) == "\n".join(
         f"--set {key}: decides what is learned, so the rest would not be the same run; start a new one with: qtune run "
-        f"{broken.resolved_file} --set output.name=broken --set {key}=… (on resuming these may change: {may})"
+        f"{broken.resolved_file} {asked} (on resuming these may change: {may})"
         for key in ("adapter.kind", "training.learning_rate")
     )
     assert {file.name: file.read_bytes() for file in broken.path.glob("*.*")} == before

@@ -17,7 +17,7 @@ from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.tuned import chat as stage
 from qtune.tuned.chat import Session, chat, command, context_length, open_session, typed_lines
-from qtune.tuned.generate import find_ends, generate
+from qtune.tuned.generate import Ends, Generated, find_ends, generate
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +156,15 @@ def test_lines_are_answered_and_commands_obeyed(session, capsys):
     first, second = printed.out.splitlines()[0], printed.out.splitlines()[-1]
     assert first
     assert second
-    assert printed.err.splitlines() == ["adapter off", "conversation forgotten", *stage.HELP.splitlines()]
+    said = [line for line in printed.err.splitlines() if not line.startswith("cut at 12 tokens; ")]
+    switched = "adapter off; it goes on from what was said so far, which /reset forgets"
+    assert said == [switched, "conversation forgotten", *stage.HELP.splitlines()]
 
 
 def test_the_adapter_command_changes_the_answer(session):
     on = session.ask("Hello", lambda _: None)
-    assert command(session, "/adapter off") == "adapter off"
     session.turns = []
+    assert command(session, "/adapter off") == "adapter off"
     off = session.ask("Hello", lambda _: None)
     with session.model.disable_adapter():
         assert off == answer_of(session, [{"role": "user", "content": "Hello"}]) != on
@@ -197,6 +199,30 @@ def test_piped_lines_are_read_to_their_end_without_a_prompt(monkeypatch, capsys)
     assert capsys.readouterr().out == ""
 
 
+def test_an_answer_that_the_limit_cut_is_said_to_be_cut_and_what_allows_more(session, monkeypatch, capsys):
+    session.max_new_tokens = 30
+    monkeypatch.setattr(stage, "stream", lambda *given: Generated(tuple(range(50, 80)), is_whole=False))
+    chat(session, iter(["Go on"]))
+    assert capsys.readouterr().err == "cut at 30 tokens; --max-new-tokens allows more\n"
+    again = tuple(session.tokenizer.encode(" and so on,")) * 10
+    monkeypatch.setattr(stage, "stream", lambda *given: Generated(again, is_whole=False))
+    chat(session, iter(["Go on"]))
+    said = f'cut at {len(again)} tokens; it repeats itself and would go on so: "and so on,"\n'
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(stage, "stream", lambda *given: Generated(again, is_whole=True))
+    chat(session, iter(["Go on"]))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_answer_is_whole_only_where_its_end_was_said(session):
+    session.ask("Hello", lambda _: None)
+    assert session.cut is not None
+    assert f"cut at {session.max_new_tokens} tokens" in session.cut
+    session.ends = Ends(tuple(range(len(session.tokenizer))), session.ends.pad)  # whatever is said ends it
+    session.ask("Hello", lambda _: None)
+    assert session.cut is None
+
+
 @pytest.mark.slow
 def test_the_real_model_remembers_what_was_said(capsys):
     session = open_session("builtin:smollm2-135m-instruct")
@@ -213,4 +239,4 @@ def test_one_shot_prints_the_answer_alone():
         [*command_line, "--prompt", "What is the capital of France?"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "The capital of France is Paris.\n"
-    assert done.stderr == "loading builtin:smollm2-135m-instruct\n"
+    assert done.stderr == "loading the libraries …\nloading builtin:smollm2-135m-instruct …\n"

@@ -289,11 +289,14 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "2 of 128 test rows, 50 scored tokens",
-        "                        base   tuned  change, 95 % interval",
-        "loss, nats per token    2.50  0.0123",
-        "perplexity              12.2  1.0124",
-        "tokens right           40.0%   99.6%",
-        "answers exactly right   0.0%   50.0%",
+        "                              base   tuned  change, 95 % interval",
+        "loss, nats per token          2.50  0.0123",
+        "perplexity                    12.2  1.0124",
+        "tokens right                 40.0%   99.6%",
+        "answers exactly right         0.0%   50.0%",
+        "answers cut at their limit  1 of 2  0 of 2",
+        "an answer is cut, and ends with …, 8 tokens after as many as were expected (twice as many of free text), or "
+        "at --max-new-tokens",
         "",
         "Answers, wrong ones first (1 of 2)",
         "request   expected  base   tuned",

@@ -22,6 +22,7 @@ from qtune.tuned.generate import (
     batches_of,
     find_ends,
     generate,
+    loop_at_end,
     positions_left,
     stream,
     within_reach,
@@ -210,7 +211,7 @@ def test_streamed_pieces_are_the_answers_text(tokenizer):
     model = get_peft_model(LlamaForCausalLM(config), ADAPTERS["prompt-tuning"]()).eval()
     prompt = tokenizer("Say something.").input_ids
     pieces: list[str] = []
-    ids = stream(model, tokenizer, prompt, 20, Ends((2,), 2), pieces.append)
+    ids = list(stream(model, tokenizer, prompt, 20, Ends((2,), 2), pieces.append).ids)
     assert len(pieces) > 1
     assert "".join(pieces) == tokenizer.decode(ids)
     assert [ids] == generate(model, [prompt], [20], Ends((2,), 2))
@@ -238,3 +239,13 @@ def test_learned_positions_are_never_read_beyond_their_end(soft: int) -> None:
     assert [len(ids) for ids in made] == limits
     assert within_reach(24, reach, reach) < 1
     assert within_reach(24, 1000, None) == 24
+
+
+def test_a_passage_that_ends_an_answer_again_and_again_is_found_and_a_list_is_not() -> None:
+    assert loop_at_end([9, 8, *([1, 2, 3] * 12)]) == [1, 2, 3]
+    assert loop_at_end([7] * 40) == [7]
+    assert loop_at_end([*range(30), *range(30), *range(30)]) == [*range(30)]
+    assert loop_at_end([1, 2, 3] * 3) == ()  # too little to say
+    assert loop_at_end([*range(200)]) == ()
+    assert loop_at_end([number for place in range(40) for number in (5, 6, place)]) == ()
+    assert loop_at_end([]) == ()

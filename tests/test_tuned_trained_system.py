@@ -9,6 +9,7 @@ from export_models import tiny_run
 
 from qtune.recipe.schema import Data, HubSource
 from qtune.run.folder import RunDir
+from qtune.run.resolved import resolved_recipe
 from qtune.tuned.chat import command, open_session
 from qtune.tuned.trained_system import usual_system
 
@@ -81,4 +82,5 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
 def test_chat_says_that_it_loads_and_what_it_offers(run: RunDir) -> None:
     process = run_warm_qtune("chat", run.path, "--prompt", "Hi", "--max-new-tokens", "2")
     assert process.returncode == 0
-    assert process.stderr.startswith(f"loading {run.path}\n")
+    base = resolved_recipe(run).model.base
+    assert f"loading {base} …\n" in process.stderr

@@ -388,4 +388,16 @@ def test_every_question_is_answered_whatever_is_missing() -> None:
 def test_the_screen_shows_a_line_for_each_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     show([exported(NOTHING)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown == "– export? Not exported: no export is in the run's folder; qtune export runs/x"
+    assert shown == "– export? Not exported: no export is in the run's folder qtune export runs/x"
+
+
+def test_a_command_below_a_verdict_is_one_line_however_long_the_sentence_and_the_path_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"qtune eval runs/{'long' * 40}"
+    show([Verdict("learned", "open", "Too few steps", "a word " * 40, command), exported(NOTHING)])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.strip() == command for line in lines) == 1
+    assert {line.index("Too few") for line in lines if "Too few" in line} == {
+        line.index("Not exported") for line in lines if "Not exported" in line
+    }

@@ -45,13 +45,13 @@ def test_free_text_is_measured_by_order_of_words_length_repetition_and_end_and_n
         "words in common (F1)",
         "length, times the expected",
         "words said again",
-        "answers that did not end",
+        "answers cut at their limit",
     ]
     assert table["like the expected answer (ROUGE-L)"][1] == f"{15 / 16:.3f}"
     assert table["like the expected answer (ROUGE-L)"][2].startswith("+0.")
     assert table["length, times the expected"][1] == "1.00"
     assert table["words said again"][1] == "0.0%"
-    assert table["answers that did not end"] == ("100.0%", "0.0%", "")
+    assert table["answers cut at their limit"] == ("6 of 6", "0 of 6", "")
 
 
 def test_losses_and_perplexities_have_intervals_and_their_changes_too() -> None:
@@ -71,6 +71,9 @@ def test_answers_that_can_be_given_to_the_letter_are_asked_for_to_the_letter() -
     assert table["answers exactly right"][:2] == ("0.0%", "83.3%")
     assert table["answers exactly right"][2].startswith("+83.3 (")
     assert len(table) == 4
+    one_is_cut = (replace(answers[0], tuned="yes, it is, and…"), *answers[1:])
+    table = lines(replace(free_text(), comparisons=one_is_cut, tuned=Score(0.75, 0.8, 5 / 6)))
+    assert table["answers cut at their limit"] == ("0 of 6", "1 of 6", "")
 
 
 def test_a_share_rises_by_no_more_than_all_of_it() -> None:

@@ -280,8 +280,13 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
 
+def without_waiting(descriptor: int) -> None:
+    """In the place of `os.fsync`: what it guards against is a loss of power, which no test brings about. What happens
+    where it fails is tested with the real one (`test_whole.py`, `test_disk_everywhere.py`)."""
+
+
 def import_everything() -> None:
-    """All that any verb imports, as the command does it; nothing is computed.
+    """All that any verb imports, as the command does it, and what each finds out about the processor.
 
     Answers at each evaluation are as short as `conftest.short_answers` has them.
     """
@@ -300,6 +305,24 @@ def import_everything() -> None:
         import qtune.tuned.evaluate
     import_libraries()
     qtune.training.sample_answers.MOST_TOKENS = SHORT_ANSWER
+    os.fsync = without_waiting
+    _look_at_the_processor()
+
+
+def _look_at_the_processor() -> None:
+    """Measures what a command measures once in a process, which takes a second of a core.
+
+    Only where it is the same in a fork: threads of OpenMP are not in it, and with a card autograd's are not.
+    """
+    import torch
+
+    from qtune.adapter.lean_check import lean_problem
+    from qtune.device.products import cpu_product_times
+
+    if torch.get_num_threads() == 1 and not torch.cuda.device_count():
+        cpu_product_times()
+        for dtype in (torch.float32, torch.bfloat16):
+            lean_problem("cpu", dtype)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ kernel against PyTorch's operations: a difference ends the run. Then the trainer
 tokens per second, the peak of each (what the others hold subtracted), of those that --profile names one step under
 PyTorch's profiler and one under Python's. Memory and time do not depend on the weights.
 
-    qtune    every layer computed twice       peft       the same with peft's layers
-    kept     nothing computed twice           leanest    embeddings and activations on the host, paged 8-bit AdamW
-    TRL      as its plain script makes it
+    qtune    every layer computed twice       peft         the same with peft's layers
+    kept     nothing computed twice           leanest      embeddings and activations on the host, paged 8-bit AdamW
+    TRL      as its plain script makes it     compressed   embeddings in int8, adapter in bf16, 8-bit AdamW
 """
 
 import argparse
@@ -162,6 +162,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"optimizer": "paged-adamw-8bit"},
         "memory": {"embeddings": "host", "activations": "host", "loss_tile": "16 MiB"},
     },
+    "compressed": {
+        "adapter": {"dtype": "bfloat16"},
+        "training": {"optimizer": "adamw-8bit"},
+        "memory": {"embeddings": "int8"},
+    },
 }
 """What each differs in from the first."""
 
@@ -172,7 +177,7 @@ def parts(rows: int, length: int, dtype: torch.dtype, variant: str = "qtune") ->
     recipe = parse_recipe(
         {
             "model": {"base": "random"},
-            "adapter": {"kind": "lora", "rank": 16},
+            "adapter": {"kind": "lora", "rank": 16, **differs.get("adapter", {})},
             "quantization": {"kind": "nf4", "compute_dtype": str(dtype).removeprefix("torch.")},
             "data": {"train": "random", "max_length": length},
             "training": {
@@ -203,8 +208,7 @@ def random_model(geometry: dict[str, int], recipe: Recipe, plan: Plan) -> Any:
                     made = made.fill_(1) if made.dim() == 1 else made.normal_(0, 0.02)
                     module._parameters[name] = torch.nn.Parameter(made, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    if plan.embeddings == "host":
-        store_embeddings(model, "host", device)
+    store_embeddings(model, plan.embeddings, device)
     if plan.layers != "device":
         stream_layers(model, plan.layers, device)
     return attach_adapter(model, recipe.adapter, plan)
@@ -261,7 +265,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant:
     return ready(trainer, plan)
 
 
-def trl(geometry: dict[str, int], rows: int, length: int, folder: str) -> SFTTrainer:
+def trl(geometry: dict[str, int], rows: int, length: int, folder: str, *, use_liger_kernel: bool = False) -> SFTTrainer:
     """SFTTrainer as a plain script makes it: bf16, checkpointing, AdamW, TRL's own loss and adapter type."""
     recipe, plan = parts(rows, length, compute_dtype())
     model = random_model(geometry, recipe, plan)
@@ -271,6 +275,7 @@ def trl(geometry: dict[str, int], rows: int, length: int, folder: str) -> SFTTra
         fp16=plan.loss_scaling, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=length, remove_unused_columns=False,
         report_to="none", disable_tqdm=True,
+        use_liger_kernel=use_liger_kernel,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=random_rows(rows, length, geometry["vocab_size"]),
@@ -297,15 +302,17 @@ def ready(trainer: SFTTrainer, plan: Plan) -> SFTTrainer:
 
 
 def step(trainer: SFTTrainer) -> float:
-    """Forward, backward, clipping and update of one micro-batch; seconds until the card has done all of it."""
+    """One micro-batch as transformers' loop takes it, from counting to letting go of the gradients; seconds until the
+    card has done all of it."""
     batch = next(iter(trainer.get_train_dataloader()))
     synchronize()
     began = time.perf_counter()
     scored = batch["labels"][:, 1:].ne(-100).sum()
     trainer.training_step(trainer.model, batch, scored)
-    torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], 1.0)
+    trainer.floating_point_ops(batch)
+    trainer._clip_grad_norm(trainer.model)
     trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    trainer.model.zero_grad()
     synchronize()
     return time.perf_counter() - began
 
@@ -402,10 +409,31 @@ def profiled(trainer: SFTTrainer) -> dict[str, Any]:
     most = sorted(kernels, key=lambda event: -event.self_device_time_total)[:30]
     calls = sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]
     return {
+        "idle": idle(seen),
         "wall_s": round(wall, 4), "kernel_s": round(total / 1e6, 4), "launches": sum(event.count for event in kernels),
         "top": [[round(e.self_device_time_total / 1e3, 2), e.count, e.key[:90]] for e in most],
         "processor": [[round(e.self_cpu_time_total / 1e3, 2), e.count, e.key[:60]] for e in calls],
     }  # fmt: skip
+
+
+def idle(seen: profile) -> dict[str, Any]:
+    """Where the card waited for the processor: ms in all, and of the longest waits, with the kernels around them."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in seen.events()
+        if "CUDA" in str(event.device_type)
+    )
+    waits, end, before = [], None, ""
+    for start, stop, name in kernels:
+        if end is not None and start > end:
+            waits.append((start - end, before[:50], name[:50]))
+        if end is None or stop > end:
+            end, before = stop, name
+    longest = sorted(waits, reverse=True)[:24]
+    return {
+        "ms": round(sum(wait for wait, *_ in waits) / 1e3, 2),
+        "longest": [[round(wait / 1e3, 3), *names] for wait, *names in longest],
+    }
 
 
 if __name__ == "__main__":

@@ -98,7 +98,13 @@ def _recipe(dtype: str = "auto"):
             "quantization": {"kind": "nf4", "compute_dtype": dtype},
             "adapter": {"kind": "lora", "rank": 16},
             "data": {"train": "README.md", "max_length": LENGTH},
-            "training": {"batch_size": ROWS, "schedule": "constant", "warmup": 0.0, "learning_rate": 2e-4},
+            "training": {
+                "batch_size": ROWS,
+                "micro_batch_size": ROWS,
+                "schedule": "constant",
+                "warmup": 0.0,
+                "learning_rate": 2e-4,
+            },
         }
     )
 

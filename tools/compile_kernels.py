@@ -45,6 +45,13 @@ def kernels(kind: str) -> Iterator[Kernel]:
     for slopes, capped, vocab in itertools.product((False, True), (False, True), (2048, 128256)):
         piece = min(on_cuda.VOCABULARY_BLOCK, on_cuda.triton.next_power_of_2(vocab))
         yield "_cross_entropy", scored, {"vocab": vocab, "slopes": slopes, "is_capped": capped, "piece": piece}, 16
+    for capped, width in itertools.product((False, True), (300, 4096)):
+        piece = on_cuda._block_piece(width)
+        block = {"logits": x, "labels": "*i64", "first": whole, "width": whole, "scale": real, "cap": real}
+        running = dict.fromkeys(("maximum", "total", "target"), "*fp32") | {"likeliest": "*i64"}
+        constants = {"is_capped": capped, "piece": piece}
+        yield "_cross_entropy_block", block | running, constants, 8
+        yield "_cross_entropy_block_gradient", block | {"normalizer": "*fp32"}, constants, 8
     packed = {
         "codes": "*u8",
         "absmax": "*u8",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qtune.adapter.products import Layer, Stack, plain_layer
+from qtune.kernels import on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ class Products(torch.autograd.Function):
         du = stack.inner_gradient(flat, len(rows))
         dx = d_dropped = None
         if ctx.has_dropout:
-            d_dropped = (du @ stack.weights.a).view(x.shape)
+            d_dropped = on_cpu.mm(du, stack.weights.a).view(x.shape)
         if ctx.needs_input_grad[0]:
             dx = stack.input_gradient(flat, None if ctx.has_dropout else du).view(x.shape)
         weights = stack.by_parameter(stack.weight_gradients(rows, u, flat, du))

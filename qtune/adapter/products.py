@@ -20,6 +20,7 @@ from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
+from qtune.kernels import on_cpu
 from qtune.kernels.ops import dequantized
 from qtune.model.layer_stream import packed_weight
 
@@ -196,8 +197,8 @@ class Stack:
         a = self.weights.a.t()
         scales = [layer.scale for layer in self.layers]
         if len(set(scales)) == 1:
-            return _scaled_product(x, a, scales[0], None)
-        u = x @ a
+            return on_cpu.scaled_product(x, a, scales[0])
+        u = on_cpu.mm(x, a)
         for place, scale in zip(self.places, scales, strict=True):
             u[:, place].mul_(scale)
         return u
@@ -207,8 +208,8 @@ class Stack:
         layer = self.layers[place]
         b, bias = self.weights.b[place].t(), layer.bias(u.dtype)
         mine = u[:, self.places[place]]
-        y = torch.mm(mine, b, out=out) if bias is None else torch.addmm(bias, mine, b, out=out)
-        return y.addmm_(x, layer.weight(x.dtype).t())
+        y = on_cpu.mm(mine, b, out=out) if bias is None else torch.addmm(bias, mine, b, out=out)
+        return on_cpu.add_product(y, x, layer.weight(x.dtype).t())
 
     def inner_gradient(self, grads: Sequence[Tensor | None], rows: int) -> Tensor:
         """d loss / d u, [rows, sum of ranks]; grads: [rows, out] of each output, None where it was not used."""
@@ -219,17 +220,17 @@ class Stack:
             if grad is None:
                 du[:, place].zero_()
             else:
-                _scaled_product(grad, b, layer.scale, du[:, place])
+                on_cpu.scaled_product(grad, b, layer.scale, du[:, place])
         return du
 
     def input_gradient(self, grads: Sequence[Tensor | None], du: Tensor | None, out: Tensor | None = None) -> Tensor:
         """d loss / d x, [rows, in]; du: what goes through the updates, None where that is another input's."""
-        dx = None if du is None else torch.mm(du, self.weights.a, out=out)
+        dx = None if du is None else on_cpu.mm(du, self.weights.a, out=out)
         for layer, grad in zip(self.layers, grads, strict=True):
             if grad is None:
                 continue
             weight = layer.weight(grad.dtype)
-            dx = torch.mm(grad, weight, out=out) if dx is None else dx.addmm_(grad, weight)
+            dx = on_cpu.mm(grad, weight, out=out) if dx is None else on_cpu.add_product(dx, grad, weight)
             del weight  # or the next one would come beside it
         assert dx is not None
         return dx
@@ -263,9 +264,3 @@ def renew(stacks: Sequence[Stack], dtype: torch.dtype) -> None:
         torch._foreach_copy_(targets, sources)
     for stack in stacks:  # last: memory may have run out
         stack.copies(dtype).versions = stack.versions()
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None) -> Tensor:
-    """scale · left @ right, in one launch."""
-    unread = left.new_empty(right.shape[1]) if out is None else out  # beta = 0
-    return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)

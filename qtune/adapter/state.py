@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,6 +76,17 @@ def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) ->
     model.eval()  # peft saves what a prompt encoder computes, which must not be what its dropout leaves of it
     model.save_pretrained(folder, safe_serialization=True)
     save_trained_state(model, folder)
+
+
+@contextmanager
+def without_card(model: PeftModel) -> Iterator[None]:
+    """What is saved inside gets no README.md: peft compiles a template of one each time, which takes longer than the
+    adapter's tensors do."""
+    model.create_or_update_model_card = lambda *_: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 def adapter_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

@@ -12,12 +12,14 @@ from qtune.data.held_out import own_rows
 from qtune.errors import InputError, Problem
 from qtune.export.adapter_weights import WEIGHTS
 from qtune.recipe.schema import Recipe
+from qtune.run.drift import recipe_drifts, require_no_drift, values_of
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
+from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluate import asked_rows, evaluate
 from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.forgetting import Forgetting, measure_forgetting
@@ -70,8 +72,9 @@ def compared_runs(
         rows = max((evaluation.rows for evaluation in kept if evaluation is not None), default=ROWS)
     kept = [one if one is not None and _is_of(one, rows) else None for one in kept]
     _require_same_rows(opened, kept, rows, data_file, accepted)
+    bases = BaseOnce()
     found = [
-        _compared(run_dir, evaluation, rows, data_file, accepted)
+        _compared(run_dir, evaluation, rows, data_file, accepted, bases)
         for run_dir, evaluation in zip(opened, kept, strict=True)
     ]
     _require_same_questions(found)
@@ -79,11 +82,18 @@ def compared_runs(
 
 
 def _compared(
-    run_dir: RunDir, kept: Evaluation | None, rows: int, data_file: Path | None, accepted: tuple[str, ...]
+    run_dir: RunDir,
+    kept: Evaluation | None,
+    rows: int,
+    data_file: Path | None,
+    accepted: tuple[str, ...],
+    bases: BaseOnce,
 ) -> ComparedRun:
     recipe, summary, lock = resolved_recipe(run_dir), summary_of(run_dir), read_lock(run_dir)
+    if lock is not None:
+        require_no_drift(run_dir, list(recipe_drifts(lock, values_of(run_dir))), accepted)
     if kept is None:
-        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted, replaces_larger=False)
+        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted, replaces_larger=False, bases=bases)
     return ComparedRun(
         str(run_dir.path),
         recipe.training.seed,
@@ -95,7 +105,7 @@ def _compared(
         summary.peak_bytes,
         lock.last_device.name if lock is not None else None,
         kept,
-        measure_forgetting(run_dir, accepted=accepted),
+        measure_forgetting(run_dir, accepted=accepted, bases=bases),
         read_tasks(run_dir),
     )
 

@@ -10,6 +10,8 @@ Level = Literal["error", "warning"]
 
 # Places that a finding lists.
 LISTED = 10
+FEW_ROWS = 50
+"""To train on; below it a model learns them by heart."""
 # Thresholds under which a repetition is ordinary: a classifier repeats its labels, a helper says hello.
 SAME_ANSWER_SHARE = 0.5
 OPENING_SHARE = 0.2

@@ -100,23 +100,28 @@ def detect_format(row: RawRow) -> str | None:
     return next((name for name, needed in COLUMNS.items() if all(key in row for key in needed)), None)
 
 
+SHAPES_IN_WORDS = (
+    "question and answer, prompt and completion, instruction and output, messages, conversations, or text alone"
+)
+
+
 def unknown_columns(row: RawRow) -> str:
-    """What to say about a row of no known shape: the line that would make it one where its columns let that be told."""
-    known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in COLUMNS.items())
-    said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape ({known}); "
-    if "chosen" in row or not (advice := _advice(row)):
-        said += "rename them with columns"
-    else:
-        said += advice
+    """What to say about a row of no known shape: the line that would make it one where its columns let that be told,
+    else what shapes there are."""
+    said = f"columns {', '.join(map(str, row)) or '(none)'} fit no known shape; "
     inner = [key for key, value in row.items() if isinstance(value, list) and _are_rows(value)]
-    if inner:
-        said += f". Its {inner[0]!r} holds rows: write that list alone into the file"
     if "chosen" in row and "rejected" in row:
-        said += (
-            ". Pairs of a chosen and a rejected answer are for preference training, which qtune does not do; "
+        return said + (
+            "pairs of a chosen and a rejected answer are for preference training, which qtune does not do; "
             'columns = { completion = "chosen" } learns the chosen ones'
         )
-    return said
+    if inner:
+        return f"{said}its {inner[0]!r} holds rows: write that list alone into the file"
+    if "chosen" not in row and (advice := _advice(row)):
+        return said + advice
+    if not any(isinstance(value, (str, list)) for value in row.values()):
+        return f"{said}none of them holds text to learn from"
+    return f"{said}a row has {SHAPES_IN_WORDS}: rename them with columns"
 
 
 # What data sets call our columns.

@@ -9,14 +9,13 @@ from datasets import Dataset
 
 from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
 from qtune.data.conversation import Conversation
-from qtune.data.findings import ENOUGH_ROWS, LISTED, OPENING_SHARE, SAME_ANSWER_SHARE, Finding, found
+from qtune.data.findings import ENOUGH_ROWS, FEW_ROWS, LISTED, OPENING_SHARE, SAME_ANSWER_SHARE, Finding, found
 from qtune.data.prepare import Prepared
 from qtune.data.stream import RowStream
 from qtune.data.stream_findings import StreamColumns
 from qtune.recipe.schema import Data
 
 REFUSAL_SHARE = 0.01
-FEW_ROWS = 50
 
 
 @dataclass(frozen=True)

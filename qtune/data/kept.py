@@ -18,7 +18,8 @@ ABOUT = "about.json"
 
 def write_about(folder: Path, rows: Path, about: Mapping[str, Any]) -> None:
     """Notes what is in a folder, and a checksum of its file of rows, which is complete."""
-    values = {**about, "nbytes": rows.stat().st_size, "rows_crc32": _crc32(rows)}
+    # A folder's name says what is in it: another one's, in its place, is whole as well.
+    values = {**about, "name": folder.name, "nbytes": rows.stat().st_size, "rows_crc32": _crc32(rows)}
     (folder / ABOUT).write_text(json.dumps(sealed(values)), encoding="utf-8")
 
 
@@ -29,6 +30,8 @@ def read_about(folder: Path, rows: Path) -> dict[str, Any] | None:
         require_sealed(values)
         if rows.stat().st_size != values["nbytes"] or _crc32(rows) != values["rows_crc32"]:
             raise NotARecord(f"{rows.name} has other bytes")
+        if values.get("name", folder.name) != folder.name:
+            raise NotARecord("it was written under another name")
     except FileNotFoundError:
         if folder.exists():
             discard(folder)

@@ -27,11 +27,17 @@ class Seen:
         mark = json.dumps([place, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev])
         kept = self.cache / f"{hashlib.blake2b(mark.encode(), digest_size=16).hexdigest()}.seen"
         with suppress(OSError):
-            digest = kept.read_bytes()
-            if len(digest) == hashlib.blake2b().digest_size:
+            found = kept.read_bytes()
+            if found == _sealed(digest := found[: hashlib.blake2b().digest_size], mark):
                 mark_used(kept)
                 return digest
+            kept.unlink()
         digest = content_digest(file)
         with suppress(FileExistsError), written_whole(kept) as temporary:
-            temporary.write_bytes(digest)
+            temporary.write_bytes(_sealed(digest, mark))
         return digest
+
+
+def _sealed(digest: bytes, mark: str) -> bytes:
+    """A digest, and behind it what tells whether it is still that, and of this file."""
+    return digest + hashlib.blake2b(mark.encode() + digest, digest_size=16).digest()

@@ -169,7 +169,8 @@ def described(gib: float) -> Device:
     """A card of which only the memory is known: taken to be one of today's, with bfloat16."""
     from qtune.device.present import Device
 
-    return Device("cuda", f"a card with {gib:g} GiB", int(gib * GIB), int(gib * GIB), True, (8, 9))
+    size = f"{gib:.6g} GiB" if gib >= 1 else f"{1024 * gib:.6g} MiB"
+    return Device("cuda", f"a card with {size}", int(gib * GIB), int(gib * GIB), True, (8, 9))
 
 
 # What torch and shops put around a card's name.

@@ -1,5 +1,6 @@
 """The story of `qtune export`: a run becomes a folder for others, and the folder is proven."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub import HfApi
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.disk import told
-from qtune.errors import ExportError, VerificationError
+from qtune.errors import ExportError, ModelError, VerificationError
 from qtune.export.adapter_folder import is_adapter_alone, require_same_adapter, write_adapter
 from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
@@ -23,7 +24,7 @@ from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.output import output_folder, run_around
 from qtune.export.push import push
-from qtune.export.serving import serving, serving_text
+from qtune.export.serving import serving, uses_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, read_proof
 from qtune.export.verify.rows import rows_for
@@ -33,11 +34,6 @@ from qtune.model.load import load_config
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 from qtune.startup.quiet import quiet_loading
-
-LATER = (
-    "{folder} is whole, and not compared with the trained model; where more memory is free: qtune export {run} "
-    "--verify-only {folder}"
-)
 
 ALONE_NOTE = (
     "What {kind} trains stands where no plain checkpoint can hold it. The adapter is exported alone; its README.md has "
@@ -96,7 +92,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if options.adapter_only or is_alone:
         folder = write_adapter(source, output_folder(run, options.output, alone=True), force=options.force)
         require_same_questions(source, folder)
-        _say_serving(source, folder)
+        _say_uses(source, folder, run, options)
         return folder
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
@@ -115,7 +111,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     require_same_questions(source, target.output, ids)
     rows = rows_for(source) if options.verify or gguf is not None else None
     if rows is not None and options.verify:
-        with one_sentence(LATER.format(folder=target.output, run=run.path)):
+        with one_sentence(_later(target.output, run)):
             verification = verify(
                 source,
                 target.output,
@@ -131,13 +127,32 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
             hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
             hand_over_adapter(source, target.output)
         write_card(source, target.output, read_proof(target.output).figures)  # which serves these files as well
-    _say_serving(source, target.output)
+    _say_uses(source, target.output, run, options)
     return target.output
 
 
-def _say_serving(source: OpenedRun, folder: Path) -> None:
-    if commands := serving(source, folder):
-        console.say(serving_text(commands))
+def _later(folder: Path, run: RunDir) -> str:
+    """What is said where there is no room to compare."""
+    command = shlex.join(["qtune", "export", str(run.path), "--verify-only", str(folder)])
+    return f"{folder} is whole, and not compared with the trained model; where more memory is free: {command}"
+
+
+def _say_uses(source: OpenedRun, folder: Path, run: RunDir, options: Options) -> None:
+    console.say(uses_text(folder, serving(source, folder), _gguf_command(source, folder, run, options)))
+
+
+def _gguf_command(source: OpenedRun, folder: Path, run: RunDir, options: Options) -> str | None:
+    """The command that writes a GGUF file; None where there is one, and where none can be made."""
+    if source.recipe.adapter.export == "alone" or any(folder.glob("*.gguf")):
+        return None
+    try:
+        refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
+    except ModelError:
+        return None
+    whole = output_folder(run, None if options.adapter_only else options.output, alone=False)
+    where = [] if options.adapter_only or options.output is None else ["--output", str(options.output)]
+    again = ["--force"] if whole.exists() else []
+    return shlex.join(["qtune", "export", str(run.path), *where, "--gguf", "q8_0", *again])
 
 
 def _asked(options: Options) -> set[str]:
@@ -163,7 +178,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
         return folder
     prompt = open_soft_prompt(source) if source.recipe.adapter.export == "bake" else None
     ids = () if prompt is None else prompt.ids
-    with one_sentence(LATER.format(folder=folder, run=run.path)):
+    with one_sentence(_later(folder, run)):
         damage = damage_of(folder)
         verification = verify(
             source,

@@ -1,5 +1,6 @@
 """An exported folder -> the commands that serve it: those that hold for what is in it, ready to paste."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 OTHER_WEIGHTS = (
     "on the base's own weights: trained on {}, which vLLM does not make of them, it answers a little otherwise"
 )
+
+PIPELINE = (
+    'from transformers import pipeline; print(pipeline("text-generation", {folder})'
+    '([{{"role": "user", "content": "Hello"}}], max_new_tokens=200)[0]["generated_text"][-1]["content"])'
+)
+"""What asks an export in one line of Python; README.md beside it has the longer ones."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,27 @@ def _base(source: OpenedRun) -> str:
     return source.base_name if source.is_of_hub else str(source.base)
 
 
-def serving_text(commands: tuple[Serving, ...]) -> str:
-    """A line for each command under its program."""
-    lines = (
-        line
-        for one in commands
-        for line in (f"  {one.program + ':':<11} {one.command}", *([f"  {'':<11} ({one.note})"] if one.note else []))
-    )
-    return "\n".join(["serve it with one of:", *lines])
+def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | None) -> str:
+    """A line for each program that loads what is in a folder; the ways of libraries are in its README.md.
+
+    gguf_command: makes the GGUF file that llama.cpp and Ollama load, where there is none and one can be made.
+    """
+    is_adapter = (folder / CONFIG).is_file()
+    if is_adapter:
+        lines = [("transformers, peft", f"the lines in {folder / 'README.md'}, from inside of that folder")]
+    else:
+        asked = PIPELINE.format(folder=json.dumps(str(folder), ensure_ascii=False))
+        lines = [
+            ("here", shlex.join(["qtune", "chat", str(folder)])),
+            ("transformers", shlex.join(["python", "-c", asked])),
+        ]
+    for one in commands:
+        lines += [(one.program, one.command), *([("", f"({one.note})")] if one.note else [])]
+    if gguf_command is not None:
+        lines.append(("llama.cpp, Ollama", f"load a GGUF file, which is written by: {gguf_command}"))
+    width = max(len(name) for name, _ in lines) + 1
+    named = ((f"{name}:" if name else "", does) for name, does in lines)
+    return "\n".join(["use it with one of:", *(f"  {name:<{width}} {does}" for name, does in named)])
 
 
 def context_of(config: PretrainedConfig, recipe: Recipe) -> int:

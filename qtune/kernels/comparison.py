@@ -92,6 +92,33 @@ def _likelihoods(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]
         yield from zip(*results, strict=True)
 
 
+def _blocks(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    for scale, cap in ((1.0, 0.0), (1.3, 7.0)):
+        blocks = [3 * torch.randn(40, width, dtype=dtype, device=device) for width in (5000, 2048, 300)]
+        labels = torch.randint(0, 7348, (40,), device=device)
+        results = []
+        for function in (kernel, plain.cross_entropy_block):
+            largest, total, target = (torch.full((40,), start, device=device) for start in (-torch.inf, 0.0, 0.0))
+            likeliest, start = torch.zeros(40, dtype=torch.long, device=device), 0
+            for block in blocks:
+                function(block.clone(), labels, start, scale, cap, largest, total, target, likeliest)
+                start += block.shape[1]
+            results.append((largest, total, target, likeliest))
+        yield from zip(*results, strict=True)
+
+
+def _block_gradients(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
+    for scale, cap in ((1.0, 0.0), (1.3, 7.0)):
+        logits = 3 * torch.randn(40, 5000, dtype=dtype, device=device)
+        labels = torch.randint(90, 6000, (40,), device=device)
+        labels[0] = 100
+        normalizer = torch.full((40,), 12.0, device=device)
+        ours, theirs = logits.clone(), logits.clone()
+        kernel(ours, labels, 100, scale, cap, normalizer)
+        plain.cross_entropy_block_gradient(theirs, labels, 100, scale, cap, normalizer)
+        yield ours, theirs
+
+
 def _weights(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
     for kind in ("nf4", "fp4"):
         weight = torch.randn(96, 4160, dtype=dtype)
@@ -107,6 +134,8 @@ COMPARED: dict[str, Callable[[Any, torch.dtype, str], Iterator[Pair]]] = {
     "gated": _gates,
     "gated_backward": _gate_gradients,
     "cross_entropy": _likelihoods,
+    "cross_entropy_block": _blocks,
+    "cross_entropy_block_gradient": _block_gradients,
     "dequantize_nested": _weights,
 }
 """By the name of the operation."""

@@ -232,6 +232,78 @@ def cross_entropy(
     )  # fmt: skip
 
 
+@triton.jit
+def _cross_entropy_block(
+    logits, labels, maximum, total, target, likeliest, first, width, scale, cap,
+    is_capped: tl.constexpr, piece: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * width
+    label = tl.load(labels + row) - first
+    highest, sums, best_place = tl.load(maximum + row), tl.load(total + row), tl.load(likeliest + row)
+    start = 0
+    while start < width:
+        places = start + tl.arange(0, piece)
+        values, _ = _capped(
+            tl.load(line + places, mask=places < width, other=0.0).to(tl.float32), scale, cap, is_capped
+        )
+        values = tl.where(places < width, values, -float("inf"))
+        best = tl.max(values, 0)
+        best_place = tl.where(best > highest, first + start + tl.argmax(values, 0), best_place)
+        higher = tl.maximum(highest, best)
+        sums = sums * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
+        highest = higher
+        start += piece
+    tl.store(maximum + row, highest)
+    tl.store(total + row, sums)
+    tl.store(likeliest + row, best_place)
+    inside = (label >= 0) & (label < width)
+    given, _ = _capped(tl.load(line + label, mask=inside, other=0.0).to(tl.float32), scale, cap, is_capped)
+    tl.store(target + row, given, mask=inside)
+
+
+@triton.jit
+def _cross_entropy_block_gradient(
+    logits, labels, normalizer, first, width, scale, cap, is_capped: tl.constexpr, piece: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1).to(tl.int64) * piece + tl.arange(0, piece)
+    inside = places < width
+    line = logits + row * width
+    given = tl.load(line + places, mask=inside, other=0.0).to(tl.float32)
+    values, slope = _capped(given, scale, cap, is_capped)
+    label = tl.load(labels + row) - first
+    slope = (tl.exp(values - tl.load(normalizer + row)) - tl.where(places == label, 1.0, 0.0)) * slope
+    tl.store(line + places, slope.to(logits.dtype.element_ty), mask=inside)
+
+
+def _block_piece(width: int) -> int:
+    return min(VOCABULARY_BLOCK // 2, triton.next_power_of_2(width))
+
+
+def cross_entropy_block(
+    logits: Tensor, labels: Tensor, start: int, scale: float, cap: float,
+    maximum: Tensor, total: Tensor, target: Tensor, likeliest: Tensor,
+) -> None:  # fmt: skip
+    """The running normalizer, the label's logit and the likeliest token, with one more block of the vocabulary."""
+    rows, width = logits.shape
+    _cross_entropy_block[(rows,)](
+        logits, labels, maximum, total, target, likeliest, start, width, scale, cap,
+        is_capped=cap != 0.0, piece=_block_piece(width), num_warps=8,
+    )  # fmt: skip
+
+
+def cross_entropy_block_gradient(
+    logits: Tensor, labels: Tensor, start: int, scale: float, cap: float, normalizer: Tensor
+) -> None:
+    """The gradient over the logits of a block."""
+    rows, width = logits.shape
+    piece = _block_piece(width)
+    _cross_entropy_block_gradient[(rows, triton.cdiv(width, piece))](
+        logits, labels, normalizer, start, width, scale, cap, is_capped=cap != 0.0, piece=piece, num_warps=8
+    )
+
+
 # --- 4-bit weights with double quantization -------------------------------------------------------------------------
 
 

@@ -31,6 +31,10 @@ _SCHEMAS = (
     "gated_backward(Tensor(a!) grad, Tensor gate, Tensor up, str activation, Tensor(b!) d_gate, Tensor(c!) d_up) -> ()",
     "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
     "Tensor(c!) correct) -> ()",
+    "cross_entropy_block(Tensor(a!) logits, Tensor labels, int start, float scale, float cap, Tensor(b!) maximum, "
+    "Tensor(c!) total, Tensor(d!) target, Tensor(e!) likeliest) -> ()",
+    "cross_entropy_block_gradient(Tensor(a!) logits, Tensor labels, int start, float scale, float cap, "
+    "Tensor normalizer) -> ()",
     "product_in(Tensor left, Tensor right, ScalarType dtype) -> Tensor",
     "load_layer(Tensor(a!) block, Tensor home) -> ()",
     "dequantize_nested(Tensor codes, Tensor absmax, Tensor absmax_code, Tensor absmax_scale, Tensor offset, "
@@ -169,6 +173,17 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d
 
 @_shaped_by("cross_entropy")
 def _(logits: Tensor, labels: Tensor, scale: float, cap: float, slope: bool, nll: Tensor, correct: Tensor) -> None:
+    return None
+
+
+@_shaped_by("cross_entropy_block")
+def _(logits: Tensor, labels: Tensor, start: int, scale: float, cap: float, maximum: Tensor, total: Tensor,
+      target: Tensor, likeliest: Tensor) -> None:  # fmt: skip
+    return None
+
+
+@_shaped_by("cross_entropy_block_gradient")
+def _(logits: Tensor, labels: Tensor, start: int, scale: float, cap: float, normalizer: Tensor) -> None:
     return None
 
 

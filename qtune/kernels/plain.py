@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtune.kernels import on_cpu
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bitsandbytes.functional import QuantState
 
 PIECE = 2**16
@@ -122,18 +126,9 @@ def cross_entropy(
     A family's rule comes before: cap · tanh(scale · x / cap); cap = 0: only the scale. With `slope` the gradient of
     the likelihood with respect to the logits as given is written over them; without it what they hold then is nobody's.
     """
-    rows = max(1, _piece(logits) // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
+    for part in _row_parts(logits):
         low, target = logits[part], labels[part].unsqueeze(1)
-        exact = low.to(torch.promote_types(low.dtype, torch.float32))
-        if scale != 1.0:
-            exact = exact.mul_(scale)
-        if cap:
-            exact = exact.div_(cap).tanh_()
-        capped = 1 - exact.square() if cap and slope else None
-        if cap:
-            exact = exact.mul_(cap)
+        exact, capped = _ruled(low, scale, cap, wants_slope=slope)
         correct[part] = exact.argmax(dim=1) == labels[part]
         normalizer = exact.logsumexp(dim=1, keepdim=True)
         nll[part] = (normalizer - exact.gather(1, target)).squeeze(1)
@@ -141,12 +136,76 @@ def cross_entropy(
             continue
         exact = exact.sub_(normalizer).exp_()  # d nll / d logits = softmax - onehot
         exact.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact.dtype))
-        if capped is not None:
-            exact *= capped
-        if scale != 1.0:
-            exact *= scale
-        if exact is not low:
-            low.copy_(exact)
+        _write_slope(exact, capped, scale, low)
+
+
+def cross_entropy_block(
+    logits: Tensor, labels: Tensor, start: int, scale: float, cap: float,
+    maximum: Tensor, total: Tensor, target: Tensor, likeliest: Tensor,
+) -> None:  # fmt: skip
+    """Takes the logits [rows, block] of the tokens from `start` on into what is known of each position [rows]:
+
+    the largest logit, the sum of exp(logit - largest), the label's logit, and the likeliest token (the running maximum
+    and the sum relative to it: arXiv:1805.02867). A family's rule comes before, as in `cross_entropy`.
+    What the logits hold afterwards is nobody's.
+    """
+    for part in _row_parts(logits):
+        exact, _ = _ruled(logits[part], scale, cap, wants_slope=False)
+        best, place = exact.max(dim=1)
+        before = maximum[part]
+        likeliest[part] = torch.where(best > before, place + start, likeliest[part])
+        inside, local = _in_block(labels[part], start, logits.shape[1])
+        target[part] = torch.where(inside, exact.gather(1, local.unsqueeze(1)).squeeze(1), target[part])
+        highest = torch.maximum(before, best)
+        sums = exact.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
+        total[part] = total[part] * (before - highest).exp() + sums
+        maximum[part] = highest
+
+
+def cross_entropy_block_gradient(
+    logits: Tensor, labels: Tensor, start: int, scale: float, cap: float, normalizer: Tensor
+) -> None:
+    """Writes d NLL / d logits over the logits [rows, block] of the tokens from `start` on; normalizer: [rows]."""
+    for part in _row_parts(logits):
+        low = logits[part]
+        exact, capped = _ruled(low, scale, cap, wants_slope=True)
+        exact = exact.sub_(normalizer[part].unsqueeze(1)).exp_()
+        inside, local = _in_block(labels[part], start, logits.shape[1])
+        exact.scatter_add_(1, local.unsqueeze(1), -inside.to(exact.dtype).unsqueeze(1))
+        _write_slope(exact, capped, scale, low)
+
+
+def _row_parts(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, _piece(logits) // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
+def _ruled(low: Tensor, scale: float, cap: float, *, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits under a family's rule, in fp32 or wider (in place where they are), and d capped / d scaled."""
+    exact = low.to(torch.promote_types(low.dtype, torch.float32))
+    if scale != 1.0:
+        exact = exact.mul_(scale)
+    if not cap:
+        return exact, None
+    exact = exact.div_(cap).tanh_()
+    capped = 1 - exact.square() if wants_slope else None
+    return exact.mul_(cap), capped
+
+
+def _write_slope(slope: Tensor, capped: Tensor | None, scale: float, out: Tensor) -> None:
+    """The gradient through the rule, where the logits were."""
+    if capped is not None:
+        slope *= capped
+    if scale != 1.0:
+        slope *= scale
+    if slope is not out:
+        out.copy_(slope)
+
+
+def _in_block(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which labels lie in a block of the vocabulary, and their places in it (0 for the others)."""
+    inside = (labels >= start) & (labels < start + width)
+    return inside, torch.where(inside, labels - start, 0)
 
 
 # --- a product of 16-bit tensors in fp32 ----------------------------------------------------------------------------
@@ -154,7 +213,7 @@ def cross_entropy(
 
 def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right as another type than theirs."""
-    return (left @ right).to(dtype)
+    return on_cpu.mm(left, right).to(dtype)
 
 
 # --- a layer's packed weights, from where they wait -----------------------------------------------------------------

@@ -16,7 +16,7 @@ from qtune.cache import cache_folder
 from qtune.memory.predict import Longest, Prediction, model_key, predict, summarize
 from qtune.memory.tracing.work import from_rows, rows_of
 from qtune.model.quantization import is_stored_quantized
-from qtune.records import CHECKSUM, require_sealed, sealed
+from qtune.records import CHECKSUM, NotARecord, require_sealed, sealed
 from qtune.startup.allocator import has_expandable_segments
 from qtune.whole import write_text
 
@@ -84,11 +84,17 @@ def traced_work(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: L
     return work
 
 
+NAME = "traced_as"
+"""The key with the name of a file in the cache, which says what was traced: another one's is no answer."""
+
+
 def _kept(file: Path, made_of: Callable[[dict[str, Any]], Traced]) -> Traced | None:
     """What was traced before; None where nothing was, and where the file is not what was written, which is said."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         require_sealed(values)
+        if values.pop(NAME, file.stem) != file.stem:
+            raise NotARecord("it was traced for another step")
         return made_of({name: value for name, value in values.items() if name != CHECKSUM})
     except FileNotFoundError:
         return None
@@ -100,7 +106,7 @@ def _kept(file: Path, made_of: Callable[[dict[str, Any]], Traced]) -> Traced | N
 def _keep(file: Path, values: dict[str, Any]) -> None:
     """Where it cannot be kept, in a cache that is full or another user's, it is traced again the next time."""
     with suppress(OSError):
-        write_text(file, json.dumps(sealed(values)))
+        write_text(file, json.dumps(sealed({**values, NAME: file.stem})))
 
 
 def _key(config: PretrainedConfig, recipe: Recipe, plan: Plan, longest: Longest | None, way: str) -> str:

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qtune.errors import ModelError
-from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, last_levers, levers, settle
+from qtune.memory.budget import MICRO_BATCH, Lever, Search, largest_that_fits, last_levers, levers, lossy_levers, settle
 from qtune.memory.kept_layers import CHECKPOINTING, Steps, fewest, pace_of, rates_of, seconds
 from qtune.memory.remedies import as_planned
 from qtune.plan import whole_parts
@@ -88,7 +88,8 @@ def ways_to_fit(
     found = asked.alone(asked.levers(list(levers(asked.recipe, plan))))
     last = asked.alone(last_levers(asked.recipe, plan))
     best = asked.best(found, last)
-    saving = tuple(way for _, way in [*found, *last] if way.need.total_bytes < asked.before.need.total_bytes)
+    lossy = asked.alone(lossy_levers(plan))
+    saving = tuple(way for _, way in [*found, *lossy, *last] if way.need.total_bytes < asked.before.need.total_bytes)
     return WaysToFit(saving, best)
 
 

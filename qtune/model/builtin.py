@@ -143,7 +143,7 @@ def make_folder(model: Builtin, folder: Path) -> None:
             "files": {file.name: file.stat().st_size for file in sorted(converted.iterdir())},
         }
         (converted / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        seal(converted)
+        seal(converted, name=folder.name)
         for file in converted.iterdir():
             file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
 

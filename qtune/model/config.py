@@ -27,10 +27,11 @@ SIZES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
     "vocab_size": (),
 }
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size", "sliding_window")
 # Far above what there is; what lies beyond would be built for hours before it fills memory.
 LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "vocab_size": 16_777_216}
 LARGEST_WIDTH = 4_194_304
+LARGEST_NUMBER = 2**63
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -97,6 +98,8 @@ def _faults(raw: Mapping[str, Any]) -> Iterator[str]:
     kind = raw.get("model_type")
     if kind is None:
         yield 'model_type: is missing; it names the architecture, as "llama"'
+    elif not isinstance(kind, str):
+        yield f'model_type = {_shown(kind)}: must be the name of an architecture, as "llama"'
     elif kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             meant = did_you_mean(str(kind), CONFIG_MAPPING, "a newer one may have it")
@@ -158,10 +161,19 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _out_of_range(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers that modules take, and with which they compute none, or end in the first step."""
+    """Values that modules take, and with which they compute no numbers, or end in the first step."""
+    for name in ("output_attentions", "output_hidden_states", "return_dict"):
+        if not isinstance(raw.get(name, False), (bool, type(None))):
+            yield f"{name} = {_shown(raw[name])}: must be true or false"
+    if raw.get("return_dict") is False:
+        yield "return_dict = false: results are taken by their names; remove the key"
+    if raw.get("output_attentions") is True:
+        yield "output_attentions = true: attention is computed by kernels that do not have its shares; remove the key"
     for name, value in raw.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
+        if LARGEST_NUMBER <= abs(value) < float("inf"):
+            yield f"{name} = {_shown(value)}: no number of a model is that large"
         if name.endswith(("_eps", "_epsilon")) and not 0 <= value < 1:
             yield f"{name} = {_shown(value)}: must be a small number that is not below 0"
         if name.endswith(("dropout", "_pdrop", "dropout_prob")) and not 0 <= value <= 1:

@@ -58,7 +58,7 @@ def gguf_folder(file: Path) -> Path:
             tempfile.TemporaryDirectory(prefix=".alone-", dir=folder.parent) as alone,
         ):
             convert(_alone(file, Path(alone)), partial)
-            seal(partial)
+            seal(partial, name=folder.name)
             for made in partial.iterdir():
                 made.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
     except OSError as error:

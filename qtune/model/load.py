@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from qtune import console
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
@@ -138,9 +139,10 @@ def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedMo
         OutOfMemory: it does not fit the device. ModelError: it cannot be found or read.
     """
     try:
-        network = load_weights(
-            base_folder(model), load_config(model), dtype, device_map={"": device.torch_name}, **_where(model)
-        )
+        with console.progress(f"loading {model.base}"):
+            network = load_weights(
+                base_folder(model), load_config(model), dtype, device_map={"": device.torch_name}, **_where(model)
+            )
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, device) from error
     return network.eval()
@@ -157,6 +159,11 @@ def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTraine
         ModelError: it cannot be found or read, less of it than `minimum_share` can be quantized, or `require_kernels`
             refuses.
     """
+    with console.progress(f"loading {model.base}"):
+        return _loaded(model, quantization, plan)
+
+
+def _loaded(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
     require_kernels(quantization, plan)
     dtype = getattr(torch, plan.compute_dtype)
     config = load_config(model)

@@ -21,11 +21,14 @@ from transformers.utils.generic import ModelOutput
 
 import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.data.masks import IGNORED
+from qtune.kernels import on_cpu
 from qtune.model.stored_rows import StoredRows, stored_rows
 from qtune.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_ops: Any = torch.ops.qtune
 
 TILE_BYTES = 64 * MIB
 """Size of one tile of logits, where nothing else is asked for: [memory] loss_tile."""
@@ -105,15 +108,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
         for start in range(0, len(hidden), rows):
             tile = slice(start, start + rows)
-            logits = functional.linear(hidden[tile], weight, bias)
+            logits = on_cpu.linear(hidden[tile], weight, bias)
             wanted = want_hidden or want_weight or want_bias
-            torch.ops.qtune.cross_entropy.default(
+            _ops.cross_entropy.default(
                 logits, labels[tile], rule.scale, rule.cap or 0.0, wanted, nll[tile], right[tile]
             )
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[tile])
+                on_cpu.mm(logits, weight, out=grad_hidden[tile])
             if grad_weight is not None:
-                grad_weight += logits.t() @ hidden[tile]
+                grad_weight += on_cpu.mm(logits.t(), hidden[tile])
             if grad_bias is not None:
                 grad_bias += logits.sum(dim=0, dtype=exact)
             del logits  # or the next tile would come beside it
@@ -136,8 +139,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
 class _StreamedCrossEntropy(torch.autograd.Function):
     """As `_TiledCrossEntropy`, for a frozen head that is stored otherwise; tiles are [n, rows of the vocabulary].
 
-    A first pass over the vocabulary finds each position's normalizer (Milakov & Gimelshein, arXiv:1805.02867: the
-    running maximum and the sum relative to it), its label's logit and its likeliest token; a second one the gradient.
+    A first pass over the vocabulary finds each position's normalizer, its label's logit and its likeliest token, a
+    second one the gradient.
     """
 
     @staticmethod
@@ -152,29 +155,35 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         is_measuring: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         vocabulary = head.shape[0]
-        # Neither the block of weights nor its fp32 logits are larger than a tile.
-        rows = max(1, tile_bytes // max(4 * hidden.shape[0], head.row_bytes()))
+        # Neither the block of weights nor its logits, in their own type, are larger than a tile.
+        rows = max(1, tile_bytes // max(hidden.element_size() * hidden.shape[0], head.row_bytes()))
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        pieces = [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-        running = _Running.start(hidden.shape[0], exact, hidden.device)
-        for piece in pieces:
-            block = head.block(piece.start, piece.stop, hidden.device)
-            logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
-            del block  # or the next one would come beside it
-            _apply_rule(logits, rule, want_slope=False)
-            running.take(logits, labels, piece)
+        starts = range(0, vocabulary, rows)
+        cap = rule.cap or 0.0
+
+        def block_and_logits(start: int) -> tuple[Tensor, Tensor]:
+            stop = min(start + rows, vocabulary)
+            block = head.block(start, stop, hidden.device)
+            return block, on_cpu.linear(hidden, block, None if bias is None else bias[start:stop])
+
+        maximum, total, target = (hidden.new_full((len(hidden),), first, dtype=exact) for first in (-torch.inf, 0, 0))
+        likeliest = torch.zeros_like(labels)
+        for start in starts:
+            _, logits = block_and_logits(start)
+            del _  # or the next one would come beside it
+            _ops.cross_entropy_block.default(logits, labels, start, rule.scale, cap, maximum, total, target, likeliest)
             del logits
-        normalizer = running.normalizer()
-        losses = normalizer - running.target
+        normalizer = maximum + total.log()
+        losses = normalizer - target
         loss = losses.sum()
-        correct = (running.likeliest == labels).sum()
+        correct = (likeliest == labels).sum()
         grad_hidden = None
         if ctx.needs_input_grad[0] and not is_measuring:
             grad = torch.zeros_like(hidden, dtype=exact)
-            for piece in pieces:
-                block = head.block(piece.start, piece.stop, hidden.device)
-                logits = functional.linear(hidden, block, None if bias is None else bias[piece]).to(exact)
-                grad += _slope(logits, normalizer, labels, piece, rule).to(head.dtype) @ block
+            for start in starts:
+                block, logits = block_and_logits(start)
+                _ops.cross_entropy_block_gradient.default(logits, labels, start, rule.scale, cap, normalizer)
+                grad += on_cpu.mm(logits, block)
                 del block, logits
             grad_hidden = grad.to(hidden.dtype)
         if not is_measuring:
@@ -188,70 +197,6 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         (grad_hidden,) = ctx.saved_tensors
         scaled = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
         return scaled, None, None, None, None, None, None
-
-
-@dataclass
-class _Running:
-    """What is known of each position [n] after some blocks of the vocabulary."""
-
-    maximum: Tensor
-    total: Tensor
-    """Sum of exp(logit - maximum)."""
-    target: Tensor
-    """Logit of the label, once its block has come."""
-    likeliest: Tensor
-
-    @classmethod
-    def start(cls, positions: int, dtype: torch.dtype, device: torch.device) -> "_Running":
-        """Before the first block."""
-        nothing = torch.zeros(positions, dtype=dtype, device=device)
-        lowest = torch.full_like(nothing, -torch.inf)
-        return cls(lowest, nothing, nothing.clone(), torch.zeros(positions, dtype=torch.long, device=device))
-
-    def take(self, logits: Tensor, labels: Tensor, piece: slice) -> None:
-        """Adds a block of logits [n, rows], which is overwritten."""
-        best, place = logits.max(dim=1)
-        self.likeliest = torch.where(best > self.maximum, place + piece.start, self.likeliest)
-        inside, local = _in_block(labels, piece)
-        self.target = torch.where(inside, logits.gather(1, local.unsqueeze(1)).squeeze(1), self.target)
-        highest = torch.maximum(self.maximum, best)
-        self.total = self.total * (self.maximum - highest).exp() + logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1)
-        self.maximum = highest
-
-    def normalizer(self) -> Tensor:
-        """[n]: the log of the sum of all exponentials."""
-        return self.maximum + self.total.log()
-
-
-def _in_block(labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
-    """Which labels lie in a block of the vocabulary, and their places in it (0 for the others)."""
-    inside = (labels >= piece.start) & (labels < piece.stop)
-    return inside, torch.where(inside, labels - piece.start, 0)
-
-
-def _slope(logits: Tensor, normalizer: Tensor, labels: Tensor, piece: slice, rule: LogitRule) -> Tensor:
-    """d NLL / d logits of a block, before the family's rule was applied to them; written over `logits`."""
-    capped_slope = _apply_rule(logits, rule, want_slope=True)
-    slope = logits.sub_(normalizer.unsqueeze(1)).exp_()
-    inside, local = _in_block(labels, piece)
-    slope.scatter_add_(1, local.unsqueeze(1), -inside.to(slope.dtype).unsqueeze(1))
-    if capped_slope is not None:
-        slope *= capped_slope
-    if rule.scale != 1.0:
-        slope *= rule.scale
-    return slope
-
-
-def _apply_rule(logits: Tensor, rule: LogitRule, *, want_slope: bool) -> Tensor | None:
-    """Applies a family's rule in place; returns d capped / d logits where there is a cap."""
-    if rule.scale != 1.0:
-        logits *= rule.scale
-    if rule.cap is None:
-        return None
-    logits.div_(rule.cap).tanh_()
-    slope = 1 - logits.square() if want_slope else None
-    logits.mul_(rule.cap)
-    return slope
 
 
 def tiled_cross_entropy(

@@ -114,7 +114,7 @@ class QuantizedCopy:
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600; a cache may serve several users
             write_record(partial / MADE_OF, MadeOf(checksums_of(self.base)))
-            manifest.seal(partial)
+            manifest.seal(partial, name=self.folder.name)
 
     def _fault(self) -> str | None:
         """What is wrong with the copy, in words that follow its name."""

@@ -52,11 +52,13 @@ class Resolved:
     origins: Mapping[KeyPath, Origin]
     file: Path
     text: str
+    written_in: Path | None = None
+    """Of a run's recipe, which lies in the run's folder: that of the recipe it began with."""
 
     @property
     def folder(self) -> Path:
         """The folder that relative data paths of the recipe start from."""
-        return self.file.parent
+        return self.file.parent if self.written_in is None else self.written_in
 
     @property
     def run_name(self) -> str:

@@ -31,7 +31,8 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     if (path / "resolved.toml").is_file():
-        ways = f"qtune run --resume {name} goes on with it, qtune run {path / 'recipe.toml'} begins anew"
+        goes_on, anew = shlex.join(["qtune", "run", "--resume", name]), shlex.quote(str(path / "resolved.toml"))
+        ways = f"{goes_on} goes on with it, qtune run {anew} begins anew"
         raise RecipeError(Problem(name, f"is a run's folder, not a recipe: {ways}"))
     if path.is_dir():
         inside = ", ".join(sorted(str(file) for file in path.glob("*.toml"))[:5])

@@ -1,8 +1,9 @@
-"""Runs of so few steps that little can come of them: said before one wonders why. Pure arithmetic."""
+"""How many steps a run begins with, by its rows; and runs of so few that little can come of them, said before one
+wonders why. Pure arithmetic."""
 
 import math
 
-from qtune.recipe.schema import Adapter, PromptTuning, PTuning, Training
+from qtune.recipe.schema import Adapter, AdapterTable, PromptTuning, PTuning, Training
 
 FEW_STEPS = 30
 """Optimizer steps of a run below which that is said. Ours: no source names one. AdamW moves a number by about the
@@ -13,6 +14,31 @@ FEW_STEPS_OF_A_PROMPT = 200
 """The same for a soft prompt, which has farther to go. `tools/soft_prompt_runs.jsonl`: 288 rows of the quickstart left
 prompt tuning (residual, from a text) with a held-out loss of 0.124 in 72 steps, 0.106 in 144 and 0.076 in 288; before,
 with the same settings, 0.214 in 36 (NOTES.md). The built-in model, one seed, bfloat16 on a CPU."""
+
+AIM = 100
+"""Steps that few rows are seen again for, LORA_PASSES[1] times at most."""
+AIM_OF_A_PROMPT = 500
+LORA_PASSES = (3, 5)
+SOME_ROWS, MANY_ROWS, ALL_BUT_TOO_MANY = 500, 2_000, 10_000
+"""Rows from which a step takes 16 of them; from which two passes are enough; from which one is."""
+
+
+def first_steps(adapter: type[AdapterTable], rows: int) -> tuple[int, int]:
+    """(epochs, batch size) that a run begins with: what README.md advises for so many rows. Advice, no measurement.
+
+    rows: that are trained on, at least one.
+    """
+    if issubclass(adapter, PromptTuning | PTuning):
+        # Steps count more than rows: small ones, as long as an epoch is not many times what is needed.
+        batch = next((size for size in (16, 8, 4) if rows >= size * AIM_OF_A_PROMPT), 2)
+        return max(1, math.ceil(AIM_OF_A_PROMPT / -(-rows // batch))), batch
+    if rows >= SOME_ROWS:
+        return 1 if rows > ALL_BUT_TOO_MANY else 2 if rows > MANY_ROWS else 3, 16
+    least, most = LORA_PASSES
+    batch = 8 if least * -(-rows // 8) >= AIM else 4
+    per_epoch = -(-rows // batch)
+    epochs = min(most, max(least, math.ceil(AIM / per_epoch)))
+    return max(epochs, math.ceil(FEW_STEPS / per_epoch)), batch
 
 
 def few_steps(training: Training, rows: int) -> str | None:

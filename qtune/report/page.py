@@ -1,6 +1,7 @@
 """The page itself: all parts in one file, with a policy that forbids it to load or run anything."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,7 @@ def trace_memory(run_dir: RunDir) -> None:
             return
     except RunError:  # there is no measurement to compare with
         return
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    import_libraries(console.waiting)
     from qtune.memory.profile import is_traced, trace_run  # seconds, for which what is traced already need not wait
 
     if is_traced(run_dir):
@@ -61,7 +61,8 @@ def attempt_report(run_dir: RunDir) -> None:
         write_report(run_dir)
     except Exception as error:
         log.debug("the report could not be written", exc_info=True)
-        console.say(f"the report was not written ({first_line(error)}); try again with: qtune report {run_dir.path}")
+        again = ["qtune", "report", str(run_dir.path)]
+        console.say(f"the report was not written ({first_line(error)}); try again with: {shlex.join(again)}")
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -85,8 +86,7 @@ def write_report(run_dir: RunDir) -> Path:
 
 def _rows_now(run_dir: RunDir, record: Record) -> ShownRows:
     """Of a run that has kept no rows."""
-    with console.waiting("loading the libraries"):
-        import_libraries()
+    import_libraries(console.waiting)
     from qtune.training.shown_rows import rows_of  # seconds of libraries and, at times, of tokenizing
 
     quiet_loading()
@@ -137,7 +137,7 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     else:
         parts.append(sections.training_rows(rows))
     if facts.memory:
-        parts.append(memory(facts.memory, str(record.run_dir.path)))
+        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path))))
     if facts.exports:
         parts.append(results.exports(facts.exports))
     parts.append(sections.values(record))

@@ -197,7 +197,8 @@ def said_of(run_dir: RunDir) -> list[str]:
     try:
         lock, recipe = read_lock(run_dir), resolved_recipe(run_dir)
         if lock is None:
-            return []
+            is_begun = run_dir.metrics_file.is_file() or run_dir.checkpoints.is_dir() or run_dir.is_finished
+            return ["has no lock.json: what it was trained on cannot be compared"] if is_begun else []
         drifts = list(recipe_drifts(lock, values_of(run_dir)))
         known = lock.latest.contents is not None
         if known and (folder := base_on_disk(recipe.model)) is not None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qtune import console, manifest
 from qtune.errors import Problem, RunError, first_line
 from qtune.run.folder import RunDir
-from qtune.run.history import said_of_records
+from qtune.run.history import require_own_lock, said_of_records
 from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
 
@@ -22,6 +22,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
     Raises:
         RunError: training has not ended, or something of the adapter is damaged, or it is another run's.
     """
+    require_own_lock(run_dir)
     if (said := adapter_fault(run_dir)) is not None:
         advice = f"qtune run --resume {shlex.quote(str(run_dir.path))} saves it again from the last checkpoint"
         raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {advice}"))

@@ -13,7 +13,10 @@ from qtune import whole
 from qtune.disk import NO_FILE, no_file_in, refusal_of
 from qtune.errors import InputError, Problem, RecipeError, RunError, first_line
 from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Output
 from qtune.recipe.shipped import find_recipe
+
+RUNS = Path(Output.model_fields["directory"].default)
 
 
 @dataclass(frozen=True)
@@ -204,11 +207,33 @@ def _of_recipe(path: Path) -> str | None:
     return f"is a recipe; its run is {names[0]}" if len(names) == 1 else f"is a recipe; its runs: {', '.join(names)}"
 
 
+def refuse_missing_run(target: str) -> None:
+    """Where a verb takes other things than runs as well: a name that can only be meant as a run's, and is none.
+
+    Raises:
+        RunError: with the runs that there are.
+    """
+    path = Path(target)
+    if not path.exists() and ((len(path.parts) > 1 and _runs_in(path.parent)) or _is_run(RUNS / path)):
+        RunDir.open(path)
+
+
 def _runs_beside(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    names = sorted(str(file.parent) for file in path.parent.glob("*/resolved.toml"))
-    return f"; runs there: {', '.join(names)}" if names else ""
+    """What is said of a run that is not there: the one that is meant, else those beside it, else those in RUNS."""
+    if len(path.parts) == 1 and _is_run(RUNS / path):
+        return f"; did you mean {RUNS / path}?"
+    if names := _runs_in(path.parent):
+        return f"; runs there: {', '.join(names)}"
+    names = _runs_in(RUNS)
+    return f"; there are {', '.join(names)}" if names else ""
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(str(file.parent) for file in folder.glob("*/resolved.toml")) if folder.is_dir() else []
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "resolved.toml").is_file()
 
 
 def require_writable(folder: Path) -> None:

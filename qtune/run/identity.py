@@ -65,21 +65,43 @@ def identity_of(folder: Path) -> Identity | None:
     """The identity of the run in a folder; None where it has none, and where its lock is damaged, which is for those to
     say who read it."""
     try:
+        return identity_to_write(folder)
+    except OSError:
+        return None
+
+
+def identity_to_write(folder: Path) -> Identity | None:
+    """`identity_of` for what is written now, which says it from then on.
+
+    Raises:
+        OSError: the lock is there and cannot be read.
+    """
+    try:
         found = read_record(folder / "lock.json", Identity)
-    except RunError:
+    except RunError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
         return None
     return None if found is None or found.run_id is None else found
 
 
 def saved_by(folder: Path) -> SavedBy | None:
-    """For the manifest of what the run in `folder` saves now."""
-    identity = identity_of(folder)
+    """For the manifest of what the run in `folder` saves now.
+
+    Raises:
+        OSError: as `identity_to_write`.
+    """
+    identity = identity_to_write(folder)
     return None if identity is None else SavedBy(str(identity.run_id), len(identity.resumed))
 
 
 def write_of_run(run_dir: RunDir, file: Path, record: object) -> None:
-    """`write_record` of one of a run's own records."""
-    identity = identity_of(run_dir.path)
+    """`write_record` of one of a run's own records.
+
+    Raises:
+        OSError: it cannot be written, or as `identity_to_write`.
+    """
+    identity = identity_to_write(run_dir.path)
     write_record(file, record, None if identity is None else identity.run_id)
 
 

@@ -17,7 +17,7 @@ from qtune.errors import Problem, RunError
 from qtune.manifest import NAME as MANIFEST
 from qtune.manifest import RecordsThen
 from qtune.records import CHECKSUM, RUN_ID, NotARecord, plain, record_of, require_intact, sealed
-from qtune.run.identity import foreign_folder, identity_of, is_run_id, manifest_in, of_another
+from qtune.run.identity import foreign_folder, identity_of, identity_to_write, is_run_id, manifest_in, of_another
 from qtune.whole import write_text
 
 
@@ -167,7 +167,7 @@ def _line(values: Mapping[str, Any], follows: str | None) -> str:
 
 def _beginning(file: Path) -> str:
     """What the first line follows."""
-    identity = identity_of(file.parent)
+    identity = identity_to_write(file.parent)
     return "" if identity is None else str(identity.run_id)
 
 
@@ -273,6 +273,8 @@ def foreign(file: Path, folder: Path) -> str | None:
     nothing is compared."""
     if (said := foreign_folder(file.parent, folder)) is not None:
         return f"it {said}"
+    if not _begins_as_its_run(file):  # and the folder is this run's, so that it is not its fault
+        return None
     then = _said_in(folder)
     if then is None or not file.is_file():
         return None
@@ -286,6 +288,12 @@ def foreign(file: Path, folder: Path) -> str | None:
             said = f"it is not of this run: when it was saved, record {number:,} of {file.name} was another"
             return f"{said} ({_if_right(folder)})"
     return None
+
+
+def _begins_as_its_run(file: Path) -> bool:
+    """Whether the first record is one of this run; also where that is not known."""
+    identity = identity_of(file.parent)
+    return identity is None or first_run_id(file) in identity.own
 
 
 def _if_right(folder: Path) -> str:

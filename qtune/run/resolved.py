@@ -14,7 +14,7 @@ from qtune.plan import Plan
 from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Origin, Resolved, leaves, load_recipe
 from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import KeyPath, Recipe, is_run_name
+from qtune.recipe.schema import FileSource, KeyPath, Recipe, is_run_name
 from qtune.recipe.text import show_value
 from qtune.run.folder import RunDir
 
@@ -138,7 +138,49 @@ def read_resolved(run_dir: RunDir, changes: Sequence[str] = (), *, need_rows: bo
         path: origin if origin.source == "--set" else written.get(path, Origin("default"))
         for path, origin in resolved.origins.items()
     }
-    return replace(resolved, origins=origins)
+    recipe, folder = as_written(run_dir, resolved.recipe)
+    return replace(resolved, recipe=recipe, origins=origins, written_in=folder)
+
+
+def as_written(run_dir: RunDir, recipe: Recipe) -> tuple[Recipe, Path]:
+    """A run's recipe with the paths of its rows as they were written, and the folder that they start from.
+
+    They are absolute in resolved.toml. Rows are called by them, and are found under that name where they are kept
+    prepared. The run's own folder, and the recipe as it is, where its recipe.toml does not tell.
+    """
+    data = recipe.data
+    try:
+        given = tomllib.loads(run_dir.recipe_file.read_text(encoding="utf-8-sig")).get("data", {})
+    except (OSError, ValueError):
+        return recipe, run_dir.path
+    relative = {f"/{Path(path)}": path for path in _paths(given) if not Path(path).is_absolute()}
+    ends = ((path, end) for path in _paths(data.model_dump()) for end in relative if path.endswith(end))
+    path, end = next(ends, ("", ""))
+    if not end:
+        return recipe, run_dir.path
+    folder = Path(path.removesuffix(end) or "/")
+    known = {f"{folder}{one}": path for one, path in relative.items()}
+    data = data.model_copy(update={key: _renamed(getattr(data, key), known) for key in SPLITS})
+    return recipe.model_copy(update={"data": data}), folder
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def _paths(data: "Mapping[str, Any]") -> list[str]:
+    """All paths that a [data] table names, of whatever shape its values are."""
+    values = [data.get(key) for key in SPLITS]
+    each = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    paths = [one.get("path") if isinstance(one, dict) else one for one in each]
+    return [path for path in paths if isinstance(path, str) and not path.startswith("hub:")]
+
+
+def _renamed(value: Any, names: "Mapping[str, str]") -> Any:
+    if isinstance(value, tuple):
+        return tuple(_renamed(one, names) for one in value)
+    if isinstance(value, FileSource):
+        return value.model_copy(update={"path": names.get(value.path, value.path)})
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 def written_text(run_dir: RunDir) -> str:

@@ -15,7 +15,6 @@ from qtune.recipe.schema import KeyPath
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.identity import new_run_id
-from qtune.run.lock import read_lock, write_lock
 from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
@@ -68,6 +67,8 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
     Raises:
         RunError: its folder cannot be made.
     """
+    from qtune.run.lock import read_lock, write_lock  # numpy, for which a list of runs need not wait
+
     text = run_dir.recipe_file.read_text(encoding="utf-8", errors="replace") if run_dir.recipe_file.is_file() else ""
     branch = RunDir.create(run_dir.path.parent, run_dir.name, text)
     if run_dir.metrics_file.is_file():
@@ -117,7 +118,11 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     changeable = (*CHANGEABLE, RATE) if lowers_rate(run_dir, changes) else CHANGEABLE
     refused = [path for path in changed if path not in changeable and (path[0] not in kinds or path[1] == "kind")]
     if refused:
-        raise RecipeError([_refusal(path, new, run_dir) for path in refused])
+        asked = {change.partition("=")[0].strip() for change in changes}
+        named = [
+            path for path in refused if ".".join(map(str, path)) in asked
+        ]  # others follow from them: epochs of steps
+        raise RecipeError([_refusal(path, new, run_dir, changes) for path in named or refused])
     # What was set to the value that it has keeps its origin too.
     origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
     if BUDGET in changed:
@@ -132,6 +137,20 @@ def resuming(run_dir: RunDir, *more: str) -> str:
     return shlex.join(["qtune", "run", "--resume", str(run_dir.path), *more])
 
 
+def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: bool = False) -> str:
+    """The command for a new run with this one's values, changed by `--set` texts: from resolved.toml, whose paths hold
+    from anywhere. What followed from memory follows from it again, for other values take another amount; `is_settled`:
+    it was thought of, and stays."""
+    changed = {change.partition("=")[0].strip() for change in changes}
+    by_rule = {value.path for value in read_values(run_dir) if value.origin.source == "rule"}
+    open_again = [".".join(map(str, path)) for path in BY_MEMORY if path in by_rule and not is_settled]
+    words = [f"{key}=auto" for key in open_again if key not in changed]
+    if _asked_name(run_dir) is None:  # else a run of another name would begin; a name that is taken gets a number
+        words.append(f"output.name={run_dir.name}")
+    told = (word for one in (*words, *changes) for word in ("--set", one))
+    return shlex.join(["qtune", "run", str(run_dir.resolved_file), *told])
+
+
 def nothing_to_resume(run_dir: RunDir, changes: Sequence[str] = ()) -> Problem:
     """What to say of a run that has ended, with the command for a new one that goes on from its adapter.
 
@@ -139,9 +158,8 @@ def nothing_to_resume(run_dir: RunDir, changes: Sequence[str] = ()) -> Problem:
     """
     message = "has ended; there is nothing to resume"
     if (run_dir.adapter / TRAINED_STATE).is_file():  # a start like PiSSA's changes the base, and keeps no state
-        further = [f"adapter.start_from={run_dir.path}", f"output.name={run_dir.name}", *changes]
-        words = ["qtune", "run", str(run_dir.resolved_file), *(word for one in further for word in ("--set", one))]
-        message += f". A new run goes on from its adapter with: {shlex.join(words)}"
+        command = beginning_anew(run_dir, (f"adapter.start_from={run_dir.path}", *changes))
+        message += f". A new run goes on from its adapter with: {command}"
     return Problem(str(run_dir.path), message)
 
 
@@ -174,13 +192,12 @@ def _asked_name(run_dir: RunDir) -> str | None:
     return None
 
 
-def _refusal(path: KeyPath, values: Mapping[KeyPath, Any], run_dir: RunDir) -> Problem:
+def _refusal(path: KeyPath, values: Mapping[KeyPath, Any], run_dir: RunDir, changes: Sequence[str]) -> Problem:
     key = ".".join(map(str, path))
     may = ", ".join(".".join(map(str, one)) for one in CHANGEABLE)
     place = f"--set {key}" if path in values else key
     message = (
-        f"decides what is learned, so the rest would not be the same run; start a new one with: qtune run "
-        f"{run_dir.resolved_file} --set output.name={run_dir.name} --set {key}=… (on resuming these may change: "
-        f"{may})"
+        "decides what is learned, so the rest would not be the same run; start a new one with: "
+        f"{beginning_anew(run_dir, changes)} (on resuming these may change: {may})"
     )
     return Problem(place, message)

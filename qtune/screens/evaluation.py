@@ -3,10 +3,15 @@
 from typing import TYPE_CHECKING
 
 from qtune import console
-from qtune.verdicts.scores import score_table, worst_first
+from qtune.verdicts.scores import any_cut, score_table, worst_first
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Evaluation
+
+ABOUT_LIMITS = (
+    "an answer is cut, and ends with …, 8 tokens after as many as were expected (twice as many of free text), or at "
+    "--max-new-tokens"
+)
 
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:
@@ -18,6 +23,8 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
+    if any_cut(evaluation):
+        console.out(ABOUT_LIMITS)
     title, answers = worst_first(evaluation)
     if answers[:shown]:
         cells = [[row.request, row.expected, row.base, f"{mark} {row.tuned}"] for mark, row in answers[:shown]]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qtune.console import table
+from qtune.console import IfItFits, table
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from qtune.run.listing import ListedRun
 
+EXPORTED = "model"
+"""What an export is called inside of its run."""
 UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
@@ -42,8 +44,22 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
     title = f"Runs in {directory}" + (f", all on {shared}" if shared else "")
     drawn = table(title, columns, rows, right=range(len(columns) - len(figures), len(columns)))
     ways = [f"go on with {run.name}: {run.resume}" for run in runs if run.resume is not None]
+    narrow = Group(Text(title, style="bold"), *(_in_lines(run, now) for run in runs))
     # A command that is broken over lines by hand cannot be pasted.
-    return Group(drawn, *(Text(way, no_wrap=True, overflow="ignore") for way in ways))
+    return Group(IfItFits(drawn, narrow), *(Text(way, no_wrap=True, overflow="ignore") for way in ways))
+
+
+def _in_lines(run: "ListedRun", now: float) -> Text:
+    """A run without a table: its name, and below it what is known of it, a line for each kind of thing."""
+    loss = None if run.loss_start is None else f"training loss {run.loss_start:.3f} -> {run.loss_end:.3f}"
+    best = None if run.validation is None else f"best validation {run.validation:.4f}"
+    lines = [
+        f"{run.name}: {run.state}",
+        f"{run.adapter or '?'} on {_short_base(run.base)}",
+        ", ".join(filter(None, (loss, best))),
+        f"{size_text(run.size_bytes)}, {age_text(now - run.changed)} old".replace(", now old", ", now"),
+    ]
+    return Text("\n  ".join(filter(None, lines)))
 
 
 def age_text(seconds: float) -> str:
@@ -52,7 +68,11 @@ def age_text(seconds: float) -> str:
 
 
 def _short_base(base: str | None) -> str:
-    """A hub id whole, of a folder its name."""
-    if base is None:
-        return "?"
-    return Path(base).name if base.startswith("/") else base
+    """A hub id whole; a folder as it is called from here; of one elsewhere its name, with the one around it where it is
+    called as every export is."""
+    if base is None or not base.startswith("/"):
+        return base or "?"
+    path = Path(base)
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return str(Path(path.parent.name) / path.name) if path.name == EXPORTED else path.name

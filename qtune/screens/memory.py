@@ -8,13 +8,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtune.device.cards import fitting_cards
+from qtune.device.cards import described, fitting_cards
 from qtune.memory.tracing.categories import ABOUT, CATEGORIES
 from qtune.recipe.text import show_changes, show_value
 from qtune.screens.time import seconds
 from qtune.sizes import GIB, saving_text, size_text
 
 if TYPE_CHECKING:
+    from qtune.device.present import Device
     from qtune.errors import Problem
     from qtune.memory.allowance import Verdict
     from qtune.memory.fit import Fitted
@@ -74,6 +75,8 @@ def draw_savings(
     if profile.baselines:
         is_card = profile.forecast.plan.device.kind == "cuda"
         yield from (Text(""), _baselines(profile, sizes if is_card else (), step_seconds))
+        if (why := _why_others_take_less(profile)) is not None:
+            yield Text(why)
     if profile.attribution:
         yield from (Text(""), _attribution(profile.attribution, profile.forecast.prediction, step_seconds))
         yield from (Text(""), Text("\n".join(_choices(profile.forecast.plan))))
@@ -188,6 +191,19 @@ def _place(moment: "Moment") -> str:
     return moment.module.removeprefix("base_model.model.") if moment.module else f"{moment.op}, outside the model"
 
 
+def _why_others_take_less(profile: "Profile") -> str | None:
+    """What a usual way does for which it takes less than the recipe; None where none does."""
+    ours, plan = profile.forecast.prediction.peak.bytes, profile.forecast.plan
+    less = [way.name for way in profile.baselines if way.prediction.peak.bytes < ours]
+    if not less or plan.gradient_checkpointing is True:
+        return None
+    kept = "all layers keep" if plan.gradient_checkpointing is False else "some layers keep"
+    return (
+        f"{', '.join(less)}: computes every layer twice, which takes less memory and about a third more time; here "
+        f"{kept} what they have computed, for there is room. training.gradient_checkpointing = true does the same"
+    )
+
+
 def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
     """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
     ours, whole = profile.forecast.prediction.peak.bytes, profile.baselines[0].prediction.peak.bytes
@@ -198,7 +214,7 @@ def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSe
         table.add_column(name, justify="right" if name in (*figures, *timed) else "left")
     for way in profile.baselines:
         peak = way.prediction.peak.bytes
-        saved = f"{1 - ours / peak:.0%}" if way.name != "this recipe" else ""
+        saved = "" if way.name == "this recipe" else f"{1 - ours / peak:.0%}" if ours <= peak else "takes less"
         cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
         took = [] if step_seconds is None else [seconds(step_seconds(way.prediction))]
         table.add_row(way.name, size_text(peak), f"{peak / whole:.0%}", saved, *took, *cards)
@@ -275,6 +291,11 @@ def _static(static: dict[str, int]) -> Iterator[RenderableType]:
     yield Text("what stays between steps: " + ", ".join(f"{name} {size_text(value)}" for name, value in static.items()))
 
 
+def _of_it(device: "Device", budget_bytes: int) -> str:
+    """How much of a card is meant, where its name does not say that: "a card with 8 GiB" has 8 GiB."""
+    return "" if device == described(budget_bytes / GIB) else f", {size_text(budget_bytes)}"
+
+
 def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
     """What was asked, every step of the search, how it ended, and what `qtune run` then settles by itself."""
     plan = fitted.plan
@@ -282,7 +303,7 @@ def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> 
     needed = f"{asked.rows} x {fitted.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
     changes, own = show_changes(fitted.changes), show_changes(fitted.left)
     parts: list[RenderableType] = [
-        Text(f"{recipe.model.base} on {plan.device.name}, {size_text(fitted.budget_bytes)}", style="bold"),
+        Text(f"{recipe.model.base} on {plan.device.name}{_of_it(plan.device, fitted.budget_bytes)}", style="bold"),
         Text(f"as qtune run would do it, {needed}: {asked.need.verdict(fitted.budget_bytes)}"),
         Text(f"length: {fitted.rows.known_from}"),
     ]

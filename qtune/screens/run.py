@@ -26,8 +26,9 @@ def summary_text(summary: "Summary") -> str:
         lines.append(f"validation loss {last.loss:.4f}, accuracy {last.accuracy:.1%}{at}")
     if summary.adapter_step is not None:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
-    width = max(len(verb) for verb, _ in NEXT) + len(f"qtune  {path}")
-    lines += [f"  {f'qtune {verb} {path}':<{width}} {does}" for verb, does in NEXT]
+    commands = [shlex.join(["qtune", verb, str(path)]) for verb, _ in NEXT]
+    width = max(map(len, commands))
+    lines += [f"  {command:<{width}} {does}" for command, (_, does) in zip(commands, NEXT, strict=True)]
     return "\n".join(lines)
 
 

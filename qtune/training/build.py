@@ -32,8 +32,7 @@ CHECKED_TOKENS = 64
 def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
     recipe, plan = inputs.recipe, inputs.plan
-    with console.progress(f"loading {recipe.model.base}"):
-        network = load_base(recipe.model, recipe.quantization, plan)
+    network = load_base(recipe.model, recipe.quantization, plan)
     if plan.layers == "sharded":
         console.say(f"{stream_of(network)}")
     row = inputs.prepared.row(0)["input_ids"][:CHECKED_TOKENS]

@@ -2,7 +2,6 @@
 
 import errno
 import math
-import shlex
 import signal
 import time
 from collections import deque
@@ -16,9 +15,10 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune.errors import TrainingError
+from qtune.errors import RunError, TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_first, free_inputs
+from qtune.run.folder import RunDir
 from qtune.run.metrics import (
     AnswersRecord,
     EvalRecord,
@@ -30,6 +30,8 @@ from qtune.run.metrics import (
     grouped,
     read_metrics,
 )
+from qtune.run.resolved import resolved_recipe
+from qtune.run.resumption import resuming
 from qtune.training.outcome import NO_GRADIENT
 from qtune.training.outliers import Outliers
 
@@ -40,10 +42,16 @@ def after_divergence(checkpoints: Sequence[Path]) -> str:
     if not checkpoints:
         return advice
     # The folder of a run holds "checkpoints", which holds them.
-    return (
-        f"{advice}; {checkpoints[-1]} was saved before\na new run goes on from there at a lower rate with: "
-        f"qtune run --resume {shlex.quote(str(checkpoints[-1].parents[1]))} --set training.learning_rate=RATE"
-    )
+    run_dir = RunDir(checkpoints[-1].parents[1])
+    saved = f"{advice}; {checkpoints[-1]} was saved before"
+    try:
+        rate = resolved_recipe(run_dir).training.learning_rate
+    except RunError:  # somebody has moved it
+        return saved
+    if not isinstance(rate, float):
+        return saved
+    command = resuming(run_dir, "--set", f"training.learning_rate={rate / 3:.1g}")
+    return f"{saved}\na new run goes on from there at a third of the rate with: {command}"
 
 
 ZERO_GRADIENTS = 20

@@ -132,7 +132,7 @@ def answers_text(record: AnswersRecord, before: AnswersRecord | None = None) -> 
     """
     if before is not None and [one.request for one in before.answers] == [one.request for one in record.answers]:
         return _answers_again(record, before)
-    lines = [f"step {record.step}: what it answers now"]
+    lines = [_heading(record)]
     for one in record.answers:
         is_right = one.answer == one.expected
         lines.append(f"  asked   {_question_line(one.request) or one.place}")
@@ -145,12 +145,18 @@ def answers_text(record: AnswersRecord, before: AnswersRecord | None = None) -> 
 def _answers_again(record: AnswersRecord, before: AnswersRecord) -> str:
     """A line for each answer to questions that stand above already."""
     if record.answers == before.answers:
-        return f"step {record.step}: it answers as before"
-    lines = [f"step {record.step}: what it answers now"]
+        return f"step {record.step}: the same answers as at step {before.step}"
+    lines = [_heading(record)]
     for one, earlier in zip(record.answers, before.answers, strict=True):
-        said = "(as before)" if one.answer == earlier.answer else _one_line(one.answer)
+        said = f"(the same as at step {before.step})" if one.answer == earlier.answer else _one_line(one.answer)
         lines.append(f"{'✓' if one.answer == one.expected else ' '} says    {said}")
     return "\n".join(lines)
+
+
+def _heading(record: AnswersRecord) -> str:
+    cut = sum(one.answer.endswith("…") for one in record.answers)
+    stopped = f"; {cut} of {len(record.answers)} {'was' if cut == 1 else 'were'} cut at the limit" if cut else ""
+    return f"step {record.step}: what it answers now{stopped}"
 
 
 def _one_line(text: str) -> str:

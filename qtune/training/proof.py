@@ -19,6 +19,7 @@ from qtune.errors import Problem, RunError, TrainingError
 from qtune.memory.measured.meter import Meter
 from qtune.run.checkpoints import OPTIMIZER, named_checkpoints, step_of
 from qtune.run.folder import RunDir
+from qtune.run.history import require_own_lock
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after
 from qtune.run.owner import owned
@@ -42,8 +43,13 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
         RunError: there is no checkpoint that is whole, the run is not what it was, or went on otherwise since.
         TrainingError: other parameters, or other parts of a state, came out.
     """
+    require_own_lock(run_dir)
     with owned(run_dir, "proving the last steps"):
-        whole = [path for path in named_checkpoints(run_dir.checkpoints) if fault_of(path) is None]
+        faults = {path: fault_of(path) for path in named_checkpoints(run_dir.checkpoints)}
+        for path, said in faults.items():
+            if said is not None:
+                console.say(f"{path} is not whole, and left out: {said}")
+        whole = [path for path, said in faults.items() if said is None]
         if not whole:
             raise RunError(Problem(str(run_dir.checkpoints), "no checkpoint is whole, so there is nothing to repeat"))
         last, first = whole[-1], whole[-2] if len(whole) > 1 else None

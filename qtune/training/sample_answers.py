@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qtune import console
 from qtune.data.held_out import spread
 from qtune.errors import first_line
 from qtune.run.metrics import SampleAnswer
@@ -54,7 +55,7 @@ class SampleAnswers(TrainerCallback):
         if self.questions == []:
             return
         try:
-            answers = self._ask(kwargs["model"])
+            answers = self._ask(kwargs["model"], state.global_step)
         except Exception as error:
             log.debug("no sample answers", exc_info=True)
             self.questions = []
@@ -64,7 +65,7 @@ class SampleAnswers(TrainerCallback):
         if answers:
             self.tell(state, answers)
 
-    def _ask(self, model: Any) -> list[SampleAnswer]:
+    def _ask(self, model: Any, step: int) -> list[SampleAnswer]:
         tokenizer = self.inputs.tokenizer
         ends = find_ends(model, tokenizer)
         reach = positions_left(model)
@@ -74,6 +75,9 @@ class SampleAnswers(TrainerCallback):
             self.questions = [one for one in questions if _most_tokens(one, reach) > 0]
         asked = self.questions
         limits = [_most_tokens(question, reach) for question in asked]
+        if asked:
+            what = "1 validation row" if len(asked) == 1 else f"{len(asked)} validation rows"
+            console.say_in_file(f"step {step}: asking {what} …")
         with _numbers_kept(model.device), training_autocast(self.inputs.plan):
             # As many positions at once as a micro-batch has, whose activations took more than this cache will.
             room = max(FEWEST_POSITIONS, self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max()))

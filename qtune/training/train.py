@@ -42,12 +42,20 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
 from qtune.run.finished import adapter_fault
 from qtune.run.folder import RunDir
+from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import begin_branch, lowers_rate, nothing_to_resume, resumed_recipe, resuming
+from qtune.run.resumption import (
+    begin_branch,
+    beginning_anew,
+    lowers_rate,
+    nothing_to_resume,
+    resumed_recipe,
+    resuming,
+)
 from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import Losses, training_losses
 from qtune.startup.launched import launched
@@ -171,7 +179,7 @@ def _resume(
         if lowers_rate(run_dir, changes):
             # Before there is a branch, which would stay behind, and be the latest run, where something has changed.
             require_unchanged(inputs, run_dir, accepted, base)
-            run_dir = _branched(run_dir)
+            run_dir = _branched(run_dir, changes)
     with owned(run_dir):
         with ending_together(ranks), told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
@@ -191,6 +199,7 @@ def _to_go_on_with(
 ) -> tuple[Inputs, Contents]:
     """Everything that a run needs to go on, and what its base's files hold."""
     require_free(run_dir)
+    require_own_lock(run_dir)
     if run_dir.is_finished:
         if (said := adapter_fault(run_dir)) is None:
             raise RunError(nothing_to_resume(run_dir))
@@ -215,11 +224,11 @@ def _without(checkpoint: Path | None) -> str:
     return f", without the skipped update{'s' if len(skipped) > 1 else ''} of step {shown}"
 
 
-def _branched(run_dir: RunDir) -> RunDir:
+def _branched(run_dir: RunDir, changes: Sequence[str]) -> RunDir:
     """A new run that goes on from another's last whole checkpoint; that one stays as it is."""
     checkpoint = newest_whole(run_dir.checkpoints)
     if checkpoint is None:
-        message = f"has no checkpoint to go on from; begin again with: qtune run {run_dir.resolved_file} --set …"
+        message = f"has no checkpoint to go on from; begin again with: {beginning_anew(run_dir, changes)}"
         raise RunError(Problem(str(run_dir.path), message))
     with told(TrainingError):
         branch = begin_branch(run_dir, checkpoint)
@@ -306,7 +315,9 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
             inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers, ranks=ranks
         )
         if rehearses:
-            console.say(str(rehearse(trainer, inputs, run_dir, has_initial=initial is not None)))
+            with console.waiting("rehearsing once what the run will do"):
+                rehearsed = rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
+            console.say(str(rehearsed))
         before = {name: tensor.cpu().clone() for name, tensor in trained_state(model).items()} if not checkpoint else {}
         with display, stop.listening():
             if checkpoint is not None and ended:

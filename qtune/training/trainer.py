@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import gc
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from qtune import console
 from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import copies_of, install_lean_step
-from qtune.adapter.state import load_trained_state, save_trained_state
+from qtune.adapter.state import load_trained_state, save_trained_state, without_card
 from qtune.data.batches import StepSampler
 from qtune.data.shares import ShareSampler, with_blanks
 from qtune.data.stream import RowStream
@@ -59,6 +62,7 @@ from qtune.training.saved_state import (
     set_random_state,
 )
 from qtune.training.schedule import schedule_of
+from qtune.training.walks import forget_gradients_of, switch_once
 
 GROUP = "micro_batches"
 """Under this key stand micro-batches that pass the layers together."""
@@ -70,6 +74,9 @@ CANNOT_SPLIT = (
 
 CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
+
+WORTH_A_LINE = 3.0
+"""Seconds of an evaluation that is said before it begins, where no display on a terminal shows that the run goes on."""
 
 
 class QloraTrainer(SFTTrainer):
@@ -126,6 +133,9 @@ class QloraTrainer(SFTTrainer):
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         _install_lean_step(model, plan, note)
         ranks.begin_alike(model)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        switch_once(model)
+        forget_gradients_of(model, self.trained)
         self.ranks = ranks
         self.activations = plan.activations
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch itself
@@ -138,6 +148,8 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
+        self.evaluation_seconds = math.inf
+        """What the last evaluation took; of the first nobody knows."""
         self.micro_batches_together = plan.together
         self.together = plan.together > 1
         """Whether a step's micro-batches pass each layer one behind the other, until it is known that they cannot, or
@@ -272,6 +284,9 @@ class QloraTrainer(SFTTrainer):
                 model.zero_grad(set_to_none=True)
         return norm
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
 
@@ -385,8 +400,13 @@ class QloraTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
+        if self.evaluation_seconds > WORTH_A_LINE:
+            console.say_in_file(f"step {self.state.global_step}: measuring the validation loss …")
+        began = time.monotonic()
         with self.pace.stopped():
-            return self._evaluate_all(eval_dataset, metric_key_prefix)
+            measured = self._evaluate_all(eval_dataset, metric_key_prefix)
+        self.evaluation_seconds = time.monotonic() - began
+        return measured
 
     def _evaluate_all(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         self.model.eval()
@@ -494,7 +514,6 @@ class QloraTrainer(SFTTrainer):
             has_room = True
             begin_saving(folder)
             super()._save_checkpoint(model, trial)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
             save_trained_state(self.model, folder)
             run = RunDir(folder.parents[1])
             then, by = records_then(run.metrics_file), saved_by(run.path)
@@ -516,6 +535,13 @@ class QloraTrainer(SFTTrainer):
         self.model.train()
         remove_older(folder, self.keep_checkpoints)
         self.meter.enter("idle")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter in peft's format and its tokenizer: no card, no pickle of the arguments, which nobody reads."""
+        assert output_dir is not None
+        with without_card(self.model):
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As safetensors, not as pickles."""
@@ -557,6 +583,10 @@ class QloraTrainer(SFTTrainer):
             set_random_state(state)
         else:
             set_seed(random_of(self.args.seed, self.ranks.rank, self.state.global_step))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: nobody reads their sum, for which the Trainer would count all parameters anew for every micro-batch."""
+        return 0
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: SFTTrainer would write one into every checkpoint, which is no model to publish."""

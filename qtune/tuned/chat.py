@@ -21,8 +21,9 @@ from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
+from qtune.startup.interrupts import take_again
 from qtune.startup.quiet import quiet_loading
-from qtune.tuned.generate import GREEDY, Ends, Sampling, find_ends, positions_left, stream
+from qtune.tuned.generate import GREEDY, Ends, Ids, Sampling, find_ends, loop_at_end, positions_left, stream
 from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.target import require_model, run_meant
@@ -58,6 +59,8 @@ class Session:
     """How a run's model computes; None for a plain model."""
     trained_system: str | None = None
     """The system message that most training rows have."""
+    cut: str | None = None
+    """What is to be said of the last answer where it did not come to its end."""
 
     @property
     def has_adapter(self) -> bool:
@@ -76,10 +79,18 @@ class Session:
         require_embeddings(self.model, self.tokenizer, prompt, "the message")
         with one_sentence(SHORTER), self._switched(), training_autocast(self.plan):
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
-        require_known(self.tokenizer, made)
-        answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+        require_known(self.tokenizer, made.ids)
+        self.cut = None if made.is_whole else self._about_cut(made.ids)
+        answer = str(self.tokenizer.decode(list(made.ids), skip_special_tokens=True)).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
         return answer
+
+    def _about_cut(self, ids: Ids) -> str:
+        said = f"cut at {len(ids)} tokens; --max-new-tokens allows more"
+        if passage := loop_at_end(ids):
+            repeated = " ".join(str(self.tokenizer.decode(list(passage), skip_special_tokens=True)).split())
+            said = f"cut at {len(ids)} tokens; it repeats itself and would go on so: {shown(repeated, 60)}"
+        return said
 
     def _fitted(self, turns: list[Turn]) -> tuple[list[int], list[Turn]]:
         """The prompt, and the turns in it: the oldest are forgotten when question and answer would not fit."""
@@ -125,7 +136,6 @@ def open_session(target: str, *, adapter: bool = True, accepted: Sequence[str] =
         RunError, ModelError: it is neither, or cannot be loaded.
     """
     known_kinds(accepted)
-    console.say(f"loading {target}")
     run_dir = run_meant(target)
     if run_dir is None:
         require_model(target)
@@ -174,12 +184,26 @@ def chat(session: Session, lines: Iterator[str]) -> None:
             console.say(command(session, text))
             continue
         try:
-            session.ask(text, console.out_raw)
+            answered(session, text)
         except KeyboardInterrupt:
+            take_again()
             console.say("\nstopped; this question is forgotten")
+            console.out_raw("\n")
         except (DataError, OutOfMemory) as error:
             console.say_error(str(error))
-        console.out_raw("\n")
+            console.out_raw("\n")
+
+
+def answered(session: Session, text: str) -> None:
+    """Answers one question on stdout, and says on stderr where the answer was cut.
+
+    Raises:
+        DataError, OutOfMemory: see `Session.ask`.
+    """
+    session.ask(text, console.out_raw)
+    console.out_raw("\n")
+    if session.cut is not None:
+        console.say(session.cut)
 
 
 def command(session: Session, text: str) -> str:
@@ -192,7 +216,8 @@ def command(session: Session, text: str) -> str:
             if not session.has_adapter:
                 return "there is no adapter to switch"
             session.adapter_is_on = state == "on"
-            return f"adapter {state}"
+            kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
+            return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
             return "most training rows have no system message, or they are not known any more"
         case ["/trained"]:

@@ -31,7 +31,8 @@ from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
-from qtune.run.resolved import resolved_recipe
+from qtune.run.resolved import as_written, resolved_recipe
+from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
 from qtune.tuned.free_text import is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate, positions_left, within_reach
@@ -64,11 +65,12 @@ def evaluate(
     max_new_tokens: int = 512,
     accepted: Sequence[str] = (),
     replaces_larger: bool = True,
+    bases: BaseOnce | None = None,
 ) -> Evaluation:
     """Asks both models `rows` held-out rows, spread evenly over all of them, and writes eval.json into the run.
 
     accepted: kinds of drift (`run.drift`) that it goes on with. replaces_larger: whether it is also written where an
-    evaluation of more rows is kept.
+    evaluation of more rows is kept. bases: what other runs' bases were found to say, where several are asked.
 
     The base model is asked before the adapter is attached, so that nothing of it can be left on.
 
@@ -78,7 +80,8 @@ def evaluate(
     """
     whole_adapter(run_dir)
     run = load_untuned(run_dir, accepted=accepted, parts=_parts(resolved_recipe(run_dir), data_file))
-    source, held_out = held_out_rows(run.recipe, run.tokenizer, run_dir.path, data_file)
+    written, folder = as_written(run_dir, run.recipe)
+    source, held_out = held_out_rows(written, run.tokenizer, folder, data_file)
     examples = held_out.select(spread(len(held_out), rows))
     for row in examples:
         require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
@@ -120,7 +123,8 @@ def evaluate(
         text = text_score(expected, answers) if is_free else None
         return Score(sum(losses) / scored, right_tokens / scored, exact_match, text), losses, answers
 
-    base, base_losses, base_answers = ask(run.model, "base")
+    asked = [list(examples["input_ids"]), list(examples["labels"]), [q.prompt for q in questions], limits, ends.stop]
+    base, base_losses, base_answers = (bases or BaseOnce()).measured(run, asked, lambda: ask(run.model, "base"))
     run = with_adapter(run)
     tuned, tuned_losses, tuned_answers = ask(run.model, "tuned")
     evaluation = Evaluation(
@@ -173,7 +177,8 @@ def asked_rows(
     """
     parts = _parts(resolved_recipe(run_dir), data_file)
     recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)
-    _, held_out = held_out_rows(recipe, tokenizer, run_dir.path, data_file)
+    written, folder = as_written(run_dir, recipe)
+    _, held_out = held_out_rows(written, tokenizer, folder, data_file)
     chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "scored"])
     return [(content_of(row["conversation"]), row["scored"]) for row in chosen if row["scored"]]
 

@@ -17,6 +17,7 @@ from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name, read_figures
+from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluate import require_finite_losses, row_losses
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
@@ -67,10 +68,10 @@ def text_name() -> str:
     return hashlib.sha256("\n\n".join(neutral_pieces()).encode()).hexdigest()[:12]
 
 
-def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = ()) -> Forgetting:
+def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = (), bases: BaseOnce | None = None) -> Forgetting:
     """What was measured of this run before, else measures it now and keeps it.
 
-    accepted: kinds of drift (`run.drift`) that the run is loaded with.
+    accepted: kinds of drift (`run.drift`) that the run is loaded with. bases: as `evaluate`'s.
 
     Raises:
         RunError: the run has not ended, or is not what was trained. WorkError: a loss is no number.
@@ -84,7 +85,9 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = ()) -> Fo
     first = torch.tensor([rows[0]["input_ids"]], device=untuned.model.device)
     install_loss(untuned.model, tiled=loss_agrees(untuned.model, first), tile_bytes=untuned.plan.loss_tile_bytes)
     with console.progress(f"what {run_dir.path} has forgotten", 2 * len(rows)) as shown:
-        base = _losses(untuned, rows, shown, "base")
+        asked = ["forgetting", list(rows["input_ids"])]
+        base = (bases or BaseOnce()).measured(untuned, asked, lambda: _losses(untuned, rows, shown, "base"))
+        shown.update(len(rows))
         tuned = _losses(with_adapter(untuned), rows, shown, "tuned")
     tokens = [length - 1 for length in rows["length"]]
     found = Forgetting(

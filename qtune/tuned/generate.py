@@ -169,11 +169,26 @@ def stream(
     ends: Ends,
     on_text: Callable[[str], None],
     sampling: Sampling = GREEDY,
-) -> list[int]:
+) -> Generated:
     """The answer to one prompt; `on_text` gets its text piece by piece while it is made."""
     with _ready(model, sampling):
-        made = _generate_batch(model, [prompt], limit, ends, sampling, _Pieces(tokenizer, on_text))
-    return _until_end(made[0].tolist(), ends.stop)
+        ids = _generate_batch(model, [prompt], limit, ends, sampling, _Pieces(tokenizer, on_text))[0].tolist()
+    answer = _until_end(ids, ends.stop)
+    return Generated(tuple(answer), is_whole=len(answer) < len(ids))
+
+
+LEAST_LOOP = 24
+"""Tokens at the end of an answer that have to be one passage again and again, three times at least, to be called so."""
+LONGEST_PASSAGE = 256
+
+
+def loop_at_end(ids: Ids) -> Ids:
+    """The passage that an answer ends by repeating, without an end; empty where it does not."""
+    for period in range(1, min(LONGEST_PASSAGE, len(ids) // 3) + 1):
+        tail = ids[-max(3 * period, LEAST_LOOP) :]
+        if len(tail) >= LEAST_LOOP and all(one == other for one, other in zip(tail, tail[period:], strict=False)):
+            return ids[-period:]
+    return ()
 
 
 class _Pieces(TextStreamer):

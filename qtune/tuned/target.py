@@ -7,7 +7,7 @@ from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.model.hub import require_reachable
 from qtune.recipe.schema import Model
 from qtune.recipe.shipped import shipped_recipes
-from qtune.run.folder import RunDir
+from qtune.run.folder import RunDir, refuse_missing_run
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them is in every folder that says what it is; an adapter's is refused where its base can be named."""
@@ -19,6 +19,7 @@ def run_meant(target: str) -> RunDir | None:
     Raises:
         RunError: it looks like the path of a run, and is none.
     """
+    refuse_missing_run(target)
     path = Path(target)
     looks_like_a_path = target.startswith(("/", ".", "~")) or (len(path.parts) > 1 and path.parent.is_dir())
     is_run = (path / "resolved.toml").is_file()

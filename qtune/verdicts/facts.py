@@ -1,5 +1,6 @@
 """A run's folder -> what verdicts are made of. Whatever is not there yet is None or empty."""
 
+import shlex
 from dataclasses import dataclass
 
 from qtune.export.verification import Proof, proof_today, proven_folders
@@ -44,7 +45,7 @@ def read_facts(run_dir: RunDir) -> Facts:
     """
     metrics = history_of(run_dir)
     return Facts(
-        run=str(run_dir.path),
+        run=shlex.quote(str(run_dir.path)),
         is_finished=run_dir.is_finished,
         train=tuple(one for one in metrics if isinstance(one, TrainRecord)),
         validation=tuple(one for one in metrics if isinstance(one, EvalRecord)),

@@ -88,19 +88,28 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
         return []
     if before is None or after is None:
         base, tuned = fmean(scores.base), fmean(scores.tuned)
-        return [(scores.name, f"{base:.1%}", f"{tuned:.1%}", _change(scores.rise, 1, _points, most=1.0))]
-    unended = [
-        fmean(float(answer.endswith(CUT)) for answer in answers)
-        for answers in ([one.base for one in evaluation.comparisons], [one.tuned for one in evaluation.comparisons])
-    ]
+        right = (scores.name, f"{base:.1%}", f"{tuned:.1%}", _change(scores.rise, 1, _points, most=1.0))
+        return [right, *([_unended(evaluation)] if any_cut(evaluation) else [])]
     change = _change(scores.rise, 1, "{:.3f}".format, most=1.0)
     return [
         ("like the expected answer (ROUGE-L)", f"{before.rouge_l:.3f}", f"{after.rouge_l:.3f}", change),
         ("words in common (F1)", f"{before.word_f1:.3f}", f"{after.word_f1:.3f}", ""),
         ("length, times the expected", f"{before.length:.2f}", f"{after.length:.2f}", ""),
         ("words said again", f"{before.repeated:.1%}", f"{after.repeated:.1%}", ""),
-        ("answers that did not end", f"{unended[0]:.1%}", f"{unended[1]:.1%}", ""),
+        _unended(evaluation),
     ]
+
+
+def any_cut(evaluation: "Evaluation") -> bool:
+    """Whether an answer of either model reached its limit before its end."""
+    return any(answer.endswith(CUT) for one in evaluation.comparisons for answer in (one.base, one.tuned))
+
+
+def _unended(evaluation: "Evaluation") -> Line:
+    compared = evaluation.comparisons
+    base = sum(one.base.endswith(CUT) for one in compared)
+    tuned = sum(one.tuned.endswith(CUT) for one in compared)
+    return ("answers cut at their limit", f"{base} of {len(compared)}", f"{tuned} of {len(compared)}", "")
 
 
 def _points(share: float) -> str:

@@ -36,7 +36,12 @@ class Verdict:
     @property
     def text(self) -> str:
         """Everything in one line."""
-        return f"{self.answer}: {self.sentence}{'' if self.command is None else f'; {self.command}'}"
+        return f"{self.told}{'' if self.command is None else f'; {self.command}'}"
+
+    @property
+    def told(self) -> str:
+        """The answer and the sentence."""
+        return f"{self.answer}: {self.sentence}"
 
 
 def number(value: float) -> str:

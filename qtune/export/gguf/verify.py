@@ -78,17 +78,18 @@ def _token_failures(
 
 
 def _compare(folder: Path, file: Path, rows: Sequence[CheckedRow], virtual: Sequence[int]) -> Closeness:
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    read: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        # The reader does not know every key (Qwen 3's head size, rotary scaling); those are checked by their own tests.
-        config=AutoConfig.from_pretrained(folder),
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    ).eval()
+    with console.progress(f"reading {file.name} back"):
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            # The reader does not know every key (Qwen 3's head size, rotary scaling), which have tests of their own.
+            config=AutoConfig.from_pretrained(folder),
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        ).eval()
     meter = ClosenessMeter()
-    with console.progress(f"comparing {file.name}, rows", len(rows)) as bar:
+    with console.progress(f"comparing {file.name}, {len(rows)} rows", len(rows)) as bar:
         for row in rows:
             ids = (*virtual, *row.ids)
             meter.add(logits_of(exported, ids), logits_of(read, ids))

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qtune import console
 from qtune.adapter.state import load_adapter
 from qtune.export.merge import Weights
 from qtune.export.opened_run import OpenedRun
@@ -76,15 +77,16 @@ def load_exported(folder: Path, source: OpenedRun, plan: Plan, *, streamed: bool
     device = torch.device(plan.device.torch_name)
     if streamed:
         return Exported(streamed_exported(folder, device, trust_remote_code=trusted), tokenizer, {})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        attn_implementation=plan.attention,
-        device_map={"": plan.device.torch_name},
-        use_safetensors=True,
-        trust_remote_code=trusted,
-        output_loading_info=True,
-    )
+    with console.progress(f"loading {folder}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            attn_implementation=plan.attention,
+            device_map={"": plan.device.torch_name},
+            use_safetensors=True,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+        )
     model, report = loaded
     misfits = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     return Exported(model.eval(), tokenizer, misfits)
@@ -101,14 +103,15 @@ def load_models(
         if streamed:
             unquantized = replace(source.basis, kind="none")
             return streamed_trained(source.base, source.adapter, unquantized, device, trust_remote_code=trusted)
-        base = load_weights(
-            str(source.base),
-            load_config(source.recipe.model),
-            source.basis.compute_dtype,
-            attn_implementation=plan.attention,
-            device_map={"": plan.device.torch_name},
-            trust_remote_code=trusted,
-        )
+        with console.progress(f"loading {source.base_name} as its author stored it"):
+            base = load_weights(
+                str(source.base),
+                load_config(source.recipe.model),
+                source.basis.compute_dtype,
+                attn_implementation=plan.attention,
+                device_map={"": plan.device.torch_name},
+                trust_remote_code=trusted,
+            )
         return load_adapter(base, source.adapter).eval()
 
     if streamed:

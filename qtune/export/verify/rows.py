@@ -12,6 +12,7 @@ from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
 from qtune.errors import DataError, Problem
 from qtune.export.opened_run import OpenedRun
+from qtune.run.resolved import as_written
 
 # Positions compared in each row; more of one row says little more.
 LONGEST = 512
@@ -48,7 +49,8 @@ def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
         DataError: the run's chat template renders nothing of a conversation.
     """
     try:
-        name, examples = held_out_rows(source.recipe, source.tokenizer, source.run.path)
+        recipe, folder = as_written(source.run, source.recipe)
+        name, examples = held_out_rows(recipe, source.tokenizer, folder)
         rows = [_row(example) for example in examples.select(spread(len(examples), count))]
     except DataError:
         name, rows = "general conversations (the run has no held-out rows)", general_rows(source)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +78,10 @@ def verify(
     failures += rendering_failures(source, exported.tokenizer, rows, virtual_ids)
     measured = _Measured()
     noisy = not streamed and (plan.compute_dtype != "float32" or source.basis.kind == "int8")
-    with console.progress("comparing with the trained model, rows", len(rows)) as bar:
+    asked = _rows_asked(models, is_live=noisy) * len(rows)
+    with console.progress(f"comparing with the trained model, {len(rows)} rows", asked) as bar:
         for group in _groups(rows, models):
-            measure(measured, group, virtual_ids, models, live=plan if noisy else None)
-            bar.advance(len(group))
+            measure(measured, group, virtual_ids, models, live=plan if noisy else None, on_rows=bar.advance)
     closeness, effect = measured.exported.result(), measured.bare.result()
     allowed = limits(_stored_dtype(folder), effect.kl)
     answers = () if streamed else _answers(source, models, rows[:ANSWERS], virtual_ids)
@@ -167,13 +167,30 @@ def rendering_failures(
     return failures
 
 
+def _rows_asked(models: Models, *, is_live: bool) -> int:
+    """How many models `measure` asks each row: the trained one, the exported one, the bare base, and those that are
+    compared besides."""
+    others = (models.reference is not models.trained, models.other_weights is not None, is_live)
+    return 3 + sum(others)
+
+
 def measure(
-    measured: _Measured, rows: Sequence[CheckedRow], virtual_ids: Sequence[int], models: Models, *, live: Plan | None
+    measured: _Measured,
+    rows: Sequence[CheckedRow],
+    virtual_ids: Sequence[int],
+    models: Models,
+    *,
+    live: Plan | None,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Adds rows to all meters; to that of the live model with the plan by which it computes, if that is not exact."""
+    """Adds rows to all meters; to that of the live model with the plan by which it computes, if that is not exact.
+
+    on_rows: hears how many more have been asked, each time a model has been (`_rows_asked`).
+    """
 
     def of(model: PreTrainedModel | PeftModel, before: Sequence[int] = ()) -> list[Tensor]:
         made = group_logits(model, [(*before, *row.ids) for row in rows], models.device)
+        on_rows(len(rows))
         return [logits[len(before) :] for logits in made]
 
     as_it_runs: list[Tensor] = []
@@ -228,10 +245,11 @@ def _answers(
         return ()
     ends = find_ends(models.trained, source.tokenizer)
     made: list[list[str]] = []
-    with models.exactly():
+    both = console.progress(f"asking both models {len(asked)} questions", 2 * len(asked))
+    with both as bar, models.exactly():
         for model, before in ((models.trained, ()), (models.exported.model, tuple(virtual_ids))):
             given = [(*before, *prompt) for prompt in prompts]
-            answers = generate(model, given, limits, ends)
+            answers = generate(model, given, limits, ends, on_rows=bar.advance)
             made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
     requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
     return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))

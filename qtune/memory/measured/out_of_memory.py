@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,9 @@ from qtune.errors import first_line
 from qtune.memory.remedies import Room, phase_bytes, remedies
 from qtune.model.load import load_config
 from qtune.recipe.text import show_value
-from qtune.run.resumption import CHANGEABLE
+from qtune.run.resumption import CHANGEABLE, beginning_anew, resuming
 from qtune.sizes import size_in_bytes
+from qtune.startup.interrupts import take_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -102,6 +102,7 @@ def with_offers(
     try:
         search = remedies(load_config(recipe.model), recipe, plan, rows.longest, size, room, tell)
     except KeyboardInterrupt:
+        take_again()
         return replace(report, untraced="stopped")
     except Exception as error:
         # Whatever it is, the report of the first failure must not be lost to a second one.
@@ -130,10 +131,6 @@ def command_for(run_dir: RunDir, changes: Mapping[KeyPath, Any]) -> tuple[str, b
         f"{'.'.join(map(str, key))}={value if isinstance(value, str) else show_value(value)}"
         for key, value in changes.items()
     ]
-    is_new_run = any(key not in CHANGEABLE for key in changes)
-    if is_new_run:
-        words = [f"output.name={run_dir.name}", *words]
-        start = ["qtune", "run", str(run_dir.resolved_file)]
-    else:
-        start = ["qtune", "run", "--resume", str(run_dir.path)]
-    return shlex.join([*start, *(part for word in words for part in ("--set", word))]), is_new_run
+    if any(key not in CHANGEABLE for key in changes):
+        return beginning_anew(run_dir, words, is_settled=True), True
+    return resuming(run_dir, *(part for word in words for part in ("--set", word))), False

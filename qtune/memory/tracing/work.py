@@ -410,6 +410,14 @@ def _likelihoods(
     return [Kernel(name, "elementwise", 1, passes * _size(ins[:1]), 0, ins[0].dtype)]
 
 
+def _block_likelihoods(
+    name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
+) -> list[Kernel]:
+    """A block of logits is read, and written where it becomes their gradient."""
+    passes = 2 if name.endswith("gradient") else 1
+    return [Kernel(name, "elementwise", 1, passes * _size(ins[:1]), 0, ins[0].dtype)]
+
+
 def _load_layer(
     name: str, args: Sequence[Any], ins: list[torch.Tensor], outs: list[torch.Tensor], _: bool
 ) -> list[Kernel]:
@@ -440,6 +448,7 @@ _SPECIAL: dict[str, Any] = {
     **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate", "gated", "dequantize_nested"), _in_one_pass),
     "gated_backward": _gates_backward,
     "cross_entropy": _likelihoods,
+    **dict.fromkeys(("cross_entropy_block", "cross_entropy_block_gradient"), _block_likelihoods),
     "nonzero": _nonzero,
     "logsumexp": _logsumexp,
     **dict.fromkeys(("slice_backward", "select_backward"), _zero_padded),

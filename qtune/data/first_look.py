@@ -1,0 +1,102 @@
+"""Rows before there is a tokenizer: how many there are, how long, and which of them no run could use."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtune.data.conversation import Conversation, RowError
+from qtune.data.files import DataFile, data_files
+from qtune.data.formats import (
+    detect_format,
+    meant_columns,
+    renamed,
+    to_conversation,
+    unknown_columns,
+    with_the_files_names,
+)
+from qtune.data.rows import BadRow, Row, read_rows
+
+ENOUGH = 20_000
+"""Rows that are looked at: beyond them nothing in a first recipe depends on how many there are."""
+BYTES_PER_TOKEN = 6
+"""Of a document, whose pieces are counted: more than texts of any language have, so that there are not fewer pieces."""
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What the rows of a source are like, as far as that can be told from their text."""
+
+    columns: dict[str, str]
+    """The columns to rename, our names to the file's, by the first row; empty where nothing is to be renamed."""
+    rows: int
+    """Looked at, ENOUGH of them at most."""
+    bad_count: int
+    first_bad: BadRow | None
+    longest_bytes: int
+    """Of the texts of a row, in UTF-8; documents, which are cut into pieces, do not count."""
+    document_bytes: tuple[int, ...] = ()
+    """Of each document."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows were looked at, as far as that is known."""
+        return self.rows < ENOUGH
+
+    @property
+    def usable(self) -> int:
+        """Rows that can be used, a document as one."""
+        return self.rows - self.bad_count
+
+    def examples(self, max_length: int) -> int:
+        """How many the rows make at least: documents are cut into pieces of `max_length` tokens."""
+        pieces = sum(max(1, size // (BYTES_PER_TOKEN * max_length)) for size in self.document_bytes)
+        return self.usable - len(self.document_bytes) + pieces
+
+
+def first_look(data: str, folder: Path) -> FirstLook:
+    """Looks at the first rows of what `data.train` would name; relative paths start at `folder`.
+
+    Raises:
+        DataError: there are no such files, or they are of no kind that holds rows.
+    """
+    columns: dict[str, str] | None = None
+    row_format = ""
+    rows = bad_count = longest = 0
+    first_bad: BadRow | None = None
+    documents: list[int] = []
+    for row in _rows(data_files(data, folder)):
+        if isinstance(row, Row) and columns is None:
+            columns = meant_columns(row.value)
+            row_format = detect_format(renamed(row.value, columns)) or ""
+        rows += 1
+        found = row if isinstance(row, BadRow) else _read(row, row_format, columns or {})
+        if isinstance(found, BadRow):
+            first_bad, bad_count = first_bad or found, bad_count + 1
+        elif found.is_document:
+            documents.append(_bytes(found))
+        else:
+            longest = max(longest, _bytes(found))
+        if rows == ENOUGH:
+            break
+    return FirstLook(columns or {}, rows, bad_count, first_bad, longest, tuple(documents))
+
+
+def _rows(files: list[DataFile]) -> Iterator[Row | BadRow]:
+    for file in files:
+        yield from read_rows(file)
+
+
+def _read(row: Row, usual: str, columns: dict[str, str]) -> Conversation | BadRow:
+    """A row as preparing it would read it, by its own shape where it has another than the first one."""
+    value = renamed(row.value, columns)
+    row_format = detect_format(value) or usual
+    if not row_format:
+        return BadRow(row.place, unknown_columns(row.value))
+    try:
+        return to_conversation(value, row_format, row.place)
+    except RowError as fault:
+        return BadRow(row.place, with_the_files_names(str(fault), columns))
+
+
+def _bytes(conversation: Conversation) -> int:
+    return len(conversation.to_json().encode(errors="replace"))
