@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,23 +21,25 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    sys.modules.pop("search_soft_prompts", None)
-    import search_soft_prompts
+@pytest.fixture(scope="module")
+def search() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        sys.modules.pop("search_soft_prompts", None)
+        import search_soft_prompts
 
-    return search_soft_prompts
+        yield search_soft_prompts
 
 
-@pytest.fixture
-def worker(search: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(search, "BASE", str(tiny_model))
-    monkeypatch.setitem(search.QUANTIZATION, "compute_dtype", "float32")
-    monkeypatch.setitem(search.QUANTIZATION, "minimum_share", 0.0)
-    found = search.tasks()["triage"]
-    search.write_rows({"triage": found}, tmp_path, "validation")
-    return search.Worker(tmp_path, "validation")
+@pytest.fixture(scope="module")
+def worker(search: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "BASE", str(tiny_model))
+        patch.setitem(search.QUANTIZATION, "compute_dtype", "float32")
+        patch.setitem(search.QUANTIZATION, "minimum_share", 0.0)
+        found, rows = search.tasks()["triage"], tmp_path_factory.mktemp("rows")
+        search.write_rows({"triage": found}, rows, "validation")
+        yield search.Worker(rows, "validation")
 
 
 LORA = {"name": "LoRA", "adapter": {"kind": "lora", "rank": 4}, "training": {"learning_rate": 0.01}}
@@ -76,7 +80,9 @@ def test_a_lora_that_shares_the_base_computes_what_peft_computes(search: ModuleT
         lora.lora_A["default"].weight.data.copy_(layer.down[0])
         lora.lora_B["default"].weight.data.copy_(layer.up[0])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, ours)
+        theirs = model(ids).logits
+    model.unload()
+    torch.testing.assert_close(theirs, ours)
     assert not torch.allclose(bare, ours, atol=1e-3), "three steps have changed it"
 
 
@@ -138,6 +144,7 @@ def test_a_swapped_row_asks_for_the_words_that_its_answer_has(search: ModuleType
     assert changed > len(plain.train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ideas", "same"),
     [({}, True), ({"noise": 0.5}, False), ({"drop": 0.5}, False), ({"text_noise": 50.0}, False),
