@@ -625,10 +625,12 @@ def compare(
     """
     from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
+    from qtune.run.identity import refuse_one_twice
 
     if len(targets) < 2:
         raise typer.BadParameter("one run is examined with qtune eval; name two or more")
     opened = [RunDir.open(target) for target in targets]
+    refuse_one_twice(opened)
     for run_dir in opened:
         require_adapter(run_dir)
     if page is not None:
