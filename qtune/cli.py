@@ -52,7 +52,7 @@ AcceptOption = Annotated[
         "--accept-drift",
         metavar="NAME",
         help="Go on although this is not what the run was trained with: weights, config, generation, tokenizer, code, "
-        "template, rows, recipe, versions or processor. Repeatable.",
+        "template, rows, recipe, versions or processor, as --accept-drift rows. Repeatable.",
     ),
 ]
 TrustOption = Annotated[
@@ -125,7 +125,11 @@ def init(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", metavar="KIND", help="lora (default), p-tuning, prompt-tuning, prefix-tuning, ia3."),
+        typer.Option(
+            "--adapter",
+            metavar="KIND",
+            help="lora (default), p-tuning, prompt-tuning, prefix-tuning or ia3, as --adapter p-tuning.",
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -182,7 +186,11 @@ def run(
     ] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="FINDING", help="Train in spite of this finding of the gate. Repeatable."),
+        typer.Option(
+            "--allow",
+            metavar="FINDING",
+            help="Train in spite of this finding of the gate, as --allow too-long. Repeatable.",
+        ),
     ] = None,
     snapshot: Annotated[
         bool,
@@ -713,7 +721,11 @@ def check(
     changes: SetOption = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
+        typer.Option(
+            "--allow",
+            metavar="FINDING",
+            help="Do not count this finding as an error, as --allow too-long. Repeatable.",
+        ),
     ] = None,
     rows: Annotated[
         int,
@@ -1007,10 +1019,11 @@ def fit(
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Memory to fit into, as 8GiB.")] = None,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="KEY", help="Also change this: length. Repeatable.")
+        list[str] | None, typer.Option("--allow", metavar="KEY", help="Also change this, as --allow length. Repeatable.")
     ] = None,
     largest: Annotated[
-        str | None, typer.Option("--max", metavar="WHAT", help="Only say the largest length or batch that fits.")
+        Literal["length", "batch"] | None,
+        typer.Option("--max", metavar="WHAT", help="Only say the largest length or batch that fits."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
@@ -1027,12 +1040,10 @@ def fit(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe, written_beside
 
-    if largest not in (None, "length", "batch"):
-        raise typer.BadParameter("--max is length or batch")
     _require_one_card(gpu, vram)
-    if unknown := set(allow or ()) - {"length"}:
-        raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
     others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
+    if unknown := set(allow or ()) - {"length"}:
+        raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)
