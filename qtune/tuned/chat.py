@@ -21,7 +21,7 @@ from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
-from qtune.spelling import did_you_mean
+from qtune.spelling import nearest
 from qtune.startup.interrupts import take_again
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Ids, Sampling, find_ends, loop_at_end, positions_left, stream
@@ -40,6 +40,8 @@ HELP = """\
 /exit             leave (or Ctrl-D)"""
 
 COMMANDS = tuple(line.split()[0] for line in HELP.splitlines())
+ALIKE = 0.7
+"""Share of letters that a command has in common with what it is a slip of; all begin with the same one."""
 
 Turn = dict[str, str]
 
@@ -239,9 +241,9 @@ def command(session: Session, text: str) -> str:
         case [name, *_] if name in COMMANDS:
             return f"{name} takes no text"
         case [name, *_]:
-            near = did_you_mean(name, COMMANDS, "what there is:")
-            return f"{name}: no such command; {near}" + ("" if near.endswith("?") else f"\n{HELP}")
-        case _:  # a line of nothing
+            near = nearest(name, COMMANDS, ALIKE)
+            return f"{name}: no such command; " + (f"did you mean {near}?" if near else f"there are:\n{HELP}")
+        case _:  # `chat` gives no empty line
             return HELP
 
 
