@@ -71,11 +71,16 @@ def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
 @pytest.mark.slow
 def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(write_recipe, tmp_path: Path) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 2")
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    earlier = RunDir(tmp_path / "runs" / "tiny")
+    earlier.path.mkdir(parents=True)
+    earlier.resolved_file.write_text('[adapter]\nkind = "lora"\n')
+    earlier.lock_file.write_text("{}")
+    written(earlier, trained(4, 2.0, 1.0))
     process = run_warm_qtune("run", recipe)
     run_dir = tmp_path / "runs" / "tiny-2"
     assert process.stdout == f"{run_dir}\n"
     assert f"{tmp_path / 'runs' / 'tiny'} is there: this run is {run_dir}\n" in process.stderr
+    assert f"{earlier.path} was stopped at step 4 of 20; no step is saved; it goes on with: " in process.stderr
     begins, ends = process.stderr.index("this run is"), process.stderr.index("training loss")
     assert begins < process.stderr.index("step 1/2") < ends
     assert process.stderr.rstrip().splitlines()[-1].split("  ")[1].startswith(f"qtune export {run_dir}")
