@@ -455,7 +455,7 @@ def export(
     from qtune.export.conflicts import refuse_conflicts
     from qtune.export.output import refuse_existing_output, require_exported, run_around
     from qtune.run.finished import require_adapter
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, runs_here
 
     given = _given(context)
     refuse_conflicts(given)
@@ -466,7 +466,7 @@ def export(
     elif run is not None:
         opened = RunDir.open(run)
     else:
-        raise typer.BadParameter("name a run")
+        raise typer.BadParameter(f"name a run, as qtune export runs/quickstart{runs_here()}")
     require_adapter(opened)
     if verify_only is None:
         refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
@@ -1019,7 +1019,8 @@ def fit(
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Memory to fit into, as 8GiB.")] = None,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="KEY", help="Also change this, as --allow length. Repeatable.")
+        list[str] | None,
+        typer.Option("--allow", metavar="KEY", help="Also change this, as --allow length. Repeatable."),
     ] = None,
     largest: Annotated[
         Literal["length", "batch"] | None,

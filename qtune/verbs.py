@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from qtune import console
 from qtune.errors import InputError, Interrupted, Problem
-from qtune.spelling import did_you_mean, nearest
+from qtune.spelling import did_you_mean, meant_file, nearest
 from qtune.startup.launched import is_to_meet
 
 # What other tools call ours, with what theirs does.
@@ -107,7 +107,8 @@ class Verbs(TyperGroup):
             return Problem(hint, error.message)
         if param is not None and not error.message:
             about = (param.help or "").partition("\n")[0].rstrip(".")
-            return Problem(name, f"{param.metavar or param.opts[0]} is missing: {about[:1].lower()}{about[1:]}")
+            said = f"{param.metavar or param.opts[0]} is missing: {about[:1].lower()}{about[1:]}"
+            return Problem(name, f"{said}{_runs_here() if (param.metavar or '').startswith('RUN') else ''}")
         if param is not None:
             is_option = param.param_type_name == "option"
             given = _value_of(param.opts, words) if is_option else None
@@ -115,6 +116,8 @@ class Verbs(TyperGroup):
                 return Problem(f"{name} {param.opts[0]}", f"its value is missing: {choices}")
             place = shlex.join(filter(None, [param.opts[0] if is_option else (param.metavar or param.name), given]))
             said = f"must be {choices}" if is_option and (choices := _choices(param, given)) else _plain(error.message)
+            if is_option and given and said.endswith("does not exist"):
+                said += meant_file(given)
             return Problem(f"{name} {place}", said)
         if option is not None and hasattr(error, "possibilities"):
             known = [one for one in _options(command) if one.startswith("--")]
@@ -228,6 +231,12 @@ def _choices(option: Any, given: str | None = None) -> str:
     *others, last = choices
     meant = nearest(given or "", choices) or choices[0]
     return f"{', '.join(others)} or {last}, as {option.opts[0]} {meant}"
+
+
+def _runs_here() -> str:
+    from qtune.run.folder import runs_here  # it reads recipes, for which help need not wait
+
+    return runs_here()
 
 
 def _is_no_value(word: str) -> bool:

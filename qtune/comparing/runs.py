@@ -63,7 +63,8 @@ def compared_runs(
     `evaluate`'s. A larger evaluation that is kept in a run's folder stays there.
 
     Raises:
-        RunError: one has not ended, or is not what was trained. InputError: they were asked different rows, or one is named twice.
+        RunError: one has not ended, or is not what was trained. InputError: they were asked different rows, or
+            one is named twice.
     """
     opened = [RunDir.open(folder) for folder in folders]
     refuse_one_twice(opened)
