@@ -764,7 +764,7 @@ def check(
         raise
     if as_json:
         console.out_raw(result.to_json())
-    else:
+    elif not result.is_empty:  # else every table would be of zeros
         console.out(draw_check(result))
     result.require()
 
