@@ -374,7 +374,20 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 
 
 def _end_run(run_dir: "RunDir") -> None:
-    """Writes the report of a run that has ended, says what the run has come to, and prints its folder."""
+    """Writes the report of a run that has ended, says what the run has come to, and prints its folder.
+
+    Raises:
+        Interrupted: by Ctrl-C, which costs the run nothing any more.
+    """
+    from qtune.run.finished import said_of_end
+
+    try:
+        _show_end(run_dir)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped; {said_of_end(run_dir)}") from error
+
+
+def _show_end(run_dir: "RunDir") -> None:
     from qtune.report.page import attempt_report
     from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen
