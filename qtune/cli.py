@@ -163,9 +163,8 @@ def init(
         text = stage.new_recipe(str(base), str(data), adapter or "lora", output, look)
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    said = stage.said_of_rows(look, str(data), output) if look is not None else []
-    for sentence in (*said, stage.few_steps_of(output)):
-        if sentence is not None:
+    if look is not None:
+        for sentence in (*stage.said_of_rows(look, str(data), output), *stage.said_of_steps(look, str(data), output)):
             console.say(sentence)
 
 
