@@ -1,10 +1,15 @@
 """Verbs of other tools are answered with ours, at once."""
 
+from pathlib import Path
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from qtune import verbs
 from qtune.cli import app
+from qtune.recipe.schema import Output
+from qtune.run import folder
 from qtune.verbs import ELSEWHERE
 
 
@@ -43,3 +48,7 @@ def test_every_answer_is_a_verb_or_an_option_that_there_is() -> None:
         known = {name for option in command.params for name in option.opts}
         assert {option for option in options if option.startswith("--")} <= known, answer
         assert verb not in ELSEWHERE
+
+
+def test_the_folder_of_runs_that_verbs_begin_with_is_the_recipes_default() -> None:
+    assert verbs.RUNS == folder.RUNS == Path(Output.model_fields["directory"].default)
