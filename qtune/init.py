@@ -295,12 +295,13 @@ def copied_recipe(
     edits: dict[int, str | None] = {}
     for key in ("train", "validation", "test"):
         value = getattr(original.recipe.data, key)
-        if not isinstance(value, str):
+        if value is None or isinstance(value, float):
             continue
         if data is None:
-            written = _path_from(str(original.folder / value), file)
-            number = places["data", key] - 1
-            lines[number] = lines[number].replace(show_value(value), show_value(written), 1)
+            for source in (value,) if isinstance(value, str) else value:
+                written = _path_from(str(original.folder / source), file)
+                number = places["data", key] - 1
+                lines[number] = lines[number].replace(show_value(source), show_value(written), 1)
         else:
             edits[places["data", key]] = _own_rows(data, file, original.recipe.data, look) if key == "train" else None
     if base is not None:

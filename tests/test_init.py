@@ -23,7 +23,7 @@ from qtune.model.load import load_tokenizer
 from qtune.model.reach import reach_of
 from qtune.preflight import examine
 from qtune.recipe.faults import Faulty
-from qtune.recipe.file import load_recipe
+from qtune.recipe.file import Resolved, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Lora, Model, Recipe
@@ -148,12 +148,17 @@ def test_a_recipe_that_is_there_is_replaced_only_by_force(here):
     assert file.read_text() == "theirs"
 
 
+def trained_on(resolved: Resolved) -> list[Path]:
+    train = resolved.recipe.data.train
+    return [(resolved.folder / source).resolve() for source in ((train,) if isinstance(train, str) else train)]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_copy_says_what_the_original_says_with_paths_that_are_right_for_it(here, name):
     file = here / "copy.toml"
     write_recipe(copied_recipe(name, file), file, force=False)
     original, copy = load_recipe(shipped_recipes()[name]), load_recipe(file)
-    assert (copy.folder / copy.recipe.data.train).resolve() == (original.folder / original.recipe.data.train).resolve()
+    assert trained_on(copy) == trained_on(original)
     same = {"data": copy.recipe.data.model_copy(update={"train": "", "test": None})}
     assert copy.recipe.model_copy(update=same) == original.recipe.model_copy(
         update={"data": original.recipe.data.model_copy(update={"train": "", "test": None})}
@@ -161,9 +166,11 @@ def test_a_copy_says_what_the_original_says_with_paths_that_are_right_for_it(her
     assert copy.text.count("#") == original.text.count("#")
 
 
-def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here):
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_prompt_tuning"])
+def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here, name):
+    """Of one file, and of a list of them."""
     file = here / "copy.toml"
-    write_recipe(copied_recipe("quickstart", file, base=MODEL, data="rows.jsonl"), file, force=False)
+    write_recipe(copied_recipe(name, file, base=MODEL, data="rows.jsonl"), file, force=False)
     recipe = load_recipe(file).recipe
     assert (recipe.model.base, recipe.data.train, recipe.data.test) == (MODEL, "rows.jsonl", None)
     assert recipe.data.validation == 0.05
