@@ -174,7 +174,7 @@ def _all_known(now: Contents | None, last: Contents | None) -> Contents | None:
     weights = {}
     for name, file in now.weights.items():
         before = last.weights.get(name)
-        if before is not None and (before.nbytes, before.sampled) == (file.nbytes, file.sampled):
+        if before is not None and before.may_be(file):
             file = replace(file, whole=file.whole or before.whole, checksum=file.checksum or before.checksum)
         weights[name] = file
     return replace(now, weights=weights)
