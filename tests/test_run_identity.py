@@ -28,7 +28,7 @@ from qtune.run.memory import RunMemory, measured_memory, read_memory, write_memo
 from qtune.run.metrics import NoteRecord, TrainRecord, append_metric, forget_after, read_metrics, records_then
 from qtune.run.resumption import begin_branch
 from qtune.run.shown_rows import ShownRows, keep_rows, kept_rows
-from qtune.training import train
+from qtune.training import depends, train
 from qtune.training.best import kept_states
 from qtune.training.checkpoints import newest_whole
 from qtune.training.proof import prove
@@ -326,6 +326,45 @@ def test_a_branch_is_another_run_which_goes_on_from_the_records_and_checkpoints_
     assert newest_whole(second.checkpoints) == second.checkpoints / "checkpoint-2"
 
 
+def test_a_branch_of_a_run_that_has_lost_its_lock_is_another_run_too(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    own = identity_of(one.path).run_id  # type: ignore[union-attr]
+    one.lock_file.unlink()
+    branches = [begin_branch(one, one.checkpoints / "checkpoint-2") for _ in range(2)]
+    for branch in branches:
+        identity = identity_of(branch.path)
+        assert identity is not None
+        assert identity.run_id != own
+        assert identity.ancestors == (own,)
+        go_on(branch, 2)
+        assert len(history_of(branch)) == 2
+        assert newest_whole(branch.checkpoints) == branch.checkpoints / "checkpoint-2"
+    assert len({identity_of(branch.path).run_id for branch in branches}) == 2  # type: ignore[union-attr]
+
+
+def test_a_branch_of_an_older_run_without_lock_stays_without(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    one.lock_file.unlink()
+    for folder in (one.adapter, one.checkpoints / "checkpoint-2"):
+        file = folder / manifest.NAME
+        values = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("by", "records")}
+        file.write_text(json.dumps(sealed(values)))
+    assert not begin_branch(one, one.checkpoints / "checkpoint-2").lock_file.exists()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_lock_that_is_written_again_leaves_the_runs_own_measurement(
+    is_own: bool, twins: tuple[RunDir, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = twins
+    if not is_own:  # as one of an attempt that had no identity yet
+        shutil.copy(other.memory_file, one.memory_file)
+    one.lock_file.unlink()
+    monkeypatch.setattr(depends, "lock_now", lambda *_: Lock())
+    depends.begin_lock(None, one, None)  # type: ignore[arg-type]  neither is looked at
+    assert read_memory(one) == (RunMemory(measured={"device": "cpu"}) if is_own else None)
+
+
 # --- the end of the records of a run that has not ended ---------------------------------------------------------------
 
 
@@ -510,3 +549,21 @@ def test_a_stopped_run_whose_lock_is_gone_goes_on_as_itself(world: World) -> Non
     assert now.run_id == before.run_id
     write_report(run)
     assert len(read_metrics(run.metrics_file)) > 4
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_beside_one_without_lock_knows_what_it_goes_on_with(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world.stopped.lock_file.unlink()
+    capsys.readouterr()
+    branch = train.resume(world.stopped, ["training.learning_rate=1e-5"])
+    assert "what that began with cannot be compared" in capsys.readouterr().err
+    lock = read_lock(branch)
+    assert lock is not None
+    assert lock.latest.contents is not None
+    assert lock.latest.recipe is not None
+    assert said_of(branch) == []
+    evaluate(branch)
+    assert "lock.json" not in capsys.readouterr().err

@@ -159,9 +159,11 @@ def resume_drifts(begun: Lock, now: Lock, values: dict[str, Any], parts: Sequenc
 
 
 def said_of_an_old_lock(lock: Lock) -> str | None:
-    """What a lock of an older version cannot tell; None where it can."""
-    if lock.contents is not None:
+    """What a lock of an older version, or of a run that goes on from one without, cannot tell; None where it can."""
+    if lock.latest.contents is not None:
         return None
+    if lock.is_identity_alone:
+        return "goes on from a run without lock.json: what that began with cannot be compared"
     return "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
 
 

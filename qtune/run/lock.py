@@ -131,6 +131,11 @@ class Lock:
         return lock
 
     @property
+    def is_identity_alone(self) -> bool:
+        """Whether it says who the run is and nothing else: it goes on from one whose lock was lost."""
+        return self == Lock(run_id=self.run_id, ancestors=self.ancestors)
+
+    @property
     def knows_whole_weights(self) -> bool:
         """Whether every byte of the base's weights was hashed."""
         contents = self.latest.contents
