@@ -365,6 +365,32 @@ def test_a_lock_that_is_written_again_leaves_the_runs_own_measurement(
     assert read_memory(one) == (RunMemory(measured={"device": "cpu"}) if is_own else None)
 
 
+def test_whoever_does_as_advised_turns_one_comparison_off_and_no_other(twins: tuple[RunDir, RunDir]) -> None:
+    one, other = twins
+    shutil.rmtree(one.adapter)
+    shutil.copytree(other.adapter, one.adapter)
+    file = one.adapter / manifest.NAME
+    with pytest.raises(RunError, match='write "by": '):
+        history_of(one)
+
+    def edit(**changes: object) -> None:
+        values = {name: value for name, value in json.loads(file.read_text()).items() if name != CHECKSUM} | changes
+        file.write_text(json.dumps(values))
+
+    edit(by={"run_id": str(identity_of(one.path).run_id), "part": 0})  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=f"remove records and {CHECKSUM} from "):
+        history_of(one)  # its records were others, which the identity alone does not say
+    edit(records=None)
+    history_of(one)
+    assert manifest.file_fault(one.adapter / "adapter_config.json") is None
+    (one.adapter / "adapter_config.json").write_text('{"peft_type": "LoRA"}')
+    assert manifest.file_fault(one.adapter / "adapter_config.json") is not None
+    # And whose it is, is compared as before.
+    edit(by={"run_id": new_run_id(), "part": 0})
+    with pytest.raises(RunError, match="is of another run"):
+        history_of(one)
+
+
 # --- the end of the records of a run that has not ended ---------------------------------------------------------------
 
 
