@@ -7,7 +7,6 @@ from qtune.export.staged import refuse_existing
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
-
 EXPORTED = "model"
 """What an export is called inside of its run."""
 
