@@ -538,12 +538,18 @@ def test_a_report_of_a_run_without_its_lock_says_so(world: World) -> None:  # no
     assert f"This run {said}" in write_report(world.finished).read_text()
 
 
-def test_a_comparison_with_the_recipe_of_another_run_is_refused(world: World) -> None:  # noqa: F811
+def test_a_comparison_with_the_recipe_of_another_run_is_refused(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = world.finished.resolved_file.read_text()
     world.finished.resolved_file.write_text(text.replace("seed = 42", "seed = 7"))
     evaluate(world.finished, rows=2, max_new_tokens=2, accepted=("recipe",))
     with pytest.raises(RunError, match=r"recipe: resolved.toml says otherwise: training.seed 42 -> 7"):
         compared_runs([world.finished.path])
+    capsys.readouterr()
+    compared_runs([world.finished.path], rows=2, accepted=("recipe",))
+    assert capsys.readouterr().err.count("accepted: recipe: ") == 1
 
 
 def test_a_resumed_run_is_who_it_was_and_its_files_stay_its_own(world: World) -> None:  # noqa: F811

@@ -5,6 +5,8 @@ it looks well: so whoever goes on with a run asks here first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -76,16 +78,31 @@ def known_kinds(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+_said: ContextVar[set[tuple[Path, Drift]] | None] = ContextVar("_said", default=None)
+
+
+@contextmanager
+def accepting_once() -> Iterator[None]:
+    """Says each accepted drift of a run once, however many stages in it compare that run with its lock."""
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
 def require_no_drift(run_dir: RunDir, drifts: Sequence[Drift], accepted: Sequence[str]) -> None:
     """Says the drifts that were accepted, and stops at the others.
 
     Raises:
         RunError: something that was not accepted is no longer what it was.
     """
-    accepted = known_kinds(accepted)
+    accepted, said = known_kinds(accepted), _said.get()
     for drift in drifts:
-        if drift.kind in accepted:
+        if drift.kind in accepted and (said is None or (run_dir.path, drift) not in said):
             console.say(f"accepted: {drift}")
+            if said is not None:
+                said.add((run_dir.path, drift))
     left = [drift for drift in drifts if drift.kind not in accepted]
     if not left:
         return
