@@ -45,8 +45,8 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Takes out what the tests of a file have left, too: caches, modules that only they import. After two thousand
-    tests a run takes a quarter longer without it (0.89 s against 0.69)."""
+    """Takes out what the tests of a file have left, too: caches, modules that only they import. After the quick
+    selection in one process a tiny run took 0.89 s of processor without it and 0.74 with it, 0.69 at its beginning."""
     yield
     if nextitem is None or nextitem.path != item.path:
         gc.collect()

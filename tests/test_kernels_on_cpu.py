@@ -77,6 +77,8 @@ def test_tensors_without_storage_and_other_types_are_pytorchs(monkeypatch):
     left, right = next(operands(300, 400, 200))
     assert on_cpu.takes(left, right)
     assert on_cpu.takes(left, torch.nn.Parameter(right))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not on_cpu.takes(left, right)
     assert not on_cpu.takes(left.bfloat16(), right.bfloat16())
     assert not on_cpu.takes(left.double(), right.double())
     assert not on_cpu.takes(left.to("meta"), right.to("meta"))

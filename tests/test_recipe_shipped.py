@@ -18,7 +18,7 @@ from qtune.model.builtin import builtin_folder
 from qtune.model.load import load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
-from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning
+from qtune.recipe.schema import Lora, Model, PromptTuning, PTuning, Recipe
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.steps import few_steps_of_a_prompt
 from qtune.run.resolved import resolved_text
@@ -79,10 +79,16 @@ def test_a_formatter_leaves_a_recipe_alone(file, tmp_path):
     assert copy.read_text(encoding="utf-8") == text
 
 
+def training_files(recipe: Recipe) -> tuple[str, ...]:
+    """Names beside the recipe."""
+    train = recipe.data.train
+    return (train,) if isinstance(train, str) else tuple(train)
+
+
 @every_recipe
 def test_data_files_are_there_and_small_enough_to_ship(file):
     resolved = load_recipe(file)
-    for name in (resolved.recipe.data.train, resolved.recipe.data.test):
+    for name in (*training_files(resolved.recipe), resolved.recipe.data.test):
         if name is not None:
             assert 10_000 < (resolved.folder / name).stat().st_size < 300_000
 
@@ -120,7 +126,7 @@ def test_a_residual_prompt_without_a_rate_takes_the_one_that_was_measured(name):
 @every_recipe
 def test_no_soft_prompt_is_shipped_with_steps_that_its_run_would_warn_of(file):
     recipe = load_recipe(file).recipe
-    rows = len((file.parent / recipe.data.train).read_text().splitlines())
+    rows = sum(len((file.parent / name).read_text().splitlines()) for name in training_files(recipe))
     assert few_steps_of_a_prompt(recipe.adapter, recipe.training, int(0.95 * rows)) is None
 
 

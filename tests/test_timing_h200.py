@@ -66,7 +66,7 @@ def seconds(name: str, rates: Rates) -> float:
 @pytest.mark.parametrize("source", ["data sheet", "measured"])
 @pytest.mark.parametrize("name", LIMITED_BY_THE_CARD)
 def test_a_step_that_the_card_limits_takes_what_it_took_within_ten_per_cent(name: str, source: str) -> None:
-    """Measured: by `qtune doctor --measure`, on the same card and day."""
+    """Measured: by `qtune doctor --measure`, in the same hour."""
     rates = data_sheet_rates(H200) if source == "data sheet" else Rates(**MEASURED["measured_rates"])
     assert seconds(name, rates) == pytest.approx(STEPS[name]["seconds"], rel=0.10)
 

@@ -1,14 +1,14 @@
 """The three tasks that soft prompts are searched on: rows to train on, to choose by, and to open once at the end."""
 
 import dataclasses
-import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import make_quickstart_data as quickstart
 import make_triage_data as triage
+import swap_words
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 Row = dict[str, Any]
@@ -24,28 +24,30 @@ class Task:
     test: tuple[Row, ...]
     instruction: str
     """What is wanted, in a sentence, for starts from a text."""
+    known: dict[str, int] = field(default_factory=dict)
+    """Of each split that is asked, how many rows, the first ones, have values that stand in training rows; none: they
+    are not told apart."""
 
 
 def tasks() -> dict[str, Task]:
     """By name."""
-    return {task.name: task for task in (quickstart_task(), docstring_task(), triage_task())}
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    quickstart = quickstart_task()
+    others = (docstring_task(), triage_task(), swapped_task(quickstart), swapped_task(triage_task()))
+    return {task.name: task for task in (quickstart, *others)}
 
 
 def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
     combinations, and half, the second, have names, rooms, events and messages that stand in none."""
-    rows = read(DATA / "quickstart_train.jsonl")
-    new = new_quickstart_rows(200)
+    rows = swap_words.read(DATA / "quickstart_train.jsonl")
+    new, more = new_quickstart_rows(NEW_VALUES, 200), new_quickstart_rows(MORE_NEW_VALUES, 100)
     return Task(
         "quickstart",
         tuple(rows[80:]),
-        tuple(rows[:80] + new[:80]),
-        tuple(read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
+        tuple(rows[:80] + new[:80] + more),
+        tuple(swap_words.read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
         "Turn the request into one JSON command.",
+        {"validation": 80, "test": 120},
     )
 
 
@@ -64,25 +66,41 @@ NEW_VALUES = {
 }  # fmt: skip
 
 
-def new_quickstart_rows(count: int) -> list[Row]:
-    """Commands of the three kinds whose values are words, in the quickstart's phrasings, with values of their own."""
+MORE_NEW_VALUES = {
+    "ROOMS": ("pantry", "balcony", "studio", "gym", "dining room", "greenhouse", "loft", "waiting room"),
+    "PEOPLE": ("Bjorn", "Fatima", "Kenji", "Rosa", "Liam", "Nadia", "Oscar", "Greta"),
+    "EVENTS": (
+        "piano tuning", "blood test", "dance class", "bank visit", "wine tasting", "riding lesson", "staff training",
+        "breakfast with Rosa",
+    ),
+    "MESSAGES": (
+        "the taxi is here", "I lost my wallet", "the door is locked", "we have no water", "I'm in the queue",
+        "the baby is awake", "I'll wait at the gate", "the lights are on",
+    ),
+    "UNITS": (("furlongs", "feet"), ("tons", "pounds"), ("cups", "milliliters"), ("knots", "miles")),
+}  # fmt: skip
+"""For choices alone."""
+
+
+def new_quickstart_rows(values: dict[str, Any], count: int) -> list[Row]:
+    """Commands of the four kinds whose values are words, in the quickstart's phrasings, with values of their own."""
     draw = random.Random(77)
-    kept = {name: getattr(quickstart, name) for name in NEW_VALUES}
-    for name, values in NEW_VALUES.items():
-        setattr(quickstart, name, values)
+    kept = {name: getattr(quickstart, name) for name in values}
+    for name, own in values.items():
+        setattr(quickstart, name, own)
     try:
         named = ("send_message", "add_event", "set_temperature", "convert_units")
         commands = [command for command in quickstart.COMMANDS if command.name in named]
         pairs = [quickstart.rows_of(dataclasses.replace(command), draw) for command in commands]
         return [quickstart.conversation(*next(pairs[place % len(pairs)])) for place in range(count)]
     finally:
-        for name, values in kept.items():
-            setattr(quickstart, name, values)
+        for name, own in kept.items():
+            setattr(quickstart, name, own)
 
 
 def docstring_task() -> Task:
     """Questions about the standard library. Few answers can be known, so that the loss counts, not the exact match."""
-    rows = read(DATA / "docstrings.jsonl")
+    rows = swap_words.read(DATA / "docstrings.jsonl")
     return Task(
         "docstrings",
         tuple(rows[:440]),
@@ -96,3 +114,13 @@ def triage_task() -> Task:
     rows = {split: tuple(made) for split, made in triage.make_rows().items()}
     instruction = "Name the topic, the product and the order number of the letter."
     return Task("triage", rows["train"], rows["validation"], rows["test"], instruction)
+
+
+def swapped_task(task: Task) -> Task:
+    """The same with more training rows, which have other words in request and answer. What is asked is as it was."""
+    words = swap_words.usual_words(docstring_task().train)
+    more = swap_words.swapped_rows(task.train, words, COPIES)
+    return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *more))
+
+
+COPIES = 3

@@ -79,6 +79,7 @@ def takes(left: Tensor, right: Tensor) -> bool:
         and left.numel() * (right.numel() // right.shape[0]) >= LEAST_WORK
         and _is_dense(left)
         and _is_dense(right)
+        and not torch.is_autocast_enabled("cpu")  # which would have PyTorch's in another type
         and is_faster()
     )
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _ops: Any = torch.ops.qtune
 
 TILE_BYTES = 64 * MIB
-"""Size of one tile of logits, where nothing else is asked for: [memory] loss_tile."""
+"""Size of one tile of logits in the head's dtype, where nothing else is asked for: [memory] loss_tile."""
 
 
 @dataclass
@@ -169,8 +169,8 @@ class _StreamedCrossEntropy(torch.autograd.Function):
         maximum, total, target = (hidden.new_full((len(hidden),), first, dtype=exact) for first in (-torch.inf, 0, 0))
         likeliest = torch.zeros_like(labels)
         for start in starts:
-            _, logits = block_and_logits(start)
-            del _  # or the next one would come beside it
+            block, logits = block_and_logits(start)
+            del block  # or the next one would come beside it
             _ops.cross_entropy_block.default(logits, labels, start, rule.scale, cap, maximum, total, target, likeliest)
             del logits
         normalizer = maximum + total.log()
@@ -214,8 +214,8 @@ def tiled_cross_entropy(
     hidden: [n, hidden]; bias: [vocab] or None; labels: [n] token ids, all of them scored. head: [vocab, hidden]; a
     frozen one may be stored otherwise, and comes to `hidden`'s device block by block. is_measuring: takes no gradient,
     and gives the NLL of each position [n], of which there are none otherwise.
-    Memory above the inputs: one tile of logits in fp32 and in the head's dtype, and a gradient like `hidden`; of a head
-    that is stored otherwise also a block of it, and that gradient in fp32.
+    Memory above the inputs: one tile of logits in the head's dtype, and a gradient like `hidden`; of a head that is
+    stored otherwise also a block of it, that gradient in fp32, and what a block adds to it.
     """
     function = _StreamedCrossEntropy if isinstance(head, StoredRows) else _TiledCrossEntropy
     loss, correct, losses = function.apply(hidden, head, bias, labels, rule, tile_bytes, is_measuring)
@@ -227,7 +227,7 @@ def install_loss(model: PreTrainedModel, *, tiled: bool = True, tile_bytes: int 
 
     model: the bare causal LM, not its peft wrapper (soft prompts put their own -100 labels in front and come through).
     tiled=False materialises the model's own logits: the fallback for a family whose head does more than `logit_rule`
-    knows, and the reference that `loss_agrees` compares with. tile_bytes: of the fp32 logits that exist at once.
+    knows, and the reference that `loss_agrees` compares with. tile_bytes: of the logits that exist at once.
     """
     original: Callable[..., Any] = getattr(model, "_qtune_original_forward", model.forward)
     model._qtune_original_forward = original  # type: ignore[assignment]
