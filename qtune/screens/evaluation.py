@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING
 
 from qtune import console
+from qtune.run.metrics import CUT
+from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.verdicts.scores import any_cut, score_table, worst_first
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Evaluation
 
 ABOUT_LIMITS = (
-    "an answer is cut, and ends with …, 8 tokens after as many as were expected (twice as many of free text), or at "
-    "--max-new-tokens"
+    f"an answer is cut, and ends with {CUT}, {EXTRA_TOKENS} tokens after as many as were expected ({FREE_TEXT_TIMES} "
+    "times as many of free text), or at --max-new-tokens"
 )
 
 
