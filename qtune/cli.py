@@ -167,9 +167,8 @@ def init(
         text = stage.new_recipe(str(base), str(data), adapter or "lora", output, look)
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
-    said = stage.said_of_rows(look, str(data), output) if look is not None else []
-    for sentence in (*said, stage.few_steps_of(output)):
-        if sentence is not None:
+    if look is not None:
+        for sentence in (*stage.said_of_rows(look, str(data), output), *stage.said_of_steps(look, str(data), output)):
             console.say(sentence)
 
 
@@ -382,7 +381,20 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 
 
 def _end_run(run_dir: "RunDir") -> None:
-    """Writes the report of a run that has ended, says what the run has come to, and prints its folder."""
+    """Writes the report of a run that has ended, says what the run has come to, and prints its folder.
+
+    Raises:
+        Interrupted: by Ctrl-C, which costs the run nothing any more.
+    """
+    from qtune.run.finished import said_of_end
+
+    try:
+        _show_end(run_dir)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped; {said_of_end(run_dir)}") from error
+
+
+def _show_end(run_dir: "RunDir") -> None:
     from qtune.report.page import attempt_report
     from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen

@@ -3,13 +3,12 @@
 Nothing is described here: every comment is a docstring of `recipe/schema.py`, every default is the schema's.
 """
 
-import csv
+import json
 import math
 import os
 import shlex
 import textwrap
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,9 +16,9 @@ from qtune.data.findings import FEW_ROWS
 from qtune.errors import DataError, ModelError, Problem, RecipeError
 from qtune.export.verification import VERIFICATION
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
+from qtune.model.reach import reach_of
 from qtune.recipe.file import check_recipe, load_recipe
 from qtune.recipe.lines import toml_lines
-from qtune.recipe.row_kinds import kind_of
 from qtune.recipe.schema import (
     Adapter,
     AdapterTable,
@@ -36,8 +35,9 @@ from qtune.recipe.schema import (
     kinds_of,
 )
 from qtune.recipe.shipped import shipped_recipes
-from qtune.recipe.steps import FEW_STEPS, few_steps, first_steps
+from qtune.recipe.steps import few_steps, first_steps, held_out_rows
 from qtune.recipe.text import show_value
+from qtune.sizes import size_text
 from qtune.spelling import did_you_mean
 from qtune.whole import write_text
 
@@ -49,6 +49,10 @@ LEAST_LENGTH = 2048
 """Of the longest example, in tokens: what most rows stay far below; memory follows the rows that there are."""
 AROUND_A_ROW = 256
 """Tokens that a template may put around a row. Inside of it there are no more than bytes."""
+UNKNOWN_REACH = 131_072
+"""Tokens of the longest example at most, where the model's own positions are not at hand."""
+ENOUGH_FOR_STRAYS, STRAYS = 20, 0.01
+"""From so many rows on, this share of them (one at least) does not decide the length alone."""
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
@@ -110,7 +114,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         ("adapter", "kind"): adapter,
         ("training", "learning_rate"): rate,
         **({("quantization", "kind"): "none"} if quantization is Unquantized else {}),
-        **({} if look is None else _by_rows(look, table)),
+        **({} if look is None else _by_rows(look, table, _positions(base))),
     }
     tables: dict[str, type[Table]] = {
         "model": Model,
@@ -121,10 +125,12 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         "memory": Memory,
         "output": Output,
     }
+    # The commands hold where this one was given.
+    named = shlex.quote(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
     in_nf4 = "whose weights stay in NF4"
     lines = [
         f"# {adapter} on {base}, {'an export, whose weights stay as they are' if is_export(base) else in_nf4}.",
-        f"# Look for mistakes with `qtune check {file.name}`, train with `qtune run {file.name}`.",
+        f"# Look for mistakes with `qtune check {named}`, train with `qtune run {named}`.",
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():
@@ -134,13 +140,13 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     return _checked("\n".join(lines) + "\n", file)
 
 
-def _by_rows(look: "FirstLook", adapter: type[AdapterTable]) -> dict[KeyPath, Any]:
-    """What follows from the rows; where none can be used, what follows from one."""
+def _by_rows(look: "FirstLook", adapter: type[AdapterTable], positions: int) -> dict[KeyPath, Any]:
+    """What follows from the rows; where none can be used, what follows from one. positions: that the model has."""
     share = Data.model_fields["validation"].default
-    longest = max(LEAST_LENGTH, 2 ** math.ceil(math.log2(look.longest_bytes + AROUND_A_ROW)))
+    longest = max(1, min(_longest(look.row_bytes), positions - adapter.model_construct().prompt_length))
     examples = max(1, look.examples(longest))
     # The one row there is cannot be held out.
-    held_out = 0 if examples == 1 else max(1, round(share * examples))
+    held_out = 0 if examples == 1 else held_out_rows(share, examples)
     epochs, batch_size = first_steps(adapter, examples - held_out)
     return {
         ("data", "columns"): look.columns,
@@ -149,6 +155,37 @@ def _by_rows(look: "FirstLook", adapter: type[AdapterTable]) -> dict[KeyPath, An
         ("training", "epochs"): float(epochs),
         ("training", "batch_size"): batch_size,
     }
+
+
+def _longest(row_bytes: Sequence[int]) -> int:
+    """data.max_length for rows of these sizes: enough for each, but for a few that are far longer than the others; one
+    row of megabytes would have memory foreseen, and the cache laid out, for rows that there are not."""
+    from qtune.data.first_look import BYTES_PER_TOKEN
+
+    sizes = sorted(row_bytes) or [0]
+    few = max(1, int(STRAYS * len(sizes))) if len(sizes) >= ENOUGH_FOR_STRAYS else 0
+    enough = _enough_for(sizes[len(sizes) - 1 - few])
+    return _enough_for(max(size for size in sizes if size <= BYTES_PER_TOKEN * enough))
+
+
+def _enough_for(size: int) -> int:
+    """Tokens that a row of so many bytes cannot exceed, as a power of two."""
+    return max(LEAST_LENGTH, 2 ** math.ceil(math.log2(size + AROUND_A_ROW)))
+
+
+def _positions(base: str) -> int:
+    """Positions that the base has, where a look at it can tell."""
+    if base.startswith(PREFIX):
+        return BUILTIN_MODELS[base.removeprefix(PREFIX)].positions
+    path = Path(base).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.name != "config.json":
+        return UNKNOWN_REACH
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # what is wrong with it is said by `check`
+        return UNKNOWN_REACH
+    return (reach_of(values) if isinstance(values, dict) else None) or UNKNOWN_REACH
 
 
 def is_export(base: str) -> bool:
@@ -175,31 +212,23 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
     return said
 
 
-def few_steps_of(file: Path) -> str | None:
-    """What is said of a recipe whose rows make a run of few steps (`recipe.steps`); None where they do not, and where
-    the rows cannot be counted by reading lines alone."""
-    resolved = load_recipe(file)
-    training, data = resolved.recipe.training, resolved.recipe.data
-    if not isinstance(data.train, str):
-        return None
-    held_out = data.validation if isinstance(data.validation, float) else 0.0
-    enough = math.ceil((FEW_STEPS * training.batch_size + 1) / (1 - held_out))
-    rows = _rows_up_to(enough, resolved.folder / Path(data.train).expanduser())
-    return None if rows is None or rows >= enough else few_steps(training, rows - round(held_out * rows))
-
-
-def _rows_up_to(most: int, file: Path) -> int | None:
-    """How many rows a file holds, counted up to `most`; None of a file whose kind does not tell by its lines."""
-    kind, compression = kind_of(file)
-    if compression or kind not in ("jsonl", "ndjson", "csv", "tsv") or not file.is_file():
-        return None
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        if kind in ("jsonl", "ndjson"):
-            return sum(1 for _ in islice((line for line in lines if line.strip()), most))
-        try:
-            return max(0, sum(1 for _ in islice(filter(None, csv.reader(lines)), most + 1)) - 1)
-        except csv.Error:
-            return None
+def said_of_steps(look: "FirstLook", data: str, file: Path) -> list[str]:
+    """What is said of the recipe at `file` beside its rows: a sentence each on rows that are longer than it takes, and
+    on a run of few steps (`recipe.steps`) where all rows were counted."""
+    recipe = load_recipe(file).recipe
+    training, limit = recipe.training, recipe.data.max_length
+    said = []
+    if (count := look.too_long(limit)) and recipe.data.on_long_row == "error":
+        rows = f"{count:,} of {look.rows:,} rows {'is' if count == 1 else 'are'} longer than data.max_length = {limit}"
+        said.append(
+            f"{data}: {rows}, the longest {look.longest_place} ({size_text(max(look.row_bytes))}); "
+            f'data.on_long_row = "drop" leaves such rows out'
+        )
+    if look.is_whole and not look.document_bytes:
+        share = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
+        if (few := few_steps(training, look.usable - held_out_rows(share, look.usable))) is not None:
+            said.append(few)
+    return said
 
 
 def _require_base(base: str) -> None:
@@ -268,12 +297,13 @@ def copied_recipe(
     edits: dict[int, str | None] = {}
     for key in ("train", "validation", "test"):
         value = getattr(original.recipe.data, key)
-        if not isinstance(value, str):
+        if value is None or isinstance(value, float):
             continue
         if data is None:
-            written = _path_from(str(original.folder / value), file)
-            number = places["data", key] - 1
-            lines[number] = lines[number].replace(show_value(value), show_value(written), 1)
+            for source in (value,) if isinstance(value, str) else value:
+                written = _path_from(str(original.folder / source), file)
+                number = places["data", key] - 1
+                lines[number] = lines[number].replace(show_value(source), show_value(written), 1)
         else:
             edits[places["data", key]] = _own_rows(data, file, original.recipe.data, look) if key == "train" else None
     if base is not None:

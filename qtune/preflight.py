@@ -30,7 +30,7 @@ from qtune.export.gguf.file import refuse_unconvertible
 from qtune.export.verification import VERIFICATION
 from qtune.memory.forecast import Forecast, attempted
 from qtune.memory.kept_layers import could_fill
-from qtune.memory.longest import longest_of
+from qtune.memory.longest import Rows, longest_of
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.completeness import require_complete
 from qtune.model.folder import require_weights
@@ -45,6 +45,7 @@ from qtune.model.quantization import (
     quantization_config,
     quantized_too_little,
 )
+from qtune.model.reach import reach_of
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
@@ -91,6 +92,8 @@ class Preflight:
     inspection: Inspection
     forecast: Forecast | str | None
     """What a step will need; in words why, where that cannot be traced; None where it was not asked for."""
+    beyond_reach: str | None
+    """In words, rows that are longer than the model has positions."""
     disk: Disk | None
     """None where no model can be built from the configuration alone."""
     refusals: tuple[InputError, ...]
@@ -114,6 +117,8 @@ class Preflight:
         of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
         if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
             said.append(steps)
+        if self.beyond_reach is not None:
+            said.append(self.beyond_reach)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
             said.append(f"training with peft's own layers: {self.plan.reasons['training', 'lean_step']}")
         if isinstance(forecast, str) and self.plan.device.kind == "cuda":
@@ -193,10 +198,12 @@ def examine(
     asked.of(refuse_bad_rows, prepared, recipe.data)
     inspection = inspect(prepared, recipe.data, config.get_text_config().vocab_size)
     forecast: Forecast | str | None = None
+    beyond_reach = None
     if not len(prepared.train):
         forecast = "there are no rows"
     else:
         rows = longest_of(prepared, recipe.data)
+        beyond_reach = _beyond_reach(config, recipe, prepared, rows)
         plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
         is_asked = not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, rows.longest.most))
         if traced or is_asked:
@@ -212,8 +219,25 @@ def examine(
         prepared,
         inspection,
         forecast,
+        beyond_reach,
         None if count is None else _disk(recipe, plan, count, folder or Path(recipe.output.directory)),
         tuple(asked.refusals),
+    )
+
+
+def _beyond_reach(config: PretrainedConfig, recipe: Recipe, prepared: Prepared, rows: Rows) -> str | None:
+    """What is said of a longest row that has more tokens than the model has positions; packed rows count each alone."""
+    reach, soft = reach_of(config.to_dict()), recipe.adapter.prompt_length
+    lengths = prepared.examples["train"].with_format("numpy")["length"][:] if prepared.packed else ()
+    # Where no row is within max_length nothing is known of the longest but that the gate stops for it.
+    longest = 0 if rows.data is None else int(max(lengths)) if prepared.packed else rows.longest.most
+    if reach is None or longest + soft <= reach:
+        return None
+    behind = f" behind a soft prompt of {soft}" if soft else ""
+    return (
+        f"data: the longest row has {longest:,} tokens{behind}, and the model was made for {reach:,} positions: what "
+        f"lies beyond them it has never seen; data.max_length = {reach - soft} names such rows, and data.on_long_row "
+        "drops or cuts them"
     )
 
 

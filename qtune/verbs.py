@@ -51,17 +51,18 @@ ELSEWHERE = {
     "help": "--help",
 }
 
-# What a verb that was stopped leaves; a run that has begun says it itself.
+# What a verb that was stopped leaves, true whenever that is: what it writes is there at once or not at all. A run says
+# more while it trains, and when it has ended.
 KEPT = {
-    "init": "no recipe was written",
-    "run": "no step was taken",
+    "init": "a recipe is written whole or not at all",
+    "run": "what a run has saved stays",
     "check": "a check keeps nothing",
     "profile": "what was traced to its end is kept in the cache",
-    "fit": "no recipe was written",
-    "eval": "what an earlier evaluation has kept in the run's folder is as it was",
+    "fit": "a recipe is written whole or not at all",
+    "eval": "the run's folder keeps the last evaluation that came to its end",
     "compare": "what was measured of a run to its end is kept in its folder",
     "export": "what stands under its name is whole, and its verify.json says whether it was compared",
-    "report": "an earlier page is as it was",
+    "report": "the last page that was drawn to its end stays",
 }
 RUNS = Path("runs")
 """The default of output.directory."""

@@ -1,16 +1,21 @@
 """What a later verb would refuse of a base, `check` says, in the same words; nobody meets it in a traceback."""
 
+import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import EVERYTHING
 from test_run_drift import World, edit_json, kept, world  # noqa: F401  fixtures
+from transformers import AutoConfig, PretrainedConfig
 
 from qtune.errors import InputError
 from qtune.export.export import Options, export_run
+from qtune.model.load import load_config
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Model
 from qtune.run.drift import KINDS
 from qtune.training import train
 from qtune.tuned.chat import open_session
@@ -139,6 +144,57 @@ def test_a_value_that_nothing_can_be_done_with_is_said_by_every_verb(
         file.write_text("{}")
     edit_json(file, **{key: value})
     require_same_words(world, f"{file}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (GENERATION, {"pad_token_id": -1, "bos_token_id": -1}),
+        (CONFIG, {"pad_token_id": -1}),
+        (CONFIG, {"max_length": 10**30, "model_max_length": 1e30}),
+        (CONFIG, {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 0}),
+        (CONFIG, {"model_type": "qwen2", "sliding_window": 0}),
+    ],
+)
+def test_what_older_folders_hold_and_transformers_loads_is_not_refused(
+    name: str,
+    values: dict[str, object],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    if not (base / name).is_file():
+        (base / name).write_text("{}")
+    edit_json(base / name, **values)
+    assert AutoConfig.from_pretrained(base) is not None
+    assert isinstance(load_config(Model(base=str(base))), PretrainedConfig)
+
+
+def test_a_window_of_nothing_is_refused_where_it_is_used(tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    edit_json(base / CONFIG, model_type="qwen2", use_sliding_window=True, sliding_window=0)
+    assert "sliding_window = 0: must be a whole number above 0" in said_by(lambda: load_config(Model(base=str(base))))
+
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, CONFIG])
+def test_a_file_that_may_not_be_read_is_named(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its owner forbids it; whoever runs the tests may be allowed everything."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / name).touch()
+    read = Path.read_text
+
+    def refused(file: Path, *arguments: str | None, **options: str | None) -> str:
+        if file == base / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return read(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert said_by(lambda: load_config(Model(base=str(base)))) == f"{base / name}: cannot be read: Permission denied"
 
 
 def test_a_tokenizer_without_a_token_to_pad_with_is_said_before_a_run(world: World) -> None:  # noqa: F811

@@ -17,10 +17,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtune.data.conversation import Conversation
 from qtune.errors import ModelError, VerificationError
+from qtune.export.closeness import shortfalls
 from qtune.export.export import Options, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of
 from qtune.export.gguf.file import GgufType, write_gguf
-from qtune.export.gguf.verify import verify_gguf
+from qtune.export.gguf.verify import LIMITS, _compare, _config_to_read_with, _weight_failures, verify_gguf
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
 from qtune.export.verification import read_proof
@@ -73,6 +74,38 @@ def test_logits_survive_the_way_into_a_gguf_file_and_back(family: str, kind: Ggu
     # transformers' reader does not take Gemma's attention scale from the file: it is its default for real sizes.
     told = {"config": AutoConfig.from_pretrained(folder)} if family.startswith("gemma") else {}
     assert gap(folder, file, **told) <= GAPS[kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
+def test_each_weight_of_a_q8_0_file_is_the_rounded_one_and_one_that_is_not_is_named(
+    family: str, tmp_path: Path
+) -> None:
+    folder, file = made(tmp_path / "model", family, "q8_0")
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, config=_config_to_read_with(folder),
+        quantization_config=GgufConfig(dequantize=True), dtype=torch.float32,
+    )  # fmt: skip
+    assert list(_weight_failures(exported, read)) == []
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"):
+        weight = read.state_dict()[name]
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.view(-1)[5] += 0.01 * weight.abs().max()  # a step of 8 bits is 1/127
+            assert list(_weight_failures(exported, read)) == [f"{name} is not the exported one, rounded to 8 bits"]
+            weight.copy_(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GAPS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+def test_a_file_of_every_family_is_verified(family: str, kind: GgufType, tmp_path: Path) -> None:
+    folder, file = made(tmp_path / "model", family, kind)
+    rows = [CheckedRow(ids := tuple(range(3, 40)), ids, None)]
+    closeness, misfits = _compare(folder, file, kind, rows, ())
+    assert misfits == []
+    assert shortfalls(closeness, LIMITS[kind]) == []
 
 
 LONGROPE = {

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from qtune.data.first_look import ENOUGH, FirstLook
 from qtune.data.prepare import survey
 from qtune.errors import RecipeError
 from qtune.init import ADAPTERS, copied_recipe, look_at, recipe_schema, said_of_rows, shipped_summaries, write_recipe
+from qtune.model.builtin import BUILTIN_MODELS
 from qtune.model.load import load_tokenizer
+from qtune.model.reach import reach_of
 from qtune.preflight import examine
 from qtune.recipe.faults import Faulty
-from qtune.recipe.file import load_recipe
+from qtune.recipe.file import Resolved, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Lora, Model, Recipe
@@ -63,6 +66,12 @@ def test_what_is_written_is_a_recipe_for_every_kind_of_adapter(here, adapter):
     recipe = load_recipe(file).recipe
     assert (recipe.model.base, recipe.data.train, recipe.adapter.kind) == (MODEL, "rows.jsonl", adapter)
     assert recipe.training.learning_rate == recipe.adapter.auto_learning_rate[0]
+
+
+def test_the_commands_in_a_recipes_comment_name_it_as_it_was_named(here):
+    (here / "sub dir").mkdir()
+    text = new_recipe(MODEL, "rows.jsonl", "lora", Path("sub dir/r.toml"))
+    assert "`qtune check 'sub dir/r.toml'`, train with `qtune run 'sub dir/r.toml'`" in text
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -145,12 +154,17 @@ def test_a_recipe_that_is_there_is_replaced_only_by_force(here):
     assert file.read_text() == "theirs"
 
 
+def trained_on(resolved: Resolved) -> list[Path]:
+    train = resolved.recipe.data.train
+    return [(resolved.folder / source).resolve() for source in ((train,) if isinstance(train, str) else train)]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_copy_says_what_the_original_says_with_paths_that_are_right_for_it(here, name):
     file = here / "copy.toml"
     write_recipe(copied_recipe(name, file), file, force=False)
     original, copy = load_recipe(shipped_recipes()[name]), load_recipe(file)
-    assert (copy.folder / copy.recipe.data.train).resolve() == (original.folder / original.recipe.data.train).resolve()
+    assert trained_on(copy) == trained_on(original)
     same = {"data": copy.recipe.data.model_copy(update={"train": "", "test": None})}
     assert copy.recipe.model_copy(update=same) == original.recipe.model_copy(
         update={"data": original.recipe.data.model_copy(update={"train": "", "test": None})}
@@ -158,9 +172,11 @@ def test_a_copy_says_what_the_original_says_with_paths_that_are_right_for_it(her
     assert copy.text.count("#") == original.text.count("#")
 
 
-def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here):
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_prompt_tuning"])
+def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here, name):
+    """Of one file, and of a list of them."""
     file = here / "copy.toml"
-    write_recipe(copied_recipe("quickstart", file, base=MODEL, data="rows.jsonl"), file, force=False)
+    write_recipe(copied_recipe(name, file, base=MODEL, data="rows.jsonl"), file, force=False)
     recipe = load_recipe(file).recipe
     assert (recipe.model.base, recipe.data.train, recipe.data.test) == (MODEL, "rows.jsonl", None)
     assert recipe.data.validation == 0.05
@@ -265,14 +281,85 @@ def rows_of(count: int) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("count", "epochs", "batch_size"),
-    [(8, 15, 4), (50, 5, 4), (150, 3, 4), (400, 3, 8), (600, 3, 16), (5_000, 2, 16), (15_000, 1, 16)],
-)
-def test_passes_and_rows_of_a_step_are_those_that_the_readme_advises(here, count, epochs, batch_size):
+def advised_by_readme(count: int) -> dict[str, set[int]]:
+    """What the README's table says of so many rows: the values of each key that it names, "3 to 5" as a range."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    table = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("| rows | begin with |")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    for rows, advice in table:
+        if rows == "more" or (rows[0].isdigit() and count <= int(rows.split()[-1].replace(",", ""))):
+            found = re.findall(r"`(epochs|batch_size) = (\d+)`(?: (to|or) (\d+))?", advice)
+            return {
+                key: set(range(int(low), int(high) + 1)) if word == "to" else {int(low), int(high or low)}
+                for key, low, word, high in found
+            }
+    raise AssertionError(table)
+
+
+@pytest.mark.parametrize("count", [50, 150, 400, 600, 5_000, 15_000])
+def test_passes_and_rows_of_a_step_are_those_that_the_readme_advises(here, count):
     Path("rows.jsonl").write_text(rows_of(count))
     training = load_text(new_recipe(MODEL, "rows.jsonl", "lora", Path("recipe.toml"))).training
-    assert (training.epochs, training.batch_size) == (epochs, batch_size)
+    advised = advised_by_readme(count)
+    assert training.epochs in advised["epochs"]
+    assert training.batch_size in advised.get("batch_size", {training.batch_size})
+
+
+SHORT = ROW.replace("Hello.", "Hello. " * 20)
+
+
+def row_of(size: int) -> str:
+    return ROW.replace("Hello.", "Hello. " * (size // 7))
+
+
+@pytest.mark.parametrize(("count", "size"), [(60, 150_000), (200, 3_000_000)])
+def test_a_stray_row_does_not_decide_the_length_for_all_and_is_named(here, count, size):
+    Path("rows.jsonl").write_text(SHORT * count + row_of(size))
+    done = init("--base", MODEL, "--data", "rows.jsonl")
+    assert load_recipe(Path("recipe.toml")).recipe.data.max_length == 2048
+    assert f"1 of {count + 1} rows is longer than data.max_length = 2048, the longest rows.jsonl:{count + 1} (" in (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize("long_rows", [10, 60])
+def test_rows_that_are_long_as_a_kind_decide_the_length(here, long_rows):
+    Path("rows.jsonl").write_text(SHORT * 60 + row_of(20_000) * long_rows)
+    look = look_at("rows.jsonl")
+    assert load_text(stage.new_recipe(MODEL, "rows.jsonl", "lora", Path("a.toml"), look)).data.max_length == 32_768
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter", "most"),
+    [
+        ({"max_position_embeddings": 8192}, "lora", 8192),
+        ({"max_position_embeddings": 8192}, "prompt-tuning", 8192 - 16),
+        ({"n_positions": 1024}, "lora", 1024),
+        ({"text_config": {"max_position_embeddings": 4096}}, "lora", 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 4096}},
+         "lora", 16_384),
+        ({}, "lora", stage.UNKNOWN_REACH),
+    ],
+)  # fmt: skip
+def test_no_recipe_asks_for_more_tokens_than_the_model_has_positions(here, config, adapter, most):
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text(json.dumps(config))
+    look = FirstLook({}, 3, 0, None, (3_000_000,) * 3)
+    data = load_text(stage.new_recipe(str(here / "model"), "rows.jsonl", adapter, Path("a.toml"), look)).data
+    assert data.max_length == most
+
+
+def test_the_built_in_models_positions_are_those_of_its_configuration():
+    shipped = Path(stage.__file__).parent / "model" / "geometries" / "smollm2-135m.json"
+    assert BUILTIN_MODELS["smollm2-135m-instruct"].positions == reach_of(json.loads(shipped.read_text())["config"])
+
+
+def test_a_run_of_few_steps_is_said_of_rows_that_can_be_used_and_not_of_lines(here):
+    """420 lines are steps enough, 20 rows are not."""
+    Path("rows.jsonl").write_text(rows_of(20) + '{"question": "x"}\n' * 400)
+    done = init("--from", "llama_lora", "--data", "rows.jsonl")
+    assert "steps are few (19 rows, " in done.stderr
 
 
 @pytest.mark.parametrize("words", [1, 40, 400, 4000])
@@ -297,7 +384,7 @@ def test_no_recipe_that_is_written_is_warned_of_for_what_init_has_chosen(here, a
     }
     tokens = len(f"{'sesquipedalian 1234 ' * words}".encode())
     for count in counts:
-        look = FirstLook({}, min(count, ENOUGH), 0, None, tokens)
+        look = FirstLook({}, min(count, ENOUGH), 0, None, (tokens,) * min(count, ENOUGH))
         recipe = load_text(stage.new_recipe(MODEL, "rows.jsonl", adapter, Path("recipe.toml"), look))
         held_out = round(recipe.data.validation * count) or (1 if recipe.data.validation else 0)
         trained = count - held_out

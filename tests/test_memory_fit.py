@@ -424,8 +424,8 @@ memory.embeddings = "host"             2.66 GiB  2.42 GiB  does not fit   the he
                                                                           answers
 training.micro_batch_size = 1          2.42 GiB  2.03 GiB  does not fit   8 micro-batches make a step: the
                                                                           same gradient, a little slower
-training.gradient_checkpointing =      2.03 GiB  1.73 GiB  does not fit   the forward is computed twice: a
-true                                                                      third more time, same result
+training.gradient_checkpointing =      2.03 GiB  1.73 GiB  does not fit   the forward is computed twice:
+true                                                                      more time, same result
 training.optimizer = "adamw-8bit"      1.73 GiB  1.67 GiB  does not fit   8-bit moments: results as with 32
                                                                           bits (arXiv:2110.02861)
 memory.loss_tile = "16MiB"             1.67 GiB  1.63 GiB  does not fit   smaller matrix products in the

@@ -115,7 +115,7 @@ def needed(peak_bytes: int) -> str:
 
 RESUME = "qtune run --resume {run}"
 NEW = "qtune run {run}/resolved.toml"
-CHECKPOINTING = "the forward is computed twice: a third more time, same result"
+CHECKPOINTING = "the forward is computed twice: more time, same result"
 EIGHT_BITS = "8-bit moments: results as with 32 bits (arXiv:2110.02861)"
 IS_NEW = "(a new run: it decides what is learned)"
 TOO_LOW = "less than the 7.00 GiB that were to be had, so it was too low, or memory was taken meanwhile"

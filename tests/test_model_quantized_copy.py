@@ -1,5 +1,6 @@
 """A quantized copy of the base for the next start: the same model bit for bit, or none."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from export_models import tiny_base
 from safetensors.torch import load_file, save_file
 from test_model_load import CPU
 
-from qtune.model import contents, load, quantized_copy
+from qtune import manifest
+from qtune.model import as_made, contents, load, quantized_copy
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import EightBit, FourBit, Model, Quantization
@@ -215,3 +217,31 @@ def test_the_copy_of_another_base_in_the_place_of_this_is_not_loaded(base: Path,
     after = loaded(base).state_dict()
     for name, value in before.items():
         assert not isinstance(value, torch.Tensor) or torch.equal(value, after[name]), name
+
+
+def test_a_copy_is_read_for_damage_once_a_process_however_often_it_is_used(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(base)
+    (copy,) = copies()
+    read: list[Path] = []
+    original = manifest.fault
+    monkeypatch.setattr(manifest, "fault", lambda folder, **how: [read.append(folder), original(folder, **how)][1])
+    os.utime(copy / "manifest.json", ns=(1, 1))
+    for _ in range(2):
+        loaded(base)
+        assert load.checksums_loaded(Model(base=str(base)), KINDS["nf4"], plan_for(KINDS["nf4"])) is not None
+    assert (copy / "manifest.json").stat().st_mtime_ns > 1  # and it was noted each time that it was used
+    assert read == [copy]
+
+
+def test_a_manifest_that_says_something_else_is_read_again_whatever_its_time(base: Path) -> None:
+    loaded(base)
+    (copy,) = copies()
+    assert as_made.damage_of(copy, whole=True) is None
+    file = copy / "manifest.json"
+    time, text = file.stat().st_mtime_ns, file.read_text()
+    place = text.index('"sha256": "') + len('"sha256": "')
+    file.write_text(text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :])
+    os.utime(file, ns=(time, time))
+    assert as_made.damage_of(copy, whole=True) is not None

@@ -1,5 +1,6 @@
 """One preflight: what stops a run is found before a weight is read, and `check`, `run` and `resume` say the same."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -273,6 +274,21 @@ def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: Wri
     (said,) = examine(load_recipe(write_recipe(training="batch_size = 2"))).warnings
     assert "steps are few" in said
     assert "training.epochs = " in said
+
+
+def test_a_row_that_is_longer_than_the_model_has_positions_is_a_warning(
+    write_recipe: WriteRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "short"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    recipe, changes = write_recipe(training="steps = 40"), [f"model.base={base}"]
+    longest = int(examine(load_recipe(recipe)).prepared.lengths.max())
+    for reach, is_warned in ((longest, False), (longest - 1, True)):
+        (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": reach}))
+        said = [one for one in examine(load_recipe(recipe, changes)).warnings if "positions" in one]
+        assert bool(said) == is_warned
+        assert all(f"{longest} tokens" in one and f"data.max_length = {reach}" in one for one in said)
 
 
 @pytest.mark.slow

@@ -242,7 +242,16 @@ def test_an_export_that_is_what_it_was_is_verified_again(exported: Path, world: 
     open_session(str(exported))
 
 
-@pytest.mark.parametrize("text", ['{"files": ["model"]}', "[]", "not JSON"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"files": ["model"]}',
+        "[]",
+        "not JSON",
+        '{"files": {"config.json": {"sha256": "0", "size": 1}}}',
+        '{"files": {}}',
+    ],
+)
 def test_the_manifest_of_another_program_is_none_of_ours(text: str, world: World) -> None:  # noqa: F811
     (world.base / manifest.NAME).write_text(text)
     open_session(str(world.base))

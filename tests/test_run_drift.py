@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import ModelError, RunError
 from qtune.export.export import Options, export_run
-from qtune.model.contents import SMALL_BYTES, checksums_of, contents_of
+from qtune.model.contents import SMALL_BYTES, Contents, WeightFile, checksums_of, contents_of
 from qtune.model.load import load_tokenizer
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
-from qtune.run.drift import KINDS, said_of
+from qtune.run.drift import KINDS, base_drifts, said_of
 from qtune.run.folder import RunDir
 from qtune.run.lock import Lock, read_lock, write_lock
 from qtune.training import train
@@ -540,3 +540,26 @@ def test_a_run_can_be_begun_and_resumed_on_every_byte_of_its_weights(world, monk
     lock = read_lock(train.resume(world.stopped))
     assert lock is not None
     assert lock.knows_whole_weights
+
+
+@pytest.mark.parametrize(
+    ("seen", "known"),
+    [
+        (WeightFile(9, "s", checksum="new"), WeightFile(9, "s", checksum="new")),
+        (WeightFile(9, "s", whole="new"), WeightFile(9, "s", whole="new")),
+        (WeightFile(9, "s", checksum="old"), WeightFile(9, "s", "old", "old")),
+        (WeightFile(9, "s", whole="old"), WeightFile(9, "s", "old", "old")),
+        (WeightFile(9, "t"), WeightFile(9, "t")),
+        (WeightFile(9, "s"), WeightFile(9, "s", "old", "old")),
+    ],
+)
+def test_what_was_known_of_a_file_is_kept_only_where_nothing_says_that_it_is_another(
+    seen: WeightFile, known: WeightFile
+) -> None:
+    begun = Lock(contents=Contents({"w": WeightFile(9, "s", "old", "old")}, {}, {}))
+    now = replace(begun, contents=Contents({"w": seen}, {}, {}))
+    contents = begun.resumed_as(now, 1, ("weights",)).latest.contents
+    assert contents is not None
+    assert contents.weights["w"] == known
+    # The same file, seen in each way again, is no other.
+    assert list(base_drifts(Lock(contents=contents), Contents({"w": seen}, {}, {}), ("weights",))) == []

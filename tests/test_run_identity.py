@@ -28,7 +28,7 @@ from qtune.run.memory import RunMemory, measured_memory, read_memory, write_memo
 from qtune.run.metrics import NoteRecord, TrainRecord, append_metric, forget_after, read_metrics, records_then
 from qtune.run.resumption import begin_branch
 from qtune.run.shown_rows import ShownRows, keep_rows, kept_rows
-from qtune.training import train
+from qtune.training import depends, train
 from qtune.training.best import kept_states
 from qtune.training.checkpoints import newest_whole
 from qtune.training.proof import prove
@@ -326,6 +326,71 @@ def test_a_branch_is_another_run_which_goes_on_from_the_records_and_checkpoints_
     assert newest_whole(second.checkpoints) == second.checkpoints / "checkpoint-2"
 
 
+def test_a_branch_of_a_run_that_has_lost_its_lock_is_another_run_too(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    own = identity_of(one.path).run_id  # type: ignore[union-attr]
+    one.lock_file.unlink()
+    branches = [begin_branch(one, one.checkpoints / "checkpoint-2") for _ in range(2)]
+    for branch in branches:
+        identity = identity_of(branch.path)
+        assert identity is not None
+        assert identity.run_id != own
+        assert identity.ancestors == (own,)
+        go_on(branch, 2)
+        assert len(history_of(branch)) == 2
+        assert newest_whole(branch.checkpoints) == branch.checkpoints / "checkpoint-2"
+    assert len({identity_of(branch.path).run_id for branch in branches}) == 2  # type: ignore[union-attr]
+
+
+def test_a_branch_of_an_older_run_without_lock_stays_without(twins: tuple[RunDir, RunDir]) -> None:
+    one, _ = twins
+    one.lock_file.unlink()
+    for folder in (one.adapter, one.checkpoints / "checkpoint-2"):
+        file = folder / manifest.NAME
+        values = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("by", "records")}
+        file.write_text(json.dumps(sealed(values)))
+    assert not begin_branch(one, one.checkpoints / "checkpoint-2").lock_file.exists()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_lock_that_is_written_again_leaves_the_runs_own_measurement(
+    is_own: bool, twins: tuple[RunDir, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = twins
+    if not is_own:  # as one of an attempt that had no identity yet
+        shutil.copy(other.memory_file, one.memory_file)
+    one.lock_file.unlink()
+    monkeypatch.setattr(depends, "lock_now", lambda *_: Lock())
+    depends.begin_lock(None, one, None)  # type: ignore[arg-type]  neither is looked at
+    assert read_memory(one) == (RunMemory(measured={"device": "cpu"}) if is_own else None)
+
+
+def test_whoever_does_as_advised_turns_one_comparison_off_and_no_other(twins: tuple[RunDir, RunDir]) -> None:
+    one, other = twins
+    shutil.rmtree(one.adapter)
+    shutil.copytree(other.adapter, one.adapter)
+    file = one.adapter / manifest.NAME
+    with pytest.raises(RunError, match='write "by": '):
+        history_of(one)
+
+    def edit(**changes: object) -> None:
+        values = {name: value for name, value in json.loads(file.read_text()).items() if name != CHECKSUM} | changes
+        file.write_text(json.dumps(values))
+
+    edit(by={"run_id": str(identity_of(one.path).run_id), "part": 0})  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=f"remove records and {CHECKSUM} from "):
+        history_of(one)  # its records were others, which the identity alone does not say
+    edit(records=None)
+    history_of(one)
+    assert manifest.file_fault(one.adapter / "adapter_config.json") is None
+    (one.adapter / "adapter_config.json").write_text('{"peft_type": "LoRA"}')
+    assert manifest.file_fault(one.adapter / "adapter_config.json") is not None
+    # And whose it is, is compared as before.
+    edit(by={"run_id": new_run_id(), "part": 0})
+    with pytest.raises(RunError, match="is of another run"):
+        history_of(one)
+
+
 # --- the end of the records of a run that has not ended ---------------------------------------------------------------
 
 
@@ -473,12 +538,18 @@ def test_a_report_of_a_run_without_its_lock_says_so(world: World) -> None:  # no
     assert f"This run {said}" in write_report(world.finished).read_text()
 
 
-def test_a_comparison_with_the_recipe_of_another_run_is_refused(world: World) -> None:  # noqa: F811
+def test_a_comparison_with_the_recipe_of_another_run_is_refused(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = world.finished.resolved_file.read_text()
     world.finished.resolved_file.write_text(text.replace("seed = 42", "seed = 7"))
     evaluate(world.finished, rows=2, max_new_tokens=2, accepted=("recipe",))
     with pytest.raises(RunError, match=r"recipe: resolved.toml says otherwise: training.seed 42 -> 7"):
         compared_runs([world.finished.path])
+    capsys.readouterr()
+    compared_runs([world.finished.path], rows=2, accepted=("recipe",))
+    assert capsys.readouterr().err.count("accepted: recipe: ") == 1
 
 
 def test_a_resumed_run_is_who_it_was_and_its_files_stay_its_own(world: World) -> None:  # noqa: F811
@@ -510,3 +581,21 @@ def test_a_stopped_run_whose_lock_is_gone_goes_on_as_itself(world: World) -> Non
     assert now.run_id == before.run_id
     write_report(run)
     assert len(read_metrics(run.metrics_file)) > 4
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_beside_one_without_lock_knows_what_it_goes_on_with(
+    world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world.stopped.lock_file.unlink()
+    capsys.readouterr()
+    branch = train.resume(world.stopped, ["training.learning_rate=1e-5"])
+    assert "what that began with cannot be compared" in capsys.readouterr().err
+    lock = read_lock(branch)
+    assert lock is not None
+    assert lock.latest.contents is not None
+    assert lock.latest.recipe is not None
+    assert said_of(branch) == []
+    evaluate(branch)
+    assert "lock.json" not in capsys.readouterr().err

@@ -163,3 +163,39 @@ def test_rows_that_were_named_by_their_whole_path_or_by_set_keep_it(tmp_path: Pa
     assert as_written(run_dir, recipe) == (recipe, run_dir.path)
     run_dir.recipe_file.write_text(text.replace(f"{tmp_path}/rows", "others"))
     assert as_written(run_dir, recipe) == (recipe, run_dir.path)
+
+
+@pytest.mark.parametrize(
+    ("written", "changes", "expected"),
+    [
+        ('train = "{elsewhere}/a.jsonl"\nvalidation = "a.jsonl"', (), ("{elsewhere}/a.jsonl", "a.jsonl")),
+        ('train = "a.jsonl"\nvalidation = "{elsewhere}/a.jsonl"', (), ("a.jsonl", "{elsewhere}/a.jsonl")),
+        ('train = ["{elsewhere}/a.jsonl", "a.jsonl"]', (), (("{elsewhere}/a.jsonl", "a.jsonl"), 0.05)),
+        (
+            'train = "a.jsonl"\nvalidation = "b.jsonl"',
+            ("data.train={elsewhere}/a.jsonl",),
+            ("{elsewhere}/a.jsonl", "b.jsonl"),
+        ),
+        ('train = "{other}/a.jsonl"\nvalidation = "../other/a.jsonl"', (), ("{other}/a.jsonl", "../other/a.jsonl")),
+    ],
+)
+def test_each_path_is_called_as_it_was_written_where_several_end_alike(
+    tmp_path: Path, written: str, changes: tuple[str, ...], expected: tuple[object, object]
+) -> None:
+    home, elsewhere, other = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "other"
+    for file in (home / "a.jsonl", home / "b.jsonl", elsewhere / "a.jsonl", other / "a.jsonl"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+    def filled(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(map(filled, value))
+        return value.format(elsewhere=elsewhere, other=other) if isinstance(value, str) else value
+
+    text = f'[model]\nbase = "org/base"\n[data]\n{filled(written)}\n'
+    resolved = check_recipe(text, home / "mine.toml", [str(filled(change)) for change in changes])
+    run_dir = RunDir.create(tmp_path / "runs", "mine", text)
+    run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CARD)))
+    recipe, folder = as_written(run_dir, resolved_recipe(run_dir))
+    assert (recipe.data.train, recipe.data.validation) == filled(expected)
+    assert folder == home

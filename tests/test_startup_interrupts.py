@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from qtune.cli import app
 from qtune.errors import Interrupted
+from qtune.run.folder import RunDir
 from qtune.verbs import KEPT
 
 COMMANDS = {
@@ -46,6 +47,31 @@ def test_a_verb_that_is_stopped_says_what_is_kept(verb: str, tmp_path: Path, mon
     assert isinstance(ended.exception, Interrupted)
     assert str(ended.exception) == (f"stopped; {KEPT[verb]}" if verb in KEPT else "stopped")
     assert ended.exception.exit_code == 130
+
+
+RECIPE = '[model]\nbase = "org/base"\n[data]\ntrain = "rows.jsonl"\n[output]\ndirectory = "runs"\n'
+
+
+@pytest.mark.parametrize("verb", ["run", "run --seeds 2", "init"])
+def test_a_verb_that_is_stopped_after_it_has_saved_its_work_does_not_say_that_there_is_none(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's report and figures, the next seed, what is said of the rows: all come after what is kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    ended = iter([RunDir(tmp_path / "runs" / "one")])
+    monkeypatch.setattr("qtune.training.train.run", lambda *_, **__: next(ended, None) or ctrl_c())
+    monkeypatch.setattr("qtune.cli._show_end", (lambda _: None) if "seeds" in verb else ctrl_c)
+    monkeypatch.setattr("qtune.init.said_of_rows", ctrl_c)
+    words = [*COMMANDS["init"], "-o", "new.toml"] if verb == "init" else [*verb.split(), "recipe.toml"]
+    said = str(CliRunner().invoke(app, words).exception)
+    assert said.startswith("stopped; ")
+    assert "no step" not in said
+    assert "no recipe" not in said
+    if verb == "run":
+        folder = tmp_path / "runs" / "one"
+        assert said == f"stopped; {folder} has ended, and is saved; its report: qtune report {folder}"
 
 
 PROGRAM = """

@@ -187,6 +187,25 @@ def test_before_the_first_save_a_stopped_run_is_said_to_start_over_and_not_to_go
     assert "begin again" not in said
 
 
+def test_a_run_that_is_stopped_after_its_adapter_was_saved_is_said_to_have_ended(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while memory.json is written: `--resume` would refuse the run."""
+
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ran_out, "write_memory", ctrl_c)
+        with pytest.raises(Interrupted, match="has ended, and is saved; its report: qtune report") as caught:
+            run(recipe := write_recipe(training="steps = 1\nbatch_size = 2\n"))
+    assert "--resume" not in str(caught.value)
+    run_dir = latest_run(recipe)
+    assert run_dir.is_finished
+    (run_dir.adapter / "adapter_config.json").write_text("{")
+    assert "--resume" in train._way_on(run_dir)  # damaged: it is made again from the last checkpoint
+
+
 @pytest.mark.parametrize(
     ("origin", "said"),
     [

@@ -276,6 +276,16 @@ def test_rows_that_ask_the_same_stay_apart_in_the_report() -> None:
     assert page.count("<td>2 to 4</td>") == 2
 
 
+def test_an_answer_that_ends_with_an_ellipsis_of_itself_was_not_cut() -> None:
+    def heading(is_cut: bool | None) -> str:
+        return answers_text(AnswersRecord(2, 9, 0.2, 1.0, (SampleAnswer("r", "Q", "A", "So …", is_cut),))).splitlines()[
+            0
+        ]
+
+    cut = "step 2: what it answers now; 1 of 1 was cut at the limit"
+    assert [heading(told) for told in (None, True, False)] == [cut, cut, "step 2: what it answers now"]
+
+
 def test_a_long_question_is_shown_with_its_end() -> None:
     long = f"Here is a text: {'word ' * 200}What is its last word?"
     record = AnswersRecord(2, 9, 0.2, 1.0, (SampleAnswer("rows:1", long, "word", "word"),))

@@ -20,6 +20,7 @@ from qtune.run.folder import RunDir
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
 from qtune.tuned.evaluate import evaluate
+from qtune.tuned.evaluation import EXTRA_TOKENS
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 from qtune.tuned.vocabulary import decoded
@@ -98,9 +99,7 @@ def by_hand(run_dir: RunDir, questions: list[str], answers: list[str], *, tuned:
             context = torch.no_grad() if tuned else model.disable_adapter()
             with context:
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-                made += generate(
-                    model, [given], [len(wanted) - 1 + stage.EXTRA_TOKENS], stage.find_ends(model, tokenizer)
-                )
+                made += generate(model, [given], [len(wanted) - 1 + EXTRA_TOKENS], stage.find_ends(model, tokenizer))
         scored = logits[-len(wanted) - 1 : -1]
         nll += float(cross_entropy(scored, torch.tensor(wanted), reduction="sum"))
         count += len(wanted)
@@ -118,6 +117,9 @@ def test_scores_and_answers_are_those_of_one_row_at_a_time(tmp_path, tiny_model,
         assert score.loss == pytest.approx(loss, rel=1e-4)
         assert [getattr(one, column).removesuffix("…") for one in evaluation.comparisons] == made
     assert evaluation.base.loss != pytest.approx(evaluation.tuned.loss, rel=1e-2)
+    for column in ("base", "tuned"):  # in which no answer ends so of itself
+        ends = [getattr(one, column).endswith("…") for one in evaluation.comparisons]
+        assert [getattr(one, f"is_{column}_cut") for one in evaluation.comparisons] == ends
     assert [one.expected for one in evaluation.comparisons] == answers
     assert [one.request for one in evaluation.comparisons] == questions
 
@@ -253,7 +255,7 @@ def test_free_text_has_room_to_go_on_and_an_exact_answer_has_none(tmp_path, tiny
     monkeypatch.setattr(stage, "generate", nothing)
     evaluate(run_dir)
     tokens = len(AutoTokenizer.from_pretrained(tiny_model)(answer).input_ids)
-    assert room == [times * tokens + stage.EXTRA_TOKENS] * 2
+    assert room == [times * tokens + EXTRA_TOKENS] * 2
 
 
 def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):
@@ -296,7 +298,7 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
         "answers exactly right         0.0%   50.0%",
         "answers cut at their limit  1 of 2  0 of 2",
         "… behind an answer: the model was stopped before it had ended, at the length of the expected answer and "
-        f"{stage.EXTRA_TOKENS} tokens more, or at --max-new-tokens",
+        f"{EXTRA_TOKENS} tokens more, or at --max-new-tokens",
         "",
         "Answers, wrong ones first (1 of 2)",
         "request   expected  base   tuned",

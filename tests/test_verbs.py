@@ -1,10 +1,15 @@
 """Verbs of other tools are answered with ours, at once."""
 
+from pathlib import Path
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from qtune import verbs
 from qtune.cli import app
+from qtune.recipe.schema import Output
+from qtune.run import folder
 from qtune.verbs import ELSEWHERE
 
 
@@ -69,3 +74,7 @@ def test_every_option_of_a_closed_list_says_one_of_it_where_its_value_is_missing
             if is_closed and option.name != "source":
                 name = option.opts[0]
                 assert f"{name} " in said(verb, *(["x"] if verb != "init" else []), name).partition("missing:")[2], name
+
+
+def test_the_folder_of_runs_that_verbs_begin_with_is_the_recipes_default() -> None:
+    assert verbs.RUNS == folder.RUNS == Path(Output.model_fields["directory"].default)

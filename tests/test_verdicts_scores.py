@@ -74,6 +74,10 @@ def test_answers_that_can_be_given_to_the_letter_are_asked_for_to_the_letter() -
     one_is_cut = (replace(answers[0], tuned="yes, it is, and…"), *answers[1:])
     table = lines(replace(free_text(), comparisons=one_is_cut, tuned=Score(0.75, 0.8, 5 / 6)))
     assert table["answers cut at their limit"] == ("0 of 6", "1 of 6", "")
+    of_itself = tuple(replace(one, is_base_cut=False, is_tuned_cut=False) for one in one_is_cut)
+    assert "answers cut at their limit" not in lines(
+        replace(free_text(), comparisons=of_itself, tuned=Score(0.75, 0.8, 5 / 6))
+    )
 
 
 def test_a_share_rises_by_no_more_than_all_of_it() -> None:

@@ -12,7 +12,7 @@ from qtune.data.held_out import own_rows
 from qtune.errors import InputError, Problem
 from qtune.export.adapter_weights import WEIGHTS
 from qtune.recipe.schema import Recipe
-from qtune.run.drift import recipe_drifts, require_no_drift, values_of
+from qtune.run.drift import accepting_once, recipe_drifts, require_no_drift, values_of
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import refuse_one_twice
@@ -54,6 +54,7 @@ class ComparedRun:
     """What benchmarks said of it, where they were asked."""
 
 
+@accepting_once()
 def compared_runs(
     folders: Sequence[Path], *, rows: int | None = None, data_file: Path | None = None, accepted: tuple[str, ...] = ()
 ) -> list[ComparedRun]:

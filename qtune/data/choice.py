@@ -3,6 +3,8 @@
 import numpy as np
 from datasets import Dataset
 
+from qtune.recipe.steps import held_out_rows
+
 
 def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
     """The rows set aside: those whose content hashes lowest under the seed.
@@ -14,7 +16,7 @@ def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
     # By prompt: the same question must not be in both parts, whatever its answers are.
     hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
     order = mixed(hashes, seed)
-    count = max(1, round(share * len(train)))
+    count = held_out_rows(share, len(train))
     border = np.partition(order, count - 1)[count - 1]
     return np.flatnonzero(order <= border)
 

@@ -19,7 +19,7 @@ from qtune.data.rows import BadRow, Row, read_rows
 ENOUGH = 20_000
 """Rows that are looked at: beyond them nothing in a first recipe depends on how many there are."""
 BYTES_PER_TOKEN = 6
-"""Of a document, whose pieces are counted: more than texts of any language have, so that there are not fewer pieces."""
+"""More than texts of any language have, so that a text has not fewer tokens than its bytes make with it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class FirstLook:
     """Looked at, ENOUGH of them at most."""
     bad_count: int
     first_bad: BadRow | None
-    longest_bytes: int
-    """Of the texts of a row, in UTF-8; documents, which are cut into pieces, do not count."""
+    row_bytes: tuple[int, ...]
+    """Of the texts of each row, in UTF-8; documents, which are cut into pieces, do not count."""
+    longest_place: str = ""
+    """Of the longest of them."""
     document_bytes: tuple[int, ...] = ()
     """Of each document."""
 
@@ -46,6 +48,10 @@ class FirstLook:
     def usable(self) -> int:
         """Rows that can be used, a document as one."""
         return self.rows - self.bad_count
+
+    def too_long(self, max_length: int) -> int:
+        """How many rows no tokenizer would bring below `max_length` tokens."""
+        return sum(size > BYTES_PER_TOKEN * max_length for size in self.row_bytes)
 
     def examples(self, max_length: int) -> int:
         """How many the rows make at least: documents are cut into pieces of `max_length` tokens."""
@@ -63,6 +69,8 @@ def first_look(data: str, folder: Path) -> FirstLook:
     row_format = ""
     rows = bad_count = longest = 0
     first_bad: BadRow | None = None
+    sizes: list[int] = []
+    longest_place = ""
     documents: list[int] = []
     for row in _rows(data_files(data, folder)):
         if isinstance(row, Row) and columns is None:
@@ -75,10 +83,13 @@ def first_look(data: str, folder: Path) -> FirstLook:
         elif found.is_document:
             documents.append(_bytes(found))
         else:
-            longest = max(longest, _bytes(found))
+            size = _bytes(found)
+            if size > longest:
+                longest, longest_place = size, row.place
+            sizes.append(size)
         if rows == ENOUGH:
             break
-    return FirstLook(columns or {}, rows, bad_count, first_bad, longest, tuple(documents))
+    return FirstLook(columns or {}, rows, bad_count, first_bad, tuple(sizes), longest_place, tuple(documents))
 
 
 def _rows(files: list[DataFile]) -> Iterator[Row | BadRow]:

@@ -15,6 +15,7 @@ from qtune.data.kept import read_about, write_about
 from qtune.data.store import EXAMPLES, not_written, written_whole
 from qtune.data.stream_index import Index, IndexReaders
 from qtune.data.template import ChatTemplate
+from qtune.recipe.steps import held_out_rows
 
 MOST_SET_ASIDE = 4096
 """A share of a file of millions would be evaluated for hours; so many rows know a mean loss well."""
@@ -29,7 +30,7 @@ def examples_set_aside(indexes: Sequence[Index], share: float, seed: int) -> np.
     total = sum(map(len, indexes))
     if not share or not total:
         return np.zeros(0, np.int64)
-    count = min(max(1, round(share * total)), MOST_SET_ASIDE)
+    count = min(held_out_rows(share, total), MOST_SET_ASIDE)
     lowest = np.zeros(0, np.uint64)
     for hashes in _pieces(indexes, seed):
         lowest = np.concatenate([lowest, hashes])

@@ -7,13 +7,16 @@ from qtune.export.staged import refuse_existing
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
+EXPORTED = "model"
+"""What an export is called inside of its run."""
+
 
 def output_folder(run: RunDir, output: Path | None, *, alone: bool) -> Path:
     """The folder that an export is written to.
 
     output: what --output says. alone: whether the adapter is written without its base model.
     """
-    return output or run.path / ("adapter-export" if alone else "model")
+    return output or run.path / ("adapter-export" if alone else EXPORTED)
 
 
 def refuse_existing_output(run: RunDir, output: Path | None, *, adapter_only: bool, force: bool) -> None:

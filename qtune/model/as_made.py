@@ -14,7 +14,7 @@ def damage_of(folder: Path, *, whole: bool = False) -> str | None:
     another program has written its manifest.json.
 
     whole: every byte is read; otherwise of files beyond `manifest.SMALL_BYTES` blocks alone. While no size and no time
-    of a file changes, the answer of this process stands.
+    of a file changes, nor what its manifest says, the answer of this process stands.
     """
     return _damage(folder, _state(folder), whole) if manifest.is_ours(folder) else None
 
@@ -59,15 +59,16 @@ def _seal_as_it_is(folder: Path) -> None:
         return
 
 
-def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """(name, size, time) of each file."""
-    found = []
+def _state(folder: Path) -> tuple[tuple[str, int, int | bytes], ...]:
+    """(name, size, time) of each file; of the manifest its bytes, for its time says when the folder was used last."""
+    found: list[tuple[str, int, int | bytes]] = []
     for file in sorted(folder.rglob("*")):
         try:
             state = file.stat()
-        except OSError:  # a dangling link
+            is_manifest = file == folder / manifest.NAME
+            found.append((str(file), state.st_size, file.read_bytes() if is_manifest else state.st_mtime_ns))
+        except OSError:  # a dangling link, or not for this user
             continue
-        found.append((str(file), state.st_size, state.st_mtime_ns))
     return tuple(found)
 
 
@@ -86,7 +87,7 @@ def _added(folder: Path) -> str | None:
 
 
 @functools.cache
-def _damage(folder: Path, state: tuple[tuple[str, int, int], ...], whole: bool) -> str | None:
+def _damage(folder: Path, state: tuple[tuple[str, int, int | bytes], ...], whole: bool) -> str | None:
     if not (whole and sum(nbytes for _, nbytes, _ in state) > GIB):
         return manifest.fault(folder, quick=not whole) or _added(folder)
     with console.progress(f"reading {folder}: is it what was written?"):

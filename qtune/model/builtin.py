@@ -47,6 +47,8 @@ class Builtin:
     gguf_sha256: str
     folder_bytes: int
     """About the size of the finished folder, to ask for the disk space before the work."""
+    positions: int
+    """max_position_embeddings, known before there is a folder."""
 
 
 SMOLLM2 = Builtin(
@@ -58,6 +60,7 @@ SMOLLM2 = Builtin(
     gguf_bytes=98_362_432,
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     folder_bytes=273_000_000,
+    positions=8192,
 )
 BUILTIN_MODELS = {model.name: model for model in (SMOLLM2,)}
 

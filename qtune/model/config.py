@@ -32,6 +32,13 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "intermediate_size", "slidi
 LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "vocab_size": 16_777_216}
 LARGEST_WIDTH = 4_194_304
 LARGEST_NUMBER = 2**63
+COMPUTED = (
+    "_size", "_window", "_dim", "_rank", "_layers", "_heads", "_experts", "_per_tok", "_embeddings", "_positions",
+    "_eps", "_epsilon", "_theta", "_base", "_scalar", "_scale", "_scaling", "_factor", "_multiplier", "_softcapping",
+    "_range", "_limit",
+)  # fmt: skip
+"""How keys end with whose numbers modules are built or compute; what else is there, as a tokenizer's max_length of
+10^30, nobody reads."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -145,7 +152,7 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
                     yield f"{name} = {_shown(value)}: no model has more than {LARGEST.get(size, LARGEST_WIDTH):,}"
             # Some families have one for each layer, and none where there is a default.
             elif name in raw and not (size not in ("hidden_size", "vocab_size") and isinstance(value, list)):
-                if value is None and size in OPTIONAL_SIZES:
+                if (value is None and size in OPTIONAL_SIZES) or (name == "sliding_window" and not _has_window(raw)):
                     continue
                 yield f"{name} = {_shown(value)}: must be a whole number above 0"
     yield from _out_of_range(raw)
@@ -160,6 +167,13 @@ def _impossible(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"num_experts_per_tok = {chosen}: there are only {name} = {experts}"
 
 
+def _has_window(raw: Mapping[str, Any]) -> bool:
+    """Whether sliding_window is used: families that ask use_sliding_window first ignore it where that is false."""
+    name = raw.get("model_type")
+    kind = CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else None
+    return bool(raw.get("use_sliding_window", getattr(kind, "use_sliding_window", True)))
+
+
 def _out_of_range(raw: Mapping[str, Any]) -> Iterator[str]:
     """Values that modules take, and with which they compute no numbers, or end in the first step."""
     for name in ("output_attentions", "output_hidden_states", "return_dict"):
@@ -172,7 +186,8 @@ def _out_of_range(raw: Mapping[str, Any]) -> Iterator[str]:
     for name, value in raw.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        if LARGEST_NUMBER <= abs(value) < float("inf"):
+        is_computed = name.endswith(COMPUTED) or any(name in (size, *others) for size, others in SIZES.items())
+        if is_computed and LARGEST_NUMBER <= abs(value) < float("inf"):
             yield f"{name} = {_shown(value)}: no number of a model is that large"
         if name.endswith(("_eps", "_epsilon")) and not 0 <= value < 1:
             yield f"{name} = {_shown(value)}: must be a small number that is not below 0"

@@ -51,6 +51,13 @@ class WeightFile:
     checksum: str | None = None
     """`checksums_of` it, where its weights were loaded; None of a small one, and in locks of older versions."""
 
+    def may_be(self, other: "WeightFile") -> bool:
+        """Whether nothing that is known of both speaks against their being the same bytes."""
+        known = ((self.whole, other.whole), (self.checksum, other.checksum))
+        return (self.nbytes, self.sampled) == (other.nbytes, other.sampled) and all(
+            None in (one, another) or one == another for one, another in known
+        )
+
 
 @dataclass(frozen=True)
 class TokenizerContents:

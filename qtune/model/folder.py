@@ -161,13 +161,15 @@ def refuse_damaged_json(folder: Path, names: Sequence[str] = OBJECTS) -> None:
     """Names the file for which a loader has failed, or would fail, in words of its own, if there is one.
 
     Raises:
-        ModelError: a configuration or a tokenizer's file holds no JSON object.
+        ModelError: a configuration or a tokenizer's file holds no JSON object, or cannot be read.
     """
     for name in names:
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-        except OSError:  # not there, or said by the loader
+        except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:  # loaders pass it on, without a sentence
+            raise ModelError(Problem(str(folder / name), f"cannot be read: {error.strerror}")) from error
         except (ValueError, RecursionError) as error:
             raise ModelError(Problem(str(folder / name), f"is not JSON: {first_line(error)}")) from error
         if not isinstance(values, dict):

@@ -34,8 +34,11 @@ def require_generation_config(folder: Path) -> None:
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[str]:
+    """A negative number is how older folders say that there is no such token; no answer would end at such an end."""
     for key in TOKENS:
-        found = values.get(key)
-        several = found if isinstance(found, list) and key == "eos_token_id" else [] if found is None else [found]
-        if wrong := [one for one in several if not isinstance(one, int) or isinstance(one, bool) or one < 0]:
+        found, is_end = values.get(key), key == "eos_token_id"
+        several = found if isinstance(found, list) and is_end else [] if found is None else [found]
+        if wrong := [
+            one for one in several if not isinstance(one, int) or isinstance(one, bool) or (is_end and one < 0)
+        ]:
             yield f"{key} = {str(wrong[0])[:40]!r}: is not the number of a token"

@@ -41,6 +41,11 @@ def first_steps(adapter: type[AdapterTable], rows: int) -> tuple[int, int]:
     return max(epochs, math.ceil(FEW_STEPS / per_epoch)), batch
 
 
+def held_out_rows(share: float, rows: int) -> int:
+    """How many of so many rows a share sets aside for validation: one at least, and none where there is no share."""
+    return max(1, round(share * rows)) if share and rows else 0
+
+
 def few_steps(training: Training, rows: int) -> str | None:
     """A sentence on a run of few steps, with values that make more of them; None for others.
 

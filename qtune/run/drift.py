@@ -5,6 +5,8 @@ it looks well: so whoever goes on with a run asks here first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -76,16 +78,31 @@ def known_kinds(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+_said: ContextVar[set[tuple[Path, Drift]] | None] = ContextVar("_said", default=None)
+
+
+@contextmanager
+def accepting_once() -> Iterator[None]:
+    """Says each accepted drift of a run once, however many stages in it compare that run with its lock."""
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
 def require_no_drift(run_dir: RunDir, drifts: Sequence[Drift], accepted: Sequence[str]) -> None:
     """Says the drifts that were accepted, and stops at the others.
 
     Raises:
         RunError: something that was not accepted is no longer what it was.
     """
-    accepted = known_kinds(accepted)
+    accepted, said = known_kinds(accepted), _said.get()
     for drift in drifts:
-        if drift.kind in accepted:
+        if drift.kind in accepted and (said is None or (run_dir.path, drift) not in said):
             console.say(f"accepted: {drift}")
+            if said is not None:
+                said.add((run_dir.path, drift))
     left = [drift for drift in drifts if drift.kind not in accepted]
     if not left:
         return
@@ -159,9 +176,11 @@ def resume_drifts(begun: Lock, now: Lock, values: dict[str, Any], parts: Sequenc
 
 
 def said_of_an_old_lock(lock: Lock) -> str | None:
-    """What a lock of an older version cannot tell; None where it can."""
-    if lock.contents is not None:
+    """What a lock of an older version, or of a run that goes on from one without, cannot tell; None where it can."""
+    if lock.latest.contents is not None:
         return None
+    if lock.is_identity_alone:
+        return "goes on from a run without lock.json: what that began with cannot be compared"
     return "lock.json is of an older version: it knows the sizes of the base's files, and not what was in them"
 
 

@@ -48,6 +48,12 @@ def require_adapter(run_dir: RunDir) -> None:
         whole_adapter(run_dir)
 
 
+def said_of_end(run_dir: RunDir) -> str:
+    """What to say of a run where something stops the command after its adapter was saved."""
+    report = shlex.join(["qtune", "report", str(run_dir.path)])
+    return f"{run_dir.path} has ended, and is saved; its report: {report}"
+
+
 def adapter_fault(run_dir: RunDir) -> str | None:
     """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
     folder = run_dir.adapter

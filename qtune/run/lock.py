@@ -131,6 +131,11 @@ class Lock:
         return lock
 
     @property
+    def is_identity_alone(self) -> bool:
+        """Whether it says who the run is and nothing else: it goes on from one whose lock was lost."""
+        return self == Lock(run_id=self.run_id, ancestors=self.ancestors)
+
+    @property
     def knows_whole_weights(self) -> bool:
         """Whether every byte of the base's weights was hashed."""
         contents = self.latest.contents
@@ -174,7 +179,7 @@ def _all_known(now: Contents | None, last: Contents | None) -> Contents | None:
     weights = {}
     for name, file in now.weights.items():
         before = last.weights.get(name)
-        if before is not None and (before.nbytes, before.sampled) == (file.nbytes, file.sampled):
+        if before is not None and before.may_be(file):
             file = replace(file, whole=file.whole or before.whole, checksum=file.checksum or before.checksum)
         weights[name] = file
     return replace(now, weights=weights)

@@ -76,6 +76,16 @@ class EvalRecord:
     kind: Literal["eval"] = "eval"
 
 
+CUT = "…"
+"""What an answer ends with that was stopped at its limit."""
+
+
+def was_cut(answer: str, told: bool | None) -> bool:
+    """Whether an answer was stopped at its limit. told: what its record says; None in those of older versions, which
+    have the ellipsis alone."""
+    return answer.endswith(CUT) if told is None else told
+
+
 @dataclass(frozen=True)
 class SampleAnswer:
     """A held-out question, and what the model in training says to it."""
@@ -86,6 +96,13 @@ class SampleAnswer:
     expected: str
     answer: str
     """An ellipsis ends one that was stopped."""
+    is_cut: bool | None = None
+    """Whether it was stopped at its limit; None: an older version did not tell."""
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it was stopped, as far as an older version tells."""
+        return was_cut(self.answer, self.is_cut)
 
 
 @dataclass(frozen=True)

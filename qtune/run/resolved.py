@@ -148,39 +148,63 @@ def as_written(run_dir: RunDir, recipe: Recipe) -> tuple[Recipe, Path]:
     They are absolute in resolved.toml. Rows are called by them, and are found under that name where they are kept
     prepared. The run's own folder, and the recipe as it is, where its recipe.toml does not tell.
     """
-    data = recipe.data
     try:
         given = tomllib.loads(run_dir.recipe_file.read_text(encoding="utf-8-sig")).get("data", {})
     except (OSError, ValueError):
         return recipe, run_dir.path
-    relative = {f"/{Path(path)}": path for path in _paths(given) if not Path(path).is_absolute()}
-    ends = ((path, end) for path in _paths(data.model_dump()) for end in relative if path.endswith(end))
-    path, end = next(ends, ("", ""))
-    if not end:
+    given = given if isinstance(given, dict) else {}
+    values = {key: getattr(recipe.data, key) for key in SPLITS if key in given and not _is_set_by_option(run_dir, key)}
+    pairs = [pair for key, value in values.items() for pair in _paths_beside(value, given[key])]
+    folder = next((start for found, path in pairs if (start := _start_of(found, path)) is not None), None)
+    if folder is None:
         return recipe, run_dir.path
-    folder = Path(path.removesuffix(end) or "/")
-    known = {f"{folder}{one}": path for one, path in relative.items()}
-    data = data.model_copy(update={key: _renamed(getattr(data, key), known) for key in SPLITS})
-    return recipe.model_copy(update={"data": data}), folder
+    renamed = {key: _renamed(value, given[key], folder) for key, value in values.items()}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=renamed)}), folder
 
 
 SPLITS = ("train", "validation", "test")
 
 
-def _paths(data: "Mapping[str, Any]") -> list[str]:
-    """All paths that a [data] table names, of whatever shape its values are."""
-    values = [data.get(key) for key in SPLITS]
-    each = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-    paths = [one.get("path") if isinstance(one, dict) else one for one in each]
-    return [path for path in paths if isinstance(path, str) and not path.startswith("hub:")]
+def _is_set_by_option(run_dir: RunDir, split: str) -> bool:
+    """Whether a key of [data], or a part of it, is not what the recipe's file says."""
+    own = [value for value in read_values(run_dir) if value.path[0] == "data"]
+    return any(str(value.path[1]).partition(".")[0] == split and value.origin.source == "--set" for value in own)
 
 
-def _renamed(value: Any, names: "Mapping[str, str]") -> Any:
+def _each(value: Any) -> list[Any]:
+    """The sources of a split, of which there may be one alone."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _path_in(source: Any) -> Any:
+    """The path, or what stands in its place, of a source as a recipe's file or its table has it."""
+    return source.get("path") if isinstance(source, dict) else getattr(source, "path", source)
+
+
+def _paths_beside(value: Any, given: Any) -> list[tuple[str, str]]:
+    """The paths of a split in resolved.toml, each with the one that was written for it."""
+    pairs = zip(map(_path_in, _each(value)), map(_path_in, _each(given)), strict=False)
+    return [(found, path) for found, path in pairs if isinstance(found, str) and isinstance(path, str)]
+
+
+def _start_of(found: str, written: str) -> Path | None:
+    """The folder from which a path that was written leads to the one that was found; None where it needs none."""
+    parts, end = Path(found).parts, Path(written).parts
+    is_relative = not Path(written).is_absolute() and not written.startswith(("hub:", "~"))
+    if not is_relative or not Path(found).is_absolute() or parts[-len(end) :] != end:
+        return None
+    return Path(*parts[: -len(end)])
+
+
+def _renamed(value: Any, given: Any, folder: Path) -> Any:
+    """A split of resolved.toml whose paths from `folder` are as they were written."""
     if isinstance(value, tuple):
-        return tuple(_renamed(one, names) for one in value)
-    if isinstance(value, FileSource):
-        return value.model_copy(update={"path": names.get(value.path, value.path)})
-    return names.get(value, value) if isinstance(value, str) else value
+        given = [*_each(given), *[None] * len(value)]
+        return tuple(_renamed(one, written, folder) for one, written in zip(value, given, strict=False))
+    found, path = _path_in(value), _path_in(given)
+    if not isinstance(found, str) or not isinstance(path, str) or _start_of(found, path) != folder:
+        return value
+    return value.model_copy(update={"path": path}) if isinstance(value, FileSource) else path
 
 
 def written_text(run_dir: RunDir) -> str:

@@ -14,6 +14,7 @@ from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
+from qtune.run.history import identity_to_begin_with
 from qtune.run.identity import new_run_id
 from qtune.run.resolved import NAME, read_resolved, read_values
 
@@ -67,13 +68,17 @@ def begin_branch(run_dir: RunDir, checkpoint: Path) -> RunDir:
     Raises:
         RunError: its folder cannot be made.
     """
-    from qtune.run.lock import read_lock, write_lock  # numpy, for which a list of runs need not wait
+    from qtune.run.lock import Lock, read_lock, write_lock  # numpy, for which a list of runs need not wait
 
     text = run_dir.recipe_file.read_text(encoding="utf-8", errors="replace") if run_dir.recipe_file.is_file() else ""
     branch = RunDir.create(run_dir.path.parent, run_dir.name, text)
     if run_dir.metrics_file.is_file():
         shutil.copy2(run_dir.metrics_file, branch.metrics_file)
-    if (lock := read_lock(run_dir)) is not None:
+    lock = read_lock(run_dir)
+    if lock is None:  # lost: who the run was is known by its files, and the branch must not pass for it
+        run_id, ancestors = identity_to_begin_with(run_dir)
+        lock = None if run_id is None else Lock(run_id=run_id, ancestors=ancestors)
+    if lock is not None:
         write_lock(branch, lock.branched(new_run_id()))
     initial = run_dir.checkpoints / "initial"
     step = int(checkpoint.name.rpartition("-")[2])

@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING
 
 from qtune import console
+from qtune.run.metrics import CUT
+from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.verdicts.scores import answer_scores, any_cut, score_table, worst_first
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Evaluation
+
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:
     """Prints the scores and `shown` rows, the worst ones first."""
@@ -30,8 +33,9 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
 def _about_limits(evaluation: "Evaluation") -> str:
     """What the mark behind an answer says that was stopped."""
     scores = answer_scores(evaluation)
-    expected = "twice the expected answer" if scores is not None and scores.is_free else "the expected answer"
+    is_free = scores is not None and scores.is_free
+    length = f"{FREE_TEXT_TIMES} times the length" if is_free else "the length"
     return (
-        f"… behind an answer: the model was stopped before it had ended, at the length of {expected} and 8 tokens more, "
-        "or at --max-new-tokens"
+        f"{CUT} behind an answer: the model was stopped before it had ended, at {length} of the expected answer and "
+        f"{EXTRA_TOKENS} tokens more, or at --max-new-tokens"
     )

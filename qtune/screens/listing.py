@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qtune.console import IfItFits, table
+from qtune.export.output import EXPORTED
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
     from qtune.run.listing import ListedRun
 
-EXPORTED = "model"
-"""What an export is called inside of its run."""
 UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 

@@ -199,7 +199,7 @@ def _why_others_take_less(profile: "Profile") -> str | None:
         return None
     kept = "all layers keep" if plan.gradient_checkpointing is False else "some layers keep"
     return (
-        f"{', '.join(less)}: computes every layer twice, which takes less memory and about a third more time; here "
+        f"{', '.join(less)}: computes every layer twice, which takes less memory and more time; here "
         f"{kept} what they have computed, for there is room. training.gradient_checkpointing = true does the same"
     )
 

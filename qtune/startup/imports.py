@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
+import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+from qtune.errors import QtuneError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-LIBRARIES = ("bitsandbytes", "datasets", "peft", "torch", "transformers")
+LIBRARIES = ("torch", "bitsandbytes", "datasets", "transformers", "peft")
+"""Each after those that it imports itself, so that the first one that fails is the one that is broken."""
 
 
 def import_libraries(waiting: Callable[[str], AbstractContextManager[None]] | None = None) -> None:
@@ -22,15 +27,44 @@ def import_libraries(waiting: Callable[[str], AbstractContextManager[None]] | No
     sixth of the time.
 
     waiting: how it is said what is waited for (`console.waiting`); where all of them are there already, nothing is.
+
+    Raises:
+        QtuneError: one of them is not installed, or cannot be imported.
     """
     is_said = waiting is not None and any(name not in sys.modules for name in LIBRARIES)
     with waiting("loading the libraries") if is_said and waiting is not None else nullcontext(), no_collection():
-        import bitsandbytes  # noqa: F401
-        import datasets  # noqa: F401
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        for name in LIBRARIES:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # the code of others, which fails in every way
+                raise QtuneError(_refused(name, error)) from error
     freeze_once()
+
+
+def _refused(library: str, error: Exception) -> str:
+    """What is said of a library that cannot be imported: its version, why, and the command that puts it right."""
+    from importlib import metadata
+
+    try:
+        version = metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return f"{library}: is not installed; pip install {_bounded(library)}"
+    why = f"{type(error).__name__}: {first_line(error)}"
+    again = f"pip install --force-reinstall {_bounded(library)}"
+    return f"{library} {version}: cannot be imported ({why}); {again}, or what it misses"
+
+
+def _bounded(library: str) -> str:
+    """A library with the bounds that we were tested with, as pip takes it from a shell."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        ours = [Requirement(line) for line in metadata.requires("qtune") or ()]
+    except metadata.PackageNotFoundError:  # run from a checkout
+        ours = []
+    return shlex.quote(next((str(one) for one in ours if one.name == library), library))
 
 
 @contextmanager

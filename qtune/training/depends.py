@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from qtune import console
 from qtune.data.template import choose_template
-from qtune.errors import InputError
+from qtune.errors import InputError, RunError
 from qtune.model.contents import Contents
 from qtune.model.load import checksums_loaded, load_config, load_tokenizer
 from qtune.model.local import base_folder
+from qtune.records import run_id_in
 from qtune.run.drift import (
     BASE,
     Drift,
@@ -60,9 +62,17 @@ def begin_lock(inputs: Inputs, run_dir: RunDir, base: Contents) -> None:
     """Writes the lock of a run that has none: what it begins with, and who it is. base: as in `lock_now`."""
     run_id, ancestors = identity_to_begin_with(run_dir)
     lock = lock_now(inputs, run_dir, base)
-    # Of an attempt that ended before there was an identity, and with it before the first step.
-    run_dir.memory_file.unlink(missing_ok=True)
+    if not _is_of(run_dir.memory_file, run_id):  # but of an attempt that ended before there was an identity
+        run_dir.memory_file.unlink(missing_ok=True)
     write_lock(run_dir, replace(lock, run_id=run_id, ancestors=ancestors))
+
+
+def _is_of(record: Path, run_id: str | None) -> bool:
+    """Whether a record says that it is of this run; also of one that cannot be read, which is for its reader to say."""
+    try:
+        return run_id_in(record) == run_id
+    except RunError:
+        return True
 
 
 def blame_drift(run_dir: RunDir, accepted: Sequence[str]) -> None:

@@ -154,7 +154,7 @@ def _answers_again(record: AnswersRecord, before: AnswersRecord) -> str:
 
 
 def _heading(record: AnswersRecord) -> str:
-    cut = sum(one.answer.endswith("…") for one in record.answers)
+    cut = sum(one.was_cut for one in record.answers)
     stopped = f"; {cut} of {len(record.answers)} {'was' if cut == 1 else 'were'} cut at the limit" if cut else ""
     return f"step {record.step}: what it answers now{stopped}"
 

@@ -17,10 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qtune import console
 from qtune.data.held_out import spread
 from qtune.errors import first_line
-from qtune.run.metrics import SampleAnswer
+from qtune.run.metrics import CUT, SampleAnswer
 from qtune.training.inputs import Inputs
 from qtune.training.trainer import release_cached_memory
-from qtune.tuned.evaluate import EXTRA_TOKENS, Question, to_question
+from qtune.tuned.evaluate import Question, to_question
+from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.tuned.generate import Generated, answers_to, find_ends, positions_left, within_reach
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded
@@ -84,7 +85,13 @@ class SampleAnswers(TrainerCallback):
             prompts = [question.prompt for question in asked]
             made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room)
         return [
-            SampleAnswer(question.place, _shortened(question.request), _shortened(question.expected), _text(one, self))
+            SampleAnswer(
+                question.place,
+                _shortened(question.request),
+                _shortened(question.expected),
+                _text(one, self),
+                is_cut=not one.is_whole,
+            )
             for question, one in zip(asked, made, strict=True)
         ]
 
@@ -98,12 +105,14 @@ def sampled_rows(inputs: Inputs) -> list[dict[str, Any]]:
 
 def _most_tokens(question: Question, reach: int | None) -> int:
     """How long the answer may become: below 1 where the prompt leaves no position for one."""
-    return within_reach(min(2 * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS), len(question.prompt), reach)
+    return within_reach(
+        min(FREE_TEXT_TIMES * len(question.expected_ids) + EXTRA_TOKENS, MOST_TOKENS), len(question.prompt), reach
+    )
 
 
 def _text(answer: Generated, asking: SampleAnswers) -> str:
     text = decoded(asking.inputs.tokenizer, answer.ids).strip()
-    return _shortened(text if answer.is_whole else f"{text}…")
+    return _shortened(text if answer.is_whole else f"{text}{CUT}")
 
 
 def _shortened(text: str) -> str:

@@ -40,7 +40,7 @@ from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
 from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
-from qtune.run.finished import adapter_fault
+from qtune.run.finished import adapter_fault, said_of_end
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
@@ -270,7 +270,10 @@ def _stopped_at_once(run_dir: RunDir) -> str:
 
 
 def _way_on(run_dir: RunDir) -> str:
-    """What is saved of a run that has ended before its end, and the command that goes on from there."""
+    """What is saved of a run that was stopped, and the command that goes on from there; after the adapter was saved
+    there is nothing to go on with."""
+    if run_dir.is_finished and adapter_fault(run_dir) is None:
+        return said_of_end(run_dir)
     if not run_dir.path.is_dir():
         return f"{run_dir.path} is no longer there; if it was moved, go on where it is now: qtune run --resume FOLDER"
     saved = complete_checkpoints(run_dir.checkpoints)

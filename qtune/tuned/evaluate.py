@@ -31,9 +31,18 @@ from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
+from qtune.run.metrics import CUT
 from qtune.run.resolved import as_written, resolved_recipe
 from qtune.tuned.base_once import BaseOnce
-from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score, read_evaluation
+from qtune.tuned.evaluation import (
+    EXTRA_TOKENS,
+    FREE_TEXT_TIMES,
+    Comparison,
+    Evaluation,
+    RowLoss,
+    Score,
+    read_evaluation,
+)
 from qtune.tuned.free_text import is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate, positions_left, within_reach
 from qtune.tuned.load import load_reader, load_untuned, with_adapter
@@ -41,8 +50,6 @@ from qtune.tuned.precision import training_autocast
 from qtune.tuned.vocabulary import decoded, require_embeddings
 
 TOKENS_PER_BATCH = 4096
-# Room behind the expected answer: enough to see that an answer goes on where it should have ended.
-EXTRA_TOKENS = 8
 SHORTER = "A smaller --max-new-tokens leaves more room; --data names other, shorter rows"
 
 
@@ -96,10 +103,9 @@ def evaluate(
         for row in examples
         if (question := to_question(row, run.tokenizer, ends)) and within_reach(1, len(question.prompt), reach) > 0
     ]
-    # Free text may be longer than expected: its length, its end and its repetitions are measured.
     expected = [question.expected for question in questions]
     is_free = is_free_text(expected)
-    times = 2 if is_free else 1
+    times = FREE_TEXT_TIMES if is_free else 1
     limits = [
         within_reach(
             min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens), len(question.prompt), reach
@@ -109,7 +115,7 @@ def evaluate(
     first = torch.tensor([examples[0]["input_ids"]], device=run.model.device)
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
-    def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[str]]:
+    def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[tuple[str, bool]]]:
         rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
         with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
@@ -117,11 +123,16 @@ def evaluate(
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
         answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
+        cut = [_is_cut(ids, limit) for ids, limit in zip(made, limits, strict=True)]
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
         scored = sum(examples["scored"])
         exact_match = sum(right) / len(right) if right else None
         text = text_score(expected, answers) if is_free else None
-        return Score(sum(losses) / scored, right_tokens / scored, exact_match, text), losses, answers
+        return (
+            Score(sum(losses) / scored, right_tokens / scored, exact_match, text),
+            losses,
+            list(zip(answers, cut, strict=True)),
+        )
 
     asked = [list(examples["input_ids"]), list(examples["labels"]), [q.prompt for q in questions], limits, ends.stop]
     base, base_losses, base_answers = (bases or BaseOnce()).measured(run, asked, lambda: ask(run.model, "base"))
@@ -137,8 +148,10 @@ def evaluate(
         base=base,
         tuned=tuned,
         comparisons=tuple(
-            Comparison(question.place, question.request, question.expected, before, after)
-            for question, before, after in zip(questions, base_answers, tuned_answers, strict=True)
+            Comparison(question.place, question.request, question.expected, before, after, is_before_cut, is_after_cut)
+            for question, (before, is_before_cut), (after, is_after_cut) in zip(
+                questions, base_answers, tuned_answers, strict=True
+            )
         ),
         row_losses=tuple(
             RowLoss(place, tokens, before / tokens, after / tokens, content_of(conversation))
@@ -244,7 +257,11 @@ def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: E
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> str:
     """An answer as compared and shown; an ellipsis says that it was stopped at its limit."""
-    return _text(tokenizer, ids) + ("…" if len(ids) == limit else "")
+    return _text(tokenizer, ids) + (CUT if _is_cut(ids, limit) else "")
+
+
+def _is_cut(ids: Sequence[int], limit: int) -> bool:
+    return len(ids) == limit
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -6,7 +6,13 @@ from typing import Any
 from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.measured_adapter import read_figures
+from qtune.run.metrics import was_cut
 from qtune.tuned.free_text import TextScore
+
+EXTRA_TOKENS = 8
+"""Room behind the expected answer: enough to see that an answer goes on where it should have ended."""
+FREE_TEXT_TIMES = 2
+"""Free text may be longer than expected: its length, its end and its repetitions are measured."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,19 @@ class Comparison:
     expected: str
     base: str
     tuned: str
+    is_base_cut: bool | None = None
+    """Whether it was stopped at its limit; None: an older version did not tell. The same of the tuned model's:"""
+    is_tuned_cut: bool | None = None
+
+    @property
+    def base_was_cut(self) -> bool:
+        """Whether the base's answer was stopped, as far as an older version tells."""
+        return was_cut(self.base, self.is_base_cut)
+
+    @property
+    def tuned_was_cut(self) -> bool:
+        """Whether the tuned model's answer was stopped, as far as an older version tells."""
+        return was_cut(self.tuned, self.is_tuned_cut)
 
     @property
     def is_right(self) -> bool:

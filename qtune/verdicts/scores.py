@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 Line = tuple[str, str, str, str]
 """What, base, tuned, and the change with its interval; "" where none was kept."""
 
-CUT = "…"
-"""Ends an answer that was stopped at its limit (`evaluate.answer_text`)."""
-
 
 @dataclass(frozen=True)
 class AnswerScores:
@@ -102,13 +99,13 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
 
 def any_cut(evaluation: "Evaluation") -> bool:
     """Whether an answer of either model reached its limit before its end."""
-    return any(answer.endswith(CUT) for one in evaluation.comparisons for answer in (one.base, one.tuned))
+    return any(one.base_was_cut or one.tuned_was_cut for one in evaluation.comparisons)
 
 
 def _unended(evaluation: "Evaluation") -> Line:
     compared = evaluation.comparisons
-    base = sum(one.base.endswith(CUT) for one in compared)
-    tuned = sum(one.tuned.endswith(CUT) for one in compared)
+    base = sum(one.base_was_cut for one in compared)
+    tuned = sum(one.tuned_was_cut for one in compared)
     return ("answers cut at their limit", f"{base} of {len(compared)}", f"{tuned} of {len(compared)}", "")
 
 
