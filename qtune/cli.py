@@ -650,9 +650,9 @@ def compare(
     if len(targets) < 2:
         raise typer.BadParameter("one run is examined with qtune eval; name two or more")
     opened = [RunDir.open(target) for target in targets]
-    refuse_one_twice(opened)
     for run_dir in opened:
         require_adapter(run_dir)
+    refuse_one_twice(opened)
     if page is not None:
         from qtune.report.drawing import require_writable
 

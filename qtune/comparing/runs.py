@@ -68,9 +68,9 @@ def compared_runs(
             one is named twice.
     """
     opened = [RunDir.open(folder) for folder in folders]
-    refuse_one_twice(opened)
     for run_dir in opened:  # before minutes are spent on the first
         whole_adapter(run_dir)
+    refuse_one_twice(opened)
     kept = [_kept_evaluation(run_dir) if data_file is None else None for run_dir in opened]
     if rows is None:
         rows = max((evaluation.rows for evaluation in kept if evaluation is not None), default=ROWS)

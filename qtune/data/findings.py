@@ -212,7 +212,7 @@ KINDS = {
     ),
     "boilerplate": Kind(
         "warning",
-        "long answers begin with the same words",
+        "answers begin with the same words",
         "the model will learn to begin so; remove what was not meant",
     ),
     "refusal": Kind(
