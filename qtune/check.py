@@ -101,6 +101,11 @@ class Check:
         return self.preflight.prepared
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that could be a training row, which is refused and has nothing to show."""
+        return all(source.is_empty for source in self.prepared.sources if source.split == "train")
+
+    @property
     def findings(self) -> list[Finding]:
         """What the gate found, errors first."""
         return self.preflight.inspection.findings

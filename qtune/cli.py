@@ -52,7 +52,7 @@ AcceptOption = Annotated[
         "--accept-drift",
         metavar="NAME",
         help="Go on although this is not what the run was trained with: weights, config, generation, tokenizer, code, "
-        "template, rows, recipe, versions or processor. Repeatable.",
+        "template, rows, recipe, versions or processor, as --accept-drift rows. Repeatable.",
     ),
 ]
 TrustOption = Annotated[
@@ -125,7 +125,11 @@ def init(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", metavar="KIND", help="lora (default), p-tuning, prompt-tuning, prefix-tuning, ia3."),
+        typer.Option(
+            "--adapter",
+            metavar="KIND",
+            help="lora (default), p-tuning, prompt-tuning, prefix-tuning or ia3, as --adapter p-tuning.",
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -181,7 +185,11 @@ def run(
     ] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="FINDING", help="Train in spite of this finding of the gate. Repeatable."),
+        typer.Option(
+            "--allow",
+            metavar="FINDING",
+            help="Train in spite of this finding of the gate, as --allow too-long. Repeatable.",
+        ),
     ] = None,
     snapshot: Annotated[
         bool,
@@ -459,7 +467,7 @@ def export(
     from qtune.export.conflicts import refuse_conflicts
     from qtune.export.output import refuse_existing_output, require_exported, run_around
     from qtune.run.finished import require_adapter
-    from qtune.run.folder import RunDir
+    from qtune.run.folder import RunDir, runs_here
 
     given = _given(context)
     refuse_conflicts(given)
@@ -470,7 +478,7 @@ def export(
     elif run is not None:
         opened = RunDir.open(run)
     else:
-        raise typer.BadParameter("name a run")
+        raise typer.BadParameter(f"name a run, as qtune export runs/quickstart{runs_here()}")
     require_adapter(opened)
     if verify_only is None:
         refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
@@ -637,10 +645,12 @@ def compare(
     """
     from qtune.run.finished import require_adapter
     from qtune.run.folder import RunDir
+    from qtune.run.identity import refuse_one_twice
 
     if len(targets) < 2:
         raise typer.BadParameter("one run is examined with qtune eval; name two or more")
     opened = [RunDir.open(target) for target in targets]
+    refuse_one_twice(opened)
     for run_dir in opened:
         require_adapter(run_dir)
     if page is not None:
@@ -723,7 +733,11 @@ def check(
     changes: SetOption = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="FINDING", help="Do not count this finding as an error. Repeatable."),
+        typer.Option(
+            "--allow",
+            metavar="FINDING",
+            help="Do not count this finding as an error, as --allow too-long. Repeatable.",
+        ),
     ] = None,
     rows: Annotated[
         int,
@@ -762,7 +776,7 @@ def check(
         raise
     if as_json:
         console.out_raw(result.to_json())
-    else:
+    elif not result.is_empty:  # else every table would be of zeros
         console.out(draw_check(result))
     result.require()
 
@@ -1017,10 +1031,12 @@ def fit(
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="Memory to fit into, as 8GiB.")] = None,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="KEY", help="Also change this: length. Repeatable.")
+        list[str] | None,
+        typer.Option("--allow", metavar="KEY", help="Also change this, as --allow length. Repeatable."),
     ] = None,
     largest: Annotated[
-        str | None, typer.Option("--max", metavar="WHAT", help="Only say the largest length or batch that fits.")
+        Literal["length", "batch"] | None,
+        typer.Option("--max", metavar="WHAT", help="Only say the largest length or batch that fits."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
@@ -1037,12 +1053,10 @@ def fit(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe, written_beside
 
-    if largest not in (None, "length", "batch"):
-        raise typer.BadParameter("--max is length or batch")
     _require_one_card(gpu, vram)
-    if unknown := set(allow or ()) - {"length"}:
-        raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed")
     others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
+    if unknown := set(allow or ()) - {"length"}:
+        raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)

@@ -125,10 +125,12 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         "memory": Memory,
         "output": Output,
     }
+    # The commands hold where this one was given.
+    named = shlex.quote(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
     in_nf4 = "whose weights stay in NF4"
     lines = [
         f"# {adapter} on {base}, {'an export, whose weights stay as they are' if is_export(base) else in_nf4}.",
-        f"# Look for mistakes with `qtune check {file.name}`, train with `qtune run {file.name}`.",
+        f"# Look for mistakes with `qtune check {named}`, train with `qtune run {named}`.",
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
     for name, schema in tables.items():

@@ -2,9 +2,13 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 LIKENESS = 0.5
 """Share of letters that two words must have in common, in order, for one to be offered for the other."""
+
+FILES_LIKENESS = 0.75
+"""The same of file names: train and test, which are both there, are no slip of each other."""
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: int = 1) -> str:
@@ -16,6 +20,21 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", *, most: 
 def nearest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
     """The known word that is nearest; None where none is near."""
     return next(iter(_near(word, known, 1, likeness)), None)
+
+
+def meant_file(name: str, folder: Path = Path()) -> str:
+    """ "; did you mean 'data/mails.jsonl'?" for a path from `folder` that leads to nothing, by what is beside it; empty
+    where nothing there has a name like it. Endings are not compared: all files of rows have the same few."""
+    try:
+        path = Path(name).expanduser()
+        beside = {
+            one.name.partition(".")[0]: one.name for one in sorted((folder / path).parent.iterdir(), reverse=True)
+        }
+    # No folder, one that may not be read, too long a name, a home that nobody has.
+    except (OSError, ValueError, RuntimeError):
+        return ""
+    near = nearest(path.name.partition(".")[0], filter(None, beside), FILES_LIKENESS)
+    return f"; did you mean {str(Path(name).with_name(beside[near]))!r}?" if near else ""
 
 
 def _near(word: str, known: Iterable[str], most: int, likeness: float = LIKENESS) -> list[str]:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from qtune import console
 from qtune.errors import InputError, Interrupted, Problem
-from qtune.spelling import did_you_mean, nearest
+from qtune.spelling import did_you_mean, meant_file, nearest
 from qtune.startup.launched import is_to_meet
 
 # What other tools call ours, with what theirs does.
@@ -108,18 +108,25 @@ class Verbs(TyperGroup):
             return Problem(hint, error.message)
         if param is not None and not error.message:
             about = (param.help or "").partition("\n")[0].rstrip(".")
-            return Problem(name, f"{param.metavar or param.opts[0]} is missing: {about[:1].lower()}{about[1:]}")
+            said = f"{param.metavar or param.opts[0]} is missing: {about[:1].lower()}{about[1:]}"
+            return Problem(name, f"{said}{_runs_here() if (param.metavar or '').startswith('RUN') else ''}")
         if param is not None:
             is_option = param.param_type_name == "option"
             given = _value_of(param.opts, words) if is_option else None
+            if is_option and (choices := _choices(param)) and (not given or _is_no_value(given)):
+                return Problem(f"{name} {param.opts[0]}", f"its value is missing: {choices}")
             place = shlex.join(filter(None, [param.opts[0] if is_option else (param.metavar or param.name), given]))
-            return Problem(f"{name} {place}", _plain(error.message))
+            said = f"must be {choices}" if is_option and (choices := _choices(param, given)) else _plain(error.message)
+            if is_option and given and said.endswith("does not exist"):
+                said += meant_file(given)
+            return Problem(f"{name} {place}", said)
         if option is not None and hasattr(error, "possibilities"):
             known = [one for one in _options(command) if one.startswith("--")]
             near = did_you_mean(option, error.possibilities or (), f"its options: {', '.join(known)}", most=2)
             return Problem(f"{name} {option}", f"no such option; {near}")
         if option is not None:
-            return Problem(f"{name} {option}", f"its value is missing: {_about(_options(command).get(option))}")
+            asked = _options(command).get(option)
+            return Problem(f"{name} {option}", f"its value is missing: {_choices(asked) or _about(asked)}")
         if (extra := re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)", error.message)) is not None:
             meant = shlex.join(["qtune", *_meant_words(verb, words, extra[1])])
             return Problem(f"{name} {extra[1]}", f"one argument too many; did you mean: {meant}")
@@ -215,6 +222,27 @@ def _plain(message: str) -> str:
     said = re.sub(r"^(Value error, |Assertion failed, )", "", message.strip()).rstrip(".")
     said = said.replace("Input should be", "should be").partition(", unable to parse")[0]
     return f"{said[:1].lower()}{said[1:]}" if said[1:2].islower() else said
+
+
+def _choices(option: Any, given: str | None = None) -> str:
+    """The values that an option can have, and how the one most like `given` is written; empty where any will do."""
+    choices = [str(one) for one in getattr(getattr(option, "type_descriptor", None), "choices", None) or ()]
+    if not choices:
+        return ""
+    *others, last = choices
+    meant = nearest(given or "", choices) or choices[0]
+    return f"{', '.join(others)} or {last}, as {option.opts[0]} {meant}"
+
+
+def _runs_here() -> str:
+    from qtune.run.folder import runs_here  # it reads recipes, for which help need not wait
+
+    return runs_here()
+
+
+def _is_no_value(word: str) -> bool:
+    """Whether a word in a value's place is the next option, or the file or folder behind it."""
+    return word.startswith("-") or Path(word).exists()
 
 
 def _about(option: Any) -> str:

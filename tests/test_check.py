@@ -102,6 +102,16 @@ def test_bad_rows_are_reported_with_everything_else(write_recipe, rows_file):
         result.require()
 
 
+def test_a_file_without_a_row_is_one_sentence_and_no_tables_of_zeros(write_recipe, rows_file):
+    recipe = write_recipe()
+    rows_file.write_text("\n")
+    done = CliRunner().invoke(app, ["check", str(recipe)])
+    assert isinstance(done.exception, DataError)
+    assert "holds no row" in str(done.exception)
+    assert "Tokens" not in done.stdout
+    assert json.loads(CliRunner().invoke(app, ["check", "--json", str(recipe)]).stdout)["problems"]
+
+
 def test_json_holds_what_the_screen_shows(write_recipe):
     result = examined(write_recipe())
     value = json.loads(result.to_json())

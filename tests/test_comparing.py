@@ -19,6 +19,7 @@ from qtune.comparing.table import cells, compare, explanation
 from qtune.errors import InputError
 from qtune.report.comparison import comparison_page
 from qtune.run.folder import RunDir
+from qtune.run.identity import refuse_one_twice
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.evaluate import evaluate
 from qtune.verdicts.interval import paired_fall
@@ -110,6 +111,35 @@ def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     assert [run.evaluation.rows for run in compared_runs(enough)] == [8, 8, 8], "as many as were asked"
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=3)
+
+
+def test_a_run_that_is_named_twice_is_refused_however_it_is_spelled(
+    enough: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*runs: Path | str) -> str:
+        result = CliRunner().invoke(app, ["compare", *map(str, runs)])
+        with pytest.raises(InputError) as refused:
+            raise result.exception
+        return str(refused.value)
+
+    first, second, _ = enough
+    assert said(first, second, first) == f"{first}: is named twice; name two or more runs, each once"
+    monkeypatch.chdir(first.parent)
+    link = tmp_path / "link"
+    link.symlink_to(first)
+    for other in (first.name, link, f"{second}/../{first.name}"):
+        assert said(first, other) == f"{other}: is {first}, named before; name two or more runs, each once"
+
+
+def test_a_copy_of_a_run_is_no_second_run_but_one_that_went_on_from_it_is(tmp_path: Path) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("first", "copy", "gone-on")]
+    parts = ([], [], [{"from_step": 3}])
+    for run_dir, resumed in zip(runs, parts, strict=True):
+        run_dir.path.mkdir()
+        run_dir.lock_file.write_text(json.dumps({"run_id": "a" * 32, "resumed": resumed}))
+    refuse_one_twice([runs[0], runs[2]])
+    with pytest.raises(InputError, match=r"copy: is a copy of .*first, named before"):
+        refuse_one_twice(runs)
 
 
 @pytest.fixture

@@ -344,7 +344,7 @@ def test_a_base_model_without_a_template_gets_the_stated_one(folder):
 
 def test_no_row_at_all_is_an_error(folder):
     (folder / "rows.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"^data\.train: no row is left to train on$"):
+    with pytest.raises(DataError, match=r"^data\.train: no row is left to train on; rows\.jsonl holds no row: "):
         made(folder, packing=True)
 
 

@@ -143,6 +143,18 @@ def test_rows_that_give_no_example_or_several_keep_their_places(
     assert list(streamed.examples["validation"]) == list(whole.examples["validation"])
 
 
+def test_answers_that_begin_alike_are_quoted_up_to_where_they_do(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shared = "As I said to you before,"
+    answers = [f"{shared} number {at} is a word of its own, and {at} is another" for at in range(60)]
+    written(tmp_path, "rows.jsonl", [{"prompt": f"Say {at}", "completion": one} for at, one in enumerate(answers)])
+    for prepared in both(tmp_path, tokenizer, train="rows.jsonl"):
+        findings = inspect(prepared, Data.model_validate({"train": "rows.jsonl"}), VOCABULARY).findings
+        (found,) = (one for one in findings if one.kind == "boilerplate")
+        assert f"“{shared}…”" in found.sentence
+
+
 def test_several_sources_follow_one_another_in_a_stream(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     written(tmp_path, "a.jsonl", ROWS[:40])
     written(tmp_path, "b.parquet", ROWS[40:90])
@@ -545,4 +557,5 @@ def test_a_stream_without_a_row_is_refused_as_other_files_are(
         surveyed = survey(data, tokenizer, tmp_path, cache=tmp_path / "cache")
         said.append([finding.kind for finding in inspect(surveyed, data, VOCABULARY).findings])
     assert said[:2] == said[2:]
-    assert said[0] == "data.train: no row is left to train on"
+    empty = "; rows.jsonl holds no row: one is a line of JSONL, or one below CSV's names"
+    assert said[0] == f"data.train: no row is left to train on{'' if text else empty}"

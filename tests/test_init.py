@@ -68,6 +68,12 @@ def test_what_is_written_is_a_recipe_for_every_kind_of_adapter(here, adapter):
     assert recipe.training.learning_rate == recipe.adapter.auto_learning_rate[0]
 
 
+def test_the_commands_in_a_recipes_comment_name_it_as_it_was_named(here):
+    (here / "sub dir").mkdir()
+    text = new_recipe(MODEL, "rows.jsonl", "lora", Path("sub dir/r.toml"))
+    assert "`qtune check 'sub dir/r.toml'`, train with `qtune run 'sub dir/r.toml'`" in text
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_what_is_written_fits_on_one_screen(here, adapter):
     lines = new_recipe(MODEL, "rows.jsonl", adapter, here / "recipe.toml").splitlines()

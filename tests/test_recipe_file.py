@@ -260,6 +260,12 @@ def test_an_editors_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.toml").recipe.model.base == "org/model"
 
 
+def test_a_mistyped_data_file_is_named_with_the_one_beside_it(problems) -> None:
+    assert problems(GOOD.replace("rows.jsonl", "row.jsonl")) == [
+        "recipe.toml:4: data.train = \"row.jsonl\": no such file or folder in HERE; did you mean 'rows.jsonl'?"
+    ]
+
+
 def test_missing_data_files_are_named_one_by_one(problems) -> None:
     text = """\
 [model]

@@ -245,6 +245,31 @@ def test_what_may_never_end_among_the_files_of_a_base_is_named_and_not_read(name
     assert str(caught.value) == f"{tmp_path / name}: is a pipe or a device, which may never end, and no file; remove it"
 
 
+@pytest.mark.parametrize("verb", ["chat", "eval", "export", "report", "compare"])
+def test_a_verb_without_a_run_names_those_that_there_are(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "; there" not in CliRunner().invoke(app, [verb]).output
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "resolved.toml").touch()
+    assert CliRunner().invoke(app, [verb]).output.endswith("; there are runs/first, runs/second\n")
+
+
+def test_a_mistyped_model_in_a_runs_folder_is_answered_with_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "resolved.toml").touch()
+    (tmp_path / "runs" / "first" / "model" / "config.json").touch()
+    said = str(CliRunner().invoke(app, ["chat", "runs/first/modle"]).exception)
+    assert said == "runs/first/modle: no such folder; did you mean 'runs/first/model'?"
+    said = str(CliRunner().invoke(app, ["chat", "runs/first/xyz"]).exception)
+    assert said == "runs/first/xyz: no such folder; runs/first holds runs/first/model"
+
+
 @pytest.mark.parametrize("verb", [["chat"], ["eval"], ["export"], ["report"], ["profile"], ["run", "--resume"]])
 def test_every_verb_names_the_runs_that_there_are_where_one_is_misspelt(
     verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from qtune.cli import app
 from qtune.errors import RunError
 from qtune.manifest import seal
 from qtune.run.folder import RunDir
-from qtune.run.listing import list_runs
+from qtune.run.listing import list_runs, said_of_stopped
 from qtune.run.metrics import append_metric
 from qtune.run.owner import Owner
 from qtune.screens.listing import age_text
@@ -80,6 +80,23 @@ def test_a_stopped_run_says_which_step_is_saved_and_how_to_go_on(
     assert found.state == state
     assert found.resume is not None
     assert shlex.split(found.resume) == ["qtune", "run", "--resume", str(run.path)]
+
+
+def test_where_another_run_begins_the_one_that_was_stopped_is_named_with_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(tmp_path, "mine", trained(7, 3.0, 1))
+    assert said_of_stopped(tmp_path, "mine") is None, "no model was loaded, so there is nothing to go on with"
+    run.lock_file.write_text("{}")
+    told = f"{run.path} was stopped at step 7 of 20; no step is saved; it goes on with: qtune run --resume {run.path}"
+    assert said_of_stopped(tmp_path, "mine") == told
+    assert said_of_stopped(tmp_path, "other") is None
+    with monkeypatch.context() as patch:
+        patch.setattr("qtune.run.listing.owner_of", lambda run: Owner(1, "elsewhere", 0.0, "then"))
+        assert said_of_stopped(tmp_path, "mine") is None, "it trains"
+    (run.adapter / "adapter_config.json").parent.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    assert said_of_stopped(tmp_path, "mine") is None, "it has ended"
 
 
 def test_a_run_that_trains_at_this_moment_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

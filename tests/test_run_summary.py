@@ -41,10 +41,18 @@ def test_the_summary_is_made_of_the_runs_own_records(run: RunDir) -> None:
         "RUN: 20 steps in 1:03, memory peak 1.00 GiB",
         "training loss 2.5000 -> 0.3750 (first and last tenth)",
         "validation loss 1.2500, accuracy 75.0%; the best was 1.0000 at step 10",
-        "  qtune eval RUN   base against tuned on held-out rows",
-        "  qtune chat RUN   talk to it",
-        "  qtune export RUN a plain model for transformers, vLLM and Ollama",
+        "  qtune eval RUN    base against tuned on held-out rows",
+        "  qtune chat RUN    talk to it",
+        "  qtune export RUN  a plain model for transformers, vLLM and Ollama",
     ]
+
+
+def test_the_commands_and_what_they_do_stand_apart_however_long_a_runs_name_is(tmp_path: Path) -> None:
+    for name in ("a", "a-very-long-name-of-a-run-2"):
+        run_dir = RunDir(tmp_path / name)
+        run_dir.path.mkdir()
+        said = written(run_dir, trained(1, 2.0, 1.0)).splitlines()
+        assert all("  " in line.strip() for line in said if line.startswith("  qtune")), said
 
 
 def test_the_parts_of_a_resumed_run_are_added_and_the_best_at_the_end_is_not_said_twice(run: RunDir) -> None:
@@ -63,11 +71,16 @@ def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
 @pytest.mark.slow
 def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(write_recipe, tmp_path: Path) -> None:
     recipe = write_recipe(training="steps = 2\nbatch_size = 2")
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    earlier = RunDir(tmp_path / "runs" / "tiny")
+    earlier.path.mkdir(parents=True)
+    earlier.resolved_file.write_text('[adapter]\nkind = "lora"\n')
+    earlier.lock_file.write_text("{}")
+    written(earlier, trained(4, 2.0, 1.0))
     process = run_warm_qtune("run", recipe)
     run_dir = tmp_path / "runs" / "tiny-2"
     assert process.stdout == f"{run_dir}\n"
     assert f"{tmp_path / 'runs' / 'tiny'} is there: this run is {run_dir}\n" in process.stderr
+    assert f"{earlier.path} was stopped at step 4 of 20; no step is saved; it goes on with: " in process.stderr
     begins, ends = process.stderr.index("this run is"), process.stderr.index("training loss")
     assert begins < process.stderr.index("step 1/2") < ends
     assert process.stderr.rstrip().splitlines()[-1].split("  ")[1].startswith(f"qtune export {run_dir}")

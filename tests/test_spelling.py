@@ -1,6 +1,10 @@
 """A mistyped word is answered with the known ones that are near, and with nothing that is not."""
 
-from qtune.spelling import did_you_mean
+from pathlib import Path
+
+import pytest
+
+from qtune.spelling import did_you_mean, meant_file
 
 KEYS = ["rank", "alpha", "target_modules"]
 
@@ -17,3 +21,23 @@ def test_several_are_offered_the_nearest_first_where_that_is_asked() -> None:
 def test_a_word_that_is_like_none_gets_the_other_answer() -> None:
     assert did_you_mean("zzz", KEYS, "known: all of them") == "known: all of them"
     assert did_you_mean("zzz", KEYS) == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("mail.jsonl", "mails.jsonl"),
+        ("mails", "mails.jsonl"),
+        ("mials.csv", "mails.jsonl"),
+        ("tain.jsonl", "train.jsonl"),
+        ("rows.jsonl", None),
+        ("test.jsonl", None),
+        ("nowhere/mail.jsonl", None),
+        ("x" * 300, None),
+    ],
+)
+def test_a_mistyped_file_is_answered_with_the_one_beside_it(tmp_path: Path, written: str, meant: str | None) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("mails.jsonl", "train.jsonl", ".hidden"):
+        (tmp_path / "data" / name).touch()
+    assert meant_file(f"data/{written}", tmp_path) == (f"; did you mean 'data/{meant}'?" if meant else "")

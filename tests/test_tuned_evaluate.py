@@ -297,14 +297,16 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
         "tokens right                 40.0%   99.6%",
         "answers exactly right         0.0%   50.0%",
         "answers cut at their limit  1 of 2  0 of 2",
-        "an answer is cut, and ends with …, 8 tokens after as many as were expected (2 times as many of free text), or "
-        "at --max-new-tokens",
+        "… behind an answer: the model was stopped before it had ended, at the length of the expected answer and "
+        f"{EXTRA_TOKENS} tokens more, or at --max-new-tokens",
         "",
         "Answers, wrong ones first (1 of 2)",
         "request   expected  base   tuned",
         "Add tea   [tea]     Hm…    ✗ [bold]tee",
         "Add milk  [milk]    Sure!  ✓ [milk]",
     ]
+    show(evaluation, 1)
+    assert "Answers, wrong ones first (1 of 2); 1 of 2 shown, --show 2 shows all" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -50,5 +50,31 @@ def test_every_answer_is_a_verb_or_an_option_that_there_is() -> None:
         assert verb not in ELSEWHERE
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("export runs/x --gguf", "qtune export --gguf: its value is missing: f16, bf16 or q8_0, as --gguf f16"),
+        ("export runs/x --gguf --force", "qtune export --gguf: its value is missing: f16, bf16 or q8_0, as --gguf f16"),
+        ("export --gguf .", "qtune export --gguf: its value is missing: f16, bf16 or q8_0, as --gguf f16"),
+        ("export runs/x --gguf q8", "qtune export --gguf q8: must be f16, bf16 or q8_0, as --gguf q8_0"),
+        ("export runs/x --dtype bf16", "qtune export --dtype bf16: must be float16 or bfloat16, as --dtype bfloat16"),
+        ("export runs/x --base", "qtune export --base: its value is missing: dequantized or original, as --base deq"),
+        ("fit x.toml --max len", "qtune fit --max len: must be length or batch, as --max length"),
+        ("fit x.toml --allow len", "--allow len: only length can be allowed, as --allow length"),
+    ],
+)
+def test_an_option_with_choices_names_them_with_an_example(words: str, told: str) -> None:
+    assert told in said(*words.split())
+
+
+def test_every_option_of_a_closed_list_says_one_of_it_where_its_value_is_missing() -> None:
+    for verb, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            is_closed = option.metavar in ("KIND", "NAME", "FINDING", "KEY", "WHAT") or option.name in ("gguf", "dtype")
+            if is_closed and option.name != "source":
+                name = option.opts[0]
+                assert f"{name} " in said(verb, *(["x"] if verb != "init" else []), name).partition("missing:")[2], name
+
+
 def test_the_folder_of_runs_that_verbs_begin_with_is_the_recipes_default() -> None:
     assert verbs.RUNS == folder.RUNS == Path(Output.model_fields["directory"].default)

@@ -318,7 +318,10 @@ def test_a_rise_during_the_warm_up_is_no_alarm() -> None:
     warm = [2.0 + 0.2 * step for step in range(5)]
     losses = warm + noisy(lambda at: 2.0 * math.exp(-10 * at) + 1.0)
     rates = [1e-5 * step for step in range(5)] + [1e-4] * 100
-    assert rate(replace(NOTHING, train=training(losses, rates))).standing == "good"
+    found = rate(replace(NOTHING, train=training(losses, rates)))
+    assert found.standing == "good"
+    first = sum(losses[5:15]) / 10
+    assert f"the training loss after the warm-up went from {first:.3g} (mean of 10 logged steps) to " in found.sentence
 
 
 def test_no_fall_says_nothing_of_the_rate_and_few_steps_say_less() -> None:

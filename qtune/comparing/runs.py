@@ -15,6 +15,7 @@ from qtune.recipe.schema import Recipe
 from qtune.run.drift import accepting_once, recipe_drifts, require_no_drift, values_of
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
+from qtune.run.identity import refuse_one_twice
 from qtune.run.lock import read_lock
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import CHANGEABLE
@@ -63,9 +64,11 @@ def compared_runs(
     `evaluate`'s. A larger evaluation that is kept in a run's folder stays there.
 
     Raises:
-        RunError: one has not ended, or is not what was trained. InputError: they were asked different rows.
+        RunError: one has not ended, or is not what was trained. InputError: they were asked different rows, or
+            one is named twice.
     """
     opened = [RunDir.open(folder) for folder in folders]
+    refuse_one_twice(opened)
     for run_dir in opened:  # before minutes are spent on the first
         whole_adapter(run_dir)
     kept = [_kept_evaluation(run_dir) if data_file is None else None for run_dir in opened]

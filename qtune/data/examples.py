@@ -235,10 +235,14 @@ def _identity(conversation: Conversation) -> str:
 
 def _opening_hash(conversation: Conversation) -> int:
     """The first words of an answer that goes on after them; 0 for short ones, which repeat naturally."""
-    words = conversation.answer.split(maxsplit=2 * OPENING_WORDS)
-    if conversation.is_document or len(words) < 2 * OPENING_WORDS:
+    if conversation.is_document or len(conversation.answer.split(maxsplit=2 * OPENING_WORDS)) < 2 * OPENING_WORDS:
         return 0
-    return text_hash(" ".join(words[:OPENING_WORDS]))
+    return text_hash(opening_of(conversation.answer))
+
+
+def opening_of(answer: str) -> str:
+    """The first words of an answer, by which answers are compared: what those share that begin alike."""
+    return " ".join(answer.split(maxsplit=OPENING_WORDS)[:OPENING_WORDS])
 
 
 def text_hash(text: str) -> int:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
 from qtune.data.conversation import Conversation
+from qtune.data.examples import opening_of
 from qtune.data.findings import ENOUGH_ROWS, FEW_ROWS, LISTED, OPENING_SHARE, SAME_ANSWER_SHARE, Finding, found
 from qtune.data.prepare import Prepared
 from qtune.data.stream import RowStream
@@ -215,5 +216,6 @@ def _repetition(train: Columns) -> Iterable[Finding]:
         values, counts = np.unique(hashes[hashes != 0], return_counts=True)
         if len(counts) and counts.max() >= max(ENOUGH_ROWS, share * len(train)):
             rows = np.flatnonzero(hashes == values[counts.argmax()])
-            sample = str(train.examples[int(rows[0])]["answer_start"])
+            start = str(train.examples[int(rows[0])]["answer_start"])
+            sample = opening_of(start) if kind == "boilerplate" else start
             yield found(kind, "train", len(rows), len(train), train.places(rows), f"“{sample}…”")

@@ -53,6 +53,12 @@ class SourceReport:
     fingerprint: str
     """`Source.fingerprint`, read once: it is a hash of everything that the source holds."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was found in it that could be a row: also none that is bad or was left out."""
+        stored = self.stored
+        return not (stored.rows or stored.bad_count or stored.dropped_count or stored.out_of_order_count)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -249,7 +255,10 @@ def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
             problems.append(Problem("", f"{count} bad {'rows' if count > 1 else 'row'}; {advice}"))
         raise DataError(problems)
     if not len(prepared.train):
-        raise DataError(Problem("data.train", "no row is left to train on"))
+        train = [source for source in prepared.sources if source.split == "train"]
+        empty = ", ".join(source.name for source in train if source.is_empty)
+        said = f"; {empty} holds no row: one is a line of JSONL, or one below CSV's names" if empty else ""
+        raise DataError(Problem("data.train", f"no row is left to train on{said}"))
 
 
 class _Maker:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qtune.data.examples import opening_of
 from qtune.data.findings import (
     ENOUGH_ROWS,
     LISTED,
@@ -162,7 +163,8 @@ class StreamColumns:
         ):
             value, count, rows = self._most_frequent(name)
             if value and count >= max(ENOUGH_ROWS, share * len(self)):
-                sample = str(self.stream.example(rows[0])["answer_start"])
+                start = str(self.stream.example(rows[0])["answer_start"])
+                sample = opening_of(start) if kind == "boilerplate" else start
                 yield found(kind, self.name, count, len(self), self._places(rows), f"“{sample}…”")
 
     def _most_frequent(self, name: str) -> tuple[int, int, list[int]]:

@@ -19,6 +19,7 @@ from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
 from qtune.sizes import MIB, size_text
+from qtune.spelling import meant_file
 
 LONGEST_RECIPE = MIB // 4
 """Bytes. The longest that comes with qtune has 2 KiB."""
@@ -242,7 +243,7 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     base = _text_at(tables, "model", "base")
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
         if not is_there(base):
-            yield Fault(("model", "base"), "no such file or folder")
+            yield Fault(("model", "base"), f"no such file or folder{meant_file(base)}")
     elif base.count("/") > 1 and not is_there(base):
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
     earlier = _text_at(tables, "adapter", "start_from")
@@ -283,7 +284,9 @@ def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]
     if not isinstance(name, str) or not name or name.startswith("hub:") or any(mark in name for mark in "*?["):
         return
     if not is_there(name, folder):
-        yield Fault((*path, "path") if is_table else path, f"no such file or folder in {folder}")
+        yield Fault(
+            (*path, "path") if is_table else path, f"no such file or folder in {folder}{meant_file(name, folder)}"
+        )
 
 
 def _problem(

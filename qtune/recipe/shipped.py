@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qtune.errors import Problem, RecipeError
 from qtune.recipe.row_kinds import ROW_KINDS, TEXT_KINDS, kind_of
-from qtune.spelling import did_you_mean
+from qtune.spelling import did_you_mean, meant_file
 
 # The recipes that come with qtune: beside the package in a checkout, inside it in an installed wheel.
 _SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
@@ -38,10 +38,9 @@ def find_recipe(name: str) -> Path:
         inside = ", ".join(sorted(str(file) for file in path.glob("*.toml"))[:5])
         raise RecipeError(Problem(name, f"is a folder, not a recipe{f'; it holds {inside}' if inside else ''}"))
     known = f"({', '.join(shipped)})"
-    meant = did_you_mean(path.stem, shipped)
-    raise RecipeError(
-        Problem(name, f"no such file, nor a recipe that comes with qtune{f'; {meant}' if meant else f' {known}'}")
-    )
+    near = did_you_mean(path.stem, shipped)
+    meant = meant_file(name) or (f"; {near}" if near else f" {known}")
+    raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune{meant}"))
 
 
 def _refuse_rows(path: Path) -> None:

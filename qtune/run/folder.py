@@ -15,6 +15,7 @@ from qtune.errors import InputError, Problem, RecipeError, RunError, first_line
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Output
 from qtune.recipe.shipped import find_recipe
+from qtune.spelling import meant_file
 
 RUNS = Path(Output.model_fields["directory"].default)
 
@@ -222,10 +223,23 @@ def _runs_beside(path: Path) -> str:
     """What is said of a run that is not there: the one that is meant, else those beside it, else those in RUNS."""
     if len(path.parts) == 1 and _is_run(RUNS / path):
         return f"; did you mean {RUNS / path}?"
+    if _is_run(path.parent) and (meant := meant_file(str(path)) or _models_in(path.parent)):
+        return meant
     if names := _runs_in(path.parent):
         return f"; runs there: {', '.join(names)}"
+    return runs_here()
+
+
+def runs_here() -> str:
+    """What is said of the runs in RUNS where none was named; empty where there are none."""
     names = _runs_in(RUNS)
-    return f"; there are {', '.join(names)}" if names else ""
+    return f"; there {'is' if len(names) == 1 else 'are'} {', '.join(names)}" if names else ""
+
+
+def _models_in(run: Path) -> str:
+    """What is said of the models that were exported into a run's folder; empty where there are none."""
+    names = sorted(str(file.parent) for file in run.glob("*/config.json"))
+    return f"; {run} holds {', '.join(names)}" if names else ""
 
 
 def _runs_in(folder: Path) -> list[str]:

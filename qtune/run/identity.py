@@ -7,11 +7,12 @@ none, and nothing of them is compared.
 
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from qtune.errors import Problem, RunError
+from qtune.errors import InputError, Problem, RunError
 from qtune.manifest import NAME as MANIFEST
 from qtune.manifest import Manifest, SavedBy, is_ours
 from qtune.records import CHECKSUM, read_record, run_id_in, write_record
@@ -83,6 +84,22 @@ def identity_to_write(folder: Path) -> Identity | None:
             raise error.__cause__ from error
         return None
     return None if found is None or found.run_id is None else found
+
+
+def refuse_one_twice(runs: Sequence[RunDir]) -> None:
+    """Runs that are compared are different ones: one has no spread with itself, nor with a copy of its folder.
+
+    Raises:
+        InputError: with both names of the run that is named twice.
+    """
+    seen: dict[Path | Identity, RunDir] = {}
+    for run_dir in runs:
+        identity = identity_of(run_dir.path)
+        folder = run_dir.path.resolve()
+        for key, what in ((folder, "is"), (identity, "is a copy of")):
+            if key is not None and (first := seen.setdefault(key, run_dir)) is not run_dir:
+                named = "is named twice" if run_dir.path == first.path else f"{what} {first.path}, named before"
+                raise InputError(Problem(str(run_dir.path), f"{named}; name two or more runs, each once"))
 
 
 def saved_by(folder: Path) -> SavedBy | None:

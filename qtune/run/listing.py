@@ -9,7 +9,7 @@ from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.folder import RunDir
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
-from qtune.run.resumption import resuming
+from qtune.run.resumption import newest_unfinished, resuming
 from qtune.run.summary import Summary, summary_of
 
 
@@ -97,3 +97,17 @@ def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
         return "stopped before the first step", True
     kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
     return f"stopped at step {reached:,}{total}{kept}", True
+
+
+def said_of_stopped(directory: Path, name: str) -> str | None:
+    """What is said of a run of recipes called `name` that was stopped, where another one begins; None: there is none.
+
+    One that somebody works in, that is damaged or in which nothing was begun is none to go on with.
+    """
+    run_dir = newest_unfinished(directory, name)
+    if run_dir is None or not run_dir.lock_file.is_file():
+        return None
+    listed = _listed(run_dir)
+    if listed is None or listed.resume is None:
+        return None
+    return f"{run_dir.path} was {listed.state}; it goes on with: {listed.resume}"

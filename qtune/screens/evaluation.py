@@ -5,15 +5,10 @@ from typing import TYPE_CHECKING
 from qtune import console
 from qtune.run.metrics import CUT
 from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
-from qtune.verdicts.scores import any_cut, score_table, worst_first
+from qtune.verdicts.scores import answer_scores, any_cut, score_table, worst_first
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Evaluation
-
-ABOUT_LIMITS = (
-    f"an answer is cut, and ends with {CUT}, {EXTRA_TOKENS} tokens after as many as were expected ({FREE_TEXT_TIMES} "
-    "times as many of free text), or at --max-new-tokens"
-)
 
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:
@@ -26,9 +21,21 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if any_cut(evaluation):
-        console.out(ABOUT_LIMITS)
+        console.out(_about_limits(evaluation))
     title, answers = worst_first(evaluation)
     if answers[:shown]:
         cells = [[row.request, row.expected, row.base, f"{mark} {row.tuned}"] for mark, row in answers[:shown]]
         console.out("")
-        console.out(console.table(title, ["request", "expected", "base", "tuned"], cells))
+        some = f"; {shown} of {len(answers)} shown, --show {len(answers)} shows all" if shown < len(answers) else ""
+        console.out(console.table(f"{title}{some}", ["request", "expected", "base", "tuned"], cells))
+
+
+def _about_limits(evaluation: "Evaluation") -> str:
+    """What the mark behind an answer says that was stopped."""
+    scores = answer_scores(evaluation)
+    is_free = scores is not None and scores.is_free
+    length = f"{FREE_TEXT_TIMES} times the length" if is_free else "the length"
+    return (
+        f"{CUT} behind an answer: the model was stopped before it had ended, at {length} of the expected answer and "
+        f"{EXTRA_TOKENS} tokens more, or at --max-new-tokens"
+    )

@@ -28,7 +28,7 @@ def summary_text(summary: "Summary") -> str:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
     commands = [shlex.join(["qtune", verb, str(path)]) for verb, _ in NEXT]
     width = max(map(len, commands))
-    lines += [f"  {command:<{width}} {does}" for command, (_, does) in zip(commands, NEXT, strict=True)]
+    lines += [f"  {command:<{width}}  {does}" for command, (_, does) in zip(commands, NEXT, strict=True)]
     return "\n".join(lines)
 
 

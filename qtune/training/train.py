@@ -44,6 +44,7 @@ from qtune.run.finished import adapter_fault, said_of_end
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
+from qtune.run.listing import said_of_stopped
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
@@ -118,7 +119,10 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
             require_allocator()
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
+        stopped = said_of_stopped(Path(recipe.output.directory), resolved.run_name)
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
+    if stopped is not None:
+        console.say(stopped)
     first = run_dir.path.with_name(resolved.run_name)
     is_numbered = run_dir.name != resolved.run_name
     there = f"{first} is there: " if is_numbered else ""

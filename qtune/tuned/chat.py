@@ -21,6 +21,7 @@ from qtune.plan import Plan, compute_dtype_rule
 from qtune.recipe.schema import Model
 from qtune.run.drift import known_kinds
 from qtune.run.resolved import resolved_recipe
+from qtune.spelling import nearest
 from qtune.startup.interrupts import take_again
 from qtune.startup.quiet import quiet_loading
 from qtune.tuned.generate import GREEDY, Ends, Ids, Sampling, find_ends, loop_at_end, positions_left, stream
@@ -37,6 +38,10 @@ HELP = """\
 /reset            forget the conversation
 /help             this list
 /exit             leave (or Ctrl-D)"""
+
+COMMANDS = tuple(line.split()[0] for line in HELP.splitlines())
+ALIKE = 0.7
+"""Share of letters that a command has in common with what it is a slip of; all begin with the same one."""
 
 Turn = dict[str, str]
 
@@ -229,7 +234,16 @@ def command(session: Session, text: str) -> str:
         case ["/system"]:
             session.system, session.turns = None, []
             return "no system message, conversation forgotten"
-        case _:
+        case ["/help", *_]:
+            return HELP
+        case ["/adapter", *_]:
+            return f"/adapter on, or /adapter off; it is {'on' if session.adapter_is_on else 'off'}"
+        case [name, *_] if name in COMMANDS:
+            return f"{name} takes no text"
+        case [name, *_]:
+            near = nearest(name, COMMANDS, ALIKE)
+            return f"{name}: no such command; " + (f"did you mean {near}?" if near else f"there are:\n{HELP}")
+        case _:  # `chat` gives no empty line
             return HELP
 
 

@@ -87,7 +87,8 @@ def rate(facts: Facts) -> Verdict:
     first, last = windows(losses)
     fall = fall_between(first, last)
     start, end = fmean(first), fmean(last)
-    told = f"the training loss went from {number(start)} to {number(end)}"
+    when = " after the warm-up" if len(losses) < len(facts.train) else ""
+    told = f"the training loss{when} went from {number(start)} (mean of {len(first)} logged steps) to {number(end)}"
     if fall is None or fall.is_negative:
         return Verdict("rate", "bad", "Too high", f"{told}, above its start", lower)
     if not fall.is_positive:

@@ -128,7 +128,9 @@ def _by_training(train: Sequence[TrainRecord], validation: Sequence[EvalRecord],
         told = f"the training loss is {number(train[-1].loss)} at step {train[-1].step:,}, too early to tell a fall"
         return Verdict("learned", "open", "Too few steps", told, ask)
     start, end = sum(first) / len(first), sum(last) / len(last)
-    told = f"the training loss went from {number(start)} to {number(end)}, {_by(fall)}"
+    told = (
+        f"the training loss went from {number(start)} (mean of {len(first)} logged steps) to {number(end)}, {_by(fall)}"
+    )
     if fall.is_positive and fall.mean >= LITTLE * start:
         held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
         return Verdict("learned", "unsure", "Training loss fell", f"{told}{held_out}", ask)
