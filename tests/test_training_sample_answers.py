@@ -109,7 +109,9 @@ def test_raw_text_has_no_question_and_so_no_answers(write_recipe: WriteRecipe) -
     rows = [{"text": f"A page about the number {number} and nothing else."} for number in range(20)]
     (recipe.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     finished = train.run(load_recipe(recipe))
-    assert (answers_in(finished), notes_in(finished)) == ([], [])
+    # Where the processor's rates are known, a run of one step says that its time cannot be compared.
+    notes = [note for note in notes_in(finished) if "time with the prediction" not in note]
+    assert (answers_in(finished), notes) == ([], [])
 
 
 def test_an_answer_that_fails_is_said_once_and_ends_no_run(
