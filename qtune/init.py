@@ -106,12 +106,13 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         raise RecipeError(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
     _require_base(base)
     table = ADAPTERS[adapter]
-    rate, _ = table.auto_learning_rate
+    rate, _ = table.model_construct(**table.first_values).usual_rate
     quantization: type[Table] = Unquantized if is_export(base) else FourBit
     given: dict[KeyPath, Any] = {
         ("model", "base"): base,
         ("data", "train"): _path_from(data, file),
         ("adapter", "kind"): adapter,
+        **{("adapter", key): value for key, value in table.first_values.items()},
         ("training", "learning_rate"): rate,
         **({("quantization", "kind"): "none"} if quantization is Unquantized else {}),
         **({} if look is None else _by_rows(look, table, _positions(base))),
@@ -136,7 +137,11 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
         keys = tuple(key for key in keys if key != "columns" or given.get(("data", "columns")))
-        lines += ["", f"[{name}]", *(line for key in keys for line in _key_lines(name, schema, key, given))]
+        # Those of a soft prompt's start go together: the first one's comment is enough for a recipe of one screen.
+        uncommented = tuple(table.first_values)[1:] if schema is table else ()
+        written = [(key, _key_lines(name, schema, key, given)) for key in keys]
+        lines += ["", f"[{name}]"]
+        lines += [line for key, found in written for line in (found[-1:] if key in uncommented else found)]
     return _checked("\n".join(lines) + "\n", file)
 
 

@@ -23,7 +23,7 @@ from qtune.model.load import load_tokenizer
 from qtune.model.reach import reach_of
 from qtune.preflight import examine
 from qtune.recipe.faults import Faulty
-from qtune.recipe.file import Resolved, load_recipe
+from qtune.recipe.file import Resolved, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Lora, Model, Recipe
@@ -65,7 +65,18 @@ def test_what_is_written_is_a_recipe_for_every_kind_of_adapter(here, adapter):
     write_recipe(new_recipe(MODEL, "rows.jsonl", adapter, file), file, force=False)
     recipe = load_recipe(file).recipe
     assert (recipe.model.base, recipe.data.train, recipe.adapter.kind) == (MODEL, "rows.jsonl", adapter)
-    assert recipe.training.learning_rate == recipe.adapter.auto_learning_rate[0]
+    assert recipe.training.learning_rate == recipe.adapter.usual_rate[0]
+    for key, value in recipe.adapter.first_values.items():
+        assert getattr(recipe.adapter, key) == value
+
+
+def test_a_soft_prompt_begins_as_it_was_measured_to_learn_best(here):
+    """The quickstart's, but for its text: another task's is not known."""
+    ours = check_recipe(new_recipe(MODEL, "rows.jsonl", "p-tuning", here / "recipe.toml"), here / "recipe.toml").recipe
+    measured = load_recipe(shipped_recipes()["quickstart_p_tuning"]).recipe
+    same = {"initialization": "rows", "text": None}
+    assert ours.adapter == measured.adapter.model_copy(update=same)
+    assert ours.training.learning_rate == measured.training.learning_rate
 
 
 def test_the_commands_in_a_recipes_comment_name_it_as_it_was_named(here):

@@ -6,6 +6,7 @@ Schema take them from here. What must hold between two values is in `rules.py`.
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -166,6 +167,8 @@ class AdapterTable(Table):
 
     first_keys: ClassVar[tuple[str, ...]] = ("kind",)
     """The keys worth a first look, which a new recipe shows."""
+    first_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What a new recipe begins with where that is known to learn better than the defaults, which older recipes mean."""
 
     kind: str
     """Which kind of adapter: each is a table of its own."""
@@ -211,6 +214,10 @@ class Lora(AdapterTable):
 RESIDUAL_RATE = (3e-3, "what an encoder that is added to its vectors learned best with (docs/quickstart.md)")
 
 
+BEST_PROMPT = MappingProxyType({"residual": True, "vector_rate": 30.0, "vector_scale": 100.0, "initialization": "rows"})
+"""How a soft prompt learned best (docs/quickstart.md); from training rows, for a new recipe knows no text."""
+
+
 class PTuning(AdapterTable):
     """Virtual tokens computed by a trained prompt encoder. Liu et al. 2021 (arXiv:2103.10385), section 3."""
 
@@ -218,7 +225,8 @@ class PTuning(AdapterTable):
     export = "bake"
     auto_learning_rate = (5e-3, "prompt encoders need a rate well above LoRA's")
     predicts_first_token = True
-    first_keys = ("kind", "virtual_tokens", "encoder")
+    first_keys = ("kind", "virtual_tokens", *BEST_PROMPT)
+    first_values = BEST_PROMPT
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
@@ -258,7 +266,8 @@ class PromptTuning(AdapterTable):
     export = "bake"
     auto_learning_rate = (3e-2, "free vectors, and few of them, need a large rate")
     predicts_first_token = True
-    first_keys = ("kind", "virtual_tokens", "initialization")
+    first_keys = ("kind", "virtual_tokens", *BEST_PROMPT)
+    first_values = BEST_PROMPT
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
