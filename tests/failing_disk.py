@@ -101,7 +101,7 @@ def make_world(world: Path) -> None:
         '[adapter]\nkind = "lora"\nrank = 4\n[data]\ntrain = "rows.jsonl"\nvalidation = 0.1\nmax_length = 128\n'
         f'[training]\n{TRAINING}\n[output]\ndirectory = "{world / "runs"}"\n'
     )
-    for name in ("done", "stopped"):
+    for name in ("done", "twin", "stopped"):
         ended = qtune(world, "run", str(world / "tiny.toml"), "--set", f"output.name={name}")
         assert ended.code == 0, ended.said
     stopped = world / "runs" / "stopped"
@@ -248,7 +248,8 @@ CASES: Mapping[str, Case] = {
     "chat": Case(lambda world: ("chat", _done(world), "-p", "What is 1", "--max-new-tokens", "2"), _kept()),
     "list": Case(lambda world: ("list", str(world / "runs")), _kept()),
     "compare": Case(
-        lambda world: ("compare", _done(world), _done(world), "--rows", "2"), _kept("eval.json", "forgetting.json")
+        lambda world: ("compare", _done(world), str(world / "runs" / "twin"), "--rows", "2"),
+        _kept("eval.json", "forgetting.json"),
     ),
     "doctor": Case(lambda world: ("doctor",), _kept(), shows=True),
 }

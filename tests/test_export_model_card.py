@@ -4,11 +4,14 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from export_models import tiny_run
 
+from qtune.export import model_card
 from qtune.export.export import Options, export_run
+from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.load import load_run
@@ -64,3 +67,14 @@ def test_an_unproven_model_says_so(tmp_path: Path) -> None:
     assert (
         "Not verified: this model was not compared with the one that was trained." in (folder / "README.md").read_text()
     )
+
+
+def test_the_card_of_an_adapter_on_a_built_in_base_loads_it_by_qtunes_own_function() -> None:
+    """transformers knows no "builtin:…"."""
+    built_in = model_card._loaded_from(SimpleNamespace(base_in_public="builtin:some-model"))  # type: ignore[arg-type]
+    scope: dict[str, object] = {}
+    exec(built_in["imports"], scope)
+    assert scope["builtin_folder"] is builtin_folder
+    assert eval(built_in["base"], {"builtin_folder": str.upper}) == "SOME-MODEL"
+    of_hub = model_card._loaded_from(SimpleNamespace(base_in_public='org/"name"'))  # type: ignore[arg-type]
+    assert (eval(of_hub["base"]), of_hub["imports"]) == ('org/"name"', "")

@@ -105,6 +105,7 @@ def write_wheel(folder: Path, member: Path) -> Builtin:
         gguf_bytes=member.stat().st_size,
         gguf_sha256=sha256(member),
         folder_bytes=10_000_000,
+        positions=64,
     )
 
 

@@ -179,6 +179,9 @@ def test_no_random_damage_to_a_file_of_a_run_ends_in_anything_but_its_values_or_
     for content in damaged_texts(text, generator, 200 * FUZZED):
         if b"crc32" in text.encode() and b"crc32" not in content.replace(b"\0", b""):
             continue  # without the name of its checksum a record is one of an older version, or one that was edited
+        lines = [line.replace(b"\0", b"") for line in content.split(b"\n") if line.strip()]
+        if name == "metrics.jsonl" and any(b'"crc32"' not in line for line in lines[:-1]):
+            continue  # and so is each of its lines
         file.write_bytes(content)
         now = None
         try:

@@ -28,7 +28,7 @@ def write_adapter(source: OpenedRun, output: Path, *, force: bool) -> Path:
         (work / WEIGHTS).write_bytes(weights.read_bytes())
         write_json(work / CONFIG, public_config(source))
         source.tokenizer.save_pretrained(work)
-        (work / "README.md").write_text(adapter_card(source, work, output.name), encoding="utf-8")
+        (work / "README.md").write_text(adapter_card(source, work), encoding="utf-8")
         seal_export(work, source.run.path)
     return output
 

@@ -1,5 +1,6 @@
 """README.md of an export: what it is, how to load it, and the figures that prove it."""
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from qtune.control_characters import visible
 from qtune.export.llama_cpp import ADAPTER_FILE
 from qtune.export.opened_run import OpenedRun
 from qtune.export.serving import serving
+from qtune.model.builtin import PREFIX
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -28,9 +30,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ADAPTER_SNIPPET = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}", device_map="auto"{quantization})
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", device_map="auto"{quantization})
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 messages = [{{"role": "user", "content": "Hello"}}]
@@ -60,9 +62,9 @@ def write_card(
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def adapter_card(source: OpenedRun, folder: Path, name: str) -> str:
-    """The card of an adapter alone, with the lines that load it onto the base as it was trained; `name` is that of the
-    folder."""
+def adapter_card(source: OpenedRun, folder: Path) -> str:
+    """The card of an adapter alone, with the lines that, from inside of its folder, load it onto the base as it was
+    trained."""
     quantization, config_import, words = "", "", source.recipe.adapter.in_words
     kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
     if kind in ("nf4", "fp4"):
@@ -81,13 +83,22 @@ def adapter_card(source: OpenedRun, folder: Path, name: str) -> str:
         _front_matter(source, "peft"),
         f"# {words[0].upper()}{words[1:]} for {source.base_in_public}\n",
         ADAPTER_SNIPPET.format(
-            base=source.base_in_public, dtype=dtype, folder=".", config_import=config_import, quantization=quantization
+            **_loaded_from(source), dtype=dtype, folder=".", config_import=config_import, quantization=quantization
         ),
-        *_how_served(source, folder, name),
+        *_how_served(source, folder, "."),
         *_how_asked(source),
         _how_trained(source),
     ]
     return "\n".join(parts)
+
+
+def _loaded_from(source: OpenedRun) -> dict[str, str]:
+    """The base as Python names it, and what that takes: transformers knows nothing of a built-in model."""
+    base = source.base_in_public
+    if not base.startswith(PREFIX):
+        return {"base": json.dumps(base, ensure_ascii=False), "imports": ""}
+    own = json.dumps(base.removeprefix(PREFIX))
+    return {"base": f"builtin_folder({own})", "imports": "from qtune.model.builtin import builtin_folder\n"}
 
 
 def _front_matter(source: OpenedRun, library: str) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
         _require_same_way(run_dir, begin, end)
         inputs = gather(resumed_recipe(run_dir), run_dir, accepted=accepted)
         require_unchanged(inputs, run_dir, accepted, base_now(inputs))
-        console.say(f"repeating steps {begin + 1} to {end} from {first or 'the start'}")
+        console.say(f"steps {begin + 1} to {end} are taken again, from {first or 'the start'}")
         model, optimizer = _repeated(inputs, run_dir.metrics_file, first, end)
     pairs = [
         *_pairs(load_file(last / STATE_FILE), model, "the adapter's "),
@@ -86,14 +86,15 @@ def prove(run_dir: RunDir, accepted: Sequence[str] = ()) -> str:
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step."""
+    """Ends training after a step; `advance` is called after each."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, advance: Callable[[], None]) -> None:
+        self.step, self.advance = step, advance
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        self.advance()
         control.should_training_stop = control.should_training_stop or state.global_step >= self.step
         return control
 
@@ -154,9 +155,11 @@ def _repeated(
         kept_start(model, recipe, run_dir.checkpoints / "initial")
         stop = StopOnSignal(lambda: None)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False)
-        trainer.add_callback(StopAt(end))
+        begin = 0 if checkpoint is None else step_of(checkpoint)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with console.progress(f"repeating steps {begin + 1} to {end}", end - begin) as bar:
+                trainer.add_callback(StopAt(end, bar.advance))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             meter.close()
             inputs.prepared.close()
