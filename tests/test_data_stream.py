@@ -68,6 +68,7 @@ ROWS = [row(number) for number in range(130)]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of nine rows, and figures in pieces of 32: what goes over their borders is looked at."""
     monkeypatch.setattr(stream_blocks, "BATCH_ROWS", 9)
+    monkeypatch.setattr(stream_index, "VERSION", "blocks of nine rows")  # another test may have kept its own
     monkeypatch.setattr(stream, "FIGURES_AT_ONCE", 32)
     monkeypatch.setattr(stream_findings, "FIGURES_AT_ONCE", 32)
 

@@ -78,23 +78,29 @@ def test_a_gated_activation_and_both_gradients_are_those_of_autograd(dtype, acti
         assert_near(ours, theirs, DTYPES[dtype])
 
 
+def exact_likelihoods(logits, labels, scale: float, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihoods [rows] by PyTorch in fp64, and the gradient of their sum."""
+    exact = logits.double().requires_grad_()
+    scaled = exact * scale
+    ruled = cap * (scaled / cap).tanh() if cap else scaled
+    found = functional.cross_entropy(ruled, labels, reduction="none")
+    found.sum().backward()
+    return found.detach(), exact.grad
+
+
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.5, 0.0), (1.3, 7.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tiles_likelihoods_and_gradient_are_those_of_pytorch(dtype, scale, cap):
     logits = (3 * torch.randn(40, 3000)).to(dtype)
     labels = torch.randint(0, 3000, (40,))
     labels[0] = logits[0].argmax()
-    exact = logits.double().requires_grad_()
-    scaled = exact * scale
-    ruled = cap * (scaled / cap).tanh() if cap else scaled
-    expected = functional.cross_entropy(ruled, labels, reduction="none")
-    expected.sum().backward()
+    expected, gradient = exact_likelihoods(logits, labels, scale, cap)
     nll, correct, slope = torch.empty(40), torch.empty(40, dtype=torch.bool), logits.clone()
     torch.ops.qtune.cross_entropy(slope, labels, scale, cap, True, nll, correct)
     assert torch.allclose(nll.double(), expected, rtol=1e-4)
     assert correct[0]
     assert torch.equal(correct, logits.argmax(dim=1) == labels)
-    assert_near(slope, exact.grad.to(dtype), DTYPES[dtype])
+    assert_near(slope, gradient.to(dtype), DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.5, 0.0), (1.3, 7.0)])
@@ -103,11 +109,7 @@ def test_likelihoods_and_gradients_block_by_block_are_those_of_pytorch_over_the_
     logits = (3 * torch.randn(40, 3000)).to(dtype)
     labels = torch.randint(0, 3000, (40,))
     labels[0] = logits[0].argmax()
-    exact = logits.double().requires_grad_()
-    scaled = exact * scale
-    ruled = cap * (scaled / cap).tanh() if cap else scaled
-    expected = functional.cross_entropy(ruled, labels, reduction="none")
-    expected.sum().backward()
+    expected, gradient = exact_likelihoods(logits, labels, scale, cap)
     maximum, total, target = torch.full((40,), -torch.inf), torch.zeros(40), torch.zeros(40)
     likeliest = torch.zeros(40, dtype=torch.long)
     edges = [0, 1300, 1301, 3000]
@@ -121,7 +123,7 @@ def test_likelihoods_and_gradients_block_by_block_are_those_of_pytorch_over_the_
     for start, stop in itertools.pairwise(edges):
         slopes.append(logits[:, start:stop].clone())
         torch.ops.qtune.cross_entropy_block_gradient(slopes[-1], labels, start, scale, cap, normalizer)
-    assert_near(torch.cat(slopes, dim=1), exact.grad.to(dtype), DTYPES[dtype])
+    assert_near(torch.cat(slopes, dim=1), gradient.to(dtype), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -1,7 +1,6 @@
 """Streamed rows teach what the same rows teach in memory, and a run goes on from any step as if it had not stopped."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -10,7 +9,7 @@ from conftest import WriteRecipe, qtune_process
 from test_training_train import assert_same_run, course, run, wait_for_step
 
 from qtune.check import check
-from qtune.data import stream, stream_blocks, stream_choice
+from qtune.data import stream, stream_blocks, stream_choice, stream_index
 from qtune.data.batches import StepSampler
 from qtune.data.held_out import held_out_rows
 from qtune.errors import RecipeError, RunError
@@ -38,6 +37,8 @@ WINDOWS = "streaming = true\nshuffle_rows = 7"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_blocks, "BATCH_ROWS", 3)
+    # Another test may have kept an index of the same rows, in its blocks.
+    monkeypatch.setattr(stream_index, "VERSION", "blocks of three rows")
 
 
 @pytest.mark.parametrize(
@@ -96,10 +97,7 @@ def test_a_streamed_run_goes_on_exactly_from_any_step_and_reads_nothing_that_is_
         assert_same_run(train.resume(stopped_after(unbroken, step)), unbroken)
         # Windows of seven rows, blocks of three: step 4 of an epoch takes rows 12 to 15, the first of window 1.
         first_window = [0, 0, 1, 1, 2][step % 5]
-        # In a worker of the whole suite block 0 has been read first, with the same run as the result, and not once in
-        # a process of this file's own: what reads it there is not known.
-        if "PYTEST_XDIST_WORKER" not in os.environ:
-            assert read[0] >= 7 * first_window // 3
+        assert read[0] >= 7 * first_window // 3
 
 
 def test_sigkill_does_not_change_what_is_learned_from_a_stream(write_recipe: WriteRecipe) -> None:
