@@ -1,6 +1,7 @@
 """Time from work and rates: a kernel takes the longest of what it does, a step the longer of card and processor."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from qtune.check import check
 from qtune.device.cards import CARDS, card_named, described
 from qtune.device.present import Device, present_device
 from qtune.device.rates import Rates, data_sheet_rates, not_believed
+from qtune.kernels import on_cpu
 from qtune.memory.forecast import forecast
 from qtune.memory.longest import RowLengths, Rows
 from qtune.memory.predict import Longest, training_step
@@ -157,6 +159,18 @@ def test_a_measurement_far_beyond_the_data_sheet_is_not_believed() -> None:
         "products 9e+17 a second, data sheet 9.89e+14",
         "thin 6e+12 a second, data sheet 3.35e+12",
     ]
+
+
+def test_the_products_that_are_measured_are_those_that_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 on some processors is oneDNN's, which is twice as fast as PyTorch's own there."""
+    taken: list[str] = []
+    for name in ("linear", "mm"):
+        own = getattr(on_cpu, name)
+        monkeypatch.setattr(on_cpu, name, lambda *a, own=own, name=name: [taken.append(name), own(*a)][1])
+    shapes = replace(measure.CPU, tokens=32, rows=1, length=32, seconds=0.001)
+    here = measure._Measured(torch.device("cpu"), shapes, torch.float32, time.perf_counter)
+    assert here.products(torch.float32) > 0
+    assert {"linear", "mm"} <= set(taken)
 
 
 @pytest.mark.slow

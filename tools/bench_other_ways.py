@@ -15,7 +15,6 @@ whether the way computes the same.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import bench_card
 import torch
-from bench_card import EIGHT_B, SMALL, compute_dtype, parts, random_model
+from bench_card import EIGHT_B, SMALL, compute_dtype, parts, random_model, synchronize
 
 from qtune.adapter.lean import install_lean_step
 from qtune.memory.predict import optimizer_of
@@ -61,10 +60,7 @@ def main() -> None:
 def free() -> None:
     """Gives back what the last way held."""
     torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    bench_card.free()
 
 
 def model_for(geometry: dict[str, int], rows: int, length: int, *, kept: bool = False, lean: bool = True) -> Any:
@@ -196,12 +192,6 @@ def measured(step: Callable[[], torch.Tensor], tokens: int, steps: int) -> dict[
         "seconds": round(median, 4), "first": round(seconds[0], 2), "tokens_per_second": round(tokens / median),
         "peak_gib": round(peak / 2**30, 3), "losses": losses[:4],
     }  # fmt: skip
-
-
-def synchronize() -> None:
-    """Waits for the card."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _own(**how: bool) -> Callable[..., dict[str, Any]]:

@@ -46,8 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, k] @ weight [m, k]ᵀ + bias [m]."""
     if not takes(x, weight.t()):
         return torch.nn.functional.linear(x, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return found
+    return _product(x, weight.t(), bias)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -111,8 +110,8 @@ def _cpuinfo() -> str:
         return ""
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
     return found
 
 

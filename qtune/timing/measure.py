@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.lean import install_lean_step
 from qtune.device.rates import Rates
+from qtune.kernels import on_cpu
 from qtune.memory.predict import Longest, predict, training_step
 from qtune.memory.tracing.step import parameter_groups, prepare, trained
 from qtune.model.load import load_base
@@ -107,14 +108,14 @@ class _Measured:
         self.is_card = place.type == "cuda"
 
     def products(self, dtype: torch.dtype) -> float:
-        """FLOPs per second of a layer's products: forward, and the gradient of their input."""
+        """FLOPs per second of a layer's products, as a step multiplies: forward, and the gradient of their input."""
         s = self.shapes
         work: list[Callable[[], Any]] = []
         flops = 0
         for out, inner in ((s.intermediate, s.hidden), (s.hidden, s.intermediate), (s.hidden, s.hidden)):
             weight, x = self._random((out, inner), dtype), self._random((s.tokens, inner), dtype)
             slope = self._random((s.tokens, out), dtype)
-            work += [lambda x=x, w=weight: functional.linear(x, w), lambda g=slope, w=weight: g @ w]  # type: ignore[misc]
+            work += [lambda x=x, w=weight: on_cpu.linear(x, w), lambda g=slope, w=weight: on_cpu.mm(g, w)]  # type: ignore[misc]
             flops += 4 * s.tokens * out * inner
         return flops / self._seconds(lambda: [one() for one in work])
 
