@@ -55,6 +55,7 @@ ROOMS = (
     "check",
     "doctor",
     "init",
+    "swap",
     "screens",
     "verbs",
     "cli",
