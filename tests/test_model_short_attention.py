@@ -95,9 +95,7 @@ def test_every_other_attention_is_transformers_own(attend, monkeypatch, case):
     length = {"long": SHORT, "one query": 1}.get(case, 20)
     tensors = inputs(length, torch.float32 if case == "float32" else torch.bfloat16)
     given = []
-    monkeypatch.setattr(
-        short_attention, "sdpa_attention_forward", lambda module, *others: (given.append(others), None)
-    )
+    monkeypatch.setattr(short_attention, "sdpa_attention_forward", lambda module, *others: (given.append(others), None))
     with torch.set_grad_enabled(case != "no gradient"):
         if case == "traced for a card":
             with answered_as_on_a_card((9, 0)):
