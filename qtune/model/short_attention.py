@@ -39,10 +39,9 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if not (torch.is_grad_enabled() and is_widened(query, dtype)):
         found = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         return found
-    wide = (tensor.float() for tensor in (query, key, value))
     mask = attention_mask
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
     with torch.autocast("cpu", enabled=False):
-        out, _ = sdpa_attention_forward(module, *wide, mask, *args, **kwargs)
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, *args, **kwargs)
     return out.to(dtype), None
