@@ -113,6 +113,16 @@ def test_arguments_of_calls_are_answers_and_names_and_keys_in_them_are_form() ->
     assert one.messages[1]["tool_calls"] == call("attic"), "the row that was given is as it was"
 
 
+def test_what_is_thought_before_an_answer_speaks_of_the_same_word() -> None:
+    answer = {"role": "assistant", "content": "Maria", "reasoning_content": "They mean Maria."}
+    one = Conversation(({"role": "user", "content": "Call Maria"}, answer))
+    for copy in copies_of(one):
+        name = copy.exchanged.get("Maria", "Maria")
+        assert copy.talk.messages[1] == {
+            "role": "assistant", "content": name, "reasoning_content": f"They mean {name}."
+        }  # fmt: skip
+
+
 def test_what_else_a_message_says_of_itself_stays() -> None:
     one = Conversation(
         ({"role": "user", "content": "Call Maria"}, {"role": "assistant", "content": "Maria", "weight": 0})

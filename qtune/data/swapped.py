@@ -22,6 +22,8 @@ SHARE = 0.6
 COMMON = 0.1
 """A word in so large a share of the requests, or of the answers, belongs to their form."""
 SEED = 5
+TEXTS = ("content", "reasoning_content")
+"""Of a message."""
 OWN = r"[^\W\d_]{3,}"
 """What can be exchanged: a word of letters alone; numbers and marks mean what they say."""
 USUAL = r"\b[^\W\d_]{3,11}\b"
@@ -102,7 +104,7 @@ def answer_of(talk: Conversation) -> str:
 
 
 def _said(message: Message) -> str:
-    return str(message.get("content") or "")
+    return "\n".join(str(message.get(key) or "") for key in TEXTS)
 
 
 def _calls_of(message: Message) -> list[Any]:
@@ -170,9 +172,7 @@ def _in_case_of(word: str, other: str) -> str:
 
 
 def _with(message: Message, change: Callable[[str], str]) -> Message:
-    changed = dict(message)
-    if isinstance(message.get("content"), str):
-        changed["content"] = change(message["content"])
+    changed = message | {key: change(message[key]) for key in TEXTS if isinstance(message.get(key), str)}
     if calls := _calls_of(message):
         changed["tool_calls"] = [
             call | {"function": call["function"] | {"arguments": _changed(call["function"]["arguments"], change)}}
