@@ -1038,7 +1038,7 @@ def swap(
     ] = None,
     words: Annotated[
         Path | None,
-        typer.Option("--words", metavar="FILE", help="A text whose words come in; left out, English prose."),
+        typer.Option("--words", metavar="FILE", help="A text whose words come in; left out, the model's vocabulary."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")

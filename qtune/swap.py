@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
 from qtune.data.files import data_files
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import HUB
-from qtune.data.swapped import Copy, english_words, swapped, usual_words
+from qtune.data.swapped import (
+    Copy,
+    Words,
+    answer_of,
+    english_words,
+    request_of,
+    spelled_words,
+    swapped,
+    usual_words,
+)
 from qtune.errors import DataError, Problem, RecipeError
 from qtune.model.load import load_tokenizer
 from qtune.recipe.file import Resolved, check_recipe
@@ -91,20 +101,23 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
     """Writes the recipe `recipe`, and the rows that it trains on: those of `resolved`, each with so many copies. Rows
     that `resolved` sets aside stay aside: they come into a file of their own, and nothing is made of them.
 
-    words: a text whose words come in; None: English prose.
+    words: a text whose words come in; None: words of the vocabulary that the model has to spell. Words of rows that are
+    held out or asked in the end never come in.
 
     Raises:
         DataError: the rows cannot be used, or no word of theirs can be exchanged.
     """
     data = resolved.recipe.data
     _refuse_weights(data)
-    incoming = _incoming(words)
-    whole = data.model_copy(update={"packing": False, "streaming": False, "test": None})
+    given = None if words is None else _given(words)
+    whole = data.model_copy(update={"packing": False, "streaming": False})
     seed = resolved.recipe.training.seed
-    prepared = prepare(whole, load_tokenizer(resolved.recipe.model), resolved.folder, seed=seed)
+    tokenizer = load_tokenizer(resolved.recipe.model)
+    prepared = prepare(whole, tokenizer, resolved.folder, seed=seed)
     talks = _talks(prepared.examples["train"])
     _refuse_documents(talks)
-    made = list(swapped(talks, incoming, copies, keep))
+    asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows)]
+    made = list(swapped(talks, (given or _words_for(talks, tokenizer)).without(asked), copies, keep))
     exchanged = Counter(word for one in made for word in one.exchanged)
     if not exchanged:
         raise DataError(
@@ -136,14 +149,19 @@ def _refuse_weights(data: Data) -> None:
         )
 
 
-def _incoming(words: Path | None) -> list[str]:
-    """The words that may come in.
+def _words_for(talks: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> Words:
+    """Words that the model has to spell, in letters that the rows have; English prose where its vocabulary has few."""
+    letters = {letter for talk in talks for letter in f"{request_of(talk)}{answer_of(talk)}"}
+    found = spelled_words(tokenizer).of_letters(letters)
+    return found if min(len(found.small), len(found.capital)) >= LEAST_WORDS else english_words()
+
+
+def _given(words: Path) -> Words:
+    """The words of a text.
 
     Raises:
-        RecipeError: the text cannot be read, or has too few of them.
+        RecipeError: it cannot be read, or has too few of them.
     """
-    if words is None:
-        return english_words()
     try:
         found = usual_words([words.read_text(encoding="utf-8-sig")])
     except OSError as error:
@@ -153,7 +171,7 @@ def _incoming(words: Path | None) -> list[str]:
     if len(found) < LEAST_WORDS:
         said = f"has {len(found)} different words of 3 to 11 small letters; at least {LEAST_WORDS} must come in"
         raise RecipeError(Problem(f"--words {words}", said))
-    return found
+    return Words(found)
 
 
 def _talks(examples: Dataset) -> list[Conversation]:

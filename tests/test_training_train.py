@@ -60,6 +60,7 @@ ADAPTERS = {
     "prompt-tuning-residual": 'kind = "prompt-tuning"\nvirtual_tokens = 4\nresidual = true\ninitialization = "rows"',
     "p-tuning-residual": 'kind = "p-tuning"\nvirtual_tokens = 4\nresidual = true\nvector_rate = 5.0',
     "prefix-tuning": 'kind = "prefix-tuning"\nvirtual_tokens = 4\nprojection = true\nencoder_hidden_size = 32',
+    "prefix-tuning-text": 'kind = "prefix-tuning"\nvirtual_tokens = 4\ninitialization = "text"\ntext = "Be brief."',
     "ia3": 'kind = "ia3"',
 }
 

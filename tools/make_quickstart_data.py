@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qtune.data.conversation import Conversation
-from qtune.data.swapped import english_words, swapped
+from qtune.data.swapped import Words, spelled_words, swapped
+from qtune.model.load import load_tokenizer
+from qtune.recipe.schema import Model
 
 SEED = 20
 TRAIN_ROWS_PER_COMMAND = 112
@@ -60,6 +62,37 @@ UNITS = (
     ("miles", "kilometers"), ("pounds", "kilograms"), ("inches", "centimeters"), ("liters", "gallons"),
     ("feet", "meters"), ("ounces", "grams"),
 )  # fmt: skip
+
+
+NEW_VALUES = {
+    "ROOMS": ("cellar", "library", "sauna", "guest room", "laundry", "conservatory", "workshop", "playroom"),
+    "PEOPLE": ("Ingrid", "Hassan", "Yuki", "Marcel", "Priya", "Dmitri", "Chloe", "Ahmed"),
+    "EVENTS": (
+        "chess club", "eye test", "choir practice", "tax advice", "house viewing", "swimming lesson", "board meeting",
+        "tea with Ingrid",
+    ),
+    "MESSAGES": (
+        "the bus has left", "I found your scarf", "the oven is hot", "we need more bread", "I'm at the airport",
+        "the dog is asleep", "I'll be back at noon", "the window is open",
+    ),
+    "UNITS": (("yards", "meters"), ("stones", "kilograms"), ("pints", "liters"), ("acres", "hectares")),
+}  # fmt: skip
+
+
+MORE_NEW_VALUES = {
+    "ROOMS": ("pantry", "balcony", "studio", "gym", "dining room", "greenhouse", "loft", "waiting room"),
+    "PEOPLE": ("Bjorn", "Fatima", "Kenji", "Rosa", "Liam", "Nadia", "Oscar", "Greta"),
+    "EVENTS": (
+        "piano tuning", "blood test", "dance class", "bank visit", "wine tasting", "riding lesson", "staff training",
+        "breakfast with Rosa",
+    ),
+    "MESSAGES": (
+        "the taxi is here", "I lost my wallet", "the door is locked", "we have no water", "I'm in the queue",
+        "the baby is awake", "I'll wait at the gate", "the lights are on",
+    ),
+    "UNITS": (("furlongs", "feet"), ("tons", "pounds"), ("cups", "milliliters"), ("knots", "miles")),
+}  # fmt: skip
+"""Two draws of values that stand in no training row, for `soft_prompt_tasks.py`."""
 
 
 def number(value: int) -> tuple[str, int]:
@@ -203,7 +236,15 @@ def conversation(request: str, answer: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
 
 
-def swapped_rows(rows: Sequence[dict[str, Any]], words: Sequence[str], copies: int) -> list[dict[str, Any]]:
+def words_for(asked: Sequence[dict[str, Any]]) -> Words:
+    """Words that the quickstart's model has to spell, but those of rows that are asked, here or with new values."""
+    values = [text for new in (NEW_VALUES, MORE_NEW_VALUES) for kind in new.values() for text in kind]
+    talks = [Conversation(tuple(row["messages"])) for row in asked]
+    talks += [Conversation(({"role": "user", "content": str(text)},)) for text in values]
+    return spelled_words(load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))).without(talks)
+
+
+def swapped_rows(rows: Sequence[dict[str, Any]], words: Words, copies: int) -> list[dict[str, Any]]:
     """`copies` times as many rows, with other words, which come from `words`."""
     talks = [Conversation(tuple(row["messages"])) for row in rows]
     return [{"messages": list(copy.talk.messages)} for copy in swapped(talks, words, copies)]
@@ -216,7 +257,7 @@ def main() -> None:
     folder: Path = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     train, test = make_rows()
-    made = {"train": train, "test": test, "swapped": swapped_rows(train, english_words(), COPIES)}
+    made = {"train": train, "test": test, "swapped": swapped_rows(train, words_for(test), COPIES)}
     for name, rows in made.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"quickstart_{name}.jsonl").write_text(lines, encoding="utf-8")

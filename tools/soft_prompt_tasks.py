@@ -10,7 +10,10 @@ from typing import Any
 import make_quickstart_data as quickstart
 import make_triage_data as triage
 
-from qtune.data.swapped import usual_words
+from qtune.data.conversation import Conversation
+from qtune.data.swapped import Words, spelled_words, usual_words
+from qtune.model.load import load_tokenizer
+from qtune.recipe.schema import Model
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 Row = dict[str, Any]
@@ -34,7 +37,13 @@ class Task:
 def tasks() -> dict[str, Task]:
     """By name."""
     quickstart = quickstart_task()
-    others = (docstring_task(), triage_task(), swapped_task(quickstart), swapped_task(triage_task()))
+    others = (
+        docstring_task(),
+        triage_task(),
+        swapped_task(quickstart),
+        swapped_task(triage_task()),
+        spelled_task(quickstart),
+    )
     return {task.name: task for task in (quickstart, *others)}
 
 
@@ -47,7 +56,7 @@ def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
     combinations, and half, the second, have names, rooms, events and messages that stand in none."""
     rows = read(DATA / "quickstart_train.jsonl")
-    new, more = new_quickstart_rows(NEW_VALUES, 200), new_quickstart_rows(MORE_NEW_VALUES, 100)
+    new, more = new_quickstart_rows(quickstart.NEW_VALUES, 200), new_quickstart_rows(quickstart.MORE_NEW_VALUES, 100)
     return Task(
         "quickstart",
         tuple(rows[80:]),
@@ -56,37 +65,6 @@ def quickstart_task() -> Task:
         "Turn the request into one JSON command.",
         {"validation": 80, "test": 120},
     )
-
-
-NEW_VALUES = {
-    "ROOMS": ("cellar", "library", "sauna", "guest room", "laundry", "conservatory", "workshop", "playroom"),
-    "PEOPLE": ("Ingrid", "Hassan", "Yuki", "Marcel", "Priya", "Dmitri", "Chloe", "Ahmed"),
-    "EVENTS": (
-        "chess club", "eye test", "choir practice", "tax advice", "house viewing", "swimming lesson", "board meeting",
-        "tea with Ingrid",
-    ),
-    "MESSAGES": (
-        "the bus has left", "I found your scarf", "the oven is hot", "we need more bread", "I'm at the airport",
-        "the dog is asleep", "I'll be back at noon", "the window is open",
-    ),
-    "UNITS": (("yards", "meters"), ("stones", "kilograms"), ("pints", "liters"), ("acres", "hectares")),
-}  # fmt: skip
-
-
-MORE_NEW_VALUES = {
-    "ROOMS": ("pantry", "balcony", "studio", "gym", "dining room", "greenhouse", "loft", "waiting room"),
-    "PEOPLE": ("Bjorn", "Fatima", "Kenji", "Rosa", "Liam", "Nadia", "Oscar", "Greta"),
-    "EVENTS": (
-        "piano tuning", "blood test", "dance class", "bank visit", "wine tasting", "riding lesson", "staff training",
-        "breakfast with Rosa",
-    ),
-    "MESSAGES": (
-        "the taxi is here", "I lost my wallet", "the door is locked", "we have no water", "I'm in the queue",
-        "the baby is awake", "I'll wait at the gate", "the lights are on",
-    ),
-    "UNITS": (("furlongs", "feet"), ("tons", "pounds"), ("cups", "milliliters"), ("knots", "miles")),
-}  # fmt: skip
-"""For choices alone."""
 
 
 def new_quickstart_rows(values: dict[str, Any], count: int) -> list[Row]:
@@ -125,9 +103,17 @@ def triage_task() -> Task:
 
 def swapped_task(task: Task) -> Task:
     """The same with more training rows, which have other words in request and answer. What is asked is as it was."""
-    words = usual_words([row["messages"][-1]["content"] for row in docstring_task().train], least=3)
+    words = Words(usual_words([row["messages"][-1]["content"] for row in docstring_task().train], least=3))
     more = quickstart.swapped_rows(task.train, words, COPIES)
     return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *more))
+
+
+def spelled_task(task: Task) -> Task:
+    """The same with words that the built-in model has to spell. None of them stands in rows that are asked."""
+    asked = [Conversation(tuple(row["messages"])) for row in (*task.validation, *task.test)]
+    words = spelled_words(load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))).without(asked)
+    more = quickstart.swapped_rows(task.train, words, COPIES)
+    return dataclasses.replace(task, name=f"{task.name}_spelled", train=(*task.train, *more))
 
 
 COPIES = 3

@@ -10,12 +10,15 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtune.data.conversation import Conversation, Message
 from qtune.recipe.shipped import shipped_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARE = 0.6
 """Of the words that could be exchanged, those that are: names come beside names that stay."""
@@ -26,8 +29,49 @@ TEXTS = ("content", "reasoning_content")
 """Of a message."""
 OWN = r"[^\W\d_]{3,}"
 """What can be exchanged: a word of letters alone; numbers and marks mean what they say."""
-USUAL = r"\b[^\W\d_]{3,11}\b"
+USUAL_LETTERS = r"[^\W\d_]{3,11}"
 """What comes in."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What comes in."""
+
+    small: Sequence[str]
+    capital: Sequence[str] = ()
+    """Those with a capital, for words that have one; empty: small ones with one."""
+
+    def other(self, word: str, draw: random.Random) -> str:
+        """A word in the case of `word`."""
+        if not word[0].isupper():
+            return draw.choice(self.small)
+        other = draw.choice(self.capital or self.small)
+        return other.upper() if word.isupper() else other.capitalize()
+
+    def of_letters(self, letters: Collection[str]) -> "Words":
+        """Those that are made of these letters, small or capital."""
+        known = {letter.casefold() for letter in letters}
+        left = ([word for word in words if known.issuperset(word.casefold())] for words in (self.small, self.capital))
+        return Words(*left)
+
+    def without(self, talks: Iterable[Conversation]) -> "Words":
+        """Those that stand in none of the rows, in any case."""
+        asked = {word.casefold() for talk in talks for word in words_of(f"{request_of(talk)} {answer_of(talk)}")}
+        left = ([word for word in words if word.casefold() not in asked] for words in (self.small, self.capital))
+        return Words(*left)
+
+
+def spelled_words(tokenizer: "PreTrainedTokenizerBase") -> Words:
+    """Words that a model reads behind a space as one token, and has to write as several behind any other character.
+
+    A model that has learned a list of names by heart spells others wrong there: it must learn the pieces of a token.
+    """
+    texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+    words = sorted({text[1:] for text in texts if re.fullmatch(rf" {USUAL_LETTERS}", text)})
+    quote = len(tokenizer('"', add_special_tokens=False)["input_ids"])
+    pieces = tokenizer([f'"{word}' for word in words], add_special_tokens=False)["input_ids"]
+    spelled = [word for word, ids in zip(words, pieces, strict=True) if len(ids) > quote + 1]
+    return Words([word for word in spelled if word.islower()], [word for word in spelled if word.istitle()])
 
 
 @dataclass(frozen=True)
@@ -39,12 +83,12 @@ class Copy:
 
 
 def swapped(
-    talks: Sequence[Conversation], words: Sequence[str], copies: int, keep: Collection[str] = (), seed: int = SEED
+    talks: Sequence[Conversation], words: Words, copies: int, keep: Collection[str] = (), seed: int = SEED
 ) -> Iterator[Copy]:
     """`copies` times as many rows as `talks`, in their order; those in which nothing is exchanged too, so that the
     shares of kinds of rows stay.
 
-    words: what comes in, in small letters. keep: what stays beside the form of rows, in any case.
+    keep: what stays beside the form of rows, in any case.
     """
     draw = random.Random(seed)
     kept = {word.casefold() for word in keep}
@@ -81,15 +125,15 @@ def words_of(text: str) -> set[str]:
 
 def usual_words(texts: Sequence[str], least: int = 1) -> list[str]:
     """Words in small letters, of three to eleven of them, that stand in `least` places of the texts or more."""
-    said = Counter(word for text in texts for word in re.findall(USUAL, text) if word == word.lower())
+    said = Counter(word for text in texts for word in re.findall(rf"\b{USUAL_LETTERS}\b", text) if word == word.lower())
     return sorted(word for word, count in said.items() if count >= least)
 
 
-def english_words() -> list[str]:
+def english_words() -> Words:
     """Words of English prose that come in where no others are given: those that stand in three places or more of the
     answers of rows that come with qtune."""
     lines = shipped_rows("docstrings").read_text(encoding="utf-8").splitlines()
-    return usual_words([json.loads(line)["messages"][-1]["content"] for line in lines], least=3)
+    return Words(usual_words([json.loads(line)["messages"][-1]["content"] for line in lines], least=3))
 
 
 def request_of(talk: Conversation) -> str:
@@ -153,8 +197,8 @@ def _keys_in(value: Any) -> Iterator[str]:
             yield from _keys_in(inner)
 
 
-def _swapped(talk: Conversation, candidates: Sequence[str], words: Sequence[str], draw: random.Random) -> Copy:
-    exchanged = {word: _in_case_of(word, draw.choice(words)) for word in candidates if draw.random() < SHARE}
+def _swapped(talk: Conversation, candidates: Sequence[str], words: Words, draw: random.Random) -> Copy:
+    exchanged = {word: words.other(word, draw) for word in candidates if draw.random() < SHARE}
     if not exchanged:
         return Copy(talk, {})
     pattern = re.compile(rf"\b(?:{'|'.join(exchanged)})\b")
@@ -163,12 +207,6 @@ def _swapped(talk: Conversation, candidates: Sequence[str], words: Sequence[str]
         return pattern.sub(lambda found: exchanged[found[0]], text)
 
     return Copy(replace(talk, messages=tuple(_with(message, change) for message in talk.messages)), exchanged)
-
-
-def _in_case_of(word: str, other: str) -> str:
-    if len(word) > 1 and word.isupper():
-        return other.upper()
-    return other.capitalize() if word[0].isupper() else other
 
 
 def _with(message: Message, change: Callable[[str], str]) -> Message:
