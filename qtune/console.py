@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +75,6 @@ def json_text(value: Any) -> str:
 def say(message: RenderableType) -> None:
     """Prints a message about the work to stderr."""
     _console(stderr=True).print(message)
-
-
-def say_in_file(message: str) -> None:
-    """Prints a message to stderr where no display on a terminal shows that the work goes on."""
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        console.print(message)
 
 
 def say_of_process(message: str) -> None:
@@ -173,18 +167,18 @@ class Bar:
 
     def update(self, done: float, *, total: float | None = None, description: str | None = None) -> None:
         """Sets how much is done, and the total or the description where they changed."""
-        self.done = done
+        self.done = round(done, 6)  # shares of a row add up to whole ones
         self.total = self.total if total is None else total
         self.description = description or self.description
         if self._progress is not None:
             self._progress.update(
-                self._progress.task_ids[0], completed=done, total=self.total, description=self.description
+                self._progress.task_ids[0], completed=self.done, total=self.total, description=self.description
             )
         elif self.total:
-            quarter = min(4, int(4 * done / self.total))
+            quarter = min(4, int(4 * self.done / self.total))
             if quarter > self._said:
                 self._said = quarter
-                say(f"{self.description}: {min(100, round(100 * done / self.total))} %")
+                say(f"{self.description}: {min(100, round(100 * self.done / self.total))} %")
 
 
 @contextmanager
@@ -205,16 +199,35 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
         yield Bar(description, total, _progress=drawn)
 
 
+SILENCE_SECONDS = 3.0
+"""Without a line in a file, after which the next part of what is waited for has one of its own."""
+
+
 @contextmanager
-def waiting(for_what: str) -> Iterator[None]:
-    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins."""
+def waiting(for_what: str) -> Iterator[Callable[[str], None]]:
+    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins.
+
+    Yields what is told which part is next: the terminal shows it, a file has a line of it after SILENCE_SECONDS.
+    """
     console = live_console()
     if not console.is_terminal or console.quiet:
         say(f"{for_what} …")
-        yield
+        yield _after_silence(for_what)
         return
-    with console.status(Text(for_what), refresh_per_second=4):
-        yield
+    with console.status(Text(for_what), refresh_per_second=4) as status:
+        yield lambda part: status.update(Text(f"{for_what}: {part}"))
+
+
+def _after_silence(for_what: str) -> Callable[[str], None]:
+    said = time.monotonic()
+
+    def tell(part: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SILENCE_SECONDS:
+            said = time.monotonic()
+            say(f"{for_what}: {part}")
+
+    return tell
 
 
 def clock(seconds: float | None) -> str:

@@ -54,6 +54,8 @@ UNKNOWN_REACH = 131_072
 ENOUGH_FOR_STRAYS, STRAYS = 20, 0.01
 """From so many rows on, this share of them (one at least) does not decide the length alone."""
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+NEXT = (("check", "what would spoil the run"), ("run", "train it; Ctrl-C saves"))
+"""The verbs that a recipe is written for."""
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
 )
@@ -405,7 +407,10 @@ def _checked(text: str, file: Path) -> str:
         problems = []
         for problem in error.problems:
             key = problem.message.split(" ", 1)[0].rstrip(":")
-            problems.append(Problem(_OPTIONS.get(key, problem.place), problem.message))
+            option = _OPTIONS.get(key)
+            # Who gave an option has written no key: "--data: …", not "--data: data.train = …".
+            said = problem.message if option is None else problem.message.removeprefix(key).removeprefix(" = ")
+            problems.append(Problem(option or problem.place, said))
         raise RecipeError(problems) from error
     return text
 

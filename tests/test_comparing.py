@@ -102,6 +102,25 @@ def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_wit
     assert soft.parameters == 3 * 64
 
 
+def test_a_line_of_several_runs_names_their_seeds_and_only_several_lines_differ_from_the_first(
+    enough: list[Path], tmp_path: Path
+) -> None:
+    named = [tmp_path / "mine-seed1", tmp_path / "mine-seed2"]
+    for run, name in zip(enough[:2], named, strict=True):
+        shutil.copytree(run, name)
+    runs = compared_runs([*named, enough[2]], rows=8)
+    one, several = compare(runs[:2]), compare(runs)
+    assert [line.name for line in several.lines] == ["mine, seeds 1 and 2", enough[2].name]
+    head, rows = cells(one)
+    assert not {"less than the first", "more than the first"} & set(head)
+    assert "less than the first" in cells(several)[0]
+    assert all(len(row) == len(head) for row in rows)
+    assert "~" not in "".join(explanation(one))
+    assert "<h1>1 configuration, 2 runs</h1>" in comparison_page(one)
+    other = compare([replace(runs[0], run="first"), runs[1]])
+    assert [line.name for line in other.lines] == ["first and mine-seed2"]
+
+
 def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     enough: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +319,7 @@ def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: li
 def test_the_table_and_the_page_have_the_same_figures(enough: list[Path]) -> None:
     found = compare(compared_runs(enough, rows=8))
     head, rows = cells(found)
-    assert [row[0] for row in rows] == ["base", "run", "run"]
+    assert [row[0] for row in rows] == ["base", "run and second", "run"]
     assert all(len(row) == len(head) for row in rows)
     page = comparison_page(found)
     for row in rows:

@@ -124,6 +124,18 @@ def _bases(runs: Sequence[ComparedRun]) -> tuple[Base, ...]:
     return tuple({id(base): base for base in found.values()}.values())
 
 
+def _name_of(group: Sequence[ComparedRun]) -> str:
+    """Of one run its folder's name; of several what theirs have in common, and their seeds: "recipe, seeds 42 and 43"
+    for recipe-seed42 and recipe-seed43. Runs that are called otherwise are named one by one."""
+    names = [Path(run.run).resolve().name for run in group]
+    if len(names) == 1:
+        return names[0]
+    stems = {name.removesuffix(f"-seed{run.seed}") for name, run in zip(names, group, strict=True)}
+    *others, last = [str(run.seed) for run in group] if len(stems) == 1 else names
+    several = f"{', '.join(others)} and {last}"
+    return f"{stems.pop()}, seeds {several}" if len(stems) == 1 else several
+
+
 def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
     """first: what the first line has drawn, which it puts there."""
 
@@ -140,7 +152,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
     scores = [answer_scores(run.evaluation) for run in group]
     answers = [list(score.tuned) for score in scores if score is not None]
     return Configuration(
-        name=Path(group[0].run).resolve().name,
+        name=_name_of(group),
         runs=tuple(run.run for run in group),
         seeds=tuple(run.seed for run in group),
         adapter=group[0].adapter,
@@ -159,20 +171,25 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
 def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     """The table as texts: column names, and a row for the base and each configuration."""
     has_answers = comparison.answers_name is not None
-    head = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first"]
-    head += [str(comparison.answers_name), "more than the first"] if has_answers else []
+    are_several = len(comparison.lines) > 1  # else there is no first one to differ from
+
+    def with_change(value: str, change: str) -> list[str]:
+        return [value, change] if are_several else [value]
+
+    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", "less than the first")]
+    head += with_change(str(comparison.answers_name), "more than the first") if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
     rows = []
     for base in comparison.bases:
         name = "base" if len(comparison.bases) == 1 else f"base {base.name} ({base.quantization})"
-        row = [name, "", "", "", f"{base.loss:.3f}", ""]
-        row += [f"{100 * (base.answers or 0.0):.1f} %", ""] if has_answers else []
+        row = [name, "", "", "", *with_change(f"{base.loss:.3f}", "")]
+        row += with_change(f"{100 * (base.answers or 0.0):.1f} %", "") if has_answers else []
         rows.append([*row, f"0 of {base.neutral_loss:.3f}", "", ""])
     for line in comparison.lines:
         row = [line.name, line.adapter, f"{line.parameters / 1e6:.3f} M", str(len(line.runs))]
-        row += [_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}")]
+        row += with_change(_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}"))
         if has_answers:
-            row += [_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}")]
+            row += with_change(_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}"))
         row += [_text(line.forgotten, 1, "{:+.3f}"), clock(line.seconds), gib_text(line.peak_bytes)]
         rows.append(row)
     return head, rows
@@ -214,7 +231,8 @@ def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
     several = any(len(line.runs) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"
-    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again; ~: the interval has 0 in it"]
+    around_zero = "; ~: the interval has 0 in it" if len(comparison.lines) > 1 else ""
+    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again{around_zero}"]
     if several:
         said.append("±: the standard deviation between runs that differ by their seed alone")
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")

@@ -340,7 +340,8 @@ def _detected(source: Source) -> str:
         missing = [
             _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
         ]
-        raise DataError([*missing, Problem(first[0].place, unknown_columns(first[0].value))])
+        # With the names of `columns` put right the shape may be known: what else is wrong can only be said then.
+        raise DataError(missing or Problem(first[0].place, unknown_columns(first[0].value)))
     return shape
 
 

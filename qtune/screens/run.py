@@ -5,6 +5,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from qtune.console import clock
+from qtune.screens.commands import commands_text
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def summary_text(summary: "Summary") -> str:
         lines.append(f"validation loss {last.loss:.4f}, accuracy {last.accuracy:.1%}{at}")
     if summary.adapter_step is not None:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
-    commands = [shlex.join(["qtune", verb, str(path)]) for verb, _ in NEXT]
-    width = max(map(len, commands))
-    lines += [f"  {command:<{width}}  {does}" for command, (_, does) in zip(commands, NEXT, strict=True)]
+    lines.append(commands_text([(["qtune", verb, str(path)], does) for verb, does in NEXT]))
     return "\n".join(lines)
 
 
