@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
@@ -20,6 +21,8 @@ from qtune.startup.launched import launched
 
 # A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
 PLAIN_WIDTH = 120
+LONGEST_NAME = 36
+"""Characters at the beginning of a table's row that are not folded: no key of a recipe is longer."""
 
 
 class _SafeConsole(Console):
@@ -72,9 +75,23 @@ def json_text(value: Any) -> str:
     return escaped_in_json(json.dumps(value, indent=2, ensure_ascii=not can_show_all)) + "\n"
 
 
+_drawn_on: ContextVar[Console | None] = ContextVar("_drawn_on", default=None)
+"""The console that a display redraws itself on: what is said meanwhile goes above it, and not into its line."""
+
+
+@contextmanager
+def drawing_on(console: Console) -> Iterator[None]:
+    """While the block runs, a display redraws itself on this console."""
+    token = _drawn_on.set(console)
+    try:
+        yield
+    finally:
+        _drawn_on.reset(token)
+
+
 def say(message: RenderableType) -> None:
     """Prints a message about the work to stderr."""
-    _console(stderr=True).print(message)
+    live_console().print(message)
 
 
 def say_of_process(message: str) -> None:
@@ -89,17 +106,21 @@ def say_error(message: str) -> None:
 
 
 def live_console() -> Console:
-    """The console of stderr, for displays that redraw themselves."""
-    return _console(stderr=True)
+    """The console of stderr, for displays that redraw themselves: one for all that do so at a time."""
+    return _drawn_on.get() or _console(stderr=True)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
 ) -> Table:
-    """A plain table; `right` names the columns (by index) that hold figures."""
+    """A plain table; `right` names the columns (by index) that hold figures. What stands first names its row: on a
+    narrow terminal the other columns are folded, so that it can be read and copied whole."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    is_name = max((len(str(row[0])) for row in rows), default=0) <= LONGEST_NAME
     for index, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if index in right else "left", header_style="dim", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        no_wrap = index == 0 and is_name
+        drawn.add_column(name, justify=justify, header_style="dim", overflow="fold", no_wrap=no_wrap)
     for row in rows:
         drawn.add_row(*row)
     return drawn
@@ -194,7 +215,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
     words = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
     # Where nobody knows how much there is, a bar would say nothing.
     columns = (*words, BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()) if total else words
-    with Progress(*columns, console=console, transient=True) as drawn:
+    with drawing_on(console), Progress(*columns, console=console, transient=True) as drawn:
         drawn.add_task(description, total=total)
         yield Bar(description, total, _progress=drawn)
 
@@ -214,7 +235,7 @@ def waiting(for_what: str) -> Iterator[Callable[[str], None]]:
         say(f"{for_what} …")
         yield _after_silence(for_what)
         return
-    with console.status(Text(for_what), refresh_per_second=4) as status:
+    with drawing_on(console), console.status(Text(for_what), refresh_per_second=4) as status:
         yield lambda part: status.update(Text(f"{for_what}: {part}"))
 
 

@@ -27,7 +27,7 @@ from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Resolved, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
-from qtune.recipe.schema import Lora, Model, Recipe
+from qtune.recipe.schema import Data, Lora, Model, Recipe, Training
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 
@@ -467,6 +467,21 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
         look_at("mixed")
 
 
+FROM_NO_ROW = (
+    "recipe.toml: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended rather "
+    "than the recipe, write it again with --force"
+)
+
+
+def test_nothing_in_a_recipe_follows_from_rows_of_which_none_can_be_used(here):
+    Path("plants.csv").write_bytes(b"question,answer\n" + "Wächst er?,Ja.\n".encode("latin-1") * 150)
+    done = init("--base", MODEL, "--data", "plants.csv")
+    assert FROM_NO_ROW in done.stderr
+    recipe, default = load_recipe(Path("recipe.toml")).recipe, Data(train="plants.csv")
+    assert recipe.training.epochs == Training().epochs
+    assert recipe.data.validation == default.validation
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -477,7 +492,8 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
             '{"question": "x"}\n',
             [
                 "rows.jsonl: its only row cannot be used: rows.jsonl:1: columns question fit no known shape; "
-                "'question' is there and 'answer' is missing"
+                "'question' is there and 'answer' is missing",
+                FROM_NO_ROW,
             ],
         ),
         (
@@ -491,7 +507,8 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
             3 * '{"question": 7, "answer": "x"}\n',
             [
                 "rows.jsonl: none of 3 rows can be used: rows.jsonl:1: question = 7: not a text; "
-                "qtune check recipe.toml names them all"
+                "qtune check recipe.toml names them all",
+                FROM_NO_ROW,
             ],
         ),
     ],

@@ -1,6 +1,7 @@
 """The training display: drawn from the records of metrics.jsonl, redrawn on a terminal, plain lines elsewhere."""
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qtune.console import clock, live_console, say
+from qtune.console import clock, drawing_on, live_console, say
 from qtune.run.metrics import AnswersRecord, EvalRecord, Metric, NoteRecord, TrainRecord
 from qtune.sizes import gib_text
 
@@ -28,29 +29,30 @@ class TrainingDisplay:
         self._answers: AnswersRecord | None = None
         self._beside: str | None = None
         self._beside_line = float("-inf")
+        self._shown = ExitStack()
         console = live_console()
         is_live = console.is_terminal and not console.quiet
         self._live = Live(console=console, refresh_per_second=4, transient=False) if is_live else None
 
     def __enter__(self) -> "TrainingDisplay":
         if self._live:
-            self._live.start()
+            self._shown.enter_context(drawing_on(self._live.console))
+            self._shown.enter_context(self._live)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
-            self._live.stop()
+        self._shown.close()
 
     def show(self, record: Metric) -> None:
         """Takes the next record of metrics.jsonl."""
         self._beside = None
         if isinstance(record, NoteRecord):
-            self._print(record.message)
+            say(record.message)
             return
         if isinstance(record, AnswersRecord):
-            self._print(answers_text(record, self._answers))
+            say(answers_text(record, self._answers))
             self._answers = record
             return
         if self._started is None:
@@ -74,12 +76,6 @@ class TrainingDisplay:
         elif is_new or now - self._beside_line >= SECONDS_BETWEEN_LINES:
             self._beside_line = now
             say(f"{told} …")
-
-    def _print(self, message: str) -> None:
-        if self._live:
-            self._live.console.print(message)
-        else:
-            say(message)
 
     def _is_due(self, record: TrainRecord | EvalRecord) -> bool:
         is_end = record.step in (1, record.steps)
