@@ -69,6 +69,7 @@ MOST_TOKENS = 16_777_216
 MOST_SEEDS = 100
 """Runs of one command."""
 MOST_ROWS = 1_000_000
+MOST_COPIES = 100
 MOST_PROCESSES = 64
 """Of one computer: more cards than any has."""
 
@@ -1043,6 +1044,50 @@ def _profile_recipe(
         for part in draw_savings(compared, cards.SIZES, timed):
             console.out(part)
     return f"{recipe.model.base} on {plan.device.name}", profiled.forecast.prediction
+
+
+@app.command(rich_help_panel="Prepare")
+def swap(
+    recipe: RecipeArgument,
+    changes: SetOption = None,
+    copies: Annotated[
+        int, typer.Option("--copies", min=1, max=MOST_COPIES, help="How many copies there will be of each row.")
+    ] = 2,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="WORD", help="A word that stays as it is, as --keep billing. Repeatable."),
+    ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option("--words", metavar="FILE", help="A text whose words come in; left out, English prose."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files that are written.")] = False,
+) -> None:
+    """Add rows with other words, for answers that copy from their requests: the model learns to copy, not the names.
+
+    Where request and answer share a word, a name or a place, both get another one. The copies, and the rows they are
+    made of, come into a file beside the new recipe, NAME.swapped.toml; rows that are held out stay held out, without
+    copies. Not for answers that judge or know: a label that stands in its request is no name (--keep).
+    """
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe, written_beside
+
+    file = find_recipe(recipe)
+    resolved = load_recipe(file, changes or ())
+    target = output or written_beside(file, ".swapped.toml")
+    _load_libraries()
+    from qtune import swap as stage
+    from qtune.screens.swap import draw_examples
+
+    stage.require_free(resolved, target, force=force)
+    made = stage.swap(resolved, target, copies, words, keep or ())
+    for sentence in stage.said_of(made, resolved):
+        console.say(sentence)
+    console.say(draw_examples(made.examples))
+    console.out(f"{target}")
 
 
 @app.command(rich_help_panel="Prepare")

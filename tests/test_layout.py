@@ -56,6 +56,7 @@ ROOMS = (
     "diagnosis",
     "doctor",
     "init",
+    "swap",
     "screens",
     "verbs",
     "cli",
