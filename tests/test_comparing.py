@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -228,6 +229,20 @@ def test_runs_that_spent_memory_and_spoke_otherwise_differ_by_chance_alone(enoug
     resolved.write_text(text)
     found = compare(compared_runs([enough[0], copied], rows=8))
     assert [len(line.runs) for line in found.lines] == [2]
+
+
+def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
+    first, second, _ = compared_runs(enough, rows=8)
+    twice = compare([first, replace(first, run="runs/again")])
+    assert twice.lines[0].loss.deviation is None
+    said = "\n".join(explanation(twice))
+    assert f"{first.run} and runs/again have one recipe and one seed: the same run over again" in said
+    assert "±" not in said + "".join("".join(row) for row in cells(twice)[1])
+    losses = [replace(row, tuned=row.tuned + 1) for row in second.evaluation.row_losses]
+    worse = replace(second, evaluation=replace(second.evaluation, row_losses=tuple(losses)))
+    three = compare([first, replace(first, run="runs/again"), worse])
+    assert three.lines[0].loss.deviation == pytest.approx(stdev([0, 1]))
+    assert "±: the standard deviation between seeds" in "\n".join(explanation(three))
 
 
 def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:

@@ -20,17 +20,19 @@ from qtune.verdicts.verdict import number
 class Measure:
     """A figure of a configuration: its mean over rows and runs, its spread, and the difference to the first one's.
 
-    by_run: each run's own mean. change: None for the first configuration itself.
+    by_run: each run's own mean. by_seed: that of the runs with each seed: the same run twice says nothing of chance.
+    change: None for the first configuration itself.
     """
 
     interval: Interval
     by_run: tuple[float, ...]
+    by_seed: tuple[float, ...]
     change: Interval | None
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over runs; None of a single one."""
-        return stdev(self.by_run) if len(self.by_run) > 1 else None
+        """Standard deviation over seeds; None of a single one."""
+        return stdev(self.by_seed) if len(self.by_seed) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,13 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
         is_first = salt == 0
         if is_first:
             first[name] = found
-        return Measure(found.interval(), by_run, None if is_first else found.less(first[name]))
+        of_seeds: dict[int, list[float]] = {}
+        for seed, mean in zip(seeds, by_run, strict=True):
+            of_seeds.setdefault(seed, []).append(mean)
+        by_seed = tuple(map(fmean, of_seeds.values()))
+        return Measure(found.interval(), by_run, by_seed, None if is_first else found.less(first[name]))
 
+    seeds = tuple(run.seed for run in group)
     tokens = [float(row.tokens) for row in group[0].evaluation.row_losses]
     pieces = [float(piece.tokens) for piece in group[0].forgetting.pieces]
     scores = [answer_scores(run.evaluation) for run in group]
@@ -154,7 +161,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
     return Configuration(
         name=_name_of(group),
         runs=tuple(run.run for run in group),
-        seeds=tuple(run.seed for run in group),
+        seeds=seeds,
         adapter=group[0].adapter,
         parameters=group[0].parameters,
         seconds=fmean(run.seconds for run in group),
@@ -204,12 +211,12 @@ def task_cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
 
 
 def _text(measure: Measure | None, factor: float, form: str) -> str:
-    """ "0.412 (0.390 to 0.437), ±0.011 over runs"."""
+    """ "0.412 (0.390 to 0.437), ±0.011 over seeds"."""
     if measure is None:
         return ""
     text = _interval_text(measure.interval, factor, form)
     deviation = measure.deviation
-    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over runs"
+    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over seeds"
 
 
 def _change(measure: Measure | None, factor: float, form: str) -> str:
@@ -229,12 +236,19 @@ def _interval_text(interval: Interval, factor: float, form: str) -> str:
 
 def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
-    several = any(len(line.runs) > 1 for line in comparison.lines)
+    several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"
     around_zero = "; ~: the interval has 0 in it" if len(comparison.lines) > 1 else ""
     said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again{around_zero}"]
     if several:
-        said.append("±: the standard deviation between runs that differ by their seed alone")
+        said.append("±: the standard deviation between seeds, of runs that differ in nothing else")
+    for line in comparison.lines:
+        for seed in sorted({seed for seed in line.seeds if line.seeds.count(seed) > 1}):
+            same = [run for run, own in zip(line.runs, line.seeds, strict=True) if own == seed]
+            said.append(
+                f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
+                "says nothing about chance; qtune run RECIPE --seeds 3 trains others"
+            )
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
     if len(comparison.bases) > 1:
         said.append(
