@@ -54,6 +54,8 @@ UNKNOWN_REACH = 131_072
 ENOUGH_FOR_STRAYS, STRAYS = 20, 0.01
 """From so many rows on, this share of them (one at least) does not decide the length alone."""
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+NEXT = (("check", "what would spoil the run"), ("run", "train it; Ctrl-C saves"))
+"""The verbs that a recipe is written for."""
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
 )
@@ -146,7 +148,9 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
 
 
 def _by_rows(look: "FirstLook", adapter: type[AdapterTable], positions: int) -> dict[KeyPath, Any]:
-    """What follows from the rows; where none can be used, what follows from one. positions: that the model has."""
+    """What follows from the rows; nothing where none can be used. positions: that the model has."""
+    if not look.usable:
+        return {("data", "columns"): look.columns}
     share = Data.model_fields["validation"].default
     longest = max(1, min(_longest(look.row_bytes), positions - adapter.model_construct().prompt_length))
     examples = max(1, look.examples(longest))
@@ -211,6 +215,11 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
         count = count if look.usable else f"none of {look.rows:,} rows can" if look.rows > 1 else "its only row cannot"
         rest = "" if look.bad_count == 1 else f"; {shlex.join(['qtune', 'check', str(file)])} names them all"
         said.append(f"{data}: {count} be used: {why}{rest}")
+        if not look.usable:
+            said.append(
+                f"{file}: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended "
+                "rather than the recipe, write it again with --force"
+            )
     if 0 < look.usable < FEW_ROWS and not look.document_bytes:
         rows = "1 row is" if look.usable == 1 else f"{look.usable} rows are"
         said.append(f"{data}: {rows} few: below some {FEW_ROWS} a model learns them by heart")
@@ -405,7 +414,10 @@ def _checked(text: str, file: Path) -> str:
         problems = []
         for problem in error.problems:
             key = problem.message.split(" ", 1)[0].rstrip(":")
-            problems.append(Problem(_OPTIONS.get(key, problem.place), problem.message))
+            option = _OPTIONS.get(key)
+            # Who gave an option has written no key: "--data: …", not "--data: data.train = …".
+            said = problem.message if option is None else problem.message.removeprefix(key).removeprefix(" = ")
+            problems.append(Problem(option or problem.place, said))
         raise RecipeError(problems) from error
     return text
 

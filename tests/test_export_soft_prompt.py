@@ -19,6 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 P_TUNING = 'kind = "p-tuning"\nvirtual_tokens = 5'
 RESIDUAL = 'kind = "p-tuning"\nvirtual_tokens = 5\nresidual = true\ninitialization = "vocabulary"'
+RESIDUAL_PROMPT = (
+    'kind = "prompt-tuning"\nvirtual_tokens = 3\nresidual = true\ninitialization = "text"\ntext = "Be brief."'
+)
 PROMPT_TUNING = 'kind = "prompt-tuning"\nvirtual_tokens = 3'
 USER = ({"role": "user", "content": "Name a colour."},)
 CONVERSATIONS = {
@@ -41,11 +44,15 @@ def live_logits(run: RunDir, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("adapter", "tied"),
-    [(P_TUNING, True), (PROMPT_TUNING, False), (RESIDUAL, True)],
-    ids=["tied", "own head", "residual"],
+    ("adapter", "tied", "family"),
+    [
+        *((P_TUNING, True, family) for family in ("llama", "gemma2", "gemma3_text", "qwen3")),
+        *((PROMPT_TUNING, False, family) for family in ("llama", "gemma2", "gemma3_text", "qwen3")),
+        (RESIDUAL, True, "llama"),
+        (RESIDUAL, True, "gemma3_text"),
+        (RESIDUAL_PROMPT, False, "llama"),
+    ],
 )
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_logits_equal_the_live_model_s_within_rounding(adapter: str, tied: bool, family: str, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, adapter, family=family, tie_word_embeddings=tied)
     model, tokenizer = loaded(export_run(run, Options()))

@@ -25,6 +25,7 @@ from qtune.recipe.file import check_recipe
 from qtune.recipe.parse import changed
 from qtune.recipe.schema import Recipe
 from qtune.recipe.text import rewritten
+from qtune.run.resolved import text_for
 from qtune.screens.memory import draw_fit
 from qtune.sizes import size_in_bytes
 
@@ -409,6 +410,16 @@ batch_size = 8
     assert check_recipe(elsewhere, tmp_path / "other" / "two.toml").recipe.training.steps == 5
 
 
+def test_sources_with_tables_of_their_own_stay_on_their_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    text = TEXT.replace('"rows.jsonl"', '[{ path = "rows.jsonl", weight = 2.0 }] # twice\nmax_length = 64')
+    resolved = check_recipe(text, tmp_path / "one.toml")
+    moved = text_for(resolved, tmp_path / "other" / "two.toml")
+    (line,) = (line for line in moved.splitlines() if line.startswith("train"))
+    assert line == f'train = [{{ path = "{tmp_path / "rows.jsonl"}", weight = 2.0, format = "auto" }}] # twice'
+    assert check_recipe(moved, tmp_path / "other" / "two.toml").recipe.data.max_length == 64
+
+
 @pytest.mark.usefixtures("by_head")
 def test_the_screen_shows_every_step_with_its_price() -> None:
     assert (
@@ -418,7 +429,7 @@ tiny on a card, 1.57 GiB
 as qtune run would do it, 2 x 128 tokens at once need 2.42 GiB: does not fit
 length: data.max_length, every token scored
 
-change                              a row needs  and then                 price
+tried                               a row needs  and then                 price
 memory.embeddings = "host"             2.66 GiB  2.42 GiB  does not fit   the head crosses the bus twice a
                                                                           micro-batch, same result; slower
                                                                           answers

@@ -20,6 +20,7 @@ COMMANDS = {
     "check": ["check", "recipe.toml"],
     "profile": ["profile", "recipe.toml"],
     "fit": ["fit", "recipe.toml"],
+    "swap": ["swap", "recipe.toml"],
     "eval": ["eval", "runs/x"],
     "compare": ["compare", "runs/x", "runs/y"],
     "export": ["export", "runs/x"],

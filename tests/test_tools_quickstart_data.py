@@ -41,10 +41,11 @@ def test_there_are_enough_rows():
     assert len(rows("test")) >= 100
 
 
-@pytest.mark.parametrize("name", ["train", "test"])
-def test_the_files_are_what_the_tool_makes(name):
-    train, test = load_tool().make_rows()
-    assert rows(name) == {"train": train, "test": test}[name]
+@pytest.mark.parametrize("name", ["train", "test", "swapped"])
+def test_the_files_are_what_the_tool_makes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_quickstart_data.py", "--output", str(tmp_path)])
+    load_tool().main()
+    assert (tmp_path / f"quickstart_{name}.jsonl").read_bytes() == (DATA / f"quickstart_{name}.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["train", "test"])

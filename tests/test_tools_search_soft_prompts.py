@@ -130,14 +130,13 @@ def _words(row: dict) -> set[str]:
 
 def test_a_swapped_row_asks_for_the_words_that_its_answer_has(search: ModuleType) -> None:
     import soft_prompt_tasks
-    import swap_words
 
     plain, swapped = search.tasks()["quickstart"], search.tasks()["quickstart_swapped"]
     assert (swapped.train[: len(plain.train)], swapped.test) == (plain.train, plain.test)
     changed = 0
     for row, before in zip(swapped.train[len(plain.train) :], plain.train * soft_prompt_tasks.COPIES, strict=True):
-        request, answer = swap_words.contents(row)
-        own, old = json.loads(answer), json.loads(swap_words.contents(before)[1])
+        request, answer = (message["content"] for message in row["messages"])
+        own, old = json.loads(answer), json.loads(before["messages"][1]["content"])
         assert (own["command"], list(own)) == (old["command"], list(old)), "the form of an answer stays"
         assert all(value in request for key, value in own.items() if isinstance(value, str) and key != "command")
         changed += own != old

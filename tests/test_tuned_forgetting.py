@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import tiny_run
+from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,6 +45,30 @@ def test_the_base_s_loss_is_what_plain_transformers_computes_and_the_tuned_one_s
     tuned = mean_losses(load_run(run).model, base, front=3)
     assert [piece.tuned for piece in found.pieces] == pytest.approx(tuned, rel=1e-4)
     assert found.base != found.tuned
+
+
+EVERY_KIND = {
+    "lora": ('kind = "lora"\nrank = 4', 0),
+    "ia3": ('kind = "ia3"', 0),
+    "prefix tuning": ('kind = "prefix-tuning"\nvirtual_tokens = 3', 0),
+    "p-tuning": ('kind = "p-tuning"\nvirtual_tokens = 3\nencoder_hidden_size = 16', 3),
+    "p-tuning, residual": ('kind = "p-tuning"\nvirtual_tokens = 3\nresidual = true', 3),
+    "prompt tuning, residual": ('kind = "prompt-tuning"\nvirtual_tokens = 3\nresidual = true', 3),
+}
+"""Each with the positions that its virtual tokens take before a text."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "front"), EVERY_KIND.values(), ids=EVERY_KIND)
+def test_of_every_kind_it_is_the_loss_of_what_peft_loads_from_the_adapter_s_folder(
+    adapter: str, front: int, tmp_path: Path
+) -> None:
+    run = tiny_run(tmp_path, adapter, quantization=PLAIN)
+    base = run.path.parent / "base"
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run.adapter)
+    found = measure_forgetting(run)
+    assert [piece.tuned for piece in found.pieces] == pytest.approx(mean_losses(theirs.eval(), base, front), rel=1e-4)
+    assert found.tuned != found.base
 
 
 def test_it_is_measured_once_for_a_text(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

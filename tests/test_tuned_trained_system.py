@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_families import TEMPLATES
 from conftest import run_warm_qtune
 from export_models import tiny_run
 
@@ -75,7 +76,16 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
     assert command(session, "/trained").startswith("the training rows' system message is set")
     assert (session.system, session.turns) == ("Be brief.", [])
     session.trained_system = None
-    assert command(session, "/trained").startswith("most training rows have no system message")
+    none = "most training rows have no system message of their own, or they are not known any more"
+    assert command(session, "/trained") == none
+    assert command(session, "/system") == "no system message, conversation forgotten"
+    session.tokenizer.chat_template = (TEMPLATES / "smollm2.jinja").read_text()
+    writes = (
+        "; where none is set, the chat template writes: "
+        '"You are a helpful AI assistant named SmolLM, trained by Hugging Face"'
+    )
+    assert command(session, "/trained") == none + writes
+    assert command(session, "/system") == f"no system message, conversation forgotten{writes}"
 
 
 @pytest.mark.slow

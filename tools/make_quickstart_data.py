@@ -1,24 +1,30 @@
 """Writes the quickstart's data: English requests and the one JSON command that each of them means.
 
-    python tools/make_quickstart_data.py            # writes recipes/data/quickstart_{train,test}.jsonl
+    python tools/make_quickstart_data.py            # writes recipes/data/quickstart_{train,test,swapped}.jsonl
 
 The same seed always gives the same files. Both files use the same slot values (a room, a time, a name), but no
 command with the same combination of arguments is in both, and no request is. A model that only memorised the training
-rows answers none of the test rows.
+rows answers none of the test rows. The third file has the training rows twice with other words in request and answer,
+as `qtune swap` makes them.
 """
 
 import argparse
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from qtune.data.conversation import Conversation
+from qtune.data.swapped import english_words, swapped
 
 SEED = 20
 TRAIN_ROWS_PER_COMMAND = 112
 TEST_ROWS_PER_COMMAND = 20
+COPIES = 2
+"""Of each row, with other words."""
 
 Slots: TypeAlias = dict[str, tuple[str, str | int]]
 """What is said and what is meant: {"day": ("on Monday", "Monday")}."""
@@ -197,13 +203,21 @@ def conversation(request: str, answer: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
 
 
+def swapped_rows(rows: Sequence[dict[str, Any]], words: Sequence[str], copies: int) -> list[dict[str, Any]]:
+    """`copies` times as many rows, with other words, which come from `words`."""
+    talks = [Conversation(tuple(row["messages"])) for row in rows]
+    return [{"messages": list(copy.talk.messages)} for copy in swapped(talks, words, copies)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = Path(__file__).resolve().parent.parent / "recipes" / "data"
     parser.add_argument("--output", type=Path, default=data, help="folder to write to (default: recipes/data)")
     folder: Path = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "test"), make_rows(), strict=True):
+    train, test = make_rows()
+    made = {"train": train, "test": test, "swapped": swapped_rows(train, english_words(), COPIES)}
+    for name, rows in made.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"quickstart_{name}.jsonl").write_text(lines, encoding="utf-8")
 

@@ -12,8 +12,8 @@ that the time cut ("cut_at") is.
 The base is frozen, so that many adapters train in one batch: each run has its own rows, prompt, rate and gradient norm,
 and a forward of the base serves all of a group; LoRAs share one where only their seed and task differ. What a run sees
 is what `qtune run` shows it: the start by `adapter/attach` and `adapter/starts`, the order of rows, the schedule,
-AdamW, clipping. The 4-bit weights are unpacked once into the type that their products are computed in, which changes no
-number.
+AdamW, clipping, norms, rotations and attention. The 4-bit weights are unpacked once into the type that their products
+are computed in, which changes no number.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from qtune.data.collate import PaddedCollator
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import Prepared, prepare
 from qtune.device.present import present_device
+from qtune.model.fast_blocks import install_fast_blocks
 from qtune.model.load import load_base, load_tokenizer
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
@@ -197,6 +198,7 @@ class Worker:
         self.tokenizer = load_tokenizer(recipe.model)
         self.network = unpacked(load_base(recipe.model, recipe.quantization, self.plan), self.plan.compute_dtype)
         self.network.requires_grad_(False)
+        install_fast_blocks(self.network)
         self.pad = find_ends(self.network, self.tokenizer).pad
         self.word = float(self.network.get_input_embeddings().weight[::16].float().norm(dim=1).mean())
         self.vocabulary = len(self.tokenizer)

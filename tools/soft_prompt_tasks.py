@@ -1,6 +1,7 @@
 """The three tasks that soft prompts are searched on: rows to train on, to choose by, and to open once at the end."""
 
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import make_quickstart_data as quickstart
 import make_triage_data as triage
-import swap_words
+
+from qtune.data.swapped import usual_words
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 Row = dict[str, Any]
@@ -36,16 +38,21 @@ def tasks() -> dict[str, Task]:
     return {task.name: task for task in (quickstart, *others)}
 
 
+def read(file: Path) -> list[Row]:
+    """Of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def quickstart_task() -> Task:
     """Requests to commands. Of the rows that are held out half have values that stand in training rows, in other
     combinations, and half, the second, have names, rooms, events and messages that stand in none."""
-    rows = swap_words.read(DATA / "quickstart_train.jsonl")
+    rows = read(DATA / "quickstart_train.jsonl")
     new, more = new_quickstart_rows(NEW_VALUES, 200), new_quickstart_rows(MORE_NEW_VALUES, 100)
     return Task(
         "quickstart",
         tuple(rows[80:]),
         tuple(rows[:80] + new[:80] + more),
-        tuple(swap_words.read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
+        tuple(read(DATA / "quickstart_test.jsonl")[:120] + new[80:]),
         "Turn the request into one JSON command.",
         {"validation": 80, "test": 120},
     )
@@ -100,7 +107,7 @@ def new_quickstart_rows(values: dict[str, Any], count: int) -> list[Row]:
 
 def docstring_task() -> Task:
     """Questions about the standard library. Few answers can be known, so that the loss counts, not the exact match."""
-    rows = swap_words.read(DATA / "docstrings.jsonl")
+    rows = read(DATA / "docstrings.jsonl")
     return Task(
         "docstrings",
         tuple(rows[:440]),
@@ -118,8 +125,8 @@ def triage_task() -> Task:
 
 def swapped_task(task: Task) -> Task:
     """The same with more training rows, which have other words in request and answer. What is asked is as it was."""
-    words = swap_words.usual_words(docstring_task().train)
-    more = swap_words.swapped_rows(task.train, words, COPIES)
+    words = usual_words([row["messages"][-1]["content"] for row in docstring_task().train], least=3)
+    more = quickstart.swapped_rows(task.train, words, COPIES)
     return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *more))
 
 

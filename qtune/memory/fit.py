@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +31,7 @@ from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
 from qtune.recipe.text import rewritten
-from qtune.run.resolved import absolute_paths
+from qtune.run.resolved import text_for
 from qtune.sizes import gib_text
 
 if TYPE_CHECKING:
@@ -292,28 +291,4 @@ def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, in
 
 def fitted_text(resolved: Resolved, fitted: Fitted, target: Path) -> str:
     """The recipe's text for the file `target`, with what was found and what --set changed; paths right from there."""
-    asked = _set_changes(resolved)
-    if target.parent.resolve() != resolved.folder.resolve():
-        data = resolved.recipe.data
-        for key in ("train", "validation", "test", "chat_template"):
-            value = getattr(data, key)
-            if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
-                asked["data", key] = moved
-    text = rewritten(resolved.text, asked, "")
-    return rewritten(text, fitted.changes, f"to fit {gib_text(fitted.budget_bytes)}")
-
-
-def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
-    """What --set has put into the recipe, and as None what it has put out of it."""
-    changes: dict[KeyPath, Any] = {}
-    sources = {(str(path[0]), str(path[1])): origin.source for path, origin in resolved.origins.items()}
-    tables = resolved.recipe.model_dump(mode="json", exclude_none=True)
-    for table, key in sources:
-        if sources[table, key] == "--set":
-            changes[table, key] = tables[table][key]
-    given = tomllib.loads(resolved.text)
-    for table in {str(path[0]) for path in changes}:
-        for key in given.get(table, {}):
-            if sources.get((table, key)) not in ("recipe", "--set"):
-                changes[table, key] = None
-    return changes
+    return rewritten(text_for(resolved, target), fitted.changes, f"to fit {gib_text(fitted.budget_bytes)}")

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import qtune.kernels.ops  # noqa: F401  (defines torch.ops.qtune)
 from qtune.model.same_code import computes_the_same
+from qtune.model.short_attention import install_short_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +58,7 @@ class _Rotation(torch.autograd.Function):
 
 def install_fast_blocks(model: nn.Module) -> None:
     """Replaces what can be replaced in a model whose norms are frozen, for calls that want a gradient."""
+    install_short_attention()
     for module in model.modules():
         if "forward" in vars(module):  # somebody else's already
             continue

@@ -17,6 +17,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
 
 
+def shipped_rows(name: str) -> Path:
+    """A file of rows that recipes come with."""
+    return next(iter(shipped_recipes().values())).parent / "data" / f"{name}.jsonl"
+
+
 def find_recipe(name: str) -> Path:
     """The recipe file that `name` means: a path, or the name of a recipe that comes with qtune.
 

@@ -33,17 +33,25 @@ def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
         target = document[str(table)]
         assert isinstance(target, Table)
         if key in target:
-            old, new = target.value.item(str(key)), tomlkit.item(value)
+            old, new = target.value.item(str(key)), _item_of(value)
             assert isinstance(old, Item)
             # tomlkit puts one space before a comment of its own; this one keeps its column.
             new.trivia.comment_ws, new.trivia.comment = old.trivia.comment_ws, old.trivia.comment
             target[str(key)] = new
         else:
-            item = tomlkit.item(value)
+            item = _item_of(value)
             if reason:
                 item.comment(reason)
             _append(target, str(key), item)
     return tomlkit.dumps(document).rstrip("\n") + "\n"
+
+
+def _item_of(value: Any) -> Item:
+    """A value as tomlkit writes it; one with tables in it on its own line, where tomlkit would make tables below."""
+    has_tables = isinstance(value, dict) or (
+        isinstance(value, (list, tuple)) and any(isinstance(x, dict) for x in value)
+    )
+    return tomlkit.value(show_value(value)) if has_tables else tomlkit.item(value)
 
 
 def _append(table: Table, key: str, item: Any) -> None:

@@ -15,7 +15,7 @@ from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Origin, Resolved, leaves, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import FileSource, KeyPath, Recipe, is_run_name
-from qtune.recipe.text import show_value
+from qtune.recipe.text import rewritten, show_value
 from qtune.run.folder import RunDir
 
 if TYPE_CHECKING:
@@ -91,6 +91,34 @@ def absolute_paths(value: Any, folder: Path) -> Any:
         is_pattern = any(character in value for character in "*?[")
         return str(path.absolute()) if is_pattern or path.exists() else value
     return value
+
+
+def text_for(resolved: Resolved, target: Path) -> str:
+    """The recipe's text as the file `target`, with what --set changed; relative data paths are right from there."""
+    asked = _set_changes(resolved)
+    if target.parent.resolve() != resolved.folder.resolve():
+        data = resolved.recipe.data
+        for key in ("train", "validation", "test", "chat_template"):
+            value = getattr(data, key)
+            if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
+                asked["data", key] = moved
+    return rewritten(resolved.text, asked, "")
+
+
+def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
+    """What --set has put into the recipe, and as None what it has put out of it."""
+    changes: dict[KeyPath, Any] = {}
+    sources = {(str(path[0]), str(path[1])): origin.source for path, origin in resolved.origins.items()}
+    tables = resolved.recipe.model_dump(mode="json", exclude_none=True)
+    for table, key in sources:
+        if sources[table, key] == "--set":
+            changes[table, key] = tables[table][key]
+    given = tomllib.loads(resolved.text)
+    for table in {str(path[0]) for path in changes}:
+        for key in given.get(table, {}):
+            if sources.get((table, key)) not in ("recipe", "--set"):
+                changes[table, key] = None
+    return changes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.data.conversation import Conversation, RowError, shown
-from qtune.data.template import prompt_ids
+from qtune.data.own_system import own_system
+from qtune.data.template import Renderer, default_template, prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem
 from qtune.model.load import load_plain, load_tokenizer
@@ -71,6 +72,13 @@ class Session:
     def has_adapter(self) -> bool:
         """Whether there is an adapter to switch."""
         return isinstance(self.model, PeftModel)
+
+    @property
+    def about_template(self) -> str:
+        """What is said of a system message that the chat template writes where none is given; empty where it writes
+        none."""
+        written = own_system(Renderer.of(self.tokenizer, default_template(self.tokenizer)))
+        return "" if written is None else f"; where none is set, the chat template writes: {shown(written, 120)}"
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> str:
         """The model's answer to `text`, streamed to `on_text` and kept in the history.
@@ -224,7 +232,8 @@ def command(session: Session, text: str) -> str:
             kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
             return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
-            return "most training rows have no system message, or they are not known any more"
+            said = "most training rows have no system message of their own, or they are not known any more"
+            return f"{said}{session.about_template}"
         case ["/trained"]:
             session.system, session.turns = session.trained_system, []
             return "the training rows' system message is set, conversation forgotten"
@@ -233,7 +242,7 @@ def command(session: Session, text: str) -> str:
             return "system message set, conversation forgotten"
         case ["/system"]:
             session.system, session.turns = None, []
-            return "no system message, conversation forgotten"
+            return f"no system message, conversation forgotten{session.about_template}"
         case ["/help", *_]:
             return HELP
         case ["/adapter", *_]:

@@ -13,6 +13,8 @@ import torch
 from bitsandbytes.autograd import _functions
 from transformers.integrations import moe
 
+from qtune.model import short_attention
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -48,6 +50,12 @@ QUESTIONS = (
         "_can_use_grouped_mm",
         lambda capability: lambda rows, weight, ends: capability >= (8, 0),
         "transformers 5.23 multiplies the experts one by one before Ampere",
+    ),
+    DeviceQuestion(
+        short_attention,
+        "is_widened",
+        lambda capability: lambda query, dtype: False,
+        "attention of short rows is computed in float32 on a processor alone",
     ),
 )
 

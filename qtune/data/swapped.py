@@ -1,0 +1,192 @@
+"""Rows once more with other words in request and answer, so that a model learns to copy, not a list of names.
+
+A model that is trained on twelve names and ten rooms learns to choose among them; one that seldom sees a value twice
+has to learn to copy it. A word is exchanged where it stands in what is asked and in what is answered, everywhere in its
+row by the same other one. In another case it is another word: "Book" asks for something to be done with the book club.
+Words that belong to the form of rows stay.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qtune.data.conversation import Conversation, Message
+from qtune.recipe.shipped import shipped_rows
+
+SHARE = 0.6
+"""Of the words that could be exchanged, those that are: names come beside names that stay."""
+COMMON = 0.1
+"""A word in so large a share of the requests, or of the answers, belongs to their form."""
+SEED = 5
+TEXTS = ("content", "reasoning_content")
+"""Of a message."""
+OWN = r"[^\W\d_]{3,}"
+"""What can be exchanged: a word of letters alone; numbers and marks mean what they say."""
+USUAL = r"\b[^\W\d_]{3,11}\b"
+"""What comes in."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A row with other words, and which ones: those that it had before to those that it has now."""
+
+    talk: Conversation
+    exchanged: Mapping[str, str]
+
+
+def swapped(
+    talks: Sequence[Conversation], words: Sequence[str], copies: int, keep: Collection[str] = (), seed: int = SEED
+) -> Iterator[Copy]:
+    """`copies` times as many rows as `talks`, in their order; those in which nothing is exchanged too, so that the
+    shares of kinds of rows stay.
+
+    words: what comes in, in small letters. keep: what stays beside the form of rows, in any case.
+    """
+    draw = random.Random(seed)
+    kept = {word.casefold() for word in keep}
+    own = {word for word in own_words(talks) if word.casefold() not in kept}
+    shared = [sorted(shared_words(talk) & own) for talk in talks]
+    for _ in range(copies):
+        for talk, candidates in zip(talks, shared, strict=True):
+            yield _swapped(talk, candidates, words, draw)
+
+
+def own_words(talks: Sequence[Conversation]) -> set[str]:
+    """Words of answers that are no part of the form of rows: a tenth of the answers or of the requests has those, keys
+    of JSON are made of them, and tools describe themselves with them."""
+    answers = Counter(word for talk in talks for word in words_of(answer_of(talk)))
+    requests = Counter(word for talk in talks for word in words_of(request_of(talk)))
+    most = COMMON * len(talks)
+    form = {word for talk in talks for word in _form_of(talk)}
+    return {
+        word
+        for word, count in answers.items()
+        if count < most and requests[word] < most and word not in form and re.fullmatch(OWN, word)
+    }
+
+
+def shared_words(talk: Conversation) -> set[str]:
+    """Words that stand in what is asked and in what is answered, in the same case."""
+    return words_of(request_of(talk)) & words_of(answer_of(talk))
+
+
+def words_of(text: str) -> set[str]:
+    """Every different word."""
+    return set(re.findall(r"\w+", text))
+
+
+def usual_words(texts: Sequence[str], least: int = 1) -> list[str]:
+    """Words in small letters, of three to eleven of them, that stand in `least` places of the texts or more."""
+    said = Counter(word for text in texts for word in re.findall(USUAL, text) if word == word.lower())
+    return sorted(word for word, count in said.items() if count >= least)
+
+
+def english_words() -> list[str]:
+    """Words of English prose that come in where no others are given: those that stand in three places or more of the
+    answers of rows that come with qtune."""
+    lines = shipped_rows("docstrings").read_text(encoding="utf-8").splitlines()
+    return usual_words([json.loads(line)["messages"][-1]["content"] for line in lines], least=3)
+
+
+def request_of(talk: Conversation) -> str:
+    """All that is not the model's to say."""
+    return "\n".join(_said(message) for message in talk.messages if message["role"] != "assistant")
+
+
+def answer_of(talk: Conversation) -> str:
+    """All that the model says, the values of its calls' arguments included."""
+    said = [message for message in talk.messages if message["role"] == "assistant"]
+    return "\n".join(text for message in said for text in (_said(message), *_arguments_of(message)))
+
+
+def _said(message: Message) -> str:
+    return "\n".join(str(message.get(key) or "") for key in TEXTS)
+
+
+def _calls_of(message: Message) -> list[Any]:
+    return list(message.get("tool_calls") or ())
+
+
+def _arguments_of(message: Message) -> Iterator[str]:
+    for call in _calls_of(message):
+        yield from _texts_in(call["function"]["arguments"])
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts in a value as JSON has them, without the keys of its objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts_in(inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts_in(inner)
+
+
+def _form_of(talk: Conversation) -> Iterator[str]:
+    """Words that a row must not have otherwise: keys, names of functions, what tools describe; and words behind an
+    escape, which begin with its letter ("\\nAnna"), so that not all of them would be found."""
+    for message in talk.messages:
+        text = _said(message)
+        for key in re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', text):
+            yield from words_of(key)
+        yield from re.findall(r"\\[bfnrt](\w+)", text)
+        for call in _calls_of(message):
+            yield from words_of(json.dumps(call["function"]["name"], ensure_ascii=False))
+            yield from words_of(" ".join(_keys_in(call["function"]["arguments"])))
+    for tool in talk.tools:
+        yield from words_of(json.dumps(tool, ensure_ascii=False))
+
+
+def _keys_in(value: Any) -> Iterator[str]:
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _keys_in(inner)
+    elif isinstance(value, dict):
+        yield from map(str, value)
+        for inner in value.values():
+            yield from _keys_in(inner)
+
+
+def _swapped(talk: Conversation, candidates: Sequence[str], words: Sequence[str], draw: random.Random) -> Copy:
+    exchanged = {word: _in_case_of(word, draw.choice(words)) for word in candidates if draw.random() < SHARE}
+    if not exchanged:
+        return Copy(talk, {})
+    pattern = re.compile(rf"\b(?:{'|'.join(exchanged)})\b")
+
+    def change(text: str) -> str:
+        return pattern.sub(lambda found: exchanged[found[0]], text)
+
+    return Copy(replace(talk, messages=tuple(_with(message, change) for message in talk.messages)), exchanged)
+
+
+def _in_case_of(word: str, other: str) -> str:
+    if len(word) > 1 and word.isupper():
+        return other.upper()
+    return other.capitalize() if word[0].isupper() else other
+
+
+def _with(message: Message, change: Callable[[str], str]) -> Message:
+    changed = message | {key: change(message[key]) for key in TEXTS if isinstance(message.get(key), str)}
+    if calls := _calls_of(message):
+        changed["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": _changed(call["function"]["arguments"], change)}}
+            for call in calls
+        ]
+    return changed
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A value as JSON has it, with its texts changed and the keys of its objects as they were."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [_changed(inner, change) for inner in value]
+    if isinstance(value, dict):
+        return {key: _changed(inner, change) for key, inner in value.items()}
+    return value

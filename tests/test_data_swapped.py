@@ -1,0 +1,177 @@
+"""Rows with other words say the same thing of other words: what an answer copies is still in its request."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qtune.data.conversation import Conversation
+from qtune.data.swapped import Copy, own_words, shared_words, swapped, usual_words
+
+DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+WORDS = ["walrus", "granite", "seldom"]
+NAMES = ("Maria", "Tom", "Anna", "David", "Sarah", "Peter", "Olga", "Lucas", "Paul", "Elena", "Laura", "René")
+
+
+def talk(request: str, answer: str, *before: dict, **more: object) -> Conversation:
+    return Conversation(
+        (*before, {"role": "user", "content": request}, {"role": "assistant", "content": answer}), **more
+    )
+
+
+def filled(*talks: Conversation) -> list[Conversation]:
+    """Among so many others that no word of theirs is common."""
+    return [*talks, *(talk(f"number {'abcdefghij'[n % 10] * 3}{n}", f"{n}") for n in range(30))]
+
+
+def copies_of(one: Conversation, count: int = 20, **given: object) -> list[Copy]:
+    """Of the first of many rows."""
+    rows = filled(one)
+    return list(swapped(rows, WORDS, count, **given))[:: len(rows)]
+
+
+def texts(one: Conversation) -> list[str]:
+    return [message["content"] for message in one.messages]
+
+
+def test_a_word_that_is_copied_becomes_the_same_other_word_wherever_it_stands() -> None:
+    seen = set()
+    for copy in copies_of(talk("Call Maria, or Maria's brother", '{"call": "Maria"}')):
+        request, answer = texts(copy.talk)
+        name = json.loads(answer)["call"]
+        assert request == f"Call {name}, or {name}'s brother"
+        assert copy.exchanged == ({} if name == "Maria" else {"Maria": name})
+        seen.add(name)
+    assert seen == {"Maria", *(word.capitalize() for word in WORDS)}
+
+
+def test_words_of_the_form_of_answers_stay() -> None:
+    rows = [talk("call a number now", f'{{"call": "number", "of": "{name}"}}') for name in NAMES]
+    assert own_words(rows) == set(NAMES)
+    assert [copy.talk for copy in swapped(rows, WORDS, 1)] == rows, "names stand in no request, and the rest is form"
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(talk("set a timer of 5 minutes", '{"minutes": 5}'), id="a key of JSON"),
+        pytest.param(talk("feed the cat", "cats"), id="a part of a longer word"),
+        pytest.param(talk("room 101, 5 pm", "101 5 pm"), id="numbers and marks"),
+        pytest.param(talk("Book book club", "book it"), id="what the caller keeps"),
+        pytest.param(talk("who is anna", '{"text": "Dear\\nanna and anna"}'), id="behind an escape"),
+        pytest.param(
+            talk("the weather", "weather", tools=({"type": "function", "function": {"name": "weather"}},)),
+            id="what a tool describes",
+        ),
+    ],
+)
+def test_what_says_something_by_itself_stays(one: Conversation) -> None:
+    assert all(copy.talk == one and not copy.exchanged for copy in copies_of(one, keep=["BOOK"]))
+
+
+def test_a_word_in_another_case_is_another_word() -> None:
+    for copy in copies_of(talk("Book book club at NOON", "book at NOON")):
+        request, answer = texts(copy.talk)
+        title, _, time = answer.split()
+        assert request == f"Book {title} club at {time}"
+        assert title.islower()
+        assert time.isupper()
+
+
+def test_earlier_turns_speak_of_the_same_word() -> None:
+    system = {"role": "system", "content": "The owner is Maria"}
+    turns = ({"role": "user", "content": "Maria has a cat"}, {"role": "assistant", "content": "Good for Maria"})
+    for copy in copies_of(talk("Whose is it?", "It is Maria's", system, *turns)):
+        name = copy.exchanged.get("Maria", "Maria")
+        assert texts(copy.talk) == [
+            f"The owner is {name}", f"{name} has a cat", f"Good for {name}", "Whose is it?", f"It is {name}'s"
+        ]  # fmt: skip
+
+
+def test_a_system_message_of_all_rows_stays_as_it_is() -> None:
+    system = {"role": "system", "content": "Rooms: kitchen, attic"}
+    rooms = ["kitchen", "attic"] + [f"room{n}" for n in range(30)]
+    rows = [talk(f"light in the {room}", room, system) for room in rooms]
+    assert all(copy.talk.messages[0] == system for copy in swapped(rows, WORDS, 5))
+
+
+def test_arguments_of_calls_are_answers_and_names_and_keys_in_them_are_form() -> None:
+    def call(room: str) -> list[dict]:
+        arguments = {"light": {"rooms": [room, 7]}, "on": True}
+        return [{"type": "function", "function": {"name": "switch", "arguments": arguments}}]
+
+    asked = {"role": "user", "content": "switch the light on in the attic"}
+    one = Conversation((asked, {"role": "assistant", "tool_calls": call("attic")}))
+    seen = set()
+    for copy in copies_of(one):
+        room = copy.exchanged.get("attic", "attic")
+        assert copy.talk.messages[0]["content"] == f"switch the light on in the {room}"
+        assert copy.talk.messages[1]["tool_calls"] == call(room)
+        seen.add(room)
+    assert seen == {"attic", *WORDS}
+    assert one.messages[1]["tool_calls"] == call("attic"), "the row that was given is as it was"
+
+
+def test_what_is_thought_before_an_answer_speaks_of_the_same_word() -> None:
+    answer = {"role": "assistant", "content": "Maria", "reasoning_content": "They mean Maria."}
+    one = Conversation(({"role": "user", "content": "Call Maria"}, answer))
+    for copy in copies_of(one):
+        name = copy.exchanged.get("Maria", "Maria")
+        assert copy.talk.messages[1] == {
+            "role": "assistant", "content": name, "reasoning_content": f"They mean {name}."
+        }  # fmt: skip
+
+
+def test_what_else_a_message_says_of_itself_stays() -> None:
+    one = Conversation(
+        ({"role": "user", "content": "Call Maria"}, {"role": "assistant", "content": "Maria", "weight": 0})
+    )
+    for copy in copies_of(one):
+        assert copy.talk.messages[1] == {
+            "role": "assistant", "content": copy.exchanged.get("Maria", "Maria"), "weight": 0
+        }  # fmt: skip
+
+
+def test_words_with_letters_beyond_ascii_are_words() -> None:
+    assert shared_words(talk("Ruf Jürgen an", "Jürgen")) == {"Jürgen"}
+    assert any(copy.exchanged for copy in copies_of(talk("Ruf Jürgen an", "Jürgen")))
+    assert usual_words(["über das Jahr, über"], least=2) == ["über"]
+
+
+def test_copies_come_in_the_order_of_their_rows_and_the_same_ones_each_time() -> None:
+    rows = filled(talk("Call Maria", "Maria"))
+    made = list(swapped(rows, WORDS, 3))
+    assert made == list(swapped(rows, WORDS, 3))
+    assert [texts(copy.talk)[0] for copy in made[1:31]] == [texts(one)[0] for one in rows[1:]]
+    assert len(made) == 3 * len(rows)
+
+
+# --- the quickstart's ---
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"quickstart_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def contents(row: dict) -> tuple[str, str]:
+    request, answer = (message["content"] for message in row["messages"])
+    return request, answer
+
+
+def test_no_swapped_row_is_a_test_row() -> None:
+    asked, answered = ({contents(one)[place].casefold() for one in read("test")} for place in (0, 1))
+    assert not asked & {contents(one)[0].casefold() for one in read("swapped")}
+    assert not answered & {contents(one)[1].casefold() for one in read("swapped")}
+
+
+def test_what_an_answer_takes_from_its_request_is_still_there() -> None:
+    for one in read("swapped"):
+        request, answer = contents(one)
+        for key, value in json.loads(answer).items():
+            assert key == "command" or re.search(rf"(?i)\b{re.escape(str(value))}\b", request), (request, answer)
+
+
+def test_the_share_of_words_that_are_exchanged_leaves_names_beside_new_ones() -> None:
+    counts = {len(copy.exchanged) for copy in copies_of(talk("Call Maria and Tom", "Maria, Tom"), 60)}
+    assert counts == {0, 1, 2}

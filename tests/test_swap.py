@@ -1,0 +1,270 @@
+"""`qtune swap`: a recipe that trains on its rows and on copies of them with other words, and holds out what it held
+out."""
+
+import csv
+import errno
+import json
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from qtune import cli
+from qtune.data.conversation import Conversation
+from qtune.data.prepare import Prepared, prepare
+from qtune.errors import QtuneError
+from qtune.recipe.file import load_recipe
+
+PAIRS = [
+    (f"Please call {a}{b}{a}ster now", f"call {a}{b}{a}ster")
+    for a in string.ascii_uppercase[:4]
+    for b in string.ascii_lowercase[:10]
+]
+"""Each about somebody that no other row speaks of."""
+
+SHAPES: dict[str, Callable[[str, str], dict[str, object]]] = {
+    "messages": lambda asked, said: {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    },
+    "conversations": lambda asked, said: {
+        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    },
+    "prompt and completion": lambda asked, said: {"prompt": asked, "completion": said},
+    "instruction": lambda asked, said: {"instruction": asked, "input": "", "output": said},
+    "own columns": lambda asked, said: {"symptom": asked, "advice": said},
+}
+COLUMNS = 'columns = { question = "symptom", answer = "advice" }'
+
+
+def written(file: Path, rows: Sequence[dict[str, object]]) -> Path:
+    """Rows in a file of the kind that its name says."""
+    match file.suffix:
+        case ".csv":
+            with file.open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(list(rows)), file)
+        case _:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def recipe_in(folder: Path, base: Path, train: str, data: str = "validation = 0.1", training: str = "") -> Path:
+    file = folder / "recipe.toml"
+    file.write_text(
+        f'[model]\nbase = "{base}"\n[data]\n# Whose rows?\ntrain = "{train}"\n{data}\n[training]\n{training}\n'
+    )
+    return file
+
+
+def prepared(recipe: Path) -> Prepared:
+    resolved = load_recipe(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.recipe.model.base)
+    return prepare(resolved.recipe.data, tokenizer, resolved.folder, seed=resolved.recipe.training.seed)
+
+
+def talks(found: Prepared, split: str) -> list[tuple[str, str]]:
+    read = [Conversation.from_json(text).messages for text in found.examples[split]["conversation"]]
+    return [(messages[-2]["content"], messages[-1]["content"]) for messages in read]
+
+
+@pytest.fixture
+def swap(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Calls the verb."""
+    monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
+
+    def call(*words: str | Path) -> Result:
+        done = CliRunner().invoke(cli.app, ["swap", *map(str, words)], env={"COLUMNS": "200"})
+        if isinstance(done.exception, QtuneError):
+            done.stderr_bytes = str(done.exception).encode()
+        return done
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [*((shape, "jsonl") for shape in SHAPES), ("messages", "parquet"), ("instruction", "csv"), ("own columns", "csv")],
+)
+def test_rows_of_every_shape_are_trained_on_as_before_and_beside_their_copies(
+    shape: str, kind: str, swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / f"rows.{kind}", [SHAPES[shape](*pair) for pair in PAIRS])
+    data = f"validation = 0.1\n{COLUMNS}" if shape == "own columns" else "validation = 0.1"
+    recipe = recipe_in(tmp_path, tiny_model, f"rows.{kind}", data)
+    before = prepared(recipe)
+    done = swap(recipe)
+    assert (done.exit_code, done.stdout.strip()) == (0, str(tmp_path / "recipe.swapped.toml")), done.output
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    rows = len(before.train)
+    assert len(after.train) == 3 * rows
+    assert after.train[:rows] == before.train[:], "the same tokens and labels, in the same order"
+    assert sorted(after.validation["input_ids"]) == sorted(before.validation["input_ids"])
+    changed = 0
+    for number, (asked, said) in enumerate(talks(after, "train")[rows:]):
+        name = said.removeprefix("call ")
+        assert asked == f"Please call {name} now"
+        changed += said != talks(before, "train")[number % rows][1]
+    assert changed > rows
+
+
+def test_nothing_is_made_of_a_row_that_is_held_out(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of such rows one word in two stays, so that a copy of one would be found."""
+    rows = [SHAPES["messages"](f"{asked} or {said[5:]}man", f"{said} {said[5:]}man") for asked, said in PAIRS]
+    written(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.2")
+    assert swap(recipe, "--copies", "6").exit_code == 0
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    held_out = {word for pair in talks(after, "validation") for text in pair for word in text.split()}
+    trained = {word for pair in talks(after, "train") for text in pair for word in text.split()}
+    assert held_out & trained == {"Please", "call", "now", "or"}
+
+
+def test_other_splits_keep_their_own_shape_wherever_the_recipe_is_written(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    for name, part in (("rows", PAIRS[:30]), ("validation", PAIRS[30:35]), ("test", PAIRS[35:])):
+        written(tmp_path / f"{name}.jsonl", [SHAPES["own columns"](*pair) for pair in part])
+    recipe = recipe_in(
+        tmp_path, tiny_model, "rows.jsonl", f'validation = "validation.jsonl"\ntest = "test.jsonl"\n{COLUMNS}'
+    )
+    made = tmp_path / "elsewhere" / "new.toml"
+    done = swap(recipe, "--output", made, "--set", "training.seed=7")
+    assert done.exit_code == 0, done.output
+    assert not made.with_suffix(".held-out.jsonl").exists(), "the recipe names its own"
+    after = prepared(made)
+    assert (talks(after, "validation"), talks(after, "test")) == (PAIRS[30:35], PAIRS[35:])
+    assert len(after.train) == 90
+    assert "# Whose rows?" in made.read_text()
+    assert load_recipe(made).recipe.training.seed == 7
+
+
+def test_what_came_in_is_shown_and_how_to_train_as_long_as_before(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    made = tmp_path / "recipe.swapped.toml"
+    said = swap(recipe_in(tmp_path, tiny_model, "rows.jsonl", training="epochs = 3.0")).stderr
+    assert "36 rows and 72 copies with other words" in said
+    assert "the 4 rows that are held out; nothing is made of them" in said
+    assert (
+        f"an epoch has 3 times as many steps now; as many as before: qtune run {made} --set training.epochs=1" in said
+    )
+    assert re.search(r"row +Please call (\w+) now → call \1 *\ncopy +Please call (?!\1)(\w+) now → call \2 *\n", said)
+    assert len(load_recipe(made, ["training.epochs=1"]).recipe.data.train) > 0
+
+
+def test_words_come_from_a_text_of_the_user_s_and_kept_ones_stay(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    letters = string.ascii_lowercase
+    words = [f"über{a}{b}" for a in letters[:12] for b in letters[:12]]
+    (tmp_path / "words.txt").write_text(" ".join(words))
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.0")
+    done = swap(recipe, "--words", tmp_path / "words.txt", "--keep", "aaaster", "--copies", "4")
+    assert done.exit_code == 0, done.output
+    said = [said.removeprefix("call ") for _, said in talks(prepared(tmp_path / "recipe.swapped.toml"), "train")]
+    assert said.count("AaAster") == 5
+    assert {name for name in said if not name.endswith("ster")} <= {word.capitalize() for word in words}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "told"),
+    [
+        ([{"text": f"{asked} {said}"} for asked, said in PAIRS], [], "is raw text, in which no answer copies"),
+        ([SHAPES["messages"](f"what is {n}", f"{n}") for n in range(40)], [], "no word stands in a request and in"),
+        ([SHAPES["messages"](*pair) for pair in PAIRS[:5]], [], "no word stands in a request and in its answer"),
+        ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "nowhere.txt"], "--words nowhere.txt: cannot be"),
+        ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "{few}"], "2 different words of 3 to 11 small"),
+        ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "{binary}"], "is not UTF-8 text (byte 0)"),
+        ([SHAPES["messages"](*pair) for pair in PAIRS], ["-o", "{recipe}"], "is what the new rows would be made of"),
+    ],
+)
+def test_what_cannot_be_swapped_is_said_and_nothing_is_written(
+    rows: list[dict[str, object]],
+    options: list[str],
+    told: str,
+    swap: Callable[..., Result],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    (tmp_path / "few.txt").write_text("one two one")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    named = {"few": tmp_path / "few.txt", "binary": tmp_path / "binary.txt", "recipe": recipe}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = swap(recipe, *(option.format(**named) for option in options), "--force")
+    assert isinstance(done.exception, QtuneError)
+    assert told in str(done.exception)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_there_is_replaced_only_where_that_is_asked_for_and_never_the_rows_themselves(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / "recipe.swapped.rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "recipe.swapped.rows.jsonl")
+    assert "is what the new rows would be made of" in str(swap(recipe, "--force").exception)
+    assert swap(recipe, "--output", tmp_path / "new.toml").exit_code == 0
+    assert "are there already" in str(swap(recipe, "--output", tmp_path / "new.toml").exception)
+    assert swap(recipe, "--output", tmp_path / "new.toml", "--force").exit_code == 0
+
+
+def test_weights_of_sources_are_not_lost_in_silence(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    text = recipe.read_text().replace('"rows.jsonl"', '[{ path = "rows.jsonl", weight = 2.0 }]')
+    recipe.write_text(text)
+    assert "has sources with weights" in str(swap(recipe).exception)
+
+
+def test_several_answers_of_one_row_are_one_row(swap: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
+    """A template that renders earlier turns differently makes an example of each answer."""
+    turns = [
+        {"messages": [message for pair in (one, two) for message in SHAPES["messages"](*pair)["messages"]]}
+        for one, two in zip(PAIRS[:20], PAIRS[20:], strict=True)
+    ]
+    written(tmp_path / "rows.jsonl", turns)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content | upper }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", 'validation = 0.0\nchat_template = "template.jinja"')
+    before = len(prepared(recipe).train)
+    assert before == 40
+    assert swap(recipe).exit_code == 0
+    assert len(prepared(tmp_path / "recipe.swapped.toml").train) == 3 * before
+
+
+def test_a_disk_that_fails_leaves_no_recipe_that_names_rows_which_are_not_there(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    for failing in range(3):
+        done: list[Path] = []
+
+        def write(file: Path, text: str, done: list[Path] = done, failing: int = failing) -> None:
+            if len(done) == failing:
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+            done.append(file)
+
+        monkeypatch.setattr("qtune.swap.write_text", write)
+        assert isinstance(swap(recipe).exception, OSError)
+        assert not any(file.suffix == ".toml" for file in done)
