@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FUZZ_SEED, FUZZED
+from kept_folder import KeptFolder
 from safetensors.torch import load_file, save_file
 from test_run_drift import RECIPE, World, kept, world  # noqa: F401  fixtures
 
@@ -37,14 +38,13 @@ from qtune.verdicts.of_run import attempt_verdicts
 
 
 @pytest.fixture(scope="module")
-def exported(kept: tuple[Path, Path]) -> Path:  # noqa: F811
+def exported(kept: KeptFolder) -> Path:  # noqa: F811
     """The export of the finished run, verified; with its evaluation it is in the copy that `world` restores."""
-    home, copy = kept
-    run = RunDir.open(home / "runs" / "finished")
+    run = RunDir.open(kept.folder / "runs" / "finished")
     evaluate(run, rows=2, max_new_tokens=2)
     export_run(run, Options())
-    shutil.rmtree(copy)
-    shutil.copytree(home, copy)
+    shutil.rmtree(kept.copy)
+    shutil.copytree(kept.folder, kept.copy)
     return run.path / "model"
 
 
