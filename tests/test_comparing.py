@@ -92,6 +92,7 @@ def enough(folders: list[Path]) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_with_the_first(enough: list[Path]) -> None:
     found = compare(compared_runs(enough, rows=8))
     assert [(line.adapter, line.seeds) for line in found.lines] == [("lora", (1, 2)), ("prompt-tuning", (42,))]
@@ -177,6 +178,7 @@ def with_evaluation(run: Path, **changes) -> None:
     (run / "eval.json").write_text(json.dumps(kept | changes))
 
 
+@pytest.mark.slow
 def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
     enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +205,7 @@ def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
     assert [run.evaluation.to_json() for run in found] == alone
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_files_rows_is_not_taken_for_the_recipes_own(enough: list[Path], copied: Path) -> None:
     with_evaluation(copied, source="some/other.jsonl", rows=2)
     found = compared_runs([copied, enough[1]])

@@ -277,6 +277,7 @@ def test_the_schema_explains_every_key_and_knows_no_null():
     assert tables["Lora"]["properties"]["rank"]["description"] == Lora.model_fields["rank"].description
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     rows, file = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
     rows.write_text(rows_of(600))

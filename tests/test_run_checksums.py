@@ -77,7 +77,9 @@ def another(digit: str) -> str:
     return str((int(digit) + 1) % 10)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "metrics.jsonl" else []) for name in READERS]
+)
 def test_no_digit_of_a_record_can_change_without_a_word(name: str, exported: Path, world: World) -> None:  # noqa: F811
     run = world.finished
     file = run.path / name

@@ -99,6 +99,7 @@ def test_the_system_message_leads_every_prompt(session):
     assert answer == answer_of(session, said)
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(session):
     for number in range(20):
         session.ask(f"Question number {number}", lambda _: None)
