@@ -147,7 +147,11 @@ class Check:
         """Each key that somebody or a rule decided: its name, value and origin."""
         settled = settled_values(self.resolved, self.plan)
         return [
-            (".".join(map(str, path)), show_value(value), f"{origin.source} {origin.reason}".strip())
+            (
+                ".".join(map(str, path)),
+                show_value(value),
+                origin.reason if origin.source == "recipe" else origin.in_words,
+            )
             for path, value, origin in settled
             if origin.source != "default"
         ]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qtune import console
 from qtune.console import clock
-from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord
+from qtune.run.metrics import AnswersRecord, EvalRecord, NoteRecord, TrainRecord
 from qtune.training import display as training
 from qtune.training.display import TrainingDisplay, plain_line
 
@@ -282,7 +282,8 @@ def test_what_is_done_between_two_steps_is_shown_until_the_next_record(terminal:
         assert display._live is not None
         display._live.refresh()
         assert "step 20: asking 3 validation rows, 50% …" in terminal.export_text()
-        display.show(EVAL)
+        display.show(AnswersRecord(20, 75, 0.2667, 42.0, ()))
+        terminal.export_text()  # what was drawn until then
     assert "asking" not in terminal.export_text()
 
 

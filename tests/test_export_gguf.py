@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 import torch
 from chat_families import FAMILIES as CHAT_FAMILIES
 from chat_families import tokenizer_of
 from export_models import CHATML, some_ids, tiny_base, tiny_run, tiny_tokenizer
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,7 +23,14 @@ from qtune.export.closeness import shortfalls
 from qtune.export.export import Options, _gguf_command, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of
 from qtune.export.gguf.file import GgufType, write_gguf
-from qtune.export.gguf.verify import LIMITS, _compare, _config_to_read_with, _weight_failures, verify_gguf
+from qtune.export.gguf.verify import (
+    LIMITS,
+    _compare,
+    _config_to_read_with,
+    _weight_failures,
+    q8_0_rounding,
+    verify_gguf,
+)
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
 from qtune.export.opened_run import open_for_export
@@ -67,6 +75,34 @@ def gap(folder: Path, file: Path, **settings: Any) -> float:
     with torch.inference_mode():
         expected, found = exported(some_ids()).logits, read(some_ids()).logits
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("magnitude", [10.0**power for power in range(-5, 3)])
+def test_q8_0_moves_no_weight_farther_than_it_may_and_comes_near_to_it(magnitude: float) -> None:
+    """As gguf's own code rounds; a scale below fp16's smallest normal number, 6e-5, loses more of itself."""
+    random = np.random.default_rng(0)
+    values = (magnitude * random.uniform(0.3, 1, (4096, 1)) * random.uniform(-1, 1, (4096, 32))).astype(np.float32)
+    stored = GGMLQuantizationType.Q8_0
+    read = quants.dequantize(quants.quantize(values, stored), stored)
+    moved = torch.from_numpy(np.abs(read - values).max(axis=1))
+    allowed = q8_0_rounding(torch.from_numpy(np.abs(values).max(axis=1)))
+    assert bool((moved <= allowed).all())
+    assert float((moved / allowed).max()) > 0.5
+
+
+@pytest.mark.slow
+def test_a_file_that_is_not_the_export_is_kept_under_a_name_that_nothing_loads(
+    exported: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported.path / "model"
+    monkeypatch.setattr("qtune.export.gguf.verify._weight_failures", lambda *models: iter(["weight x is another"]))
+    with pytest.raises(VerificationError, match=r"weight x is another; it is kept as \S+-q8_0\.gguf\.unverified, and"):
+        export_run(exported, Options(gguf="q8_0"))
+    assert not list(folder.glob("*.gguf"))
+    assert read_proof(folder).verified
+    monkeypatch.undo()
+    export_run(exported, Options(gguf="q8_0"))
+    assert [file.name for file in folder.glob("*-q8_0.gguf")] != []
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_the_summary_is_made_of_the_runs_own_records(run: RunDir) -> None:
     records = [trained(step, loss, 3.0 * step) for step, loss in enumerate(losses, 1)]
     text = written(run, *records[:10], looked(10, 1.0, 31), *records[10:], looked(20, 1.25, 63))
     assert text.splitlines() == [
-        "RUN: 20 steps in 1:03, memory peak 1.00 GiB",
+        "RUN: 20 steps in 1:03",
         "training loss 2.5000 -> 0.3750 (means of the first and the last 2 logged steps)",
         "validation loss 1.2500, accuracy 75.0%; the best was 1.0000 at step 10",
         "  qtune eval RUN    # base against tuned on held-out rows",

@@ -31,18 +31,18 @@ def rows_with(folder: Path, *systems: str | None) -> Data:
     [
         (("Be brief.",) * 3, "Be brief."),
         (("Be brief.", "Be brief.", "Be kind."), "Be brief."),
-        (("Be brief.", "Be kind."), None),
-        (("Be brief.", None, None), None),
-        ((None,), None),
+        (("Be brief.", "Be kind."), ""),
+        (("Be brief.", None, None), ""),
+        ((None,), ""),
     ],
 )
-def test_what_most_rows_have_is_usual(tmp_path: Path, systems: tuple[str | None, ...], usual: str | None) -> None:
+def test_what_most_rows_have_is_usual(tmp_path: Path, systems: tuple[str | None, ...], usual: str) -> None:
     assert usual_system(rows_with(tmp_path, *systems), tmp_path) == usual
 
 
 def test_the_policy_of_the_recipe_counts_and_rows_that_are_gone_say_nothing(tmp_path: Path) -> None:
     data = rows_with(tmp_path, "Be brief.")
-    assert usual_system(data.model_copy(update={"system": "drop"}), tmp_path) is None
+    assert usual_system(data.model_copy(update={"system": "drop"}), tmp_path) == ""
     assert usual_system(data.model_copy(update={"train": "gone.jsonl"}), tmp_path) is None
 
 
@@ -76,7 +76,10 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
     assert command(session, "/trained").startswith("the training rows' system message is set")
     assert (session.system, session.turns) == ("Be brief.", [])
     session.trained_system = None
-    none = "most training rows have no system message of their own, or they are not known any more"
+    gone = "the training rows cannot be read here any more, nor can their system message"
+    assert command(session, "/trained") == gone
+    session.trained_system = ""
+    none = "the training rows have no system message that most of them share"
     assert command(session, "/trained") == none
     assert command(session, "/system") == "no system message, conversation forgotten"
     session.tokenizer.chat_template = (TEMPLATES / "smollm2.jinja").read_text()

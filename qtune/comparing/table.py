@@ -247,7 +247,7 @@ def explanation(comparison: SideBySide) -> list[str]:
             same = [run for run, own in zip(line.runs, line.seeds, strict=True) if own == seed]
             said.append(
                 f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
-                "says nothing about chance; qtune run RECIPE --seeds 3 trains others"
+                "says nothing about chance; for that, train it with: qtune run RECIPE --seeds 3"
             )
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
     if len(comparison.bases) > 1:

@@ -94,7 +94,8 @@ def _histogram(title: str, lengths: "Lengths") -> RenderableType:
     width = len(f"{lengths.edges[-1] - 1}")
     for start, end, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         bar = "█" * -(-count * BAR // most)
-        drawn.append(f"  {start:>{width}} to {end - 1:>{width}}  ", style="dim")
+        edges = f"{start:>{width}} to {end - 1:>{width}}" if end - 1 > start else f"{start:>{width}}{'':{width + 4}}"
+        drawn.append(f"  {edges}  ", style="dim")
         drawn.append(f"{bar:<{BAR}}", style="cyan")
         drawn.append(f"  {count:,}\n")
     drawn.right_crop(1)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from qtune.console import clock
 from qtune.screens.commands import commands_text
-from qtune.sizes import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def summary_text(summary: "Summary") -> str:
-    """Where the run is, its losses, time and memory, and the commands that go on from it."""
+    """Where the run is, its time and losses, and the commands that go on from it; a verdict says its memory."""
     path = summary.run_dir.path
-    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}{_memory(summary)}"]
+    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}"]
     if summary.losses is not None:
         lines.append(_training_loss(summary.losses))
     best = summary.best
@@ -57,7 +56,3 @@ def _training_loss(losses: "Losses") -> str:
     count = losses.count
     of = "first and last logged step" if count == 1 else f"means of the first and the last {count} logged steps"
     return f"training loss {losses.start:.4f} -> {losses.end:.4f} ({of})"
-
-
-def _memory(summary: "Summary") -> str:
-    return f", memory peak {size_text(summary.peak_bytes)}" if summary.peak_bytes else ""

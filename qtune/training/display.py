@@ -47,10 +47,12 @@ class TrainingDisplay:
 
     def show(self, record: Metric) -> None:
         """Takes the next record of metrics.jsonl."""
-        self._beside = None
         if isinstance(record, NoteRecord):
             say(record.message)
             return
+        if self._live and self._beside is not None:
+            self._live.update(self._drawing(self._latest))
+        self._beside = None
         if isinstance(record, AnswersRecord):
             say(answers_text(record, self._answers))
             self._answers = record

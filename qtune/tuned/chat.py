@@ -64,7 +64,7 @@ class Session:
     plan: Plan | None = None
     """How a run's model computes; None for a plain model."""
     trained_system: str | None = None
-    """The system message that most training rows have."""
+    """The system message that most training rows have; empty where they share none, None where that is not known."""
     cut: str | None = None
     """What is to be said of the last answer where it did not come to its end."""
 
@@ -183,7 +183,7 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
 
 def chat(session: Session, lines: Iterator[str]) -> None:
     """Answers each line on stdout until the lines or the user end; Ctrl-C stops an answer, not the conversation."""
-    if session.trained_system is not None and session.trained_system != session.system:
+    if session.trained_system and session.trained_system != session.system:
         console.say(
             f"training's rows have a system message; /trained asks with it: {shown(session.trained_system, 120)}"
         )
@@ -232,8 +232,10 @@ def command(session: Session, text: str) -> str:
             kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
             return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
-            said = "most training rows have no system message of their own, or they are not known any more"
+            said = "the training rows cannot be read here any more, nor can their system message"
             return f"{said}{session.about_template}"
+        case ["/trained"] if not session.trained_system:
+            return f"the training rows have no system message that most of them share{session.about_template}"
         case ["/trained"]:
             session.system, session.turns = session.trained_system, []
             return "the training rows' system message is set, conversation forgotten"
