@@ -1,22 +1,19 @@
 """A folder that tests damage, and a copy of it as it was: put back by what has changed alone.
 
-Removing a folder can wait for the disk (3.8 ms each on ext4), and a world of runs has dozens of them.
+Making a folder of runs anew is dozens of folders and a hundred files, each time; removing a folder can wait for the disk.
 """
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-YOUNG_SECONDS = 0.1
-"""A file that changed so lately may change again at what is the same time to the file system, whose clock ticks."""
-
-State = tuple[int, int, int]
-"""Inode, time of the last change in ns, bytes."""
+State = tuple[int, int, int, int, int]
+"""Inode, rights, bytes, times of the last write and of the last change in ns. What is put back has its copy's time of
+writing, which is past: a write at the same tick of the file system's clock shows all the same."""
 
 
 class KeptFolder:
@@ -40,9 +37,7 @@ class KeptFolder:
                 (self.folder / name).mkdir(parents=True)
             else:
                 shutil.copy2(wanted[name].path, self.folder / name, follow_symlinks=False)
-        young = time.time_ns() - int(YOUNG_SECONDS * 1e9)
-        states = {name: _state(entry) for name, entry in _entries(self.folder) if _kind(entry) != "folder"}
-        self._known = {name: state for name, state in states.items() if state[1] < young}
+        self._known = {name: _state(entry) for name, entry in _entries(self.folder) if _kind(entry) != "folder"}
 
     def _is_as_it_was(self, entry: "os.DirEntry[str]", name: str) -> bool:
         return _kind(entry) == "folder" or self._known.get(name) == _state(entry)
@@ -65,7 +60,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 def _state(entry: "os.DirEntry[str]") -> State:
     found = entry.stat(follow_symlinks=False)
-    return found.st_ino, found.st_ctime_ns, found.st_size
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _remove(entry: "os.DirEntry[str]") -> None:
