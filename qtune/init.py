@@ -17,7 +17,7 @@ from qtune.errors import DataError, ModelError, Problem, RecipeError
 from qtune.export.verification import VERIFICATION
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.model.reach import reach_of
-from qtune.recipe.file import check_recipe, load_recipe
+from qtune.recipe.file import check_recipe, load_recipe, missing_rows
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
     Adapter,
@@ -104,9 +104,10 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     Raises:
         RecipeError: there is no such adapter, model or data, each named by the option that gave it.
     """
+    wrong = []
     if adapter not in ADAPTERS:
-        raise RecipeError(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
-    _require_base(base)
+        wrong.append(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
+    _require_options(wrong, base, data)
     table = ADAPTERS[adapter]
     rate, _ = table.model_construct(**table.first_values).usual_rate
     quantization: type[Table] = Unquantized if is_export(base) else FourBit
@@ -245,6 +246,24 @@ def said_of_steps(look: "FirstLook", data: str, file: Path) -> list[str]:
     return said
 
 
+def _require_options(wrong: Sequence[Problem], base: str | None, data: str | None) -> None:
+    """What is wrong with --base and --data is said beside what is wrong already, all at once.
+
+    Raises:
+        RecipeError: with each of them.
+    """
+    found = list(wrong)
+    if base is not None:
+        try:
+            _require_base(base)
+        except RecipeError as error:
+            found += error.problems
+    if found and data is not None:  # alone, it is told with all that the recipe would have
+        found += [Problem("--data", f"{show_value(data)}: {fault.message}") for fault in missing_rows(data, Path())]
+    if found:
+        raise RecipeError(found)
+
+
 def _require_base(base: str) -> None:
     """What can be told of a base by its name and by the folder that it names; a hub id is not asked for.
 
@@ -302,10 +321,10 @@ def copied_recipe(
     Raises:
         RecipeError: there is no such recipe, model or data.
     """
+    wrong = []
     if name not in (shipped := shipped_recipes()):
-        raise RecipeError(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
-    if base is not None:
-        _require_base(base)
+        wrong.append(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
+    _require_options(wrong, base, data)
     original = check_recipe(shipped[name].read_text(encoding="utf-8"), shipped[name])
     lines, places = original.text.splitlines(), toml_lines(original.text)
     edits: dict[int, str | None] = {}

@@ -180,7 +180,7 @@ def with_evaluation(run: Path, **changes) -> None:
 
 @pytest.mark.slow
 def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
-    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The figures of each run are those that it has alone."""
     alone = [evaluate(RunDir(run), rows=5).to_json() for run in (copied, enough[1])]
@@ -197,7 +197,20 @@ def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
             return original(model, *rest)
 
         monkeypatch.setattr(f"qtune.tuned.{module}.row_losses", counted)
+    capsys.readouterr()
     found = compared_runs([copied, enough[1]], rows=5)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("base model", "tuned model"))]
+    base = resolved_recipe(RunDir(copied)).model.base
+    assert [line for line in said if not line.endswith("%")] == [
+        f"base model of {copied}, 5 rows …",
+        f"tuned model of {copied}, 5 rows …",
+        "base model, text about none of the rows …",
+        f"tuned model, what {copied} has forgotten …",
+        f"base model: {base} was asked the same before",
+        f"tuned model of {enough[1]}, 5 rows …",
+        f"base model: {base} was asked the same before",
+        f"tuned model, what {enough[1]} has forgotten …",
+    ]
     assert sorted(asked) == sorted(
         [(module, tuned) for module in ("evaluate", "forgetting") for tuned in (False, True, True)]
     )

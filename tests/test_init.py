@@ -150,6 +150,16 @@ def test_what_is_wrong_is_told_by_the_option_that_gave_it(here):
         '--base: "no/such/folder": neither a folder that exists nor a hub id (owner/name)',
         '--data: "nothing.jsonl": no such file or folder in .',
     ]
+    with pytest.raises(RecipeError) as told:
+        new_recipe("builtin:smollm2", "rwos.jsonl", "p-tune", Path("recipe.toml"))
+    assert str(told.value).splitlines() == [
+        "--adapter: p-tune: no such kind; did you mean 'p-tuning'?",
+        "--base: builtin:smollm2: no such built-in model; did you mean 'smollm2-135m-instruct'?",
+        "--data: \"rwos.jsonl\": no such file or folder in .; did you mean 'rows.jsonl'?",
+    ]
+    with pytest.raises(RecipeError) as told:
+        copied_recipe("quickstat", Path("recipe.toml"), base="builtin:smollm2", data="nothing.jsonl")
+    assert [problem.place for problem in told.value.problems] == ["--from", "--base", "--data"]
     with pytest.raises(RecipeError, match=r"^--adapter: p-tune: no such kind; did you mean 'p-tuning'\?$"):
         new_recipe(MODEL, "rows.jsonl", "p-tune", Path("recipe.toml"))
     with pytest.raises(RecipeError, match=r"^--from: quickstat: no such recipe; did you mean 'quickstart'\?$"):

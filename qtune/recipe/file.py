@@ -293,7 +293,7 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     data = tables.get("data")
     if need_rows and isinstance(data, dict):
         for key in ("train", "validation", "test"):
-            yield from _missing_sources(data.get(key), ("data", key), folder)
+            yield from missing_rows(data.get(key), folder, ("data", key))
 
 
 def is_there(name: str, folder: Path = Path()) -> bool:
@@ -311,11 +311,11 @@ def _text_at(tables: Mapping[str, Any], table: str, key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]:
+def missing_rows(given: Any, folder: Path, path: KeyPath = ("data", "train")) -> Iterator[Fault]:
     """Files and folders that are not there; patterns and hub datasets are looked up when they are read."""
     if isinstance(given, list):
         for index, source in enumerate(given):
-            yield from _missing_sources(source, (*path, index), folder)
+            yield from missing_rows(source, folder, (*path, index))
         return
     is_table = isinstance(given, dict)
     name = given.get("path") if isinstance(given, dict) else given
