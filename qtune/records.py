@@ -145,7 +145,7 @@ def record_of(kind: type[Record], values: Any, place: str = "") -> Record:
     """
     if not isinstance(values, Mapping):
         raise NotARecord(f"{place or kind.__name__}: is {_shown(values)}, not an object")
-    hints = _types_of(kind)
+    hints = _types_of(kind)  # type: ignore[arg-type]
     values_of = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = f"{place}.{field.name}" if place else field.name

@@ -1,6 +1,6 @@
 """A folder that tests damage, and a copy of it as it was: put back by what has changed alone.
 
-Making a folder of runs anew is dozens of folders and a hundred files, each time; removing a folder can wait for the disk.
+Making a folder of runs anew is dozens of folders and a hundred files, each time, and removing one waits for the disk.
 """
 
 import os
