@@ -102,8 +102,8 @@ class Check:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing that could be a training row, which is refused and has nothing to show."""
-        return all(source.is_empty for source in self.prepared.sources if source.split == "train")
+        """Whether there is no row to train on, which is refused and has nothing to show: every figure would be 0."""
+        return not len(self.prepared.train)
 
     @property
     def findings(self) -> list[Finding]:
@@ -147,7 +147,11 @@ class Check:
         """Each key that somebody or a rule decided: its name, value and origin."""
         settled = settled_values(self.resolved, self.plan)
         return [
-            (".".join(map(str, path)), show_value(value), f"{origin.source} {origin.reason}".strip())
+            (
+                ".".join(map(str, path)),
+                show_value(value),
+                origin.reason if origin.source == "recipe" else origin.in_words,
+            )
             for path, value, origin in settled
             if origin.source != "default"
         ]

@@ -10,7 +10,7 @@ import typer
 
 from qtune import __version__, console
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, SaidElsewhere
+from qtune.errors import InputError, Interrupted, LibraryError, Problem, QtuneError, RunError, SaidElsewhere
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.imports import import_libraries
 from qtune.startup.interrupts import nothing_to_keep, take_interrupts
@@ -150,6 +150,7 @@ def init(
     It holds the keys worth a first look, each explained. `qtune init --from quickstart` copies one that works as it is.
     """
     from qtune import init as stage
+    from qtune.screens.commands import commands_text
 
     if schema:
         console.out_json(stage.recipe_schema())
@@ -171,6 +172,7 @@ def init(
     if look is not None:
         for sentence in (*stage.said_of_rows(look, str(data), output), *stage.said_of_steps(look, str(data), output)):
             console.say(sentence)
+    console.say(commands_text([(["qtune", verb, str(output)], does) for verb, does in stage.NEXT]))
 
 
 @app.command(rich_help_panel="Train")
@@ -285,6 +287,8 @@ def run(
         from qtune.training.launch import launch
 
         raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
+    if not resume:
+        _say_set_aside(resolved)
     _load_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
@@ -308,6 +312,11 @@ def run(
         )
     if launched().is_leader:
         _end_run(run_dir)
+
+
+def _say_set_aside(resolved: "Resolved") -> None:
+    for sentence in resolved.set_aside:
+        console.say(sentence)
 
 
 def _without_processes(words: list[str]) -> list[str]:
@@ -445,7 +454,8 @@ def export(
         Literal["f16", "bf16", "q8_0"] | None,
         typer.Option(
             "--gguf",
-            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile.",
+            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile; "
+            "to a verified export that is there, they alone are added.",
         ),
     ] = None,
     push_to: Annotated[
@@ -482,7 +492,9 @@ def export(
         raise typer.BadParameter(f"name a run, as qtune export runs/quickstart{runs_here()}")
     require_adapter(opened)
     if verify_only is None:
-        refuse_existing_output(opened, output, adapter_only=adapter_only, force=force)
+        refuse_existing_output(
+            opened, output, adapter_only=adapter_only, force=force, gguf=gguf, given=frozenset(given)
+        )
     _load_libraries()
     from qtune.export import export as stage
     from qtune.screens import export as screen
@@ -763,6 +775,7 @@ def check(
     try:
         # What is wrong with a recipe is said before seconds of imports.
         resolved = load_recipe(file, changes or ())
+        _say_set_aside(resolved)
         _load_libraries()
         from qtune import check as stage
         from qtune.screens.check import draw_check
@@ -870,16 +883,22 @@ def doctor(
     --measure takes ten to thirty seconds; what it finds stands for the device's data sheet from then on. Ends with exit
     code 1 if something stands in the way of training.
     """
-    _load_libraries()
-    from qtune import doctor as stage
+    from qtune.diagnosis import has_problems, to_json, without_libraries
     from qtune.screens import doctor as doctor_screen
 
-    findings = stage.examine(RUNS, measure=measure)
+    try:
+        _load_libraries()
+    except LibraryError as error:
+        findings = without_libraries(error)
+    else:
+        from qtune.doctor import examine
+
+        findings = examine(RUNS, measure=measure)
     if as_json:
-        console.out_json(stage.to_json(findings))
+        console.out_json(to_json(findings))
     else:
         doctor_screen.show(findings)
-    if stage.has_problems(findings):
+    if has_problems(findings):
         raise typer.Exit(1)
 
 
@@ -925,6 +944,8 @@ def profile(
     # What is wrong with a recipe or a run's name is said before seconds of imports.
     refuse_missing_run(target)
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
+    if not isinstance(of, RunDir):
+        _say_set_aside(of)
     _load_libraries()
     from qtune.report.timeline import write_timeline
     from qtune.startup.quiet import quiet_loading
@@ -1106,6 +1127,7 @@ def fit(
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)
     resolved = load_recipe(file, changes or (), need_rows=False)
+    _say_set_aside(resolved)
     target = output or written_beside(file, ".fit.toml")
     if largest is None and target.exists() and not force:
         raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")

@@ -2,10 +2,12 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
@@ -19,6 +21,8 @@ from qtune.startup.launched import launched
 
 # A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
 PLAIN_WIDTH = 120
+LONGEST_NAME = 36
+"""Characters at the beginning of a table's row that are not folded: no key of a recipe is longer."""
 
 
 class _SafeConsole(Console):
@@ -71,16 +75,23 @@ def json_text(value: Any) -> str:
     return escaped_in_json(json.dumps(value, indent=2, ensure_ascii=not can_show_all)) + "\n"
 
 
+_drawn_on: ContextVar[Console | None] = ContextVar("_drawn_on", default=None)
+"""The console that a display redraws itself on: what is said meanwhile goes above it, and not into its line."""
+
+
+@contextmanager
+def drawing_on(console: Console) -> Iterator[None]:
+    """While the block runs, a display redraws itself on this console."""
+    token = _drawn_on.set(console)
+    try:
+        yield
+    finally:
+        _drawn_on.reset(token)
+
+
 def say(message: RenderableType) -> None:
     """Prints a message about the work to stderr."""
-    _console(stderr=True).print(message)
-
-
-def say_in_file(message: str) -> None:
-    """Prints a message to stderr where no display on a terminal shows that the work goes on."""
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        console.print(message)
+    live_console().print(message)
 
 
 def say_of_process(message: str) -> None:
@@ -95,17 +106,21 @@ def say_error(message: str) -> None:
 
 
 def live_console() -> Console:
-    """The console of stderr, for displays that redraw themselves."""
-    return _console(stderr=True)
+    """The console of stderr, for displays that redraw themselves: one for all that do so at a time."""
+    return _drawn_on.get() or _console(stderr=True)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
 ) -> Table:
-    """A plain table; `right` names the columns (by index) that hold figures."""
+    """A plain table; `right` names the columns (by index) that hold figures. What stands first names its row: on a
+    narrow terminal the other columns are folded, so that it can be read and copied whole."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    is_name = max((len(str(row[0])) for row in rows), default=0) <= LONGEST_NAME
     for index, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if index in right else "left", header_style="dim", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        no_wrap = index == 0 and is_name
+        drawn.add_column(name, justify=justify, header_style="dim", overflow="fold", no_wrap=no_wrap)
     for row in rows:
         drawn.add_row(*row)
     return drawn
@@ -173,18 +188,18 @@ class Bar:
 
     def update(self, done: float, *, total: float | None = None, description: str | None = None) -> None:
         """Sets how much is done, and the total or the description where they changed."""
-        self.done = done
+        self.done = round(done, 6)  # shares of a row add up to whole ones
         self.total = self.total if total is None else total
         self.description = description or self.description
         if self._progress is not None:
             self._progress.update(
-                self._progress.task_ids[0], completed=done, total=self.total, description=self.description
+                self._progress.task_ids[0], completed=self.done, total=self.total, description=self.description
             )
         elif self.total:
-            quarter = min(4, int(4 * done / self.total))
+            quarter = min(4, int(4 * self.done / self.total))
             if quarter > self._said:
                 self._said = quarter
-                say(f"{self.description}: {min(100, round(100 * done / self.total))} %")
+                say(f"{self.description}: {min(100, round(100 * self.done / self.total))} %")
 
 
 @contextmanager
@@ -200,21 +215,40 @@ def progress(description: str, total: float | None = None) -> Iterator[Bar]:
     words = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
     # Where nobody knows how much there is, a bar would say nothing.
     columns = (*words, BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()) if total else words
-    with Progress(*columns, console=console, transient=True) as drawn:
+    with drawing_on(console), Progress(*columns, console=console, transient=True) as drawn:
         drawn.add_task(description, total=total)
         yield Bar(description, total, _progress=drawn)
 
 
+SILENCE_SECONDS = 3.0
+"""Without a line in a file, after which the next part of what is waited for has one of its own."""
+
+
 @contextmanager
-def waiting(for_what: str) -> Iterator[None]:
-    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins."""
+def waiting(for_what: str) -> Iterator[Callable[[str], None]]:
+    """Says what is waited for: on a terminal as long as that lasts, elsewhere in a line of its own, as it begins.
+
+    Yields what is told which part is next: the terminal shows it, a file has a line of it after SILENCE_SECONDS.
+    """
     console = live_console()
     if not console.is_terminal or console.quiet:
         say(f"{for_what} …")
-        yield
+        yield _after_silence(for_what)
         return
-    with console.status(Text(for_what), refresh_per_second=4):
-        yield
+    with drawing_on(console), console.status(Text(for_what), refresh_per_second=4) as status:
+        yield lambda part: status.update(Text(f"{for_what}: {part}"))
+
+
+def _after_silence(for_what: str) -> Callable[[str], None]:
+    said = time.monotonic()
+
+    def tell(part: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SILENCE_SECONDS:
+            said = time.monotonic()
+            say(f"{for_what}: {part}")
+
+    return tell
 
 
 def clock(seconds: float | None) -> str:

@@ -1,24 +1,20 @@
 """`qtune doctor`: what is here, what qtune would choose on it and why, and what stands in the way."""
 
-import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import bitsandbytes.functional
 import torch
-from packaging.requirements import Requirement
 
-from qtune import __version__, console
+from qtune import console
 from qtune.adapter.lean_check import examined
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory, present_device
 from qtune.device.products import cpu_product_times, product_times
 from qtune.device.rates import Rates, not_believed
+from qtune.diagnosis import Diagnosis, version_findings
 from qtune.errors import InputError, first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
@@ -35,17 +31,6 @@ WEIGHT_SHAPES = ((BLOCK, BLOCK), (BLOCK, BLOCK + BLOCK // 2))
 
 # NF4's largest error on [-1, 1] is half its widest gap, 0.152 (QLoRA, arXiv:2305.14314, appendix E).
 LARGEST_ERROR = 0.16
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """One line of the examination; a problem stops training, a note only slows or limits it."""
-
-    topic: str
-    name: str
-    value: str
-    verdict: Literal["ok", "note", "problem"] = "ok"
-    advice: str = ""
 
 
 def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
@@ -66,32 +51,6 @@ def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
         *environment_findings(os.environ),
     ]
-
-
-def version_findings() -> Iterator[Diagnosis]:
-    """Our version, Python's, and each library that we depend on, against the bounds that we were tested with."""
-    yield Diagnosis("versions", "qtune", __version__)
-    yield Diagnosis("versions", "python", f"{platform.python_version()} on {platform.platform()}")
-    try:
-        requirements = [Requirement(line) for line in importlib.metadata.requires("qtune") or ()]
-    except importlib.metadata.PackageNotFoundError:
-        yield Diagnosis("versions", "qtune", "run from a checkout", "note", "pip install . records the library bounds")
-        return
-    for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield version_finding(requirement)
-
-
-def version_finding(requirement: Requirement) -> Diagnosis:
-    """Whether a library is there in a version within our bounds."""
-    install = f"pip install '{requirement}'"
-    try:
-        installed = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Diagnosis("versions", requirement.name, "not installed", "problem", install)
-    if requirement.specifier.contains(installed, prereleases=True):
-        return Diagnosis("versions", requirement.name, installed)
-    return Diagnosis("versions", requirement.name, f"{installed}, tested: {requirement.specifier}", "note", install)
 
 
 def device_findings(device: Device, cuda: str | None, *, nvidia_is_here: bool) -> Iterator[Diagnosis]:
@@ -252,9 +211,9 @@ def environment_findings(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
     token = bool(environment.get("HF_TOKEN")) or (_hub_home() / "token").is_file()
     advice = "" if token else "gated models (Llama, Gemma) need one: hf auth login"
     yield Diagnosis("hub", "token", "present" if token else "none", "ok" if token else "note", advice)
-    yield Diagnosis(
-        "export", "ollama", shutil.which("ollama") or "not installed; the Modelfile is written all the same"
-    )
+    ollama = shutil.which("ollama")
+    advice = "" if ollama else "a Modelfile is written all the same; https://ollama.com/download has it"
+    yield Diagnosis("export", "ollama", ollama or "not installed", "ok" if ollama else "note", advice)
 
 
 def _nvidia_is_here() -> bool:
@@ -267,13 +226,3 @@ def _hub_home() -> Path:
 
 def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
-
-
-def to_json(findings: list[Diagnosis]) -> list[dict[str, Any]]:
-    """The findings as plain values."""
-    return [asdict(finding) for finding in findings]
-
-
-def has_problems(findings: list[Diagnosis]) -> bool:
-    """Whether something stands in the way of training."""
-    return any(finding.verdict == "problem" for finding in findings)

@@ -12,7 +12,8 @@
     │   ├── TrainingError       training stopped
     │   │   └── PeerLostError   another process of the run has gone
     │   ├── ExportError         the exported model could not be written
-    │   └── VerificationError   the exported model is not the trained one
+    │   ├── VerificationError   the exported model is not the trained one
+    │   └── LibraryError        a library that we need is missing or broken
     ├── Interrupted     (130)   Ctrl-C; the state is saved
     └── SaidElsewhere           another process of the run says why, and has the exit code
 
@@ -148,6 +149,17 @@ class ExportError(WorkError):
 
 class VerificationError(WorkError):
     """The exported model does not match the one that was trained."""
+
+
+class LibraryError(WorkError):
+    """A library that we need is not installed, or cannot be imported.
+
+    library: its name. found: what is the matter with it. way_out: the command that puts it right.
+    """
+
+    def __init__(self, library: str, found: str, way_out: str) -> None:
+        self.library, self.found, self.way_out = library, found, way_out
+        super().__init__(f"{library}: {found}; {way_out}")
 
 
 class Interrupted(QtuneError):  # noqa: N818  not an error, an answer to Ctrl-C

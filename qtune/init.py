@@ -17,7 +17,7 @@ from qtune.errors import DataError, ModelError, Problem, RecipeError
 from qtune.export.verification import VERIFICATION
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.model.reach import reach_of
-from qtune.recipe.file import check_recipe, load_recipe
+from qtune.recipe.file import check_recipe, load_recipe, missing_rows
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
     Adapter,
@@ -54,6 +54,8 @@ UNKNOWN_REACH = 131_072
 ENOUGH_FOR_STRAYS, STRAYS = 20, 0.01
 """From so many rows on, this share of them (one at least) does not decide the length alone."""
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+NEXT = (("check", "what would spoil the run"), ("run", "train it; Ctrl-C saves"))
+"""The verbs that a recipe is written for."""
 QUANTIZATIONS = tuple(
     kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
 )
@@ -102,9 +104,10 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     Raises:
         RecipeError: there is no such adapter, model or data, each named by the option that gave it.
     """
+    wrong = []
     if adapter not in ADAPTERS:
-        raise RecipeError(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
-    _require_base(base)
+        wrong.append(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
+    _require_options(wrong, base, data)
     table = ADAPTERS[adapter]
     rate, _ = table.model_construct(**table.first_values).usual_rate
     quantization: type[Table] = Unquantized if is_export(base) else FourBit
@@ -146,7 +149,9 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
 
 
 def _by_rows(look: "FirstLook", adapter: type[AdapterTable], positions: int) -> dict[KeyPath, Any]:
-    """What follows from the rows; where none can be used, what follows from one. positions: that the model has."""
+    """What follows from the rows; nothing where none can be used. positions: that the model has."""
+    if not look.usable:
+        return {("data", "columns"): look.columns}
     share = Data.model_fields["validation"].default
     longest = max(1, min(_longest(look.row_bytes), positions - adapter.model_construct().prompt_length))
     examples = max(1, look.examples(longest))
@@ -211,6 +216,11 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
         count = count if look.usable else f"none of {look.rows:,} rows can" if look.rows > 1 else "its only row cannot"
         rest = "" if look.bad_count == 1 else f"; {shlex.join(['qtune', 'check', str(file)])} names them all"
         said.append(f"{data}: {count} be used: {why}{rest}")
+        if not look.usable:
+            said.append(
+                f"{file}: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended "
+                "rather than the recipe, write it again with --force"
+            )
     if 0 < look.usable < FEW_ROWS and not look.document_bytes:
         rows = "1 row is" if look.usable == 1 else f"{look.usable} rows are"
         said.append(f"{data}: {rows} few: below some {FEW_ROWS} a model learns them by heart")
@@ -234,6 +244,24 @@ def said_of_steps(look: "FirstLook", data: str, file: Path) -> list[str]:
         if (few := few_steps(training, look.usable - held_out_rows(share, look.usable))) is not None:
             said.append(few)
     return said
+
+
+def _require_options(wrong: Sequence[Problem], base: str | None, data: str | None) -> None:
+    """What is wrong with --base and --data is said beside what is wrong already, all at once.
+
+    Raises:
+        RecipeError: with each of them.
+    """
+    found = list(wrong)
+    if base is not None:
+        try:
+            _require_base(base)
+        except RecipeError as error:
+            found += error.problems
+    if found and data is not None:  # alone, it is told with all that the recipe would have
+        found += [Problem("--data", f"{show_value(data)}: {fault.message}") for fault in missing_rows(data, Path())]
+    if found:
+        raise RecipeError(found)
 
 
 def _require_base(base: str) -> None:
@@ -293,10 +321,10 @@ def copied_recipe(
     Raises:
         RecipeError: there is no such recipe, model or data.
     """
+    wrong = []
     if name not in (shipped := shipped_recipes()):
-        raise RecipeError(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
-    if base is not None:
-        _require_base(base)
+        wrong.append(Problem("--from", f"{name}: no such recipe; {_nearest(name, shipped)}"))
+    _require_options(wrong, base, data)
     original = check_recipe(shipped[name].read_text(encoding="utf-8"), shipped[name])
     lines, places = original.text.splitlines(), toml_lines(original.text)
     edits: dict[int, str | None] = {}
@@ -405,7 +433,10 @@ def _checked(text: str, file: Path) -> str:
         problems = []
         for problem in error.problems:
             key = problem.message.split(" ", 1)[0].rstrip(":")
-            problems.append(Problem(_OPTIONS.get(key, problem.place), problem.message))
+            option = _OPTIONS.get(key)
+            # Who gave an option has written no key: "--data: …", not "--data: data.train = …".
+            said = problem.message if option is None else problem.message.removeprefix(key).removeprefix(" = ")
+            problems.append(Problem(option or problem.place, said))
         raise RecipeError(problems) from error
     return text
 

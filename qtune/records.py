@@ -8,6 +8,7 @@ A digit that a disk or a hand has changed still makes a record. So each carries 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -130,6 +131,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    """The type of each field; a table of metrics asks for them at every line."""
+    return get_type_hints(kind)
+
+
 def record_of(kind: type[Record], values: Any, place: str = "") -> Record:
     """The record that `plain` made `values` of. Keys that it has not are left out, those of newer versions for example.
 
@@ -138,7 +145,7 @@ def record_of(kind: type[Record], values: Any, place: str = "") -> Record:
     """
     if not isinstance(values, Mapping):
         raise NotARecord(f"{place or kind.__name__}: is {_shown(values)}, not an object")
-    hints = get_type_hints(kind)
+    hints = _types_of(kind)  # type: ignore[arg-type]
     values_of = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         name = f"{place}.{field.name}" if place else field.name

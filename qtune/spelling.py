@@ -37,5 +37,12 @@ def meant_file(name: str, folder: Path = Path()) -> str:
     return f"; did you mean {str(Path(name).with_name(beside[near]))!r}?" if near else ""
 
 
+BEGINNING = 4
+"""Letters of a word that many others would not begin with: whoever wrote no more meant one of those that do."""
+
+
 def _near(word: str, known: Iterable[str], most: int, likeness: float = LIKENESS) -> list[str]:
-    return difflib.get_close_matches(word, [*known], n=most, cutoff=likeness)
+    words = [*known]
+    alike = difflib.get_close_matches(word, words, n=most, cutoff=likeness)
+    begun = [one for one in words if one.startswith(word)] if len(word) >= BEGINNING else []
+    return alike or begun[:most]

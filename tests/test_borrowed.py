@@ -99,7 +99,7 @@ def fake_tensors_compute_shapes_and_types() -> None:
 
     assert FakeTensorMode().cache_enabled in (True, False)
     remembering = RememberingMode()
-    with remembering.watched(lambda func, args: NotImplemented, lambda func, args, out: None):
+    with remembering.watched(lambda func, args: NotImplemented, lambda func, args, out, remembered: None):
         pass
     assert results(remembering) == results(FakeTensorMode(allow_non_fake_inputs=True))
     assert FakeTensorMode._should_skip_dynamo() in (True, False)
@@ -658,6 +658,13 @@ def its_traps_on_cpus_are_avoided() -> None:
     assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu is False
 
 
+@borrowed("torch", "compile", files=("startup/safe_bitsandbytes.py",))
+def bitsandbytes_hands_functions_over_that_are_compiled_when_they_are_called() -> None:
+    """Public, and replaced while bitsandbytes is imported, which asks for nothing that is there only afterwards."""
+    assert "torch.compile(fn, **compile_kwargs)" in inspect.getsource(bnb.backends.default.ops._try_torch_compile)
+    assert torch.compile.__module__ == "torch", "torch has its own back"
+
+
 @borrowed("bitsandbytes", "_four_bit_round_trip", files=("export/basis.py",))
 def the_copied_arithmetic_of_four_bits_is_the_librarys() -> None:
     from qtune.export.basis import Basis, as_trained
@@ -790,8 +797,8 @@ def replaced(tree: ast.AST) -> Iterator[tuple[str, int]]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 OWN_MARKS = {"_qtune_original_forward"}
 """Attributes that we hang on objects of a library ourselves."""
-DOCUMENTED = {"_exit"}
-"""Public names that begin with an underscore: os._exit is in Python's library reference."""
+DOCUMENTED = {"_exit", "_replace"}
+"""Public names that begin with an underscore: os._exit and a named tuple's _replace are in Python's own reference."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

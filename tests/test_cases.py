@@ -190,6 +190,7 @@ def two_templates(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("multi"), change)
 
 
+@pytest.mark.slow
 def test_rows_without_tools_use_the_default_of_several_templates(tmp_path, two_templates):
     result = examined(tmp_path, two_templates, "colours.jsonl")
     result.require()
@@ -257,6 +258,7 @@ def test_a_folder_of_splits_trains_its_train_split(tmp_path, base, bad_rows):
     assert "datasetdict (train split)" in screen(result)
 
 
+@pytest.mark.slow
 def test_weights_that_are_a_pointer_are_said(tmp_path, tmp_path_factory):
     pointer = make_base(tmp_path_factory.mktemp("lfs"))
     file = pointer / "model.safetensors"
@@ -363,6 +365,7 @@ def test_several_templates_without_a_default_are_asked_about(tmp_path, tmp_path_
     examined(tmp_path, named, "colours.jsonl", 'chat_template = "rag"').require()
 
 
+@pytest.mark.slow
 def test_padding_and_rows_outside_of_the_embedding_stop_a_run(tmp_path, tmp_path_factory):
     def change(tokenizer):
         tokenizer.add_tokens(["<|extra|>"])
@@ -405,7 +408,8 @@ def test_a_mapping_to_a_column_that_no_row_has_is_refused_with_the_nearest(tmp_p
     rows.write_text('{"question": "What does red mean?", "answer": "stop"}\n' * 3)
     with pytest.raises(DataError) as caught:
         examined(tmp_path, base, str(rows), f'columns = {{ prompt = "question", completion = "{mapped}" }}').require()
-    assert f"data.columns.completion: no row has a column {mapped!r}; {advice}" in str(caught.value)
+    # Alone: that the columns "fit no known shape" is the same mistake once more.
+    assert str(caught.value) == f"data.columns.completion: no row has a column {mapped!r}; {advice}"
     # Also where the rows are usable without it.
     with pytest.raises(DataError, match=f"data.columns.system: no row has a column '{mapped}'"):
         examined(tmp_path, base, str(rows), f'columns = {{ system = "{mapped}" }}').require()

@@ -19,7 +19,7 @@ from qtune.memory import predict
 from qtune.memory.profile import profile
 from qtune.recipe.file import load_recipe
 from qtune.run.metrics import TrainRecord
-from qtune.screens.check import draw_check, draw_sample
+from qtune.screens.check import _histogram, draw_check, draw_sample
 from qtune.sizes import gib_text
 from qtune.training.trainer import QloraTrainer
 
@@ -129,7 +129,7 @@ def test_json_holds_what_the_screen_shows(write_recipe):
             "dropped": 0,
         }
     ]
-    assert {"key": "adapter.rank", "value": "4", "origin": "recipe tiny.toml:8"} in value["values"]
+    assert {"key": "adapter.rank", "value": "4", "origin": "tiny.toml:8"} in value["values"]
 
 
 def test_the_disk_is_that_of_checkpoints_and_export(write_recipe):
@@ -167,7 +167,8 @@ def test_the_memory_is_what_a_run_predicts_and_is_traced_only_once(write_recipe,
     peak = expected.peak.bytes / 2**20
     assert (
         f" memory {peak:.1f} MiB at the peak of a step, traced ({expected.peak.phase}, 2 x {length} tokens), "
-        f"of {budget / 2**30:.2f} GiB: fits time "
+        f"of {budget / 2**30:.2f} GiB: fits; the process and its libraries come on top, and a run's own figures "
+        "include them time "
     ) in " ".join(screen(again).split())
 
 
@@ -311,3 +312,14 @@ def test_where_memory_is_short_all_remedies_are_shown_with_the_lines_that_fit(wr
     assert "(rows.jsonl:" in " ".join(shown.split())
     roomy = write_recipe("roomy", training=training)
     assert json.loads(examined(roomy).to_json())["ways_to_fit"] is None
+
+
+def test_a_bin_of_one_length_is_named_by_it_and_stands_in_its_column() -> None:
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(_histogram("answer tokens", lengths_of(np.array([9, 10, 10, 12]))))
+    rows = screen.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    assert [row.split()[0] for row in rows] == ["9", "10", "11", "12"]
+    assert not any(" to " in row for row in rows)
+    wide = Console(file=io.StringIO(), width=80)
+    wide.print(_histogram("answer tokens", lengths_of(np.arange(100))))
+    assert all(" to " in row for row in wide.file.getvalue().splitlines()[1:])  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def enough(folders: list[Path]) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_with_the_first(enough: list[Path]) -> None:
     found = compare(compared_runs(enough, rows=8))
     assert [(line.adapter, line.seeds) for line in found.lines] == [("lora", (1, 2)), ("prompt-tuning", (42,))]
@@ -100,6 +102,25 @@ def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_wit
     assert soft.loss.change.mean == pytest.approx(soft.loss.interval.mean - lora.loss.interval.mean)
     assert lora.loss.deviation == 0.0, "a copy has the same losses"
     assert soft.parameters == 3 * 64
+
+
+def test_a_line_of_several_runs_names_their_seeds_and_only_several_lines_differ_from_the_first(
+    enough: list[Path], tmp_path: Path
+) -> None:
+    named = [tmp_path / "mine-seed1", tmp_path / "mine-seed2"]
+    for run, name in zip(enough[:2], named, strict=True):
+        shutil.copytree(run, name)
+    runs = compared_runs([*named, enough[2]], rows=8)
+    one, several = compare(runs[:2]), compare(runs)
+    assert [line.name for line in several.lines] == ["mine, seeds 1 and 2", enough[2].name]
+    head, rows = cells(one)
+    assert not {"less than the first", "more than the first"} & set(head)
+    assert "less than the first" in cells(several)[0]
+    assert all(len(row) == len(head) for row in rows)
+    assert "~" not in "".join(explanation(one))
+    assert "<h1>1 configuration, 2 runs</h1>" in comparison_page(one)
+    other = compare([replace(runs[0], run="first"), runs[1]])
+    assert [line.name for line in other.lines] == ["first and mine-seed2"]
 
 
 def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
@@ -157,8 +178,9 @@ def with_evaluation(run: Path, **changes) -> None:
     (run / "eval.json").write_text(json.dumps(kept | changes))
 
 
+@pytest.mark.slow
 def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
-    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The figures of each run are those that it has alone."""
     alone = [evaluate(RunDir(run), rows=5).to_json() for run in (copied, enough[1])]
@@ -175,7 +197,20 @@ def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
             return original(model, *rest)
 
         monkeypatch.setattr(f"qtune.tuned.{module}.row_losses", counted)
+    capsys.readouterr()
     found = compared_runs([copied, enough[1]], rows=5)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("base model", "tuned model"))]
+    base = resolved_recipe(RunDir(copied)).model.base
+    assert [line for line in said if not line.endswith("%")] == [
+        f"base model of {copied}, 5 rows …",
+        f"tuned model of {copied}, 5 rows …",
+        "base model, text about none of the rows …",
+        f"tuned model, what {copied} has forgotten …",
+        f"base model: {base} was asked the same before",
+        f"tuned model of {enough[1]}, 5 rows …",
+        f"base model: {base} was asked the same before",
+        f"tuned model, what {enough[1]} has forgotten …",
+    ]
     assert sorted(asked) == sorted(
         [(module, tuned) for module in ("evaluate", "forgetting") for tuned in (False, True, True)]
     )
@@ -183,6 +218,7 @@ def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
     assert [run.evaluation.to_json() for run in found] == alone
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_files_rows_is_not_taken_for_the_recipes_own(enough: list[Path], copied: Path) -> None:
     with_evaluation(copied, source="some/other.jsonl", rows=2)
     found = compared_runs([copied, enough[1]])
@@ -209,6 +245,20 @@ def test_runs_that_spent_memory_and_spoke_otherwise_differ_by_chance_alone(enoug
     resolved.write_text(text)
     found = compare(compared_runs([enough[0], copied], rows=8))
     assert [len(line.runs) for line in found.lines] == [2]
+
+
+def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
+    first, second, _ = compared_runs(enough, rows=8)
+    twice = compare([first, replace(first, run="runs/again")])
+    assert twice.lines[0].loss.deviation is None
+    said = "\n".join(explanation(twice))
+    assert f"{first.run} and runs/again have one recipe and one seed: the same run over again" in said
+    assert "±" not in said + "".join("".join(row) for row in cells(twice)[1])
+    losses = [replace(row, tuned=row.tuned + 1) for row in second.evaluation.row_losses]
+    worse = replace(second, evaluation=replace(second.evaluation, row_losses=tuple(losses)))
+    three = compare([first, replace(first, run="runs/again"), worse])
+    assert three.lines[0].loss.deviation == pytest.approx(stdev([0, 1]))
+    assert "±: the standard deviation between seeds" in "\n".join(explanation(three))
 
 
 def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:
@@ -300,7 +350,7 @@ def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: li
 def test_the_table_and_the_page_have_the_same_figures(enough: list[Path]) -> None:
     found = compare(compared_runs(enough, rows=8))
     head, rows = cells(found)
-    assert [row[0] for row in rows] == ["base", "run", "run"]
+    assert [row[0] for row in rows] == ["base", "run and second", "run"]
     assert all(len(row) == len(head) for row in rows)
     page = comparison_page(found)
     for row in rows:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from qtune import console
 from qtune.console import clock
-from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord
+from qtune.run.metrics import AnswersRecord, EvalRecord, NoteRecord, TrainRecord
 from qtune.training import display as training
 from qtune.training.display import TrainingDisplay, plain_line
 
@@ -230,3 +231,72 @@ def test_what_is_waited_for_is_said_as_it_begins_in_a_file_as_well(
         pass
     assert isinstance(screen.file, io.StringIO)
     assert "loading [the libraries]" in screen.file.getvalue()
+
+
+def test_a_long_wait_names_the_part_that_it_is_for(
+    capsys: pytest.CaptureFixture[str], hands: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file, once three seconds have passed without a line; on a terminal always."""
+    with console.waiting("loading the libraries") as tell:
+        for library, seconds in (("torch", 2.0), ("bitsandbytes", 2.0), ("datasets", 0.5), ("peft", 3.0), ("trl", 0.0)):
+            tell(library)
+            hands[0] += seconds
+    assert capsys.readouterr().err.splitlines() == [
+        "loading the libraries …",
+        "loading the libraries: datasets",
+        "loading the libraries: trl",
+    ]
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(console, "live_console", lambda: screen)
+    with console.waiting("loading the libraries") as tell:
+        tell("[torch]")
+        screen_text = screen.file.getvalue  # type: ignore[attr-defined]
+        console.live_console().line()
+    assert "loading the libraries: [torch]" in screen_text()
+
+
+def test_what_is_said_stands_above_whatever_redraws_itself_and_displays_stand_above_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(console.sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.waiting("rehearsing"):
+        with console.progress("loading", 4):
+            console.say("keeping the model")
+        with TrainingDisplay() as display:
+            display.show(TRAIN)
+            display.show(NoteRecord("a note"))
+            console.say("a message")
+    for said in ("keeping the model", "a note", "a message"):
+        before = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\0", stream.getvalue().partition(said)[0])
+        assert before.rpartition("\r")[2].rpartition("\n")[2].strip("\0") == "", "in a line of its own"
+
+
+def test_what_is_done_between_two_steps_is_shown_until_the_next_record(terminal: Console, hands: list[float]) -> None:
+    with TrainingDisplay() as display:
+        display.beside("step 0: measuring the validation loss")
+        display.show(TRAIN)
+        display.beside("step 20: asking 3 validation rows", 0.5)
+        assert display._live is not None
+        display._live.refresh()
+        assert "step 20: asking 3 validation rows, 50% …" in terminal.export_text()
+        display.show(AnswersRecord(20, 75, 0.2667, 42.0, ()))
+        terminal.export_text()  # what was drawn until then
+    assert "asking" not in terminal.export_text()
+
+
+def test_in_a_file_it_has_a_line_as_it_begins_and_one_every_five_seconds(
+    capsys: pytest.CaptureFixture[str], hands: list[float]
+) -> None:
+    with TrainingDisplay() as display:
+        for _ in range(2):
+            display.beside("step 20: asking 3 validation rows")
+            for tenth in range(1, 10):
+                hands[0] += 1.1
+                display.beside("step 20: asking 3 validation rows", tenth / 10)
+            display.show(EVAL)
+    once = ["step 20: asking 3 validation rows …", "step 20: asking 3 validation rows, 50% …"]
+    evaluated = "step 20: validation loss 0.2500, accuracy 95.0%"
+    assert capsys.readouterr().err.splitlines() == [*once, evaluated, *once, evaluated]

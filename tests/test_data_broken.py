@@ -9,7 +9,8 @@ from chat_families import FAMILIES, R1, tokenizer_of
 
 from qtune.data.findings import KINDS, gate, stopping
 from qtune.data.inspection import inspect
-from qtune.data.prepare import prepare, survey
+from qtune.data.prepare import named_together, prepare, survey
+from qtune.data.rows import BadRow
 from qtune.errors import DataError, GateError, Problem
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Data, Waivable
@@ -72,8 +73,23 @@ def test_beyond_a_hundred_bad_rows_the_rest_is_counted(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + '{"text": 1}\n' * 250)
     with pytest.raises(DataError) as caught:
         prepare(data_table(train="rows.jsonl"), tokenizer_of(FAMILIES["chatml"]), tmp_path, cache=tmp_path / "cache")
-    assert len(caught.value.problems) == 102
-    assert "… and 150 more bad rows" in str(caught.value)
+    assert [str(problem) for problem in caught.value.problems[:2]] == [
+        "rows.jsonl:2 to 101: text = 1: not a text",
+        "… and 150 more bad rows",
+    ]
+
+
+def test_many_rows_with_one_fault_share_a_line_that_names_them_all_and_others_have_their_own():
+    alike = [BadRow(f"a.csv:{line}", "not a text") for line in (2, 3, 4, 9, 7)]
+    few = [BadRow(f"b.csv:{line}", "not a text") for line in (2, 3, 4)]
+    other = [BadRow("a.csv:5", "is empty"), BadRow("c.parquet", "cannot be read"), BadRow("a.csv:row x", "is empty")]
+    assert named_together([*alike[:2], other[0], *alike[2:], *few, *other[1:]]) == [
+        ("a.csv:2 to 4, 7, 9", "not a text"),
+        ("a.csv:5", "is empty"),
+        *((f"b.csv:{line}", "not a text") for line in (2, 3, 4)),
+        ("c.parquet", "cannot be read"),
+        ("a.csv:row x", "is empty"),
+    ]
 
 
 def test_skipped_rows_are_counted_and_listed(tmp_path):

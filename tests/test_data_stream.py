@@ -503,6 +503,7 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, tokenizer: PreTrained
     assert sorted(made) == list(range(15))  # and each block was made once
 
 
+@pytest.mark.slow
 def test_of_a_stream_no_more_rows_are_set_aside_than_tell_a_mean_loss(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,

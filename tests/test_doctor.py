@@ -12,21 +12,18 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from qtune import doctor
+from qtune import __version__, doctor
 from qtune.device.present import Device, present_device
+from qtune.diagnosis import Diagnosis, has_problems, to_json, version_finding
 from qtune.doctor import (
-    Diagnosis,
     choice_findings,
     device_findings,
     disk_findings,
     environment_findings,
     examine,
-    has_problems,
     product_findings,
     quantization_findings,
-    to_json,
     unless_full,
-    version_finding,
 )
 from qtune.screens.doctor import show
 
@@ -184,6 +181,13 @@ def test_an_offline_hub_and_a_missing_token_are_notes(tmp_path, monkeypatch):
     assert (online["token"].verdict, online["token"].value) == ("ok", "present")
 
 
+@pytest.mark.parametrize(("found", "verdict"), [("/usr/bin/ollama", "ok"), (None, "note")])
+def test_a_program_that_is_not_there_has_no_tick(found, verdict, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: found)
+    ollama = next(one for one in environment_findings({}) if one.name == "ollama")
+    assert (ollama.verdict, ollama.value) == (verdict, found or "not installed")
+
+
 def test_the_examination_of_this_computer_is_complete_and_json(tmp_path):
     findings = examine(tmp_path)
     assert {finding.topic for finding in findings} == {
@@ -192,7 +196,7 @@ def test_the_examination_of_this_computer_is_complete_and_json(tmp_path):
     assert json.loads(json.dumps(to_json(findings)))[0] == {
         "topic": "versions",
         "name": "qtune",
-        "value": doctor.__version__,
+        "value": __version__,
         "verdict": "ok",
         "advice": "",
     }

@@ -2,29 +2,40 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 import torch
 from chat_families import FAMILIES as CHAT_FAMILIES
 from chat_families import tokenizer_of
 from export_models import CHATML, some_ids, tiny_base, tiny_run, tiny_tokenizer
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtune.data.conversation import Conversation
-from qtune.errors import ModelError, VerificationError
+from qtune.errors import ExportError, InputError, ModelError, VerificationError
 from qtune.export.closeness import shortfalls
-from qtune.export.export import Options, export_run, verify_only
+from qtune.export.export import Options, _gguf_command, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of
 from qtune.export.gguf.file import GgufType, write_gguf
-from qtune.export.gguf.verify import LIMITS, _compare, _config_to_read_with, _weight_failures, verify_gguf
+from qtune.export.gguf.verify import (
+    LIMITS,
+    _compare,
+    _config_to_read_with,
+    _weight_failures,
+    q8_0_rounding,
+    verify_gguf,
+)
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
-from qtune.export.verification import read_proof
+from qtune.export.opened_run import open_for_export
+from qtune.export.output import refuse_existing_output
+from qtune.export.verification import proof_today, read_proof
 from qtune.export.verify.rows import CheckedRow
 from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
@@ -64,6 +75,34 @@ def gap(folder: Path, file: Path, **settings: Any) -> float:
     with torch.inference_mode():
         expected, found = exported(some_ids()).logits, read(some_ids()).logits
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("magnitude", [10.0**power for power in range(-5, 3)])
+def test_q8_0_moves_no_weight_farther_than_it_may_and_comes_near_to_it(magnitude: float) -> None:
+    """As gguf's own code rounds; a scale below fp16's smallest normal number, 6e-5, loses more of itself."""
+    random = np.random.default_rng(0)
+    values = (magnitude * random.uniform(0.3, 1, (4096, 1)) * random.uniform(-1, 1, (4096, 32))).astype(np.float32)
+    stored = GGMLQuantizationType.Q8_0
+    read = quants.dequantize(quants.quantize(values, stored), stored)
+    moved = torch.from_numpy(np.abs(read - values).max(axis=1))
+    allowed = q8_0_rounding(torch.from_numpy(np.abs(values).max(axis=1)))
+    assert bool((moved <= allowed).all())
+    assert float((moved / allowed).max()) > 0.5
+
+
+@pytest.mark.slow
+def test_a_file_that_is_not_the_export_is_kept_under_a_name_that_nothing_loads(
+    exported: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported.path / "model"
+    monkeypatch.setattr("qtune.export.gguf.verify._weight_failures", lambda *models: iter(["weight x is another"]))
+    with pytest.raises(VerificationError, match=r"weight x is another; it is kept as \S+-q8_0\.gguf\.unverified, and"):
+        export_run(exported, Options(gguf="q8_0"))
+    assert not list(folder.glob("*.gguf"))
+    assert read_proof(folder).verified
+    monkeypatch.undo()
+    export_run(exported, Options(gguf="q8_0"))
+    assert [file.name for file in folder.glob("*-q8_0.gguf")] != []
 
 
 @pytest.mark.slow
@@ -318,6 +357,75 @@ def test_an_export_with_gguf_is_proven_and_has_a_modelfile(adapter: str, tmp_pat
     assert ("<|qtune_0|><|qtune_1|><|qtune_2|>" in modelfile) is ("p-tuning" in adapter)
 
 
+@pytest.fixture(scope="module", params=['kind = "lora"\nrank = 4', 'kind = "p-tuning"\nvirtual_tokens = 3'])
+def verified(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with a verified export in its folder."""
+    run = tiny_run(tmp_path_factory.mktemp("verified"), request.param)
+    export_run(run, Options())
+    return run
+
+
+@pytest.fixture
+def exported(verified: RunDir, tmp_path: Path) -> RunDir:
+    shutil.copytree(verified.path, tmp_path / "run")
+    return RunDir.open(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_added_alone_to_a_verified_export(
+    exported: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the very command that the end of the export has printed."""
+    folder = exported.path / "model"
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".safetensors", ".json")}
+    command = _gguf_command(open_for_export(exported), folder, exported, Options())
+    assert command == f"qtune export {exported.path} --gguf q8_0"
+    for made_again in ("write_merged", "verify"):
+        monkeypatch.setattr(f"qtune.export.export.{made_again}", lambda *args, **kwargs: pytest.fail("made again"))
+    refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
+    assert export_run(exported, Options(gguf="q8_0")) == folder
+    said = capsys.readouterr().err
+    assert f"{folder} is the verified export of this run; its GGUF file alone is added\n" in said
+    assert "llama-server" in said
+    changed = {"verify.json", "manifest.json"}
+    assert all((folder / name).read_bytes() == text for name, text in before.items() if name not in changed)
+    proof = proof_today(folder, exported.path)
+    assert (proof.verified, proof.failures) == (True, ())
+    assert proof.figures is not None
+    assert proof.gguf["q8_0"].failures == ()
+    assert "-q8_0.gguf" in (folder / "README.md").read_text()
+    with pytest.raises(InputError, match=r"run-q8_0\.gguf: is there already, and was verified$"):
+        refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
+
+
+def test_a_gguf_file_is_added_to_nothing_that_is_not_the_verified_export_of_the_run(
+    exported: RunDir, tmp_path: Path
+) -> None:
+    def refused(folder: Path | None = None, *given: str) -> str:
+        with pytest.raises(InputError) as told:
+            refuse_existing_output(exported, folder, adapter_only=False, force=False, gguf="f16", given=given)
+        return str(told.value)
+
+    folder = exported.path / "model"
+    assert refused(None, "--dtype", "--gguf") == (
+        f"--dtype: {folder} is a verified export, to which the GGUF file alone is added; --force exports it again"
+    )
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "verify.json").unlink()
+    assert refused(other) == (
+        f"{other}: is there already, and is no verified export of this run, to which a GGUF file alone could be added; "
+        f"qtune export {exported.path} --verify-only {other} verifies it, --force replaces it"
+    )
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ExportError, match=r"it is not what was exported: model\.safetensors .*; --force exports it"):
+        export_run(exported, Options(gguf="f16"))
+    assert not list(folder.glob("*.gguf"))
+
+
 @pytest.mark.slow
 def test_a_gguf_without_a_modelfile_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.jinja").write_text('{# """ #}' + CHATML)
@@ -403,7 +511,6 @@ def test_a_file_with_one_tensor_changed_is_caught(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(int(tensor.data_offset))
         stream.write(bytes(int(tensor.n_bytes)))
-    from qtune.export.opened_run import open_for_export
     from qtune.export.verify.rows import rows_for
 
     proof = verify_gguf(folder, file, "f16", rows_for(open_for_export(run)).rows, ())

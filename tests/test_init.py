@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Resolved, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
-from qtune.recipe.schema import Lora, Model, Recipe
+from qtune.recipe.schema import Data, Lora, Model, Recipe, Training
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 
@@ -146,9 +147,19 @@ def test_what_is_wrong_is_told_by_the_option_that_gave_it(here):
     with pytest.raises(RecipeError) as told:
         new_recipe("no/such/folder", "nothing.jsonl", "lora", Path("recipe.toml"))
     assert str(told.value).splitlines() == [
-        '--base: model.base = "no/such/folder": neither a folder that exists nor a hub id (owner/name)',
-        '--data: data.train = "nothing.jsonl": no such file or folder in .',
+        '--base: "no/such/folder": neither a folder that exists nor a hub id (owner/name)',
+        '--data: "nothing.jsonl": no such file or folder in .',
     ]
+    with pytest.raises(RecipeError) as told:
+        new_recipe("builtin:smollm2", "rwos.jsonl", "p-tune", Path("recipe.toml"))
+    assert str(told.value).splitlines() == [
+        "--adapter: p-tune: no such kind; did you mean 'p-tuning'?",
+        "--base: builtin:smollm2: no such built-in model; did you mean 'smollm2-135m-instruct'?",
+        "--data: \"rwos.jsonl\": no such file or folder in .; did you mean 'rows.jsonl'?",
+    ]
+    with pytest.raises(RecipeError) as told:
+        copied_recipe("quickstat", Path("recipe.toml"), base="builtin:smollm2", data="nothing.jsonl")
+    assert [problem.place for problem in told.value.problems] == ["--from", "--base", "--data"]
     with pytest.raises(RecipeError, match=r"^--adapter: p-tune: no such kind; did you mean 'p-tuning'\?$"):
         new_recipe(MODEL, "rows.jsonl", "p-tune", Path("recipe.toml"))
     with pytest.raises(RecipeError, match=r"^--from: quickstat: no such recipe; did you mean 'quickstart'\?$"):
@@ -276,11 +287,16 @@ def test_the_schema_explains_every_key_and_knows_no_null():
     assert tables["Lora"]["properties"]["rank"]["description"] == Lora.model_fields["rank"].description
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     rows, file = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
     rows.write_text(rows_of(600))
     done = init("--base", MODEL, "--data", str(rows), "--output", str(file))
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{file}\n", "")
+    assert (done.returncode, done.stdout) == (0, f"{file}\n")
+    assert [shlex.split(line, comments=True) for line in done.stderr.splitlines()] == [
+        ["qtune", "check", str(file)],
+        ["qtune", "run", str(file)],
+    ]
     assert load_recipe(file).recipe.data.train == "rows.jsonl"
     again = init("--base", MODEL, "--data", str(rows), "--output", str(file))
     assert again.returncode == 2
@@ -462,6 +478,21 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
         look_at("mixed")
 
 
+FROM_NO_ROW = (
+    "recipe.toml: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended rather "
+    "than the recipe, write it again with --force"
+)
+
+
+def test_nothing_in_a_recipe_follows_from_rows_of_which_none_can_be_used(here):
+    Path("plants.csv").write_bytes(b"question,answer\n" + "Wächst er?,Ja.\n".encode("latin-1") * 150)
+    done = init("--base", MODEL, "--data", "plants.csv")
+    assert FROM_NO_ROW in done.stderr
+    recipe, default = load_recipe(Path("recipe.toml")).recipe, Data(train="plants.csv")
+    assert recipe.training.epochs == Training().epochs
+    assert recipe.data.validation == default.validation
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -472,7 +503,8 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
             '{"question": "x"}\n',
             [
                 "rows.jsonl: its only row cannot be used: rows.jsonl:1: columns question fit no known shape; "
-                "'question' is there and 'answer' is missing"
+                "'question' is there and 'answer' is missing",
+                FROM_NO_ROW,
             ],
         ),
         (
@@ -486,7 +518,8 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
             3 * '{"question": 7, "answer": "x"}\n',
             [
                 "rows.jsonl: none of 3 rows can be used: rows.jsonl:1: question = 7: not a text; "
-                "qtune check recipe.toml names them all"
+                "qtune check recipe.toml names them all",
+                FROM_NO_ROW,
             ],
         ),
     ],
@@ -526,7 +559,7 @@ def test_own_columns_are_renamed_in_the_recipe_and_it_is_said_what_they_are_take
     Path(name).write_text(OWN_COLUMNS[name])
     done = init(*(("--from", "quickstart") if copied else ("--base", MODEL)), "--data", name)
     assert done.returncode == 0
-    assert done.stderr == (
+    assert done.stderr.partition("  qtune check ")[0] == (
         f"{name}: 'symptom' is taken for 'question' and 'advice' is taken for 'answer'; if that is wrong, change "
         "data.columns in recipe.toml\n"
     )

@@ -53,6 +53,7 @@ ROOMS = (
     "training",
     "report",
     "check",
+    "diagnosis",
     "doctor",
     "init",
     "swap",
@@ -66,9 +67,10 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "cli", "console", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling", "whole",
-    "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder", "run.finished",
-    "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target", "report.page", "verdicts",
+    "cli", "console", "diagnosis", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling",
+    "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder",
+    "run.finished", "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target",
+    "report.page", "verdicts",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 

@@ -429,7 +429,7 @@ tiny on a card, 1.57 GiB
 as qtune run would do it, 2 x 128 tokens at once need 2.42 GiB: does not fit
 length: data.max_length, every token scored
 
-change                              a row needs  and then                 price
+tried                               a row needs  and then                 price
 memory.embeddings = "host"             2.66 GiB  2.42 GiB  does not fit   the head crosses the bus twice a
                                                                           micro-batch, same result; slower
                                                                           answers

@@ -8,7 +8,7 @@ its batch was not the largest, the record says so.
 import json
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def seen_by_the_ledger(run: Run, monkeypatch: pytest.MonkeyPatch) -> Traced:
     step = training_step(recipe, plan, longest)
     if categories.OPTIMIZER not in MEASURED[run.name]["ledger"]["alive"]:  # it saw the first step
         step = replace(step, optimizer=None)
-    return trace(config, lambda shape: build(shape, recipe, plan), replace(step, eval_batch=None), card=CARD.capability)
+    made, step = partial(build, recipe=recipe, plan=plan), replace(step, eval_batch=None)
+    # What repeats is traced once, as for a search: `traced` executes every layer of the same models.
+    return trace(config, made, step, card=CARD.capability, plays_allocator=False)
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ def test_how_layers_repeat_is_read_from_what_they_are_made_of():
     assert repeats(config_of("deepseek_v3", 20, **latent, first_k_dense_replace=3)) == Repetition(2, 1)
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_repeat_are_not_taken_for_repeated_ones():
     experts = {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 32}
     irregular = {

@@ -49,10 +49,11 @@ def _text(node: ast.expr) -> str | None:
 
 
 def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.expr) and id(node) not in docstrings | inner and (text := _text(node)) is not None:
+    nodes = list(ast.walk(tree))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    left_out = docstrings | {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
+        if isinstance(node, ast.expr) and id(node) not in left_out and (text := _text(node)) is not None:
             yield node.lineno, text
 
 
@@ -66,7 +67,8 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 def _sources() -> Iterator[tuple[str, list[str]]]:
     for file in sorted(PACKAGE.rglob("*.py")):
-        for line, text in _texts(ast.parse(file.read_text())):
+        source = file.read_text()
+        for line, text in _texts(ast.parse(source)) if "qtune" in source.replace("from qtune", "") else ():
             for words in commands_in(text):
                 yield f"{file.relative_to(PACKAGE)}:{line}", words
 

@@ -390,6 +390,38 @@ def test_steps_replace_the_epochs_of_the_file_but_not_of_the_command_line(check,
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "changes", "said"),
+    [
+        (
+            "[training]\nepochs = 3\n",
+            ["training.steps=6"],
+            ["--set training.steps: training.epochs = 3 (recipe.toml:6) is set aside"],
+        ),
+        (
+            "[training]\nsteps = 6\n",
+            ["training.epochs=3"],
+            ["--set training.epochs: training.steps = 6 (recipe.toml:6) is set aside"],
+        ),
+        (
+            '[adapter]\nkind = "lora"\nrank = 8\nalpha = 16\n',
+            ["adapter.virtual_tokens=5", "adapter.kind=p-tuning"],
+            ["--set adapter.kind: adapter.rank = 8 (recipe.toml:7), adapter.alpha = 16 (recipe.toml:8) are set aside"],
+        ),
+        (
+            "[quantization]\ndouble_quantization = false\n",
+            ["quantization.kind=none"],
+            ["--set quantization.kind: quantization.double_quantization = false (recipe.toml:6) is set aside"],
+        ),
+        ("[training]\nepochs = 3\n", ["training.epochs=2"], []),
+        ("[adapter]\nrank = 8\n", ["adapter.kind=lora"], []),
+        ("", ["training.steps=6"], []),
+    ],
+)
+def test_what_a_change_leaves_nothing_of_is_said(check, written: str, changes: list[str], said: list[str]) -> None:
+    assert list(check(GOOD + written, *changes).set_aside) == said
+
+
 # --- origins -------------------------------------------------------------------------------------------------------
 
 

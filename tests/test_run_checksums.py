@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FUZZ_SEED, FUZZED
+from kept_folder import KeptFolder
 from safetensors.torch import load_file, save_file
 from test_run_drift import RECIPE, World, kept, world  # noqa: F401  fixtures
 
@@ -37,14 +38,13 @@ from qtune.verdicts.of_run import attempt_verdicts
 
 
 @pytest.fixture(scope="module")
-def exported(kept: tuple[Path, Path]) -> Path:  # noqa: F811
+def exported(kept: KeptFolder) -> Path:  # noqa: F811
     """The export of the finished run, verified; with its evaluation it is in the copy that `world` restores."""
-    home, copy = kept
-    run = RunDir.open(home / "runs" / "finished")
+    run = RunDir.open(kept.folder / "runs" / "finished")
     evaluate(run, rows=2, max_new_tokens=2)
     export_run(run, Options())
-    shutil.rmtree(copy)
-    shutil.copytree(home, copy)
+    shutil.rmtree(kept.copy)
+    shutil.copytree(kept.folder, kept.copy)
     return run.path / "model"
 
 
@@ -77,7 +77,9 @@ def another(digit: str) -> str:
     return str((int(digit) + 1) % 10)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "metrics.jsonl" else []) for name in READERS]
+)
 def test_no_digit_of_a_record_can_change_without_a_word(name: str, exported: Path, world: World) -> None:  # noqa: F811
     run = world.finished
     file = run.path / name

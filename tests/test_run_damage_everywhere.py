@@ -4,7 +4,6 @@ Nothing may end in a traceback, and nothing may come out that differs without a 
 """
 
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERYTHING
+from kept_folder import KeptFolder
 from safetensors.torch import load_file
 from test_run_drift import World, make_world
 
@@ -31,8 +31,8 @@ SHARE = 1 if EVERYTHING else 3
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """(where the world is, a copy of it as it was): one step is left to do."""
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptFolder]:
+    """Where the world is, with a copy of it as it was: one step is left to do."""
     with pytest.MonkeyPatch.context() as patch:
         yield make_world(tmp_path_factory, patch, steps=3)
 
@@ -112,11 +112,9 @@ def outcome(verb: Callable[[], Any]) -> tuple[str, Any]:
         return "traceback", error
 
 
-def restored(kept: tuple[Path, Path]) -> World:
-    home, copy = kept
-    shutil.rmtree(home)
-    shutil.copytree(copy, home, symlinks=True)
-    return World(home)
+def restored(kept: KeptFolder) -> World:
+    kept.put_back()
+    return World(kept.folder)
 
 
 def is_same(result: Any, expected: Any) -> bool:
@@ -128,7 +126,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on_exactly_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:
+def test_a_stopped_run_goes_on_exactly_or_says_why_not(way: str, kept: KeptFolder) -> None:
     home = restored(kept)
     whole, stopped = load_file(home.finished.adapter / STATE_FILE), home.stopped.path
     bad = []
@@ -163,7 +161,7 @@ def reported(run: Path) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_finished_run_is_used_as_it_was_or_says_why_not(way: str, kept: tuple[Path, Path]) -> None:
+def test_a_finished_run_is_used_as_it_was_or_says_why_not(way: str, kept: KeptFolder) -> None:
     finished = restored(kept).finished.path
     weights = exported(finished)
     verbs = {"eval": (figures, figures(finished)), "export": (exported, weights), "report": (reported, True)}

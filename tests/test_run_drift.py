@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROWS, run_warm_qtune, short_answers
 from export_models import tiny_base, tiny_tokenizer
+from kept_folder import KeptFolder
 from safetensors.torch import load_file, save_file
 
 from qtune.errors import ModelError, RunError
@@ -80,13 +81,13 @@ def rows_text(rows: list[dict]) -> str:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """(where the world is, a copy of it as it was)."""
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptFolder]:
+    """Where the world is, with a copy of it as it was."""
     with pytest.MonkeyPatch.context() as patch:
         yield make_world(tmp_path_factory, patch)
 
 
-def make_world(folders: pytest.TempPathFactory, patch: pytest.MonkeyPatch, steps: int = 4) -> tuple[Path, Path]:
+def make_world(folders: pytest.TempPathFactory, patch: pytest.MonkeyPatch, steps: int = 4) -> KeptFolder:
     """Makes what `kept` gives; the stopped run has two of so many steps."""
     home, copy = folders.mktemp("world"), folders.mktemp("copy")
     patch.setenv("QTUNE_CACHE", str(folders.mktemp("cache")))
@@ -110,15 +111,13 @@ def make_world(folders: pytest.TempPathFactory, patch: pytest.MonkeyPatch, steps
         with pytest.raises(Killed):
             train.run(load_recipe(home / "recipe.toml", ["output.name=stopped"]))
     shutil.copytree(home, copy / "world")
-    return home, copy / "world"
+    return KeptFolder(home, copy / "world")
 
 
 @pytest.fixture
-def world(kept: tuple[Path, Path]) -> World:
-    home, copy = kept
-    shutil.rmtree(home)
-    shutil.copytree(copy, home)
-    return World(home)
+def world(kept: KeptFolder) -> World:
+    kept.put_back()
+    return World(kept.folder)
 
 
 def edit_json(file: Path, **changes: object) -> None:

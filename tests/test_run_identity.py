@@ -502,6 +502,7 @@ def test_an_export_and_a_proof_of_another_run_are_none_of_this(twins: tuple[RunD
 # --- real runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_record_that_a_run_writes_says_of_which_run_it_is(world: World) -> None:  # noqa: F811
     for run in (world.finished, world.stopped):
         own = identity_of(run.path)

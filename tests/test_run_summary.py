@@ -1,5 +1,6 @@
 """The end of a run: where it is, what it learned, what it took, and the next commands."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,24 @@ def test_the_summary_is_made_of_the_runs_own_records(run: RunDir) -> None:
     records = [trained(step, loss, 3.0 * step) for step, loss in enumerate(losses, 1)]
     text = written(run, *records[:10], looked(10, 1.0, 31), *records[10:], looked(20, 1.25, 63))
     assert text.splitlines() == [
-        "RUN: 20 steps in 1:03, memory peak 1.00 GiB",
-        "training loss 2.5000 -> 0.3750 (first and last tenth)",
+        "RUN: 20 steps in 1:03",
+        "training loss 2.5000 -> 0.3750 (means of the first and the last 2 logged steps)",
         "validation loss 1.2500, accuracy 75.0%; the best was 1.0000 at step 10",
-        "  qtune eval RUN    base against tuned on held-out rows",
-        "  qtune chat RUN    talk to it",
-        "  qtune export RUN  a plain model for transformers, vLLM and Ollama",
+        "  qtune eval RUN    # base against tuned on held-out rows",
+        "  qtune chat RUN    # talk to it",
+        "  qtune export RUN  # a plain model for transformers, vLLM and Ollama",
     ]
 
 
-def test_the_commands_and_what_they_do_stand_apart_however_long_a_runs_name_is(tmp_path: Path) -> None:
-    for name in ("a", "a-very-long-name-of-a-run-2"):
+def test_a_whole_line_of_a_command_can_be_pasted_however_long_a_runs_name_is(tmp_path: Path) -> None:
+    for name in ("a", "a very long name of a run-2"):
         run_dir = RunDir(tmp_path / name)
         run_dir.path.mkdir()
-        said = written(run_dir, trained(1, 2.0, 1.0)).splitlines()
-        assert all("  " in line.strip() for line in said if line.startswith("  qtune")), said
+        lines = [line for line in written(run_dir, trained(1, 2.0, 1.0)).splitlines() if line.startswith("  qtune")]
+        assert len(lines) == 3
+        for line in lines:
+            program, verb, *rest = shlex.split(line, comments=True)
+            assert (program, len(rest), verb in ("eval", "chat", "export")) == ("qtune", 1, True), line
 
 
 def test_the_parts_of_a_resumed_run_are_added_and_the_best_at_the_end_is_not_said_twice(run: RunDir) -> None:

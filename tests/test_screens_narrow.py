@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console, RenderableType
 
-from qtune.console import on_its_side
+from qtune.console import on_its_side, table
 from qtune.device.cards import described
 from qtune.device.present import Device
 from qtune.run.listing import ListedRun
@@ -110,3 +110,20 @@ def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:
     assert said.startswith("TRL 1: computes every layer twice")
     assert "training.gradient_checkpointing = true" in said
     assert _why_others_take_less(profile(True)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_names_of_keys_stay_whole_however_long_what_is_said_of_them(width: int) -> None:
+    keys = ["quantization.double_quantization", "training.gradient_checkpointing", "model.base"]
+    rows = [
+        (key, SMOL, "rule: the card has 12 GiB, of which a step with it takes 3.2 GiB and without 9.9") for key in keys
+    ]
+    lines = lines_of(table("recipe.toml", ("key", "value", "from"), rows), width)
+    assert all(any(line.split()[:1] == [key] for line in lines) for key in keys), lines
+    assert max(map(len, lines)) <= width
+
+
+def test_a_name_that_no_terminal_has_room_for_is_folded_and_not_cut() -> None:
+    long = "/a/folder/of/somebody/with/names/that/are/long/enough/to/fill/a/line.jsonl"
+    folded = lines_of(table("Data", ("source", "rows"), [(long, "many " * 9)]), 40)[2:]
+    assert "".join(line[:20].split()[0] for line in folded) == long

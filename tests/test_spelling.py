@@ -18,6 +18,12 @@ def test_several_are_offered_the_nearest_first_where_that_is_asked() -> None:
     assert did_you_mean("RTX 3096", cards, most=2) == "did you mean 'RTX 3090' or 'RTX 3060'?"
 
 
+def test_the_beginning_of_a_long_word_is_enough_and_a_few_letters_are_not() -> None:
+    assert did_you_mean("smollm", ["smollm2-135m-instruct"]) == "did you mean 'smollm2-135m-instruct'?"
+    assert did_you_mean("learning", ["learning_rate", "lean_step"]) == "did you mean 'learning_rate'?"
+    assert did_you_mean("smo", ["smollm2-135m-instruct"], "none") == "none"
+
+
 def test_a_word_that_is_like_none_gets_the_other_answer() -> None:
     assert did_you_mean("zzz", KEYS, "known: all of them") == "known: all of them"
     assert did_you_mean("zzz", KEYS) == ""

@@ -13,15 +13,19 @@ from warm import Server
 
 from qtune.errors import ModelError
 from qtune.startup import safe_bitsandbytes
-from qtune.startup.safe_bitsandbytes import require_right_kernels, without_hub_kernels, wrong_kernels
+from qtune.startup.safe_bitsandbytes import (
+    compiled_when_called,
+    require_right_kernels,
+    without_hub_kernels,
+    wrong_kernels,
+)
 
 # Whole blocks of 64 in each row; rows that begin within a block; rows of less than one; a last block that is not full.
 SHAPES = [(64, 128), (64, 160), (3, 96), (3, 32), (5, 50), (7, 2), (1, 96), (160, 64)]
 
-# What bitsandbytes asks of PyTorch on being imported is most of the time that it takes.
 BEFORE = Server(
-    "import torch._inductor.compile_fx, transformers.modeling_utils\n"
-    "assert not {'bitsandbytes', 'qtune'} & sys.modules.keys()"
+    "import torch, transformers.modeling_utils\n"
+    "assert not {'bitsandbytes', 'qtune', 'torch._inductor.compile_fx'} & sys.modules.keys()"
 )
 
 
@@ -136,6 +140,34 @@ def test_the_package_kernels_cannot_be_imported_while_bitsandbytes_is(tmp_path, 
     assert sys.modules["kernels"] is kernels
 
 
+@pytest.mark.parametrize("options", [{}, {"dynamic": False}], ids=["plain", "with options"])
+def test_what_is_compiled_while_bitsandbytes_is_imported_is_compiled_once_and_when_it_is_called(options, monkeypatch):
+    compiled = []
+
+    def compile_now(function, **asked):
+        compiled.append((function, asked))
+        return lambda value: ("compiled", function(value))
+
+    def twice(value):
+        """Twice as much."""
+        return 2 * value
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with compiled_when_called():
+        directly, decorated = torch.compile(twice, **options), torch.compile(**options)(twice)
+    assert torch.compile is compile_now
+    assert (directly.__doc__, compiled) == ("Twice as much.", [])
+    assert [directly(2), directly(3), decorated(4)] == [("compiled", 4), ("compiled", 6), ("compiled", 8)]
+    assert compiled == [(twice, options)] * 2
+
+
+def test_torch_compiles_at_once_again_where_the_import_fails():
+    own = torch.compile
+    with pytest.raises(ImportError), compiled_when_called():
+        raise ImportError("a library that bitsandbytes needs")
+    assert torch.compile is own
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["peft", "transformers.integrations.bitsandbytes", "qtune.doctor", "bitsandbytes"])
 def test_whoever_imports_bitsandbytes_gets_it_mended_and_nothing_is_fetched_or_said(first, tmp_path):
@@ -143,10 +175,10 @@ def test_whoever_imports_bitsandbytes_gets_it_mended_and_nothing_is_fetched_or_s
     program = (
         f"import qtune, {first}, bitsandbytes\n"
         "from qtune.startup.safe_bitsandbytes import wrong_kernels\n"
-        "print(wrong_kernels())"
+        "print(wrong_kernels(), 'torch._inductor.compile_fx' in sys.modules)"
     )
     search = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-    assert BEFORE.start(search + program).communicate() == ("[]\n", "")
+    assert BEFORE.start(search + program).communicate() == ("[] False\n", ""), "PyTorch's compiler need not be imported"
     assert not (tmp_path / "asked").exists()
 
 

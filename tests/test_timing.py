@@ -52,7 +52,7 @@ FORWARD = Place("forward")
 
 def kernel(**given: object) -> Kernel:
     plain = Kernel("op", "elementwise", 1, 0, 0, torch.bfloat16)
-    return replace(plain, **given)  # type: ignore[arg-type]
+    return plain._replace(**given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

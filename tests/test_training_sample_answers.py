@@ -56,11 +56,14 @@ def notes_in(run_dir: RunDir) -> list[str]:
 
 
 @pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "p-tuning"])
-def test_answers_change_no_bit_of_what_is_trained(write_recipe: WriteRecipe, adapter: str) -> None:
+def test_answers_change_no_bit_of_what_is_trained(
+    write_recipe: WriteRecipe, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(adapter=adapter, training=STEPS)
     asked = train.run(load_recipe(recipe, ["training.sample_answers=2"]))
     silent = train.run(load_recipe(recipe, ["training.sample_answers=0"]))
     assert [(one.step, len(one.answers)) for one in answers_in(asked)] == [(2, 2), (4, 2), (6, 2)]
+    assert capsys.readouterr().err.count(": asking 2 validation rows …\n") == 3
     assert answers_in(silent) == []
     assert [one for one in course(asked) if one[0] != "answers"] == course(silent)
     ours, theirs = (load_file(one.adapter / STATE_FILE) for one in (asked, silent))
@@ -220,7 +223,7 @@ def test_the_report_shows_the_answers_over_time_and_equal_ones_once() -> None:
 
 def test_nothing_is_asked_again_after_a_failure() -> None:
     notes: list[str] = []
-    asking = SampleAnswers(SimpleNamespace(tokenizer=None), lambda *_: None, notes.append)  # type: ignore[arg-type]
+    asking = SampleAnswers(SimpleNamespace(tokenizer=None), lambda *_: None, notes.append, lambda *_: None)  # type: ignore[arg-type]
     for _ in range(2):
         asking.on_evaluate(None, TrainerState(), TrainerControl(), model=None)  # type: ignore[arg-type]
     assert len(notes) == 1

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import WriteRecipe, qtune_process
+from conftest import WriteRecipe, warm_qtune_process
 from test_training_train import assert_same_run, course, run, wait_for_step
 
 from qtune.check import check
@@ -105,7 +105,7 @@ def test_sigkill_does_not_change_what_is_learned_from_a_stream(write_recipe: Wri
     recipe = write_recipe(training=f"{training}\nsample_answers = 0", data=WINDOWS)
     unbroken = run(recipe, "output.name=unbroken")
     broken = RunDir(recipe.parent / "runs" / "tiny")
-    killed = qtune_process("run", recipe)
+    killed = warm_qtune_process("run", recipe)
     wait_for_step(killed, broken.metrics_file, 3)
     killed.kill()
     killed.communicate()

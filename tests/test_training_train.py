@@ -17,7 +17,6 @@ import torch
 from conftest import (
     EVERYTHING,
     WriteRecipe,
-    qtune_process,
     recipe_for,
     rows_in,
     run_warm_qtune,
@@ -894,7 +893,7 @@ def test_sigkill_and_sigint_do_not_change_what_is_learned(write_recipe: WriteRec
     unbroken = run(recipe, "output.name=unbroken")
     broken = RunDir(recipe.parent / "runs" / "tiny")
 
-    killed = qtune_process("run", recipe)
+    killed = warm_qtune_process("run", recipe)
     wait_for_step(killed, broken.metrics_file, 7)
     killed.kill()
     killed.communicate()

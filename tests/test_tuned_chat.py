@@ -99,6 +99,7 @@ def test_the_system_message_leads_every_prompt(session):
     assert answer == answer_of(session, said)
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(session):
     for number in range(20):
         session.ask(f"Question number {number}", lambda _: None)
@@ -189,7 +190,11 @@ def test_a_new_system_message_starts_anew(session):
     session.ask("Hello", lambda _: None)
     assert command(session, "/system Be kind. Always.") == "system message set, conversation forgotten"
     assert (session.system, session.turns) == ("Be kind. Always.", [])
-    assert command(session, "/system") == "no system message, conversation forgotten"
+    # The base's own template writes one where none is given.
+    assert command(session, "/system") == (
+        "no system message, conversation forgotten; where none is set, the chat template writes: "
+        '"You are a helpful AI assistant named SmolLM, trained by Hugging Face"'
+    )
     assert session.system is None
 
 
@@ -250,4 +255,6 @@ def test_one_shot_prints_the_answer_alone():
         [*command_line, "--prompt", "What is the capital of France?"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "The capital of France is Paris.\n"
-    assert done.stderr == "loading the libraries …\nloading builtin:smollm2-135m-instruct …\n"
+    # On a busy computer there is a line for each library as well.
+    said = [line for line in done.stderr.splitlines() if not line.startswith("loading the libraries: ")]
+    assert said == ["loading the libraries …", "loading builtin:smollm2-135m-instruct …"]

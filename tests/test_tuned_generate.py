@@ -149,6 +149,24 @@ def test_progress_counts_every_row_once():
     assert counts == [5, 2, 1, 1]
 
 
+def test_progress_is_told_with_each_token_and_changes_no_answer():
+    model, prompts, counts = adapted("lora"), some_prompts(), []
+    limits = [8] * len(prompts)
+    told = generate(model, prompts, limits, NEVER, batch_tokens=60, on_rows=counts.append)
+    assert told == generate(model, prompts, limits, NEVER, batch_tokens=60)
+    batches = len(batches_of([(len(prompt), 8) for prompt in prompts], 60))
+    assert len(counts) == 8 * batches
+    assert sum(counts) == pytest.approx(len(prompts))
+
+
+def test_progress_of_an_answer_that_ends_early_comes_to_its_end():
+    model, prompts, counts = adapted("lora"), some_prompts()[:1], []
+    (free,) = generate(model, prompts, [8], NEVER)
+    generate(model, prompts, [8], Ends((free[2],), 0), on_rows=counts.append)
+    assert len(counts) < 8
+    assert sum(counts) == pytest.approx(1)
+
+
 def test_batches_are_bounded_by_what_their_cache_holds():
     """Rows 1 and 3 together would hold 2 x (20 + 10) positions; a row that is too long by itself goes alone."""
     lengths = [(500, 1), (10, 10), (2, 3), (20, 5)]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_families import TEMPLATES
 from conftest import run_warm_qtune
 from export_models import tiny_run
 
@@ -30,18 +31,18 @@ def rows_with(folder: Path, *systems: str | None) -> Data:
     [
         (("Be brief.",) * 3, "Be brief."),
         (("Be brief.", "Be brief.", "Be kind."), "Be brief."),
-        (("Be brief.", "Be kind."), None),
-        (("Be brief.", None, None), None),
-        ((None,), None),
+        (("Be brief.", "Be kind."), ""),
+        (("Be brief.", None, None), ""),
+        ((None,), ""),
     ],
 )
-def test_what_most_rows_have_is_usual(tmp_path: Path, systems: tuple[str | None, ...], usual: str | None) -> None:
+def test_what_most_rows_have_is_usual(tmp_path: Path, systems: tuple[str | None, ...], usual: str) -> None:
     assert usual_system(rows_with(tmp_path, *systems), tmp_path) == usual
 
 
 def test_the_policy_of_the_recipe_counts_and_rows_that_are_gone_say_nothing(tmp_path: Path) -> None:
     data = rows_with(tmp_path, "Be brief.")
-    assert usual_system(data.model_copy(update={"system": "drop"}), tmp_path) is None
+    assert usual_system(data.model_copy(update={"system": "drop"}), tmp_path) == ""
     assert usual_system(data.model_copy(update={"train": "gone.jsonl"}), tmp_path) is None
 
 
@@ -75,7 +76,19 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
     assert command(session, "/trained").startswith("the training rows' system message is set")
     assert (session.system, session.turns) == ("Be brief.", [])
     session.trained_system = None
-    assert command(session, "/trained").startswith("most training rows have no system message")
+    gone = "the training rows cannot be read here any more, nor can their system message"
+    assert command(session, "/trained") == gone
+    session.trained_system = ""
+    none = "the training rows have no system message that most of them share"
+    assert command(session, "/trained") == none
+    assert command(session, "/system") == "no system message, conversation forgotten"
+    session.tokenizer.chat_template = (TEMPLATES / "smollm2.jinja").read_text()
+    writes = (
+        "; where none is set, the chat template writes: "
+        '"You are a helpful AI assistant named SmolLM, trained by Hugging Face"'
+    )
+    assert command(session, "/trained") == none + writes
+    assert command(session, "/system") == f"no system message, conversation forgotten{writes}"
 
 
 @pytest.mark.slow

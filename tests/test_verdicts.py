@@ -348,6 +348,15 @@ def test_a_run_fits_with_what_it_took_of_what_there_is() -> None:
     assert on_cpu.sentence == "the process took 2.00 GiB of 16.00 GiB at the peak (12%)"
 
 
+def test_a_peak_of_an_earlier_part_counts_as_in_the_summary_of_the_run() -> None:
+    """memory.json is of the last part of a run that was resumed; on a card the two count different things."""
+    earlier = tuple(replace(one, memory_peak_bytes=3 << 30) for one in training([2.0, 1.0]))
+    on_cpu = with_memory(2 << 30, 16 << 30, "resident_peak_bytes", "cpu")
+    assert "took 3.00 GiB of" in fits(replace(on_cpu, train=earlier)).sentence
+    on_card = with_memory(2 << 30, 16 << 30)
+    assert "took 2.00 GiB of" in fits(replace(on_card, train=earlier)).sentence
+
+
 def test_a_full_card_is_said_and_so_is_one_that_ran_out() -> None:
     assert fits(with_memory(97, 100)).answer == "Fits barely"
     ran_out = fits(replace(NOTHING, memory=RunMemory(failure={"phase": "forward"})))

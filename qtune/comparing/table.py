@@ -20,17 +20,19 @@ from qtune.verdicts.verdict import number
 class Measure:
     """A figure of a configuration: its mean over rows and runs, its spread, and the difference to the first one's.
 
-    by_run: each run's own mean. change: None for the first configuration itself.
+    by_run: each run's own mean. by_seed: that of the runs with each seed: the same run twice says nothing of chance.
+    change: None for the first configuration itself.
     """
 
     interval: Interval
     by_run: tuple[float, ...]
+    by_seed: tuple[float, ...]
     change: Interval | None
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over runs; None of a single one."""
-        return stdev(self.by_run) if len(self.by_run) > 1 else None
+        """Standard deviation over seeds; None of a single one."""
+        return stdev(self.by_seed) if len(self.by_seed) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,18 @@ def _bases(runs: Sequence[ComparedRun]) -> tuple[Base, ...]:
     return tuple({id(base): base for base in found.values()}.values())
 
 
+def _name_of(group: Sequence[ComparedRun]) -> str:
+    """Of one run its folder's name; of several what theirs have in common, and their seeds: "recipe, seeds 42 and 43"
+    for recipe-seed42 and recipe-seed43. Runs that are called otherwise are named one by one."""
+    names = [Path(run.run).resolve().name for run in group]
+    if len(names) == 1:
+        return names[0]
+    stems = {name.removesuffix(f"-seed{run.seed}") for name, run in zip(names, group, strict=True)}
+    *others, last = [str(run.seed) for run in group] if len(stems) == 1 else names
+    several = f"{', '.join(others)} and {last}"
+    return f"{stems.pop()}, seeds {several}" if len(stems) == 1 else several
+
+
 def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
     """first: what the first line has drawn, which it puts there."""
 
@@ -133,16 +147,21 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
         is_first = salt == 0
         if is_first:
             first[name] = found
-        return Measure(found.interval(), by_run, None if is_first else found.less(first[name]))
+        of_seeds: dict[int, list[float]] = {}
+        for seed, mean in zip(seeds, by_run, strict=True):
+            of_seeds.setdefault(seed, []).append(mean)
+        by_seed = tuple(map(fmean, of_seeds.values()))
+        return Measure(found.interval(), by_run, by_seed, None if is_first else found.less(first[name]))
 
+    seeds = tuple(run.seed for run in group)
     tokens = [float(row.tokens) for row in group[0].evaluation.row_losses]
     pieces = [float(piece.tokens) for piece in group[0].forgetting.pieces]
     scores = [answer_scores(run.evaluation) for run in group]
     answers = [list(score.tuned) for score in scores if score is not None]
     return Configuration(
-        name=Path(group[0].run).resolve().name,
+        name=_name_of(group),
         runs=tuple(run.run for run in group),
-        seeds=tuple(run.seed for run in group),
+        seeds=seeds,
         adapter=group[0].adapter,
         parameters=group[0].parameters,
         seconds=fmean(run.seconds for run in group),
@@ -159,20 +178,25 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
 def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     """The table as texts: column names, and a row for the base and each configuration."""
     has_answers = comparison.answers_name is not None
-    head = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first"]
-    head += [str(comparison.answers_name), "more than the first"] if has_answers else []
+    are_several = len(comparison.lines) > 1  # else there is no first one to differ from
+
+    def with_change(value: str, change: str) -> list[str]:
+        return [value, change] if are_several else [value]
+
+    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", "less than the first")]
+    head += with_change(str(comparison.answers_name), "more than the first") if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
     rows = []
     for base in comparison.bases:
         name = "base" if len(comparison.bases) == 1 else f"base {base.name} ({base.quantization})"
-        row = [name, "", "", "", f"{base.loss:.3f}", ""]
-        row += [f"{100 * (base.answers or 0.0):.1f} %", ""] if has_answers else []
+        row = [name, "", "", "", *with_change(f"{base.loss:.3f}", "")]
+        row += with_change(f"{100 * (base.answers or 0.0):.1f} %", "") if has_answers else []
         rows.append([*row, f"0 of {base.neutral_loss:.3f}", "", ""])
     for line in comparison.lines:
         row = [line.name, line.adapter, f"{line.parameters / 1e6:.3f} M", str(len(line.runs))]
-        row += [_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}")]
+        row += with_change(_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}"))
         if has_answers:
-            row += [_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}")]
+            row += with_change(_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}"))
         row += [_text(line.forgotten, 1, "{:+.3f}"), clock(line.seconds), gib_text(line.peak_bytes)]
         rows.append(row)
     return head, rows
@@ -187,12 +211,12 @@ def task_cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
 
 
 def _text(measure: Measure | None, factor: float, form: str) -> str:
-    """ "0.412 (0.390 to 0.437), ±0.011 over runs"."""
+    """ "0.412 (0.390 to 0.437), ±0.011 over seeds"."""
     if measure is None:
         return ""
     text = _interval_text(measure.interval, factor, form)
     deviation = measure.deviation
-    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over runs"
+    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over seeds"
 
 
 def _change(measure: Measure | None, factor: float, form: str) -> str:
@@ -212,11 +236,19 @@ def _interval_text(interval: Interval, factor: float, form: str) -> str:
 
 def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
-    several = any(len(line.runs) > 1 for line in comparison.lines)
+    several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"
-    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again; ~: the interval has 0 in it"]
+    around_zero = "; ~: the interval has 0 in it" if len(comparison.lines) > 1 else ""
+    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again{around_zero}"]
     if several:
-        said.append("±: the standard deviation between runs that differ by their seed alone")
+        said.append("±: the standard deviation between seeds, of runs that differ in nothing else")
+    for line in comparison.lines:
+        for seed in sorted({seed for seed in line.seeds if line.seeds.count(seed) > 1}):
+            same = [run for run, own in zip(line.runs, line.seeds, strict=True) if own == seed]
+            said.append(
+                f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
+                "says nothing about chance; for that, train it with: qtune run RECIPE --seeds 3"
+            )
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
     if len(comparison.bases) > 1:
         said.append(

@@ -234,6 +234,36 @@ def _streamed(maker: "_Maker", sources: Sequence[Source], folder: Path, seed: in
     )
 
 
+ALIKE = 3
+"""Bad lines of one file, of which the same is said, that have a line each; more of them share one."""
+
+
+def named_together(bad_rows: Sequence[BadRow]) -> list[tuple[str, str]]:
+    """(place, message) of all bad rows, in their order; "rows.csv:2 to 101, 105" of many with one fault in one file."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for bad in bad_rows:
+        file, _, line = bad.place.rpartition(":")
+        if file and line.isdecimal():
+            alike.setdefault((file, bad.message), []).append(int(line))
+    named: dict[tuple[str, str], None] = {}
+    for bad in bad_rows:
+        file = bad.place.rpartition(":")[0]
+        lines = alike.get((file, bad.message), [])
+        named[f"{file}:{_ranges(lines)}" if len(lines) > ALIKE else bad.place, bad.message] = None
+    return list(named)
+
+
+def _ranges(lines: Sequence[int]) -> str:
+    """Line numbers as they rise: "2 to 101, 105"."""
+    parts: list[list[int]] = []
+    for line in sorted(set(lines)):
+        if parts and line == parts[-1][-1] + 1:
+            parts[-1][1:] = [line]
+        else:
+            parts.append([line])
+    return ", ".join(" to ".join(map(str, part)) for part in parts)
+
+
 def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
     """Raises a DataError that lists the bad rows, if there are any that the recipe does not skip.
 
@@ -243,7 +273,7 @@ def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
     skipping = data.on_bad_row == "skip"
     listed = [bad for bad in prepared.bad_rows if bad.ends_file or not skipping]
     if listed:
-        problems = [Problem(bad.place, bad.message) for bad in listed]
+        problems = [Problem(place, message) for place, message in named_together(listed)]
         if count > len(listed) and not skipping:
             problems.append(Problem("", f"… and {count - len(listed)} more bad rows"))
         if not any(bad.ends_file for bad in listed):
@@ -340,7 +370,8 @@ def _detected(source: Source) -> str:
         missing = [
             _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
         ]
-        raise DataError([*missing, Problem(first[0].place, unknown_columns(first[0].value))])
+        # With the names of `columns` put right the shape may be known: what else is wrong can only be said then.
+        raise DataError(missing or Problem(first[0].place, unknown_columns(first[0].value)))
     return shape
 
 

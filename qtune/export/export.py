@@ -22,12 +22,12 @@ from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
-from qtune.export.output import output_folder, run_around
+from qtune.export.output import is_verified_export, output_folder, refuse_existing_output, run_around
 from qtune.export.push import push
 from qtune.export.serving import serving, uses_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
-from qtune.export.verification import Verification, damage_of, read_proof
-from qtune.export.verify.rows import rows_for
+from qtune.export.verification import Verification, damage_of, proof_today, read_proof
+from qtune.export.verify.rows import CheckedRows, rows_for
 from qtune.export.verify.verify import verify
 from qtune.manifest import IF_CHANGED
 from qtune.model.load import load_config
@@ -85,7 +85,8 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     is_alone = resolved_recipe(run).adapter.export == "alone"
-    source = open_for_export(run, accepted=options.accepted, reads_weights=not (options.adapter_only or is_alone))
+    reads_base = not (options.adapter_only or is_alone or _is_added_to(run, options))
+    source = open_for_export(run, accepted=options.accepted, reads_weights=reads_base)
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
         console.say(ALONE_NOTE.format(kind=source.recipe.adapter.kind))
@@ -97,8 +98,13 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
+    folder = output_folder(run, options.output, alone=False)
+    if options.gguf is not None and _is_added_to(run, options):
+        _add_gguf(source, folder, options.gguf)
+        _say_uses(source, folder, run, options)
+        return folder
     target = Target(
-        output_folder(run, options.output, alone=False),
+        folder,
         getattr(torch, options.dtype),
         options.weights,
         force=options.force,
@@ -123,12 +129,40 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
             )
         prove(source, target.output, verification, show)
     if gguf is not None and rows is not None:
-        with one_sentence(f"{target.output} is whole without its GGUF file; close what else takes memory"):
-            hand_over(target.output, run.name, gguf, source.recipe, rows.rows, ids)
-            hand_over_adapter(source, target.output)
-        write_card(source, target.output, read_proof(target.output).figures)  # which serves these files as well
+        _write_gguf(source, target.output, gguf, rows, ids)
     _say_uses(source, target.output, run, options)
     return target.output
+
+
+def _is_added_to(run: RunDir, options: Options) -> bool:
+    """Whether there is an export that a GGUF file is asked of, and not asked to be made anew."""
+    folder = output_folder(run, options.output, alone=False)
+    return options.gguf is not None and not options.adapter_only and not options.force and folder.exists()
+
+
+def _add_gguf(source: OpenedRun, folder: Path, kind: GgufType) -> None:
+    """Writes a GGUF file of an export that is there, whose weights are neither made nor compared again.
+
+    Raises:
+        InputError: it was not verified, or is not what was verified, every byte of it. VerificationError: as
+            `hand_over`.
+    """
+    refuse_existing_output(source.run, folder, adapter_only=False, force=False, gguf=kind)
+    proof = proof_today(folder, source.run.path)
+    if not proof.verified:
+        message = f"is there already, and no GGUF file can be added: {proof.failures[0]}; --force exports it again"
+        raise ExportError(f"{folder}: {message}")
+    console.say(f"{folder} is the verified export of this run; its GGUF file alone is added")
+    ids = open_soft_prompt(source).ids if source.recipe.adapter.export == "bake" else ()
+    _write_gguf(source, folder, kind, rows_for(source), ids)
+
+
+def _write_gguf(source: OpenedRun, folder: Path, kind: GgufType, rows: CheckedRows, ids: tuple[int, ...]) -> None:
+    """The GGUF file and what goes with it, proven; the card serves these files as well from then on."""
+    with one_sentence(f"{folder} is whole without its GGUF file; close what else takes memory"):
+        hand_over(folder, source.run.name, kind, source.recipe, rows.rows, ids)
+        hand_over_adapter(source, folder)
+    write_card(source, folder, read_proof(folder).figures)
 
 
 def _later(folder: Path, run: RunDir) -> str:
@@ -151,7 +185,7 @@ def _gguf_command(source: OpenedRun, folder: Path, run: RunDir, options: Options
         return None
     whole = output_folder(run, None if options.adapter_only else options.output, alone=False)
     where = [] if options.adapter_only or options.output is None else ["--output", str(options.output)]
-    again = ["--force"] if whole.exists() else []
+    again = ["--force"] if whole.exists() and not is_verified_export(run, whole) else []
     return shlex.join(["qtune", "export", str(run.path), *where, "--gguf", "q8_0", *again])
 
 

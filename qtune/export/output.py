@@ -1,9 +1,12 @@
 """Where an export goes, and the run that an exported folder is inside of; known before anything heavy is imported."""
 
+import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from qtune.errors import InputError, Problem
 from qtune.export.staged import refuse_existing
+from qtune.export.verification import of_another_run, read_proof
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
 
@@ -19,14 +22,47 @@ def output_folder(run: RunDir, output: Path | None, *, alone: bool) -> Path:
     return output or run.path / ("adapter-export" if alone else EXPORTED)
 
 
-def refuse_existing_output(run: RunDir, output: Path | None, *, adapter_only: bool, force: bool) -> None:
-    """`refuse_existing` for the folder that `output_folder` will name.
+def refuse_existing_output(
+    run: RunDir,
+    output: Path | None,
+    *,
+    adapter_only: bool,
+    force: bool,
+    gguf: str | None = None,
+    given: Collection[str] = (),
+) -> None:
+    """`refuse_existing` for the folder that `output_folder` will name; to a verified export of the run, a GGUF file of
+    type `gguf` can be added.
+
+    given: the options as they were written on a command line.
 
     Raises:
         InputError: it is there and `force` is not given. RunError: the run's recipe cannot be read.
     """
     alone = adapter_only or resolved_recipe(run).adapter.export == "alone"
-    refuse_existing(output_folder(run, output, alone=alone), force=force)
+    folder = output_folder(run, output, alone=alone)
+    if gguf is None or alone or force or not folder.exists():
+        refuse_existing(folder, force=force)
+        return
+    proof = read_proof(folder)
+    if not is_verified_export(run, folder):
+        verifying = shlex.join(["qtune", "export", str(run.path), "--verify-only", str(folder)])
+        message = "is there already, and is no verified export of this run, to which a GGUF file alone could be added"
+        raise InputError(Problem(str(folder), f"{message}; {verifying} verifies it, --force replaces it"))
+    if (known := proof.gguf.get(gguf)) is not None and not known.failures and (folder / known.file).is_file():
+        raise InputError(Problem(str(folder / known.file), "is there already, and was verified"))
+    if made_with := [option for option in OF_THE_WHOLE if option in given]:
+        message = f"{folder} is a verified export, to which the GGUF file alone is added; --force exports it again"
+        raise InputError([Problem(option, message) for option in made_with])
+
+
+OF_THE_WHOLE = ("--dtype", "--base", "--compare-bases", "--no-verify", "--verify")
+"""Options that say how the whole model is exported."""
+
+
+def is_verified_export(run: RunDir, folder: Path) -> bool:
+    """Whether a folder says that it was verified as the export of this very run; its bytes are not read for it."""
+    return read_proof(folder).verified and of_another_run(folder, run.path) is None
 
 
 def run_around(folder: Path) -> RunDir:

@@ -179,13 +179,13 @@ def proof_today(folder: Path, run: Path) -> Proof:
     Raises:
         RunError: as `read_proof`.
     """
-    proof, said = read_proof(folder), damage_of(folder) or _of_another_run(folder, run)
+    proof, said = read_proof(folder), damage_of(folder) or of_another_run(folder, run)
     if said is None and None not in (proof.folder, name := folder_name(folder)) and proof.folder != name:
         said = f"its {VERIFICATION} is of another folder than this one"
     return proof if said is None else replace(proof, verified=False, failures=(said, *proof.failures))
 
 
-def _of_another_run(folder: Path, run: Path) -> str | None:
+def of_another_run(folder: Path, run: Path) -> str | None:
     """Of an export, which carries its adapter, that of an ancestor is another's too."""
     identity, found = identity_of(run), manifest_in(folder)
     if identity is None or found is None or (found.by is not None and found.by.run_id == identity.run_id):

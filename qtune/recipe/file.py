@@ -27,6 +27,8 @@ LONGEST_NUMBER = 1000
 """Bits. Whatever is longer than its key allows is told with the key; this can still be written."""
 DEEPEST = 16
 """Tables and lists in each other; a recipe has four."""
+ENDS = (("steps", "epochs"), ("epochs", "steps"))
+"""Of [training]: two ways to say the same thing, of which the one that is set replaces the one in the file."""
 # A dotted key of that many parts, which tomllib would take time for by the square of their number.
 _DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 TOO_DEEP = f"tables and lists stand in each other more than {DEEPEST} times, as in no recipe"
@@ -55,6 +57,8 @@ class Resolved:
     text: str
     written_in: Path | None = None
     """Of a run's recipe, which lies in the run's folder: that of the recipe it began with."""
+    set_aside: tuple[str, ...] = ()
+    """A sentence each on what the file says and a change has put something else in the place of."""
 
     @property
     def folder(self) -> Path:
@@ -115,14 +119,18 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
     """`load_recipe` on a text; `path` is what errors name and what relative data paths start from."""
     tables = _parse_toml(text, path)
     changes, problems = _parse_overrides(overrides)
+    lines = toml_lines(text)
+    set_aside = [
+        f"--set {'.'.join(map(str, keys))}: {_named(others, lines, path)} set aside"
+        for keys in changes
+        if (others := _replaced(tables, keys, changes))
+    ]
     # A kind first: it clears its table, and must not clear what another change has put there.
     for keys in sorted(changes, key=lambda keys: keys[-1] != "kind"):
         problems.extend(_apply(tables, keys, changes[keys]))
-    # One of two ways to say the same thing: the one that is set replaces the one in the file.
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+    for one, other in ENDS:
         if ("training", one) in changes and ("training", other) not in changes and _has(tables, ("training", one)):
             tables["training"].pop(other, None)
-    lines = toml_lines(text)
     faults: list[Fault] = []
     recipe: Recipe | None = None
     try:
@@ -136,7 +144,7 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
     problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
     if problems or recipe is None:
         raise RecipeError(problems)
-    return Resolved(recipe, _origins(recipe, tables, changes, lines, path), path, text)
+    return Resolved(recipe, _origins(recipe, tables, changes, lines, path), path, text, set_aside=tuple(set_aside))
 
 
 def _parse_toml(text: str, path: Path) -> dict[str, Any]:
@@ -224,6 +232,37 @@ def _toml_value(text: str) -> Any:
     return text if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER else value
 
 
+def _replaced(tables: Mapping[str, Any], keys: KeyPath, changes: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
+    """What the file says and the change of `keys` leaves nothing of, besides the value of its own key."""
+    table = tables.get(str(keys[0]))
+    if not isinstance(table, dict):
+        return {}
+    if _is_other_kind(table, keys, changes[keys]):
+        return {(keys[0], key): value for key, value in table.items() if key != "kind"}
+    others = [other for one, other in ENDS if keys == ("training", one) and ("training", other) not in changes]
+    return {("training", other): table[other] for other in others if other in table}
+
+
+def _named(values: Mapping[KeyPath, Any], lines: Mapping[KeyPath, int], path: Path) -> str:
+    """ "training.epochs = 3 (recipe.toml:9) is", or several, which are."""
+    named = [
+        f"{'.'.join(map(str, keys))} = {_shortened(show_value(value))} ({path.name}:{line_of(lines, keys)})"
+        for keys, value in values.items()
+    ]
+    return f"{', '.join(named)} {'is' if len(named) == 1 else 'are'}"
+
+
+def _is_other_kind(table: Mapping[str, Any], keys: KeyPath, value: Any) -> bool:
+    """Whether a change makes another kind of adapter or quantization, which is another table: the keys of the old kind
+    would only be errors."""
+    return (
+        len(keys) == 2
+        and keys[1] == "kind"
+        and keys[0] in DEFAULT_KINDS
+        and table.get("kind", DEFAULT_KINDS[str(keys[0])]) != value
+    )
+
+
 def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Problem]:
     table = tables
     for key in keys[:-1]:
@@ -232,8 +271,7 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
             yield Problem(f"--set {'.'.join(map(str, keys))}", f"{key} is not a table")
             return
         table = inner
-    # Another kind of adapter or quantization is another table: the keys of the old kind would only be errors.
-    if keys[-1] == "kind" and keys[0] in DEFAULT_KINDS and table.get("kind", DEFAULT_KINDS[str(keys[0])]) != value:
+    if _is_other_kind(table, keys, value):
         table.clear()
     table[str(keys[-1])] = value
 
@@ -255,7 +293,7 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     data = tables.get("data")
     if need_rows and isinstance(data, dict):
         for key in ("train", "validation", "test"):
-            yield from _missing_sources(data.get(key), ("data", key), folder)
+            yield from missing_rows(data.get(key), folder, ("data", key))
 
 
 def is_there(name: str, folder: Path = Path()) -> bool:
@@ -273,11 +311,11 @@ def _text_at(tables: Mapping[str, Any], table: str, key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _missing_sources(given: Any, path: KeyPath, folder: Path) -> Iterator[Fault]:
+def missing_rows(given: Any, folder: Path, path: KeyPath = ("data", "train")) -> Iterator[Fault]:
     """Files and folders that are not there; patterns and hub datasets are looked up when they are read."""
     if isinstance(given, list):
         for index, source in enumerate(given):
-            yield from _missing_sources(source, (*path, index), folder)
+            yield from missing_rows(source, folder, (*path, index))
         return
     is_table = isinstance(given, dict)
     name = given.get("path") if isinstance(given, dict) else given

@@ -23,7 +23,8 @@ def write_comparison(comparison: SideBySide, file: Path) -> None:
 def comparison_page(comparison: SideBySide) -> Html:
     """The whole page; it loads and runs nothing."""
     columns, rows = cells(comparison)
-    title = f"{len(comparison.lines)} configurations, {sum(len(line.runs) for line in comparison.lines)} runs"
+    count, runs = len(comparison.lines), sum(len(line.runs) for line in comparison.lines)
+    title = f"{count} configuration{'' if count == 1 else 's'}, {runs} runs"
     asked = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
     folders = [(line.name, ", ".join(line.runs), ", ".join(map(str, line.seeds))) for line in comparison.lines]
     return document(

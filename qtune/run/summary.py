@@ -20,15 +20,16 @@ class Losses:
     @property
     def start(self) -> float:
         """The mean of the first tenth."""
-        return self._mean(self.values[: self._count])
+        return self._mean(self.values[: self.count])
 
     @property
     def end(self) -> float:
         """The mean of the last tenth."""
-        return self._mean(self.values[-self._count :])
+        return self._mean(self.values[-self.count :])
 
     @property
-    def _count(self) -> int:
+    def count(self) -> int:
+        """How many make the start, and the end."""
         return max(1, round(SHARE * len(self.values)))
 
     def _mean(self, values: Sequence[float]) -> float:

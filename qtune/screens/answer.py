@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from qtune.timing.forecast import TimeForecast
 
 
+BESIDE_THE_PROCESS = "; the process and its libraries come on top, and a run's own figures include them"
+"""Of what a step takes on a processor, whose memory has no driver's share to be counted."""
+
+
 def draw_answer(profile: "Profile", time: "TimeForecast | None", *, is_timed: bool = True) -> RenderableType:
     """A line for each question. time: None where no rates of the device are known; is_timed: whether it was asked."""
     plan, rows = profile.forecast.plan, profile.forecast.rows
@@ -34,7 +38,7 @@ def _fits(profile: "Profile") -> str:
     prediction, there = forecast.prediction, size_text(forecast.budget_bytes)
     if forecast.plan.device.kind != "cuda":
         peak = size_text(prediction.peak.bytes)
-        return f"a step on this processor takes {peak} at its peak, of {there} that are free"
+        return f"a step on this processor takes {peak} at its peak, of {there} that are free{BESIDE_THE_PROCESS}"
     verdict = forecast.verdict
     return f"{verdict[:1].upper()}{verdict[1:]}: {size_text(prediction.need.total_bytes)} needed, of {there}"
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.console import clock, table
 from qtune.control_characters import visible
+from qtune.screens.answer import BESIDE_THE_PROCESS
 from qtune.screens.memory import draw_ways
 from qtune.screens.time import evidence, seconds
 from qtune.sizes import size_text
@@ -93,7 +94,8 @@ def _histogram(title: str, lengths: "Lengths") -> RenderableType:
     width = len(f"{lengths.edges[-1] - 1}")
     for start, end, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         bar = "█" * -(-count * BAR // most)
-        drawn.append(f"  {start:>{width}} to {end - 1:>{width}}  ", style="dim")
+        edges = f"{start:>{width}} to {end - 1:>{width}}" if end - 1 > start else f"{start:>{width}}{'':{width + 4}}"
+        drawn.append(f"  {edges}  ", style="dim")
         drawn.append(f"{bar:<{BAR}}", style="cyan")
         drawn.append(f"  {count:,}\n")
     drawn.right_crop(1)
@@ -189,9 +191,10 @@ def _memory(check: "Check") -> str:
     peak, need = forecast.prediction.peak, forecast.prediction.need
     batch = f"{forecast.plan.micro_batch_size} x {forecast.rows.longest.length} tokens"
     beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
+    on_top = "" if forecast.plan.device.kind == "cuda" else BESIDE_THE_PROCESS
     return (
         f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}"
+        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}{on_top}"
     )
 
 

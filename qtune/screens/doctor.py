@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from qtune import console
 
 if TYPE_CHECKING:
-    from qtune.doctor import Diagnosis
+    from qtune.diagnosis import Diagnosis
 
 
 def show(findings: "list[Diagnosis]") -> None:

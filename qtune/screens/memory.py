@@ -333,7 +333,7 @@ def _trials(fitted: "Fitted") -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     is_timed = any(trial.pace is not None for trial in fitted.trials)
     timed = ["for"] if is_timed else []
-    for name in ("change", "a row needs", "and then", *timed, "", "price"):
+    for name in ("tried", "a row needs", "and then", *timed, "", "price"):
         table.add_column(name, justify="right" if name in ("a row needs", "and then", *timed) else "left")
     for trial in fitted.trials:
         before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)

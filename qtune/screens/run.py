@@ -5,20 +5,20 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from qtune.console import clock
-from qtune.sizes import size_text
+from qtune.screens.commands import commands_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qtune.run.summary import Summary
+    from qtune.run.summary import Losses, Summary
 
 
 def summary_text(summary: "Summary") -> str:
-    """Where the run is, its losses, time and memory, and the commands that go on from it."""
+    """Where the run is, its time and losses, and the commands that go on from it; a verdict says its memory."""
     path = summary.run_dir.path
-    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}{_memory(summary)}"]
+    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}"]
     if summary.losses is not None:
-        lines.append(f"training loss {summary.losses.start:.4f} -> {summary.losses.end:.4f} (first and last tenth)")
+        lines.append(_training_loss(summary.losses))
     best = summary.best
     if best is not None:
         last = summary.validation[-1]
@@ -26,9 +26,7 @@ def summary_text(summary: "Summary") -> str:
         lines.append(f"validation loss {last.loss:.4f}, accuracy {last.accuracy:.1%}{at}")
     if summary.adapter_step is not None:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
-    commands = [shlex.join(["qtune", verb, str(path)]) for verb, _ in NEXT]
-    width = max(map(len, commands))
-    lines += [f"  {command:<{width}}  {does}" for command, (_, does) in zip(commands, NEXT, strict=True)]
+    lines.append(commands_text([(["qtune", verb, str(path)], does) for verb, does in NEXT]))
     return "\n".join(lines)
 
 
@@ -54,5 +52,7 @@ NEXT = (
 )
 
 
-def _memory(summary: "Summary") -> str:
-    return f", memory peak {size_text(summary.peak_bytes)}" if summary.peak_bytes else ""
+def _training_loss(losses: "Losses") -> str:
+    count = losses.count
+    of = "first and last logged step" if count == 1 else f"means of the first and the last {count} logged steps"
+    return f"training loss {losses.start:.4f} -> {losses.end:.4f} ({of})"

@@ -150,6 +150,7 @@ def make_trainer(
         ],
         tiled_loss=tiled,
         note=metrics.note,
+        beside=metrics.beside,
         take_rows=metrics.take_rows,
         comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
         outliers=metrics.outliers if training.skip_outlier_steps else None,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -61,6 +61,12 @@ ZERO_GRADIENTS = 20
 Show = Callable[[Metric], None]
 
 
+class Beside(Protocol):
+    """Shows what is done between two steps, and which share of it is done."""
+
+    def __call__(self, what: str, share: float | None = None) -> None: ...
+
+
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl, and shows each record as it is written."""
 
@@ -73,12 +79,15 @@ class Metrics(TrainerCallback):
         batch: Callable[[int], str] = "the rows of step {}".format,
         *,
         scales_loss: bool = False,
+        beside: Beside = lambda what, share=None: None,
     ) -> None:
         """`checkpoints` are those that are complete, oldest first, whenever it is called; `batch` the rows of a step,
-        in words. scales_loss: an infinite gradient is left out by the scaling of the loss.
+        in words. scales_loss: an infinite gradient is left out by the scaling of the loss. beside: shows what is done
+        between two steps and recorded nowhere.
         """
         self.file = file
         self.show = show
+        self.beside = beside
         self.meter = meter
         self.checkpoints = checkpoints
         self.began = time.monotonic()

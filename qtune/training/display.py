@@ -1,6 +1,7 @@
 """The training display: drawn from the records of metrics.jsonl, redrawn on a terminal, plain lines elsewhere."""
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qtune.console import clock, live_console, say
+from qtune.console import clock, drawing_on, live_console, say
 from qtune.run.metrics import AnswersRecord, EvalRecord, Metric, NoteRecord, TrainRecord
 from qtune.sizes import gib_text
 
@@ -26,28 +27,34 @@ class TrainingDisplay:
         self._started: tuple[float, int] | None = None
         self._last_line = float("-inf")
         self._answers: AnswersRecord | None = None
+        self._beside: str | None = None
+        self._beside_line = float("-inf")
+        self._shown = ExitStack()
         console = live_console()
         is_live = console.is_terminal and not console.quiet
         self._live = Live(console=console, refresh_per_second=4, transient=False) if is_live else None
 
     def __enter__(self) -> "TrainingDisplay":
         if self._live:
-            self._live.start()
+            self._shown.enter_context(drawing_on(self._live.console))
+            self._shown.enter_context(self._live)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
-            self._live.stop()
+        self._shown.close()
 
     def show(self, record: Metric) -> None:
         """Takes the next record of metrics.jsonl."""
         if isinstance(record, NoteRecord):
-            self._print(record.message)
+            say(record.message)
             return
+        if self._live and self._beside is not None:
+            self._live.update(self._drawing(self._latest))
+        self._beside = None
         if isinstance(record, AnswersRecord):
-            self._print(answers_text(record, self._answers))
+            say(answers_text(record, self._answers))
             self._answers = record
             return
         if self._started is None:
@@ -60,11 +67,17 @@ class TrainingDisplay:
             self._last_line = time.monotonic()
             say(plain_line(record, self._seconds_left()))
 
-    def _print(self, message: str) -> None:
+    def beside(self, what: str, share: float | None = None) -> None:
+        """Says what is done between two steps, and how far it has come: on a terminal until the next record, elsewhere
+        in a line as it begins and in one every SECONDS_BETWEEN_LINES."""
+        now, is_new = time.monotonic(), what != self._beside
+        self._beside = what
+        told = what if share is None else f"{what}, {share:.0%}"
         if self._live:
-            self._live.console.print(message)
-        else:
-            say(message)
+            self._live.update(self._drawing(self._latest, told))
+        elif is_new or now - self._beside_line >= SECONDS_BETWEEN_LINES:
+            self._beside_line = now
+            say(f"{told} …")
 
     def _is_due(self, record: TrainRecord | EvalRecord) -> bool:
         is_end = record.step in (1, record.steps)
@@ -78,7 +91,10 @@ class TrainingDisplay:
         began, first = self._started
         return (time.monotonic() - began) / (latest.step - first) * (latest.steps - latest.step)
 
-    def _drawing(self, latest: TrainRecord | EvalRecord) -> RenderableType:
+    def _drawing(self, latest: TrainRecord | EvalRecord | None, beside: str | None = None) -> RenderableType:
+        below = [] if beside is None else [Text(f"{beside} …", style="dim")]
+        if latest is None:
+            return Group(*below)
         bar = Table.grid(padding=(0, 1))
         steps = latest.steps or 1
         bar.add_row(
@@ -92,7 +108,7 @@ class TrainingDisplay:
         }
         # What is learned, then what it costs: together they do not fit into 80 columns.
         costs = [figures.pop(name) for name in ("tokens/s", "s/step", "memory") if name in figures]
-        return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row))
+        return Group(bar, *(Text("   ").join(row) for row in (figures.values(), costs) if row), *below)
 
 
 ORDER = ("loss", "accuracy", "eval loss", "lr", "tokens/s", "s/step", "memory")

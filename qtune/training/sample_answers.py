@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune import console
 from qtune.data.held_out import spread
 from qtune.errors import first_line
 from qtune.run.metrics import CUT, SampleAnswer
+from qtune.training.callbacks import Beside
 from qtune.training.inputs import Inputs
 from qtune.training.trainer import release_cached_memory
 from qtune.tuned.evaluate import Question, to_question
@@ -42,12 +42,20 @@ class SampleAnswers(TrainerCallback):
     """Asks the same rows after each evaluation. An answer that fails is said, ends no run, and is the last one."""
 
     def __init__(
-        self, inputs: Inputs, tell: Tell, note: Callable[[str], None], *, seconds: float = MOST_SECONDS
+        self,
+        inputs: Inputs,
+        tell: Tell,
+        note: Callable[[str], None],
+        beside: Beside,
+        *,
+        seconds: float = MOST_SECONDS,
     ) -> None:
-        """tell: is given the answers. note: hears why there are none. seconds: for all answers of an evaluation."""
+        """tell: is given the answers. note: hears why there are none. beside: shows how far they are. seconds: for all
+        answers of an evaluation."""
         self.inputs = inputs
         self.tell = tell
         self.note = note
+        self.beside = beside
         self.seconds = seconds
         self.questions: list[Question] | None = None
         """None until the model, whose config knows its ends, was seen."""
@@ -76,14 +84,21 @@ class SampleAnswers(TrainerCallback):
             self.questions = [one for one in questions if _most_tokens(one, reach) > 0]
         asked = self.questions
         limits = [_most_tokens(question, reach) for question in asked]
+        what = f"step {step}: asking {'1 validation row' if len(asked) == 1 else f'{len(asked)} validation rows'}"
         if asked:
-            what = "1 validation row" if len(asked) == 1 else f"{len(asked)} validation rows"
-            console.say_in_file(f"step {step}: asking {what} …")
+            self.beside(what)
+        done = 0.0
+
+        def on_rows(rows: float) -> None:
+            nonlocal done
+            done += rows
+            self.beside(what, done / len(asked))
+
         with _numbers_kept(model.device), training_autocast(self.inputs.plan):
             # As many positions at once as a micro-batch has, whose activations took more than this cache will.
             room = max(FEWEST_POSITIONS, self.inputs.plan.micro_batch_size * int(self.inputs.prepared.lengths.max()))
             prompts = [question.prompt for question in asked]
-            made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room)
+            made = answers_to(model, prompts, limits, ends, seconds=self.seconds, batch_tokens=room, on_rows=on_rows)
         return [
             SampleAnswer(
                 question.place,

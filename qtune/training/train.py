@@ -301,6 +301,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         lambda: complete_checkpoints(run_dir.checkpoints),
         lambda step: batch_in_words(inputs, step),
         scales_loss=inputs.plan.loss_scaling,
+        beside=display.beside,
     )
     saved = False
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
@@ -360,7 +361,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
 def _asks(inputs: Inputs, metrics: Metrics) -> SampleAnswers | None:
     """What has the model answer at each evaluation; nobody where no process can go through the layers alone."""
     if inputs.plan.layers != "sharded":
-        return SampleAnswers(inputs, metrics.answered, metrics.note)
+        return SampleAnswers(inputs, metrics.answered, metrics.note, metrics.beside)
     if inputs.recipe.training.sample_answers:
         metrics.note('no sample answers: with memory.layers = "sharded" one process alone cannot ask the model')
     return None

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from qtune import console
 from qtune.adapter.attach import cast_adapter
 from qtune.adapter.lean import copies_of, install_lean_step
 from qtune.adapter.state import load_trained_state, save_trained_state, without_card
@@ -45,7 +44,7 @@ from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.identity import saved_by
 from qtune.run.metrics import records_then
-from qtune.training.callbacks import CheckpointedLayers
+from qtune.training.callbacks import Beside, CheckpointedLayers
 from qtune.training.checkpoints import begin_saving, end_saving, make_room, remove_older, require_finite
 from qtune.training.outliers import Outliers
 from qtune.training.pace import ExpectedPace, Pace
@@ -76,7 +75,7 @@ CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
 
 WORTH_A_LINE = 3.0
-"""Seconds of an evaluation that is said before it begins, where no display on a terminal shows that the run goes on."""
+"""Seconds that an evaluation took, from which on the next one is said before it begins."""
 
 
 class QloraTrainer(SFTTrainer):
@@ -103,13 +102,14 @@ class QloraTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         tiled_loss: bool,
         note: Callable[[str], None],
+        beside: Beside,
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
         outliers: Outliers | None = None,
         ranks: Ranks = ALONE,
         stream: RowStream | None = None,
     ) -> None:
-        """`note` hears, in a sentence, what the user should know of a step.
+        """`note` hears, in a sentence, what the user should know of a step, `beside` what is done between two of them.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
         comparison: with the time that was predicted for each step.
@@ -146,6 +146,7 @@ class QloraTrainer(SFTTrainer):
         self.row_lengths = lengths
         self.stream = stream
         self.note = note
+        self.beside = beside
         self.take_rows = take_rows
         self.pieces = self.eval_pieces = 1
         self.evaluation_seconds = math.inf
@@ -401,7 +402,7 @@ class QloraTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Mean loss and accuracy over the scored tokens of the validation rows, whatever their batches."""
         if self.evaluation_seconds > WORTH_A_LINE:
-            console.say_in_file(f"step {self.state.global_step}: measuring the validation loss …")
+            self.beside(f"step {self.state.global_step}: measuring the validation loss")
         began = time.monotonic()
         with self.pace.stopped():
             measured = self._evaluate_all(eval_dataset, metric_key_prefix)

@@ -26,7 +26,7 @@ class BaseOnce:
         if name not in self._found:
             self._found[name] = measure()
         else:
-            console.say(f"{untuned.recipe.model.base} was asked the same before; its answers are those")
+            console.say(f"base model: {untuned.recipe.model.base} was asked the same before")
         return self._found[name]  # type: ignore[return-value]  # of the same question
 
 

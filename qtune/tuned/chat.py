@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune import console
 from qtune.data.conversation import Conversation, RowError, shown
-from qtune.data.template import prompt_ids
+from qtune.data.own_system import own_system
+from qtune.data.template import Renderer, default_template, prompt_ids
 from qtune.device.present import one_sentence, present_device
 from qtune.errors import DataError, OutOfMemory, Problem
 from qtune.model.load import load_plain, load_tokenizer
@@ -63,7 +64,7 @@ class Session:
     plan: Plan | None = None
     """How a run's model computes; None for a plain model."""
     trained_system: str | None = None
-    """The system message that most training rows have."""
+    """The system message that most training rows have; empty where they share none, None where that is not known."""
     cut: str | None = None
     """What is to be said of the last answer where it did not come to its end."""
 
@@ -71,6 +72,13 @@ class Session:
     def has_adapter(self) -> bool:
         """Whether there is an adapter to switch."""
         return isinstance(self.model, PeftModel)
+
+    @property
+    def about_template(self) -> str:
+        """What is said of a system message that the chat template writes where none is given; empty where it writes
+        none."""
+        written = own_system(Renderer.of(self.tokenizer, default_template(self.tokenizer)))
+        return "" if written is None else f"; where none is set, the chat template writes: {shown(written, 120)}"
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> str:
         """The model's answer to `text`, streamed to `on_text` and kept in the history.
@@ -175,7 +183,7 @@ def _plain_session(target: str, *, trusted: bool) -> Session:
 
 def chat(session: Session, lines: Iterator[str]) -> None:
     """Answers each line on stdout until the lines or the user end; Ctrl-C stops an answer, not the conversation."""
-    if session.trained_system is not None and session.trained_system != session.system:
+    if session.trained_system and session.trained_system != session.system:
         console.say(
             f"training's rows have a system message; /trained asks with it: {shown(session.trained_system, 120)}"
         )
@@ -224,7 +232,10 @@ def command(session: Session, text: str) -> str:
             kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
             return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
-            return "most training rows have no system message, or they are not known any more"
+            said = "the training rows cannot be read here any more, nor can their system message"
+            return f"{said}{session.about_template}"
+        case ["/trained"] if not session.trained_system:
+            return f"the training rows have no system message that most of them share{session.about_template}"
         case ["/trained"]:
             session.system, session.turns = session.trained_system, []
             return "the training rows' system message is set, conversation forgotten"
@@ -233,7 +244,7 @@ def command(session: Session, text: str) -> str:
             return "system message set, conversation forgotten"
         case ["/system"]:
             session.system, session.turns = None, []
-            return "no system message, conversation forgotten"
+            return f"no system message, conversation forgotten{session.about_template}"
         case ["/help", *_]:
             return HELP
         case ["/adapter", *_]:

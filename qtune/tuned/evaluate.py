@@ -116,7 +116,8 @@ def evaluate(
     install_loss(run.model, tiled=loss_agrees(run.model, first), tile_bytes=run.plan.loss_tile_bytes)
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[tuple[str, bool]]]:
-        rows_twice = console.progress(f"{name} model, {len(examples)} rows", 2 * len(examples))
+        which = "" if bases is None else f" of {run_dir.path}"
+        rows_twice = console.progress(f"{name} model{which}, {len(examples)} rows", 2 * len(examples))
         with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
             losses, right_tokens = row_losses(model, examples, ends.pad, shown)
             require_finite_losses(losses, examples["place"], name)

@@ -84,11 +84,16 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = (), bases
     rows = _rows(untuned)
     first = torch.tensor([rows[0]["input_ids"]], device=untuned.model.device)
     install_loss(untuned.model, tiled=loss_agrees(untuned.model, first), tile_bytes=untuned.plan.loss_tile_bytes)
-    with console.progress(f"what {run_dir.path} has forgotten", 2 * len(rows)) as shown:
-        asked = ["forgetting", list(rows["input_ids"])]
-        base = (bases or BaseOnce()).measured(untuned, asked, lambda: _losses(untuned, rows, shown, "base"))
-        shown.update(len(rows))
-        tuned = _losses(with_adapter(untuned), rows, shown, "tuned")
+
+    def measured(run: LoadedRun, name: str, what: str) -> list[float]:
+        with console.progress(f"{name} model, {what}", len(rows)) as shown:
+            return _losses(run, rows, shown, name)
+
+    asked = ["forgetting", list(rows["input_ids"])]
+    base = (bases or BaseOnce()).measured(
+        untuned, asked, lambda: measured(untuned, "base", "text about none of the rows")
+    )
+    tuned = measured(with_adapter(untuned), "tuned", f"what {run_dir.path} has forgotten")
     tokens = [length - 1 for length in rows["length"]]
     found = Forgetting(
         text_name(),

@@ -20,7 +20,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from qtune.data.template import Renderer, choose_template
 
@@ -96,11 +103,11 @@ def generate(
     sampling: Sampling = GREEDY,
     *,
     batch_tokens: int = BATCH_TOKENS,
-    on_rows: Callable[[int], None] = lambda rows: None,
+    on_rows: Callable[[float], None] = lambda rows: None,
 ) -> list[list[int]]:
     """The answer to each prompt without its end token, at most `limits[i]` tokens long.
 
-    Prompts of similar length share a batch. `on_rows` hears how many more are done.
+    Prompts of similar length share a batch. `on_rows` hears how many more are done, a share of a row with each token.
     """
     made = answers_to(model, prompts, limits, ends, sampling, batch_tokens=batch_tokens, on_rows=on_rows)
     return [list(answer.ids) for answer in made]
@@ -115,7 +122,7 @@ def answers_to(
     *,
     seconds: float | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    on_rows: Callable[[int], None] = lambda rows: None,
+    on_rows: Callable[[float], None] = lambda rows: None,
 ) -> list[Generated]:
     """`generate`, which also tells whether each answer was stopped: at its limit, or when the `seconds` were over.
 
@@ -131,13 +138,15 @@ def answers_to(
             if seconds is not None:
                 left = max(0.0, seconds - (time.monotonic() - began)) / (len(batches) - number)
             longest = max(limits[row] for row in rows)
-            made = _generate_batch(model, [prompts[row] for row in rows], longest, ends, sampling, seconds=left)
+            told = _Told(on_rows, len(rows), longest)
+            asked = [prompts[row] for row in rows]
+            made = _generate_batch(model, asked, longest, ends, sampling, seconds=left, told=told)
+            told.end()
             for row, ids in zip(rows, made.tolist(), strict=True):
                 answer = _until_end(ids, ends.stop)
                 answers[row] = Generated(
                     tuple(answer[: limits[row]]), is_whole=len(answer) < len(ids) and len(answer) <= limits[row]
                 )
-            on_rows(len(rows))
     return answers
 
 
@@ -191,6 +200,28 @@ def loop_at_end(ids: Ids) -> Ids:
     return ()
 
 
+class _Told(StoppingCriteria):
+    """Stops nothing: it is asked after each token of a batch, and tells how far its rows have come by then."""
+
+    def __init__(self, on_rows: Callable[[float], None], rows: int, limit: int) -> None:
+        """limit: tokens of the longest answer."""
+        self.on_rows = on_rows
+        self.rows = rows
+        self.limit = limit
+        self.tokens = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """[batch]: which rows are to be stopped, none."""
+        if self.tokens < self.limit - 1:  # the last one is told by the end
+            self.tokens += 1
+            self.on_rows(self.rows / self.limit)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> None:
+        """The rows are done, also where their answers were shorter than they might have been."""
+        self.on_rows(self.rows - self.tokens * self.rows / self.limit)
+
+
 class _Pieces(TextStreamer):
     """transformers' streamer, which knows when a piece of text is final, without its print."""
 
@@ -226,6 +257,7 @@ def _generate_batch(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
     seconds: float | None = None,
+    told: StoppingCriteria | None = None,
 ) -> Tensor:
     """[batch, made]: the new ids of each prompt; what follows a row's end is padding. None is begun after `seconds`."""
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -246,7 +278,8 @@ def _generate_batch(
         **drawn,
     )
     with _neutral(network):
-        made = network.generate(**inputs, generation_config=config, streamer=streamer)
+        criteria = StoppingCriteriaList([] if told is None else [told])
+        made = network.generate(**inputs, generation_config=config, streamer=streamer, stopping_criteria=criteria)
     return made[:, given:]
 
 

@@ -17,7 +17,8 @@ LOOKED_AT = 100
 
 
 def usual_system(data: Data, folder: Path) -> str | None:
-    """What more than half of the first rows have for a system message; None where they differ, or are gone by now.
+    """What more than half of the first rows have for a system message; empty where they share none, None where they are
+    gone by now.
 
     Rows of the hub are not asked: talking to a run fetches no data set.
     """
@@ -31,8 +32,10 @@ def usual_system(data: Data, folder: Path) -> str | None:
                     found[_system_of(row, source.row_format, source.columns, data)] += 1
     except (InputError, OSError):
         return None
-    text, count = next(iter(found.most_common(1)), (None, 0))
-    return text if 2 * count > found.total() else None
+    if not found:
+        return None
+    ((text, count),) = found.most_common(1)
+    return text or "" if 2 * count > found.total() else ""
 
 
 def _is_of_the_hub(entry: object) -> bool:

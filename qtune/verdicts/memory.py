@@ -33,14 +33,16 @@ ON_CARD = ("device_used_bytes", "reserved_peak_bytes", "allocated_peak_bytes")
 
 
 def _peak(facts: Facts) -> tuple[int, str]:
-    """The most bytes that were taken, and by what: as memory.json has it, and before its end as the metrics do."""
+    """The most bytes that were taken, and by what: as memory.json has it, and before its end as the metrics do. Of a
+    run that was resumed memory.json knows the last part alone; on a processor the metrics count the same of all."""
     measured = (facts.memory and facts.memory.measured) or {}
     kind = measured.get("device") or (facts.lock.last_device.kind if facts.lock else None) or "cuda"
     keys, what = (("resident_peak_bytes",), PROCESS) if kind == "cpu" else (ON_CARD, CARD)
     phases = measured.get("phases", {}).values()
+    logged = max((one.memory_peak_bytes for one in facts.train), default=0)
     for key in keys:
         if peak := max((phase.get(key, 0) for phase in phases), default=0):
-            return peak, what
+            return (max(peak, logged) if what == PROCESS else peak), what
     if tensors := measured.get("peak_bytes", 0):
         return tensors, TENSORS
-    return max((one.memory_peak_bytes for one in facts.train), default=0), f"{what}, so far,"
+    return logged, f"{what}, so far,"

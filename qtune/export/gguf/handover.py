@@ -26,6 +26,9 @@ from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
 from qtune.sizes import MIB, size_text
 
+UNVERIFIED = ".unverified"
+"""Behind the name of a file that was not proven."""
+
 
 def hand_over(
     folder: Path, name: str, kind: GgufType, recipe: Recipe, rows: Sequence[CheckedRow], virtual: Sequence[int]
@@ -46,7 +49,9 @@ def hand_over(
     closeness = proof.closeness
     console.out(f"{file.name}: KL divergence {closeness.kl:.2e}, same likeliest token {closeness.top1:.2%} (read back)")
     if proof.failures:
-        raise VerificationError(f"{file}: is not the exported model: {'; '.join(proof.failures)}")
+        kept = file.rename(file.with_name(f"{file.name}{UNVERIFIED}"))  # which no program loads by mistake
+        message = f"is not the exported model: {'; '.join(proof.failures)}; it is kept as {kept.name}"
+        raise VerificationError(f"{file}: {message}, and {folder} is what it was; another --gguf rounds otherwise")
     config = AutoConfig.from_pretrained(folder)
     add_to_seal(folder, [file])
     if window := ignored_window(config):

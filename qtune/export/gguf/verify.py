@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,9 +36,10 @@ LIMITS = {
     "q8_0": Limits(1e-1, 0.80, "ten times what Q8_0 rounding was seen to do"),
 }
 
-STEP = 0.57
-"""Of the scale of 32 weights: how far Q8_0 may move one. Half a step, and what the scale itself, in fp16, is rounded
-by: 127 times 2^-11 of it at most."""
+Q8_0_STEPS = 127
+"""From 0 to the largest of 32 weights; their scale is the length of a step, in fp16."""
+FP16_ROUNDING, FP16_SMALLEST_ROUNDING = 2.0**-11, 2.0**-25
+"""How far fp16 may move a number: of it, and at least, for numbers below 2^-14 have no spacing finer than 2^-24."""
 
 # Pre-tokenizers that transformers' reader rebuilds; with others, and with SentencePiece's space behind every special
 # token, its tokens say nothing about the file.
@@ -135,7 +137,7 @@ def _weight_failures(exported: Any, read: Any) -> Iterator[str]:
             return
         if weight.dim() > 1 and weight.shape[-1] % Q8_0_BLOCK == 0:
             blocks = weight.reshape(-1, Q8_0_BLOCK)
-            allowed = STEP * blocks.abs().amax(dim=1) / 127
+            allowed = q8_0_rounding(blocks.abs().amax(dim=1))
             moved = (other.reshape(blocks.shape) - blocks).abs().amax(dim=1)
         else:
             allowed = torch.finfo(torch.float16).eps * weight.abs().clamp(min=1e-4)
@@ -143,6 +145,14 @@ def _weight_failures(exported: Any, read: Any) -> Iterator[str]:
         if not bool((moved <= allowed).all()):
             yield f"{name} is not the exported one, rounded to 8 bits"
             return
+
+
+def q8_0_rounding(largest: Tensor) -> Tensor:
+    """How far Q8_0 may move a weight of a block, by the block's largest: half a step, and by as many steps as it is
+    away from 0 what the step's own length is rounded by."""
+    step = largest / Q8_0_STEPS
+    step_rounding = (step * FP16_ROUNDING).clamp(min=FP16_SMALLEST_ROUNDING)
+    return (step + step_rounding) / 2 + Q8_0_STEPS * step_rounding
 
 
 def _template_failures(file: Path, expected: str) -> list[str]:

@@ -7,6 +7,7 @@ Each difference is in the source of the library that is named beside it. Nothing
 
 from __future__ import annotations
 
+import functools
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,20 @@ def _widened(arg: Any) -> Any:
     return arg
 
 
+_WITH_BUFFERS = ("gemm_4bit", "logsumexp", "_scaled_dot_product_", "int8_mixed_scaled_mm", "int8_vectorwise_quant")
+"""How the names of kernels begin that take more than their results."""
+
+
+@functools.cache
+def _takes_buffers(name: str) -> bool:
+    return name.startswith(_WITH_BUFFERS)
+
+
 def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
     """The buffers that a kernel takes for itself, alive beside its inputs and outputs."""
     name = func.__name__
+    if not _takes_buffers(name):
+        return []
     if name.startswith("gemm_4bit"):
         return _four_bit_product(args, cuda)
     if name.startswith("logsumexp"):  # its own operations are not seen from outside (ReduceOps.cpp, logsumexp_out_impl)

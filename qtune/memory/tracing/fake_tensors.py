@@ -39,23 +39,26 @@ class _Made:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What an operation returns: one tensor or none, or several of them in a tuple or a list."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Remembered:
+    """What an operation returns: one tensor or none, or several of them in a tuple or a list.
+
+    The same object each time that the operation comes with the same arguments, but for which tensors they are.
+    """
 
     container: type[tuple[Any, ...]] | type[list[Any]] | None
     made: tuple[_Made | None, ...]
 
 
 _UNKNOWN = object()
-_known: dict[tuple[Any, ...], _Result | object] = {}
+_known: dict[tuple[Any, ...], Remembered | object] = {}
 """By operation and arguments: what it returns; _UNKNOWN where that is not only a matter of shapes and types."""
 
 
 Answer = Callable[[Any, Sequence[Any]], Any]
 """(operation, arguments) -> what it returns; NotImplemented where that is a matter of shapes and types."""
-Record = Callable[[Any, Sequence[Any], Any], None]
-"""(operation, arguments, what it returned)."""
+Record = Callable[[Any, Sequence[Any], Any, Remembered | None], None]
+"""(operation, arguments, what it returned, as what it is remembered; None where it is not)."""
 
 
 class RememberingMode(FakeTensorMode):
@@ -108,25 +111,27 @@ class RememberingMode(FakeTensorMode):
         if func is WHERE:
             return super().__torch_dispatch__(func, types, args, kwargs or {}) if self._is_inside else CPU
         if self._is_inside or self._answer is None or self._record is None:
-            return self._worked_out(func, types, args, kwargs)
+            return self._worked_out(func, types, args, kwargs)[0]
         with torch._C.DisableTorchFunction():
+            remembered: Remembered | None = None
             out = self._answer(func, args)
             if out is NotImplemented:
-                out = self._worked_out(func, types, args, kwargs)
-            self._record(func, args, out)
+                out, remembered = self._worked_out(func, types, args, kwargs)
+            self._record(func, args, out, remembered)
         return out
 
     def _worked_out(
         self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any] | None
-    ) -> Any:
+    ) -> tuple[Any, Remembered | None]:
+        """What the operation returns, and as what it is remembered."""
         if _only_writes(func):
-            return None
+            return None, None
         tensors: list[FakeTensor] = []
         key = _key(func, args, kwargs, tensors)
         answer = _UNKNOWN if key is None else _known.get(key)
-        if isinstance(answer, _Result):
+        if isinstance(answer, Remembered):
             made = [None if one is None else self._made(one, tensors) for one in answer.made]
-            return made[0] if answer.container is None else answer.container(made)
+            return made[0] if answer.container is None else answer.container(made), answer
         before, self._is_inside = self._is_inside, True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
@@ -134,8 +139,8 @@ class RememberingMode(FakeTensorMode):
             self._is_inside = before
         if answer is None and key is not None:
             unchanged = _key(func, args, kwargs, []) == key
-            _known[key] = _description(out, tensors) if unchanged else _UNKNOWN
-        return out
+            answer = _known[key] = _description(out, tensors) if unchanged else _UNKNOWN
+        return out, answer if isinstance(answer, Remembered) else None
 
     def _made(self, made: _Made, tensors: list[FakeTensor]) -> FakeTensor:
         if made.argument is None:
@@ -185,7 +190,7 @@ def _add(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
     return True
 
 
-def _description(out: Any, tensors: list[FakeTensor]) -> _Result | object:
+def _description(out: Any, tensors: list[FakeTensor]) -> Remembered | object:
     several = isinstance(out, (list, tuple))
     made: list[_Made | None] = []
     storages: set[int] = set()
@@ -200,7 +205,7 @@ def _description(out: Any, tensors: list[FakeTensor]) -> _Result | object:
                 storages.add(one.untyped_storage()._cdata)
     if len(storages) != sum(one is not None and one.argument is None for one in made):
         return _UNKNOWN  # two results with one storage between them
-    return _Result((list if isinstance(out, list) else tuple) if several else None, tuple(made))
+    return Remembered((list if isinstance(out, list) else tuple) if several else None, tuple(made))
 
 
 def _is_plain(value: Any) -> bool:

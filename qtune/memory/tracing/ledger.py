@@ -139,7 +139,8 @@ class Ledger(TorchDispatchMode):
 
     def record(self, func: Any, args: Sequence[Any], out: Any) -> None:
         """What an operation returned, and what its kernel took for itself: first, as most kernels do."""
-        buffers = self.pulse(self.workspace(func, args)) if self.workspace is not None else range(0)
+        taken = self.workspace(func, args) if self.workspace is not None else ()
+        buffers = self.pulse(taken) if taken else range(0)
         if isinstance(out, torch.Tensor):
             self._enter(out, func.__name__)
         elif isinstance(out, (tuple, list)):

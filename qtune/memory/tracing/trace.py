@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from qtune.memory.tracing.cuda import Capability
+    from qtune.memory.tracing.fake_tensors import Remembered
     from qtune.memory.tracing.layers import Repetition, Signature
     from qtune.memory.tracing.ledger import Life
     from qtune.memory.tracing.step import Step
@@ -230,6 +231,10 @@ def _by_category(ledger: Ledger) -> dict[str, int]:
     return found
 
 
+_kernels: dict[tuple[Remembered, bool], list[Kernel]] = {}
+"""What the operations that are remembered give a device to do, by whether it is a card: a matter of the same shapes."""
+
+
 class _Tracer:
     """One model under one ledger."""
 
@@ -318,12 +323,21 @@ class _Tracer:
                 stack.enter_context(answered_as_on_a_card(self.card))
             yield values
 
-    def _record(self, func: Any, args: Sequence[Any], out: Any) -> None:
+    def _record(self, func: Any, args: Sequence[Any], out: Any, remembered: Remembered | None) -> None:
         self.ledger.record(func, args, out)
-        for kernel in work_of(func, args, out, cuda=self.card is not None):
-            if kernel.kind == "copies" and self.card is not None:
+        cuda = self.card is not None
+        kernels = _kernels.get((remembered, cuda)) if remembered is not None else None
+        if kernels is None:
+            kernels = work_of(func, args, out, cuda=cuda)
+            if remembered is not None:
+                _kernels[remembered, cuda] = kernels
+        if not kernels:
+            return
+        place = place_of(self.ledger)
+        for kernel in kernels:
+            if kernel.kind == "copies" and cuda:
                 kernel = self._across(kernel, args, out)
-            self.work[place_of(self.ledger), kernel] += 1
+            self.work[place, kernel] += 1
 
     def _across(self, kernel: Kernel, args: Sequence[Any], out: Any) -> Kernel:
         """A copy whose one side is in host memory crosses the bus."""

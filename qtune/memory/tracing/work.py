@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -37,9 +36,8 @@ THIN = 256
 """Up to this size of one of its dimensions a product is bound by reading the other matrix, on any card."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What one operation gives a device to do."""
+class Kernel(NamedTuple):
+    """What one operation gives a device to do. A tuple, as a place is: a trace counts them a hundred thousand times."""
 
     op: str
     kind: Kind
@@ -55,8 +53,7 @@ class Kernel:
     numbers: a transposed or a broadcast one is among them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """When in a step something is done."""
 
     phase: str
@@ -79,7 +76,7 @@ def place_of(ledger: Ledger) -> Place:
 
 def crossing(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Kernel:
     """A copy from or to host memory, as the bus sees it; tensors: what is on the card of it, or was asked for there."""
-    return replace(kernel, kind="host transfers", bytes=_size(tensors[:1]), scattered=0)
+    return kernel._replace(kind="host transfers", bytes=_size(tensors[:1]), scattered=0)
 
 
 def of_one_micro_batch(work: Work, micro_batches: int) -> Work:
