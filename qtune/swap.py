@@ -16,7 +16,7 @@ from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import HUB
 from qtune.data.swapped import (
     Copy,
-    Words,
+    Incoming,
     answer_of,
     english_words,
     request_of,
@@ -149,14 +149,14 @@ def _refuse_weights(data: Data) -> None:
         )
 
 
-def _words_for(talks: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> Words:
+def _words_for(talks: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> Incoming:
     """Words that the model has to spell, in letters that the rows have; English prose where its vocabulary has few."""
     letters = {letter for talk in talks for letter in f"{request_of(talk)}{answer_of(talk)}"}
     found = spelled_words(tokenizer).of_letters(letters)
     return found if min(len(found.small), len(found.capital)) >= LEAST_WORDS else english_words()
 
 
-def _given(words: Path) -> Words:
+def _given(words: Path) -> Incoming:
     """The words of a text.
 
     Raises:
@@ -171,7 +171,7 @@ def _given(words: Path) -> Words:
     if len(found) < LEAST_WORDS:
         said = f"has {len(found)} different words of 3 to 11 small letters; at least {LEAST_WORDS} must come in"
         raise RecipeError(Problem(f"--words {words}", said))
-    return Words(found)
+    return Incoming(found)
 
 
 def _talks(examples: Dataset) -> list[Conversation]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qtune.data.conversation import Conversation
-from qtune.data.swapped import Copy, Words, own_words, shared_words, spelled_words, swapped, usual_words
+from qtune.data.swapped import Copy, Incoming, own_words, shared_words, spelled_words, swapped, usual_words
 from qtune.model.load import load_tokenizer
 from qtune.recipe.schema import Model
 
@@ -31,7 +31,7 @@ def filled(*talks: Conversation) -> list[Conversation]:
 def copies_of(one: Conversation, count: int = 20, **given: object) -> list[Copy]:
     """Of the first of many rows."""
     rows = filled(one)
-    return list(swapped(rows, Words(WORDS), count, **given))[:: len(rows)]
+    return list(swapped(rows, Incoming(WORDS), count, **given))[:: len(rows)]
 
 
 def texts(one: Conversation) -> list[str]:
@@ -52,7 +52,7 @@ def test_a_word_that_is_copied_becomes_the_same_other_word_wherever_it_stands() 
 def test_words_of_the_form_of_answers_stay() -> None:
     rows = [talk("call a number now", f'{{"call": "number", "of": "{name}"}}') for name in NAMES]
     assert own_words(rows) == set(NAMES)
-    assert [copy.talk for copy in swapped(rows, Words(WORDS), 1)] == rows, (
+    assert [copy.talk for copy in swapped(rows, Incoming(WORDS), 1)] == rows, (
         "names stand in no request, and the rest is form"
     )
 
@@ -98,7 +98,7 @@ def test_a_system_message_of_all_rows_stays_as_it_is() -> None:
     system = {"role": "system", "content": "Rooms: kitchen, attic"}
     rooms = ["kitchen", "attic"] + [f"room{n}" for n in range(30)]
     rows = [talk(f"light in the {room}", room, system) for room in rooms]
-    assert all(copy.talk.messages[0] == system for copy in swapped(rows, Words(WORDS), 5))
+    assert all(copy.talk.messages[0] == system for copy in swapped(rows, Incoming(WORDS), 5))
 
 
 def test_arguments_of_calls_are_answers_and_names_and_keys_in_them_are_form() -> None:
@@ -146,8 +146,8 @@ def test_words_with_letters_beyond_ascii_are_words() -> None:
 
 def test_copies_come_in_the_order_of_their_rows_and_the_same_ones_each_time() -> None:
     rows = filled(talk("Call Maria", "Maria"))
-    made = list(swapped(rows, Words(WORDS), 3))
-    assert made == list(swapped(rows, Words(WORDS), 3))
+    made = list(swapped(rows, Incoming(WORDS), 3))
+    assert made == list(swapped(rows, Incoming(WORDS), 3))
     assert [texts(copy.talk)[0] for copy in made[1:31]] == [texts(one)[0] for one in rows[1:]]
     assert len(made) == 3 * len(rows)
 
@@ -156,15 +156,15 @@ def test_copies_come_in_the_order_of_their_rows_and_the_same_ones_each_time() ->
 
 
 def test_a_word_has_the_case_of_the_one_that_it_replaces() -> None:
-    words, draw = Words(["walrus"], ["Oslo"]), random.Random(1)
+    words, draw = Incoming(["walrus"], ["Oslo"]), random.Random(1)
     assert [words.other(word, draw) for word in ("cat", "Maria", "NOON")] == ["walrus", "Oslo", "OSLO"]
-    assert [Words(["walrus"]).other(word, draw) for word in ("Maria", "NOON")] == ["Walrus", "WALRUS"]
+    assert [Incoming(["walrus"]).other(word, draw) for word in ("Maria", "NOON")] == ["Walrus", "WALRUS"]
 
 
 def test_words_that_are_asked_and_words_in_other_letters_do_not_come_in() -> None:
-    words = Words(["walrus", "granite", "öl"], ["Oslo", "Rome"])
-    assert words.without([talk("A WALRUS in Rome", "granite")]) == Words(["öl"], ["Oslo"])
-    assert words.of_letters("WALRUSom") == Words(["walrus"], ["Oslo"])
+    words = Incoming(["walrus", "granite", "öl"], ["Oslo", "Rome"])
+    assert words.without([talk("A WALRUS in Rome", "granite")]) == Incoming(["öl"], ["Oslo"])
+    assert words.of_letters("WALRUSom") == Incoming(["walrus"], ["Oslo"])
 
 
 def test_words_that_a_model_has_to_spell_are_one_token_behind_a_space_and_several_behind_a_quotation_mark() -> None:

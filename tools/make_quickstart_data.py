@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qtune.data.conversation import Conversation
-from qtune.data.swapped import Words, spelled_words, swapped
+from qtune.data.swapped import Incoming, spelled_words, swapped
 from qtune.model.load import load_tokenizer
 from qtune.recipe.schema import Model
 
@@ -236,7 +236,7 @@ def conversation(request: str, answer: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
 
 
-def words_for(asked: Sequence[dict[str, Any]]) -> Words:
+def words_for(asked: Sequence[dict[str, Any]]) -> Incoming:
     """Words that the quickstart's model has to spell, but those of rows that are asked, here or with new values."""
     values = [text for new in (NEW_VALUES, MORE_NEW_VALUES) for kind in new.values() for text in kind]
     talks = [Conversation(tuple(row["messages"])) for row in asked]
@@ -244,7 +244,7 @@ def words_for(asked: Sequence[dict[str, Any]]) -> Words:
     return spelled_words(load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))).without(talks)
 
 
-def swapped_rows(rows: Sequence[dict[str, Any]], words: Words, copies: int) -> list[dict[str, Any]]:
+def swapped_rows(rows: Sequence[dict[str, Any]], words: Incoming, copies: int) -> list[dict[str, Any]]:
     """`copies` times as many rows, with other words, which come from `words`."""
     talks = [Conversation(tuple(row["messages"])) for row in rows]
     return [{"messages": list(copy.talk.messages)} for copy in swapped(talks, words, copies)]

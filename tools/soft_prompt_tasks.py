@@ -11,7 +11,7 @@ import make_quickstart_data as quickstart
 import make_triage_data as triage
 
 from qtune.data.conversation import Conversation
-from qtune.data.swapped import Words, spelled_words, usual_words
+from qtune.data.swapped import Incoming, spelled_words, usual_words
 from qtune.model.load import load_tokenizer
 from qtune.recipe.schema import Model
 
@@ -103,7 +103,7 @@ def triage_task() -> Task:
 
 def swapped_task(task: Task) -> Task:
     """The same with more training rows, which have other words in request and answer. What is asked is as it was."""
-    words = Words(usual_words([row["messages"][-1]["content"] for row in docstring_task().train], least=3))
+    words = Incoming(usual_words([row["messages"][-1]["content"] for row in docstring_task().train], least=3))
     more = quickstart.swapped_rows(task.train, words, COPIES)
     return dataclasses.replace(task, name=f"{task.name}_swapped", train=(*task.train, *more))
 

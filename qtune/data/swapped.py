@@ -34,8 +34,8 @@ USUAL_LETTERS = r"[^\W\d_]{3,11}"
 
 
 @dataclass(frozen=True)
-class Words:
-    """What comes in."""
+class Incoming:
+    """Words that may take the place of others."""
 
     small: Sequence[str]
     capital: Sequence[str] = ()
@@ -48,20 +48,20 @@ class Words:
         other = draw.choice(self.capital or self.small)
         return other.upper() if word.isupper() else other.capitalize()
 
-    def of_letters(self, letters: Collection[str]) -> "Words":
+    def of_letters(self, letters: Collection[str]) -> "Incoming":
         """Those that are made of these letters, small or capital."""
         known = {letter.casefold() for letter in letters}
         left = ([word for word in words if known.issuperset(word.casefold())] for words in (self.small, self.capital))
-        return Words(*left)
+        return Incoming(*left)
 
-    def without(self, talks: Iterable[Conversation]) -> "Words":
+    def without(self, talks: Iterable[Conversation]) -> "Incoming":
         """Those that stand in none of the rows, in any case."""
         asked = {word.casefold() for talk in talks for word in words_of(f"{request_of(talk)} {answer_of(talk)}")}
         left = ([word for word in words if word.casefold() not in asked] for words in (self.small, self.capital))
-        return Words(*left)
+        return Incoming(*left)
 
 
-def spelled_words(tokenizer: "PreTrainedTokenizerBase") -> Words:
+def spelled_words(tokenizer: "PreTrainedTokenizerBase") -> Incoming:
     """Words that a model reads behind a space as one token, and has to write as several behind any other character.
 
     A model that has learned a list of names by heart spells others wrong there: it must learn the pieces of a token.
@@ -71,7 +71,7 @@ def spelled_words(tokenizer: "PreTrainedTokenizerBase") -> Words:
     quote = len(tokenizer('"', add_special_tokens=False)["input_ids"])
     pieces = tokenizer([f'"{word}' for word in words], add_special_tokens=False)["input_ids"]
     spelled = [word for word, ids in zip(words, pieces, strict=True) if len(ids) > quote + 1]
-    return Words([word for word in spelled if word.islower()], [word for word in spelled if word.istitle()])
+    return Incoming([word for word in spelled if word.islower()], [word for word in spelled if word.istitle()])
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Copy:
 
 
 def swapped(
-    talks: Sequence[Conversation], words: Words, copies: int, keep: Collection[str] = (), seed: int = SEED
+    talks: Sequence[Conversation], words: Incoming, copies: int, keep: Collection[str] = (), seed: int = SEED
 ) -> Iterator[Copy]:
     """`copies` times as many rows as `talks`, in their order; those in which nothing is exchanged too, so that the
     shares of kinds of rows stay.
@@ -129,11 +129,11 @@ def usual_words(texts: Sequence[str], least: int = 1) -> list[str]:
     return sorted(word for word, count in said.items() if count >= least)
 
 
-def english_words() -> Words:
+def english_words() -> Incoming:
     """Words of English prose that come in where no others are given: those that stand in three places or more of the
     answers of rows that come with qtune."""
     lines = shipped_rows("docstrings").read_text(encoding="utf-8").splitlines()
-    return Words(usual_words([json.loads(line)["messages"][-1]["content"] for line in lines], least=3))
+    return Incoming(usual_words([json.loads(line)["messages"][-1]["content"] for line in lines], least=3))
 
 
 def request_of(talk: Conversation) -> str:
@@ -197,7 +197,7 @@ def _keys_in(value: Any) -> Iterator[str]:
             yield from _keys_in(inner)
 
 
-def _swapped(talk: Conversation, candidates: Sequence[str], words: Words, draw: random.Random) -> Copy:
+def _swapped(talk: Conversation, candidates: Sequence[str], words: Incoming, draw: random.Random) -> Copy:
     exchanged = {word: words.other(word, draw) for word in candidates if draw.random() < SHARE}
     if not exchanged:
         return Copy(talk, {})
