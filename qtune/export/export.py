@@ -144,8 +144,9 @@ def _add_gguf(source: OpenedRun, folder: Path, kind: GgufType) -> None:
     """Writes a GGUF file of an export that is there, whose weights are neither made nor compared again.
 
     Raises:
-        InputError: it was not verified, or is not what was verified, every byte of it. VerificationError: as
-            `hand_over`.
+        InputError: this GGUF file is there, or the folder is another run's.
+        ExportError: the export was not verified, or is not what was verified, every byte of it.
+        VerificationError: as `hand_over`.
     """
     refuse_existing_output(source.run, folder, adapter_only=False, force=False, gguf=kind)
     proof = proof_today(folder, source.run.path)

@@ -12,6 +12,8 @@ from qtune.run.resolved import resolved_recipe
 
 EXPORTED = "model"
 """What an export is called inside of its run."""
+UNVERIFIED = ".unverified"
+"""Behind the name of a file that was not proven."""
 
 
 def output_folder(run: RunDir, output: Path | None, *, alone: bool) -> Path:
