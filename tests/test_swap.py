@@ -18,8 +18,11 @@ from typer.testing import CliRunner, Result
 from qtune import cli
 from qtune.data.conversation import Conversation
 from qtune.data.prepare import Prepared, prepare
+from qtune.data.swapped import spelled_words
 from qtune.errors import QtuneError
+from qtune.model.load import load_tokenizer
 from qtune.recipe.file import load_recipe
+from qtune.recipe.schema import Model
 
 PAIRS = [
     (f"Please call {a}{b}{a}ster now", f"call {a}{b}{a}ster")
@@ -268,3 +271,24 @@ def test_a_disk_that_fails_leaves_no_recipe_that_names_rows_which_are_not_there(
         monkeypatch.setattr("qtune.swap.write_text", write)
         assert isinstance(swap(recipe).exception, OSError)
         assert not any(file.suffix == ".toml" for file in done)
+
+
+@pytest.mark.slow
+def test_what_comes_in_has_to_be_spelled_by_the_model_and_is_not_what_will_be_asked(
+    tmp_path: Path,
+) -> None:
+    base = "builtin:smollm2-135m-instruct"
+    letters = {letter for pair in PAIRS for letter in "".join(pair)}
+    words = spelled_words(load_tokenizer(Model(base=base))).of_letters(letters)
+    asked = words.capital[: len(words.capital) // 2]
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    questions = [" ".join(asked[first : first + 40]) for first in range(0, len(asked), 40)]
+    written(tmp_path / "test.jsonl", [SHAPES["messages"](question, "Who?") for question in questions])
+    recipe = recipe_in(tmp_path, Path(base), "rows.jsonl", 'validation = 0.0\ntest = "test.jsonl"')
+    done = CliRunner().invoke(cli.app, ["swap", str(recipe), "--copies", "5"])
+    assert done.exit_code == 0, done.output
+    rows = (tmp_path / "recipe.swapped.rows.jsonl").read_text().splitlines()
+    names = {json.loads(row)["messages"][1]["content"].removeprefix("call ") for row in rows}
+    came_in = {name for name in names if not name.endswith("ster")}
+    assert len(came_in) > 50
+    assert came_in <= set(words.capital) - set(asked)
