@@ -172,7 +172,8 @@ def init(
     if look is not None:
         for sentence in (*stage.said_of_rows(look, str(data), output), *stage.said_of_steps(look, str(data), output)):
             console.say(sentence)
-    console.say(commands_text([(["qtune", verb, str(output)], does) for verb, does in stage.NEXT]))
+    steps = stage.NEXT if look is None or look.usable else stage.NEXT[:1]
+    console.say(commands_text([(["qtune", verb, str(output)], does) for verb, does in steps]))
 
 
 @app.command(rich_help_panel="Train")
@@ -256,9 +257,11 @@ def run(
     if processes is not None and processes > 1 and launched().processes > 1:
         raise typer.BadParameter("a launcher has started this process already; --processes is for running without one")
     if prove:
-        if not resume or not Path(target).is_dir() or changes or allow or snapshot or whole_weights or seeds > 1:
-            others = "no --set, --allow, --memory-snapshot, --hash-weights or --seeds"
-            raise typer.BadParameter(f"--prove goes with --resume and a run's folder, and with {others}")
+        if not resume or not Path(target).is_dir():
+            raise typer.BadParameter("--prove wants a run's folder: qtune run --resume runs/NAME --prove")
+        if changes or allow or snapshot or whole_weights or seeds > 1:
+            others = "--set, --allow, --memory-snapshot, --hash-weights or --seeds"
+            raise typer.BadParameter(f"--prove repeats what was done, and goes with no {others}")
         proven = RunDir.open(Path(target))
         _load_libraries()
         if trust:

@@ -188,18 +188,19 @@ class Bar:
 
     def update(self, done: float, *, total: float | None = None, description: str | None = None) -> None:
         """Sets how much is done, and the total or the description where they changed."""
-        self.done = round(done, 6)  # shares of a row add up to whole ones
+        self.done = done
         self.total = self.total if total is None else total
         self.description = description or self.description
+        shown = round(done, 6)  # shares of a row add up to whole ones, but for rounding
         if self._progress is not None:
             self._progress.update(
-                self._progress.task_ids[0], completed=self.done, total=self.total, description=self.description
+                self._progress.task_ids[0], completed=shown, total=self.total, description=self.description
             )
         elif self.total:
-            quarter = min(4, int(4 * self.done / self.total))
+            quarter = min(4, int(4 * shown / self.total))
             if quarter > self._said:
                 self._said = quarter
-                say(f"{self.description}: {min(100, round(100 * self.done / self.total))} %")
+                say(f"{self.description}: {min(100, round(100 * shown / self.total))} %")
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def look_at(data: str) -> "FirstLook | None":
 def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook | None") -> str:
     """The text of a recipe at `file` that trains `adapter` on `base` with the rows of `data`.
 
-    look: at the rows. Their columns are renamed where the first one lets that be guessed; passes, rows of a step and
+    look: at the rows. Their columns are renamed where the first ones let that be guessed; passes, rows of a step and
     the longest example follow from how many and how long they are. None: the schema's defaults.
 
     Raises:
@@ -218,8 +218,8 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
         said.append(f"{data}: {count} be used: {why}{rest}")
         if not look.usable:
             said.append(
-                f"{file}: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended "
-                "rather than the recipe, write it again with --force"
+                f"{file}: there was no row that its epochs, rows of a step and lengths could follow from; once "
+                f"{data} is mended, call qtune init again, with --force"
             )
     if 0 < look.usable < FEW_ROWS and not look.document_bytes:
         rows = "1 row is" if look.usable == 1 else f"{look.usable} rows are"
@@ -315,7 +315,7 @@ def copied_recipe(
 ) -> str:
     """The text of a shipped recipe, whose data paths are right for `file`; with another model or other data.
 
-    look: at the rows of `data`, whose columns are renamed where the first one lets that be guessed. Other data replace
+    look: at the rows of `data`, whose columns are renamed where the first ones let that be guessed. Other data replace
     the rows of every split: those of the original have nothing to do with them.
 
     Raises:

@@ -30,11 +30,14 @@ class KeptFolder:
         for name in sorted(there, reverse=True):  # what is in a folder before the folder
             entry = there[name]
             if name in wanted and _kind(entry) == _kind(wanted[name]) and self._is_as_it_was(entry, name):
+                if _kind(entry) == "folder":
+                    shutil.copymode(wanted[name].path, entry.path)
                 continue
             _remove(there.pop(name))
         for name in sorted(wanted.keys() - there.keys()):
             if _kind(wanted[name]) == "folder":
                 (self.folder / name).mkdir(parents=True)
+                shutil.copymode(wanted[name].path, self.folder / name)
             else:
                 shutil.copy2(wanted[name].path, self.folder / name, follow_symlinks=False)
         self._known = {name: _state(entry) for name, entry in _entries(self.folder) if _kind(entry) != "folder"}

@@ -344,7 +344,14 @@ def test_every_option_that_verify_only_ignores_is_in_the_table() -> None:
 def test_a_proof_refuses_options_that_it_would_ignore(option: list[str], tmp_path: Path) -> None:
     asked = CliRunner().invoke(cli.app, ["run", str(tmp_path), "--resume", "--prove", *option])
     assert asked.exit_code == 2
-    assert "--prove goes with --resume and a run's folder, and with no --set" in re.sub(r"[\s│]+", " ", asked.output)
+    assert "--prove repeats what was done, and goes with no --set" in re.sub(r"[\s│]+", " ", asked.output)
+
+
+@pytest.mark.parametrize("asked", [["recipe.toml", "--resume", "--prove"], [".", "--prove"]])
+def test_a_proof_of_no_run_is_answered_with_its_command(asked: list[str]) -> None:
+    answer = CliRunner().invoke(cli.app, ["run", *asked])
+    assert answer.exit_code == 2
+    assert "--prove wants a run's folder: qtune run --resume runs/NAME --prove" in re.sub(r"[\s│]+", " ", answer.output)
 
 
 def test_a_new_run_that_starts_from_none_refuses_to_accept_drift() -> None:

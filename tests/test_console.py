@@ -127,6 +127,20 @@ def test_work_of_which_nobody_knows_how_much_there_is_has_a_line_for_each_part(
     assert capsys.readouterr() == ("", "tracing …\ntracing: 1 x 128 tokens\ntracing: 2 x 128 tokens\n")
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(120, 96), (1, 3), (3, 256)])
+def test_rows_of_which_shares_are_done_are_whole_at_the_end(
+    rows: int, tokens: int, terminal: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token is a share of its row: what is shown counts whole rows, and the last one too."""
+    shown: list[float] = []
+    monkeypatch.setattr(console.Progress, "update", lambda self, task, **said: shown.append(said["completed"]))
+    with console.progress("asking", rows) as bar:
+        for _ in range(rows * tokens):
+            bar.advance(1 / tokens)
+    assert shown[-1] == rows
+    assert [int(one) for one in shown[tokens - 1 :: tokens]] == list(range(1, rows + 1))
+
+
 def test_on_a_terminal_the_part_that_is_worked_on_stands_beside_the_bar(
     terminal: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:

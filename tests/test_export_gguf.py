@@ -394,7 +394,7 @@ def test_a_gguf_file_is_added_alone_to_a_verified_export(
     assert proof.figures is not None
     assert proof.gguf["q8_0"].failures == ()
     assert "-q8_0.gguf" in (folder / "README.md").read_text()
-    with pytest.raises(InputError, match=r"run-q8_0\.gguf: is there already, and was verified$"):
+    with pytest.raises(InputError, match=r"run-q8_0\.gguf: is there already, and was verified; --force "):
         refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
 
 

@@ -32,7 +32,12 @@ def test_the_folder_goes_to_a_private_repository(tmp_path: Path) -> None:
         ("create", {"repo_id": "someone/model", "private": True, "exist_ok": True}),
         (
             "upload",
-            {"repo_id": "someone/model", "folder_path": tmp_path, "commit_message": "Export by qtune"},
+            {
+                "repo_id": "someone/model",
+                "folder_path": tmp_path,
+                "ignore_patterns": ["*.unverified"],
+                "commit_message": "Export by qtune",
+            },
         ),
     ]
 

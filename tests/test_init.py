@@ -478,16 +478,18 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
         look_at("mixed")
 
 
-FROM_NO_ROW = (
-    "recipe.toml: its epochs, rows of a step and lengths follow from no row; where the file of rows is mended rather "
-    "than the recipe, write it again with --force"
-)
+def from_no_row(data: str) -> str:
+    return (
+        "recipe.toml: there was no row that its epochs, rows of a step and lengths could follow from; once "
+        f"{data} is mended, call qtune init again, with --force"
+    )
 
 
 def test_nothing_in_a_recipe_follows_from_rows_of_which_none_can_be_used(here):
     Path("plants.csv").write_bytes(b"question,answer\n" + "Wächst er?,Ja.\n".encode("latin-1") * 150)
     done = init("--base", MODEL, "--data", "plants.csv")
-    assert FROM_NO_ROW in done.stderr
+    assert from_no_row("plants.csv") in done.stderr
+    assert "qtune run" not in done.stderr
     recipe, default = load_recipe(Path("recipe.toml")).recipe, Data(train="plants.csv")
     assert recipe.training.epochs == Training().epochs
     assert recipe.data.validation == default.validation
@@ -504,7 +506,7 @@ def test_nothing_in_a_recipe_follows_from_rows_of_which_none_can_be_used(here):
             [
                 "rows.jsonl: its only row cannot be used: rows.jsonl:1: columns question fit no known shape; "
                 "'question' is there and 'answer' is missing",
-                FROM_NO_ROW,
+                from_no_row("rows.jsonl"),
             ],
         ),
         (
@@ -519,7 +521,7 @@ def test_nothing_in_a_recipe_follows_from_rows_of_which_none_can_be_used(here):
             [
                 "rows.jsonl: none of 3 rows can be used: rows.jsonl:1: question = 7: not a text; "
                 "qtune check recipe.toml names them all",
-                FROM_NO_ROW,
+                from_no_row("rows.jsonl"),
             ],
         ),
     ],
@@ -564,6 +566,24 @@ def test_own_columns_are_renamed_in_the_recipe_and_it_is_said_what_they_are_take
         "data.columns in recipe.toml\n"
     )
     assert load_recipe(Path("recipe.toml")).recipe.data.columns == {"question": "symptom", "answer": "advice"}
+
+
+WITHOUT_A_VALUE = {
+    "own.jsonl": '{"id": 7, "symptom": null, "advice": "That is thrips."}\n',
+    "own.csv": "id,symptom,advice\n7,,That is thrips.\n",
+}
+
+
+@pytest.mark.parametrize("name", OWN_COLUMNS)
+def test_an_empty_first_cell_hides_no_column(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(WITHOUT_A_VALUE[name] + OWN_COLUMNS[name].removeprefix("id,symptom,advice\n"))
+    look = look_at(name)
+    assert look.columns == {"question": "symptom", "answer": "advice"}
+    assert (look.rows, look.bad_count) == (601, 1)
+    assert look.first_bad is not None
+    assert "symptom" in look.first_bad.message
+    assert look.first_bad.place in (f"{name}:1", f"{name}:2")
 
 
 @pytest.mark.parametrize("row", [ROW, '{"chosen": "a b", "rejected": "c d"}\n', '{"number": 7}\n', "not JSON\n"])

@@ -38,6 +38,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "appended": lambda world: (world / "in" / "b.json").write_text("{} and more"),
     "files swapped": lambda world: swap(world / "a.json", world / "c.json"),
     "rights": lambda world: (world / "a.json").chmod(0o600),
+    "a folder's rights": lambda world: (world / "in").chmod(0o500),
     "deleted": lambda world: (world / "in" / "b.json").unlink(),
     "folder deleted": lambda world: shutil.rmtree(world / "in"),
     "more files": lambda world: to_folder(world / "in" / "new"),

@@ -67,20 +67,27 @@ def laps(comparison: ExpectedPace, seconds: list[float], *, disturbed: bool = Fa
 
 
 def test_a_run_as_fast_as_predicted_says_nothing_until_its_end() -> None:
-    comparison = ExpectedPace(lambda lengths: sum(lengths) / 100, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: sum(lengths) / 100, "a data sheet", on_card=True)
     assert laps(comparison, [9.0, 9.0, 9.0, 1.1, 1.2, 1.0, 1.1, 1.1, 1.1]) == [None] * 9
     assert str(comparison) == "1.10 s a step, predicted 1.00 (+10%)"
 
 
 def test_a_run_far_slower_than_predicted_says_so_once_when_that_is_sure() -> None:
-    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet", on_card=True)
     said = laps(comparison, [2.0] * 12)
     (sentence,) = filter(None, said)
     assert said.index(sentence) == 3 + 5 - 1  # three first steps, five that are compared
     assert sentence.startswith("steps take 2.0 times as long as predicted, 2.00 s instead of 1.00 (a data sheet): ")
+    assert sentence.endswith("heat or its power limit hold it back; nvidia-smi shows both")
+
+
+def test_a_slow_processor_is_not_looked_for_on_a_card() -> None:
+    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet", on_card=False)
+    (sentence,) = filter(None, laps(comparison, [2.0] * 12))
+    assert sentence.endswith("(a data sheet): something else may use the processor; top shows what does")
 
 
 def test_disturbed_laps_are_not_compared() -> None:
-    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet")
+    comparison = ExpectedPace(lambda lengths: 1.0, "a data sheet", on_card=True)
     assert laps(comparison, [5.0] * 20, disturbed=True) == [None] * 20
     assert str(comparison) == "too few steps to compare their time with the prediction"

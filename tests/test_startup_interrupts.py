@@ -109,4 +109,6 @@ def test_the_command_can_be_stopped_while_it_imports_and_says_one_line() -> None
     assert process.stderr.readline() == "loading the libraries …\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (130, "", "stopped\n")
+    # On a busy machine one library takes longer than three seconds, and the next one is named.
+    said = [line for line in err.splitlines() if not line.startswith("loading the libraries: ")]
+    assert (process.returncode, out, said) == (130, "", ["stopped"])

@@ -76,7 +76,7 @@ def test_it_is_set_when_it_is_asked_for(run: RunDir) -> None:
     assert command(session, "/trained").startswith("the training rows' system message is set")
     assert (session.system, session.turns) == ("Be brief.", [])
     session.trained_system = None
-    gone = "the training rows cannot be read here any more, nor can their system message"
+    gone = "no training rows can be read from here, so that their system message is not known"
     assert command(session, "/trained") == gone
     session.trained_system = ""
     none = "the training rows have no system message that most of them share"

@@ -54,6 +54,13 @@ def test_free_text_is_measured_by_order_of_words_length_repetition_and_end_and_n
     assert table["answers cut at their limit"] == ("6 of 6", "0 of 6", "")
 
 
+def test_free_text_that_is_right_to_the_letter_is_counted() -> None:
+    evaluation = free_text()
+    right = replace(evaluation.comparisons[0], tuned=evaluation.comparisons[0].expected)
+    table = lines(replace(evaluation, comparisons=(right, *evaluation.comparisons[1:])))
+    assert table["answers exactly right"] == ("0 of 6", "1 of 6", "")
+
+
 def test_losses_and_perplexities_have_intervals_and_their_changes_too() -> None:
     """Rows that all fall by 1.5 nats: no noise in the difference, a perplexity divided by e to the 1.5."""
     table = lines(free_text())

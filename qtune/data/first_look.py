@@ -1,7 +1,9 @@
 """Rows before there is a tokenizer: how many there are, how long, and which of them no run could use."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from qtune.data.conversation import Conversation, RowError
@@ -18,6 +20,8 @@ from qtune.data.rows import BadRow, Row, read_rows
 
 ENOUGH = 20_000
 """Rows that are looked at: beyond them nothing in a first recipe depends on how many there are."""
+ASKED = 50
+"""Rows whose columns are asked what they mean: an empty cell in the first one hides what its columns are."""
 BYTES_PER_TOKEN = 6
 """More than texts of any language have, so that a text has not fewer tokens than its bytes make with it."""
 
@@ -27,7 +31,7 @@ class FirstLook:
     """What the rows of a source are like, as far as that can be told from their text."""
 
     columns: dict[str, str]
-    """The columns to rename, our names to the file's, by the first row; empty where nothing is to be renamed."""
+    """The columns to rename, our names to the file's, by the first rows; empty where nothing is to be renamed."""
     rows: int
     """Looked at, ENOUGH of them at most."""
     bad_count: int
@@ -65,19 +69,17 @@ def first_look(data: str, folder: Path) -> FirstLook:
     Raises:
         DataError: there are no such files, or they are of no kind that holds rows.
     """
-    columns: dict[str, str] | None = None
-    row_format = ""
+    all_rows = _rows(data_files(data, folder))
+    first = list(islice(all_rows, ASKED))
+    columns, row_format = _meant_by([row for row in first if isinstance(row, Row)])
     rows = bad_count = longest = 0
     first_bad: BadRow | None = None
     sizes: list[int] = []
     longest_place = ""
     documents: list[int] = []
-    for row in _rows(data_files(data, folder)):
-        if isinstance(row, Row) and columns is None:
-            columns = meant_columns(row.value)
-            row_format = detect_format(renamed(row.value, columns)) or ""
+    for row in chain(first, all_rows):
         rows += 1
-        found = row if isinstance(row, BadRow) else _read(row, row_format, columns or {})
+        found = row if isinstance(row, BadRow) else _read(row, row_format, columns)
         if isinstance(found, BadRow):
             first_bad, bad_count = first_bad or found, bad_count + 1
         elif found.is_document:
@@ -89,7 +91,21 @@ def first_look(data: str, folder: Path) -> FirstLook:
             sizes.append(size)
         if rows == ENOUGH:
             break
-    return FirstLook(columns or {}, rows, bad_count, first_bad, tuple(sizes), longest_place, tuple(documents))
+    return FirstLook(columns, rows, bad_count, first_bad, tuple(sizes), longest_place, tuple(documents))
+
+
+def _meant_by(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
+    """What most of the rows call their columns, our names to theirs, and the shape that they have then; of two that are
+    as many, what came first."""
+    meant: Counter[tuple[tuple[tuple[str, str], ...], str]] = Counter()
+    for row in rows:
+        columns = meant_columns(row.value)
+        if (row_format := detect_format(renamed(row.value, columns))) is not None:
+            meant[tuple(columns.items()), row_format] += 1
+    if not meant:
+        return {}, ""
+    (pairs, row_format), _ = meant.most_common(1)[0]
+    return dict(pairs), row_format
 
 
 def _rows(files: list[DataFile]) -> Iterator[Row | BadRow]:

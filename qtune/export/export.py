@@ -85,7 +85,8 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     """`export_run` without the upload."""
     quiet_loading()
     is_alone = resolved_recipe(run).adapter.export == "alone"
-    reads_base = not (options.adapter_only or is_alone or _is_added_to(run, options))
+    is_added = not is_alone and _is_added_to(run, options)
+    reads_base = not (options.adapter_only or is_alone or is_added)
     source = open_for_export(run, accepted=options.accepted, reads_weights=reads_base)
     if is_alone and not options.adapter_only:
         refuse_whole(source.recipe.adapter.kind, options.given | _asked(options))
@@ -99,7 +100,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
     folder = output_folder(run, options.output, alone=False)
-    if options.gguf is not None and _is_added_to(run, options):
+    if is_added and options.gguf is not None:
         _add_gguf(source, folder, options.gguf)
         _say_uses(source, folder, run, options)
         return folder
@@ -144,8 +145,9 @@ def _add_gguf(source: OpenedRun, folder: Path, kind: GgufType) -> None:
     """Writes a GGUF file of an export that is there, whose weights are neither made nor compared again.
 
     Raises:
-        InputError: it was not verified, or is not what was verified, every byte of it. VerificationError: as
-            `hand_over`.
+        InputError: this GGUF file is there, or the folder is another run's.
+        ExportError: the export was not verified, or is not what was verified, every byte of it.
+        VerificationError: as `hand_over`.
     """
     refuse_existing_output(source.run, folder, adapter_only=False, force=False, gguf=kind)
     proof = proof_today(folder, source.run.path)

@@ -12,6 +12,8 @@ from qtune.run.resolved import resolved_recipe
 
 EXPORTED = "model"
 """What an export is called inside of its run."""
+UNVERIFIED = ".unverified"
+"""Behind the name of a file that was not proven."""
 
 
 def output_folder(run: RunDir, output: Path | None, *, alone: bool) -> Path:
@@ -44,13 +46,14 @@ def refuse_existing_output(
     if gguf is None or alone or force or not folder.exists():
         refuse_existing(folder, force=force)
         return
-    proof = read_proof(folder)
     if not is_verified_export(run, folder):
         verifying = shlex.join(["qtune", "export", str(run.path), "--verify-only", str(folder)])
         message = "is there already, and is no verified export of this run, to which a GGUF file alone could be added"
         raise InputError(Problem(str(folder), f"{message}; {verifying} verifies it, --force replaces it"))
-    if (known := proof.gguf.get(gguf)) is not None and not known.failures and (folder / known.file).is_file():
-        raise InputError(Problem(str(folder / known.file), "is there already, and was verified"))
+    known = read_proof(folder).gguf.get(gguf)
+    if known is not None and not known.failures and (folder / known.file).is_file():
+        message = "is there already, and was verified; --force exports all of it again"
+        raise InputError(Problem(str(folder / known.file), message))
     if made_with := [option for option in OF_THE_WHOLE if option in given]:
         message = f"{folder} is a verified export, to which the GGUF file alone is added; --force exports it again"
         raise InputError([Problem(option, message) for option in made_with])

@@ -89,6 +89,11 @@ def _why_computed_in(inputs: Inputs) -> str:
             return "as the recipe says"
 
 
+def _expected_pace(inputs: Inputs) -> ExpectedPace | None:
+    time = inputs.time
+    return ExpectedPace(time.model.seconds, time.source, inputs.plan.device.kind == "cuda") if time else None
+
+
 def _shared(plan: Plan) -> str:
     processes = plan.device.processes
     return f", shared out among {processes} processes" if processes > 1 else ""
@@ -152,7 +157,7 @@ def make_trainer(
         note=metrics.note,
         beside=metrics.beside,
         take_rows=metrics.take_rows,
-        comparison=ExpectedPace(inputs.time.model.seconds, inputs.time.source) if inputs.time else None,
+        comparison=_expected_pace(inputs),
         outliers=metrics.outliers if training.skip_outlier_steps else None,
         ranks=ranks,
     )

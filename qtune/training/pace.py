@@ -97,6 +97,7 @@ class ExpectedPace:
     predicted: StepSeconds
     source: str
     """In words: the rates from which it was predicted."""
+    on_card: bool
     steps: int = 0
     measured_seconds: float = 0.0
     predicted_seconds: float = 0.0
@@ -126,10 +127,12 @@ class ExpectedPace:
         if ratio is None or ratio < FAR_SLOWER or self._is_said:
             return None
         self._is_said = True
+        why = "something else may use the processor; top shows what does"
+        if self.on_card:
+            why = "something else may use the card, or heat or its power limit hold it back; nvidia-smi shows both"
         return (
             f"steps take {ratio:.1f} times as long as predicted, {self.measured_seconds / self.steps:.2f} s instead of "
-            f"{self.predicted_seconds / self.steps:.2f} ({self.source}): something else may use the device, or it is "
-            "held back by heat or its power limit; nvidia-smi shows both"
+            f"{self.predicted_seconds / self.steps:.2f} ({self.source}): {why}"
         )
 
     def __str__(self) -> str:

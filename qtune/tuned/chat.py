@@ -232,7 +232,7 @@ def command(session: Session, text: str) -> str:
             kept = "; it goes on from what was said so far, which /reset forgets" if session.turns else ""
             return f"adapter {state}{kept}"
         case ["/trained"] if session.trained_system is None:
-            said = "the training rows cannot be read here any more, nor can their system message"
+            said = "no training rows can be read from here, so that their system message is not known"
             return f"{said}{session.about_template}"
         case ["/trained"] if not session.trained_system:
             return f"the training rows have no system message that most of them share{session.about_template}"

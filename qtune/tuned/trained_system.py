@@ -17,8 +17,8 @@ LOOKED_AT = 100
 
 
 def usual_system(data: Data, folder: Path) -> str | None:
-    """What more than half of the first rows have for a system message; empty where they share none, None where they are
-    gone by now.
+    """What more than half of the first rows have for a system message; empty where they share none, None where that is
+    not known: they are gone by now, or on the hub.
 
     Rows of the hub are not asked: talking to a run fetches no data set.
     """

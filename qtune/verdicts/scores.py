@@ -90,11 +90,21 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
     change = _change(scores.rise, 1, "{:.3f}".format, most=1.0)
     return [
         ("like the expected answer (ROUGE-L)", f"{before.rouge_l:.3f}", f"{after.rouge_l:.3f}", change),
+        *_exactly_right(evaluation),
         ("words in common (F1)", f"{before.word_f1:.3f}", f"{after.word_f1:.3f}", ""),
         ("length, times the expected", f"{before.length:.2f}", f"{after.length:.2f}", ""),
         ("words said again", f"{before.repeated:.1%}", f"{after.repeated:.1%}", ""),
         _unended(evaluation),
     ]
+
+
+def _exactly_right(evaluation: "Evaluation") -> list[Line]:
+    """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell."""
+    compared = evaluation.comparisons
+    base = sum(one.base == one.expected for one in compared)
+    tuned = sum(one.is_right for one in compared)
+    many = len(compared)
+    return [("answers exactly right", f"{base} of {many}", f"{tuned} of {many}", "")] if base or tuned else []
 
 
 def any_cut(evaluation: "Evaluation") -> bool:

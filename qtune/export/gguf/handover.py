@@ -17,6 +17,7 @@ from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelf
 from qtune.export.gguf.verify import verify_gguf
 from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
+from qtune.export.output import UNVERIFIED
 from qtune.export.serving import context_in_llama_cpp, starts_from_error
 from qtune.export.staged import refuse_small_disk
 from qtune.export.verification import add_gguf
@@ -25,9 +26,6 @@ from qtune.manifest import add_to_seal
 from qtune.model.load import load_config
 from qtune.recipe.schema import Data, Recipe
 from qtune.sizes import MIB, size_text
-
-UNVERIFIED = ".unverified"
-"""Behind the name of a file that was not proven."""
 
 
 def hand_over(

@@ -117,33 +117,31 @@ def _widened(arg: Any) -> Any:
     return arg
 
 
-_WITH_BUFFERS = ("gemm_4bit", "logsumexp", "_scaled_dot_product_", "int8_mixed_scaled_mm", "int8_vectorwise_quant")
-"""How the names of kernels begin that take more than their results."""
+def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
+    """The buffers that a kernel takes for itself, alive beside its inputs and outputs."""
+    buffers = _buffers_of(func.__name__, cuda)
+    return [] if buffers is None else buffers(args)
 
 
 @functools.cache
-def _takes_buffers(name: str) -> bool:
-    return name.startswith(_WITH_BUFFERS)
-
-
-def workspace(func: Any, args: Sequence[Any], cuda: bool) -> Workspace:
-    """The buffers that a kernel takes for itself, alive beside its inputs and outputs."""
-    name = func.__name__
-    if not _takes_buffers(name):
-        return []
+def _buffers_of(name: str, cuda: bool) -> Callable[[Sequence[Any]], Workspace] | None:
+    """Those of the kernels with this name; None where they take no more than their results."""
     if name.startswith("gemm_4bit"):
-        return _four_bit_product(args, cuda)
-    if name.startswith("logsumexp"):  # its own operations are not seen from outside (ReduceOps.cpp, logsumexp_out_impl)
-        return [(args[0].numel() * args[0].element_size(), "shifted exponentials (inside logsumexp)")]
+        return functools.partial(_four_bit_product, cuda=cuda)
+    if name.startswith("logsumexp"):
+        return _logsumexp
     if not cuda:
-        return []
+        return None
     if name.startswith("_scaled_dot_product_") and "attention" in name and "backward" in name:
-        return _attention_backward(args)
+        return _attention_backward
     if name.startswith("int8_mixed_scaled_mm"):
-        return _int8_product(args)
-    if name.startswith("int8_vectorwise_quant"):
-        return _int8_rows(args)
-    return []
+        return _int8_product
+    return _int8_rows if name.startswith("int8_vectorwise_quant") else None
+
+
+def _logsumexp(args: Sequence[Any]) -> Workspace:
+    """Its own operations are not seen from outside (ReduceOps.cpp, logsumexp_out_impl)."""
+    return [(args[0].numel() * args[0].element_size(), "shifted exponentials (inside logsumexp)")]
 
 
 def _int8_product(args: Sequence[Any]) -> Workspace:
