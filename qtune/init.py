@@ -219,7 +219,7 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
         if not look.usable:
             said.append(
                 f"{file}: there was no row that its epochs, rows of a step and lengths could follow from; once "
-                f"{data} is mended, call qtune init again, with --force"
+                f"{data} is mended, call init again, with --force"
             )
     if 0 < look.usable < FEW_ROWS and not look.document_bytes:
         rows = "1 row is" if look.usable == 1 else f"{look.usable} rows are"

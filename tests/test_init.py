@@ -481,7 +481,7 @@ def test_a_folder_without_rows_and_one_of_several_kinds_are_refused(here):
 def from_no_row(data: str) -> str:
     return (
         "recipe.toml: there was no row that its epochs, rows of a step and lengths could follow from; once "
-        f"{data} is mended, call qtune init again, with --force"
+        f"{data} is mended, call init again, with --force"
     )
 
 
