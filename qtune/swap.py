@@ -3,7 +3,7 @@
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
 from qtune.data.files import data_files
+from qtune.data.order import unmerged
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import HUB
 from qtune.data.swapped import (
@@ -114,9 +115,9 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
     seed = resolved.recipe.training.seed
     tokenizer = load_tokenizer(resolved.recipe.model)
     prepared = prepare(whole, tokenizer, resolved.folder, seed=seed)
-    talks = _talks(prepared.examples["train"])
+    talks = _talks(prepared.examples["train"], data)
     _refuse_documents(talks)
-    asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows)]
+    asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows, data)]
     made = list(swapped(talks, (given or _words_for(talks, tokenizer)).without(asked), copies, keep))
     exchanged = Counter(word for one in made for word in one.exchanged)
     if not exchanged:
@@ -174,15 +175,25 @@ def _given(words: Path) -> Incoming:
     return Incoming(found)
 
 
-def _talks(examples: Dataset) -> list[Conversation]:
-    """The conversations that examples are of. Where a row was made into several, up to each of its answers, the whole
-    one."""
-    longest: dict[str, Conversation] = {}
+def _talks(examples: Dataset, data: Data) -> list[Conversation]:
+    """The conversations that examples are of, as the new recipe reads them to the same examples: its system prompt,
+    which is merged into questions then, stands apart from them. Where a row was made into several, up to each of its
+    answers, the whole one.
+
+    A row that is read twice, of a file that the recipe names twice, is there twice.
+    """
+    talks: list[Conversation] = []
     for place, text in zip(examples["place"], examples["conversation"], strict=True):
         talk = Conversation.from_json(text, place)
-        if place not in longest or len(talk.messages) > len(longest[place].messages):
-            longest[place] = talk
-    return list(longest.values())
+        if talks and talks[-1].place == place and len(talks[-1].messages) < len(talk.messages):
+            talks.pop()
+        talks.append(talk)
+    prompt = data.system_prompt
+    if data.system != "merge" or prompt is None:
+        return talks
+    return [
+        talk if talk.is_document else replace(talk, messages=tuple(unmerged(talk.messages, prompt))) for talk in talks
+    ]
 
 
 def _refuse_documents(talks: Iterable[Conversation]) -> None:
@@ -195,7 +206,7 @@ def _held_out(prepared: Prepared, data: Data) -> list[Conversation]:
     """Those that are a share of the training rows."""
     if not isinstance(data.validation, float) or "validation" not in prepared.examples:
         return []
-    return _talks(prepared.examples["validation"])
+    return _talks(prepared.examples["validation"], data)
 
 
 def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool) -> str:

@@ -235,6 +235,60 @@ def test_weights_of_sources_are_not_lost_in_silence(
     assert "has sources with weights" in str(swap(recipe).exception)
 
 
+def with_systems(pairs: Sequence[tuple[str, str]]) -> list[dict[str, object]]:
+    """Rows without a system message, with one, with two, with one behind the question, and with several turns."""
+    rows = []
+    for number, pair in enumerate(pairs):
+        asked, said = SHAPES["messages"](*pair)["messages"]
+        system = {"role": "system", "content": f"You are phone {number}.\n\nBe short."}
+        other = {"role": "system", "content": "Now."}
+        turns = {
+            0: [asked, said],
+            1: [system, asked, said],
+            2: [system, other, asked, said],
+            3: [asked, system, said],
+            4: [*SHAPES["messages"]("Hello", "Hi")["messages"], asked, system, said],
+        }[number % 5]
+        rows.append({"messages": turns})
+    return rows
+
+
+@pytest.mark.parametrize("system", ["keep", "drop", "merge"])
+@pytest.mark.parametrize("prompt", ["", 'system_prompt = "You are a phone.\\n\\nAnswer."\n'], ids=["own", "prompt"])
+def test_system_messages_are_to_the_model_what_they_were(
+    system: str, prompt: str, swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / "rows.jsonl", with_systems(PAIRS))
+    written(tmp_path / "test.jsonl", with_systems(PAIRS[:5]))
+    data = f'validation = 0.2\nchat_template = "chatml"\ntest = "test.jsonl"\nsystem = "{system}"\n{prompt}'
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", data)
+    before = prepared(recipe)
+    assert swap(recipe, "--copies", "1").exit_code == 0
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    rows = len(before.train)
+    assert len(after.train) == 2 * rows
+    for split, count in (("train", rows), ("validation", None), ("test", None)):
+        assert after.examples[split]["input_ids"][:count] == before.examples[split]["input_ids"][:], split
+        assert after.examples[split]["labels"][:count] == before.examples[split]["labels"][:], split
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_file_that_is_named_twice_is_trained_on_twice(
+    count: int, swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    """So people weight without weights. One row: its two readings follow each other."""
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    written(tmp_path / "often.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS[:count]])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.0")
+    recipe.write_text(recipe.read_text().replace('"rows.jsonl"', '["often.jsonl", "often.jsonl", "rows.jsonl"]'))
+    before = prepared(recipe)
+    assert swap(recipe).exit_code == 0
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    rows = 2 * count + 40
+    assert (len(before.train), len(after.train)) == (rows, 3 * rows)
+    assert after.train[:rows] == before.train[:]
+
+
 def test_several_answers_of_one_row_are_one_row(swap: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
     """A template that renders earlier turns differently makes an example of each answer."""
     turns = [

@@ -120,3 +120,28 @@ def _merged_into_users(messages: Sequence[Message]) -> list[Message]:
         else:
             merged.append(message)
     return merged
+
+
+def unmerged(messages: Sequence[Message], prompt: str) -> list[Message]:
+    """Messages that `with_system` has merged, with a system message again, so that merging them once more gives the
+    same: the recipe's prompt where it opens a user message, otherwise the first paragraph of the first user message
+    that has several. Every row that was merged under a prompt has one of them.
+    """
+    for number, message in enumerate(messages):
+        if message["role"] != "user":
+            continue
+        text = message["content"]
+        before, rest = _parted(text)
+        if text.startswith(f"{prompt}\n\n"):
+            before, rest = prompt, text.removeprefix(f"{prompt}\n\n")
+        if before.strip() and rest.strip():
+            apart = [{"role": "system", "content": before}, {**message, "content": rest}]
+            return [*messages[:number], *apart, *messages[number + 1 :]]
+    return list(messages)
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """A text at its first empty line behind something that is said."""
+    blank = len(text) - len(text.lstrip())
+    before, _, rest = text[blank:].partition("\n\n")
+    return text[:blank] + before, rest
