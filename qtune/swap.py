@@ -20,6 +20,7 @@ from qtune.data.swapped import (
     Incoming,
     answer_of,
     english_words,
+    exchangeable,
     request_of,
     spelled_words,
     swapped,
@@ -55,6 +56,14 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Words that come in, none of which is asked, and what they are."""
+
+    words: Incoming
+    kind: str
+
+
+@dataclass(frozen=True)
 class Swapped:
     """What was written, and what is to be seen of it."""
 
@@ -63,6 +72,7 @@ class Swapped:
     copies: int
     held_out: int
     """Rows in a file of their own; 0 where the recipe names them itself, or wants none."""
+    chosen: Chosen
     exchanged: Counter[str]
     """Of each word that has become another one, how often."""
     examples: tuple[tuple[Conversation, Copy], ...]
@@ -107,6 +117,7 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
 
     Raises:
         DataError: the rows cannot be used, or no word of theirs can be exchanged.
+        RecipeError: fewer than LEAST_WORDS may come in; sources have weights.
     """
     data = resolved.recipe.data
     _refuse_weights(data)
@@ -117,16 +128,21 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
     prepared = prepare(whole, tokenizer, resolved.folder, seed=seed)
     talks = _talks(prepared.examples["train"], data)
     _refuse_documents(talks)
-    asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows, data)]
-    made = list(swapped(talks, (given or _words_for(talks, tokenizer)).without(asked), copies, keep))
-    exchanged = Counter(word for one in made for word in one.exchanged)
-    if not exchanged:
+    if not any(exchangeable(talks, keep)):
         raise DataError(
             Problem(
                 "data.train",
                 "no word stands in a request and in its answer that is no part of their form (a tenth of the requests "
                 "or answers has it); rows with other words are for answers that copy from their requests",
             )
+        )
+    asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows, data)]
+    chosen = _words_for(talks, asked, tokenizer) if given is None else _enough(given, asked, f"--words {words}")
+    made = list(swapped(talks, chosen.words, copies, keep))
+    exchanged = Counter(word for one in made for word in one.exchanged)
+    if not exchanged:
+        raise DataError(
+            Problem("data.train", "of the few words that could be exchanged none was drawn; raise --copies")
         )
     files = Files(recipe)
     held_out = _held_out(prepared, data)
@@ -139,7 +155,7 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
     write_text(recipe, text)
     pairs = zip(talks, made, strict=False)
     examples = tuple((talk, one) for talk, one in pairs if one.exchanged)[:3]
-    return Swapped(files, len(talks), len(made), len(held_out), exchanged, examples)
+    return Swapped(files, len(talks), len(made), len(held_out), chosen, exchanged, examples)
 
 
 def _refuse_weights(data: Data) -> None:
@@ -150,18 +166,52 @@ def _refuse_weights(data: Data) -> None:
         )
 
 
-def _words_for(talks: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> Incoming:
-    """Words that the model has to spell, in letters that the rows have; English prose where its vocabulary has few."""
+def _words_for(
+    talks: Sequence[Conversation], asked: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> Chosen:
+    """Words that the model has to spell; English prose where its vocabulary has few. Both in letters that the rows
+    have.
+
+    Raises:
+        RecipeError: there are few of both.
+    """
     letters = {letter for talk in talks for letter in f"{request_of(talk)}{answer_of(talk)}"}
-    found = spelled_words(tokenizer).of_letters(letters)
-    return found if min(len(found.small), len(found.capital)) >= LEAST_WORDS else english_words()
+    found = spelled_words(tokenizer).of_letters(letters).without(asked)
+    if found.choice >= LEAST_WORDS:
+        return Chosen(found, "words that the model has as one token behind a space and spells elsewhere")
+    prose = english_words().of_letters(letters).without(asked)
+    if prose.choice >= LEAST_WORDS:
+        return Chosen(prose, "words of English prose (the model's vocabulary has too few that it must spell)")
+    raise RecipeError(
+        Problem(
+            "data.train",
+            f"at least {LEAST_WORDS} words must come in, and in letters that its rows have the model's vocabulary has "
+            f"{found.choice} that it must spell, and English prose {prose.choice}; name a text in the language of the "
+            "rows with --words FILE",
+        )
+    )
+
+
+def _enough(given: Incoming, asked: Sequence[Conversation], name: str) -> Chosen:
+    """Words of a text without those that are asked.
+
+    Raises:
+        RecipeError: there are few of them.
+    """
+    left = given.without(asked)
+    if left.choice >= LEAST_WORDS:
+        return Chosen(left, f"words of {name}")
+    gone = given.choice - left.choice
+    without = f" ({gone} more stand in rows that are held out or asked in the end, and may not)" if gone else ""
+    said = f"has {left.choice} different words of 3 to 11 small letters{without}; at least {LEAST_WORDS} must come in"
+    raise RecipeError(Problem(name, f"{said}, so name a longer text"))
 
 
 def _given(words: Path) -> Incoming:
     """The words of a text.
 
     Raises:
-        RecipeError: it cannot be read, or has too few of them.
+        RecipeError: it cannot be read.
     """
     try:
         found = usual_words([words.read_text(encoding="utf-8-sig")])
@@ -169,9 +219,6 @@ def _given(words: Path) -> Incoming:
         raise RecipeError(Problem(f"--words {words}", f"cannot be read: {error.strerror}")) from error
     except UnicodeDecodeError as error:
         raise RecipeError(Problem(f"--words {words}", f"is not UTF-8 text (byte {error.start})")) from error
-    if len(found) < LEAST_WORDS:
-        said = f"has {len(found)} different words of 3 to 11 small letters; at least {LEAST_WORDS} must come in"
-        raise RecipeError(Problem(f"--words {words}", said))
     return Incoming(found)
 
 
@@ -255,6 +302,7 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
     said = [
         f"{made.files.rows}: {made.rows:,} rows and {made.copies:,} copies with other words",
         f"words that were exchanged, how often: {often}{more}; what must stay is named with --keep WORD",
+        f"what came in: {made.chosen.words.choice:,} or more {made.chosen.kind}, as {_some_of(made)}",
     ]
     if made.held_out:
         said.append(f"{made.files.held_out}: the {made.held_out:,} rows that are held out; nothing is made of them")
@@ -265,3 +313,9 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
         command = shlex.join(["qtune", "run", str(made.files.recipe), "--set", f"training.epochs={fewer}"])
         said.append(f"an epoch has {times} times as many steps now; as many as before: {command}")
     return said
+
+
+def _some_of(made: Swapped) -> str:
+    """A few of the words that came in."""
+    came = dict.fromkeys(new for _, copy in made.examples for new in copy.exchanged.values())
+    return ", ".join(list(came)[:3])

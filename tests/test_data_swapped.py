@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qtune.data.conversation import Conversation
 from qtune.data.swapped import Copy, Incoming, own_words, shared_words, spelled_words, swapped, usual_words
@@ -180,6 +182,31 @@ def test_words_that_a_model_has_to_spell_are_one_token_behind_a_space_and_severa
         assert len(behind) > 2, word
     assert all(word.islower() for word in words.small)
     assert all(word.istitle() for word in words.capital)
+
+
+LLAMA = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+"""Of Llama 2, Mistral 0.1 and Phi-3, from their tokenizer.json."""
+
+
+@pytest.mark.parametrize("decoder", [decoders.Metaspace(), LLAMA], ids=["Metaspace", "Llama 2"])
+def test_words_are_found_where_a_tokenizer_marks_the_space_with_a_sign_of_its_own(decoder: decoders.Decoder) -> None:
+    """SentencePiece's; such decoders take the space of the first token away."""
+    letters = [(letter, -9.0) for letter in 'abcdefghijklmnopqrstuvwxyzAB"▁']
+    pieces = [("<unk>", 0.0), ("▁walrus", -2.0), ("▁Anna", -2.0), ("▁known", -2.0), ("known", -2.0), ('▁"', -2.0)]
+    made = Tokenizer(models.Unigram([*pieces, ("granite", -2.0), *letters], unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    assert tokenizer.tokenize('known walrus "walrus')[:4] == ["▁known", "▁walrus", '▁"', "w"]
+    assert spelled_words(tokenizer) == Incoming(["walrus"], ["Anna"]), "one token behind a space, spelled elsewhere"
+
+
+def test_a_vocabulary_without_words_has_none_to_spell() -> None:
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ('"', -1.0), ("▁", -1.0)], unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = spelled_words(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
+    assert (words, words.choice) == (Incoming(()), 0)
 
 
 # --- the quickstart's ---

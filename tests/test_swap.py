@@ -160,6 +160,7 @@ def test_what_came_in_is_shown_and_how_to_train_as_long_as_before(
     said = swap(recipe_in(tmp_path, tiny_model, "rows.jsonl", training="epochs = 3.0")).stderr
     assert "36 rows and 72 copies with other words" in said
     assert "the 4 rows that are held out; nothing is made of them" in said
+    assert re.search(r"what came in: \d+ or more words of English prose \(the model.*\), as [\w ,]+\n", said)
     assert (
         f"an epoch has 3 times as many steps now; as many as before: qtune run {made} --set training.epochs=1" in said
     )
@@ -189,7 +190,11 @@ def test_words_come_from_a_text_of_the_user_s_and_kept_ones_stay(
         ([SHAPES["messages"](f"what is {n}", f"{n}") for n in range(40)], [], "no word stands in a request and in"),
         ([SHAPES["messages"](*pair) for pair in PAIRS[:5]], [], "no word stands in a request and in its answer"),
         ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "nowhere.txt"], "--words nowhere.txt: cannot be"),
-        ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "{few}"], "2 different words of 3 to 11 small"),
+        (
+            [SHAPES["messages"](*pair) for pair in PAIRS],
+            ["--words", "{few}"],
+            "few.txt: has 2 different words of 3 to 11 small letters; at",
+        ),
         ([SHAPES["messages"](*pair) for pair in PAIRS], ["--words", "{binary}"], "is not UTF-8 text (byte 0)"),
         ([SHAPES["messages"](*pair) for pair in PAIRS], ["-o", "{recipe}"], "is what the new rows would be made of"),
     ],
@@ -287,6 +292,44 @@ def test_a_file_that_is_named_twice_is_trained_on_twice(
     rows = 2 * count + 40
     assert (len(before.train), len(after.train)) == (rows, 3 * rows)
     assert after.train[:rows] == before.train[:]
+
+
+def test_words_of_a_text_that_are_asked_do_not_count(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    words = [f"{a}{b}ing" for a in string.ascii_lowercase[:12] for b in string.ascii_lowercase[:9]]
+    (tmp_path / "words.txt").write_text(" ".join(words))
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", 'validation = "asked.jsonl"')
+    for count, left in ((108, 0), (9, 99)):
+        written(tmp_path / "asked.jsonl", [SHAPES["messages"](f"Say {word}", word) for word in words[:count]])
+        refused = swap(recipe, "--words", tmp_path / "words.txt")
+        assert isinstance(refused.exception, QtuneError)
+        assert f"words.txt: has {left} different words" in str(refused.exception)
+        assert f"({count} more stand in rows that are held out or asked in the end, and may not)" in str(
+            refused.exception
+        )
+    written(tmp_path / "asked.jsonl", [SHAPES["messages"](f"Say {word}", word) for word in words[:8]])
+    done = swap(recipe, "--words", tmp_path / "words.txt")
+    assert f"what came in: 100 or more words of --words {tmp_path / 'words.txt'}, as " in done.stderr
+
+
+@pytest.mark.parametrize("call", ["Позвони {}, пожалуйста", "请打电话给“{}”。"])
+def test_rows_in_other_letters_get_no_english_words(
+    call: str, swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    names = [
+        f"{chr(0x0410 + n)}жа{chr(0x0430 + n)}стер" if "П" in call else f"{chr(0x738B + n)}小明" for n in range(30)
+    ]
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](call.format(name), name) for name in names])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    refused = swap(recipe)
+    assert isinstance(refused.exception, QtuneError)
+    assert "in letters that its rows have the model's vocabulary has 0" in str(refused.exception)
+    assert "--words FILE" in str(refused.exception)
+    assert not (tmp_path / "recipe.swapped.toml").exists()
+    (tmp_path / "words.txt").write_text(" ".join(f"слово{a}{b}" for a in "абвгдежзик" for b in "абвгдежзик"))
+    assert swap(recipe, "--words", tmp_path / "words.txt").exit_code == 0
 
 
 def test_several_answers_of_one_row_are_one_row(swap: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:

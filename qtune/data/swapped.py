@@ -41,6 +41,11 @@ class Incoming:
     capital: Sequence[str] = ()
     """Those with a capital, for words that have one; empty: small ones with one."""
 
+    @property
+    def choice(self) -> int:
+        """How many may come in, of the case that has the fewest."""
+        return min(len(self.small), len(self.capital)) if self.capital else len(self.small)
+
     def other(self, word: str, draw: random.Random) -> str:
         """A word in the case of `word`."""
         if not word[0].isupper():
@@ -66,11 +71,16 @@ def spelled_words(tokenizer: "PreTrainedTokenizerBase") -> Incoming:
 
     A model that has learned a list of names by heart spells others wrong there: it must learn the pieces of a token.
     """
-    texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-    words = sorted({text[1:] for text in texts if re.fullmatch(rf" {USUAL_LETTERS}", text)})
-    quote = len(tokenizer('"', add_special_tokens=False)["input_ids"])
+    mark = tokenizer('"', add_special_tokens=False)["input_ids"]
+    # Behind a mark: decoders of SentencePiece's kind take the space of a text's first token away.
+    opening = f"{tokenizer.decode(mark)} "
+    texts = tokenizer.batch_decode([[*mark, number] for number in range(len(tokenizer))])
+    behind = {text.removeprefix(opening) for text in texts if text.startswith(opening)}
+    words = sorted(word for word in behind if re.fullmatch(USUAL_LETTERS, word))
+    if not words:
+        return Incoming(())
     pieces = tokenizer([f'"{word}' for word in words], add_special_tokens=False)["input_ids"]
-    spelled = [word for word, ids in zip(words, pieces, strict=True) if len(ids) > quote + 1]
+    spelled = [word for word, ids in zip(words, pieces, strict=True) if len(ids) > len(mark) + 1]
     return Incoming([word for word in spelled if word.islower()], [word for word in spelled if word.istitle()])
 
 
@@ -91,12 +101,17 @@ def swapped(
     keep: what stays beside the form of rows, in any case.
     """
     draw = random.Random(seed)
-    kept = {word.casefold() for word in keep}
-    own = {word for word in own_words(talks) if word.casefold() not in kept}
-    shared = [sorted(shared_words(talk) & own) for talk in talks]
+    shared = exchangeable(talks, keep)
     for _ in range(copies):
         for talk, candidates in zip(talks, shared, strict=True):
             yield _swapped(talk, candidates, words, draw)
+
+
+def exchangeable(talks: Sequence[Conversation], keep: Collection[str] = ()) -> list[list[str]]:
+    """Of each row the words that could be other ones."""
+    kept = {word.casefold() for word in keep}
+    own = {word for word in own_words(talks) if word.casefold() not in kept}
+    return [sorted(shared_words(talk) & own) for talk in talks]
 
 
 def own_words(talks: Sequence[Conversation]) -> set[str]:
