@@ -102,7 +102,7 @@ class Check:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no row to train on, which is refused and has nothing to show: every figure would be 0."""
+        """Whether there is no row to train on, which is refused; every figure of the rows would be 0."""
         return not len(self.prepared.train)
 
     @property

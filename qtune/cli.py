@@ -793,7 +793,7 @@ def check(
         raise
     if as_json:
         console.out_raw(result.to_json())
-    elif not result.is_empty:  # else every table would be of zeros
+    else:
         console.out(draw_check(result))
     result.require()
 

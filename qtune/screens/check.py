@@ -28,8 +28,9 @@ BAR = 24
 
 
 def draw_check(check: "Check") -> RenderableType:
-    """The examination from the recipe to the verdict."""
-    return Group(*_with_gaps([*_recipe(check), *_rows(check), *_samples(check), *_costs(check), *_findings(check)]))
+    """The examination from the recipe to the verdict; without a row to train on, the verdict alone."""
+    shown = [] if check.is_empty else [*_recipe(check), *_rows(check), *_samples(check), *_costs(check)]
+    return Group(*_with_gaps([*shown, *_findings(check)]))
 
 
 def _with_gaps(parts: list[RenderableType]) -> Iterator[RenderableType]:
