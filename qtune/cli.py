@@ -1081,6 +1081,7 @@ def swap(
     file = find_recipe(recipe)
     resolved = load_recipe(file, changes or ())
     target = output or written_beside(file, ".swapped.toml")
+    _say_set_aside(resolved)
     _load_libraries()
     from qtune import swap as stage
     from qtune.screens.swap import draw_examples

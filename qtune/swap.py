@@ -309,7 +309,7 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
     training = resolved.recipe.training
     if training.steps is None:
         times = 1 + made.copies // made.rows
-        fewer = f"{training.epochs / times:.2g}"
+        fewer = f"{training.epochs / times:.4g}"
         command = shlex.join(["qtune", "run", str(made.files.recipe), "--set", f"training.epochs={fewer}"])
         said.append(f"an epoch has {times} times as many steps now; as many as before: {command}")
     return said

@@ -146,6 +146,16 @@ def test_words_with_letters_beyond_ascii_are_words() -> None:
     assert usual_words(["über das Jahr, über"], least=2) == ["über"]
 
 
+@pytest.mark.parametrize("name", ["कमलेश", "सरस्वती", "Rene\u0301", "Đo\u0302\u0303"])
+def test_a_word_does_not_end_where_a_letter_has_a_mark(name: str) -> None:
+    """As Devanagari writes vowels, and macOS accents: none of these is exchanged in part."""
+    one = talk(f"Call {name} now", f"Tell {name}.")
+    assert shared_words(one) == {name}
+    for copy in copies_of(one):
+        assert name in texts(copy.talk)[0]
+        assert name in texts(copy.talk)[1]
+
+
 def test_copies_come_in_the_order_of_their_rows_and_the_same_ones_each_time() -> None:
     rows = filled(talk("Call Maria", "Maria"))
     made = list(swapped(rows, Incoming(WORDS), 3))

@@ -152,6 +152,13 @@ def test_other_splits_keep_their_own_shape_wherever_the_recipe_is_written(
     assert load_recipe(made).recipe.training.seed == 7
 
 
+def test_what_set_sets_aside_is_said(swap: Callable[..., Result], tiny_model: Path, tmp_path: Path) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", training="epochs = 3.0")
+    said = swap(recipe, "--set", "training.steps=6").stderr
+    assert load_recipe(recipe, ["training.steps=6"]).set_aside[0] in said
+
+
 def test_what_came_in_is_shown_and_how_to_train_as_long_as_before(
     swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -237,10 +237,8 @@ def conversation(request: str, answer: str) -> dict[str, object]:
 
 
 def words_for(asked: Sequence[dict[str, Any]]) -> Incoming:
-    """Words that the quickstart's model has to spell, but those of rows that are asked, here or with new values."""
-    values = [text for new in (NEW_VALUES, MORE_NEW_VALUES) for kind in new.values() for text in kind]
+    """Words that the quickstart's model has to spell, but those of rows that are asked."""
     talks = [Conversation(tuple(row["messages"])) for row in asked]
-    talks += [Conversation(({"role": "user", "content": str(text)},)) for text in values]
     return spelled_words(load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))).without(talks)
 
 
@@ -257,7 +255,9 @@ def main() -> None:
     folder: Path = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     train, test = make_rows()
-    made = {"train": train, "test": test, "swapped": swapped_rows(train, words_for(test), COPIES)}
+    values = [text for drawn in (NEW_VALUES, MORE_NEW_VALUES) for kind in drawn.values() for text in kind]
+    new = [conversation(str(text), "") for text in values]
+    made = {"train": train, "test": test, "swapped": swapped_rows(train, words_for([*test, *new]), COPIES)}
     for name, rows in made.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"quickstart_{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -10,10 +10,7 @@ from typing import Any
 import make_quickstart_data as quickstart
 import make_triage_data as triage
 
-from qtune.data.conversation import Conversation
-from qtune.data.swapped import Incoming, spelled_words, usual_words
-from qtune.model.load import load_tokenizer
-from qtune.recipe.schema import Model
+from qtune.data.swapped import Incoming, usual_words
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 Row = dict[str, Any]
@@ -110,8 +107,7 @@ def swapped_task(task: Task) -> Task:
 
 def spelled_task(task: Task) -> Task:
     """The same with words that the built-in model has to spell. None of them stands in rows that are asked."""
-    asked = [Conversation(tuple(row["messages"])) for row in (*task.validation, *task.test)]
-    words = spelled_words(load_tokenizer(Model(base="builtin:smollm2-135m-instruct"))).without(asked)
+    words = quickstart.words_for((*task.validation, *task.test))
     more = quickstart.swapped_rows(task.train, words, COPIES)
     return dataclasses.replace(task, name=f"{task.name}_spelled", train=(*task.train, *more))
 

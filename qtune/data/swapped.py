@@ -6,9 +6,12 @@ row by the same other one. In another case it is another word: "Book" asks for s
 Words that belong to the form of rows stay.
 """
 
+import functools
 import json
 import random
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,12 +138,23 @@ def shared_words(talk: Conversation) -> set[str]:
 
 def words_of(text: str) -> set[str]:
     """Every different word."""
-    return set(re.findall(r"\w+", text))
+    return set(_word().findall(text))
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """A word with the marks on its letters: many scripts, and accents that are written apart, have some of them so."""
+    marks = (chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"[\w{re.escape(''.join(marks))}]+")
 
 
 def usual_words(texts: Sequence[str], least: int = 1) -> list[str]:
     """Words in small letters, of three to eleven of them, that stand in `least` places of the texts or more."""
-    said = Counter(word for text in texts for word in re.findall(rf"\b{USUAL_LETTERS}\b", text) if word == word.lower())
+
+    def is_usual(word: str) -> bool:
+        return word == word.lower() and re.fullmatch(USUAL_LETTERS, word) is not None
+
+    said = Counter(word for text in texts for word in _word().findall(text) if is_usual(word))
     return sorted(word for word, count in said.items() if count >= least)
 
 
@@ -216,10 +230,9 @@ def _swapped(talk: Conversation, candidates: Sequence[str], words: Incoming, dra
     exchanged = {word: words.other(word, draw) for word in candidates if draw.random() < SHARE}
     if not exchanged:
         return Copy(talk, {})
-    pattern = re.compile(rf"\b(?:{'|'.join(exchanged)})\b")
 
     def change(text: str) -> str:
-        return pattern.sub(lambda found: exchanged[found[0]], text)
+        return _word().sub(lambda found: exchanged.get(found[0], found[0]), text)
 
     return Copy(replace(talk, messages=tuple(_with(message, change) for message in talk.messages)), exchanged)
 
