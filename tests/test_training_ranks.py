@@ -30,6 +30,7 @@ from qtune.device.present import present_device
 from qtune.memory.tracing.categories import GRADIENTS
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.timing.forecast import between_seconds
 
 pytestmark = pytest.mark.slow
@@ -242,11 +243,12 @@ def test_memory_that_runs_out_in_one_process_changes_nothing(run_of_one: Callabl
     require_same_run(alone, folder / "runs" / "short")
 
 
-def reaches_a_step(run: Path, is_running: Callable[[], bool]) -> None:
-    """Waits until a step of the run is recorded."""
+def reaches_a_step(run: Path, is_running: Callable[[], bool], *, saved: bool = False) -> None:
+    """Waits until a step of the run is recorded; where it is asked for, until one is saved: that comes after."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until and is_running():
-        if (run / "metrics.jsonl").is_file() and records(run, "train"):
+        is_taken = (run / "metrics.jsonl").is_file() and records(run, "train")
+        if complete_checkpoints(run / "checkpoints") if saved else is_taken:
             return
         time.sleep(0.05)
     pytest.fail("no step was taken")
@@ -605,7 +607,7 @@ def test_the_launcher_says_which_process_was_killed(recipe: Recipe, folder: Path
     run = folder / "runs" / "killed"
     file = recipe("killed", f"{STEP}steps = 5000\ncheckpoint_every = 1")
     launcher = launch("run", file, "--processes", "2")
-    reaches_a_step(run, launcher.is_running)
+    reaches_a_step(run, launcher.is_running, saved=True)
     started = children(launcher)
     started[1].kill()
     assert launcher.ended() == 1, launcher.messages
