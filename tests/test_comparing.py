@@ -104,6 +104,7 @@ def test_runs_that_differ_by_their_seed_are_one_line_and_others_are_compared_wit
     assert soft.parameters == 3 * 64
 
 
+@pytest.mark.slow
 def test_a_line_of_several_runs_names_their_seeds_and_only_several_lines_differ_from_the_first(
     enough: list[Path], tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_line_of_several_runs_names_their_seeds_and_only_several_lines_differ_
     assert [line.name for line in other.lines] == ["first and mine-seed2"]
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_and_asked_again_only_where_rows_differ(
     enough: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,10 @@
 """The three tasks that soft prompts are searched on: rows to train on, to choose by, and to open once at the end."""
 
 import dataclasses
+import functools
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,9 @@ class Task:
     are not told apart."""
 
 
-def tasks() -> dict[str, Task]:
-    """By name."""
+@functools.cache
+def tasks() -> Mapping[str, Task]:
+    """By name; made once, since the words of one are read off a vocabulary."""
     quickstart = quickstart_task()
     others = (
         docstring_task(),
