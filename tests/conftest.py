@@ -74,6 +74,15 @@ def nobody_has_agreed_to_any_code(configurations: Iterator[Path], monkeypatch: p
     monkeypatch.setenv("XDG_CONFIG_HOME", str(next(configurations)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def the_folder_is_empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What stands where pytest was started, the demo's runs/ above all, is no part of a test."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield
+    os.chdir(before)
+
+
 ROWS = [
     {
         "messages": [

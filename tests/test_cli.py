@@ -1,6 +1,7 @@
 """The command: instant help for every verb, one exit code for each way to end, errors before anything heavy."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,8 +43,9 @@ def ends(*calls: list[str]) -> list[tuple[int, str, str, list[str]]]:
     """(exit code, stdout, stderr, heavy modules that were imported) of calls in one fresh process."""
     root = str(Path(cli.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, cwd=root, check=True
-    )
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
     return [tuple(one) for one in json.loads(done.stdout)]
 
 
