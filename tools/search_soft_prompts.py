@@ -34,7 +34,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from soft_prompt_ideas import Decay, Ideas
+from soft_prompt_ideas import Decay, Ideas, Mixture
 from soft_prompt_tasks import Task, tasks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -132,9 +132,10 @@ class Prompted:
         set_seed(run.seed)
         self.model = attach_adapter(worker.network, recipe.adapter, worker.plan)
         start(self.model, recipe, Material(worker.tokenizer, prepared.train, self.training.batch_size))
-        self.virtual = recipe.adapter.prompt_length
+        self.virtual, self.word = recipe.adapter.prompt_length, worker.word
+        if self.ideas.mixture:
+            self.mix(worker)
         self.parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.word = worker.word
         self.count = sum(weight.numel() for weight in self.parameters)
         self.lora = {} if self.virtual else taken_off(self.model)
         device = worker.network.device
@@ -146,11 +147,20 @@ class Prompted:
         self.sum: Tensor | None = None
         self.summed = 0
 
+    def mix(self, worker: "Worker") -> None:
+        """What has been started gives way to sums of rows that begin as the same vectors."""
+        words = worker.network.get_input_embeddings().weight[: worker.vocabulary]
+        draw = torch.Generator().manual_seed(self.run.seed)
+        encoder = Mixture(self.prompt(), words, self.ideas.mixture, draw)
+        self.model.prompt_encoder[self.model.active_adapter] = encoder.to(words.device)
+
     def parts(self) -> tuple[Tensor | None, list[Tensor]]:
         """(the table that begins as the words, the other weights)."""
         if not self.virtual:
             return None, []
         encoder = self.model.prompt_encoder[self.model.active_adapter]
+        if isinstance(encoder, Mixture):
+            return encoder.shares, []
         table = encoder.table if isinstance(encoder, ResidualPrompt) else encoder.embedding.weight
         return table, [weight for weight in self.parameters if weight is not table]
 
@@ -165,8 +175,9 @@ class Prompted:
     def prompt(self) -> Tensor:
         """[virtual, hidden]."""
         name = self.model.active_adapter
-        numbers = self.model.prompt_tokens[name].to(self.parameters[0].device)
-        vectors: Tensor = self.model.prompt_encoder[name](numbers[None])[0]
+        encoder = self.model.prompt_encoder[name]
+        numbers = self.model.prompt_tokens[name].to(next(encoder.parameters()).device)
+        vectors: Tensor = encoder(numbers[None])[0]
         return self.ideas.capped(vectors, self.word)
 
     def prompt_in_training(self) -> Tensor:
@@ -190,8 +201,9 @@ class Prompted:
 class Worker:
     """A process with the base in memory."""
 
-    def __init__(self, rows: Path, held_out: str) -> None:
-        self.rows, self.held_out = rows, held_out
+    def __init__(self, rows: Path, held_out: str, every: int | None = None) -> None:
+        """every: the held-out rows are asked after so many steps, too."""
+        self.rows, self.held_out, self.every = rows, held_out, every
         self.device = present_device()
         recipe = Run({"name": "", "adapter": {"kind": "lora"}, "training": {}}, "triage", 1).recipe(rows)
         self.plan = make_plan(recipe, self.device)
@@ -222,10 +234,9 @@ class Worker:
         prompted = [self.prompted(run) for run in group]
         loras = SharedLoras.on(self.network, prompted)
         try:
-            history, cut = self.steps(prompted, loras, deadline)
+            history, curves, cut = self.steps(prompted, loras, deadline)
             trained = time.monotonic() - began
-            with torch.no_grad(), training_autocast(self.plan):
-                scores = self.scores(prompted, loras)
+            scores = self.scores(prompted, loras)
         finally:
             if loras is not None:
                 loras.take_off()
@@ -241,6 +252,7 @@ class Worker:
                 | {"torch": torch.__version__, "parameters": one.count}
                 | {"first_loss": round(float(of_run[0]), 4), "last_losses": round(float(of_run[-20:].mean()), 4)}
                 | score
+                | ({"curve": curves[place]} if curves[place] else {})
                 | {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
                 | {"together": len(group)}
             )
@@ -252,8 +264,9 @@ class Worker:
 
     def steps(
         self, prompted: Sequence[Prompted], loras: "SharedLoras | None", deadline: float
-    ) -> tuple[Tensor, int | None]:
-        """(loss of every step [steps, runs], the number of steps where the time was over before the last one)."""
+    ) -> tuple[Tensor, list[list[list[float]]], int | None]:
+        """(loss of every step [steps, runs]; each run's [step, loss, exact match] of the held-out rows on the way; the
+        number of steps where the time was over before the last one)."""
         trained = [one.parameters for one in prompted] if loras is None else [loras.parameters]
         optimizer = torch.optim.AdamW(
             [
@@ -264,6 +277,7 @@ class Worker:
         )
         steps, batch_size = int(prompted[0].training.steps or 0), prompted[0].training.batch_size
         losses: list[Tensor] = []
+        curves: list[list[list[float]]] = [[] for _ in prompted]
         for step in range(steps):
             if time.monotonic() > deadline and step:
                 break
@@ -291,7 +305,10 @@ class Worker:
                 if step >= (1 - AVERAGED) * steps:
                     one.keep_for_mean()
             losses.append(per_run.detach())
-        return torch.stack(losses).float().cpu(), len(losses) if len(losses) < steps else None
+            if self.every and (step + 1) % self.every == 0 and step + 1 < steps:
+                for curve, score in zip(curves, self.scores(prompted, loras), strict=True):
+                    curve.append([step + 1, score["loss"], score["exact_match"]])
+        return torch.stack(losses).float().cpu(), curves, len(losses) if len(losses) < steps else None
 
     def training_loss(self, prompted: Sequence[Prompted], rows: Sequence[Sequence[dict[str, Any]]]) -> Tensor:
         """Of each run [runs], by its rows, which are as many for each."""
@@ -373,8 +390,13 @@ class Worker:
 
     # --- what is kept of a run ---
 
+    @torch.no_grad()
     def scores(self, prompted: Sequence[Prompted], loras: "SharedLoras | None") -> list[dict[str, Any]]:
-        """Of each run."""
+        """Of each run, as it is now."""
+        with training_autocast(self.plan):
+            return self.scores_now(prompted, loras)
+
+    def scores_now(self, prompted: Sequence[Prompted], loras: "SharedLoras | None") -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
         for task in {one.run.task for one in prompted}:
             places = [place for place, one in enumerate(prompted) if one.run.task == task]
@@ -382,6 +404,8 @@ class Worker:
                 loras.choose(places)
             own = [prompted[place] for place in places]
             found |= dict(zip(places, self.scores_of_task(own, task), strict=True))
+        if loras is not None:
+            loras.choose(None)
         return [found[place] for place in range(len(prompted))]
 
     def scores_of_task(self, prompted: Sequence[Prompted], task: str) -> list[dict[str, Any]]:
@@ -389,9 +413,12 @@ class Worker:
         examples = [{key: row[key] for key in ("input_ids", "labels")} for row in held_out]
         if not prompted[0].virtual:
             return self.score(None, len(prompted), examples, task)
+        trained = [one.model.training for one in prompted]
         for one in prompted:
             one.model.eval()
         prompts = torch.stack([one.prompt() for one in prompted]).float()
+        for one, in_training in zip(prompted, trained, strict=True):
+            one.model.train(in_training)
         of_last = self.score(prompts, len(prompted), examples, task)
         of_mean: list[dict[str, Any]] = [{} for _ in prompted]
         if all(one.summed for one in prompted) and any(one.training.schedule == "constant" for one in prompted):
@@ -501,8 +528,8 @@ class SharedLoras:
         for gradient in gradients:
             gradient.mul_(factors[:, None, None])
 
-    def choose(self, places: list[int]) -> None:
-        """The runs whose rows come next."""
+    def choose(self, places: list[int] | None) -> None:
+        """The runs whose rows come next; None: all."""
         for layer in self.layers.values():
             layer.chosen = places
 
@@ -576,7 +603,7 @@ def work(queue: Any, lock: Any, rows: Path, given: argparse.Namespace, deadline:
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)  # several processes whose threads wait for each other are slower than one
     began = time.monotonic()
-    worker = Worker(rows, given.rows)
+    worker = Worker(rows, given.rows, given.every)
     say(f"a process on {worker.device.name} is ready after {time.monotonic() - began:.0f} s")
     deadline -= SECONDS_TO_SCORE
     while (group := queue.get()) is not None and time.monotonic() < deadline:
@@ -663,6 +690,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["quickstart", "triage", "docstrings"])
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--steps", type=int, help="a rehearsal: so many, and few held-out rows")
+    parser.add_argument("--every", type=int, help="ask the held-out rows after so many steps, too: the line's curve")
     parser.add_argument("--rows", choices=list(SPLITS), default="validation", help="what is asked (default validation)")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qtune.data.masks import IGNORED
@@ -39,6 +39,9 @@ class Ideas:
     """AdamW's."""
     last_rate: float = 0.0
     """Share of the peak rate below which the schedule does not fall."""
+    mixture: int = 0
+    """A vector is a sum of so many rows, the starts of all vectors and others of the vocabulary, and the shares are
+    what is trained (arXiv:2406.05279)."""
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> "Ideas":
@@ -96,6 +99,27 @@ class Ideas:
         if not self.focal:
             return nll
         return nll * (1 - torch.exp(-nll.detach())) ** self.focal
+
+
+class Mixture(nn.Module):
+    """Vectors as sums of the same rows, each vector by shares of its own; it begins as its start."""
+
+    def __init__(self, starts: Tensor, words: Tensor, count: int, draw: torch.Generator) -> None:
+        """starts: [virtual, hidden]. words: [vocabulary, hidden], of which `count` - virtual rows are drawn and made as
+        large as the starts."""
+        super().__init__()
+        drawn = words[
+            torch.randperm(len(words), generator=draw)[: max(0, count - len(starts))].to(words.device)
+        ].float()
+        starts = starts.detach().float()
+        drawn = drawn * (starts.norm(dim=1).mean() / drawn.norm(dim=1).mean() if len(drawn) else 1.0)
+        self.rows = torch.cat([starts, drawn])
+        self.shares = nn.Parameter(torch.eye(len(starts), len(self.rows), device=starts.device))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """[..., virtual] -> [..., virtual, hidden]"""
+        vectors: Tensor = self.shares @ self.rows
+        return vectors[numbers]
 
 
 class Decay:
