@@ -93,6 +93,59 @@ def test_no_row_that_choices_are_made_on_is_trained_on_or_asked_at_the_end(searc
         assert len(set.union(*parts)) == sum(map(len, parts)), task.name
 
 
+def test_a_topic_is_said_in_other_words_in_each_of_the_three_and_of_another_product(search: ModuleType) -> None:
+    import make_triage_data as triage
+
+    task = search.tasks()["triage"]
+    said = [
+        {
+            next(words for own in triage.TOPICS.values() for words in own if words in row["messages"][0]["content"])
+            for row in rows
+        }
+        for rows in (task.train, task.validation, task.test)
+    ]
+    products = [
+        {row["messages"][1]["content"].split(" | ")[1] for row in rows}
+        for rows in (task.train, task.validation, task.test)
+    ]
+    for parts in (said, products):
+        assert len(set.union(*parts)) == sum(map(len, parts)), "none stands in two of them"
+    assert min(map(len, said)) > 30, "many of them, so that no single one decides"
+
+
+def test_what_is_asked_on_the_way_changes_nothing_of_the_run(
+    search: ModuleType, worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config in (CONFIGS[1], LORA):
+        run = search.Run({**config, "training": config["training"] | {"steps": 4, "batch_size": 2}}, "triage", 3)
+        (unasked,) = worker.train([run], float("inf"))
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "every", 2)
+            (asked,) = worker.train([run], float("inf"))
+        assert [place for place, _, _ in asked.pop("curve")] == [2], "the last step has a line of its own"
+        timing = ("train_seconds", "seconds")
+        assert {key: asked[key] for key in asked if key not in timing} == {
+            key: unasked[key] for key in unasked if key not in timing
+        }
+
+
+def test_a_mixture_of_rows_begins_as_the_vectors_that_it_stands_for(search: ModuleType, worker) -> None:
+    config = {**CONFIGS[0], "training": CONFIGS[0]["training"] | {"steps": 3, "batch_size": 2}}
+    plain, mixed = (
+        worker.prompted(search.Run({**config, "name": name, "ideas": ideas}, "triage", 3))
+        for name, ideas in (("plain", {}), ("mixed", {"mixture": 20}))
+    )
+    torch.testing.assert_close(mixed.prompt(), plain.prompt())
+    assert mixed.count == 4 * 20, "the shares are what is trained"
+    before = mixed.prompt().detach()
+    worker.steps([mixed], None, float("inf"))
+    after = mixed.prompt().detach()
+    assert not torch.allclose(before, after, atol=1e-3)
+    rows = mixed.model.prompt_encoder[mixed.model.active_adapter].rows
+    weights = torch.linalg.lstsq(rows.T.double(), after.T.double()).solution
+    torch.testing.assert_close(rows.T.double() @ weights, after.T.double(), atol=1e-4, rtol=1e-3)
+
+
 def test_an_answer_counts_as_right_where_each_of_its_tokens_is_what_greedy_decoding_would_write(
     search: ModuleType, worker
 ) -> None:
