@@ -48,10 +48,8 @@ def test_an_export_with_gguf_ends_with_commands_whose_files_are_there(
     assert all(one.command in said for one in serving(open_for_export(run), folder))
     card = (folder / "README.md").read_text()
     assert "llama-server -m model/run-f16.gguf" in card
-    assert (
-        "vllm serve model --served-model-name run --max-model-len 256 --override-generation-config '{\"temperature\": 0}'\n"
-        in card
-    )
+    greedy = """--override-generation-config '{"temperature": 0}'"""
+    assert f"vllm serve model --served-model-name run --max-model-len 256 {greedy}\n" in card
     assert "llama-server -m BASE.gguf --lora model/adapter.gguf" in card
 
 
