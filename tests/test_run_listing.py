@@ -164,7 +164,7 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     assert shown.returncode == 0
     line = next(line for line in shown.stdout.splitlines() if line.startswith("mine"))
     assert "step 20 of 20" in line
-    assert "1.250 -> 1.250" in line
+    assert "1.25 -> 1.25" in line
     (found,) = json.loads(run_qtune("list", tmp_path, "--json").stdout)
     assert (found["name"], found["loss_end"]) == ("mine", 1.25)
     (tmp_path / "empty").mkdir()

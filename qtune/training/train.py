@@ -58,7 +58,7 @@ from qtune.run.resumption import (
     resuming,
 )
 from qtune.run.shown_rows import keep_rows
-from qtune.run.summary import Losses, training_losses
+from qtune.run.summary import training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
@@ -341,8 +341,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 require_gradients(records)
                 if before:
                     require_change(before, trained_state(model))
-                losses = Losses(training_losses(records))
-                if rise := rise_of(losses, model.config.get_text_config().vocab_size):
+                if rise := rise_of(training_losses(records), model.config.get_text_config().vocab_size):
                     metrics.note(rise)
                 if said := best.take(model, records, trainer.state.global_step):
                     metrics.note(said, best.chosen)
