@@ -125,7 +125,8 @@ def test_a_run_says_its_folder_when_it_begins_and_what_came_of_it_when_it_ends(w
     process = run_warm_qtune("run", recipe)
     run_dir = tmp_path / "runs" / "tiny-2"
     assert process.stdout == f"{run_dir}\n"
-    assert f"{tmp_path / 'runs' / 'tiny'} is there: this run is {run_dir}\n" in process.stderr
+    assert f"{tmp_path / 'runs' / 'tiny'} is there: a new run will be {run_dir}\n" in process.stderr
+    assert f"this run is {run_dir}\n" in process.stderr
     assert f"{earlier.path} was stopped at step 4 of 20; no step is saved; it goes on with: " in process.stderr
     begins, ends = process.stderr.index("this run is"), process.stderr.index("training loss")
     assert begins < process.stderr.index("step 1/2") < ends
