@@ -185,9 +185,10 @@ def test_steps_beside_predictions_are_taken_by_the_same_trainer(tiny_model, own_
 def test_compiling_pays_when_the_steps_have_saved_what_it_took():
     plain = bench_compiled.Way(step=torch.tensor, seconds=[9.0, 9.0, 9.0, 2.0, 2.5, 3.0])
     compiled = bench_compiled.Way(step=torch.tensor, seconds=[22.0, 12.0, 2.0, 2.0, 2.0, 2.4])
-    words = "peft: compiled in 30.0 s; a step takes 0.80 (0.80 to 1.00) of the plain one's; "
-    assert bench_compiled.verdict("peft", plain, compiled) == words + "pays after 60 steps"
-    assert bench_compiled.verdict("peft", compiled, plain).endswith("; never pays")
+    assert bench_compiled.verdict(("peft", plain), ("peft, compiled", compiled)) == (
+        "peft, compiled: in 30.0 s; a step takes 0.80 (0.80 to 1.00) of peft's; pays after 60 steps"
+    )
+    assert bench_compiled.verdict(("qtune", compiled), ("peft, compiled", plain)).endswith("of qtune's; never pays")
 
 
 def test_what_is_compiled_is_the_same_step_in_both_ways():

@@ -5,8 +5,8 @@
 A step is forward, backward and update of full rows, nothing computed twice, LoRA of rank 16 on random NF4 weights. The
 ways take steps in turn, peft's layers and qtune's, each as they are and compiled. Times are the processor's own, the
 compiler's included, which runs as a child of this process and begins with an empty cache. Printed: what compiling
-took, the ratio of each compiled step to the same one before it, and after how many steps the compiler's time has come
-back. A C++ compiler is needed.
+took, what a compiled step takes of one that is not, and after how many steps the compiler's time has come back. A C++
+compiler is needed.
 """
 
 import argparse
@@ -75,9 +75,9 @@ def main() -> None:
             f"first steps {', '.join(f'{s:.1f}' for s in way.seconds[:NOT_COUNTED])} s, "
             f"loss {way.losses[0]:.4f} -> {way.losses[-1]:.4f}"
         )
-    for whose in ("peft", "qtune"):
-        if f"{whose}, compiled" in ways:
-            print(verdict(whose, ways[whose], ways[f"{whose}, compiled"]))
+    for plain, compiled in (("peft", "peft, compiled"), ("qtune", "peft, compiled"), ("qtune", "qtune, compiled")):
+        if compiled in ways:
+            print(verdict((plain, ways[plain]), (compiled, ways[compiled])))
 
 
 def steps_in_turn(options: argparse.Namespace) -> dict[str, Way]:
@@ -97,16 +97,17 @@ def steps_in_turn(options: argparse.Namespace) -> dict[str, Way]:
     return ways
 
 
-def verdict(whose: str, plain: Way, compiled: Way) -> str:
-    """What compiling took, what a step takes of the plain one's, and when that pays."""
-    ratios = [after / before for before, after in zip(plain.counted, compiled.counted, strict=True)]
+def verdict(before: tuple[str, Way], after: tuple[str, Way]) -> str:
+    """What compiling took, what a step takes of one that is not compiled, and when that pays."""
+    (whose, plain), (name, compiled) = before, after
+    ratios = [its / theirs for theirs, its in zip(plain.counted, compiled.counted, strict=True)]
     usual = statistics.median(compiled.counted)
     spent = sum(seconds - usual for seconds in compiled.seconds[:NOT_COUNTED])
     saved = statistics.median(plain.counted) - usual
     pays = f"pays after {spent / saved:,.0f} steps" if saved > 0 else "never pays"
     return (
-        f"{whose}: compiled in {spent:.1f} s; a step takes {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) of the plain one's; {pays}"
+        f"{name}: in {spent:.1f} s; a step takes {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}) of {whose}'s; {pays}"
     )
 
 

@@ -7,8 +7,8 @@
     TRL        SFTTrainer as it comes (its fused LM head), with the adapter in fp32 or, with --trl-adapter bfloat16, as
                TRL makes it, which a CPU without native bfloat16 computes ten times slower
     TRL-apart  the same in a process of its own
-    Unsloth    in a process of its own, where it is installed; --unsloth-python names the Python that has it. Unsloth
-               2026.10 asks for transformers and TRL older than qtune's, and is made for cards
+    Unsloth    in a process of its own, where it is installed; --unsloth-python names the Python that has it, for
+               2026.10 asks for transformers and TRL older than qtune's. Without a card its layers are peft's
     qtune      as a run takes it
 
 The built-in model unless --base (a folder) or --model (a published geometry with random weights) says otherwise, in NF4
@@ -152,6 +152,7 @@ def report(options: argparse.Namespace, taken: dict[str, list[Taken]]) -> None:
         peak = max((step.peak_bytes for step in steps if step.peak_bytes), default=None)
         print(
             f"{name:10} {median:6.2f} s per step ({min(seconds):.2f} to {max(seconds):.2f}), "
+            f"{statistics.median(step.worked_seconds for step in steps):.2f} of processor time, "
             f"{options.rows * options.length / median:4.0f} tokens/s, "
             f"loss {taken[name][0].loss:.4f} -> {taken[name][-1].loss:.4f}"
             + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")

@@ -289,8 +289,8 @@ def unsloth_trainer(job: Job) -> Any:
         )  # fmt: skip
         return sft_trainer(job, model)
     except (ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
-        without = "" if job.device.startswith("cuda") else "It is made for cards, and none is here. "
-        raise RefusedError(f"{without}It says {type(error).__name__}: {error}") from error
+        without = "" if job.device.startswith("cuda") else "it is made for CUDA cards, and none is here. "
+        raise RefusedError(f"{without}It says: {type(error).__name__}: {error}") from error
 
 
 def sft_trainer(job: Job, model: Any) -> Any:
