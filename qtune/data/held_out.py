@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,35 @@ def held_out_rows(
     if prepared.held_out is None:
         raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
     return own_rows(recipe), prepared.examples[prepared.held_out]
+
+
+def asked_in_training(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, data_file: Path | None = None
+) -> int | None:
+    """How many of the rows have a prompt that stands in the training rows too; None where those cannot be read now.
+
+    A share of the training rows is drawn so that none has.
+    """
+    data = recipe.data
+    if data_file is None and data.test is None and isinstance(data.validation, float):
+        return 0
+    try:
+        trained = prepare(
+            data.model_copy(update={"test": None, "packing": False}), tokenizer, folder, seed=recipe.training.seed
+        )
+    except DataError:
+        return None
+    prompts, there = _prompts(rows), np.zeros(len(rows), bool)
+    if (stream := trained.stream) is None:
+        there |= np.isin(prompts, _prompts(trained.examples["train"]))
+    else:
+        for _, part in stream.all_figures("prompt_hash"):
+            there |= np.isin(prompts, part["prompt_hash"])
+    return int(there.sum())
+
+
+def _prompts(rows: Dataset) -> np.ndarray:
+    return np.asarray(rows.with_format("numpy")["prompt_hash"][:])
 
 
 def own_rows(recipe: Recipe) -> str:

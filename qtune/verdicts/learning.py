@@ -34,7 +34,8 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
     losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
-    told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
+    shared = f", {evaluation.about_rows}," if evaluation.rows_trained_on else ""
+    told = f"on {evaluation.rows} held-out rows{shared} the loss went from {losses}"
     asked = answer_scores(evaluation)
     answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
     few, command = _few(evaluation, run)
