@@ -73,6 +73,8 @@ class Disk:
     export_bytes: int
     cache_bytes: int
     free_bytes: int
+    least_bytes: int
+    """Of the checkpoints and the adapter those without which nothing is left of a run: one, and the adapter."""
 
     @property
     def is_enough(self) -> bool:
@@ -395,12 +397,21 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
+    free = _free_bytes(directory)
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
         bytes_in(cache_folder() / "examples"),
-        _free_bytes(directory),
+        free,
+        checkpoint + adapter_bytes,
     )
+
+
+def _too_small(disk: Disk, directory: Path) -> InputError:
+    """What the last step would else say, when all is lost."""
+    what = f"{size_text(disk.free_bytes)} are free at {existing_folder(directory)}"
+    needed = f"one checkpoint and the adapter take {size_text(disk.least_bytes)}"
+    return InputError(Problem("output.directory", f"{what}, and {needed}; free some, or name another folder"))
 
 
 def best_states(recipe: Recipe) -> int:
