@@ -3,12 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,8 +15,8 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.lean_check import examined
+from qtune.at_once import Asked, require_name, require_trackers, together
 from qtune.cache import cache_folder
-from qtune.control_characters import visible
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
@@ -49,7 +47,7 @@ from qtune.model.reach import reach_of
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
-from qtune.recipe.schema import LONGEST_NAME, Model, Recipe, Unquantized
+from qtune.recipe.schema import Model, Recipe, Unquantized
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir, existing_folder, require_writable
@@ -173,9 +171,9 @@ def examine(
         OutOfMemory: the card has no room even to be asked.
     """
     quiet_loading()
-    recipe, asked = resolved.recipe, _Asked()
+    recipe, asked = resolved.recipe, Asked()
     if folder is None:
-        asked.of(_require_name, resolved.run_name)
+        asked.of(require_name, resolved.run_name)
     _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
     device = examined(present_device(), recipe)
     asked.of(_require_lean_step, recipe, device)
@@ -255,7 +253,7 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
 
     A tokenizer that is not here is not asked for: a configuration alone is enough to plan with.
     """
-    asked = _Asked()
+    asked = Asked()
     _ask_of_recipe(recipe, Path(recipe.output.directory), asked)
     if recipe.output.gguf is not None:
         with suppress(ModelError):
@@ -265,40 +263,10 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
     return [problem for error in asked.refusals for problem in error.problems]
 
 
-def together(refusals: Sequence[InputError]) -> InputError:
-    """Several errors as one with all of their problems, of their kind where they are of one; one alone as it is."""
-    first, *others = refusals
-    if not others:
-        return first
-    kind = type(first) if len({type(error) for error in refusals}) == 1 else InputError
-    return kind(dict.fromkeys(problem for error in refusals for problem in error.problems))
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-@dataclass
-class _Asked:
-    """Asks one question after the other, and keeps those refusals that would have ended the questions."""
-
-    refusals: list[InputError] = field(default_factory=list)
-
-    def of(
-        self, question: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> Result | None:
-        """The answer; None where the question was refused."""
-        try:
-            return question(*args, **kwargs)
-        except InputError as error:
-            self.refusals.append(error)
-            return None
-
-
-def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
+def _ask_of_recipe(recipe: Recipe, folder: Path, asked: Asked) -> None:
     """What neither model nor rows are needed for."""
     asked.of(_require_one_process)
-    asked.of(_require_trackers, recipe)
+    asked.of(require_trackers, recipe)
     asked.of(require_writable, folder)
     asked.of(earlier_adapter, recipe)
 
@@ -354,22 +322,7 @@ def _require_lean_step(recipe: Recipe, device: Device) -> None:
         raise InputError(Problem("training.lean_step = true", message))
 
 
-def _require_trackers(recipe: Recipe) -> None:
-    """transformers would only say it after the model is loaded."""
-    missing = [name for name in recipe.training.trackers if find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
-
-
-def _require_name(name: str) -> None:
-    """A recipe's file may be called what no run can be called."""
-    if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
-        message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
-        raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
-
-
-def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
+def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: Asked) -> ParameterCount | None:
     """Whether enough of the model is quantized and the adapter finds its place, on the meta device; its parameters.
 
     None where it cannot be built there: a run may work all the same.

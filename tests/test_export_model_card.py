@@ -13,6 +13,7 @@ from qtune.export import model_card
 from qtune.export.export import Options, export_run
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
+from qtune.run.metrics import TrainRecord, append_metric
 from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.load import load_run
 
@@ -43,7 +44,10 @@ def live_answer(run: RunDir) -> str:
 @pytest.mark.parametrize("kind", ['kind = "prefix-tuning"\nvirtual_tokens = 3', 'kind = "lora"\nrank = 4'])
 def test_the_loader_of_an_adapter_card_works(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path, kind)
+    for step, loss in enumerate((3.0, 1.0), 1):
+        append_metric(run.metrics_file, TrainRecord(step, 2, step / 2, step, loss, 0.5, 1e-4, 1.0, 100.0, 1, 1))
     folder = export_run(run, Options(adapter_only=True))
+    assert "- training loss: 3.00 -> 1.00 (first and last logged step)\n" in (folder / "README.md").read_text()
     assert printed_by_the_card(folder / "README.md", monkeypatch, folder) == live_answer(run)
 
 

@@ -52,6 +52,8 @@ class ComparedRun:
     forgetting: Forgetting
     tasks: TaskScores | None = None
     """What benchmarks said of it, where they were asked."""
+    training_loss: float | None = None
+    """What its training loss was at the end; None where no step was logged."""
 
 
 @accepting_once()
@@ -111,6 +113,7 @@ def _compared(
         kept,
         measure_forgetting(run_dir, accepted=accepted, bases=bases),
         read_tasks(run_dir),
+        None if summary.losses is None else summary.losses.end,
     )
 
 

@@ -290,12 +290,17 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     if earlier and not is_there(f"{earlier}/adapter/adapter_config.json"):
         yield Fault(("adapter", "start_from"), "is not a finished run")
     template = _text_at(tables, "data", "chat_template")
-    if template.startswith("~") and not is_there(template):
-        yield Fault(("data", "chat_template"), "no such file")
+    if _is_path(template) and not is_there(template, folder):
+        yield Fault(("data", "chat_template"), f"no such file{meant_file(template, folder)}")
     data = tables.get("data")
     if need_rows and isinstance(data, dict):
         for key in ("train", "validation", "test"):
             yield from missing_rows(data.get(key), folder, ("data", key))
+
+
+def _is_path(template: str) -> bool:
+    """Whether a chat template's name can only be a file's; tokenizers have others by names of their own."""
+    return "/" in template or template.startswith("~") or Path(template).suffix in (".jinja", ".jinja2", ".j2", ".txt")
 
 
 def is_there(name: str, folder: Path = Path()) -> bool:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from qtune.errors import TrainingError
 from qtune.run.metrics import Metric, TrainRecord
-from qtune.run.summary import Losses
+from qtune.run.summary import Losses, number
 
 
-def rise_of(losses: Losses, vocabulary: int) -> str | None:
+def rise_of(losses: Losses | None, vocabulary: int) -> str | None:
     """A sentence about a loss that ended above its start; None where it did not. `vocabulary` is in tokens."""
-    if len(losses.values) < 2 or losses.end <= losses.start:
+    if losses is None or len(losses.values) < 2 or not losses.end > losses.start:
         return None
-    sentence = f"the loss ended above its start: {losses.start:.3g} -> {losses.end:.3g}"
+    sentence = f"the loss ended above its start: {number(losses.start)} -> {number(losses.end)}"
     guess = math.log(vocabulary)
     # One that began with guessing, an untrained base's, has nothing to lose.
     if losses.end >= 0.99 * guess and losses.start < 0.9 * guess:

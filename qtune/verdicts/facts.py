@@ -9,6 +9,7 @@ from qtune.run.history import history_of
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
 from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step
+from qtune.run.summary import Losses, training_losses
 from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
@@ -30,6 +31,11 @@ class Facts:
     adapter_step: int | None = None
     """The step whose state the adapter is, where that is not the last one."""
     tasks: TaskScores | None = None
+
+    @property
+    def losses(self) -> Losses | None:
+        """What was learned, by the training loss; None where no step was logged."""
+        return training_losses(self.train)
 
     @property
     def judged(self) -> tuple[EvalRecord, ...]:
