@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from export_models import tiny_run
 
 from qtune.export import model_card
 from qtune.export.export import Options, export_run
+from qtune.export.serving import uses_text
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.run.metrics import TrainRecord, append_metric
@@ -18,7 +20,11 @@ from qtune.tuned.generate import find_ends, generate
 from qtune.tuned.load import load_run
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # What peft says of each token that is generated behind a soft prompt.
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
 
 
 def printed_by_the_card(card: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
@@ -41,7 +47,15 @@ def live_answer(run: RunDir) -> str:
     return str(live.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("kind", ['kind = "prefix-tuning"\nvirtual_tokens = 3', 'kind = "lora"\nrank = 4'])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        'kind = "prefix-tuning"\nvirtual_tokens = 3',
+        'kind = "lora"\nrank = 4',
+        'kind = "prompt-tuning"\nvirtual_tokens = 3',
+        'kind = "p-tuning"\nvirtual_tokens = 3',
+    ],
+)
 def test_the_loader_of_an_adapter_card_works(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path, kind)
     for step, loss in enumerate((3.0, 1.0), 1):
@@ -55,6 +69,19 @@ def test_the_loader_of_a_model_card_works(tmp_path: Path, monkeypatch: pytest.Mo
     run = tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3')
     folder = export_run(run, Options(verify=False))
     assert printed_by_the_card(folder / "README.md", monkeypatch, folder.parent).startswith(live_answer(run)[:3])
+
+
+def test_the_line_that_an_export_ends_with_answers_as_the_trained_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path)
+    folder = export_run(run, Options(verify=False))
+    line = next(line for line in uses_text(folder, (), None).splitlines() if " transformers: " in line)
+    _, _, code = shlex.split(line.partition(": ")[2])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace("max_new_tokens=200", "max_new_tokens=12"), {})
+    assert printed.getvalue().removesuffix("\n") == live_answer(run)
 
 
 def test_a_prefix_is_exported_as_an_adapter_with_the_reason_said(
