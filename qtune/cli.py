@@ -164,6 +164,7 @@ def init(
         raise typer.BadParameter("--adapter is for a new recipe; one that is copied with --from has its own")
     if source is None and not (base and data):
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
+    stage.require_place(output, force=force)
     look = stage.look_at(data) if data else None
     if source is not None:
         text = stage.copied_recipe(source, output, base=base, data=data, look=look)

@@ -57,6 +57,7 @@ from qtune.startup.quiet import quiet_loading
 
 log = logging.getLogger(__name__)
 
+OUTPUT = "output.directory"
 # bf16 or fp16: what an export writes for each parameter.
 EXPORT_BYTES = 2
 # Two moments of AdamW in fp32 for each trained parameter.
@@ -71,6 +72,8 @@ class Disk:
     export_bytes: int
     cache_bytes: int
     free_bytes: int
+    least_bytes: int
+    """Of the checkpoints and the adapter those without which nothing is left of a run: one, and the adapter."""
 
     @property
     def is_enough(self) -> bool:
@@ -207,6 +210,12 @@ def examine(
         if traced or is_asked:
             with console.progress("tracing a step") as bar:
                 forecast = attempted(config, recipe, device, rows, bar.tell)
+    directory = folder or Path(recipe.output.directory)
+    disk = None if count is None else _disk(recipe, plan, count, directory)
+    # Where nothing can be written nothing is free, and it is said already.
+    is_said = any(problem.place == OUTPUT for error in asked.refusals for problem in error.problems)
+    if disk is not None and disk.free_bytes < disk.least_bytes and not is_said:
+        asked.refusals.append(_too_small(disk, directory))
     settled = forecast.plan if isinstance(forecast, Forecast) else plan
     if recipe.data.streaming == "auto" and prepared.streaming.streams:
         settled = settled.with_streaming(prepared.streaming.reason)
@@ -218,7 +227,7 @@ def examine(
         inspection,
         forecast,
         beyond_reach,
-        None if count is None else _disk(recipe, plan, count, folder or Path(recipe.output.directory)),
+        disk,
         tuple(asked.refusals),
     )
 
@@ -348,12 +357,21 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
+    free = _free_bytes(directory)
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
         bytes_in(cache_folder() / "examples"),
-        _free_bytes(directory),
+        free,
+        checkpoint + adapter_bytes,
     )
+
+
+def _too_small(disk: Disk, directory: Path) -> InputError:
+    """What the last step would else say, when all is lost."""
+    what = f"{size_text(disk.free_bytes)} are free at {existing_folder(directory)}"
+    needed = f"one checkpoint and the adapter take {size_text(disk.least_bytes)}"
+    return InputError(Problem(OUTPUT, f"{what}, and {needed}; free some, or name another folder"))
 
 
 def best_states(recipe: Recipe) -> int:

@@ -24,6 +24,7 @@ from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_text
+from qtune.sizes import size_text
 from qtune.training import build, train
 from qtune.training.inputs import gather
 
@@ -242,12 +243,15 @@ def test_what_a_run_only_warns_of_is_said_by_both(
     recipe = write_recipe(training="steps = 40")
     monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
     monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "RuntimeError: no such kernel")
-    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1024))
+    needed = examine(load_recipe(recipe)).disk
+    assert needed is not None
+    free = needed.least_bytes
+    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     warnings = examine(load_recipe(recipe)).warnings
     assert warnings[0] == (
         "memory: could not be predicted (RuntimeError: no such kernel); micro-batches shrink if they must"
     )
-    assert warnings[1].startswith("disk: 1.0 KiB are free, and the run and a merged export will write ")
+    assert warnings[1].startswith(f"disk: {size_text(free)} are free, and the run and a merged export will write ")
     result = CliRunner().invoke(cli.app, ["check", str(recipe)])
     assert all(f"warning  {warning}" in result.output for warning in warnings)
 
@@ -255,6 +259,21 @@ def test_what_a_run_only_warns_of_is_said_by_both(
     gather(load_recipe(recipe))  # the first thing that a run does
     said = capsys.readouterr().err
     assert all(warning in said for warning in warnings)
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused_by_all_before_a_weight_is_read(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short runs are not rehearsed: the last step would have said it."""
+    resolved = load_recipe(write_recipe(training="steps = 4"))
+    needed = examine(resolved).disk
+    assert needed is not None
+    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=needed.least_bytes - 1))
+    with pytest.raises(InputError, match=r"^output\.directory: .* are free at .*, and one checkpoint and the adapter"):
+        train.run(resolved)
+    with pytest.raises(InputError, match="one checkpoint and the adapter take"):
+        check(resolved).require()
+    assert not list(Path(resolved.recipe.output.directory).glob("*/metrics.jsonl"))
 
 
 def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:

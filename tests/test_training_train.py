@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import re
 import signal
 import time
@@ -23,6 +22,7 @@ from conftest import (
     short_answers,
     warm_qtune_process,
 )
+from ctrl_c import CTRL_C
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -718,7 +718,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     def press(self, args, state, control, **_):
         if state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            CTRL_C.press()
 
     with monkeypatch.context() as patch:
         patch.setattr(OptimizerPhase, "on_pre_optimizer_step", press)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.state import save_adapter
-from qtune.data.held_out import spread
+from qtune.data.held_out import spread, spread_unlike
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.report.results import evaluation as evaluation_part
@@ -180,6 +180,23 @@ def test_rows_are_spread_evenly():
     assert spread(8, 3) == [0, 2, 5]
     assert spread(3, 100) == [0, 1, 2]
     assert spread(1000, 4) == [0, 250, 500, 750]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "chosen"),
+    [
+        ("abcdef", 3, "ace"),
+        ("aaabcd", 3, "abc"),
+        ("abca", 4, "abc"),
+        ("aabbaa", 3, "ab"),
+        ("bbba", 2, "ab"),
+        ("", 3, ""),
+    ],
+)
+def test_rows_that_say_the_same_are_chosen_once_and_others_stand_in(rows: str, wanted: int, chosen: str) -> None:
+    found = spread_unlike(len(rows), wanted, rows.__getitem__)
+    assert found == sorted(found)
+    assert sorted(rows[place] for place in found) == sorted(chosen)
 
 
 @pytest.mark.slow

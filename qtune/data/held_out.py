@@ -1,5 +1,7 @@
 """The rows that nothing was trained on, and an even choice of them."""
 
+import itertools
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +77,15 @@ def spread(available: int, wanted: int) -> list[int]:
     """`wanted` row numbers spread evenly over all of them, in order."""
     count = min(available, wanted)
     return [number * available // count for number in range(count)]
+
+
+def spread_unlike(available: int, wanted: int, content: Callable[[int], Hashable]) -> list[int]:
+    """As `spread`, of rows with different contents: for one that says what an earlier one says the next that does not.
+    Fewer than `wanted` where there are no more."""
+    found: dict[Hashable, int] = {}
+    for row in spread(available, wanted):
+        for other in itertools.chain(range(row, available), range(row)):
+            if (own := content(other)) not in found:
+                found[own] = other
+                break
+    return sorted(found.values())
