@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
-from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, append_metric
+from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, append_metric, forget_after
 from qtune.run.summary import Losses, summary_of
 from qtune.screens.listing import draw_runs
 from qtune.screens.run import summary_text
@@ -105,6 +105,19 @@ def test_the_parts_of_a_resumed_run_are_added_and_the_best_at_the_end_is_not_sai
     text = written(run, trained(10, 2.0, 60), NoteRecord("stopped", 61), trained(20, 1.0, 30), looked(20, 1.0, 31))
     assert "20 steps in 1:32" in text
     assert "the best" not in text
+
+
+def test_a_run_that_ended_early_took_the_steps_that_it_took(run: RunDir) -> None:
+    run.resolved_file.write_text("[model]\n")
+    (run.adapter / "adapter_config.json").parent.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}")
+    text = written(run, trained(2, 2.0, 17), looked(2, 3.0, 17), NoteRecord("stopped", 17, None, 2))
+    assert text.startswith("RUN: 2 of 20 steps in 0:17\n")
+    assert list_runs(run.path.parent)[0].state == "finished, 2 of 20 steps"
+    forget_after(run.metrics_file, 2)
+    assert summary_of(run).ended_step == 2
+    forget_after(run.metrics_file, 1)
+    assert summary_of(run).ended_step is None
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:

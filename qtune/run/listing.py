@@ -87,7 +87,7 @@ def _time_of(file: Path) -> float | None:
 def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
     """How far a run has come, and whether it is stopped there."""
     if run_dir.is_finished:
-        return f"finished, {summary.steps:,} steps", False
+        return f"finished, {summary.steps_taken}", False
     saved = max(map(step_of, complete_checkpoints(run_dir.checkpoints)), default=0)
     reached = max(summary.step, saved)  # a step may be saved and not be logged
     total = f" of {summary.steps:,}" if summary.steps else ""

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from qtune.run.folder import RunDir
 from qtune.run.history import history_of
-from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, seconds_of
+from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, ended_step, seconds_of
 
 START = 20
 """Logged steps that are taken for the start of a long run: most is learned early, and a mean over more would not show
@@ -96,6 +96,14 @@ class Summary:
     peak_bytes: int
     adapter_step: int | None
     """The step whose state the adapter is, where that is not the last one."""
+    ended_step: int | None = None
+    """The step after which the run has ended, where it was to take more."""
+
+    @property
+    def steps_taken(self) -> str:
+        """Of a run that has ended, in words: "12 steps", or "2 of 12 steps"."""
+        taken = "" if self.ended_step is None else f"{self.ended_step:,} of "
+        return f"{taken}{self.steps:,} steps"
 
     @property
     def best(self) -> EvalRecord | None:
@@ -121,4 +129,5 @@ def summary_of(run_dir: RunDir) -> Summary:
         tuple(record for record in records if isinstance(record, EvalRecord)),
         max((record.memory_peak_bytes for record in train), default=0),
         adapter_step(records),
+        ended_step(records),
     )

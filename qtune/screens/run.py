@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def summary_text(summary: "Summary") -> str:
     """Where the run is, its time and losses, and the commands that go on from it; a verdict says its memory."""
     path = summary.run_dir.path
-    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}"]
+    lines = [f"{path}: {summary.steps_taken} in {clock(summary.seconds)}"]
     if summary.losses is not None:
         lines.append(f"training loss {summary.losses.text}")
     best = summary.best

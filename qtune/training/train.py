@@ -307,7 +307,12 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
-        best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
+        best = KeepBest(
+            run_dir.checkpoints,
+            recipe.training,
+            lambda said, step: metrics.note(said, ended_step=step),
+            read_metrics(run_dir.metrics_file),
+        )
         answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
         rehearses = checkpoint is None and is_worth_it(inputs)
