@@ -190,6 +190,7 @@ def test_patience_ends_a_run_that_finds_nothing_better(write_recipe: WriteRecipe
     notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
     stop = f"stopped at step {best.step + 2}: 2 evaluations in a row found no lower loss than {best.loss:.4f}"
     assert stop in notes
+    assert summary_of(finished).steps_taken == f"{best.step + 2} of 40 steps"
 
 
 @pytest.mark.slow

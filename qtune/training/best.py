@@ -29,8 +29,8 @@ class KeepBest(TrainerCallback):
     def __init__(
         self, folder: Path, training: Training, note: Callable[[str, int], None], before: Sequence[Metric] = ()
     ) -> None:
-        """`before` are the records up to the step that a run goes on from; `note` is told why a run has ended early, and
-        after which step."""
+        """`before` are the records up to the step that a run goes on from; `note` is told why the run has ended early,
+        and after which step."""
         self.folder = folder
         self.training = training
         self.note = note
