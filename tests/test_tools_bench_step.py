@@ -171,13 +171,22 @@ def test_the_bench_of_a_card_takes_steps_of_both_trainers(tmp_path):
 
 def test_steps_beside_predictions_are_taken_by_the_same_trainer(tiny_model, own_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
-    options = argparse.Namespace(length=16, rows=2, steps=1, checkpointing="auto", kernels=False)
+    options = argparse.Namespace(base=None, length=16, rows=2, steps=1, checkpointing="auto", kernels=False)
     recipe = validate_time.recipe_of(tiny_model, options)
     plan = make_plan(recipe, present_device())
     size = load_config(recipe.model).vocab_size
     clock = validate_time.measured_steps(recipe, plan, tmp_path, [16, 12], size, options)
     assert len(clock.ends) == validate_time.UNCOUNTED + 1
     assert clock.seconds > 0
+
+
+@pytest.mark.parametrize(("made", "kept"), [("SmolLM2 135M", False), (None, True)])
+def test_a_checkpoint_that_goes_away_again_leaves_no_copy_in_the_cache(made, kept, tiny_model):
+    given = ["--model", made] if made else ["--base", str(tiny_model)]
+    assert bench_step.recipe_of(bench_step.parsed(given)).quantization.keep_copy is kept
+    base = None if made else tiny_model
+    options = argparse.Namespace(base=base, length=16, rows=2, steps=1, checkpointing="auto", kernels=False)
+    assert validate_time.recipe_of(tiny_model, options).quantization.keep_copy is kept
 
 
 def test_compiling_pays_when_the_steps_have_saved_what_it_took():

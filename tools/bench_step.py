@@ -246,7 +246,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return parse_recipe(
         {
             "model": {"base": options.base},
-            "quantization": {"kind": "nf4", "compute_dtype": options.dtype},
+            # A checkpoint that goes away again leaves nothing behind in the cache.
+            "quantization": {"kind": "nf4", "compute_dtype": options.dtype, "keep_copy": not options.model},
             "adapter": {"kind": "lora", "rank": 16},
             "data": {"train": "README.md", "max_length": options.length},
             "training": {

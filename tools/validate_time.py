@@ -149,6 +149,8 @@ def recipe_of(base: Path, options: argparse.Namespace) -> Recipe:
     recipe = parse_recipe(
         {
             "model": {"base": str(base)},
+            # A checkpoint that goes away again leaves nothing behind in the cache.
+            "quantization": {"kind": "nf4", "keep_copy": options.base is not None},
             "data": {"train": "random.jsonl", "max_length": options.length},
             "training": {
                 "batch_size": options.rows,
