@@ -1,7 +1,7 @@
 """Compared runs -> one line a configuration: its runs with different seeds together, each figure with its interval."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -80,6 +80,10 @@ class SideBySide:
     tasks: tuple[TaskLine, ...] = ()
     tasks_left_out: str | None = None
     """Why what benchmarks said of some runs is in none of the lines."""
+    rows_trained_on: dict[str, int] = field(default_factory=dict)
+    """Of each run that saw some of the rows' prompts in training: of how many."""
+    ended_early: dict[str, str] = field(default_factory=dict)
+    """Of each run that has ended before all its steps were taken: how many it took, as "2 of 12 steps"."""
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints."""
@@ -112,6 +116,8 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         scores.name if scores else None,
         tasks,
         left_out,
+        {run.run: run.evaluation.rows_trained_on for run in runs if run.evaluation.rows_trained_on},
+        {run.run: run.ended_early for run in runs if run.ended_early is not None},
     )
 
 
@@ -263,6 +269,12 @@ def explanation(comparison: SideBySide) -> list[str]:
                 f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
                 "says nothing about chance; for that, train it with: qtune run RECIPE --seeds 3"
             )
+    said += [
+        f"{run}: training saw the prompts of {count} of the {comparison.rows} rows, on which its figures say nothing "
+        "of new ones"
+        for run, count in comparison.rows_trained_on.items()
+    ]
+    said += [f"{run} has ended early: it took {steps}" for run, steps in comparison.ended_early.items()]
     said += _training_losses(comparison)
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
     if len(comparison.bases) > 1:

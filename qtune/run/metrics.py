@@ -127,6 +127,8 @@ class NoteRecord:
     """Where it says that the adapter is the state of a step before the last: which step."""
     ended_step: int | None = None
     """Where it says that the run has ended before all its steps were taken: after which step."""
+    diverged: bool = False
+    """Whether it says that the run ended no better than guessing."""
     kind: Literal["note"] = "note"
 
 
@@ -241,7 +243,8 @@ def _is_until(record: Metric, step: int) -> bool:
     """Whether a record is of a run that goes on from a step."""
     if not isinstance(record, NoteRecord):
         return record.step <= step
-    return record.adapter_step is None and (record.ended_step is None or record.ended_step <= step)
+    is_of_end = record.adapter_step is not None or record.diverged
+    return not is_of_end and (record.ended_step is None or record.ended_step <= step)
 
 
 def _moved(line: str, follows: str) -> str:

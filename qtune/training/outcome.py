@@ -16,11 +16,16 @@ def rise_of(losses: Losses | None, vocabulary: int) -> str | None:
     if losses is None or len(losses.values) < 2 or not losses.end > losses.start:
         return None
     sentence = f"the loss ended above its start: {number(losses.start)} -> {number(losses.end)}"
-    guess = math.log(vocabulary)
-    # One that began with guessing, an untrained base's, has nothing to lose.
-    if losses.end >= 0.99 * guess and losses.start < 0.9 * guess:
-        return f"{sentence}; guessing among all {vocabulary:,} tokens gives {guess:.3g}. {LOWER_RATE}"
+    if has_diverged(losses, vocabulary):
+        return f"{sentence}; guessing among all {vocabulary:,} tokens gives {math.log(vocabulary):.3g}. {LOWER_RATE}"
     return f"{sentence}; a lower training.learning_rate or more steps may help"
+
+
+def has_diverged(losses: Losses | None, vocabulary: int) -> bool:
+    """Whether a loss ended no better than guessing. One that began with guessing, an untrained base's, has nothing to
+    lose."""
+    guess = math.log(vocabulary)
+    return losses is not None and losses.end >= 0.99 * guess and losses.start < 0.9 * guess
 
 
 LOWER_RATE = "Training has diverged: lower training.learning_rate"

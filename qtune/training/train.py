@@ -74,7 +74,7 @@ from qtune.training.display import TrainingDisplay
 from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.meeting import joined
-from qtune.training.outcome import require_change, require_gradients, rise_of
+from qtune.training.outcome import has_diverged, require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import is_worth_it, rehearse
@@ -339,8 +339,9 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 require_gradients(records)
                 if before:
                     require_change(before, trained_state(model))
-                if rise := rise_of(training_losses(records), model.config.get_text_config().vocab_size):
-                    metrics.note(rise)
+                losses, vocabulary = training_losses(records), model.config.get_text_config().vocab_size
+                if rise := rise_of(losses, vocabulary):
+                    metrics.note(rise, diverged=has_diverged(losses, vocabulary))
                 if said := best.take(model, records, trainer.state.global_step):
                     metrics.note(said, best.chosen)
                 metrics.settle()

@@ -82,6 +82,9 @@ def rate(facts: Facts) -> Verdict:
         if not one.is_finite:
             return Verdict("rate", "bad", "Too high", f"the loss is no number at step {one.step:,}", lower)
     losses, whole = after_warmup(facts.train), facts.losses
+    if facts.diverged and whole is not None:
+        told = f"the training loss ended at {number(whole.end)}, no better than guessing"
+        return Verdict("rate", "bad", "Too high", told, lower)
     if whole is None or len(losses) < max(FEWEST_FOR_RATE, 3 * whole.count):
         told = f"logged steps after the warm-up: {len(losses)}, too few to judge by"
         return Verdict("rate", "open", "Too few steps", told)

@@ -27,7 +27,11 @@ def learned(facts: Facts) -> Verdict:
     if facts.evaluation is not None:
         return learned_against_base(facts.evaluation, facts.run)
     ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
-    return _on_validation(facts.judged, ask) or _by_training(facts.losses, facts.judged, ask)
+    by_validation = _on_validation(facts.judged, ask)
+    if by_validation is None and facts.diverged and facts.losses is not None:
+        went = f"from {number(facts.losses.start)} to {number(facts.losses.end)} ({facts.losses.taken_over})"
+        return Verdict("learned", "bad", "Diverged", f"the training loss went {went}, no better than guessing")
+    return by_validation or _by_training(facts.losses, facts.judged, ask)
 
 
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
@@ -115,7 +119,8 @@ def _by_training(losses: Losses | None, validation: Sequence[EvalRecord], ask: s
     told = f"the training loss went from {number(losses.start)} to {number(losses.end)} ({losses.taken_over})"
     fall = fall_between(losses.first, losses.last)
     if fall is None:
-        return Verdict("learned", "open", "Too few steps", f"{told}, too early to tell a fall", ask)
+        what = "a rise" if losses.end > losses.start else "a fall"
+        return Verdict("learned", "open", "Too few steps", f"{told}, too early to tell {what}", ask)
     told = f"{told}, {_by(fall)}"
     if fall.is_positive and fall.mean >= LITTLE * losses.start:
         held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
