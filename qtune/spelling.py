@@ -22,13 +22,18 @@ def nearest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str 
     return next(iter(_near(word, known, 1, likeness)), None)
 
 
-def meant_file(name: str, folder: Path = Path()) -> str:
+def meant_file(name: str, folder: Path = Path(), *, but: str = "") -> str:
     """ "; did you mean 'data/mails.jsonl'?" for a path from `folder` that leads to nothing, by what is beside it; empty
-    where nothing there has a name like it. Endings are not compared: all files of rows have the same few."""
+    where nothing there has a name like it. Endings are not compared: all files of rows have the same few.
+
+    but: an ending that cannot be meant, as a recipe's where a model is named.
+    """
     try:
         path = Path(name).expanduser()
         beside = {
-            one.name.partition(".")[0]: one.name for one in sorted((folder / path).parent.iterdir(), reverse=True)
+            one.name.partition(".")[0]: one.name
+            for one in sorted((folder / path).parent.iterdir(), reverse=True)
+            if not but or one.suffix != but
         }
     # No folder, one that may not be read, too long a name, a home that nobody has.
     except (OSError, ValueError, RuntimeError):

@@ -21,6 +21,7 @@ from qtune.export import model_card
 from qtune.export.export import Options, export_run
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
+from qtune.run.metrics import TrainRecord, append_metric
 from qtune.tuned.generate import Ends, find_ends, generate, mend_generate
 from qtune.tuned.load import load_run
 
@@ -89,8 +90,11 @@ def test_the_lines_of_an_adapter_card_answer_as_the_trained_model_with_every_tra
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny_run(tmp_path, KINDS[kind])
+    for step, loss in enumerate((3.0, 1.0), 1):
+        append_metric(run.metrics_file, TrainRecord(step, 2, step / 2, step, loss, 0.5, 1e-4, 1.0, 100.0, 1, 1))
     let_the_base_draw(run)
     folder = export_run(run, Options(adapter_only=True))
+    assert "- training loss: 3.00 -> 1.00 (first and last logged step)\n" in (folder / "README.md").read_text()
     expected = live_answer(run)
     assert printed_by_the_card(folder / "README.md", monkeypatch, folder) == expected
     name_the_cache_as_transformers_5_24_does(monkeypatch)

@@ -63,11 +63,11 @@ def test_runs_that_are_too_wide_for_a_table_are_a_few_lines_each(width: int) -> 
         "Runs in runs",
         "tickets: finished, 30 steps",
         "  lora on builtin:smollm2-135m-instruct",
-        "  training loss 4.069 -> 1.456, best validation 1.1589",
+        "  training loss 4.07 -> 1.46, best validation 1.1589",
         "  0.25 GiB, 1 h old",
         "soft: stopped, 9 of 500 steps, 5 saved",
         "  prompt-tuning on org/base",
-        "  training loss 4.000 -> 3.900",
+        "  training loss 4.00 -> 3.90",
         "  1.0 MiB, now",
         "go on with soft: qtune x",
     ]

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from peft import PeftType
 
 from qtune.control_characters import visible
+from qtune.errors import RunError
 from qtune.export.greedy import generation_settings, in_python
 from qtune.export.llama_cpp import ADAPTER_FILE
 from qtune.export.opened_run import OpenedRun
 from qtune.export.serving import serving
 from qtune.model.builtin import PREFIX
+from qtune.run.summary import summary_of
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -193,7 +195,18 @@ def _how_trained(source: OpenedRun) -> str:
         f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
         f"- adapter: `{source.recipe.adapter.kind}`\n"
         f"- batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
+        f"{_loss_line(source)}"
     )
+
+
+def _loss_line(source: OpenedRun) -> str:
+    """What was learned, as everything else of the run says it; nothing where its records cannot be read, for what is
+    exported is whole without them."""
+    try:
+        losses = summary_of(source.run).losses
+    except RunError:
+        return ""
+    return "" if losses is None else f"- training loss: {losses.text}\n"
 
 
 def _proof(verification: "Verification | None") -> str:

@@ -30,7 +30,8 @@ PIPELINE = (
     'from transformers import pipeline; print(pipeline("text-generation", {folder})'
     '([{{"role": "user", "content": "Hello"}}], max_new_tokens=200, {greedy})[0]["generated_text"][-1]["content"])'
 )
-"""What asks an export in one line of Python; README.md beside it has the longer ones."""
+"""What asks an export in one line of Python, as `qtune chat` and `eval` ask it: a pipeline draws unless it is told not
+to. README.md beside it has the longer ones."""
 
 
 @dataclass(frozen=True)

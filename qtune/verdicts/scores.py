@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from qtune.run.summary import number
 from qtune.tuned.free_text import rouge_l, words
 from qtune.verdicts.interval import Fall, paired_fall
-from qtune.verdicts.verdict import number
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Comparison, Evaluation
