@@ -15,7 +15,17 @@ from qtune.screens.listing import draw_runs
 from qtune.screens.memory import _of_it, _why_others_take_less
 from qtune.sizes import GIB
 
-HEAD = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first", "ROUGE-L", "forgotten, nats", "time"]
+HEAD = [
+    "run",
+    "adapter",
+    "trained",
+    "runs",
+    "loss, nats",
+    "loss against the first",
+    "ROUGE-L",
+    "forgotten, nats",
+    "time",
+]
 ROWS = [
     ["base", "", "", "", "4.157", "", "12.0 %", "0 of 3.808", ""],
     ["recipe", "lora", "4.884 M", "1", "1.159 (0.786 to 1.575)", "", "46.1 (37.4 to 55.7)", "-0.058", "1:13"],

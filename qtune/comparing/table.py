@@ -184,6 +184,10 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
     )
 
 
+LOSS_CHANGE, ANSWERS_CHANGE = "loss against the first", "against the first"
+"""A difference has a sign of its own: "+0.2" below "less than the first" would be read as less."""
+
+
 def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     """The table as texts: column names, and a row for the base and each configuration."""
     has_answers = comparison.answers_name is not None
@@ -192,8 +196,8 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     def with_change(value: str, change: str) -> list[str]:
         return [value, change] if are_several else [value]
 
-    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", "less than the first")]
-    head += with_change(str(comparison.answers_name), "more than the first") if has_answers else []
+    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", LOSS_CHANGE)]
+    head += with_change(str(comparison.answers_name), ANSWERS_CHANGE) if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
     rows = []
     for base in comparison.bases:

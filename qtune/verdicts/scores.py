@@ -99,12 +99,13 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
 
 
 def _exactly_right(evaluation: "Evaluation") -> list[Line]:
-    """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell."""
+    """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell. That no answer is
+    has a line, too: it is what who trains commands among sentences looks for."""
     compared = evaluation.comparisons
     base = sum(one.base == one.expected for one in compared)
     tuned = sum(one.is_right for one in compared)
     many = len(compared)
-    return [("answers exactly right", f"{base} of {many}", f"{tuned} of {many}", "")] if base or tuned else []
+    return [("answers exactly right", f"{base} of {many}", f"{tuned} of {many}", "")] if many else []
 
 
 def any_cut(evaluation: "Evaluation") -> bool:
