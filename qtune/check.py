@@ -17,6 +17,7 @@ from qtune.adapter.starts import kept_start
 from qtune.data.batches import StepSampler, padding_share
 from qtune.data.figures import SplitFigures, split_figures
 from qtune.data.findings import Finding
+from qtune.data.lengths import most_tokens
 from qtune.data.prepare import Prepared
 from qtune.data.samples import Sample, samples_of
 from qtune.device.present import one_sentence, present_device
@@ -54,6 +55,9 @@ class Batches:
     """An epoch in figures. The padding shares are of all positions: rows in random order, and grouped by length."""
 
     rows: int
+    tokens: int
+    refused: int
+    """Rows that are too long to be trained on, which are in none of the other figures."""
     steps_per_epoch: int
     steps: int
     batch_size: int
@@ -236,13 +240,15 @@ def check(
         InputError: the model or a data source cannot be found. Bad rows and findings do not raise: see `require`.
     """
     preflight = examine(resolved.allowing(allow), traced=True)
-    recipe, prepared = resolved.recipe, preflight.prepared
+    recipe, prepared = preflight.resolved.recipe, preflight.prepared
+    most = most_tokens(recipe.data)
+    splits = [split_figures(split, most) for split in preflight.inspection.splits.values()]
     is_timed = timed and not preflight.refusals
     return Check(
         preflight,
-        [split_figures(split) for split in preflight.inspection.splits.values()],
-        batches_of(recipe, preflight.plan, prepared),
-        samples_of(prepared.examples["train"], preflight.tokenizer, samples),
+        splits,
+        batches_of(recipe, preflight.plan, prepared, splits[0]),
+        samples_of(prepared.examples["train"], preflight.tokenizer, samples, most),
         attempted_time(recipe, preflight.forecast),
         _timed(preflight) if is_timed else None,
         _rehearsed(preflight) if rehearsed and not preflight.refusals else None,
@@ -280,14 +286,23 @@ def memory_alone(resolved: Resolved) -> Profile | None:
         return None
 
 
-def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared) -> Batches:
-    """Steps and padding of the first epoch; of a long stream, the padding of rows spread over it."""
-    training, lengths, rows = recipe.training, prepared.lengths, len(prepared.train)
+def batches_of(recipe: Recipe, plan: Plan, prepared: Prepared, train: SplitFigures) -> Batches:
+    """Steps and padding of the first epoch; of a long stream, the padding of rows spread over it.
+
+    Rows that are too long to be trained on are counted apart; `train` are the figures of the others.
+    """
+    training, is_used = recipe.training, prepared.lengths <= most_tokens(recipe.data)
+    lengths = prepared.lengths[is_used]
+    rows, tokens, refused = len(lengths), int(lengths.sum()), len(is_used) - len(lengths)
+    if prepared.stream is not None:
+        rows, tokens, refused = train.examples, train.tokens, train.refused
     per_epoch = -(-rows // training.batch_size)
     shuffled = np.random.default_rng((training.seed, 0)).permutation(len(lengths))
     grouped = StepSampler(lengths, training.batch_size, training.seed).order()
     return Batches(
         rows,
+        tokens,
+        refused,
         per_epoch,
         # A part of an epoch is rounded up, as transformers does.
         training.steps or math.ceil(training.epochs * per_epoch),

@@ -3,6 +3,8 @@
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -162,6 +164,7 @@ def init(
         raise typer.BadParameter("--adapter is for a new recipe; one that is copied with --from has its own")
     if source is None and not (base and data):
         raise typer.BadParameter("name a model with --base and rows with --data, or a recipe with --from (see --list)")
+    stage.require_place(output, force=force)
     look = stage.look_at(data) if data else None
     if source is not None:
         text = stage.copied_recipe(source, output, base=base, data=data, look=look)
@@ -242,6 +245,7 @@ def run(
     With --seeds, the runs NAME-seed42, NAME-seed43 … and the spread of their losses, which is what chance does to one.
     Under torchrun or accelerate launch, or with --processes, several processes share the rows of each step.
     """
+    from qtune.at_once import require_at_once
     from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
@@ -292,13 +296,17 @@ def run(
         raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
     if not resume:
         _say_set_aside(resolved)
+        require_at_once(resolved)
+        recipes = _seeded(resolved, changes or [], seeds) if seeds > 1 else [resolved]
+        for one in recipes:
+            _say_next(one)
     _load_libraries()
     if trust:
         _agree(run_dir if resume else resolved)
     from qtune.training import train
 
     if seeds > 1:
-        _run_seeds(resolved, changes or [], seeds, tuple(allow or ()), accepted, whole_weights=whole_weights)
+        _run_seeds(recipes, tuple(allow or ()), accepted, whole_weights=whole_weights)
         return
     if resume:
         run_dir = train.resume(
@@ -315,6 +323,15 @@ def run(
         )
     if launched().is_leader:
         _end_run(run_dir)
+
+
+def _say_next(resolved: "Resolved") -> None:
+    """What a new run will be called, where that is not what the recipe says."""
+    from qtune.run.listing import said_of_next
+
+    if launched().is_leader:
+        for sentence in said_of_next(Path(resolved.recipe.output.directory), resolved.run_name):
+            console.say(sentence)
 
 
 def _say_set_aside(resolved: "Resolved") -> None:
@@ -335,20 +352,10 @@ def _without_processes(words: list[str]) -> list[str]:
     return kept
 
 
-def _run_seeds(
-    first: "Resolved",
-    changes: list[str],
-    count: int,
-    allow: tuple[str, ...],
-    accepted: tuple[str, ...],
-    *,
-    whole_weights: bool,
-) -> None:
-    """Trains the recipe with its seed and the `count` - 1 behind it, and says how far their losses lie apart."""
+def _seeded(first: "Resolved", changes: list[str], count: int) -> "list[Resolved]":
+    """The recipe with its seed and with each of the `count` - 1 behind it: all of them before any is trained, for the
+    last seed may be too large."""
     from qtune.recipe.file import load_recipe
-    from qtune.run.summary import summary_of
-    from qtune.screens.run import spread_text
-    from qtune.training import train
 
     seed = first.recipe.training.seed
     own = [[f"training.seed={one}", f"output.name={first.run_name}-seed{one}"] for one in range(seed, seed + count)]
@@ -356,8 +363,17 @@ def _run_seeds(
     if isinstance(data.validation, float) and data.validation and data.validation_seed is None:
         # All are measured on the same rows, which none of them was trained on.
         own = [[*words, f"data.validation_seed={seed}"] for words in own]
-    # All of them before any: the last seed may be too large, and hours are not spent on the first until then.
-    recipes = [load_recipe(first.file, [*changes, *words]) for words in own]
+    return [load_recipe(first.file, [*changes, *words]) for words in own]
+
+
+def _run_seeds(
+    recipes: "list[Resolved]", allow: tuple[str, ...], accepted: tuple[str, ...], *, whole_weights: bool
+) -> None:
+    """Trains each, and says how far their losses lie apart."""
+    from qtune.run.summary import summary_of
+    from qtune.screens.run import spread_text
+    from qtune.training import train
+
     runs = []
     for resolved in recipes:
         runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
@@ -771,14 +787,18 @@ def check(
 
     The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
     """
+    from qtune.at_once import require_at_once
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
 
     file = find_recipe(recipe)
-    try:
-        # What is wrong with a recipe is said before seconds of imports.
+    # What is wrong with a recipe is said before seconds of imports.
+    with _with_memory(file, changes or [], as_json=as_json):
         resolved = load_recipe(file, changes or ())
-        _say_set_aside(resolved)
+    require_at_once(resolved)
+    _say_set_aside(resolved)
+    _say_next(resolved)
+    with _with_memory(file, changes or [], as_json=as_json):
         _load_libraries()
         from qtune import check as stage
         from qtune.screens.check import draw_check
@@ -786,16 +806,22 @@ def check(
         if trust:
             _agree(resolved)
         result = stage.check(resolved, allow or (), samples=rows, timed=timed, rehearsed=rehearsed)
-    except InputError:
-        # What is known all the same is said, and then what is wrong.
-        if not as_json:
-            _show_memory_alone(file, changes or [])
-        raise
     if as_json:
         console.out_raw(result.to_json())
     else:
         console.out(draw_check(result))
     result.require()
+
+
+@contextmanager
+def _with_memory(file: Path, changes: list[str], *, as_json: bool) -> Iterator[None]:
+    """Where model or rows cannot be had, what is known all the same is said, and then what is wrong."""
+    try:
+        yield
+    except InputError:
+        if not as_json:
+            _show_memory_alone(file, changes)
+        raise
 
 
 def _show_memory_alone(file: Path, changes: list[str]) -> None:
@@ -1075,23 +1101,30 @@ def swap(
     made of, come into a file beside the new recipe, NAME.swapped.toml; rows that are held out stay held out, without
     copies. Not for answers that judge or know: a label that stands in its request is no name (--keep).
     """
+    from qtune.at_once import require_row_files
+    from qtune.data.swap_files import require_swappable, words_of_text
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe, written_beside
 
     file = find_recipe(recipe)
     resolved = load_recipe(file, changes or ())
     target = output or written_beside(file, ".swapped.toml")
+    require_row_files(resolved.recipe.data, resolved.folder)
+    require_swappable(resolved, target, force=force)
+    given = None if words is None else words_of_text(words)
     _say_set_aside(resolved)
     _load_libraries()
     from qtune import swap as stage
+    from qtune.init import NEXT
+    from qtune.screens.commands import commands_text
     from qtune.screens.swap import draw_examples
 
-    stage.require_free(resolved, target, force=force)
-    made = stage.swap(resolved, target, copies, words, keep or ())
+    made = stage.swap(resolved, target, copies, given, keep or ())
     for sentence in stage.said_of(made, resolved):
         console.say(sentence)
     console.say(draw_examples(made.examples))
     console.out(f"{target}")
+    console.say(commands_text([(["qtune", verb, str(target)], does) for verb, does in NEXT]))
 
 
 @app.command(rich_help_panel="Prepare")

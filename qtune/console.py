@@ -1,6 +1,8 @@
 """What people see: results on stdout, messages and progress on stderr. The only module that prints or knows rich."""
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -19,8 +21,9 @@ from rich.text import Text
 from qtune.control_characters import escaped_in_json, visible
 from qtune.startup.launched import launched
 
-# A file or a pipe has no width of its own; 80 would fold the tables that people redirect.
 PLAIN_WIDTH = 120
+"""Of a file or a pipe, which have none of their own, unless COLUMNS says one; 80 would fold the tables that people
+redirect."""
 LONGEST_NAME = 36
 """Characters at the beginning of a table's row that are not folded: no key of a recipe is longer."""
 
@@ -33,13 +36,38 @@ class _SafeConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """rich's, but a line with a command stays one line, and whole: one that is broken or cut cannot be pasted. The
+        terminal shows it on as many lines as it needs."""
+        super().print(*map(_pasteable, objects), **({"crop": False} | options))
+
+
+_COMMAND = re.compile(
+    r"(?m:^|: |`| {2}|&& )(?:qtune|python|pip|bash|ollama|vllm|llama-server|llama-cli|hf|accelerate|torchrun) \S"
+)
+
+
+def _pasteable(renderable: Any) -> Any:
+    """A text, or a group of them, whose lines with commands are not wrapped."""
+    if isinstance(renderable, Group):
+        return Group(*map(_pasteable, renderable.renderables))
+    if not isinstance(renderable, (str, Text)) or not _COMMAND.search(str(renderable)):
+        return renderable
+    text = renderable if isinstance(renderable, Text) else Text(renderable)
+    lines = list(text.split("\n", allow_blank=True))
+    for line in lines:
+        if _COMMAND.search(line.plain):
+            line.no_wrap, line.overflow = True, "ignore"
+    return Group(*lines)
+
 
 def _console(*, stderr: bool, of_process: bool = False) -> Console:
     """A console; of a process that follows another one it is quiet, unless what is said is `of_process` itself."""
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
-    width = None if terminal else PLAIN_WIDTH
+    asked = os.environ.get("COLUMNS", "")
+    width = None if terminal else int(asked) if asked.isdecimal() and int(asked) > 0 else PLAIN_WIDTH
     return _SafeConsole(
         file=stream,
         highlight=False,

@@ -354,14 +354,25 @@ def _own_rows(data: str, file: Path, original: Data, look: "FirstLook | None") -
     return f"{train}\ncolumns = {show_value(names)}" if names else train
 
 
+def require_place(file: Path, *, force: bool) -> None:
+    """What is said of --output before rows are read for it.
+
+    Raises:
+        RecipeError: there is a file of this name and no `force`, or no folder for it.
+    """
+    if file.exists() and not force:
+        raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
+    if not file.parent.is_dir():
+        raise RecipeError(Problem("--output", f"{file.parent} is no folder; make it, or name a file in another one"))
+
+
 def write_recipe(text: str, file: Path, *, force: bool) -> None:
     """Writes a recipe, over another one only with `force`.
 
     Raises:
-        RecipeError: there is a file of this name, or it cannot be written.
+        RecipeError: as `require_place`; or it cannot be written.
     """
-    if file.exists() and not force:
-        raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
+    require_place(file, force=force)
     try:
         write_text(file, text)
     except OSError as error:

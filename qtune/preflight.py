@@ -3,12 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,8 +15,8 @@ from qtune import console
 from qtune.adapter.attach import attach_adapter
 from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.lean_check import examined
+from qtune.at_once import Asked, require_name, require_trackers, together
 from qtune.cache import cache_folder
-from qtune.control_characters import visible
 from qtune.data.asking import asking_template
 from qtune.data.findings import Finding, gate, stopping
 from qtune.data.inspection import Inspection, inspect
@@ -49,7 +47,7 @@ from qtune.model.reach import reach_of
 from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
-from qtune.recipe.schema import LONGEST_NAME, Model, Recipe, Unquantized
+from qtune.recipe.schema import Model, Recipe, Unquantized
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import RunDir, existing_folder, require_writable
@@ -59,6 +57,7 @@ from qtune.startup.quiet import quiet_loading
 
 log = logging.getLogger(__name__)
 
+OUTPUT = "output.directory"
 # bf16 or fp16: what an export writes for each parameter.
 EXPORT_BYTES = 2
 # Two moments of AdamW in fp32 for each trained parameter.
@@ -73,6 +72,8 @@ class Disk:
     export_bytes: int
     cache_bytes: int
     free_bytes: int
+    least_bytes: int
+    """Of the checkpoints and the adapter those without which nothing is left of a run: one, and the adapter."""
 
     @property
     def is_enough(self) -> bool:
@@ -170,9 +171,9 @@ def examine(
         OutOfMemory: the card has no room even to be asked.
     """
     quiet_loading()
-    recipe, asked = resolved.recipe, _Asked()
+    recipe, asked = resolved.recipe, Asked()
     if folder is None:
-        asked.of(_require_name, resolved.run_name)
+        asked.of(require_name, resolved.run_name)
     _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
     device = examined(present_device(), recipe)
     asked.of(_require_lean_step, recipe, device)
@@ -209,6 +210,12 @@ def examine(
         if traced or is_asked:
             with console.progress("tracing a step") as bar:
                 forecast = attempted(config, recipe, device, rows, bar.tell)
+    directory = folder or Path(recipe.output.directory)
+    disk = None if count is None else _disk(recipe, plan, count, directory)
+    # Where nothing can be written nothing is free, and it is said already.
+    is_said = any(problem.place == OUTPUT for error in asked.refusals for problem in error.problems)
+    if disk is not None and disk.free_bytes < disk.least_bytes and not is_said:
+        asked.refusals.append(_too_small(disk, directory))
     settled = forecast.plan if isinstance(forecast, Forecast) else plan
     if recipe.data.streaming == "auto" and prepared.streaming.streams:
         settled = settled.with_streaming(prepared.streaming.reason)
@@ -220,7 +227,7 @@ def examine(
         inspection,
         forecast,
         beyond_reach,
-        None if count is None else _disk(recipe, plan, count, folder or Path(recipe.output.directory)),
+        disk,
         tuple(asked.refusals),
     )
 
@@ -246,7 +253,7 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
 
     A tokenizer that is not here is not asked for: a configuration alone is enough to plan with.
     """
-    asked = _Asked()
+    asked = Asked()
     _ask_of_recipe(recipe, Path(recipe.output.directory), asked)
     if recipe.output.gguf is not None:
         with suppress(ModelError):
@@ -256,40 +263,10 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
     return [problem for error in asked.refusals for problem in error.problems]
 
 
-def together(refusals: Sequence[InputError]) -> InputError:
-    """Several errors as one with all of their problems, of their kind where they are of one; one alone as it is."""
-    first, *others = refusals
-    if not others:
-        return first
-    kind = type(first) if len({type(error) for error in refusals}) == 1 else InputError
-    return kind(dict.fromkeys(problem for error in refusals for problem in error.problems))
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-@dataclass
-class _Asked:
-    """Asks one question after the other, and keeps those refusals that would have ended the questions."""
-
-    refusals: list[InputError] = field(default_factory=list)
-
-    def of(
-        self, question: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> Result | None:
-        """The answer; None where the question was refused."""
-        try:
-            return question(*args, **kwargs)
-        except InputError as error:
-            self.refusals.append(error)
-            return None
-
-
-def _ask_of_recipe(recipe: Recipe, folder: Path, asked: _Asked) -> None:
+def _ask_of_recipe(recipe: Recipe, folder: Path, asked: Asked) -> None:
     """What neither model nor rows are needed for."""
     asked.of(_require_one_process)
-    asked.of(_require_trackers, recipe)
+    asked.of(require_trackers, recipe)
     asked.of(require_writable, folder)
     asked.of(earlier_adapter, recipe)
 
@@ -345,22 +322,7 @@ def _require_lean_step(recipe: Recipe, device: Device) -> None:
         raise InputError(Problem("training.lean_step = true", message))
 
 
-def _require_trackers(recipe: Recipe) -> None:
-    """transformers would only say it after the model is loaded."""
-    missing = [name for name in recipe.training.trackers if find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise InputError(Problem("training.trackers", f"not installed: {names}; pip install {names}, or remove it"))
-
-
-def _require_name(name: str) -> None:
-    """A recipe's file may be called what no run can be called."""
-    if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
-        message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
-        raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
-
-
-def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: _Asked) -> ParameterCount | None:
+def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: Asked) -> ParameterCount | None:
     """Whether enough of the model is quantized and the adapter finds its place, on the meta device; its parameters.
 
     None where it cannot be built there: a run may work all the same.
@@ -395,12 +357,21 @@ def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) ->
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
+    free = _free_bytes(directory)
     return Disk(
         (recipe.training.keep_checkpoints + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
         bytes_in(cache_folder() / "examples"),
-        _free_bytes(directory),
+        free,
+        checkpoint + adapter_bytes,
     )
+
+
+def _too_small(disk: Disk, directory: Path) -> InputError:
+    """What the last step would else say, when all is lost."""
+    what = f"{size_text(disk.free_bytes)} are free at {existing_folder(directory)}"
+    needed = f"one checkpoint and the adapter take {size_text(disk.least_bytes)}"
+    return InputError(Problem(OUTPUT, f"{what}, and {needed}; free some, or name another folder"))
 
 
 def best_states(recipe: Recipe) -> int:

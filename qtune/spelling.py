@@ -22,19 +22,27 @@ def nearest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str 
     return next(iter(_near(word, known, 1, likeness)), None)
 
 
-def meant_file(name: str, folder: Path = Path()) -> str:
+def meant_file(name: str, folder: Path = Path(), *, but: str = "") -> str:
     """ "; did you mean 'data/mails.jsonl'?" for a path from `folder` that leads to nothing, by what is beside it; empty
-    where nothing there has a name like it. Endings are not compared: all files of rows have the same few."""
+    where nothing there has a name like it. Endings are not compared, for all files of rows have
+    the same few; of files that differ by it alone the one with the same is meant.
+
+    but: an ending that cannot be meant, as a recipe's where a model is named.
+    """
     try:
         path = Path(name).expanduser()
-        beside = {
-            one.name.partition(".")[0]: one.name for one in sorted((folder / path).parent.iterdir(), reverse=True)
-        }
+        beside: dict[str, list[str]] = {}
+        for one in sorted((folder / path).parent.iterdir()):
+            if not but or one.suffix != but:
+                beside.setdefault(one.name.partition(".")[0], []).append(one.name)
     # No folder, one that may not be read, too long a name, a home that nobody has.
     except (OSError, ValueError, RuntimeError):
         return ""
     near = nearest(path.name.partition(".")[0], filter(None, beside), FILES_LIKENESS)
-    return f"; did you mean {str(Path(name).with_name(beside[near]))!r}?" if near else ""
+    if not near:
+        return ""
+    meant = next((one for one in beside[near] if Path(one).suffix == path.suffix), beside[near][0])
+    return f"; did you mean {str(Path(name).with_name(meant))!r}?"
 
 
 BEGINNING = 4

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
-from qtune.data.files import data_files
 from qtune.data.order import unmerged
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import HUB
+from qtune.data.swap_files import Files, GivenWords
 from qtune.data.swapped import (
     Copy,
     Incoming,
@@ -23,8 +23,7 @@ from qtune.data.swapped import (
     exchangeable,
     request_of,
     spelled_words,
-    swapped,
-    usual_words,
+    with_other_words,
 )
 from qtune.errors import DataError, Problem, RecipeError
 from qtune.model.load import load_tokenizer
@@ -36,23 +35,6 @@ from qtune.whole import write_text
 
 LEAST_WORDS = 100
 """Fewer that may come in would be one more list to be learned by heart."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """What is written, beside each other."""
-
-    recipe: Path
-
-    @property
-    def rows(self) -> Path:
-        """The training rows and their copies."""
-        return self.recipe.with_suffix(".rows.jsonl")
-
-    @property
-    def held_out(self) -> Path:
-        """The rows that a share of the training rows was, of which nothing is copied."""
-        return self.recipe.with_suffix(".held-out.jsonl")
 
 
 @dataclass(frozen=True)
@@ -69,6 +51,11 @@ class Swapped:
 
     files: Files
     rows: int
+    """With a word to exchange."""
+    unchanged: int
+    """Without one."""
+    times: int
+    """How often each of those counts, so that kinds of rows keep their shares."""
     copies: int
     held_out: int
     """Rows in a file of their own; 0 where the recipe names them itself, or wants none."""
@@ -77,58 +64,34 @@ class Swapped:
     """Of each word that has become another one, how often."""
     examples: tuple[tuple[Conversation, Copy], ...]
     """A few rows beside what has become of them."""
+    came_in: tuple[str, ...]
+    """The different words that came in."""
 
 
-def require_free(resolved: Resolved, recipe: Path, *, force: bool) -> None:
-    """Refuses a name under which something would be replaced, and with `force` what the new rows are made of.
-
-    Raises:
-        RecipeError: one of the files is there.
-    """
-    files = Files(recipe)
-    there = [file for file in (files.recipe, files.rows, files.held_out) if file.exists()]
-    read = {file.resolve() for file in (resolved.file, *_files_of(resolved))}
-    if own := [str(file) for file in there if file.resolve() in read]:
-        said = "is what the new rows would be made of; choose another --output"
-        raise RecipeError(Problem(", ".join(own), said))
-    if there and not force:
-        said = f"{'is' if len(there) == 1 else 'are'} there already; choose another --output, or replace with --force"
-        raise RecipeError(Problem(", ".join(map(str, there)), said))
-
-
-def _files_of(resolved: Resolved) -> Iterator[Path]:
-    """Every file of rows that the recipe names."""
-    data = resolved.recipe.data
-    for split in ("train", "validation", "test"):
-        given = getattr(data, split)
-        if given is not None and not isinstance(given, float):
-            for source in given if isinstance(given, tuple) else (given,):
-                path = source if isinstance(source, str) else getattr(source, "path", HUB)
-                if not path.startswith(HUB):
-                    yield from (file.path for file in data_files(path, resolved.folder, split))
-
-
-def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep: Collection[str] = ()) -> Swapped:
+def swap(
+    resolved: Resolved, recipe: Path, copies: int, words: GivenWords | None, keep: Collection[str] = ()
+) -> Swapped:
     """Writes the recipe `recipe`, and the rows that it trains on: those of `resolved`, each with so many copies. Rows
-    that `resolved` sets aside stay aside: they come into a file of their own, and nothing is made of them.
+    without a word to exchange count as often as the others are there. Rows that `resolved` sets aside stay aside: they
+    come into a file of their own, and nothing is made of them.
 
-    words: a text whose words come in; None: words of the vocabulary that the model has to spell. Words of rows that are
-    held out or asked in the end never come in.
+    words: those of a text, which come in; None: words of the vocabulary that the model has to spell. Words of rows that
+    are held out or asked in the end never come in.
 
     Raises:
         DataError: the rows cannot be used, or no word of theirs can be exchanged.
-        RecipeError: fewer than LEAST_WORDS may come in; sources have weights.
+        RecipeError: fewer than LEAST_WORDS may come in.
     """
     data = resolved.recipe.data
-    _refuse_weights(data)
-    given = None if words is None else _given(words)
     whole = data.model_copy(update={"packing": False, "streaming": False})
     seed = resolved.recipe.training.seed
     tokenizer = load_tokenizer(resolved.recipe.model)
     prepared = prepare(whole, tokenizer, resolved.folder, seed=seed)
     talks = _talks(prepared.examples["train"], data)
     _refuse_documents(talks)
-    if not any(exchangeable(talks, keep)):
+    shared = exchangeable(talks, keep)
+    changing = [(talk, own) for talk, own in zip(talks, shared, strict=True) if own]
+    if not changing:
         raise DataError(
             Problem(
                 "data.train",
@@ -137,33 +100,34 @@ def swap(resolved: Resolved, recipe: Path, copies: int, words: Path | None, keep
             )
         )
     asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows, data)]
-    chosen = _words_for(talks, asked, tokenizer) if given is None else _enough(given, asked, f"--words {words}")
-    made = list(swapped(talks, chosen.words, copies, keep))
-    exchanged = Counter(word for one in made for word in one.exchanged)
-    if not exchanged:
-        raise DataError(
-            Problem("data.train", "of the few words that could be exchanged none was drawn; raise --copies")
-        )
+    chosen = _words_for(talks, asked, tokenizer) if words is None else _enough(words, asked)
+    originals = [talk for talk, _ in changing]
+    made = list(with_other_words(originals, [own for _, own in changing], chosen.words, copies))
+    unchanged = [talk for talk, own in zip(talks, shared, strict=True) if not own]
     files = Files(recipe)
     held_out = _held_out(prepared, data)
-    text = _recipe_text(resolved, files, has_held_out=bool(held_out))
+    rows = [*originals, *(one.talk for one in made)]
+    # A stream gives each row of its files once an epoch.
+    weighs = bool(unchanged) and data.streaming is not True
+    weight = 1 + copies if weighs else None
+    text = _recipe_text(resolved, files, has_held_out=bool(held_out), weight=weight)
     check_recipe(text, recipe, need_rows=False)
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    _write_rows(files.rows, [*talks, *(one.talk for one in made)])
+    _write_rows(files.rows, rows if weighs else [*rows, *unchanged * (1 + copies)])
+    if weighs:
+        _write_rows(files.unchanged, unchanged)
     if held_out:
         _write_rows(files.held_out, held_out)
     write_text(recipe, text)
-    pairs = zip(talks, made, strict=False)
-    examples = tuple((talk, one) for talk, one in pairs if one.exchanged)[:3]
-    return Swapped(files, len(talks), len(made), len(held_out), chosen, exchanged, examples)
+    exchanged = Counter(word for one in made for word in one.exchanged)
+    examples = tuple(zip(originals[:3], made, strict=False))
+    counts = len(originals), len(unchanged), 1 + copies, len(made), len(held_out)
+    return Swapped(files, *counts, chosen, exchanged, examples, _words_in(made))
 
 
-def _refuse_weights(data: Data) -> None:
-    sources = data.train if isinstance(data.train, tuple) else (data.train,)
-    if any(not isinstance(source, str) and source.weight != 1 for source in sources):
-        raise RecipeError(
-            Problem("data.train", "has sources with weights, which one file of all their rows would lose; remove them")
-        )
+def _words_in(made: Sequence[Copy]) -> tuple[str, ...]:
+    """The different words that came in, in their order."""
+    return tuple(dict.fromkeys(new for copy in made for new in copy.exchanged.values()))
 
 
 def _words_for(
@@ -178,7 +142,7 @@ def _words_for(
     letters = {letter for talk in talks for letter in f"{request_of(talk)}{answer_of(talk)}"}
     found = spelled_words(tokenizer).of_letters(letters).without(asked)
     if found.choice >= LEAST_WORDS:
-        return Chosen(found, "words that the model has as one token behind a space and spells elsewhere")
+        return Chosen(found, "words that the model's vocabulary has behind a space alone, so that it must spell them")
     prose = english_words().of_letters(letters).without(asked)
     if prose.choice >= LEAST_WORDS:
         return Chosen(prose, "words of English prose (the model's vocabulary has too few that it must spell)")
@@ -192,34 +156,19 @@ def _words_for(
     )
 
 
-def _enough(given: Incoming, asked: Sequence[Conversation], name: str) -> Chosen:
+def _enough(given: GivenWords, asked: Sequence[Conversation]) -> Chosen:
     """Words of a text without those that are asked.
 
     Raises:
         RecipeError: there are few of them.
     """
-    left = given.without(asked)
+    left, name = given.words.without(asked), f"--words {given.file}"
     if left.choice >= LEAST_WORDS:
         return Chosen(left, f"words of {name}")
-    gone = given.choice - left.choice
+    gone = given.words.choice - left.choice
     without = f" ({gone} more stand in rows that are held out or asked in the end, and may not)" if gone else ""
     said = f"has {left.choice} different words of 3 to 11 small letters{without}; at least {LEAST_WORDS} must come in"
     raise RecipeError(Problem(name, f"{said}, so name a longer text"))
-
-
-def _given(words: Path) -> Incoming:
-    """The words of a text.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
-    try:
-        found = usual_words([words.read_text(encoding="utf-8-sig")])
-    except OSError as error:
-        raise RecipeError(Problem(f"--words {words}", f"cannot be read: {error.strerror}")) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(Problem(f"--words {words}", f"is not UTF-8 text (byte {error.start})")) from error
-    return Incoming(found)
 
 
 def _talks(examples: Dataset, data: Data) -> list[Conversation]:
@@ -256,10 +205,16 @@ def _held_out(prepared: Prepared, data: Data) -> list[Conversation]:
     return _talks(prepared.examples["validation"], data)
 
 
-def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool) -> str:
-    """The recipe with the rows that were written, which have a shape of their own, in the place of its own rows."""
+def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool, weight: int | None) -> str:
+    """The recipe with the rows that were written, which have a shape of their own, in the place of its own rows.
+
+    weight: of those without a word to exchange; None: there are none, or they are in one file with the others.
+    """
     data = resolved.recipe.data
-    changes: dict[KeyPath, Any] = {("data", "train"): files.rows.name, ("data", "columns"): None}
+    train: Any = files.rows.name
+    if weight is not None:
+        train = [{"path": files.rows.name}, {"path": files.unchanged.name, "weight": float(weight)}]
+    changes: dict[KeyPath, Any] = {("data", "train"): train, ("data", "columns"): None}
     changes["data", "format"] = None
     if has_held_out:
         changes |= {("data", "validation"): files.held_out.name, ("data", "validation_seed"): None}
@@ -299,23 +254,24 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
     """What there is to know of what was written, in sentences."""
     often = ", ".join(f"{word} {count:,}" for word, count in made.exchanged.most_common(12))
     more = f", and {len(made.exchanged) - 12:,} more" if len(made.exchanged) > 12 else ""
-    said = [
-        f"{made.files.rows}: {made.rows:,} rows and {made.copies:,} copies with other words",
+    said = [f"{made.files.rows}: {made.rows:,} rows and {made.copies:,} copies with other words"]
+    if made.unchanged:
+        one = made.unchanged == 1
+        said.append(
+            f"{made.unchanged:,} {'row has' if one else 'rows have'} no word to exchange; nothing is made of "
+            f"{'it, and it counts' if one else 'them, and they count'} {made.times} times, so that kinds of rows keep "
+            "their shares"
+        )
+    said += [
         f"words that were exchanged, how often: {often}{more}; what must stay is named with --keep WORD",
-        f"what came in: {made.chosen.words.choice:,} or more {made.chosen.kind}, as {_some_of(made)}",
+        f"what came in: {len(made.came_in):,} different words, as {', '.join(made.came_in[:3])}; drawn from "
+        f"{made.chosen.words.choice:,} {made.chosen.kind}",
     ]
     if made.held_out:
         said.append(f"{made.files.held_out}: the {made.held_out:,} rows that are held out; nothing is made of them")
     training = resolved.recipe.training
     if training.steps is None:
-        times = 1 + made.copies // made.rows
-        fewer = f"{training.epochs / times:.4g}"
+        fewer = f"{training.epochs / made.times:.4g}"
         command = shlex.join(["qtune", "run", str(made.files.recipe), "--set", f"training.epochs={fewer}"])
-        said.append(f"an epoch has {times} times as many steps now; as many as before: {command}")
+        said.append(f"an epoch has {made.times} times as many steps now; as many as before: {command}")
     return said
-
-
-def _some_of(made: Swapped) -> str:
-    """A few of the words that came in."""
-    came = dict.fromkeys(new for _, copy in made.examples for new in copy.exchanged.values())
-    return ", ".join(list(came)[:3])

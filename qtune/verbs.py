@@ -72,6 +72,15 @@ ALIKE = 0.7
 """Share of letters that a word has in common with what it is a slip of; so many are known that less says little."""
 
 
+OTHER_NAMES = {
+    "--test": "--data", "--dataset": "--data", "--train": "--data", "--rows-file": "--data", "--model": "--base",
+    "--base-model": "--base", "--kind": "--adapter", "--peft": "--adapter", "--out": "--output", "--card": "--gpu",
+    "--device": "--gpu", "--memory": "--vram", "--quantization": "--gguf", "--quantize": "--gguf", "--limit": "--rows",
+    "--samples": "--rows", "--num-samples": "--rows", "--overwrite": "--force", "--yes": "--force",
+}  # fmt: skip
+"""What other tools, or our own recipe, call an option."""
+
+
 class Verbs(TyperGroup):
     """The verbs; one that is not there is answered with the one that is meant."""
 
@@ -124,6 +133,8 @@ class Verbs(TyperGroup):
             return Problem(f"{name} {place}", said)
         if option is not None and hasattr(error, "possibilities"):
             known = [one for one in _options(command) if one.startswith("--")]
+            if (meant := OTHER_NAMES.get(option)) in known:
+                return Problem(f"{name} {option}", f"no such option; did you mean {meant!r}?")
             near = did_you_mean(option, error.possibilities or (), f"its options: {', '.join(known)}", most=2)
             return Problem(f"{name} {option}", f"no such option; {near}")
         if option is not None:

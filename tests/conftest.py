@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from ctrl_c import CTRL_C
 
 from qtune.startup.allocator import VARIABLES
 from qtune.startup.imports import no_collection
@@ -51,6 +52,15 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
         gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Ends the suite after a test that has met a Ctrl-C, though a trainer has taken it for its own."""
+    result = yield
+    if CTRL_C.was_pressed():
+        raise KeyboardInterrupt
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -93,6 +93,38 @@ def test_errors_stop_as_they_would_stop_the_run(write_recipe):
     assert "allowed  too-long: " in screen(allowed)
 
 
+@pytest.mark.parametrize("way", ["", "packing = true", "streaming = true"])
+def test_a_row_that_is_too_long_to_be_trained_on_is_in_no_figure_but_its_own(write_recipe, rows_file, way):
+    with rows_file.open("a") as file:
+        talk = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "long " * 80}]
+        file.write(f"{json.dumps({'messages': talk})}\n")
+    recipe = write_recipe(data=way, training="batch_size = 8\nmicro_batch_size = 2")
+    refused, dropped = (
+        check(load_recipe(recipe, ["data.validation=0.0", f"data.on_long_row={how}"])) for how in ("error", "drop")
+    )
+    assert [finding.kind for finding in refused.stopping] == ["too-long"]
+    (split,), batches = refused.splits, refused.batches
+    assert (split.refused, batches.refused, split.examples) == (1, 1, 22)
+    assert replace(split, refused=0) == dropped.splits[0]
+    assert replace(batches, refused=0) == dropped.batches
+    assert refused.samples == dropped.samples
+    assert "tokens; 1 too long to be trained on\n" in (shown := screen(refused))
+    assert shown.splitlines()[[line.startswith("split  examples") for line in shown.splitlines()].index(True)].endswith(
+        "too long"
+    )
+    assert "too long" not in screen(dropped)
+    allowed = check(load_recipe(recipe, ["data.validation=0.0", "data.on_long_row=error"]), ("too-long",))
+    assert (allowed.splits[0].refused, allowed.batches.refused, allowed.splits[0].examples) == (0, 0, 23)
+
+
+def test_where_every_row_is_too_long_no_figure_says_otherwise(write_recipe):
+    changes = ["data.validation=0.0", "data.on_long_row=error", "data.max_length=5"]
+    result = check(load_recipe(write_recipe(), changes))
+    assert (result.splits[0].examples, result.batches.rows, result.batches.refused) == (0, 0, 22)
+    assert (result.batches.steps_per_epoch, result.batches.padding_grouped, result.samples) == (0, 0.0, [])
+    assert "0, 0 tokens; 22 too long to be trained on" in screen(result)
+
+
 def test_bad_rows_are_reported_with_everything_else(write_recipe, rows_file):
     with rows_file.open("a") as file:
         file.write('{"messages": []}\n')
@@ -256,7 +288,7 @@ def test_where_relative_paths_start_from_is_said_where_those_are_two_places(writ
 def test_packed_rows_are_counted_as_packed(write_recipe):
     result = examined(write_recipe(data="packing = true", training="batch_size = 2"))
     assert result.batches.rows == len(result.prepared.train) < 20
-    assert batches_of(result.resolved.recipe, result.plan, result.prepared) == result.batches
+    assert batches_of(result.resolved.recipe, result.plan, result.prepared, result.splits[0]) == result.batches
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from qtune import __version__, cli
 from qtune.errors import GateError, InputError, Interrupted, Problem
 from qtune.export.conflicts import CONFLICTS
+from qtune.verbs import OTHER_NAMES, Verbs, _options
 
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 VERBS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
@@ -218,6 +219,34 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["eval", "runs/x", "--test", "rows.jsonl"], "--data"),
+        (["eval", "runs/x", "--samples", "5"], "--rows"),
+        (["init", "--model", "org/model"], "--base"),
+        (["init", "--dataset", "rows.jsonl"], "--data"),
+        (["init", "--out", "a.toml"], "--output"),
+        (["fit", "a.toml", "--memory", "8GB"], "--vram"),
+        (["profile", "a.toml", "--card", "RTX 3060"], "--gpu"),
+        (["export", "runs/x", "--quantize", "q8_0"], "--gguf"),
+        (["export", "runs/x", "--overwrite"], "--force"),
+    ],
+)
+def test_an_option_by_another_tool_s_name_is_answered_with_ours(words: list[str], meant: str) -> None:
+    ((code, out, err, _),) = ends(words)
+    option = next(word for word in words if word.startswith("--"))
+    assert (code, out) == (2, "")
+    assert err == f"error: qtune {words[0]} {option}: no such option; did you mean '{meant}'?\n"
+
+
+def test_no_other_name_stands_for_one_of_our_own_options() -> None:
+    command = typer.main.get_command(cli.app)
+    assert isinstance(command, Verbs)
+    for verb in command.commands.values():
+        assert not {one for one in _options(verb) if OTHER_NAMES.get(one) in _options(verb)} - {"--limit"}
 
 
 def test_a_mistyped_option_is_an_error_of_the_input() -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
 from qtune import console
@@ -314,3 +314,63 @@ def test_in_a_file_it_has_a_line_as_it_begins_and_one_every_five_seconds(
     once = ["step 20: asking 3 validation rows …", "step 20: asking 3 validation rows, 50% …"]
     evaluated = "step 20: validation loss 0.2500, accuracy 95.0%"
     assert capsys.readouterr().err.splitlines() == [*once, evaluated, *once, evaluated]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+LONG = f"runs/{'a-name-of-many-words-' * 4}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"qtune run --resume {LONG}",
+        f"ollama create better -f {LONG}/Modelfile && ollama run better",
+        f"vllm serve {LONG} --served-model-name better --max-model-len 8192",
+    ],
+)
+@pytest.mark.parametrize(
+    "said",
+    ["stopped at step 2, which is saved\ngo on with: {}", "  {}  # what it does", "use it with one of:\n  here:  {}"],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_command_is_one_line_on_the_narrowest_terminal(
+    monkeypatch: pytest.MonkeyPatch, command: str, said: str, grouped: bool
+) -> None:
+    for name, speak in (("stderr", console.say), ("stdout", console.out), ("stderr", console.say_error)):
+        stream = Terminal()
+        monkeypatch.setenv("COLUMNS", "40")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(f"sys.{name}", stream)
+        text = said.format(command)
+        prose = "words that are longer than forty columns are folded between them, as they were"
+        if speak is console.say_error:
+            speak(f"{prose}\n{text}")
+        else:
+            speak(Group(Text(prose), Text(text)) if grouped else f"{prose}\n{text}")
+        lines = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()
+        assert [line for line in lines if command in line], "whole"
+        assert max(len(line) for line in lines if command not in line) <= 40
+        assert prose not in "\n".join(lines), "and prose is folded"
+
+
+def test_a_line_that_must_not_be_folded_is_not_cut_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", stream)
+    console.out(Group(Text("x" * 90, no_wrap=True, overflow="ignore")))
+    assert "x" * 90 in stream.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "width"), [("", 120), ("60", 60), ("no number", 120), ("0", 120)])
+def test_a_pipe_is_as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
+    """The demo keeps what it shows by way of one."""
+    stream = io.StringIO()
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", stream)
+    console.out(console.table("", ("name", "what"), [("a", "word " * 60)]))
+    assert max(map(len, stream.getvalue().splitlines())) in range(width - 10, width + 1)

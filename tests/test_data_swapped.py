@@ -10,7 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qtune.data.conversation import Conversation
-from qtune.data.swapped import Copy, Incoming, own_words, shared_words, spelled_words, swapped, usual_words
+from qtune.data.swapped import (
+    Copy,
+    Incoming,
+    exchangeable,
+    own_words,
+    shared_words,
+    spelled_words,
+    swapped,
+    usual_words,
+    with_other_words,
+)
 from qtune.model.load import load_tokenizer
 from qtune.recipe.schema import Model
 
@@ -53,7 +63,7 @@ def test_a_word_that_is_copied_becomes_the_same_other_word_wherever_it_stands() 
 
 def test_words_of_the_form_of_answers_stay() -> None:
     rows = [talk("call a number now", f'{{"call": "number", "of": "{name}"}}') for name in NAMES]
-    assert own_words(rows) == set(NAMES)
+    assert not own_words(rows)
     assert [copy.talk for copy in swapped(rows, Incoming(WORDS), 1)] == rows, (
         "names stand in no request, and the rest is form"
     )
@@ -75,6 +85,34 @@ def test_words_of_the_form_of_answers_stay() -> None:
 )
 def test_what_says_something_by_itself_stays(one: Conversation) -> None:
     assert all(copy.talk == one and not copy.exchanged for copy in copies_of(one, keep=["BOOK"]))
+
+
+def test_different_words_become_different_ones_that_the_row_has_not() -> None:
+    rows = filled(talk(f"Call {WORDS[0]}, Maria and Tom", f"{WORDS[0]}, Maria, Tom"))
+    for copy in with_other_words(rows[:1], exchangeable(rows)[:1], Incoming(WORDS), 60):
+        names = texts(copy.talk)[1].casefold().split(", ")
+        assert len(set(names)) == 3
+        assert not set(map(str.casefold, copy.exchanged.values())) & {WORDS[0], "maria", "tom", "call", "and"}
+    few = Incoming(["call"])
+    assert all(not copy.exchanged for copy in with_other_words(rows[:1], exchangeable(rows)[:1], few, 3))
+
+
+def test_each_copy_is_another_row_where_a_word_can_be_exchanged() -> None:
+    rows = filled(talk("Call Maria", "Maria"))
+    made = list(with_other_words(rows, exchangeable(rows), Incoming(WORDS), 30))
+    assert all(copy.exchanged for copy in made[:: len(rows)])
+
+
+def test_what_answers_say_by_themselves_is_not_copied() -> None:
+    asked = [talk(f"The lamp of Room{n}x is broken", f"The lamp of Room{n}x: with spares") for n in range(40)]
+    said = [talk(f"Is {name} here with you", f"With pleasure: {name} with a coat") for name in ("Maria", "Tom")]
+    alone = [talk(f"heat {'abcdefghij'[n % 10]}{n}", f"{n} with care") for n in range(60)]
+    names = [talk(f"The printer of {name} sticks", f"The printer of {name} is sent for") for name in ("Ann", "Bob")]
+    printers = [talk(f"a printer, number {n}", f"{n}") for n in range(9)]
+    titles = [talk(f"Printer {name} sticks", f"Printer {name} is sent for") for name in ("Ida", "Ute")]
+    own = {word for words in exchangeable([*asked, *said, *alone, *names, *printers, *titles]) for word in words}
+    assert own >= {"Maria", "Tom", "Ann", "Bob", "Ida", "Ute"}
+    assert not own & {"The", "with", "With", "Printer"}
 
 
 def test_a_word_in_another_case_is_another_word() -> None:

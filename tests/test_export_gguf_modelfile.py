@@ -117,11 +117,14 @@ def test_the_file_has_template_system_stops_and_parameters(tokenizer: PreTrained
         'SYSTEM """Be brief."""\n'
         'PARAMETER stop "<|im_end|>"\n'
         'PARAMETER stop "</s>"\n'
-        "PARAMETER temperature 0.6\n"
-        "PARAMETER top_p 0.9\n"
-        "PARAMETER top_k 50\n"
-        "PARAMETER repeat_penalty 1.1\n"
+        "PARAMETER temperature 0\n"
+        "PARAMETER repeat_penalty 1.0\n"
         "PARAMETER num_ctx 8192\n"
+        "# It answers with the likeliest token each time, as qtune did. The base's own settings instead:\n"
+        "# PARAMETER temperature 0.6\n"
+        "# PARAMETER top_p 0.9\n"
+        "# PARAMETER top_k 50\n"
+        "# PARAMETER repeat_penalty 1.1\n"
     )
 
 
@@ -129,4 +132,5 @@ def test_a_greedy_model_is_asked_greedily(tokenizer: PreTrainedTokenizerBase) ->
     modelfile = made(tokenizer, read("chatml"))
     assert isinstance(modelfile, Modelfile)
     # Ollama's own penalty on repetitions, 1.1, would change greedy answers.
+    assert modelfile.of_the_base == {}
     assert modelfile.parameters == {"temperature": 0, "repeat_penalty": 1.0, "num_ctx": 8192}

@@ -48,7 +48,8 @@ def test_an_export_with_gguf_ends_with_commands_whose_files_are_there(
     assert all(one.command in said for one in serving(open_for_export(run), folder))
     card = (folder / "README.md").read_text()
     assert "llama-server -m model/run-f16.gguf" in card
-    assert "vllm serve model --served-model-name run --max-model-len 256\n" in card
+    greedy = """--override-generation-config '{"temperature": 0}'"""
+    assert f"vllm serve model --served-model-name run --max-model-len 256 {greedy}\n" in card
     assert "llama-server -m BASE.gguf --lora model/adapter.gguf" in card
 
 
@@ -68,7 +69,7 @@ def test_an_export_ends_with_every_program_that_loads_what_was_exported(
 ) -> None:
     run, (options, programs) = tiny_run(tmp_path), USES[kind]
     folder = export_run(run, options)
-    said = capsys.readouterr().err.partition("use it with one of:\n")[2].splitlines()
+    said = capsys.readouterr().err.partition("use it with one of")[2].partition(":\n")[2].splitlines()
     assert [line.strip().partition(": ")[0].rstrip(":") for line in said] == programs
     assert "```python" in (folder / "README.md").read_text()
     if kind == "merged":

@@ -24,6 +24,16 @@ def test_rows_are_the_validation_rows_of_the_run(tmp_path: Path) -> None:
         assert answer == f"{row.conversation.answer}<|im_end|>"
 
 
+def test_what_several_rows_say_is_compared_once(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines * 3))
+    found = rows_for(open_for_export(run), 2 * len(lines))
+    said = [row.conversation.to_json() for row in found.rows if row.conversation]
+    assert len(said) == len(set(said)) > 1
+
+
 def test_a_run_without_held_out_rows_is_checked_on_general_conversations(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     text = run.resolved_file.read_text().replace("validation = 0.5", "validation = 0.0")

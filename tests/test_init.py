@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import tomlkit
 from jsonschema import Draft202012Validator
+from typer.testing import CliRunner
 
 from qtune import init as stage
+from qtune.cli import app
 from qtune.data.first_look import ENOUGH, FirstLook
 from qtune.data.prepare import survey
 from qtune.errors import RecipeError
@@ -544,6 +546,15 @@ def test_a_copy_whose_steps_would_be_few_says_so(here):
     Path("rows.jsonl").write_text(rows_of(150))
     done = init("--from", "llama_lora", "--data", "rows.jsonl")
     assert "steps are few (142 rows, " in done.stderr
+
+
+def test_a_folder_that_is_not_there_is_what_is_named_and_no_rows_are_read(here: Path) -> None:
+    result = CliRunner().invoke(app, ["init", "--base", MODEL, "--data", "rows.jsonl", "-o", "nowhere/deep/r.toml"])
+    assert isinstance(result.exception, RecipeError)
+    assert str(result.exception) == "--output: nowhere/deep is no folder; make it, or name a file in another one"
+    (here / "taken.toml").touch()
+    result = CliRunner().invoke(app, ["init", "--base", MODEL, "--data", "no.jsonl", "-o", "taken.toml"])
+    assert "is there already" in str(result.exception), "before the rows, which are not there"
 
 
 OWN_COLUMNS = {

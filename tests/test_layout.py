@@ -49,6 +49,7 @@ ROOMS = (
     "export.export",
     "verdicts",
     "comparing",
+    "at_once",
     "preflight",
     "training",
     "report",
@@ -67,10 +68,10 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "cli", "console", "diagnosis", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes", "spelling",
-    "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards", "run.folder",
-    "run.finished", "run.resolved", "run.resumption", "export.conflicts", "export.output", "tuned.target",
-    "report.page", "verdicts",
+    "at_once", "cli", "console", "diagnosis", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes",
+    "spelling", "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards",
+    "data.swap_files", "run.folder", "run.finished", "run.resolved", "run.resumption", "export.conflicts",
+    "export.output", "tuned.target", "report.page", "verdicts",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 

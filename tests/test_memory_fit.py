@@ -144,6 +144,14 @@ def test_a_rewritten_recipe_keeps_comments_order_and_formatting():
     assert text == RECIPE.replace("max_length = 1024", "max_length = 512") + "micro_batch_size = 2 # to fit 8 GiB\n"
 
 
+def test_a_whole_share_of_a_step_is_not_called_the_largest_that_fits() -> None:
+    """More would fit, and there is no more: four processes have one row each of four."""
+    config = tiny(layers=1)
+    recipe = recipe_with(training={"batch_size": 1, "micro_batch_size": "auto"})
+    plan = settled(config, recipe, make_plan(recipe, CARD), Longest(64))
+    assert plan.reasons["training", "micro_batch_size"].startswith("the whole share of a step fits at once: ")
+
+
 @pytest.mark.slow
 def test_fit_takes_the_micro_batch_before_anything_that_costs_more(tmp_path, monkeypatch):
     monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))

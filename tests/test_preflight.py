@@ -24,6 +24,7 @@ from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_text
+from qtune.sizes import size_text
 from qtune.training import build, train
 from qtune.training.inputs import gather
 
@@ -79,7 +80,7 @@ BAD = {
     ),
     "a template that is not there": (
         ("data.chat_template=no.jinja",),
-        "data.chat_template: 'no.jinja': no readable template file, nor a built-in template",
+        'data.chat_template = "no.jinja": no such file',
     ),
     "a model folder without a configuration": (("model.base={empty}",), "{empty}: has no config.json"),
     "bad rows": (("data.train={bad}",), "bad.jsonl:1: messages is empty"),
@@ -159,15 +160,19 @@ def test_profile_and_fit_say_what_a_run_would_refuse(
     assert said.split()[0] in result.output.replace("\n", "")
 
 
+def changes_of(name: str, places: dict[str, str]) -> list[str]:
+    return [change.format_map(places) for change in BAD[name][0]]
+
+
 def test_everything_that_stops_a_run_is_said_at_once_and_shown_by_check(
     write_recipe: WriteRecipe, places: dict[str, str]
 ) -> None:
+    at_once = ["a tracker that is not installed", "an output directory that is a file"]
     names = [
-        "a tracker that is not installed",
+        *at_once,
         "attention that is not installed",
         "too little quantized",
         "target modules that match nothing",
-        "an output directory that is a file",
         "bad rows",
     ]
     changes = [change.format_map(places) for name in names for change in BAD[name][0]]
@@ -176,8 +181,14 @@ def test_everything_that_stops_a_run_is_said_at_once_and_shown_by_check(
         train.run(resolved)
     for name in names:
         assert BAD[name][1].format_map(places) in str(caught.value), name
+    # What the recipe alone tells is refused before the libraries are loaded that the rest would take.
+    early = CliRunner().invoke(cli.app, ["check", str(resolved.file), *(f"--set={change}" for change in changes)])
+    assert [BAD[name][1].format_map(places) in str(early.exception) for name in at_once] == [True, True]
+    changes = [change for change in changes if not any(change in changes_of(name, places) for name in at_once)]
     result = CliRunner().invoke(cli.app, ["check", str(resolved.file), *(f"--set={change}" for change in changes)])
     for problem in caught.value.problems:
+        if problem in early.exception.problems:
+            continue
         # Bad rows are counted on the screen, and listed by the error below it.
         assert f"error  {problem}" in result.output or "bad" in str(problem), problem
     assert "error  bad-rows: 2 bad rows, listed below" in result.output
@@ -232,12 +243,15 @@ def test_what_a_run_only_warns_of_is_said_by_both(
     recipe = write_recipe(training="steps = 40")
     monkeypatch.setattr("qtune.preflight.present_device", lambda: CARD)
     monkeypatch.setattr("qtune.preflight.attempted", lambda *_: "RuntimeError: no such kernel")
-    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=1024))
+    needed = examine(load_recipe(recipe)).disk
+    assert needed is not None
+    free = needed.least_bytes
+    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     warnings = examine(load_recipe(recipe)).warnings
     assert warnings[0] == (
         "memory: could not be predicted (RuntimeError: no such kernel); micro-batches shrink if they must"
     )
-    assert warnings[1].startswith("disk: 1.0 KiB are free, and the run and a merged export will write ")
+    assert warnings[1].startswith(f"disk: {size_text(free)} are free, and the run and a merged export will write ")
     result = CliRunner().invoke(cli.app, ["check", str(recipe)])
     assert all(f"warning  {warning}" in result.output for warning in warnings)
 
@@ -245,6 +259,21 @@ def test_what_a_run_only_warns_of_is_said_by_both(
     gather(load_recipe(recipe))  # the first thing that a run does
     said = capsys.readouterr().err
     assert all(warning in said for warning in warnings)
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused_by_all_before_a_weight_is_read(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short runs are not rehearsed: the last step would have said it."""
+    resolved = load_recipe(write_recipe(training="steps = 4"))
+    needed = examine(resolved).disk
+    assert needed is not None
+    monkeypatch.setattr("qtune.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=needed.least_bytes - 1))
+    with pytest.raises(InputError, match=r"^output\.directory: .* are free at .*, and one checkpoint and the adapter"):
+        train.run(resolved)
+    with pytest.raises(InputError, match="one checkpoint and the adapter take"):
+        check(resolved).require()
+    assert not list(Path(resolved.recipe.output.directory).glob("*/metrics.jsonl"))
 
 
 def test_a_good_recipe_passes(write_recipe: WriteRecipe) -> None:

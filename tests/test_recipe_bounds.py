@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from qtune import cli
+from qtune.at_once import require_name
 from qtune.device.present import Device
 from qtune.errors import QtuneError, RecipeError
 from qtune.plan import make_plan
-from qtune.preflight import _require_name
 from qtune.recipe.faults import MOST_SHOWN
 from qtune.recipe.file import LONGEST_RECIPE, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
@@ -210,7 +210,7 @@ def test_a_weight_decay_that_turns_weights_around_is_refused(said) -> None:
 @pytest.mark.parametrize("name", ["a\nb", "x" * 240, "a\x1b[31mb"])
 def test_a_recipe_whose_file_name_is_no_folders_is_told_to_name_its_run(name: str) -> None:
     with pytest.raises(QtuneError, match=r"--set output\.name=NAME"):
-        _require_name(name)
+        require_name(name)
 
 
 def test_where_a_file_or_a_link_to_nowhere_lies_no_run_can_be_made(tmp_path: Path) -> None:

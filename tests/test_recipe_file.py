@@ -52,6 +52,23 @@ def test_a_small_recipe_gets_the_documented_defaults(check) -> None:
     assert recipe.data.max_length == 2048
 
 
+def test_what_is_wrong_beside_a_mistyped_kind_is_reported_with_it(problems) -> None:
+    """By the kind that is meant; where none is, no key can be known."""
+    text = '[model]\nbase = "org/model"\n[adapter]\nkind = "KIND"\nrnak = 16\nalpha = "many"\n'
+    text += '[data]\ntrain = "rows.jsonl"\n'
+    found = problems(text.replace("KIND", "lorra"))
+    assert [line.partition(" = ")[0] for line in found[:3]] == [
+        "recipe.toml:4: adapter.kind", "recipe.toml:5: adapter.rnak", "recipe.toml:6: adapter.alpha",
+    ]  # fmt: skip
+    assert found[0].endswith("did you mean 'lora'?")
+    (alone,) = (line for line in problems(text.replace("KIND", "xyzzy")) if "adapter" in line)
+    assert "adapter.kind" in alone
+    quantized = problems(
+        '[model]\nbase = "org/model"\n[quantization]\nkind = "nf5"\ndouble = 1\n[data]\ntrain = "rows.jsonl"\n'
+    )
+    assert any("quantization.double" in line for line in quantized)
+
+
 def test_everything_that_is_wrong_is_reported_at_once(problems) -> None:
     text = """\
 [model]

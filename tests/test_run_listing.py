@@ -15,7 +15,7 @@ from qtune.cli import app
 from qtune.errors import RunError
 from qtune.manifest import seal
 from qtune.run.folder import RunDir
-from qtune.run.listing import list_runs, said_of_stopped
+from qtune.run.listing import list_runs, said_of_next, said_of_stopped
 from qtune.run.metrics import append_metric
 from qtune.run.owner import Owner
 from qtune.screens.listing import age_text
@@ -99,6 +99,45 @@ def test_where_another_run_begins_the_one_that_was_stopped_is_named_with_the_way
     assert said_of_stopped(tmp_path, "mine") is None, "it has ended"
 
 
+def test_a_name_that_is_taken_is_said_with_the_one_that_is_free(tmp_path: Path) -> None:
+    assert said_of_next(tmp_path, "mine") == []
+    made(tmp_path, "mine")
+    (tmp_path / "mine-2").symlink_to("nowhere")
+    (told,) = said_of_next(tmp_path, "mine")
+    assert told == f"{tmp_path / 'mine'} is there: a new run will be {tmp_path / 'mine-3'}"
+    assert RunDir.create(tmp_path, "mine", "").path == tmp_path / "mine-3"
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        (["check"], "mine"),
+        (["run"], "mine"),
+        (["run", "--seeds", "2"], "mine-seed42"),
+        (["run", "--set", "output.name=other"], "other"),
+    ],
+)
+def test_check_and_run_say_that_a_name_is_taken_before_they_load_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], taken: str
+) -> None:
+    class LoadingError(Exception):
+        pass
+
+    def load() -> None:
+        raise LoadingError
+
+    monkeypatch.setattr("qtune.cli._load_libraries", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "r.toml").write_text(
+        '[model]\nbase = "builtin:smollm2-135m-instruct"\n[data]\ntrain = "rows.jsonl"\n[output]\nname = "mine"\n'
+    )
+    made(tmp_path / "runs", taken)
+    result = CliRunner().invoke(app, [words[0], "r.toml", *words[1:]])
+    assert isinstance(result.exception, LoadingError)
+    assert result.stderr == f"runs/{taken} is there: a new run will be runs/{taken}-2\n"
+
+
 def test_a_run_that_trains_at_this_moment_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path, "trains", trained(7, 3.0, 1))
     monkeypatch.setattr("qtune.run.listing.owner_of", lambda run: Owner(1, "elsewhere", 0.0, "then"))
@@ -164,7 +203,7 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     assert shown.returncode == 0
     line = next(line for line in shown.stdout.splitlines() if line.startswith("mine"))
     assert "step 20 of 20" in line
-    assert "1.250 -> 1.250" in line
+    assert "1.25 -> 1.25" in line
     (found,) = json.loads(run_qtune("list", tmp_path, "--json").stdout)
     assert (found["name"], found["loss_end"]) == ("mine", 1.25)
     (tmp_path / "empty").mkdir()

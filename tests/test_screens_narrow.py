@@ -15,7 +15,17 @@ from qtune.screens.listing import draw_runs
 from qtune.screens.memory import _of_it, _why_others_take_less
 from qtune.sizes import GIB
 
-HEAD = ["run", "adapter", "trained", "runs", "loss, nats", "less than the first", "ROUGE-L", "forgotten, nats", "time"]
+HEAD = [
+    "run",
+    "adapter",
+    "trained",
+    "runs",
+    "loss, nats",
+    "loss against the first",
+    "ROUGE-L",
+    "forgotten, nats",
+    "time",
+]
 ROWS = [
     ["base", "", "", "", "4.157", "", "12.0 %", "0 of 3.808", ""],
     ["recipe", "lora", "4.884 M", "1", "1.159 (0.786 to 1.575)", "", "46.1 (37.4 to 55.7)", "-0.058", "1:13"],
@@ -63,11 +73,11 @@ def test_runs_that_are_too_wide_for_a_table_are_a_few_lines_each(width: int) -> 
         "Runs in runs",
         "tickets: finished, 30 steps",
         "  lora on builtin:smollm2-135m-instruct",
-        "  training loss 4.069 -> 1.456, best validation 1.1589",
+        "  training loss 4.07 -> 1.46, best validation 1.1589",
         "  0.25 GiB, 1 h old",
         "soft: stopped, 9 of 500 steps, 5 saved",
         "  prompt-tuning on org/base",
-        "  training loss 4.000 -> 3.900",
+        "  training loss 4.00 -> 3.90",
         "  1.0 MiB, now",
         "go on with soft: qtune x",
     ]

@@ -47,3 +47,20 @@ def test_a_mistyped_file_is_answered_with_the_one_beside_it(tmp_path: Path, writ
     for name in ("mails.jsonl", "train.jsonl", ".hidden"):
         (tmp_path / "data" / name).touch()
     assert meant_file(f"data/{written}", tmp_path) == (f"; did you mean 'data/{meant}'?" if meant else "")
+
+
+def test_a_recipe_is_not_offered_where_no_recipe_can_be_meant(tmp_path: Path) -> None:
+    """Neither as a model nor as rows."""
+    for name in ("nobase.toml", "gold.toml"):
+        (tmp_path / name).touch()
+    assert "nobase.toml" in meant_file("nobase", tmp_path), "as what is run it is"
+    assert meant_file("nobase", tmp_path, but=".toml") == ""
+    (tmp_path / "gold.jsonl").touch()
+    assert "gold.jsonl" in meant_file("gold", tmp_path, but=".toml")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_of_files_that_differ_by_their_ending_the_one_with_the_same_is_meant(tmp_path: Path, ending: str) -> None:
+    for name in ("hives.csv", "hives.jsonl", "hives.parquet"):
+        (tmp_path / name).touch()
+    assert meant_file(f"hive{ending}", tmp_path) == f"; did you mean 'hives{ending}'?"

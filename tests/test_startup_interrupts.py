@@ -15,7 +15,7 @@ from qtune.run.folder import RunDir
 from qtune.verbs import KEPT
 
 COMMANDS = {
-    "init": ["init", "--base", "org/base", "--data", "rows.jsonl"],
+    "init": ["init", "--base", "org/base", "--data", "rows.jsonl", "-o", "new.toml"],
     "run": ["run", "recipe.toml"],
     "check": ["check", "recipe.toml"],
     "profile": ["profile", "recipe.toml"],

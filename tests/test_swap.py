@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -167,12 +168,60 @@ def test_what_came_in_is_shown_and_how_to_train_as_long_as_before(
     said = swap(recipe_in(tmp_path, tiny_model, "rows.jsonl", training="epochs = 3.0")).stderr
     assert "36 rows and 72 copies with other words" in said
     assert "the 4 rows that are held out; nothing is made of them" in said
-    assert re.search(r"what came in: \d+ or more words of English prose \(the model.*\), as [\w ,]+\n", said)
+    assert re.search(r"what came in: \d+ different words, as [\w ,]+; drawn from \d+ words of English prose", said)
     assert (
         f"an epoch has 3 times as many steps now; as many as before: qtune run {made} --set training.epochs=1" in said
     )
     assert re.search(r"row +Please call (\w+) now → call \1 *\ncopy +Please call (?!\1)(\w+) now → call \2 *\n", said)
     assert len(load_recipe(made, ["training.epochs=1"]).recipe.data.train) > 0
+
+
+def test_rows_without_a_word_to_exchange_are_not_copied_and_count_as_often_as_before(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [SHAPES["messages"](*pair) for pair in [*PAIRS, *((f"How much is {n}?", f"{n}") for n in range(6))]]
+    written(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.0")
+    said = swap(recipe, "--copies", "3").stderr
+    assert "6 rows have no word to exchange; nothing is made of them, and they count 4 times" in said
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    again = Counter(talks(after, "train"))
+    assert max(again.values()) == 1, "no row is there twice, which check would name"
+    trained = Counter(map(tuple, after.train["input_ids"]))
+    assert sorted(trained.values()) == [1] * 160 + [4] * 6
+    recipe.write_text(recipe.read_text().replace("[data]\n", "[data]\nstreaming = true\n"))
+    assert swap(recipe, "--copies", "3", "--force").exit_code == 0
+    assert len(prepared(tmp_path / "recipe.swapped.toml").train) == 4 * 46, "a stream has no weights"
+
+
+def test_rows_that_were_swapped_are_not_swapped_again(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    done = swap(recipe_in(tmp_path, tiny_model, "rows.jsonl"))
+    made = tmp_path / "recipe.swapped.toml"
+    assert f"  qtune check {made}  # what would spoil the run\n" in done.stderr
+    monkeypatch.setattr("qtune.cli._load_libraries", lambda: pytest.fail("libraries were loaded"))
+    assert "has copies of its rows already" in str(swap(made).exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [([], "are there already"), (["--words", "nowhere.txt", "--force"], "cannot be read")],
+)
+def test_what_names_alone_tell_is_said_before_a_library_is_loaded(
+    options: list[str],
+    told: str,
+    swap: Callable[..., Result],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    assert swap(recipe).exit_code == 0
+    monkeypatch.setattr("qtune.cli._load_libraries", lambda: pytest.fail("libraries were loaded"))
+    assert told in str(swap(recipe, *options).exception)
 
 
 def test_words_come_from_a_text_of_the_user_s_and_kept_ones_stay(
@@ -185,8 +234,10 @@ def test_words_come_from_a_text_of_the_user_s_and_kept_ones_stay(
     recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.0")
     done = swap(recipe, "--words", tmp_path / "words.txt", "--keep", "aaaster", "--copies", "4")
     assert done.exit_code == 0, done.output
-    said = [said.removeprefix("call ") for _, said in talks(prepared(tmp_path / "recipe.swapped.toml"), "train")]
-    assert said.count("AaAster") == 5
+    after = prepared(tmp_path / "recipe.swapped.toml")
+    said = [said.removeprefix("call ") for _, said in talks(after, "train")]
+    assert said.count("AaAster") == 1
+    assert max(Counter(map(tuple, after.train["input_ids"])).values()) == 5
     assert {name for name in said if not name.endswith("ster")} <= {word.capitalize() for word in words}
 
 
@@ -318,7 +369,7 @@ def test_words_of_a_text_that_are_asked_do_not_count(
         )
     written(tmp_path / "asked.jsonl", [SHAPES["messages"](f"Say {word}", word) for word in words[:8]])
     done = swap(recipe, "--words", tmp_path / "words.txt")
-    assert f"what came in: 100 or more words of --words {tmp_path / 'words.txt'}, as " in done.stderr
+    assert f"; drawn from 100 words of --words {tmp_path / 'words.txt'}\n" in done.stderr
 
 
 @pytest.mark.parametrize("call", ["Позвони {}, пожалуйста", "请打电话给“{}”。"])

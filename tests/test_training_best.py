@@ -95,7 +95,7 @@ def test_a_kept_state_that_has_changed_is_said_and_is_no_result(
 ) -> None:
     folder = RunDir(tmp_path).checkpoints
     before = [looked(3, 1.0), looked(6, 1.5), looked(9, 2.0)]
-    keeper = KeepBest(folder, Training(result="best"), lambda note: None)
+    keeper = KeepBest(folder, Training(result="best"), lambda *_: None)
     state, metrics = TrainerState(global_step=3, max_steps=9), {"eval_loss": 1.0}
     keeper.on_evaluate(None, state, TrainerControl(), metrics=metrics, model=Weights())  # type: ignore[arg-type]
     kept = folder / "best-3"
@@ -106,7 +106,7 @@ def test_a_kept_state_that_has_changed_is_said_and_is_no_result(
         (kept / STATE_FILE).write_bytes(content)
     else:
         kept = kept.rename(folder / "best-6")
-    keeper = KeepBest(folder, Training(result="best"), lambda note: None, before)
+    keeper = KeepBest(folder, Training(result="best"), lambda *_: None, before)
     assert f"{kept} is not what was kept: " in capsys.readouterr().err
     said = keeper.take(Weights(), before, 9)  # type: ignore[arg-type]
     assert keeper.chosen is None
@@ -116,7 +116,7 @@ def test_a_kept_state_that_has_changed_is_said_and_is_no_result(
 
 
 def test_without_the_state_of_the_best_the_next_best_is_kept(tmp_path: Path, monkeypatch) -> None:
-    keeper = KeepBest(tmp_path, Training(), lambda note: None, [looked(3, 1.0)])
+    keeper = KeepBest(tmp_path, Training(), lambda *_: None, [looked(3, 1.0)])
     kept: list[int] = []
     monkeypatch.setattr(keeper, "_keep", lambda model, step: kept.append(step))
     for step, loss in ((6, 1.5), (9, 2.0), (12, 1.2)):
@@ -190,6 +190,7 @@ def test_patience_ends_a_run_that_finds_nothing_better(write_recipe: WriteRecipe
     notes = [one.message for one in read_metrics(finished.metrics_file) if isinstance(one, NoteRecord)]
     stop = f"stopped at step {best.step + 2}: 2 evaluations in a row found no lower loss than {best.loss:.4f}"
     assert stop in notes
+    assert summary_of(finished).steps_taken == f"{best.step + 2} of 40 steps"
 
 
 @pytest.mark.slow
@@ -207,12 +208,12 @@ def test_a_run_that_goes_on_knows_its_best_and_forgets_states_of_steps_to_come(t
     for step in (3, 8):
         (tmp_path / f"best-{step}").mkdir()
         (tmp_path / f"best-{step}" / STATE_FILE).touch()
-    keeper = KeepBest(tmp_path, Training(patience=3), lambda note: None, [looked(3, 1.0), looked(6, 2.0)])
+    keeper = KeepBest(tmp_path, Training(patience=3), lambda *_: None, [looked(3, 1.0), looked(6, 2.0)])
     assert [path.name for path in kept_states(tmp_path)] == ["best-3"]
     assert (keeper.best_loss, keeper.since, keeper.stopped_early) == (1.0, 1, False)
     # Patience that had ended the run before it was saved has ended it.
     ended = [looked(1, 1.0), looked(2, 2.0), looked(3, 2.0), looked(4, 2.0)]
-    assert KeepBest(tmp_path, Training(patience=3), lambda note: None, ended).stopped_early
+    assert KeepBest(tmp_path, Training(patience=3), lambda *_: None, ended).stopped_early
 
 
 @pytest.mark.parametrize(

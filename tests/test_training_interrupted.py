@@ -2,10 +2,8 @@
 
 import errno
 import itertools
-import os
 import shlex
 import shutil
-import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import WriteRecipe
+from ctrl_c import CTRL_C
 from test_training_train import Killed, latest_run, run
 from transformers import TrainerState
 
@@ -133,7 +132,7 @@ def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkey
     (finished.adapter / "adapter_model.safetensors").write_bytes(b"")
     for step in (3, 4):
         shutil.rmtree(finished.checkpoints / f"checkpoint-{step}")
-    monkeypatch.setattr(OptimizerPhase, "on_pre_optimizer_step", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(OptimizerPhase, "on_pre_optimizer_step", lambda *_, **__: CTRL_C.press())
     with pytest.raises(Interrupted, match="stopped at step 3 of 4, which is saved"):
         train.resume(finished)
 

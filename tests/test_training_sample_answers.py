@@ -17,6 +17,7 @@ from test_training_train import Killed, assert_same_run, course, killed
 from transformers import TrainerControl, TrainerState
 
 from qtune.adapter.state import STATE_FILE
+from qtune.data.conversation import Conversation
 from qtune.recipe.file import load_recipe
 from qtune.report.over_time import answers_over_time
 from qtune.run.folder import RunDir
@@ -53,6 +54,25 @@ def said_in(run_dir: RunDir) -> list[list[tuple[str, str]]]:
 
 def notes_in(run_dir: RunDir) -> list[str]:
     return [one.message for one in read_metrics(run_dir.metrics_file) if isinstance(one, NoteRecord)]
+
+
+def test_what_several_rows_ask_is_asked_once() -> None:
+    """Whatever each of them wants as its answer."""
+    asked = ("A?", "B?", "A?", "A?", "C?", "A?")
+    rows = [
+        {
+            "conversation": Conversation(
+                ({"role": "user", "content": text}, {"role": "assistant", "content": str(n)})
+            ).to_json()
+        }
+        for n, text in enumerate(asked)
+    ]
+    given = SimpleNamespace(
+        prepared=SimpleNamespace(examples={"validation": rows}),
+        recipe=SimpleNamespace(training=SimpleNamespace(sample_answers=3)),
+    )
+    found = [Conversation.from_json(row["conversation"]) for row in sample_answers.sampled_rows(given)]  # type: ignore[arg-type]
+    assert sorted(one.prompt[0]["content"] for one in found) == ["A?", "B?", "C?"]
 
 
 @pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "p-tuning"])

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.state import save_adapter
-from qtune.data.held_out import spread
+from qtune.data.held_out import spread, spread_unlike
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
+from qtune.report.results import evaluation as evaluation_part
 from qtune.run.folder import RunDir
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
@@ -24,6 +25,7 @@ from qtune.tuned.evaluation import EXTRA_TOKENS
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 from qtune.tuned.vocabulary import decoded
+from qtune.verdicts.learning import learned_against_base
 
 RECIPE = """\
 [model]
@@ -180,6 +182,23 @@ def test_rows_are_spread_evenly():
     assert spread(1000, 4) == [0, 250, 500, 750]
 
 
+@pytest.mark.parametrize(
+    ("rows", "wanted", "chosen"),
+    [
+        ("abcdef", 3, "ace"),
+        ("aaabcd", 3, "abc"),
+        ("abca", 4, "abc"),
+        ("aabbaa", 3, "ab"),
+        ("bbba", 2, "ab"),
+        ("", 3, ""),
+    ],
+)
+def test_rows_that_say_the_same_are_chosen_once_and_others_stand_in(rows: str, wanted: int, chosen: str) -> None:
+    found = spread_unlike(len(rows), wanted, rows.__getitem__)
+    assert found == sorted(found)
+    assert sorted(rows[place] for place in found) == sorted(chosen)
+
+
 @pytest.mark.slow
 def test_the_loss_does_not_depend_on_the_batches(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
@@ -202,6 +221,24 @@ def test_separate_rows_are_evaluated_after_the_training_rows_are_gone(tmp_path, 
     run_dir = make_run(tmp_path, tiny_model)
     (tmp_path / "train.jsonl").unlink()
     assert evaluate(run_dir, rows=1).rows_held_out == 8
+
+
+def test_rows_that_training_saw_as_well_are_said_to_be_so(tmp_path, tiny_model, capsys):
+    run_dir = make_run(tmp_path, tiny_model, held_out='test = "test.jsonl"\nvalidation = 0.0')
+    assert evaluate(run_dir).about_rows == "which training did not see"
+    both = [row(f"Name number {n}", "It is another") for n in (3, 5)]
+    write_rows(tmp_path / "test.jsonl", [*both, *(row(f"Name letter {c}", f"It is {c}") for c in "abcdef")])
+    found = evaluate(run_dir)
+    assert found.rows_trained_on == 2
+    told = "of which training saw the prompts of 2: measuring on them says nothing of new rows"
+    assert learned_against_base(found, "run").sentence.startswith(f"on 8 held-out rows, {told}, the loss went")
+    show(found)
+    assert f"8 rows, {told}" in capsys.readouterr().out.replace("\n", " ")
+    assert f"8 of 8 test rows, {told}." in str(evaluation_part(found))
+    (tmp_path / "train.jsonl").unlink()
+    gone = evaluate(run_dir)
+    assert (gone.rows_trained_on, gone.about_rows) == (None, "")
+    assert "8 of 8 test rows.</p>" in str(evaluation_part(gone))
 
 
 def test_other_rows_can_be_named(tmp_path, tiny_model, monkeypatch):

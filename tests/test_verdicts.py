@@ -321,7 +321,8 @@ def test_a_rise_during_the_warm_up_is_no_alarm() -> None:
     found = rate(replace(NOTHING, train=training(losses, rates)))
     assert found.standing == "good"
     first = sum(losses[5:15]) / 10
-    assert f"the training loss after the warm-up went from {first:.3g} (mean of 10 logged steps) to " in found.sentence
+    assert f"the training loss after the warm-up went from {first:.3g} to " in found.sentence
+    assert "(means of the first 10 and the last 10 logged steps)" in found.sentence
 
 
 def test_no_fall_says_nothing_of_the_rate_and_few_steps_say_less() -> None:

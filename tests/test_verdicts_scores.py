@@ -42,6 +42,7 @@ def test_free_text_is_measured_by_order_of_words_length_repetition_and_end_and_n
         "perplexity",
         "tokens right",
         "like the expected answer (ROUGE-L)",
+        "answers exactly right",
         "words in common (F1)",
         "length, times the expected",
         "words said again",

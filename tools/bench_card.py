@@ -28,6 +28,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
+from bare_trainer import bare_trainer
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -42,7 +43,6 @@ from qtune.adapter.lean import install_lean_step
 from qtune.data.collate import PaddedCollator
 from qtune.device.present import present_device
 from qtune.kernels import comparison, ops
-from qtune.memory.measured.meter import Meter
 from qtune.memory.tracing.bare_model import bare_model
 from qtune.model.host import store_embeddings
 from qtune.model.layer_stream import stream_layers
@@ -50,9 +50,6 @@ from qtune.model.load import quantization_config
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
-from qtune.run.folder import RunDir
-from qtune.training.arguments import sft_config
-from qtune.training.trainer import QloraTrainer
 
 EIGHT_B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -242,10 +239,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def random_rows(rows: int, length: int, vocabulary: int) -> Dataset:
+def random_rows(rows: int, length: int, vocabulary: int) -> dict[str, list[list[int]]]:
     """Full rows, every token scored."""
     ids = torch.randint(3, vocabulary, (rows, length)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+    return {"input_ids": ids, "labels": ids}
 
 
 # --- trainers ------------------------------------------------------------------------------------------------------
@@ -254,13 +251,9 @@ def random_rows(rows: int, length: int, vocabulary: int) -> Dataset:
 def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant: str) -> SFTTrainer:
     """qtune's trainer, as a run builds it."""
     recipe, plan = parts(rows, length, compute_dtype(), variant)
-    model, run_dir = random_model(geometry, recipe, plan), RunDir(Path(folder) / f"qtune-{variant}")
-    trainer = QloraTrainer(
-        model=model, config=sft_config(recipe.training, plan, run_dir, has_validation=False), plan=plan,
-        training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False), tokenizer=tokenizer(),
-        train=random_rows(rows, length, geometry["vocab_size"]), validation=None, collator=PaddedCollator(0),
-        lengths=[length] * rows, callbacks=[], tiled_loss=True, note=print,
+    trainer = bare_trainer(
+        random_model(geometry, recipe, plan), recipe, plan, tokenizer(),
+        random_rows(rows, length, geometry["vocab_size"]), Path(folder) / f"qtune-{variant}",
     )  # fmt: skip
     return ready(trainer, plan)
 
@@ -278,7 +271,7 @@ def trl(geometry: dict[str, int], rows: int, length: int, folder: str, *, use_li
         use_liger_kernel=use_liger_kernel,
     )  # fmt: skip
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=random_rows(rows, length, geometry["vocab_size"]),
+        model=model, args=config, train_dataset=Dataset.from_dict(random_rows(rows, length, geometry["vocab_size"])),
         processing_class=tokenizer(), data_collator=PaddedCollator(0),
     )  # fmt: skip
     return ready(trainer, plan)
@@ -307,14 +300,20 @@ def step(trainer: SFTTrainer) -> float:
     batch = next(iter(trainer.get_train_dataloader()))
     synchronize()
     began = time.perf_counter()
+    update(trainer, batch)
+    synchronize()
+    return time.perf_counter() - began
+
+
+def update(trainer: SFTTrainer, batch: dict[str, Any]) -> torch.Tensor:
+    """Forward, backward, clipping and update as transformers' loop does them; the mean loss."""
     scored = batch["labels"][:, 1:].ne(-100).sum()
-    trainer.training_step(trainer.model, batch, scored)
+    loss = trainer.training_step(trainer.model, batch, scored)
     trainer.floating_point_ops(batch)
     trainer._clip_grad_norm(trainer.model)
     trainer.optimizer.step()
     trainer.model.zero_grad()
-    synchronize()
-    return time.perf_counter() - began
+    return loss
 
 
 def synchronize() -> None:

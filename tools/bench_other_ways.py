@@ -77,11 +77,11 @@ def model_for(geometry: dict[str, int], rows: int, length: int, *, kept: bool = 
     return model, plan
 
 
-def forward_and_backward(model: Any, ids: torch.Tensor, tile_bytes: int) -> Take:
+def forward_and_backward(model: Any, ids: torch.Tensor, tile_bytes: int, dtype: torch.dtype | None = None) -> Take:
     """Every token of `ids` but the first of a row is scored."""
     base, head = model.get_base_model(), model.get_base_model().get_output_embeddings()
     labels = ids[:, 1:].flatten().clone()
-    kind, dtype = ids.device.type, compute_dtype()
+    kind, dtype = ids.device.type, dtype or compute_dtype()
 
     def take() -> torch.Tensor:
         # A graph must hold the casts that autocast would remember from before it.

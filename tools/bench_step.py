@@ -1,106 +1,259 @@
-"""The training step against TRL's own, both on the same rows, model, adapter and dtype, in alternating steps.
+"""The training step against TRL's and Unsloth's, all on the same rows, base, adapter and dtype, in alternating steps.
 
     python tools/bench_step.py [--steps 10] [--threads 2] [--scored all|answers] [--dtype auto|float32|bfloat16]
+    python tools/bench_step.py --model "Llama 3.1 8B" --rows 4 --length 2048 --checkpointing --unsloth-python FILE
+    python tools/bench_step.py --trainers TRL-apart TRL      # what a process of its own changes
 
-Baseline: TRL's SFTTrainer as it comes (its fused LM head, no gradient checkpointing), with the adapter in fp32 or, with
---trl-adapter bfloat16, as TRL makes it, which a CPU without native bfloat16 computes ten times slower.
-Both train SmolLM2-135M-Instruct in NF4 with LoRA rank 16 on all linear layers, 2 rows of 256 tokens a step.
-Prints medians of seconds per step, tokens per second, their ratio, and the losses, which must agree. On a computer that
-other work uses as well, the ratio of processor time is the one to believe.
+    TRL        SFTTrainer as it comes (its fused LM head), with the adapter in fp32 or, with --trl-adapter bfloat16, as
+               TRL makes it, which a CPU without native bfloat16 computes ten times slower
+    TRL-apart  the same in a process of its own
+    Unsloth    in a process of its own, where it is installed; --unsloth-python names the Python that has it, for
+               2026.10 asks for transformers and TRL older than qtune's. Without a card its layers are peft's
+    qtune      as a run takes it
+
+The built-in model unless --base (a folder) or --model (a published geometry with random weights) says otherwise, in NF4
+with LoRA rank 16 on all linear layers, 2 rows of 256 tokens a step, computed once unless --checkpointing. Printed are
+medians of seconds per step, tokens per second, the first and last loss, which must agree, the peak of each, and ratios
+to the last trainer named. On a computer that other work uses as well, the ratio of processor time is the one to
+believe. Peaks are the tensors' on a card; on a CPU the whole memory of a process, and only of one with one trainer.
 """
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
-import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from bare_trainer import bare_trainer
+from bench_card import allocated, free, ready, update
+from memory_table import MODELS
+from random_checkpoint import random_checkpoint
+from step_apart import Apart, Job, Meter, RefusedError, Taken, trl_trainer
+from trl import SFTTrainer
 
-from qtune.adapter.attach import attach_adapter, cast_adapter
-from qtune.data.collate import PaddedCollator
+from qtune.adapter.attach import attach_adapter
 from qtune.device.present import present_device
-from qtune.memory.measured.meter import Meter
 from qtune.model.load import load_base, load_tokenizer
-from qtune.plan import make_plan
+from qtune.model.local import local_base
+from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
-from qtune.run.folder import RunDir
+from qtune.recipe.schema import Recipe
 from qtune.startup.quiet import quiet_libraries, quiet_loading
-from qtune.training.arguments import sft_config
-from qtune.training.trainer import QloraTrainer
 
-ROWS, LENGTH = 2, 256
+BUILTIN = "builtin:smollm2-135m-instruct"
 TEXT = Path(__file__).parent.parent / "README.md"
+TRAINERS = ("TRL", "TRL-apart", "Unsloth", "qtune")
+NOT_COUNTED = 2
+"""Steps of each before those that are: what is made once is made in them."""
 
 
-def main() -> None:
+class Stepping(Protocol):
+    """A trainer that takes one step when it is asked."""
+
+    def step(self) -> Taken: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Here:
+    """A trainer in this process."""
+
+    trainer: SFTTrainer
+    others_bytes: int = 0
+    """What the other ones in this process hold on the card."""
+
+    def step(self) -> Taken:
+        """One micro-batch as transformers' loop takes it, which has the batch before a step begins."""
+        batch = next(iter(self.trainer.get_train_dataloader()))
+        meter = Meter()
+        loss = update(self.trainer, batch)
+        seconds, worked, peak = meter.read()
+        return Taken(float(loss), seconds, worked, peak - self.others_bytes if peak and on_card() else None)
+
+    def close(self) -> None:
+        """It ends with this process."""
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Runs the comparison and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10, help="counted steps of each, after two that are not")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--scored", choices=("all", "answers"), default="all", help="all tokens, or the last quarter")
-    parser.add_argument("--dtype", default="auto", help="that both compute in")
-    parser.add_argument("--trl-adapter", choices=("float32", "bfloat16"), default="float32")
-    options = parser.parse_args()
+    options = parsed(arguments)
     torch.set_num_threads(options.threads)
     quiet_libraries()
     quiet_loading()
-
     with tempfile.TemporaryDirectory() as folder:
-        theirs = _trl(folder, options.scored, options.dtype, options.trl_adapter)
-        trainers = {f"TRL, {options.trl_adapter}": theirs, "qtune": _ours(folder, options.scored, options.dtype)}
-        seconds: dict[str, list[float]] = {name: [] for name in trainers}
-        worked: dict[str, list[float]] = {name: [] for name in trainers}
-        losses: dict[str, list[float]] = {name: [] for name in trainers}
-        for step in range(options.steps + 2):
+        if options.model:
+            options.base = str(random_checkpoint(options.model, Path(folder) / "base"))
+        taken = steps_in_turn(options, Path(folder))
+    report(options, taken)
+
+
+def steps_in_turn(options: argparse.Namespace, folder: Path) -> dict[str, list[Taken]]:
+    """Of each trainer that can be had all its steps, those that are not counted first."""
+    with ExitStack() as ends:
+        trainers: dict[str, Stepping] = {}
+        taken: dict[str, list[Taken]] = {}
+        held: dict[str, int] = {}
+        for name, make in makers(options, folder).items():
+            before = allocated()
+            try:
+                trainer = make()
+                ends.callback(trainer.close)
+                taken[name] = [trainer.step() for _ in range(NOT_COUNTED)]
+                trainers[name] = trainer
+            except RefusedError as refusal:
+                print(f"{name} is left out: {refusal}")
+            free()
+            held[name] = allocated() - before
+        for name, trainer in trainers.items():
+            if isinstance(trainer, Here):
+                trainer.others_bytes = sum(size for other, size in held.items() if other != name)
+        for _ in range(options.steps):
             for name, trainer in trainers.items():
-                began, began_work = time.perf_counter(), time.process_time()
-                losses[name].append(_step(trainer))
-                if step >= 2:
-                    seconds[name].append(time.perf_counter() - began)
-                    worked[name].append(time.process_time() - began_work)
-    shape = f"{ROWS} x {LENGTH} tokens, scored: {options.scored}, {options.dtype}"
+                taken[name].append(trainer.step())
+    return taken
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps", type=int, default=10, help=f"counted steps of each, after {NOT_COUNTED} that are not"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scored", choices=("all", "answers"), default="all", help="all tokens, or the last quarter")
+    parser.add_argument("--dtype", default="auto", help="that all compute in")
+    parser.add_argument("--trl-adapter", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["TRL", "Unsloth", "qtune"])
+    parser.add_argument("--unsloth-python", type=Path, default=Path(sys.executable))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--base", default=BUILTIN, help="a folder, or the built-in model")
+    which.add_argument("--model", choices=[model[0] for model in MODELS], help="a geometry with random weights")
+    parser.add_argument("--rows", type=int, default=2, help="in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each row")
+    parser.add_argument("--checkpointing", action="store_true", help="every layer computed twice")
+    return parser.parse_args(arguments)
+
+
+def report(options: argparse.Namespace, taken: dict[str, list[Taken]]) -> None:
+    """A line for each trainer, and ratios to the last one."""
+    shape = f"{options.rows} x {options.length} tokens, scored: {options.scored}, {options.dtype}"
     print(f"{options.threads} threads, {shape}, {options.steps} steps each")
-    for name in trainers:
-        median = statistics.median(seconds[name])
-        tokens = ROWS * LENGTH / median
-        ends = f"loss {losses[name][0]:.4f} -> {losses[name][-1]:.4f}"
-        spread = f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}"
-        print(f"{name:18} {median:6.2f} s per step ({spread}), {tokens:4.0f} tokens/s, {ends}")
-    for name, taken in (("by the clock", seconds), ("of processor time", worked)):
-        pairs = [theirs / ours for theirs, ours in zip(*taken.values(), strict=True)]
-        print(f"ratio {name:18} {statistics.median(pairs):6.2f} (TRL / qtune, median of pairs)")
+    counted = {name: steps[NOT_COUNTED:] for name, steps in taken.items()}
+    for name, steps in counted.items():
+        seconds = [step.seconds for step in steps]
+        median = statistics.median(seconds)
+        peak = max((step.peak_bytes for step in steps if step.peak_bytes), default=None)
+        print(
+            f"{name:10} {median:6.2f} s per step ({min(seconds):.2f} to {max(seconds):.2f}), "
+            f"{statistics.median(step.worked_seconds for step in steps):.2f} of processor time, "
+            f"{options.rows * options.length / median:4.0f} tokens/s, "
+            f"loss {taken[name][0].loss:.4f} -> {taken[name][-1].loss:.4f}"
+            + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
+        )
+    *others, last = counted
+    for name in others:
+        pairs = list(zip(counted[name], counted[last], strict=True))
+        clock = [theirs.seconds / its.seconds for theirs, its in pairs]
+        worked = [theirs.worked_seconds / its.worked_seconds for theirs, its in pairs]
+        print(
+            f"{name} / {last}, median of pairs (least to most): {spread(clock)} by the clock, "
+            f"{spread(worked)} of processor time"
+        )
 
 
-def _step(trainer: SFTTrainer) -> float:
-    batch = next(iter(trainer.get_train_dataloader()))
-    scored = batch["labels"][:, 1:].ne(-100).sum()
-    loss = trainer.training_step(trainer.model, batch, scored)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    return float(loss)
+def spread(ratios: list[float]) -> str:
+    """ "1.75 (1.70 to 1.81)"."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def _rows(scored: str) -> Dataset:
-    tokenizer = load_tokenizer(_recipe().model)
-    ids = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
-    rows = [ids[start : start + LENGTH] for start in range(0, ROWS * LENGTH, LENGTH)]
-    masked = 0 if scored == "all" else 3 * LENGTH // 4
-    return Dataset.from_dict({"input_ids": rows, "labels": [[-100] * masked + row[masked:] for row in rows]})
+# --- trainers ------------------------------------------------------------------------------------------------------
 
 
-def _recipe(dtype: str = "auto"):
+def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Stepping]]:
+    """How each of the trainers is had, on the same rows."""
+    recipe = recipe_of(options)
+    plan = make_plan(recipe, present_device())
+    rows = rows_of(options, recipe)
+    rows_file = folder / "rows.json"
+    rows_file.write_text(json.dumps(rows))
+
+    def job(trainer: str) -> Job:
+        return job_of(options, recipe, plan, trainer, rows_file, folder / trainer)
+
+    known: dict[str, Callable[[], Stepping]] = {
+        "TRL": lambda: Here(ready(trl_trainer(job("TRL")), plan)),
+        "TRL-apart": lambda: apart(Path(sys.executable), job("TRL")),
+        "Unsloth": lambda: apart(options.unsloth_python, job("Unsloth")),
+        "qtune": lambda: Here(ours(folder / "qtune", recipe, plan, rows)),
+    }
+    return {name: known[name] for name in options.trainers}
+
+
+def apart(python: Path, job: Job) -> Apart:
+    """In a process of its own, whose libraries it names."""
+    found = Apart(python, job)
+    print(f"{job.trainer} in a process of its own: {', '.join(map(' '.join, found.versions.items()))}")
+    return found
+
+
+def ours(folder: Path, recipe: Recipe, plan: Plan, rows: dict[str, list[list[int]]]) -> SFTTrainer:
+    """qtune's trainer, as a run builds it."""
+    base = load_base(recipe.model, recipe.quantization, plan)
+    torch.manual_seed(recipe.training.seed)
+    model = attach_adapter(base, recipe.adapter, plan)
+    trainer = bare_trainer(model, recipe, plan, load_tokenizer(recipe.model), rows, folder)
+    return ready(trainer, plan)
+
+
+def job_of(options: argparse.Namespace, recipe: Recipe, plan: Plan, trainer: str, rows_file: Path, folder: Path) -> Job:
+    """The same for a trainer of others."""
+    return Job(
+        trainer=trainer,
+        base=str(local_base(recipe.model)),
+        rows=str(rows_file),
+        folder=str(folder),
+        device=plan.device.torch_name,
+        dtype=plan.compute_dtype,
+        adapter_dtype=options.trl_adapter,
+        checkpointing=bool(plan.gradient_checkpointing),
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        learning_rate=plan.learning_rate,
+        seed=recipe.training.seed,
+        threads=options.threads,
+    )
+
+
+def rows_of(options: argparse.Namespace, recipe: Recipe) -> dict[str, list[list[int]]]:
+    """Full rows of English and code, again from the start where the text is too short."""
+    ids = load_tokenizer(recipe.model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    needed = options.rows * options.length
+    ids = (ids * (needed // len(ids) + 1))[:needed]
+    rows = [ids[start : start + options.length] for start in range(0, needed, options.length)]
+    masked = 0 if options.scored == "all" else 3 * options.length // 4
+    return {"input_ids": rows, "labels": [[-100] * masked + row[masked:] for row in rows]}
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """LoRA of rank 16 on all linear layers in NF4, a constant rate."""
     return parse_recipe(
         {
-            "model": {"base": "builtin:smollm2-135m-instruct"},
-            "quantization": {"kind": "nf4", "compute_dtype": dtype},
+            "model": {"base": options.base},
+            # A checkpoint that goes away again leaves nothing behind in the cache.
+            "quantization": {"kind": "nf4", "compute_dtype": options.dtype, "keep_copy": not options.model},
             "adapter": {"kind": "lora", "rank": 16},
-            "data": {"train": "README.md", "max_length": LENGTH},
+            "data": {"train": "README.md", "max_length": options.length},
             "training": {
-                "batch_size": ROWS,
-                "micro_batch_size": ROWS,
+                "batch_size": options.rows,
+                "micro_batch_size": options.rows,
+                "gradient_checkpointing": options.checkpointing,
                 "schedule": "constant",
                 "warmup": 0.0,
                 "learning_rate": 2e-4,
@@ -109,61 +262,9 @@ def _recipe(dtype: str = "auto"):
     )
 
 
-def _parts(scored: str, dtype: str):
-    recipe = _recipe(dtype)
-    plan = make_plan(recipe, present_device())
-    tokenizer = load_tokenizer(recipe.model)
-    torch.manual_seed(recipe.training.seed)
-    model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
-    return recipe, plan, tokenizer, model, _rows(scored), PaddedCollator(tokenizer.pad_token_id)
-
-
-def _ours(folder: str, scored: str, dtype: str) -> QloraTrainer:
-    recipe, plan, tokenizer, model, rows, collator = _parts(scored, dtype)
-    run_dir = RunDir(Path(folder) / "ours")
-    trainer = QloraTrainer(
-        model=model,
-        config=sft_config(recipe.training, plan, run_dir, has_validation=False),
-        plan=plan,
-        training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False),
-        tokenizer=tokenizer,
-        train=rows,
-        validation=None,
-        collator=collator,
-        lengths=[LENGTH] * ROWS,
-        callbacks=[],
-        tiled_loss=True,
-        note=print,
-    )
-    trainer.create_optimizer_and_scheduler(1000)
-    return trainer
-
-
-def _trl(folder: str, scored: str, dtype: str, adapter: str) -> SFTTrainer:
-    recipe, plan, tokenizer, model, rows, collator = _parts(scored, dtype)
-    config = SFTConfig(
-        output_dir=f"{folder}/trl",
-        per_device_train_batch_size=ROWS,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="constant",
-        use_cpu=plan.device.kind == "cpu",
-        bf16=plan.compute_dtype == "bfloat16",
-        fp16=plan.loss_scaling,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        remove_unused_columns=False,
-        report_to="none",
-        seed=recipe.training.seed,
-    )
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=rows, processing_class=tokenizer, data_collator=collator
-    )
-    cast_adapter(model, getattr(torch, adapter))
-    trainer.model_accepts_loss_kwargs = True
-    trainer.create_optimizer_and_scheduler(1000)
-    return trainer
+def on_card() -> bool:
+    """Whether steps are taken on a card."""
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

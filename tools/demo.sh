@@ -5,6 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 
+# What is kept beside the run goes through a pipe, which has no width of its own.
+[ ! -t 1 ] || export COLUMNS="${COLUMNS:-$(tput cols 2>/dev/null || echo 80)}"
+
 run=runs/quickstart
 shown=$run/demo
 # Results of a finished run cost minutes to compute and seconds to read, so each is kept beside the run.
@@ -30,7 +33,7 @@ else
     printf '\n\033[1m$ %s\033[0m\n' "qtune run recipes/quickstart.toml"
     qtune run recipes/quickstart.toml
 fi
-step eval qtune eval "$run"
+step eval qtune eval "$run" --rows 120
 step profile qtune profile "$run" --no-savings
 step export qtune export "$run"
 step ask python tools/ask_exported.py "$run/model" recipes/data/quickstart_test.jsonl

@@ -30,32 +30,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from memory_table import MODELS, config_of  # noqa: E402
+from bare_trainer import bare_trainer  # noqa: E402
+from memory_table import MODELS  # noqa: E402
+from random_checkpoint import random_checkpoint  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
+from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
 from qtune.adapter.attach import attach_adapter  # noqa: E402
-from qtune.data.collate import PaddedCollator  # noqa: E402
 from qtune.device.cards import card_named  # noqa: E402
 from qtune.device.present import Device, present_device  # noqa: E402
 from qtune.device.rates import Rates, data_sheet_rates  # noqa: E402
 from qtune.errors import InputError  # noqa: E402
-from qtune.memory.measured.meter import Meter  # noqa: E402
 from qtune.memory.predict import Longest, predict, summarize  # noqa: E402
 from qtune.model.load import attention_rule, load_base, load_config  # noqa: E402
 from qtune.plan import Plan, make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
 from qtune.recipe.schema import Recipe  # noqa: E402
-from qtune.run.folder import RunDir  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 from qtune.startup.quiet import quiet_libraries, quiet_loading  # noqa: E402
 from qtune.timing.forecast import step_duration  # noqa: E402
 from qtune.timing.known import known_rates  # noqa: E402
 from qtune.timing.measure import measured_rates  # noqa: E402
-from qtune.training.arguments import sft_config  # noqa: E402
-from qtune.training.trainer import QloraTrainer  # noqa: E402
 
 UNCOUNTED = 3
 """First steps: memory is taken, kernels are chosen."""
@@ -87,13 +83,6 @@ def main() -> None:
     print(text)
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
-
-
-def random_checkpoint(name: str, folder: Path) -> Path:
-    """A checkpoint of a published geometry, weights at random."""
-    config = config_of(next(model for model in MODELS if model[0].lower() == name.lower()))
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def compared(base: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -160,6 +149,8 @@ def recipe_of(base: Path, options: argparse.Namespace) -> Recipe:
     recipe = parse_recipe(
         {
             "model": {"base": str(base)},
+            # A checkpoint that goes away again leaves nothing behind in the cache.
+            "quantization": {"kind": "nf4", "keep_copy": options.base is not None},
             "data": {"train": "random.jsonl", "max_length": options.length},
             "training": {
                 "batch_size": options.rows,
@@ -242,27 +233,12 @@ def measured_steps(
     torch.manual_seed(0)
     model = attach_adapter(load_base(recipe.model, recipe.quantization, plan), recipe.adapter, plan)
     rows = [torch.randint(3, vocabulary, (length,)).tolist() for length in lengths]
-    run_dir = RunDir(folder / "run")
     clock = Clock(options.steps, options.kernels, clock_for(plan.device))
-    config = sft_config(recipe.training, plan, run_dir, has_validation=False)
-    config._n_gpu = min(config.n_gpu, 1)
-    trainer = QloraTrainer(
-        model=model,
-        config=config,
-        plan=plan,
-        training=recipe.training,
-        meter=Meter(torch.device(plan.device.torch_name), names_tensors=False),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel({"end": 0})), eos_token="end", pad_token="end"
-        ),
-        train=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        validation=None,
-        collator=PaddedCollator(0),
-        lengths=lengths,
-        callbacks=[clock],
-        tiled_loss=True,
-        note=print,
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"end": 0})), eos_token="end", pad_token="end"
     )
+    labelled = {"input_ids": rows, "labels": rows}
+    trainer = bare_trainer(model, recipe, plan, tokenizer, labelled, folder / "run", [clock])
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from qtune.adapter.state import STATE_FILE
 from qtune.errors import Problem, RunError
 from qtune.recipe.schema import Recipe
+from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_recipe
@@ -35,7 +35,7 @@ def earlier_adapter(recipe: Recipe) -> Path | None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if not (folder / STATE_FILE).is_file():
+    if not (folder / TRAINED_STATE).is_file():
         problems.append("keeps no trained state to start from, as a run with PiSSA does, whose base was rewritten")
     if problems:
         raise RunError([Problem(str(run.path), problem) for problem in problems])

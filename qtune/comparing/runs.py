@@ -52,6 +52,10 @@ class ComparedRun:
     forgetting: Forgetting
     tasks: TaskScores | None = None
     """What benchmarks said of it, where they were asked."""
+    training_loss: float | None = None
+    """What its training loss was at the end; None where no step was logged."""
+    ended_early: str | None = None
+    """How many of its steps it took, in words, where it has ended before they were taken: "2 of 12 steps"."""
 
 
 @accepting_once()
@@ -111,6 +115,8 @@ def _compared(
         kept,
         measure_forgetting(run_dir, accepted=accepted, bases=bases),
         read_tasks(run_dir),
+        None if summary.losses is None else summary.losses.end,
+        None if summary.ended_step is None else summary.steps_taken,
     )
 
 

@@ -1,7 +1,7 @@
 """Compared runs -> one line a configuration: its runs with different seeds together, each figure with its interval."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,9 +11,9 @@ from qtune.comparing.runs import ComparedRun
 from qtune.comparing.tasks import TaskLine, task_lines
 from qtune.console import clock
 from qtune.records import plain
+from qtune.run.summary import number
 from qtune.sizes import gib_text
 from qtune.verdicts.scores import answer_scores
-from qtune.verdicts.verdict import number
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Configuration:
     answers: Measure | None
     forgotten: Measure
     """By how many nats per token the loss on the neutral text rose."""
+    training_losses: tuple[float | None, ...]
+    """That each run ended with (`run.summary.Losses.end`)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class SideBySide:
     tasks: tuple[TaskLine, ...] = ()
     tasks_left_out: str | None = None
     """Why what benchmarks said of some runs is in none of the lines."""
+    rows_trained_on: dict[str, int] = field(default_factory=dict)
+    """Of each run that saw some of the rows' prompts in training: of how many."""
+    ended_early: dict[str, str] = field(default_factory=dict)
+    """Of each run that has ended before all its steps were taken: how many it took, as "2 of 12 steps"."""
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints."""
@@ -110,6 +116,8 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         scores.name if scores else None,
         tasks,
         left_out,
+        {run.run: run.evaluation.rows_trained_on for run in runs if run.evaluation.rows_trained_on},
+        {run.run: run.ended_early for run in runs if run.ended_early is not None},
     )
 
 
@@ -172,7 +180,12 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
         forgotten=measured(
             "forgotten", [[piece.tuned - piece.base for piece in run.forgetting.pieces] for run in group], pieces
         ),
+        training_losses=tuple(run.training_loss for run in group),
     )
+
+
+LOSS_CHANGE, ANSWERS_CHANGE = "loss against the first", "against the first"
+"""A difference has a sign of its own: "+0.2" below "less than the first" would be read as less."""
 
 
 def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
@@ -183,8 +196,8 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     def with_change(value: str, change: str) -> list[str]:
         return [value, change] if are_several else [value]
 
-    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", "less than the first")]
-    head += with_change(str(comparison.answers_name), "more than the first") if has_answers else []
+    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", LOSS_CHANGE)]
+    head += with_change(str(comparison.answers_name), ANSWERS_CHANGE) if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
     rows = []
     for base in comparison.bases:
@@ -234,6 +247,17 @@ def _interval_text(interval: Interval, factor: float, form: str) -> str:
     return f"{mean} ({form.format(factor * interval.low)} to {form.format(factor * interval.high)})"
 
 
+def _training_losses(comparison: SideBySide) -> list[str]:
+    """What each run's training loss was at its end, beside the loss on rows that were held out."""
+    ended = [
+        f"{Path(run).resolve().name} {number(loss)}"
+        for line in comparison.lines
+        for run, loss in zip(line.runs, line.training_losses, strict=True)
+        if loss is not None
+    ]
+    return [f"training loss at the end, as each run says it: {', '.join(ended)}"] if ended else []
+
+
 def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
     several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
@@ -249,6 +273,13 @@ def explanation(comparison: SideBySide) -> list[str]:
                 f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
                 "says nothing about chance; for that, train it with: qtune run RECIPE --seeds 3"
             )
+    said += [
+        f"{run}: training saw the prompts of {count} of the {comparison.rows} rows, on which its figures say nothing "
+        "of new ones"
+        for run, count in comparison.rows_trained_on.items()
+    ]
+    said += [f"{run} has ended early: it took {steps}" for run, steps in comparison.ended_early.items()]
+    said += _training_losses(comparison)
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
     if len(comparison.bases) > 1:
         said.append(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qtune.data.inspection import Columns
-from qtune.data.stream_findings import StreamColumns
+from qtune.data.stream_findings import StreamColumns, sum_of_counts
 
 BINS = 8
 
@@ -33,28 +33,37 @@ class SplitFigures:
     prompt: Lengths
     answer: Lengths
     total: Lengths
+    refused: int
+    """Examples that are too long to be used, which are in none of the other figures."""
 
 
-def split_figures(split: Columns | StreamColumns) -> SplitFigures:
-    """The figures of a split."""
+def split_figures(split: Columns | StreamColumns, most: int) -> SplitFigures:
+    """The figures of the examples of a split that have at most `most` tokens."""
     if isinstance(split, StreamColumns):
+        seen = split.counts_within(most)
+        prompt, answer, total = map(lengths_of_counts, seen)
+        examples = int(seen.length.sum())
         return SplitFigures(
             split.name,
-            len(split),
-            split.tokens,
-            split.scored_tokens,
-            lengths_of_counts(split.prompt_counts),
-            lengths_of_counts(split.answer_counts),
-            lengths_of_counts(split.length_counts),
+            examples,
+            sum_of_counts(seen.length),
+            sum_of_counts(seen.scored),
+            prompt,
+            answer,
+            total,
+            len(split) - examples,
         )
+    within = split.length <= most
+    length, scored = split.length[within], split.scored[within]
     return SplitFigures(
         split.name,
-        len(split),
-        int(split.length.sum()),
-        int(split.scored.sum()),
-        lengths_of(split.length - split.scored),
-        lengths_of(split.scored),
-        lengths_of(split.length),
+        len(length),
+        int(length.sum()),
+        int(scored.sum()),
+        lengths_of(length - scored),
+        lengths_of(scored),
+        lengths_of(length),
+        len(split) - len(length),
     )
 
 

@@ -5,7 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow as pa
 from qtune.data.folders import files_of_folder
 from qtune.errors import DataError, Problem
 from qtune.lfs import ADVICE, is_lfs_pointer
-from qtune.recipe.row_kinds import COMPRESSIONS, ROW_KINDS, kind_of
+from qtune.recipe.row_kinds import COMPRESSIONS, ROW_KINDS, STREAMED_KINDS, kind_of
 
 _BINARY = ("parquet", "arrow", "feather")
 # What a damaged compressed file raises, by the library that reads it; OSError covers gzip's and pyarrow's own.
@@ -65,6 +65,14 @@ def data_files(pattern: str, folder: Path, split: str = "train") -> list[DataFil
     if problems:
         raise DataError(problems)
     return files
+
+
+def refuse_unstreamable(files: Sequence[DataFile]) -> None:
+    """Raises a DataError that names the files which cannot be streamed, where all of them are to be."""
+    message = "only JSON lines and Parquet are read in blocks; save it as one of them, or remove the key"
+    others = [file for file in files if file.kind not in STREAMED_KINDS]
+    if others:
+        raise DataError([Problem(f"data.streaming = true: {file.name}", message) for file in others])
 
 
 def _disguise(file: DataFile) -> str | None:

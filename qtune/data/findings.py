@@ -324,6 +324,7 @@ _SAID = (
     "foreign-token",
     "missing-media",
     "tokens-without-embedding",
+    "overlap",
 )
 
 

@@ -1,7 +1,10 @@
 """The rows that nothing was trained on, and an even choice of them."""
 
+import itertools
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +39,35 @@ def held_out_rows(
     return own_rows(recipe), prepared.examples[prepared.held_out]
 
 
+def asked_in_training(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, data_file: Path | None = None
+) -> int | None:
+    """How many of the rows have a prompt that stands in the training rows too; None where those cannot be read now.
+
+    A share of the training rows is drawn so that none has.
+    """
+    data = recipe.data
+    if data_file is None and data.test is None and isinstance(data.validation, float):
+        return 0
+    try:
+        trained = prepare(
+            data.model_copy(update={"test": None, "packing": False}), tokenizer, folder, seed=recipe.training.seed
+        )
+    except DataError:
+        return None
+    prompts, there = _prompts(rows), np.zeros(len(rows), bool)
+    if (stream := trained.stream) is None:
+        there |= np.isin(prompts, _prompts(trained.examples["train"]))
+    else:
+        for _, part in stream.all_figures("prompt_hash"):
+            there |= np.isin(prompts, part["prompt_hash"])
+    return int(there.sum())
+
+
+def _prompts(rows: Dataset) -> np.ndarray:
+    return np.asarray(rows.with_format("numpy")["prompt_hash"][:])
+
+
 def own_rows(recipe: Recipe) -> str:
     """What the rows that a recipe itself sets aside are called, in words."""
     return "test rows" if recipe.data.test is not None else "validation rows"
@@ -45,3 +77,15 @@ def spread(available: int, wanted: int) -> list[int]:
     """`wanted` row numbers spread evenly over all of them, in order."""
     count = min(available, wanted)
     return [number * available // count for number in range(count)]
+
+
+def spread_unlike(available: int, wanted: int, content: Callable[[int], Hashable]) -> list[int]:
+    """As `spread`, of rows with different contents: for one that says what an earlier one says the next that does not.
+    Fewer than `wanted` where there are no more."""
+    found: dict[Hashable, int] = {}
+    for row in spread(available, wanted):
+        for other in itertools.chain(range(row, available), range(row)):
+            if (own := content(other)) not in found:
+                found[own] = other
+                break
+    return sorted(found.values())

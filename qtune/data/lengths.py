@@ -1,8 +1,15 @@
 """Rows longer than max_length: refused, dropped or cut, and never without a note."""
 
+import sys
 from dataclasses import replace
 
 from qtune.data.masks import IGNORED, Encoded
+from qtune.recipe.schema import Data
+
+
+def most_tokens(data: Data) -> int:
+    """Tokens of the longest row that would be trained on: those beyond it stop a run, unless they are allowed."""
+    return sys.maxsize if "too-long" in data.allow else data.max_length
 
 
 def shortened(example: Encoded, max_length: int, on_long_row: str, bos: int | None) -> Encoded | None:

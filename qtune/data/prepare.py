@@ -91,13 +91,6 @@ class Prepared:
         """The training rows where they are streamed."""
         return self.train if isinstance(self.train, RowStream) else None
 
-    @property
-    def tokens(self) -> int:
-        """Of all training rows."""
-        if self.stream is None:
-            return int(self.lengths.sum())
-        return sum(int(part["length"].sum()) for _, part in self.stream.all_figures("length"))
-
     def row(self, number: int) -> dict[str, Any]:
         """A row of `train`; of a stream without those around it, which a step would need."""
         found: dict[str, Any] = self.train[number] if self.stream is None else self.stream.example(number)

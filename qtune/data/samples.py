@@ -1,5 +1,6 @@
 """A few rows as the model will see them: their text in pieces, those that are scored told apart."""
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,11 +36,14 @@ class Sample:
     """Columns and keys of its row that nothing reads."""
 
 
-def samples_of(examples: Dataset | RowStream, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sample]:
-    """The shortest, the median and the longest example and some between: `count` of them, spread over the lengths."""
-    if not len(examples):
+def samples_of(
+    examples: Dataset | RowStream, tokenizer: PreTrainedTokenizerBase, count: int, most: int
+) -> list[Sample]:
+    """The shortest, the median and the longest example of at most `most` tokens and some between: `count` of them,
+    spread over the lengths."""
+    order = by_length(examples, most) if len(examples) else np.zeros(0, np.int64)
+    if not len(order):
         return []
-    order = by_length(examples)
     chosen = dict.fromkeys(order[np.linspace(0, len(order) - 1, count).round().astype(int)].tolist())
     return [_sample(example_of(examples, row), tokenizer) for row in chosen]
 
@@ -50,13 +54,18 @@ def example_of(examples: Dataset | RowStream, row: int) -> dict[str, Any]:
     return found
 
 
-def by_length(examples: Dataset | RowStream) -> np.ndarray:
-    """Numbers of the examples, the shortest first: [examples]; of a long stream, of some that are spread over it."""
+def by_length(examples: Dataset | RowStream, most: int = sys.maxsize) -> np.ndarray:
+    """Numbers of the examples of at most `most` tokens, the shortest first; of a long stream, of some that are spread
+    over it."""
     if isinstance(examples, RowStream):
-        some = examples.some(MOST_LENGTHS)
-        sorted_rows: np.ndarray = some[np.argsort(examples.figures("length", some), kind="stable")]
-        return sorted_rows
-    return np.argsort(np.asarray(examples.with_format("numpy")["length"][:]), kind="stable")
+        rows = examples.some(MOST_LENGTHS)
+        lengths = examples.figures("length", rows)
+    else:
+        lengths = np.asarray(examples.with_format("numpy")["length"][:])
+        rows = np.arange(len(lengths))
+    order = np.argsort(lengths, kind="stable")
+    shortest_first: np.ndarray = rows[order[lengths[order] <= most]]
+    return shortest_first
 
 
 def is_scored(example: dict[str, Any]) -> list[bool]:

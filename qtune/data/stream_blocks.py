@@ -18,10 +18,8 @@ from qtune.data.encoding import BATCH_CHARACTERS, BATCH_ROWS, characters_of
 from qtune.data.files import DECOMPRESSION_ERRORS, DataFile, Progress, open_bytes
 from qtune.data.rows import TABLE_ERRORS, BadRow, Row, json_lines, table_rows
 from qtune.errors import DataError, Problem, first_line
+from qtune.recipe.row_kinds import LINE_KINDS
 
-LINES = ("jsonl", "ndjson")
-KINDS = (*LINES, "parquet")
-"""Kinds of files in which a row can be gone to without reading all that stands before it."""
 PIECE_BYTES = 1 << 20
 DIGEST_BYTES = 16
 
@@ -48,7 +46,7 @@ def blocks_of(file: DataFile, progress: Progress | None = None) -> Iterator[tupl
     progress = progress or Progress()
     expected = TABLE_ERRORS if file.kind == "parquet" else DECOMPRESSION_ERRORS
     try:
-        yield from (_line_blocks if file.kind in LINES else _table_blocks)(file, progress)
+        yield from (_line_blocks if file.kind in LINE_KINDS else _table_blocks)(file, progress)
     except expected as error:
         what = f"not a whole .{file.compression} file" if file.compression else f"cannot be read as .{file.kind}"
         bad = BadRow(file.name, f"{what}: {first_line(error)}", ends_file=True)
@@ -162,7 +160,7 @@ class BlockReader:
             DataError: the file has something else there now, or can no longer be read.
         """
         try:
-            rows = self._lines(block) if self.file.kind in LINES else self._table_rows(block)
+            rows = self._lines(block) if self.file.kind in LINE_KINDS else self._table_rows(block)
         except TABLE_ERRORS as error:
             self.close()
             raise DataError(Problem(self.file.name, f"can no longer be read: {first_line(error)}")) from error

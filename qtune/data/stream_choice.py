@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtune.data.files import DataFile
+from qtune.data.files import DataFile, refuse_unstreamable
 from qtune.data.sources import Source
-from qtune.data.stream_blocks import KINDS
 from qtune.disk import free_bytes
-from qtune.errors import DataError, Problem
+from qtune.recipe.row_kinds import STREAMED_KINDS
 from qtune.recipe.schema import Data
 from qtune.sizes import size_text
 
@@ -37,20 +36,22 @@ def choose_streaming(data: Data, sources: Sequence[Source], cache: Path) -> Choi
     Raises:
         DataError: streaming is asked for, and a file is of a kind that cannot be.
     """
-    others = [file for source in sources for file in source.files if file.kind not in KINDS]
+    files = [file for source in sources for file in source.files]
     if data.streaming is True:
-        if others:
-            message = "only JSON lines and Parquet are read in blocks; save it as one of them, or remove the key"
-            raise DataError([Problem(f"data.streaming = true: {file.name}", message) for file in others])
+        refuse_unstreamable(files)
         return Choice(True, "as the recipe says")
     if data.streaming is False:
         return Choice(False, "as the recipe says")
-    kept = sum(_kept_bytes(file) for source in sources for file in source.files)
+    kept = sum(map(_kept_bytes, files))
     free = free_bytes(cache)
     about = f"prepared rows would take about {size_text(kept)} of the {size_text(free)} that are free in {cache}"
     if kept <= LARGEST_SHARE * free:
         return Choice(False, about)
-    needs_all = others or data.packing or any(source.hub is not None or source.weight != 1 for source in sources)
+    needs_all = (
+        any(file.kind not in STREAMED_KINDS for file in files)
+        or data.packing
+        or any(source.hub is not None or source.weight != 1 for source in sources)
+    )
     if needs_all:
         return Choice(
             False, f"{about}, and kinds of files, packing or weights do not let them be streamed", is_tight=True

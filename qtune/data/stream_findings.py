@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,15 @@ from qtune.data.stream import FIGURES_AT_ONCE, RowStream
 
 LOOKED_AT = 100_000
 """Rows in which a hash that a fifth of all rows have is looked for: the chance to miss it is below 10^-9000."""
+
+
+class Counts(NamedTuple):
+    """How many rows have so many tokens, [tokens + 1] each."""
+
+    prompt: np.ndarray
+    """Tokens that are not scored."""
+    scored: np.ndarray
+    length: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,43 +79,18 @@ class StreamColumns:
             there |= np.isin(hashes, part["prompt_hash"])
         return there
 
-    @cached_property
-    def _counts(self) -> dict[str, np.ndarray]:
-        """How many rows have so many tokens, in all, scored and not scored: [tokens + 1] each."""
-        counts = dict.fromkeys(("length", "scored", "prompt"), np.zeros(1, np.int64))
+    def counts_within(self, most: int) -> "Counts":
+        """How many of the rows with at most `most` tokens have so many of them."""
+        counts = dict.fromkeys(("prompt", "scored", "length"), np.zeros(1, np.int64))
         for _, part in self.stream.all_figures("length", "scored"):
-            part["prompt"] = part["length"] - part["scored"]
-            for name, values in part.items():
-                size = max(len(counts[name]), int(values.max()) + 1)
+            within = part["length"] <= most
+            length, scored = part["length"][within], part["scored"][within]
+            for name, values in {"prompt": length - scored, "scored": scored, "length": length}.items():
+                size = max(len(counts[name]), int(values.max(initial=0)) + 1)
                 more = np.bincount(values, minlength=size)
                 more[: len(counts[name])] += counts[name]
                 counts[name] = more
-        return counts
-
-    @property
-    def length_counts(self) -> np.ndarray:
-        """Rows by their tokens."""
-        return self._counts["length"]
-
-    @property
-    def answer_counts(self) -> np.ndarray:
-        """Rows by their scored tokens."""
-        return self._counts["scored"]
-
-    @property
-    def prompt_counts(self) -> np.ndarray:
-        """Rows by their other tokens."""
-        return self._counts["prompt"]
-
-    @property
-    def tokens(self) -> int:
-        """Of all rows."""
-        return _sum(self.length_counts)
-
-    @property
-    def scored_tokens(self) -> int:
-        """Those that the loss sees."""
-        return _sum(self.answer_counts)
+        return Counts(**counts)
 
     def findings(self, vocabulary: int) -> Iterator[Finding]:
         """What of the training rows shows only when they are seen together."""
@@ -200,5 +184,6 @@ def _sorted_hashes(stream: RowStream) -> Iterator[np.ndarray]:
         yield hashes
 
 
-def _sum(counts: np.ndarray) -> int:
+def sum_of_counts(counts: np.ndarray) -> int:
+    """The tokens of all rows, of which is known how many have so many: [tokens + 1]."""
     return int((np.arange(len(counts)) * counts).sum())

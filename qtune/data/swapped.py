@@ -28,6 +28,8 @@ SHARE = 0.6
 COMMON = 0.1
 """A word in so large a share of the requests, or of the answers, belongs to their form."""
 SEED = 5
+TRIES = 100
+"""To draw a word that a row has not; of as many words as may come in a row has few."""
 TEXTS = ("content", "reasoning_content")
 """Of a message."""
 OWN = r"[^\W\d_]{3,}"
@@ -103,11 +105,34 @@ def swapped(
 
     keep: what stays beside the form of rows, in any case.
     """
+    return with_other_words(talks, exchangeable(talks, keep), words, copies, seed=seed, least=0)
+
+
+def with_other_words(
+    talks: Sequence[Conversation],
+    shared: Sequence[Sequence[str]],
+    words: Incoming,
+    copies: int,
+    *,
+    seed: int = SEED,
+    least: int = 1,
+) -> Iterator[Copy]:
+    """`copies` times as many rows as `talks`, in their order.
+
+    shared: of each the words that could be other ones. least: how many are, where there are so many; with 0 some copies
+    are the row itself, or one another.
+    """
     draw = random.Random(seed)
-    shared = exchangeable(talks, keep)
+    seen: set[str] = set()
     for _ in range(copies):
         for talk, candidates in zip(talks, shared, strict=True):
-            yield _swapped(talk, candidates, words, draw)
+            copy = _swapped(talk, candidates, words, draw, least)
+            for _ in range(TRIES if least else 0):
+                if copy.talk.to_json() not in seen:
+                    break
+                copy = _swapped(talk, candidates, words, draw, least)
+            seen.add(copy.talk.to_json())
+            yield copy
 
 
 def exchangeable(talks: Sequence[Conversation], keep: Collection[str] = ()) -> list[list[str]]:
@@ -118,16 +143,26 @@ def exchangeable(talks: Sequence[Conversation], keep: Collection[str] = ()) -> l
 
 
 def own_words(talks: Sequence[Conversation]) -> set[str]:
-    """Words of answers that are no part of the form of rows: a tenth of the answers or of the requests has those, keys
-    of JSON are made of them, and tools describe themselves with them."""
+    """Words of answers that are no part of the form of rows, and are copied.
+
+    A tenth of the answers or of the requests has what is form, keys of JSON are made of it, and tools describe
+    themselves with it. What answers say more often without being asked ("The", "with", a label) is the model's own to
+    say. A word with a capital that the rows rather have without ("Printer" where a sentence begins) is no name.
+    """
     answers = Counter(word for talk in talks for word in words_of(answer_of(talk)))
     requests = Counter(word for talk in talks for word in words_of(request_of(talk)))
     most = COMMON * len(talks)
+    copied = Counter(word for talk in talks for word in shared_words(talk))
     form = {word for talk in talks for word in _form_of(talk)}
     return {
         word
         for word, count in answers.items()
-        if count < most and requests[word] < most and word not in form and re.fullmatch(OWN, word)
+        if count < most
+        and requests[word] < most
+        and word not in form
+        and 2 * copied[word] >= count
+        and not (word.istitle() and requests[word.lower()] + answers[word.lower()] > requests[word] + count)
+        and re.fullmatch(OWN, word)
     }
 
 
@@ -226,8 +261,15 @@ def _keys_in(value: Any) -> Iterator[str]:
             yield from _keys_in(inner)
 
 
-def _swapped(talk: Conversation, candidates: Sequence[str], words: Incoming, draw: random.Random) -> Copy:
-    exchanged = {word: words.other(word, draw) for word in candidates if draw.random() < SHARE}
+def _swapped(talk: Conversation, candidates: Sequence[str], words: Incoming, draw: random.Random, least: int) -> Copy:
+    taken = {word.casefold() for word in words_of(f"{request_of(talk)} {answer_of(talk)}")}
+    exchanged: dict[str, str] = {}
+    for word in candidates:
+        if draw.random() < SHARE:
+            _exchange(word, exchanged, words, taken, draw)
+    left = [word for word in candidates if word not in exchanged]
+    while left and len(exchanged) < least:
+        _exchange(left.pop(draw.randrange(len(left))), exchanged, words, taken, draw)
     if not exchanged:
         return Copy(talk, {})
 
@@ -235,6 +277,17 @@ def _swapped(talk: Conversation, candidates: Sequence[str], words: Incoming, dra
         return _word().sub(lambda found: exchanged.get(found[0], found[0]), text)
 
     return Copy(replace(talk, messages=tuple(_with(message, change) for message in talk.messages)), exchanged)
+
+
+def _exchange(word: str, exchanged: dict[str, str], words: Incoming, taken: set[str], draw: random.Random) -> None:
+    """Puts a word in the place of another: one that the row has not, or two that were different would be the same. In a
+    row that has nearly all that may come in, it stays."""
+    for _ in range(TRIES):
+        other = words.other(word, draw)
+        if other.casefold() not in taken:
+            taken.add(other.casefold())
+            exchanged[word] = other
+            return
 
 
 def _with(message: Message, change: Callable[[str], str]) -> Message:

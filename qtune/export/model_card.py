@@ -5,11 +5,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft import PeftType
+
 from qtune.control_characters import visible
+from qtune.errors import RunError
+from qtune.export.greedy import generation_settings, in_python
 from qtune.export.llama_cpp import ADAPTER_FILE
 from qtune.export.opened_run import OpenedRun
 from qtune.export.serving import serving
 from qtune.model.builtin import PREFIX
+from qtune.run.summary import summary_of
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -22,7 +27,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto", device_ma
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs.to(model.device), max_new_tokens=200)
+# The likeliest token each time, as the trained model was asked; left to itself, a model may draw.
+output = model.generate(**inputs.to(model.device), max_new_tokens=200, {greedy})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
@@ -30,17 +36,39 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ADAPTER_SNIPPET = """\
 ```python
 from peft import PeftModel
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
+{imports}{pad_import}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
 base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", device_map="auto"{quantization})
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs.to(model.device), max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+{asks}
 ```
 """
+
+# peft 0.21 reads the cache that transformers prepares by the name "past_key_values", which transformers 5.24 calls
+# "cache": it takes each token for the first one. A soft prompt then stands before every new token once more, and a
+# prefix is handed over beside the cache and dropped for it. Each way below is right with the one and with the other.
+ASKS = """\
+# The likeliest token each time, as the trained model was asked; left to itself, a model may draw.
+output = model.generate(**inputs.to(model.device), max_new_tokens=200, {greedy})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+ASKS_A_SOFT_PROMPT = """\
+# The likeliest token each time, as the trained model was asked; left to itself, a model may draw.
+# Without a cache: with one, peft 0.21 on transformers 5.24 repeats the soft prompt before every new token.
+output = model.generate(**inputs.to(model.device), max_new_tokens=200, {greedy}, use_cache=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+# Without a cache a prefix is no way: the ids of all tokens would be computed on top of it, on Llama with an error.
+ASKS_A_PREFIX = """\
+# The base is asked with the prefix as its cache: peft 0.21's own generate() loses it on transformers 5.24.
+prefix = model.get_prompt(batch_size=1)
+length = prefix.get_seq_length()
+ids = pad(inputs["input_ids"].to(model.device), (length, 0))
+mask = pad(inputs["attention_mask"].to(model.device), (length, 0), value=1)
+# The likeliest token each time, as the trained model was asked; left to itself, a model may draw.
+output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=prefix, max_new_tokens=200, {greedy})
+print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))"""
 
 
 def write_card(
@@ -52,7 +80,7 @@ def write_card(
         _front_matter(source, "transformers"),
         f"# {name}\n",
         f"{source.base_in_public} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
-        SNIPPET.format(folder=name),
+        SNIPPET.format(folder=name, greedy=in_python(generation_settings(folder))),
         *_how_served(source, folder, name),
         *_how_asked(source),
         _how_trained(source),
@@ -83,13 +111,28 @@ def adapter_card(source: OpenedRun, folder: Path) -> str:
         _front_matter(source, "peft"),
         f"# {words[0].upper()}{words[1:]} for {source.base_in_public}\n",
         ADAPTER_SNIPPET.format(
-            **_loaded_from(source), dtype=dtype, folder=".", config_import=config_import, quantization=quantization
+            **_loaded_from(source),
+            **_asked(source),
+            dtype=dtype,
+            folder=".",
+            config_import=config_import,
+            quantization=quantization,
         ),
         *_how_served(source, folder, "."),
         *_how_asked(source),
         _how_trained(source),
     ]
     return "\n".join(parts)
+
+
+def _asked(source: OpenedRun) -> dict[str, str]:
+    """The lines that ask an adapter's model, and what they import."""
+    lines, pad_import = ASKS, ""
+    if source.config.peft_type == PeftType.PREFIX_TUNING:
+        lines, pad_import = ASKS_A_PREFIX, "from torch.nn.functional import pad\n"
+    elif source.config.is_prompt_learning:
+        lines = ASKS_A_SOFT_PROMPT
+    return {"asks": lines.format(greedy=in_python(generation_settings(source.base))), "pad_import": pad_import}
 
 
 def _loaded_from(source: OpenedRun) -> dict[str, str]:
@@ -113,7 +156,8 @@ def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
     if not commands:
         return []
     lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]
-    parts = ["## How it is served\n", "```sh\n" + "\n".join(lines) + "\n```\n"]
+    greedy = "Each answers with the likeliest token, as the trained model was asked, unless a request says otherwise.\n"
+    parts = ["## How it is served\n", greedy, "```sh\n" + "\n".join(lines) + "\n```\n"]
     if (folder / ADAPTER_FILE).is_file():
         base = source.base_in_public
         told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{base}`."
@@ -151,7 +195,18 @@ def _how_trained(source: OpenedRun) -> str:
         f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
         f"- adapter: `{source.recipe.adapter.kind}`\n"
         f"- batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
+        f"{_loss_line(source)}"
     )
+
+
+def _loss_line(source: OpenedRun) -> str:
+    """What was learned, as everything else of the run says it; nothing where its records cannot be read, for what is
+    exported is whole without them."""
+    try:
+        losses = summary_of(source.run).losses
+    except RunError:
+        return ""
+    return "" if losses is None else f"- training loss: {losses.text}\n"
 
 
 def _proof(verification: "Verification | None") -> str:

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from qtune.export.adapter_weights import CONFIG, WEIGHTS
+from qtune.export.greedy import generation_settings, in_llama_cpp, in_python, in_vllm
 from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
 from qtune.model.load import load_config
@@ -27,9 +28,10 @@ OTHER_WEIGHTS = (
 
 PIPELINE = (
     'from transformers import pipeline; print(pipeline("text-generation", {folder})'
-    '([{{"role": "user", "content": "Hello"}}], max_new_tokens=200)[0]["generated_text"][-1]["content"])'
+    '([{{"role": "user", "content": "Hello"}}], max_new_tokens=200, {greedy})[0]["generated_text"][-1]["content"])'
 )
-"""What asks an export in one line of Python; README.md beside it has the longer ones."""
+"""What asks an export in one line of Python, as `qtune chat` and `eval` ask it: a pipeline draws unless it is told not
+to. README.md beside it has the longer ones."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | N
     if is_adapter:
         lines = [("transformers, peft", f"the lines in {folder / 'README.md'}, from inside of that folder")]
     else:
-        asked = PIPELINE.format(folder=json.dumps(str(folder), ensure_ascii=False))
+        greedy = in_python(generation_settings(folder))
+        asked = PIPELINE.format(folder=json.dumps(str(folder), ensure_ascii=False), greedy=greedy)
         lines = [
             ("here", shlex.join(["qtune", "chat", str(folder)])),
             ("transformers", shlex.join(["python", "-c", asked])),
@@ -80,7 +83,12 @@ def uses_text(folder: Path, commands: tuple[Serving, ...], gguf_command: str | N
         lines.append(("llama.cpp, Ollama", f"load a GGUF file, which is written by: {gguf_command}"))
     width = max(len(name) for name, _ in lines) + 1
     named = ((f"{name}:" if name else "", does) for name, does in lines)
-    return "\n".join(["use it with one of:", *(f"  {name:<{width}} {does}" for name, does in named)])
+    return "\n".join(
+        [
+            "use it with one of (each asked for the likeliest token, as qtune asks):",
+            *(f"  {name:<{width}} {does}" for name, does in named),
+        ]
+    )
 
 
 def context_of(config: PretrainedConfig, recipe: Recipe) -> int:
@@ -104,14 +112,18 @@ def _commands(
         return
     trust = ["--trust-remote-code"] if source.recipe.model.trust_remote_code else []
     length = ["--max-model-len", str(context_of(config, source.recipe))]
-    yield _serving("vLLM", "vllm", "serve", shown, "--served-model-name", name, *length, *trust)
+    generation = generation_settings(folder)
+    greedy = in_llama_cpp(generation)
+    asked = in_vllm(generation)
+    yield _serving("vLLM", "vllm", "serve", shown, "--served-model-name", name, *length, *asked, *trust)
     files = sorted(file.name for file in folder.glob("*.gguf") if file.name != ADAPTER_FILE)
     context = str(context_in_llama_cpp(config, source.recipe))
     for file in files:
-        yield _serving("llama.cpp", "llama-server", "-m", shown / file, "--alias", name, "-c", context, "--jinja")
+        held = ["-m", str(shown / file), "--alias", name, "-c", context]
+        yield _serving("llama.cpp", "llama-server", *held, *greedy, "--jinja")
     if files and (folder / ADAPTER_FILE).is_file():
         adapter, template = str(shown / ADAPTER_FILE), str(shown / "chat_template.jinja")
-        asks = ["--jinja", "--chat-template-file", template]
+        asks = [*greedy, "--jinja", "--chat-template-file", template]
         yield _serving("llama.cpp", "llama-server", "-m", base_gguf, "--lora", adapter, "-c", context, *asks)
     if files and (folder / "Modelfile").is_file():
         tag = _ollama_name(name)
@@ -153,6 +165,7 @@ def _adapter_in_vllm(
         *(["--chat-template", str(template)] if (folder / template.name).is_file() else []),
         "--max-model-len",
         str(context_of(config, source.recipe)),
+        *in_vllm(generation_settings(source.base)),
         *(["--trust-remote-code"] if model.trust_remote_code else []),
     )
     yield replace(command, note="" if is_nf4 or source.basis.kind == "none" else OTHER_WEIGHTS.format(_held(source)))

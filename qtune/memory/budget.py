@@ -272,7 +272,9 @@ def _with_layers_kept(
     On a card as few as there is room for; none at all where the embeddings had to make room already, for that step is
     as lean as it can be. On a processor, whose memory is seldom the limit, only as many as must be.
     """
-    largest, is_card = "the largest that fits", search.device.kind == "cuda"
+    is_whole = found.rows == plan.micro_batch_size * plan.accumulation_steps
+    largest = "the whole share of a step fits at once" if is_whole else "the largest that fits"
+    is_card = search.device.kind == "cuda"
     is_open = recipe.training.gradient_checkpointing == "auto"
     if not is_open or found.is_enough != is_card or EMBEDDINGS in found.changes:
         return found, plan, largest

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qtune.data.lengths import most_tokens
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import survey
 from qtune.errors import InputError
@@ -86,7 +87,7 @@ def longest_of(prepared: Prepared, data: Data) -> Rows:
     if prepared.stream is not None:
         return _longest_of_stream(prepared, prepared.stream, data)
     lengths = prepared.lengths
-    limit = data.max_length if "too-long" not in data.allow and not prepared.packed else int(lengths.max())
+    limit = most_tokens(data)
     if not (lengths <= limit).any():
         return unread(data.max_length, f"each is longer than max_length = {limit}")
     longest, scored = int(lengths[lengths <= limit].max()), _most_in_packed(prepared.train) if prepared.packed else 0
@@ -96,7 +97,7 @@ def longest_of(prepared: Prepared, data: Data) -> Rows:
             scored = max(scored, _largest(prepared.examples[split], "scored", limit))
     if "validation" in prepared.examples:
         evaluated = _largest(prepared.examples["validation"], "length", limit) or None
-    row = Longest(longest, scored, bool((lengths == longest).all()), evaluated)
+    row = Longest(longest, scored, bool((lengths[lengths <= limit] == longest).all()), evaluated)
     what = "packed rows" if prepared.packed else "training rows"
     beyond = int((lengths > limit).sum())
     left_out = f", {beyond:,} beyond max_length left out" if beyond else ""
@@ -104,37 +105,38 @@ def longest_of(prepared: Prepared, data: Data) -> Rows:
     known_from = (
         f"the longest of {len(lengths):,} {what}{where}{left_out}; at most {scored:,} tokens of a row are scored"
     )
-    return Rows(row, known_from, _all_of(prepared))
+    return Rows(row, known_from, _all_of(prepared, limit))
 
 
 def _longest_of_stream(prepared: Prepared, stream: RowStream, data: Data) -> Rows:
     """The same of rows that are streamed, from their figures piece by piece."""
-    limit = data.max_length if "too-long" not in data.allow else np.iinfo(np.int64).max
+    limit = most_tokens(data)
     longest = scored = tokens = labelled = beyond = place = 0
     shortest = limit
     for first, part in stream.all_figures("length", "scored"):
         lengths, within = part["length"], part["length"] <= limit
         beyond += int((~within).sum())
-        tokens, labelled = tokens + int(lengths.sum()), labelled + int(part["scored"].sum())
         if not within.any():
             continue
+        tokens, labelled = tokens + int(lengths[within].sum()), labelled + int(part["scored"][within].sum())
         scored = max(scored, int(part["scored"][within].max()))
         shortest = min(shortest, int(lengths[within].min()))
         if (largest := int(lengths[within].max())) > longest:
             longest, place = largest, first + int(np.flatnonzero(lengths == largest)[0])
     if not longest:
         return unread(data.max_length, f"each is longer than max_length = {limit}")
-    evaluated, validation = None, np.zeros(0, dtype=np.int64)
+    evaluated = None
     if (held_out := prepared.examples.get("validation")) is not None:
         scored = max(scored, _largest(held_out, "scored", limit))
-        evaluated, validation = _largest(held_out, "length", limit) or None, _column(held_out, "length")
+        evaluated = _largest(held_out, "length", limit) or None
     left_out = f", {beyond:,} beyond max_length left out" if beyond else ""
     known_from = (
         f"the longest of {len(stream):,} streamed rows ({stream.example(place)['place']}){left_out}; at most "
         f"{scored:,} tokens of a row are scored"
     )
-    row = Longest(longest, scored, not beyond and shortest == longest, evaluated)
-    return Rows(row, known_from, RowLengths(prepared.lengths, validation, labelled / max(1, tokens), len(stream)))
+    row = Longest(longest, scored, shortest == longest, evaluated)
+    train, share = _within(prepared.lengths, limit), labelled / max(1, tokens)
+    return Rows(row, known_from, RowLengths(train, _held_out(prepared, limit), share, len(stream) - beyond))
 
 
 def _largest(examples: Dataset, name: str, limit: int) -> int:
@@ -149,12 +151,21 @@ def _place(prepared: Prepared, longest: int) -> str:
     return str(examples[int(np.flatnonzero(_column(examples, "length") == longest)[0])]["place"])
 
 
-def _all_of(prepared: Prepared) -> RowLengths:
-    train = prepared.examples["train"]
-    share = float(_column(train, "scored").sum()) / max(1.0, float(_column(train, "length").sum()))
+def _all_of(prepared: Prepared, limit: int) -> RowLengths:
+    """The rows of at most `limit` tokens."""
+    scored, lengths = (_column(prepared.examples["train"], name) for name in ("scored", "length"))
+    share = float(scored[lengths <= limit].sum()) / max(1.0, float(lengths[lengths <= limit].sum()))
+    return RowLengths(_within(np.asarray(prepared.lengths), limit), _held_out(prepared, limit), share)
+
+
+def _held_out(prepared: Prepared, limit: int) -> np.ndarray:
+    """Tokens of each validation row that has at most `limit` of them."""
     held_out = prepared.examples.get("validation")
-    validation = np.zeros(0, dtype=np.int64) if held_out is None else _column(held_out, "length")
-    return RowLengths(np.asarray(prepared.lengths), validation, share)
+    return np.zeros(0, dtype=np.int64) if held_out is None else _within(_column(held_out, "length"), limit)
+
+
+def _within(lengths: np.ndarray, limit: int) -> np.ndarray:
+    return lengths[lengths <= limit]
 
 
 def _most_in_packed(rows: Dataset) -> int:

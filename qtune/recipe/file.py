@@ -27,6 +27,8 @@ LONGEST_NUMBER = 1000
 """Bits. Whatever is longer than its key allows is told with the key; this can still be written."""
 DEEPEST = 16
 """Tables and lists in each other; a recipe has four."""
+RECIPE = ".toml"
+"""Ending of a file that is no model and has no rows."""
 ENDS = (("steps", "epochs"), ("epochs", "steps"))
 """Of [training]: two ways to say the same thing, of which the one that is set replaces the one in the file."""
 # A dotted key of that many parts, which tomllib would take time for by the square of their number.
@@ -281,19 +283,24 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     base = _text_at(tables, "model", "base")
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
         if not is_there(base):
-            yield Fault(("model", "base"), f"no such file or folder{meant_file(base)}")
+            yield Fault(("model", "base"), f"no such file or folder{meant_file(base, but=RECIPE)}")
     elif base.count("/") > 1 and not is_there(base):
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
     earlier = _text_at(tables, "adapter", "start_from")
     if earlier and not is_there(f"{earlier}/adapter/adapter_config.json"):
         yield Fault(("adapter", "start_from"), "is not a finished run")
     template = _text_at(tables, "data", "chat_template")
-    if template.startswith("~") and not is_there(template):
-        yield Fault(("data", "chat_template"), "no such file")
+    if _is_path(template) and not is_there(template, folder):
+        yield Fault(("data", "chat_template"), f"no such file{meant_file(template, folder)}")
     data = tables.get("data")
     if need_rows and isinstance(data, dict):
         for key in ("train", "validation", "test"):
             yield from missing_rows(data.get(key), folder, ("data", key))
+
+
+def _is_path(template: str) -> bool:
+    """Whether a chat template's name can only be a file's; tokenizers have others by names of their own."""
+    return "/" in template or template.startswith("~") or Path(template).suffix in (".jinja", ".jinja2", ".j2", ".txt")
 
 
 def is_there(name: str, folder: Path = Path()) -> bool:
@@ -323,7 +330,8 @@ def missing_rows(given: Any, folder: Path, path: KeyPath = ("data", "train")) ->
         return
     if not is_there(name, folder):
         yield Fault(
-            (*path, "path") if is_table else path, f"no such file or folder in {folder}{meant_file(name, folder)}"
+            (*path, "path") if is_table else path,
+            f"no such file or folder in {folder}{meant_file(name, folder, but=RECIPE)}",
         )
 
 

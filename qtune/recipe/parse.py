@@ -2,13 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from qtune.recipe.faults import Fault, Faulty, faults_of
 from qtune.recipe.rules import conflicts
-from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe
+from qtune.recipe.schema import DEFAULT_KINDS, Adapter, KeyPath, Quantization, Recipe, kinds_of
+from qtune.spelling import nearest
+
+ADAPTERS, QUANTIZATIONS = (
+    tuple(kind for table in get_args(union) for kind in kinds_of(table)) for union in (Adapter, Quantization)
+)
 
 
 def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
@@ -26,10 +31,29 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(filled, default=str))
     except ValidationError as error:
         faults = faults_of(error, filled)
+        faults += _faults_beside_a_kind(filled, faults)
         raise Faulty([*faults, *_conflicts_of_the_rest(filled, faults)]) from error
     if found := list(conflicts(recipe)):
         raise Faulty(found)
     return recipe
+
+
+def _faults_beside_a_kind(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
+    """What else is wrong with tables whose kind is mistyped, by the kind that is meant: without one no key is known."""
+    meant = {
+        name: {**table, "kind": kind}
+        for name, kinds in (("quantization", QUANTIZATIONS), ("adapter", ADAPTERS))
+        if isinstance(table := tables.get(name), dict)
+        and any(fault.path == (name, "kind") for fault in faults)
+        and (kind := nearest(str(table["kind"]), kinds)) is not None
+    }
+    if not meant:
+        return []
+    try:
+        Recipe.model_validate_json(json.dumps({**tables, **meant}, default=str))
+    except ValidationError as error:
+        return [fault for fault in faults_of(error, {**tables, **meant}) if fault.path[:1] and fault.path[0] in meant]
+    return []
 
 
 def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:

@@ -5,6 +5,10 @@ from pathlib import Path
 ROW_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "feather", "txt", "md")
 TEXT_KINDS = ("txt", "md")
 """Whose name alone does not tell that rows are in them."""
+LINE_KINDS = ("jsonl", "ndjson")
+"""A row a line."""
+STREAMED_KINDS = (*LINE_KINDS, "parquet")
+"""Which can be read in blocks from any place."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 
 

@@ -11,9 +11,9 @@ from qtune.report.record import Record
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.shown_rows import ShownRow, ShownRows
+from qtune.run.summary import number
 from qtune.sizes import GIB, MIB, size_text
 from qtune.training.outliers import DEVIATIONS, WINDOW
-from qtune.verdicts.verdict import number
 
 LONGEST_PIECE = 8000
 """Characters of a piece of a row that are shown; one row may be a whole book."""
@@ -40,7 +40,8 @@ def summary(record: Record) -> Html:
     }
     if last:
         figures["steps"] = f"{last.step:,} of {last.steps:,}"
-        figures["last training loss"] = number(last.loss)
+    if (losses := record.facts.losses) is not None:
+        figures["training loss"] = losses.text
     if validation:
         # NaN is smaller than nothing: a validation that has diverged is no best one.
         best = min(validation, key=lambda one: (math.isnan(one.loss), one.loss))

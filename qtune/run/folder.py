@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,7 @@ class RunDir:
     @classmethod
     def _made(cls, directory: Path, name: str, recipe_text: str) -> "RunDir":
         directory.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
-            path = directory / (name if number == 1 else f"{name}-{number}")
+        for path in _folders(directory, name):
             try:
                 path.mkdir()
             except FileExistsError:
@@ -189,6 +189,17 @@ class RunDir:
         """
         self.require_there()
         whole.write_text(file, text)
+
+
+def _folders(directory: Path, name: str) -> Iterator[Path]:
+    """The folders that a run may get, the first one that is free."""
+    yield directory / name
+    yield from (directory / f"{name}-{number}" for number in range(2, 10_000))
+
+
+def next_folder(directory: Path, name: str) -> Path | None:
+    """The folder that a run which begins now would get; None where no name is free."""
+    return next((path for path in _folders(directory, name) if not os.path.lexists(path)), None)
 
 
 def _of_recipe(path: Path) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
 from qtune.run.checkpoints import complete_checkpoints, step_of
-from qtune.run.folder import RunDir
+from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
 from qtune.run.resumption import newest_unfinished, resuming
@@ -87,7 +87,7 @@ def _time_of(file: Path) -> float | None:
 def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
     """How far a run has come, and whether it is stopped there."""
     if run_dir.is_finished:
-        return f"finished, {summary.steps:,} steps", False
+        return f"finished, {summary.steps_taken}", False
     saved = max(map(step_of, complete_checkpoints(run_dir.checkpoints)), default=0)
     reached = max(summary.step, saved)  # a step may be saved and not be logged
     total = f" of {summary.steps:,}" if summary.steps else ""
@@ -97,6 +97,17 @@ def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
         return "stopped before the first step", True
     kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
     return f"stopped at step {reached:,}{total}{kept}", True
+
+
+def said_of_next(directory: Path, name: str) -> list[str]:
+    """What is said before a run of recipes called `name` begins: that the name is taken, which nothing is
+    lost by, and what it is called then; that the last one was stopped."""
+    said = []
+    if (stopped := said_of_stopped(directory, name)) is not None:
+        said.append(stopped)
+    if (path := next_folder(directory, name)) is not None and path.name != name:
+        said.append(f"{directory / name} is there: a new run will be {path}")
+    return said
 
 
 def said_of_stopped(directory: Path, name: str) -> str | None:

@@ -125,6 +125,10 @@ class NoteRecord:
     seconds: float = 0.0
     adapter_step: int | None = None
     """Where it says that the adapter is the state of a step before the last: which step."""
+    ended_step: int | None = None
+    """Where it says that the run has ended before all its steps were taken: after which step."""
+    diverged: bool = False
+    """Whether it says that the run ended no better than guessing."""
     kind: Literal["note"] = "note"
 
 
@@ -229,10 +233,18 @@ def forget_after(file: Path, step: int) -> None:
     numbered = _numbered(file)
     follows = first_run_id(file) or ""
     for line, record in numbered:
-        if record.adapter_step is None if isinstance(record, NoteRecord) else record.step <= step:
+        if _is_until(record, step):
             kept.append(_moved(line, follows))
             follows = _checksum_in(kept[-1]) or ""
     write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _is_until(record: Metric, step: int) -> bool:
+    """Whether a record is of a run that goes on from a step."""
+    if not isinstance(record, NoteRecord):
+        return record.step <= step
+    is_of_end = record.adapter_step is not None or record.diverged
+    return not is_of_end and (record.ended_step is None or record.ended_step <= step)
 
 
 def _moved(line: str, follows: str) -> str:
@@ -335,6 +347,12 @@ def has_evaluation(file: Path, step: int) -> bool:
 def adapter_step(records: Sequence[Metric]) -> int | None:
     """The step whose state became the adapter of a run, where that is not the last one."""
     told = [one.adapter_step for one in records if isinstance(one, NoteRecord) and one.adapter_step is not None]
+    return told[-1] if told else None
+
+
+def ended_step(records: Sequence[Metric]) -> int | None:
+    """The step after which a run has ended, where that is not the last of its steps."""
+    told = [one.ended_step for one in records if isinstance(one, NoteRecord) and one.ended_step is not None]
     return told[-1] if told else None
 
 

@@ -1,44 +1,85 @@
 """What a run has come to, in the few figures that its end shows; read off metrics.jsonl."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from qtune.run.folder import RunDir
 from qtune.run.history import history_of
-from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, seconds_of
+from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, ended_step, seconds_of
 
-# The start and the end of a run are means of this share of its steps each: one batch is easier than another.
-SHARE = 0.1
+START = 20
+"""Logged steps that are taken for the start of a long run: most is learned early, and a mean over more would not show
+it."""
+LEAST = 5
+"""Logged steps that make a start and an end, as far as there are as many: with fewer no interval is given."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The logged training losses of a run in their order, in nats per token."""
+    """The logged training losses of a run in their order, in nats per token.
+
+    What a run's training loss was at its end is asked here and nowhere else. One batch is easier than another, so it is
+    a mean: of the last tenth of the logged steps, of LEAST at least, and never of more than half of them.
+    """
 
     values: Sequence[float]
+    """Those that are numbers."""
+    has_diverged: bool = False
+    """Whether the last one is none."""
+
+    @property
+    def first(self) -> Sequence[float]:
+        """Those that make the start: as many as make the end, START at most."""
+        return self.values[: min(self.count, START)]
+
+    @property
+    def last(self) -> Sequence[float]:
+        """Those that make the end."""
+        return self.values[-self.count :]
 
     @property
     def start(self) -> float:
-        """The mean of the first tenth."""
-        return self._mean(self.values[: self.count])
+        """The training loss that the run began with."""
+        return fmean(self.first)
 
     @property
     def end(self) -> float:
-        """The mean of the last tenth."""
-        return self._mean(self.values[-self.count :])
+        """The training loss that it ended with; NaN where it has diverged."""
+        return math.nan if self.has_diverged else fmean(self.last)
 
     @property
     def count(self) -> int:
-        """How many make the start, and the end."""
-        return max(1, round(SHARE * len(self.values)))
+        """How many make the end."""
+        return max(1, min(max(LEAST, len(self.values) // 10), len(self.values) // 2))
 
-    def _mean(self, values: Sequence[float]) -> float:
-        return sum(values) / len(values)
+    @property
+    def text(self) -> str:
+        """From what to what it went, and what these are."""
+        return f"{number(self.start)} -> {number(self.end)} ({self.taken_over})"
+
+    @property
+    def taken_over(self) -> str:
+        """Of what the start and the end are means, in words."""
+        first, last = len(self.first), len(self.last)
+        if len(self.values) == 1:
+            return "the only logged step"
+        if last == 1:
+            return "first and last logged step"
+        return f"means of the first {'' if first == last else f'{first} '}and the last {last} logged steps"
 
 
-def training_losses(records: Sequence[Metric]) -> list[float]:
-    """The finite training losses among the records of a run, in their order."""
-    return [record.loss for record in records if isinstance(record, TrainRecord) and record.is_finite]
+def number(loss: float) -> str:
+    """A loss with three digits: "2.37", "1.00", "0.00572"."""
+    return f"{loss:#.3g}".rstrip(".") if math.isfinite(loss) else "no number"
+
+
+def training_losses(records: Sequence[Metric]) -> Losses | None:
+    """The training losses among the records of a run; None where none of them is a number."""
+    train = [record for record in records if isinstance(record, TrainRecord)]
+    finite = [record.loss for record in train if record.is_finite]
+    return Losses(finite, not train[-1].is_finite) if finite else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +96,14 @@ class Summary:
     peak_bytes: int
     adapter_step: int | None
     """The step whose state the adapter is, where that is not the last one."""
+    ended_step: int | None = None
+    """The step after which the run has ended, where it was to take more."""
+
+    @property
+    def steps_taken(self) -> str:
+        """Of a run that has ended, in words: "12 steps", or "2 of 12 steps"."""
+        taken = "" if self.ended_step is None else f"{self.ended_step:,} of "
+        return f"{taken}{self.steps:,} steps"
 
     @property
     def best(self) -> EvalRecord | None:
@@ -71,14 +120,14 @@ def summary_of(run_dir: RunDir) -> Summary:
     """
     records = history_of(run_dir)
     train = [record for record in records if isinstance(record, TrainRecord)]
-    losses = training_losses(records)
     return Summary(
         run_dir,
         train[-1].step if train else 0,
         train[-1].steps if train else 0,
         seconds_of(records),
-        Losses(losses) if losses else None,
+        training_losses(records),
         tuple(record for record in records if isinstance(record, EvalRecord)),
         max((record.memory_peak_bytes for record in train), default=0),
         adapter_step(records),
+        ended_step(records),
     )

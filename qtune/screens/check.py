@@ -64,6 +64,7 @@ def _rows(check: "Check") -> Iterator[RenderableType]:
     yield table("Data", columns, sources, right=(3, 4, 5, 6))
     ending = f"its turns end with {prepared.end_of_turn}" if prepared.end_of_turn else "its turns have no end token"
     yield Text(f"Chat template: {prepared.template.origin}; {ending}")
+    are_refused = any(split.refused for split in check.splits)
     splits = [
         (
             split.name,
@@ -71,10 +72,12 @@ def _rows(check: "Check") -> Iterator[RenderableType]:
             f"{split.tokens:,}",
             f"{split.scored:,}",
             f"{split.scored / max(1, split.tokens):.0%}",
+            *([f"{split.refused:,}"] if are_refused else []),
         )
         for split in check.splits
     ]
-    yield table("Tokens", ("split", "examples", "tokens", "scored", "share"), splits, right=(1, 2, 3, 4))
+    counted = ("split", "examples", "tokens", "scored", "share", *(["too long"] if are_refused else []))
+    yield table("Tokens", counted, splits, right=range(1, len(counted)))
     for split in check.splits[:1]:
         for name, lengths in (("prompt", split.prompt), ("answer", split.answer), ("whole row", split.total)):
             yield _histogram(f"{name} tokens", lengths)
@@ -151,9 +154,9 @@ def draw_sample(sample: "Sample") -> Text:
 
 def _costs(check: "Check") -> Iterator[RenderableType]:
     batches = check.batches
-    tokens = check.prepared.tokens
+    beside = f"; {batches.refused:,} too long to be trained on" if batches.refused else ""
     rows = [
-        ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {tokens:,} tokens"),
+        ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {batches.tokens:,} tokens{beside}"),
         *([("streamed", check.prepared.stream.in_words)] if check.prepared.stream else []),
         (
             "steps",

@@ -18,6 +18,8 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     )
     scores = [list(line) for line in score_table(evaluation)]
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
+    if evaluation.rows_trained_on:
+        console.out(f"{evaluation.rows} rows, {evaluation.about_rows}")
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if any_cut(evaluation):

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from qtune.console import IfItFits, table
 from qtune.export.output import EXPORTED
+from qtune.run.summary import number
 from qtune.sizes import size_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
             run.state,
             *([] if shared else [_short_base(run.base)]),
             run.adapter or "?",
-            "" if run.loss_start is None else f"{run.loss_start:.3f} -> {run.loss_end:.3f}",
+            _training_loss(run),
             "" if run.validation is None else f"{run.validation:.4f}",
             size_text(run.size_bytes),
             age_text(now - run.changed),
@@ -50,15 +51,22 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
 
 def _in_lines(run: "ListedRun", now: float) -> Text:
     """A run without a table: its name, and below it what is known of it, a line for each kind of thing."""
-    loss = None if run.loss_start is None else f"training loss {run.loss_start:.3f} -> {run.loss_end:.3f}"
+    loss = _training_loss(run)
     best = None if run.validation is None else f"best validation {run.validation:.4f}"
     lines = [
         f"{run.name}: {run.state}",
         f"{run.adapter or '?'} on {_short_base(run.base)}",
-        ", ".join(filter(None, (loss, best))),
+        ", ".join(filter(None, (loss and f"training loss {loss}", best))),
         f"{size_text(run.size_bytes)}, {age_text(now - run.changed)} old".replace(", now old", ", now"),
     ]
     return Text("\n  ".join(filter(None, lines)))
+
+
+def _training_loss(run: "ListedRun") -> str:
+    """From what to what it went; nothing where no step was logged."""
+    if run.loss_start is None or run.loss_end is None:
+        return ""
+    return f"{number(run.loss_start)} -> {number(run.loss_end)}"
 
 
 def age_text(seconds: float) -> str:

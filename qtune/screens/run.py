@@ -10,15 +10,15 @@ from qtune.screens.commands import commands_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qtune.run.summary import Losses, Summary
+    from qtune.run.summary import Summary
 
 
 def summary_text(summary: "Summary") -> str:
     """Where the run is, its time and losses, and the commands that go on from it; a verdict says its memory."""
     path = summary.run_dir.path
-    lines = [f"{path}: {summary.steps:,} steps in {clock(summary.seconds)}"]
+    lines = [f"{path}: {summary.steps_taken} in {clock(summary.seconds)}"]
     if summary.losses is not None:
-        lines.append(_training_loss(summary.losses))
+        lines.append(f"training loss {summary.losses.text}")
     best = summary.best
     if best is not None:
         last = summary.validation[-1]
@@ -50,9 +50,3 @@ NEXT = (
     ("chat", "talk to it"),
     ("export", "a plain model for transformers, vLLM and Ollama"),
 )
-
-
-def _training_loss(losses: "Losses") -> str:
-    count = losses.count
-    of = "first and last logged step" if count == 1 else f"means of the first and the last {count} logged steps"
-    return f"training loss {losses.start:.4f} -> {losses.end:.4f} ({of})"

@@ -27,9 +27,10 @@ class KeepBest(TrainerCallback):
     """Keeps the trained state of the best evaluation in `folder`/best-STEP, and ends a run that finds no better one."""
 
     def __init__(
-        self, folder: Path, training: Training, note: Callable[[str], None], before: Sequence[Metric] = ()
+        self, folder: Path, training: Training, note: Callable[[str, int], None], before: Sequence[Metric] = ()
     ) -> None:
-        """`before` are the records up to the step that a run goes on from."""
+        """`before` are the records up to the step that a run goes on from; `note` is told why the run has ended early,
+        and after which step."""
         self.folder = folder
         self.training = training
         self.note = note
@@ -68,7 +69,8 @@ class KeepBest(TrainerCallback):
             self.stopped_early = True
             control.should_training_stop = True
             times = "evaluation" if patience == 1 else f"{patience} evaluations in a row"
-            self.note(f"stopped at step {state.global_step}: {times} found no lower loss than {self.best_loss:.4f}")
+            said = f"stopped at step {state.global_step}: {times} found no lower loss than {self.best_loss:.4f}"
+            self.note(said, state.global_step)
         return control
 
     def _count(self, loss: float) -> None:

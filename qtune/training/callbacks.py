@@ -125,9 +125,16 @@ class Metrics(TrainerCallback):
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
         self._rows = losses, tokens
 
-    def note(self, message: str, adapter_step: int | None = None) -> None:
-        """Records something that happened; `adapter_step` as in the record."""
-        self._write(NoteRecord(message, self._seconds(), adapter_step))
+    def note(
+        self,
+        message: str,
+        adapter_step: int | None = None,
+        ended_step: int | None = None,
+        *,
+        diverged: bool = False,
+    ) -> None:
+        """Records something that happened; the others as in the record."""
+        self._write(NoteRecord(message, self._seconds(), adapter_step, ended_step, diverged))
 
     def answered(self, state: TrainerState, answers: Sequence[SampleAnswer]) -> None:
         """Records what the model says to the sampled rows."""

@@ -8,19 +8,24 @@ from torch import Tensor
 
 from qtune.errors import TrainingError
 from qtune.run.metrics import Metric, TrainRecord
-from qtune.run.summary import Losses
+from qtune.run.summary import Losses, number
 
 
-def rise_of(losses: Losses, vocabulary: int) -> str | None:
+def rise_of(losses: Losses | None, vocabulary: int) -> str | None:
     """A sentence about a loss that ended above its start; None where it did not. `vocabulary` is in tokens."""
-    if len(losses.values) < 2 or losses.end <= losses.start:
+    if losses is None or len(losses.values) < 2 or not losses.end > losses.start:
         return None
-    sentence = f"the loss ended above its start: {losses.start:.3g} -> {losses.end:.3g}"
-    guess = math.log(vocabulary)
-    # One that began with guessing, an untrained base's, has nothing to lose.
-    if losses.end >= 0.99 * guess and losses.start < 0.9 * guess:
-        return f"{sentence}; guessing among all {vocabulary:,} tokens gives {guess:.3g}. {LOWER_RATE}"
+    sentence = f"the loss ended above its start: {number(losses.start)} -> {number(losses.end)}"
+    if has_diverged(losses, vocabulary):
+        return f"{sentence}; guessing among all {vocabulary:,} tokens gives {math.log(vocabulary):.3g}. {LOWER_RATE}"
     return f"{sentence}; a lower training.learning_rate or more steps may help"
+
+
+def has_diverged(losses: Losses | None, vocabulary: int) -> bool:
+    """Whether a loss ended no better than guessing. One that began with guessing, an untrained base's, has nothing to
+    lose."""
+    guess = math.log(vocabulary)
+    return losses is not None and losses.end >= 0.99 * guess and losses.start < 0.9 * guess
 
 
 LOWER_RATE = "Training has diverged: lower training.learning_rate"

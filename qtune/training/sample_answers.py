@@ -4,6 +4,7 @@ Answers are greedy, with the adapter as it is at that step, and nothing of the t
 is drawn, no gradient taken, and the model goes back to the mode that it was in.
 """
 
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qtune.data.held_out import spread
+from qtune.data.conversation import Conversation
+from qtune.data.held_out import spread_unlike
 from qtune.errors import first_line
 from qtune.run.metrics import CUT, SampleAnswer
 from qtune.training.callbacks import Beside
@@ -112,10 +114,17 @@ class SampleAnswers(TrainerCallback):
 
 
 def sampled_rows(inputs: Inputs) -> list[dict[str, Any]]:
-    """As many validation rows as `training.sample_answers` says, spread evenly over all of them."""
+    """As many validation rows as `training.sample_answers` says, spread evenly over all of them; what rows ask twice is
+    asked once."""
     validation = inputs.prepared.examples.get("validation")
+    if validation is None:
+        return []
+
+    def asked(row: int) -> str:
+        return json.dumps(Conversation.from_json(validation[row]["conversation"]).prompt)
+
     wanted = inputs.recipe.training.sample_answers
-    return [] if validation is None else [validation[row] for row in spread(len(validation), wanted)]
+    return [validation[row] for row in spread_unlike(len(validation), wanted, asked)]
 
 
 def _most_tokens(question: Question, reach: int | None) -> int:

@@ -44,7 +44,6 @@ from qtune.run.finished import adapter_fault, said_of_end
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
-from qtune.run.listing import said_of_stopped
 from qtune.run.lock import read_lock
 from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
@@ -58,7 +57,7 @@ from qtune.run.resumption import (
     resuming,
 )
 from qtune.run.shown_rows import keep_rows
-from qtune.run.summary import Losses, training_losses
+from qtune.run.summary import training_losses
 from qtune.startup.launched import launched
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
@@ -75,7 +74,7 @@ from qtune.training.display import TrainingDisplay
 from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
 from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
 from qtune.training.meeting import joined
-from qtune.training.outcome import require_change, require_gradients, rise_of
+from qtune.training.outcome import has_diverged, require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
 from qtune.training.ranks import Ranks
 from qtune.training.rehearsal import is_worth_it, rehearse
@@ -119,14 +118,8 @@ def _run(ranks: Ranks, resolved: Resolved, *, snapshot: bool, accepted: tuple[st
             require_allocator()
         inputs = gather(resolved, accepted=accepted)
         recipe = inputs.recipe
-        stopped = said_of_stopped(Path(recipe.output.directory), resolved.run_name)
         run_dir = RunDir.create(Path(recipe.output.directory), resolved.run_name, resolved.text)
-    if stopped is not None:
-        console.say(stopped)
-    first = run_dir.path.with_name(resolved.run_name)
-    is_numbered = run_dir.name != resolved.run_name
-    there = f"{first} is there: " if is_numbered else ""
-    console.say(f"{there}this run is {run_dir.path}")
+    console.say(f"this run is {run_dir.path}")
     with owned(run_dir):
         with ending_together(ranks), told(TrainingError):
             run_dir.write_text(run_dir.resolved_file, resolved_text(resolved, inputs.plan))
@@ -314,7 +307,12 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)
-        best = KeepBest(run_dir.checkpoints, recipe.training, metrics.note, read_metrics(run_dir.metrics_file))
+        best = KeepBest(
+            run_dir.checkpoints,
+            recipe.training,
+            lambda said, step: metrics.note(said, ended_step=step),
+            read_metrics(run_dir.metrics_file),
+        )
         answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
         rehearses = checkpoint is None and is_worth_it(inputs)
@@ -341,9 +339,9 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 require_gradients(records)
                 if before:
                     require_change(before, trained_state(model))
-                losses = Losses(training_losses(records))
-                if rise := rise_of(losses, model.config.get_text_config().vocab_size):
-                    metrics.note(rise)
+                losses, vocabulary = training_losses(records), model.config.get_text_config().vocab_size
+                if rise := rise_of(losses, vocabulary):
+                    metrics.note(rise, diverged=has_diverged(losses, vocabulary))
                 if said := best.take(model, records, trainer.state.global_step):
                     metrics.note(said, best.chosen)
                 metrics.settle()

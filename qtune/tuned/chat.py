@@ -253,7 +253,7 @@ def command(session: Session, text: str) -> str:
             return f"{name} takes no text"
         case [name, *_]:
             near = nearest(name, COMMANDS, ALIKE)
-            return f"{name}: no such command; " + (f"did you mean {near}?" if near else f"there are:\n{HELP}")
+            return f"{name}: no such command; {f'did you mean {near}? ' if near else ''}/help lists all"
         case _:  # `chat` gives no empty line
             return HELP
 

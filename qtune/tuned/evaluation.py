@@ -89,6 +89,20 @@ class Evaluation:
     """Of each row with a scored token; none in files of older versions."""
     adapter: str | None = None
     """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
+    rows_trained_on: int | None = None
+    """Rows whose prompt stands in the training rows too; None where those could not be read, and in files of older
+    versions."""
+
+    @property
+    def about_rows(self) -> str:
+        """Whether training has seen the rows, as a part of a sentence; empty where that is not known."""
+        if not self.rows_trained_on:
+            return "" if self.rows_trained_on is None else "which training did not see"
+        count = self.rows_trained_on
+        return (
+            f"of which training saw the {'prompt' if count == 1 else 'prompts'} of {count}: measuring on "
+            f"{'it' if count == 1 else 'them'} says nothing of new rows"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""

@@ -330,6 +330,23 @@ def cache_name(network: torch.nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
+def mend_generate(model: PeftModel) -> None:
+    """Makes peft's own `generate` right for soft prompts with transformers 5.24, for callers that are not ours.
+
+    peft 0.21 reads the cache that the base prepared as "past_key_values". Where it is called "cache", peft takes every
+    token for the first one: it puts the virtual tokens before each again, and a prefix beside the cache, to be dropped.
+    """
+    prepare = model.base_model_prepare_inputs_for_generation
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    model.base_model_prepare_inputs_for_generation = prepared
+
+
 def _active_soft_prompt(model: PreTrainedModel | PeftModel) -> Any | None:
     """peft's configuration of the soft prompt that is on; None for other adapters and while it is disabled."""
     if not isinstance(model, PeftModel) or getattr(model, "_adapters_disabled", False):

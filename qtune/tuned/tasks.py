@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.errors import InputError, Problem, first_line
@@ -18,6 +20,7 @@ from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
+from qtune.tuned.generate import mend_generate
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.task_scores import TaskScore, TaskScores
@@ -64,7 +67,10 @@ def evaluate_tasks(
     loaded = _loaded_tasks(tasks)
     run = load_untuned(run_dir, accepted=accepted)
     base = _asked(run, "base", loaded, fewshot, limit)
-    tuned = _asked(with_adapter(run), "tuned", loaded, fewshot, limit)
+    adapted = with_adapter(run)
+    if isinstance(adapted.model, PeftModel) and adapted.model.active_peft_config.is_prompt_learning:
+        mend_generate(adapted.model)  # tasks that are answered in free text call it
+    tuned = _asked(adapted, "tuned", loaded, fewshot, limit)
     result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)), adapter_name(run_dir))
     run_dir.require_there()
     write_of_run(run_dir, run_dir.tasks_file, result)

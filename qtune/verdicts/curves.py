@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.run.summary import Losses, number
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import FEWEST, fall_between
-from qtune.verdicts.learning import LITTLE, fall_of, windows
-from qtune.verdicts.verdict import Verdict, number
+from qtune.verdicts.learning import LITTLE, fall_of
+from qtune.verdicts.verdict import Verdict
 
 SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
 SURE = 0.99
@@ -47,25 +48,25 @@ def overfits(facts: Facts) -> Verdict:
         return Verdict("overfits", "good", "No", f"{told}, no more than noise (± {number(rise.half_width)})")
     if rise.mean < LITTLE * best.loss:
         return Verdict("overfits", "good", "No", f"{told}, a rise of less than {100 * LITTLE:.0f} %")
-    before, after = _training_around(facts.train, best, last)
+    size, before, after = _training_around(facts, best, last)
     told += f", more than noise (± {number(rise.half_width)})"
-    if before is None or after is None or after >= before:
+    if not size or after >= before:
         return Verdict("overfits", "unsure", "Not by itself", f"{told}, but training did not go on falling either")
-    told += f", while training went on from {number(before)} to {number(after)}"
+    means = f"means of the {size} logged steps before each"
+    told += f", while training went on from {number(before)} to {number(after)} ({means})"
     if facts.adapter_step is not None:
         return Verdict("overfits", "bad", f"Yes, and the adapter is that of step {facts.adapter_step:,}", told)
     return Verdict("overfits", "bad", "Yes", told, f"training.steps = {best.step} would end at its best")
 
 
-def _training_around(
-    train: Sequence[TrainRecord], best: EvalRecord, last: EvalRecord
-) -> tuple[float | None, float | None]:
-    """The mean training loss up to the best evaluation and up to the last one, over as many records each."""
-    losses = [(one.step, one.loss) for one in train if one.is_finite]
+def _training_around(facts: Facts, best: EvalRecord, last: EvalRecord) -> tuple[int, float, float]:
+    """The mean training loss up to the best evaluation and up to the last one, over as many records each, and how many:
+    as many as make the end of the run, where there are so many. 0: there are none."""
+    losses = [(one.step, one.loss) for one in facts.train if one.is_finite]
     until_best = [loss for step, loss in losses if step <= best.step]
     since = [loss for step, loss in losses if best.step < step <= last.step]
-    size = min(len(until_best), len(since), max(FEWEST, len(losses) // 10))
-    return (fmean(until_best[-size:]), fmean(since[-size:])) if size else (None, None)
+    size = min(len(until_best), len(since), facts.losses.count if facts.losses else 0)
+    return (size, fmean(until_best[-size:]), fmean(since[-size:])) if size else (0, math.nan, math.nan)
 
 
 def rate(facts: Facts) -> Verdict:
@@ -80,15 +81,19 @@ def rate(facts: Facts) -> Verdict:
     for one in facts.train:
         if not one.is_finite:
             return Verdict("rate", "bad", "Too high", f"the loss is no number at step {one.step:,}", lower)
-    losses = after_warmup(facts.train)
-    if len(losses) < FEWEST_FOR_RATE:
+    losses, whole = after_warmup(facts.train), facts.losses
+    if facts.diverged and whole is not None:
+        told = f"the training loss ended at {number(whole.end)}, no better than guessing"
+        return Verdict("rate", "bad", "Too high", told, lower)
+    if whole is None or len(losses) < max(FEWEST_FOR_RATE, 3 * whole.count):
         told = f"logged steps after the warm-up: {len(losses)}, too few to judge by"
         return Verdict("rate", "open", "Too few steps", told)
-    first, last = windows(losses)
-    fall = fall_between(first, last)
-    start, end = fmean(first), fmean(last)
+    first = Losses(losses).first
+    fall = fall_between(first, whole.last)
+    start = fmean(first)
     when = " after the warm-up" if len(losses) < len(facts.train) else ""
-    told = f"the training loss{when} went from {number(start)} (mean of {len(first)} logged steps) to {number(end)}"
+    means = f"means of the first {len(first)} and the last {whole.count} logged steps"
+    told = f"the training loss{when} went from {number(start)} to {number(whole.end)} ({means})"
     if fall is None or fall.is_negative:
         return Verdict("rate", "bad", "Too high", f"{told}, above its start", lower)
     if not fall.is_positive:

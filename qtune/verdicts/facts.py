@@ -8,7 +8,8 @@ from qtune.run.folder import RunDir
 from qtune.run.history import history_of
 from qtune.run.lock import Lock, read_lock
 from qtune.run.memory import RunMemory, read_memory
-from qtune.run.metrics import EvalRecord, TrainRecord, adapter_step
+from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, adapter_step
+from qtune.run.summary import Losses, training_losses
 from qtune.tuned.evaluation import Evaluation, read_evaluation
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
@@ -30,6 +31,13 @@ class Facts:
     adapter_step: int | None = None
     """The step whose state the adapter is, where that is not the last one."""
     tasks: TaskScores | None = None
+    diverged: bool = False
+    """Whether the run's end was found no better than guessing."""
+
+    @property
+    def losses(self) -> Losses | None:
+        """What was learned, by the training loss; None where no step was logged."""
+        return training_losses(self.train)
 
     @property
     def judged(self) -> tuple[EvalRecord, ...]:
@@ -55,4 +63,5 @@ def read_facts(run_dir: RunDir) -> Facts:
         exports=tuple((folder.name, proof_today(folder, run_dir.path)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
         tasks=read_tasks(run_dir),
+        diverged=any(isinstance(one, NoteRecord) and one.diverged for one in metrics),
     )

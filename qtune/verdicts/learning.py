@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.run.metrics import EvalRecord
+from qtune.run.summary import Losses, number
 from qtune.tuned.evaluation import Evaluation
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import FEWEST, Fall, fall_between, paired_fall
 from qtune.verdicts.scores import AnswerScores, answer_scores
-from qtune.verdicts.verdict import Standing, Verdict, number
+from qtune.verdicts.verdict import Standing, Verdict
 
 LITTLE = 0.02
 """A share of the base's loss below which a fall, however certain, is called little. Ours: no source names one."""
@@ -16,9 +17,6 @@ LITTLE = 0.02
 FEW = 30
 """Rows below which an evaluation says that they are few. Ours: the intervals are normal ones with Student's t, which
 for means of skewed values are too narrow on small samples; thirty is the usual rule of thumb."""
-
-START = 20
-"""Logged steps that are taken for the start of a long run."""
 
 
 def learned(facts: Facts) -> Verdict:
@@ -29,14 +27,19 @@ def learned(facts: Facts) -> Verdict:
     if facts.evaluation is not None:
         return learned_against_base(facts.evaluation, facts.run)
     ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
-    return _on_validation(facts.judged, ask) or _by_training(facts.train, facts.judged, ask)
+    by_validation = _on_validation(facts.judged, ask)
+    if by_validation is None and facts.diverged and facts.losses is not None:
+        went = f"from {number(facts.losses.start)} to {number(facts.losses.end)} ({facts.losses.taken_over})"
+        return Verdict("learned", "bad", "Diverged", f"the training loss went {went}, no better than guessing")
+    return by_validation or _by_training(facts.losses, facts.judged, ask)
 
 
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
     losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
-    told = f"on {evaluation.rows} held-out rows the loss went from {losses}"
+    shared = f", {evaluation.about_rows}," if evaluation.rows_trained_on else ""
+    told = f"on {evaluation.rows} held-out rows{shared} the loss went from {losses}"
     asked = answer_scores(evaluation)
     answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
     few, command = _few(evaluation, run)
@@ -110,28 +113,16 @@ def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> 
     return paired_fall(before.group_losses, after.group_losses, before.group_tokens, confidence)
 
 
-def windows(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """The first and the last tenth of a series, at least FEWEST values each; they may not overlap.
-
-    Of a long run's first tenth the first START values: most is learned early, and a mean over more would not show it.
-    """
-    size = max(FEWEST, len(values) // 10)
-    return (values[: min(size, START)], values[-size:]) if len(values) >= 2 * size else ((), ())
-
-
-def _by_training(train: Sequence[TrainRecord], validation: Sequence[EvalRecord], ask: str | None) -> Verdict:
-    if not train:
+def _by_training(losses: Losses | None, validation: Sequence[EvalRecord], ask: str | None) -> Verdict:
+    if losses is None:
         return Verdict("learned", "open", "No step yet", "nothing was trained so far")
-    first, last = windows([one.loss for one in train])
-    fall = fall_between(first, last)
+    told = f"the training loss went from {number(losses.start)} to {number(losses.end)} ({losses.taken_over})"
+    fall = fall_between(losses.first, losses.last)
     if fall is None:
-        told = f"the training loss is {number(train[-1].loss)} at step {train[-1].step:,}, too early to tell a fall"
-        return Verdict("learned", "open", "Too few steps", told, ask)
-    start, end = sum(first) / len(first), sum(last) / len(last)
-    told = (
-        f"the training loss went from {number(start)} (mean of {len(first)} logged steps) to {number(end)}, {_by(fall)}"
-    )
-    if fall.is_positive and fall.mean >= LITTLE * start:
+        what = "a rise" if losses.end > losses.start else "a fall"
+        return Verdict("learned", "open", "Too few steps", f"{told}, too early to tell {what}", ask)
+    told = f"{told}, {_by(fall)}"
+    if fall.is_positive and fall.mean >= LITTLE * losses.start:
         held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
         return Verdict("learned", "unsure", "Training loss fell", f"{told}{held_out}", ask)
     answer = "Learned little" if fall.is_positive else "Loss rose" if fall.is_negative else "Did not learn"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from qtune.run.summary import number
 from qtune.tuned.free_text import rouge_l, words
 from qtune.verdicts.interval import Fall, paired_fall
-from qtune.verdicts.verdict import number
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Comparison, Evaluation
@@ -99,12 +99,13 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
 
 
 def _exactly_right(evaluation: "Evaluation") -> list[Line]:
-    """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell."""
+    """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell. That no answer is
+    has a line, too: it is what who trains commands among sentences looks for."""
     compared = evaluation.comparisons
     base = sum(one.base == one.expected for one in compared)
     tuned = sum(one.is_right for one in compared)
     many = len(compared)
-    return [("answers exactly right", f"{base} of {many}", f"{tuned} of {many}", "")] if base or tuned else []
+    return [("answers exactly right", f"{base} of {many}", f"{tuned} of {many}", "")] if many else []
 
 
 def any_cut(evaluation: "Evaluation") -> bool:

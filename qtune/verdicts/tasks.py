@@ -1,8 +1,8 @@
 """Benchmarks of both models as a table: base, tuned, and the change with its interval over the questions."""
 
+from qtune.run.summary import number
 from qtune.tuned.task_scores import TaskScore, TaskScores
 from qtune.verdicts.interval import paired_fall
-from qtune.verdicts.verdict import number
 
 COLUMNS = ("task", "metric", "base", "tuned", "change, 95 % interval")
 

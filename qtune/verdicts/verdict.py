@@ -1,6 +1,5 @@
 """A verdict: an answer in a few words, one sentence with its numbers, and where it is open what would answer it."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +41,3 @@ class Verdict:
     def told(self) -> str:
         """The answer and the sentence."""
         return f"{self.answer}: {self.sentence}"
-
-
-def number(value: float) -> str:
-    """A loss with three digits: "2.37", "1.00", "0.00572"."""
-    return f"{value:#.3g}".rstrip(".") if math.isfinite(value) else "no number"

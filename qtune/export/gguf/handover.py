@@ -1,6 +1,5 @@
 """An exported folder -> the files that llama.cpp and Ollama take, proven against the folder."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from qtune.export.gguf.adapter import NoGgufAdapter, gguf_adapter, write_gguf_ad
 from qtune.export.gguf.file import GgufType, gguf_vocabulary, write_gguf
 from qtune.export.gguf.modelfile import NoModelfile, modelfile_for, write_modelfile
 from qtune.export.gguf.verify import verify_gguf
+from qtune.export.greedy import generation_settings
 from qtune.export.llama_cpp import ADAPTER_FILE, ignored_window
 from qtune.export.opened_run import OpenedRun
 from qtune.export.output import UNVERIFIED
@@ -101,14 +101,13 @@ def _write_modelfile(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = gguf_vocabulary(folder, config, tokenizer)
-    generation = folder / "generation_config.json"
     made = modelfile_for(
         tokenizer,
         [as_asked(conversation, recipe.data) for conversation in probes(rows)],
         system=recipe.data.system_prompt,
         adds_bos=vocabulary.adds_bos,
         context=context_in_llama_cpp(config, recipe),
-        generation=json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {},
+        generation=generation_settings(folder),
     )
     if isinstance(made, NoModelfile):
         console.say(f"no Modelfile for Ollama: {made.reason}")

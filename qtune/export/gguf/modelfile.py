@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.conversation import Conversation, RowError
 from qtune.data.template import Renderer, default_template
 from qtune.export.gguf.go_template import evaluate, quoted
+from qtune.export.greedy import in_ollama
 from qtune.export.verify.rows import encode
 
 # Texts that no template has words for, to find where a template puts what it is given.
@@ -32,6 +33,8 @@ class Modelfile:
     stops: tuple[str, ...]
     system: str | None
     parameters: dict[str, Any]
+    of_the_base: dict[str, Any]
+    """How the base's generation config asks, where that is otherwise than the parameters."""
 
     def text(self, weights: str) -> str:
         """The file; `weights` is the GGUF file or folder beside it."""
@@ -40,6 +43,11 @@ class Modelfile:
             lines.append(f'SYSTEM """{self.system}"""')
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in self.stops]
         lines += [f"PARAMETER {name} {value}" for name, value in self.parameters.items()]
+        if self.of_the_base:
+            lines.append(
+                "# It answers with the likeliest token each time, as qtune did. The base's own settings instead:"
+            )
+            lines += [f"# PARAMETER {name} {value}" for name, value in self.of_the_base.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -73,7 +81,10 @@ def modelfile_for(
         if problem is not None:
             return NoModelfile(problem)
     stops = dict.fromkeys(stop for stop in (renderer.end_of_turn, tokenizer.eos_token) if stop is not None)
-    return Modelfile(template, tuple(map(str, stops)), system, {**_parameters(generation), "num_ctx": context})
+    own, greedy = _parameters(generation), in_ollama()
+    return Modelfile(
+        template, tuple(map(str, stops)), system, {**greedy, "num_ctx": context}, {} if own == greedy else own
+    )
 
 
 def derive(renderer: Renderer, bos: str) -> str:
@@ -168,10 +179,9 @@ def _pieces(text: str, marks: Sequence[str]) -> list[str]:
 
 
 def _parameters(generation: dict[str, Any]) -> dict[str, Any]:
-    """Sampling settings of the generation config in Ollama's words; greedy models are asked greedily.
+    """Sampling settings of the generation config in Ollama's words.
 
-    What transformers leaves to its defaults is spelled out, for Ollama's own differ: it penalizes repetitions by 1.1,
-    which changes greedy answers, too.
+    What transformers leaves to its defaults is spelled out, for Ollama's own differ.
     """
     penalty = generation.get("repetition_penalty") or 1.0
     if not generation.get("do_sample", False):

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import Conversation
-from qtune.data.held_out import held_out_rows, spread
+from qtune.data.held_out import held_out_rows, spread_unlike
 from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
 from qtune.errors import DataError, Problem
@@ -43,7 +43,8 @@ class CheckedRows:
 
 
 def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
-    """At most `count` of a run's held-out rows, spread over all.
+    """At most `count` of a run's held-out rows, spread over all; rows that say the same are
+    one.
 
     Raises:
         DataError: the run's chat template renders nothing of a conversation.
@@ -51,7 +52,8 @@ def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
     try:
         recipe, folder = as_written(source.run, source.recipe)
         name, examples = held_out_rows(recipe, source.tokenizer, folder)
-        rows = [_row(example) for example in examples.select(spread(len(examples), count))]
+        chosen = spread_unlike(len(examples), count, lambda row: str(examples[row]["conversation"]))
+        rows = [_row(example) for example in examples.select(chosen)]
     except DataError:
         name, rows = "general conversations (the run has no held-out rows)", general_rows(source)
     rows = [row for row in rows if row.ids]
