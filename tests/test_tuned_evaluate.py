@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtune.adapter.state import save_adapter
-from qtune.data.held_out import spread, spread_unlike
+from qtune.data.held_out import held_out_rows, spread, spread_unlike
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.report.results import evaluation as evaluation_part
 from qtune.run.folder import RunDir
+from qtune.run.resolved import as_written
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
 from qtune.tuned.evaluate import evaluate
@@ -268,6 +270,29 @@ def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):
     assert evaluation.base.loss > 0
     show(evaluation)
     assert "exactly" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapter", ["lora", "p-tuning"])
+def test_the_loss_of_raw_text_is_that_of_the_tokens_that_both_models_predict(tmp_path, tiny_model, adapter):
+    """The first token has nothing before it in the base; dividing by it as well would make every loss too small."""
+    run_dir = make_run(tmp_path, tiny_model, adapter)
+    texts = ["Nothing is asked here.", "Yes, and no."]
+    write_rows(tmp_path / "test.jsonl", [{"text": text} for text in texts])
+    evaluation = evaluate(run_dir)
+    run = load_run(run_dir)
+    written, folder = as_written(run_dir, run.recipe)
+    nll, count = {False: 0.0, True: 0.0}, 0
+    for ids in held_out_rows(written, run.tokenizer, folder)[1]["input_ids"]:
+        count += len(ids) - 1
+        for tuned in nll:
+            with torch.no_grad(), nullcontext() if tuned else run.model.disable_adapter():
+                given = torch.tensor([ids])
+                logits = run.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, -len(ids) :]
+            nll[tuned] += float(cross_entropy(logits[:-1], given[0, 1:], reduction="sum"))
+    assert evaluation.scored_tokens == count
+    assert evaluation.base.loss == pytest.approx(nll[False] / count, rel=1e-4)
+    assert evaluation.tuned.loss == pytest.approx(nll[True] / count, rel=1e-4)
+    assert sum(one.tokens for one in evaluation.row_losses) == count
 
 
 def test_answers_longer_than_the_limit_are_counted(tmp_path, tiny_model, capsys):

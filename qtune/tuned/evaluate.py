@@ -92,7 +92,8 @@ def evaluate(
     examples = held_out.select(spread(len(held_out), rows))
     for row in examples:
         require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
-    if not sum(examples["scored"]):
+    predicted = _predicted(examples)
+    if not sum(predicted):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     ends = find_ends(run.model, run.tokenizer)
     # The base is asked the same, so that the positions of a soft prompt are left free for it as well.
@@ -126,7 +127,7 @@ def evaluate(
         answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
         cut = [_is_cut(ids, limit) for ids, limit in zip(made, limits, strict=True)]
         right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
-        scored = sum(examples["scored"])
+        scored = sum(predicted)
         exact_match = sum(right) / len(right) if right else None
         text = text_score(expected, answers) if is_free else None
         return (
@@ -144,7 +145,7 @@ def evaluate(
         source=source,
         rows=len(examples),
         rows_held_out=len(held_out),
-        scored_tokens=sum(examples["scored"]),
+        scored_tokens=sum(predicted),
         answers_cut=sum(len(question.expected_ids) > limit for question, limit in zip(questions, limits, strict=True)),
         base=base,
         tuned=tuned,
@@ -158,7 +159,7 @@ def evaluate(
             RowLoss(place, tokens, before / tokens, after / tokens, content_of(conversation))
             for place, tokens, before, after, conversation in zip(
                 examples["place"],
-                examples["scored"],
+                predicted,
                 base_losses,
                 tuned_losses,
                 examples["conversation"],
@@ -194,8 +195,20 @@ def asked_rows(
     recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)
     written, folder = as_written(run_dir, recipe)
     _, held_out = held_out_rows(written, tokenizer, folder, data_file)
-    chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "scored"])
-    return [(content_of(row["conversation"]), row["scored"]) for row in chosen if row["scored"]]
+    chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "labels", "scored"])
+    tokens = _predicted(chosen)
+    return [(content_of(text), count) for text, count in zip(chosen["conversation"], tokens, strict=True) if count]
+
+
+def _predicted(examples: Dataset) -> list[int]:
+    """How many scored tokens of each row a model predicts: the first of raw text has nothing before it.
+
+    A soft prompt predicts that one too, and trains on it; the base cannot, and only the same tokens can be compared.
+    """
+    return [
+        scored - (labels[:1] != [IGNORED] and scored > 0)
+        for scored, labels in zip(examples["scored"], examples["labels"], strict=True)
+    ]
 
 
 def content_of(conversation: str) -> str:
@@ -274,14 +287,20 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def row_losses(
     model: PreTrainedModel | PeftModel, examples: Dataset, pad: int, shown: console.Bar
 ) -> tuple[list[float], int]:
-    """The summed negative log-likelihood of each row's scored tokens, in nats, and how many of all were the likeliest.
+    """The summed negative log-likelihood of each row's scored tokens but its first token, in nats, and how many of all
+    were the likeliest.
 
     model: with `install_loss`.
     """
     collate = PaddedCollator(pad)
     losses, correct = [0.0] * len(examples), 0
     for rows in batches_of([(length, 0) for length in examples["length"]], TOKENS_PER_BATCH):
-        batch = collate([{key: examples[row][key] for key in ("input_ids", "labels")} for row in rows])
+        batch = collate(
+            [
+                {"input_ids": one["input_ids"], "labels": [IGNORED, *one["labels"][1:]]}
+                for one in (examples[row] for row in rows)
+            ]
+        )
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
         for row, loss in zip(rows, output.row_losses.tolist(), strict=True):
             losses[row] = loss
