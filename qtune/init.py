@@ -6,6 +6,7 @@ Nothing is described here: every comment is a docstring of `recipe/schema.py`, e
 import json
 import math
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -140,11 +141,11 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
         keys = tuple(key for key in keys if key != "columns" or given.get(("data", "columns")))
-        # Those of a soft prompt's start go together: the first one's comment is enough for a recipe of one screen.
-        uncommented = tuple(table.first_values)[1:] if schema is table else ()
-        written = [(key, _key_lines(name, schema, key, given)) for key in keys]
+        # Those of a soft prompt's start go together, on a line each: a recipe has one screen.
+        brief = tuple(table.first_values)[1:] if schema is table else ()
         lines += ["", f"[{name}]"]
-        lines += [line for key, found in written for line in (found[-1:] if key in uncommented else found)]
+        lines += [line for key in keys if key not in brief for line in _key_lines(name, schema, key, given)]
+        lines += _aligned([_brief_line(schema, key, given[name, key]) for key in brief])
     return _checked("\n".join(lines) + "\n", file)
 
 
@@ -390,6 +391,18 @@ def recipe_schema() -> dict[str, Any]:
     made = _without_noise(Recipe.model_json_schema())
     about = {"title": "qtune recipe", "description": "What `qtune run` trains, and how. Unknown keys are errors."}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, **about}
+
+
+def _brief_line(schema: type[Table], key: str, value: object) -> tuple[str, str]:
+    """A key with its value, and how what the schema says of it begins."""
+    about = " ".join((schema.model_fields[key].description or "").split())
+    return f"{key} = {show_value(value)}", re.split(r"[.:;] ", about)[0]
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines with a comment behind each, as TOML's formatters align them."""
+    width = max((len(line) for line, _ in lines), default=0)
+    return [f"{line:<{width}} # {comment}" for line, comment in lines]
 
 
 def _key_lines(table: str, schema: type[Table], key: str, given: dict[KeyPath, Any]) -> list[str]:

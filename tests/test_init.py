@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -555,6 +556,15 @@ def test_a_folder_that_is_not_there_is_what_is_named_and_no_rows_are_read(here: 
     (here / "taken.toml").touch()
     result = CliRunner().invoke(app, ["init", "--base", MODEL, "--data", "no.jsonl", "-o", "taken.toml"])
     assert "is there already" in str(result.exception), "before the rows, which are not there"
+
+
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_every_key_of_a_new_recipe_is_explained(here: Path, adapter: str) -> None:
+    lines = new_recipe(MODEL, "rows.jsonl", adapter, here / "new.toml").splitlines()
+    bare = [
+        line for before, line in pairwise(lines) if " = " in line and line[0] != "#" and not before.startswith("# ")
+    ]
+    assert bare == []
 
 
 OWN_COLUMNS = {
