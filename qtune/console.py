@@ -22,8 +22,8 @@ from qtune.control_characters import escaped_in_json, visible
 from qtune.startup.launched import launched
 
 PLAIN_WIDTH = 120
-"""Of a file or a pipe, which have none of their own, unless COLUMNS says one; 80 would fold the tables that people
-redirect."""
+"""Of a file or a pipe, which have none of their own, unless QTUNE_WIDTH says one; 80 would fold the tables that people
+redirect, and many a program sets COLUMNS."""
 LONGEST_NAME = 36
 """Characters at the beginning of a table's row that are not folded: no key of a recipe is longer."""
 
@@ -66,7 +66,7 @@ def _console(*, stderr: bool, of_process: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     # Rows, answers and paths are shown as they are: "[red]" or ":smile:" in them is no instruction.
-    asked = os.environ.get("COLUMNS", "")
+    asked = os.environ.get("QTUNE_WIDTH", "")
     width = None if terminal else int(asked) if asked.isdecimal() and int(asked) > 0 else PLAIN_WIDTH
     return _SafeConsole(
         file=stream,

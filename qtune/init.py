@@ -359,12 +359,10 @@ def require_place(file: Path, *, force: bool) -> None:
     """What is said of --output before rows are read for it.
 
     Raises:
-        RecipeError: there is a file of this name and no `force`, or no folder for it.
+        RecipeError: there is a file of this name and no `force`.
     """
     if file.exists() and not force:
         raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
-    if not file.parent.is_dir():
-        raise RecipeError(Problem("--output", f"{file.parent} is no folder; make it, or name a file in another one"))
 
 
 def write_recipe(text: str, file: Path, *, force: bool) -> None:

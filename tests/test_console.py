@@ -367,10 +367,10 @@ def test_a_line_that_must_not_be_folded_is_not_cut_either(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("columns", "width"), [("", 120), ("60", 60), ("no number", 120), ("0", 120)])
-def test_a_pipe_is_as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
+def test_a_pipe_is_as_wide_as_it_is_told(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
     """The demo keeps what it shows by way of one."""
     stream = io.StringIO()
-    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("QTUNE_WIDTH", columns)
     monkeypatch.setattr("sys.stdout", stream)
     console.out(console.table("", ("name", "what"), [("a", "word " * 60)]))
     assert max(map(len, stream.getvalue().splitlines())) in range(width - 10, width + 1)

@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from qtune.check import check
 from qtune.errors import Interrupted, TrainingError
 from qtune.model.checkpointed import checkpoint_all, switched_layers
-from qtune.preflight import best_states
+from qtune.preflight import best_states, examine
 from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
+from qtune.sizes import size_text
 from qtune.training import rehearsal, train
 from qtune.training.arguments import OPTIMIZERS
 from qtune.training.rehearsal import heaviest, is_worth_it
@@ -95,11 +96,14 @@ def test_a_disk_that_will_not_hold_the_checkpoints_is_said_before_the_first_step
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(2**40, 2**40, 1000))
-    with pytest.raises(
-        TrainingError, match=r"1000 B are free, and 3 checkpoints of .* lower training\.keep_checkpoints"
-    ):
-        run(write_recipe(training=STEPS + "rehearse = true\nkeep_checkpoints = 3"))
+    recipe = write_recipe(training=STEPS + "rehearse = true\nkeep_checkpoints = 3")
+    needed = examine(load_recipe(recipe)).disk
+    assert needed is not None
+    free = needed.least_bytes  # one checkpoint and the adapter: less is refused before
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: usage(2**40, 2**40, free))
+    said = rf"{re.escape(size_text(free))} are free, and 3 checkpoints of .* lower training\.keep_checkpoints"
+    with pytest.raises(TrainingError, match=said):
+        run(recipe)
     stopped = RunDir(tmp_path / "runs" / "tiny")
     assert not stopped.metrics_file.exists() or not records(stopped, "train")
 

@@ -6,7 +6,7 @@ bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 
 # What is kept beside the run goes through a pipe, which has no width of its own.
-[ ! -t 1 ] || export COLUMNS="${COLUMNS:-$(tput cols 2>/dev/null || echo 80)}"
+[ ! -t 1 ] || export QTUNE_WIDTH="${COLUMNS:-$(tput cols 2>/dev/null || echo 80)}"
 
 run=runs/quickstart
 shown=$run/demo

@@ -3,6 +3,7 @@
 Everything that is wrong is reported at once, each problem with its file and line, key, value and what would be right.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -306,7 +307,9 @@ def _is_path(template: str) -> bool:
 def is_there(name: str, folder: Path = Path()) -> bool:
     """Whether a path that somebody has written, from `folder`, leads to something."""
     try:
-        return (folder / Path(name).expanduser()).exists()
+        path = folder / Path(name).expanduser()
+        # Of a folder that is still to be made the system knows no way up.
+        return path.exists() or (not folder.exists() and Path(os.path.normpath(path)).exists())
     # Too long a name, one with a zero byte in it, a home that nobody has.
     except (OSError, ValueError, RuntimeError):
         return False
