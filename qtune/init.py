@@ -11,7 +11,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from qtune.data.findings import FEW_ROWS
 from qtune.errors import DataError, ModelError, Problem, RecipeError
@@ -21,7 +21,8 @@ from qtune.model.reach import reach_of
 from qtune.recipe.file import check_recipe, load_recipe, missing_rows
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
-    Adapter,
+    ADAPTERS,
+    QUANTIZATIONS,
     AdapterTable,
     Data,
     FourBit,
@@ -33,7 +34,6 @@ from qtune.recipe.schema import (
     Table,
     Training,
     Unquantized,
-    kinds_of,
 )
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.steps import few_steps, first_steps, held_out_rows
@@ -54,12 +54,8 @@ UNKNOWN_REACH = 131_072
 """Tokens of the longest example at most, where the model's own positions are not at hand."""
 ENOUGH_FOR_STRAYS, STRAYS = 20, 0.01
 """From so many rows on, this share of them (one at least) does not decide the length alone."""
-ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 NEXT = (("check", "what would spoil the run"), ("run", "train it; Ctrl-C saves"))
 """The verbs that a recipe is written for."""
-QUANTIZATIONS = tuple(
-    kind for table in get_args(Recipe.model_fields["quantization"].annotation) for kind in kinds_of(table)
-)
 
 # The keys worth a first look, so that a recipe stays on one screen; the rest have defaults that are rarely changed.
 SHOWN: dict[type[Table], tuple[str, ...]] = {

@@ -50,14 +50,13 @@ from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Model, Recipe, Unquantized
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
-from qtune.run.folder import RunDir, existing_folder, require_writable
+from qtune.run.folder import OUTPUT, RunDir, existing_folder, require_writable
 from qtune.sizes import gib_text, size_text
 from qtune.startup.launched import said_in
 from qtune.startup.quiet import quiet_loading
 
 log = logging.getLogger(__name__)
 
-OUTPUT = "output.directory"
 # bf16 or fp16: what an export writes for each parameter.
 EXPORT_BYTES = 2
 # Two moments of AdamW in fp32 for each trained parameter.

@@ -39,7 +39,7 @@ def held_out_rows(
     return own_rows(recipe), prepared.examples[prepared.held_out]
 
 
-def asked_in_training(
+def rows_in_training(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, data_file: Path | None = None
 ) -> int | None:
     """How many of the rows have a prompt that stands in the training rows too; None where those cannot be read now.
@@ -55,12 +55,8 @@ def asked_in_training(
         )
     except DataError:
         return None
-    prompts, there = _prompts(rows), np.zeros(len(rows), bool)
-    if (stream := trained.stream) is None:
-        there |= np.isin(prompts, _prompts(trained.examples["train"]))
-    else:
-        for _, part in stream.all_figures("prompt_hash"):
-            there |= np.isin(prompts, part["prompt_hash"])
+    prompts, stream = _prompts(rows), trained.stream
+    there = np.isin(prompts, _prompts(trained.examples["train"])) if stream is None else stream.has_prompts(prompts)
     return int(there.sum())
 
 

@@ -106,6 +106,13 @@ class RowStream(Dataset[dict[str, list[int]]]):
             rows = np.arange(first, min(first + FIGURES_AT_ONCE, len(self)))
             yield first, {name: self.figures(name, rows) for name in names}
 
+    def has_prompts(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether prompts stand here, too, by their hashes: [hashes]."""
+        there = np.zeros(len(hashes), bool)
+        for _, part in self.all_figures("prompt_hash"):
+            there |= np.isin(hashes, part["prompt_hash"])
+        return there
+
     @property
     def window_bytes(self) -> int:
         """Ids and labels of the windows that are in memory: the one at hand, the one before, the one that comes."""

@@ -74,10 +74,7 @@ class StreamColumns:
 
     def has_prompts(self, hashes: np.ndarray) -> np.ndarray:
         """Whether prompts stand here, too, by their hashes: [hashes]."""
-        there = np.zeros(len(hashes), bool)
-        for _, part in self.stream.all_figures("prompt_hash"):
-            there |= np.isin(hashes, part["prompt_hash"])
-        return there
+        return self.stream.has_prompts(hashes)
 
     def counts_within(self, most: int) -> "Counts":
         """How many of the rows with at most `most` tokens have so many of them."""

@@ -3,11 +3,11 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from qtune.recipe.schema import Adapter, FileSource, HubSource, KeyPath, Quantization, Recipe, kinds_of
+from qtune.recipe.schema import ADAPTERS, QUANTIZATIONS, FileSource, HubSource, KeyPath, Recipe
 from qtune.spelling import did_you_mean
 
 MOST_SHOWN = 100
@@ -120,8 +120,7 @@ def _nearest(word: str, known: Sequence[str], *, list_known: bool = True) -> str
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     """The keys of the table that a location (pydantic's, with its union tags) is in."""
     tagged: dict[str | int, type[BaseModel]] = {"file source": FileSource, "hub source": HubSource}
-    for union in (Quantization, Adapter):
-        tagged |= {kind: table for table in get_args(union) for kind in kinds_of(table)}
+    tagged.update((*QUANTIZATIONS.items(), *ADAPTERS.items()))
     *tables, _ = location
     if not tables:
         return list(Recipe.model_fields)

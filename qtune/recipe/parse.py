@@ -2,18 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from qtune.recipe.faults import Fault, Faulty, faults_of
 from qtune.recipe.rules import conflicts
-from qtune.recipe.schema import DEFAULT_KINDS, Adapter, KeyPath, Quantization, Recipe, kinds_of
+from qtune.recipe.schema import ADAPTERS, DEFAULT_KINDS, QUANTIZATIONS, KeyPath, Recipe
 from qtune.spelling import nearest
-
-ADAPTERS, QUANTIZATIONS = (
-    tuple(kind for table in get_args(union) for kind in kinds_of(table)) for union in (Adapter, Quantization)
-)
 
 
 def parse_recipe(tables: Mapping[str, Any]) -> Recipe:

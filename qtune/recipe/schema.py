@@ -587,3 +587,8 @@ DEFAULT_KINDS = {"quantization": "nf4", "adapter": "lora"}
 def kinds_of(table: type[Table]) -> tuple[str, ...]:
     """The values of `kind` that mean this table."""
     return tuple(get_args(table.model_fields["kind"].annotation))
+
+
+QUANTIZATIONS: dict[str, type[Table]] = {kind: table for table in get_args(Quantization) for kind in kinds_of(table)}
+ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
+"""The table that each kind means."""

@@ -18,6 +18,8 @@ from qtune.recipe.schema import Output
 from qtune.recipe.shipped import find_recipe
 from qtune.spelling import meant_file
 
+OUTPUT = "output.directory"
+"""The place of what is wrong with it."""
 RUNS = Path(Output.model_fields["directory"].default)
 
 
@@ -274,7 +276,7 @@ def require_writable(folder: Path) -> None:
     except OSError as error:
         where = "" if existing == folder.absolute() else f" ({existing})"
         message = f"{folder} cannot be written{where}: {error.strerror}; name another folder"
-        raise InputError(Problem("output.directory", message)) from error
+        raise InputError(Problem(OUTPUT, message)) from error
 
 
 def existing_folder(folder: Path) -> Path:

@@ -140,14 +140,7 @@ def _follow(ranks: Ranks, inputs: Inputs, course: Course) -> None:
 class Unwritten(Metrics):
     """Takes what a trainer tells, and writes nothing; what happens in this process alone is said."""
 
-    def note(
-        self,
-        message: str,
-        adapter_step: int | None = None,
-        ended_step: int | None = None,
-        *,
-        diverged: bool = False,
-    ) -> None:
+    def note(self, message: str, *_: object, **__: object) -> None:
         """Says what the user should know of this process, as memory that ran out."""
         console.say_of_process(message)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
-from qtune.data.held_out import asked_in_training, held_out_rows, spread
+from qtune.data.held_out import held_out_rows, rows_in_training, spread
 from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.disk import refusal_of
@@ -168,7 +168,7 @@ def evaluate(
             if tokens
         ),
         adapter=adapter_name(run_dir),
-        rows_trained_on=asked_in_training(written, run.tokenizer, folder, examples, data_file),
+        rows_trained_on=rows_in_training(written, run.tokenizer, folder, examples, data_file),
     )
     kept = None if replaces_larger else read_evaluation(run_dir)
     if kept is not None and kept.rows > evaluation.rows:

@@ -43,8 +43,7 @@ class CheckedRows:
 
 
 def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
-    """At most `count` of a run's held-out rows, spread over all; rows that say the same are
-    one.
+    """At most `count` of a run's held-out rows, spread over all; rows that say the same are one.
 
     Raises:
         DataError: the run's chat template renders nothing of a conversation.
