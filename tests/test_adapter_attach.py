@@ -253,6 +253,7 @@ def test_pissa_is_saved_for_the_original_base(tmp_path: Path) -> None:
     live = logits_of(model)
     save_adapter(model, tmp_path / "adapter", initial=tmp_path / "initial")
     assert not (tmp_path / "adapter" / STATE_FILE).exists()
+    assert not (tmp_path / "adapter" / "README.md").exists(), "peft's template of a card, with nothing filled in"
 
     original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert not torch.allclose(logits_of(original), live, atol=1e-2)

@@ -188,6 +188,50 @@ def test_a_run_leaves_a_folder_that_can_be_read_without_qtune(write_recipe: Writ
     assert not torch.allclose(PeftModel.from_pretrained(base, str(finished.adapter))(ids).logits, before, atol=1e-3)
 
 
+CARD = """\
+---
+library_name: peft
+tags:
+- qtune
+---
+# A LoRA adapter for {base}
+
+- trained by qtune on 20 examples, in the run `tiny`
+- base: `{base}`, held in NF4 with double quantization, computed in float32
+- every value of the run: `resolved.toml` in the run's folder, which is the one above this one
+
+Commands for that folder:
+
+```sh
+qtune chat .                     # talk to it
+qtune export . --adapter-only    # the adapter for others, with the lines of Python that load it as it was trained
+qtune export .                   # a model that needs no adapter, compared with this one
+```
+
+`adapter_config.json` and `adapter_model.safetensors` are what peft loads.
+"""
+
+
+def test_the_card_of_a_runs_adapter_says_what_it_is_and_its_commands_hold_where_it_says(
+    write_recipe: WriteRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = run(write_recipe(), "training.steps=1")
+    card = (finished.adapter / "README.md").read_text()
+    assert card == CARD.format(base=tiny_model.name)
+    monkeypatch.chdir(finished.adapter.parent)
+    exports = re.findall(r"^qtune (export .*?) *#", card, re.MULTILINE)
+    assert len(exports) == 2
+    for command in exports:
+        done = CliRunner().invoke(cli.app, command.split())
+        assert done.exit_code == 0, done.output
+    left = [
+        file
+        for file in finished.path.rglob("*")
+        if file.suffix in (".md", ".json", ".toml") and "information needed" in file.read_text().lower()
+    ]
+    assert left == [], "what a library left to be filled in"
+
+
 @pytest.mark.slow
 def test_a_second_run_gets_a_name_of_its_own_and_the_same_result(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(training=TWO_EPOCHS + "\ncheckpoint_every = 'epoch'".replace("checkpoint_every", "# "))

@@ -17,7 +17,7 @@ from qtune import console
 from qtune.adapter.from_run import earlier_adapter
 from qtune.adapter.prefix import prefix_of
 from qtune.adapter.prompt_encoder import ResidualPrompt, measure_unit, unit_of
-from qtune.adapter.state import load_trained_state
+from qtune.adapter.state import load_trained_state, without_card
 from qtune.data.collate import PaddedCollator
 from qtune.device.present import is_out_of_memory
 from qtune.errors import ModelError, Problem, first_line
@@ -72,7 +72,8 @@ def kept_start(model: PeftModel, recipe: Recipe, folder: Path) -> Path | None:
     """
     if not (isinstance(recipe.adapter, Lora) and recipe.adapter.initialization == "pissa"):
         return None
-    model.save_pretrained(folder)
+    with without_card(model):
+        model.save_pretrained(folder)
     return folder
 
 

@@ -59,7 +59,8 @@ def load_trained_state(model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
-    """peft's format, which every peft user can load, and the full state beside it, which training can go on from.
+    """peft's format, which every peft user can load, and the full state beside it, which training can go on from; no
+    card.
 
     initial: PiSSA's adapter before training. Its base was rewritten, so what is saved is the difference, a LoRA of
     twice the rank on the original base (arXiv:2404.02948, appendix C), and no state: that would belong to the rewritten
@@ -69,19 +70,21 @@ def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) ->
         with warnings.catch_warnings():
             # peft 0.21 loads the initial adapter beside the trained one for the difference, and warns of its own doing.
             warnings.filterwarnings("ignore", "PiSSA changes the base weights of the model")
-            model.save_pretrained(
-                folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial)
-            )
+            with without_card(model):
+                model.save_pretrained(
+                    folder, safe_serialization=True, path_initial_model_for_weight_conversion=str(initial)
+                )
         return
     model.eval()  # peft saves what a prompt encoder computes, which must not be what its dropout leaves of it
-    model.save_pretrained(folder, safe_serialization=True)
+    with without_card(model):
+        model.save_pretrained(folder, safe_serialization=True)
     save_trained_state(model, folder)
 
 
 @contextmanager
 def without_card(model: PeftModel) -> Iterator[None]:
-    """What is saved inside gets no README.md: peft compiles a template of one each time, which takes longer than the
-    adapter's tensors do."""
+    """What is saved inside gets no README.md: peft's is a template whose places nobody has filled ("[More Information
+    Needed]"), and compiling it takes longer than saving the adapter's tensors."""
     model.create_or_update_model_card = lambda *_: None
     try:
         yield

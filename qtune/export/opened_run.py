@@ -66,7 +66,12 @@ class OpenedRun:
     @property
     def base_in_public(self) -> str:
         """The base in a card, which others read: the own name of a folder or file here, without where it lies."""
-        return _local(self.base_name).name if _local(self.base_name).exists() else self.base_name
+        return in_public(self.base_name)
+
+
+def in_public(base: str) -> str:
+    """What others are told of a base: the own name of a folder or file here, without where it lies."""
+    return _local(base).name if _local(base).exists() else base
 
 
 def _local(base: str) -> Path:

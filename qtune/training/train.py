@@ -59,6 +59,7 @@ from qtune.run.resumption import (
 from qtune.run.shown_rows import keep_rows
 from qtune.run.summary import training_losses
 from qtune.startup.launched import launched
+from qtune.training.adapter_card import adapter_card
 from qtune.training.best import KeepBest
 from qtune.training.build import build_model, make_trainer
 from qtune.training.callbacks import Metrics, StopOnSignal
@@ -371,4 +372,5 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
     with whole(run_dir.adapter) as partial:
         save_adapter(model, partial, initial)
         inputs.tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(adapter_card(inputs, run_dir.name), encoding="utf-8")
         seal(partial, records=records_then(run_dir.metrics_file), by=saved_by(run_dir.path))
