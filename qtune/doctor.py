@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import bitsandbytes.functional
@@ -13,15 +13,15 @@ from qtune.adapter.lean_check import examined
 from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory, present_device
 from qtune.device.products import cpu_product_times, product_times
-from qtune.device.rates import Rates, not_believed
+from qtune.device.rates import MEASURES, Rates, changed_since, not_believed
 from qtune.diagnosis import Diagnosis, version_findings
 from qtune.errors import InputError, first_line
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
-from qtune.sizes import GIB, MIB, size_text
+from qtune.sizes import GIB, MIB, flops_text, size_text
 from qtune.startup.safe_bitsandbytes import BLOCK, wrong_kernels
-from qtune.timing.known import card_of, keep_rates, known_rates
+from qtune.timing.known import beside_here, card_of, keep_rates, known_rates, measured_otherwise
 
 # A 7B model in 16 bits, as it is downloaded and as it is exported, is about 14 GiB each.
 ENOUGH_DISK_BYTES = 20 * GIB
@@ -47,7 +47,7 @@ def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
         *unless_full("device", "NF4", quantization_findings(device)),
         *unless_full("choices", "recipe", choice_findings(device)),
         *unless_full("choices", "products", product_findings(device)),
-        *rate_findings(known_rates(device)),
+        *rate_findings(known_rates(device), beside_here(), measured_otherwise(device)),
         *disk_findings({"runs": runs, "cache": cache_folder(), "hub cache": _hub_cache()}),
         *environment_findings(os.environ),
     ]
@@ -128,7 +128,7 @@ def product_findings(device: Device) -> Iterator[Diagnosis]:
     else:
         times = product_times(torch.device(device.torch_name), ("float32", "bfloat16", "float16"))
     for name, taken in times.items():
-        yield Diagnosis("choices", f"{name} products", str(taken))
+        yield Diagnosis("choices", f"{name} products", taken.text(is_card=device.kind == "cuda"))
 
 
 def unless_full(topic: str, name: str, findings: Iterator[Diagnosis]) -> Iterator[Diagnosis]:
@@ -160,28 +160,35 @@ def measure_rates(device: Device) -> None:
         console.say(f"what was measured is not kept: {error}")
 
 
-def rate_findings(rates: Rates | None) -> Iterator[Diagnosis]:
-    """What predictions of time on this device rest on."""
+def rate_findings(rates: Rates | None, here: Mapping[str, str], otherwise: Sequence[str] = ()) -> Iterator[Diagnosis]:
+    """What predictions of time on this device rest on.
+
+    here: versions and the processor, by name. otherwise: what was measured on this computer in another way than it
+    would compute now, which no prediction is made from.
+    """
     if rates is None:
-        yield Diagnosis(
-            "rates", "time", "not predicted", "note", "qtune doctor --measure finds out how fast this device is"
-        )
+        value = f"not predicted, for there is only {'; '.join(otherwise)}" if otherwise else "not predicted"
+        yield Diagnosis("rates", "time", value, "note", "qtune doctor --measure finds out how fast this device is")
         return
-    products = ", ".join(
-        f"{name} {flops / 1e12:,.3g}"
-        for name, flops in rates.products.items()
-        if name in ("bfloat16", "float16", "float32")
-    )
-    yield Diagnosis("rates", "from", rates.source)
-    yield Diagnosis("rates", "products", f"{products} TFLOP/s; attention {rates.attention / 1e12:,.3g}")
+    speeds = {name: flops for name, flops in rates.products.items() if name in ("bfloat16", "float16", "float32")}
+    shown = [
+        f"{name} {flops_text(flops, is_card=not rates.is_own_processor)}"
+        for name, flops in (speeds | {"attention": rates.attention}).items()
+    ]
+    changed = changed_since(rates, here)
+    if changed is None:
+        yield Diagnosis("rates", "from", rates.source)
+    else:
+        yield Diagnosis("rates", "from", f"{rates.source}; since then {changed}", "note", MEASURES)
+    yield Diagnosis("rates", "products", ", ".join(shown))
     moved = {
         "in order": rates.moved,
         "casts": rates.copied,
         "adapter products": rates.thin,
         "NF4 read back": rates.dequantized,
     }
-    shown = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in moved.items())
-    yield Diagnosis("rates", "memory", f"{shown} GB/s")
+    walked = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in moved.items())
+    yield Diagnosis("rates", "memory", f"{walked} GB/s")
     launching = f"{1e6 * rates.launch_seconds:.0f} microseconds for each operation it launches"
     yield Diagnosis("rates", "processor", f"{launching}, {1e6 * rates.own_launch_seconds:.0f} for one of qtune's own")
 

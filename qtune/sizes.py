@@ -1,4 +1,4 @@
-"""Sizes in bytes: their units, read from text and written in words. Binary, as memory is."""
+"""Sizes in bytes, binary as memory is, and speeds: their units, read from text and written in words."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def gib_text(size_bytes: float) -> str:
 def saving_text(without: int, ours: int) -> str:
     """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
     return size_text(without - ours) if without >= ours else f"costs {size_text(ours - without)}"
+
+
+def flops_text(per_second: float, *, is_card: bool) -> str:
+    """Operations per second, in the unit that is used of such a device everywhere."""
+    unit, size = ("TFLOP/s", 1e12) if is_card else ("GFLOP/s", 1e9)
+    found = per_second / size
+    return f"{found:,.0f} {unit}" if found >= 100 else f"{found:.3g} {unit}"

@@ -35,7 +35,8 @@ def test_operations_are_two_for_each_multiplication_and_addition():
         (2 * 128 * 576 * 1536 / 1e6, 128 * 576 * 1536 / 1e6)
     )
     assert ProductTimes(1.0, 1.0, (10, 20, 30)).gflops == pytest.approx((12000 / 1e9, 12000 / 1e9))
-    assert str(ProductTimes(1e-3, 2e-3)) == "226 GFLOP/s forward, 113 backward"
+    assert ProductTimes(1e-3, 2e-3).text(is_card=False) == "226 GFLOP/s forward, 113 GFLOP/s backward"
+    assert ProductTimes(1e-3, 2e-3).text(is_card=True) == "0.226 TFLOP/s forward, 0.113 TFLOP/s backward"
 
 
 def test_a_card_multiplies_what_keeps_it_busy(monkeypatch):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from packaging.requirements import Requirement
 
 from qtune import __version__, doctor
+from qtune.device.cards import card_named
 from qtune.device.present import Device, present_device
+from qtune.device.rates import changed_since, data_sheet_rates, source_in_words
 from qtune.diagnosis import Diagnosis, has_problems, to_json, version_finding
 from qtune.doctor import (
     choice_findings,
@@ -23,9 +26,11 @@ from qtune.doctor import (
     examine,
     product_findings,
     quantization_findings,
+    rate_findings,
     unless_full,
 )
 from qtune.screens.doctor import show
+from qtune.timing.known import beside_here, keep_rates, known_rates, measured_otherwise
 
 GIB = 2**30
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -135,7 +140,67 @@ def test_a_trap_of_bitsandbytes_is_a_problem_by_its_name(monkeypatch):
 def test_the_speed_of_products_is_shown_forward_and_backward_for_each_dtype():
     found = {finding.name: finding.value for finding in product_findings(present_device())}
     assert set(found) == {"float32 products", "bfloat16 products"}
-    assert all(re.fullmatch(r"[\d,]+ GFLOP/s forward, [\d,]+ backward", value) for value in found.values())
+    speed = r"[\d,.]+ GFLOP/s"
+    assert all(re.fullmatch(f"{speed} forward, {speed} backward", value) for value in found.values())
+
+
+def measured(**given):
+    beside = {"torch": "2.11.0", "bitsandbytes": "0.50.2", "processor": "AMD EPYC 7763"}
+    return replace(
+        data_sheet_rates(card_named("H100")),
+        **{"kind": "measured", "source": "CPU, 2 threads: measured by qtune doctor", "beside": beside, **given},
+    )
+
+
+def test_rates_of_a_data_sheet_or_of_the_same_versions_are_as_good_as_new():
+    here = {"torch": "2.11.0", "bitsandbytes": "0.50.2", "processor": "AMD EPYC 7763"}
+    sheet = data_sheet_rates(card_named("H100"))
+    for rates in (sheet, measured()):
+        first, *_ = rate_findings(rates, here)
+        assert first == Diagnosis("rates", "from", rates.source)
+        assert source_in_words(rates, here) == rates.source
+
+
+def test_rates_that_were_measured_under_other_versions_or_on_another_processor_say_so_wherever_they_are_used():
+    here = {"torch": "2.13.0", "bitsandbytes": "0.50.2", "processor": "AMD EPYC 9R14"}
+    changed = "since then torch was 2.11.0, is 2.13.0; processor was AMD EPYC 7763, is AMD EPYC 9R14"
+    first, *_ = rate_findings(measured(), here)
+    assert first.verdict == "note"
+    assert first.value == f"CPU, 2 threads: measured by qtune doctor; {changed}"
+    assert first.advice == "qtune doctor --measure measures again"
+    assert source_in_words(measured(), here) == (
+        f"CPU, 2 threads: measured by qtune doctor ({changed}; qtune doctor --measure measures again)"
+    )
+
+
+def test_rates_that_an_older_version_kept_without_versions_are_not_taken_for_new():
+    first, *_ = rate_findings(measured(beside={}), {"torch": "2.13.0"})
+    assert (first.verdict, first.advice) == ("note", "qtune doctor --measure measures again")
+
+
+def test_rates_of_this_computer_are_measured_with_what_is_looked_for_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
+    keep_rates(OLD_CPU, measured(beside=beside_here()))
+    kept = known_rates(OLD_CPU)
+    assert changed_since(kept, beside_here()) is None
+    assert beside_here()["torch"] == torch.__version__
+
+
+def test_what_was_measured_with_another_number_of_threads_is_named_and_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path))
+    keep_rates(OLD_CPU, measured())
+    assert measured_otherwise(OLD_CPU) == []
+    assert known_rates(NEW_CPU) is None
+    [note] = rate_findings(None, {}, measured_otherwise(NEW_CPU))
+    assert note.value == "not predicted, for there is only CPU, 2 threads: measured by qtune doctor"
+    assert note.advice == "qtune doctor --measure finds out how fast this device is"
+
+
+@pytest.mark.parametrize(("own", "unit"), [(True, "GFLOP/s"), (False, "TFLOP/s")])
+def test_speeds_of_products_have_one_unit_on_a_device(own, unit):
+    shown = " ".join(one.value for one in rate_findings(measured(is_own_processor=own), {}))
+    assert set(re.findall(r"\w+FLOP/s", shown)) == {unit}
+    assert shown.count(unit) == 4
 
 
 def test_a_library_within_its_bounds_is_fine_and_another_version_is_a_note():

@@ -86,16 +86,3 @@ def test_tensors_without_storage_and_other_types_are_pytorchs(monkeypatch):
         fake = torch.empty(300, 400), torch.empty(400, 200)
         assert not on_cpu.takes(*fake)
         assert on_cpu.mm(*fake).shape == (300, 200)
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "maker"),
-    [
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AuthenticAMD"),
-        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
-        ("processor\t: 0\nCPU implementer\t: 0x41\n", ""),
-        ("", ""),
-    ],
-)
-def test_the_maker_of_a_processor_is_read_as_linux_says_it(cpuinfo, maker):
-    assert on_cpu.vendor(cpuinfo) == maker

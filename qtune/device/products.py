@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from qtune.sizes import flops_text
+
 Shape = tuple[int, int, int]
 """Of a product: tokens, width, intermediate width."""
 
@@ -49,9 +51,10 @@ class ProductTimes:
         operations = 2 * math.prod(self.shape)
         return operations / self.forward / 1e9, operations / self.backward / 1e9
 
-    def __str__(self) -> str:
-        forward, backward = self.gflops
-        return f"{forward:,.0f} GFLOP/s forward, {backward:,.0f} backward"
+    def text(self, *, is_card: bool) -> str:
+        """Both in words."""
+        forward, backward = (flops_text(1e9 * one, is_card=is_card) for one in self.gflops)
+        return f"{forward} forward, {backward} backward"
 
 
 def product_times(device: torch.device, dtypes: Sequence[str]) -> dict[str, ProductTimes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Rates:
     """The same for each kernel of qtune's own, which Triton launches from Python."""
     is_own_processor: bool = False
     """Whether launching and computing share one processor: their times add up then, on a card they overlap."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Of measured ones: versions and the processor then, by name; nothing in what older versions have kept."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -55,6 +57,26 @@ class Rates:
             TypeError: they are of another version.
         """
         return cls(**stored)
+
+
+MEASURES = "qtune doctor --measure measures again"
+
+
+def changed_since(rates: Rates, here: Mapping[str, str]) -> str | None:
+    """In words, what is another one now than when rates were measured, of `here`: versions and the processor by name.
+    None where nothing is, and for a data sheet, which nobody here has measured."""
+    if rates.kind == "data sheet":
+        return None
+    if not rates.beside:
+        return "what has changed is not known: an older qtune measured, and kept no versions"
+    found = {name: (then, here.get(name, "not here")) for name, then in rates.beside.items()}
+    return "; ".join(f"{name} was {then}, is {now}" for name, (then, now) in found.items() if now != then) or None
+
+
+def source_in_words(rates: Rates, here: Mapping[str, str]) -> str:
+    """Where rates are from, and what has changed since then, if anything has."""
+    changed = changed_since(rates, here)
+    return rates.source if changed is None else f"{rates.source} (since then {changed}; {MEASURES})"
 
 
 # Shares of a data sheet's figures that training reaches. From two profiled steps of Llama 3.1 8B, 4 x 2048 tokens, on

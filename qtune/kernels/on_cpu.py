@@ -11,11 +11,12 @@ Tensors without storage, and every other type and device, are PyTorch's.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from qtune.device.processor import vendor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,20 +95,7 @@ def _is_dense(matrix: Tensor) -> bool:
 @functools.cache
 def is_faster() -> bool:
     """Whether this is an x86 processor of another maker than MKL's, and PyTorch has oneDNN."""
-    return torch.backends.mkldnn.is_available() and vendor(_cpuinfo()) not in ("", "GenuineIntel")
-
-
-def vendor(cpuinfo: str) -> str:
-    """The maker of an x86 processor as Linux says it; "" where it says none, as on every other architecture."""
-    lines = (line.partition(":") for line in cpuinfo.splitlines())
-    return next((value.strip() for name, _, value in lines if name.strip() == "vendor_id"), "")
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return torch.backends.mkldnn.is_available() and vendor() not in ("", "GenuineIntel")
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qtune.data.batches import StepSampler
+from qtune.device.rates import source_in_words
 from qtune.errors import ModelError
 from qtune.memory.cached import traced_work
 from qtune.memory.predict import Longest
 from qtune.memory.tracing.categories import GRADIENTS
 from qtune.memory.tracing.work import from_rows
 from qtune.model.geometry import load_geometry
-from qtune.timing.known import known_rates
+from qtune.timing.known import beside_here, known_rates
 from qtune.timing.price import Cost, Duration, cost_by, duration
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _of_one_length(recipe: Recipe, plan: Plan, length: int, prediction: Predicti
     steps = recipe.training.steps
     return TimeForecast(
         rates.kind,
-        rates.source,
+        source_in_words(rates, beside_here()),
         StepModel(length, length, step.micro_batch, step.micro_batch, step.update, rates),
         estimate,
         estimate.seconds,
@@ -245,7 +246,7 @@ def _of_data(
     evaluations = _evaluations(recipe, steps, steps_per_epoch) * one_evaluation
     return TimeForecast(
         rates.kind,
-        rates.source,
+        source_in_words(rates, beside_here()),
         model,
         step_duration(prediction, plan, rates),
         epoch_seconds / steps_per_epoch,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import re
 from typing import TYPE_CHECKING
 
-from qtune import console
+from qtune import __version__, console
 from qtune.cache import cache_folder, not_writable
 from qtune.device.cards import card_named
+from qtune.device.processor import processor_name
 from qtune.device.rates import Rates, data_sheet_rates
 from qtune.errors import InputError
 from qtune.records import CHECKSUM, require_intact, sealed
@@ -62,11 +64,34 @@ def keep_rates(device: Device, rates: Rates) -> Path:
     return file
 
 
+DECIDING = ("torch", "bitsandbytes")
+"""Whose versions decide how long an operation takes, and how long it takes to launch one."""
+
+
+def beside_here() -> dict[str, str]:
+    """What rates depend on beside their device: versions, and the processor that launches."""
+    versions = {name: importlib.metadata.version(name) for name in DECIDING}
+    return {"qtune": __version__, **versions, "processor": processor_name()}
+
+
+def measured_otherwise(device: Device) -> list[str]:
+    """Of a processor: the sources of what was measured on this computer with other numbers of threads."""
+    if device.kind != "cpu":
+        return []
+    files = sorted(set(_folder().glob("cpu-*.json")) - {_file(device)})
+    found = (_measured(file, file.read_text(encoding="utf-8", errors="replace")) for file in files)
+    return [rates.source for rates in found if rates is not None]
+
+
 def _file(device: Device) -> Path:
     """One for each device: a card goes by the name of the table, so that --gpu finds what was measured on it."""
     card = card_of(device)
     name = device.name if card is None else card.name
-    return cache_folder() / "rates" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return _folder() / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def _folder() -> Path:
+    return cache_folder() / "rates"
 
 
 def card_of(device: Device) -> Card | None:

@@ -32,6 +32,7 @@ from qtune.model.loss import install_loss
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
+from qtune.timing.known import beside_here
 from qtune.timing.price import Cost, cost_by, training_part
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def measured_rates(device: Device, clock: Clock = time.perf_counter) -> Rates:
         launch_seconds=0.0,
         own_launch_seconds=0.0,
         is_own_processor=device.kind == "cpu",
+        beside=beside_here(),
     )
     return _with_launches(rates, device, clock)
 
