@@ -1098,8 +1098,9 @@ def swap(
     """Add rows with other words, for answers that copy from their requests: the model learns to copy, not the names.
 
     Where request and answer share a word, a name or a place, both get another one. The copies, and the rows they are
-    made of, come into a file beside the new recipe, NAME.swapped.toml; rows that are held out stay held out, without
-    copies. Not for answers that judge or know: a label that stands in its request is no name (--keep).
+    made of, come into a file beside the new recipe, NAME.swapped.toml; rows without such a word, and those that are
+    held out, come into files of their own, without copies. Not for answers that judge or know: a label that stands in
+    its request is no name (--keep).
     """
     from qtune.at_once import require_row_files
     from qtune.data.swap_files import require_swappable, words_of_text

@@ -54,6 +54,8 @@ class Swapped:
     """With a word to exchange."""
     unchanged: int
     """Without one."""
+    have_own_file: bool
+    """Whether the rows without a word to exchange are in a file of their own, where they have a weight."""
     times: int
     """How often each of those counts, so that kinds of rows keep their shares."""
     copies: int
@@ -121,7 +123,7 @@ def swap(
     write_text(recipe, text)
     exchanged = Counter(word for one in made for word in one.exchanged)
     examples = tuple(zip(originals[:3], made, strict=False))
-    counts = len(originals), len(unchanged), 1 + copies, len(made), len(held_out)
+    counts = len(originals), len(unchanged), weighs, 1 + copies, len(made), len(held_out)
     return Swapped(files, *counts, chosen, exchanged, examples, _words_in(made))
 
 
@@ -214,11 +216,13 @@ def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool, weight
     train: Any = files.rows.name
     if weight is not None:
         train = [{"path": files.rows.name}, {"path": files.unchanged.name, "weight": float(weight)}]
-    changes: dict[KeyPath, Any] = {("data", "train"): train, ("data", "columns"): None}
-    changes["data", "format"] = None
+    gone = ["columns", "format", *(["validation", "validation_seed"] if has_held_out else [])]
+    text = rewritten(text_for(resolved, files.recipe), {("data", key): None for key in gone}, "")
+    changes: dict[KeyPath, Any] = {("data", "train"): train}
+    text = rewritten(text, changes, f"made by qtune swap of the rows of {resolved.file.name}", replaced=changes)
     if has_held_out:
-        changes |= {("data", "validation"): files.held_out.name, ("data", "validation_seed"): None}
-    text = rewritten(text_for(resolved, files.recipe), changes, "")
+        changes = {("data", "validation"): files.held_out.name}
+        text = rewritten(text, changes, "those that were set aside of them; nothing is made of these")
     if not data.columns and data.format == "auto":
         return text
     others = check_recipe(text, files.recipe, need_rows=False).recipe.data
@@ -257,18 +261,19 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
     said = [f"{made.files.rows}: {made.rows:,} rows and {made.copies:,} copies with other words"]
     if made.unchanged:
         one = made.unchanged == 1
+        where = f"{made.files.unchanged}: " if made.have_own_file else ""
         said.append(
-            f"{made.unchanged:,} {'row has' if one else 'rows have'} no word to exchange; nothing is made of "
+            f"{where}{made.unchanged:,} {'row has' if one else 'rows have'} no word to exchange; nothing is made of "
             f"{'it, and it counts' if one else 'them, and they count'} {made.times} times, so that kinds of rows keep "
-            "their shares"
+            f"their shares{'' if made.have_own_file else f' (in {made.files.rows} they stand so often)'}"
         )
+    if made.held_out:
+        said.append(f"{made.files.held_out}: the {made.held_out:,} rows that are held out; nothing is made of them")
     said += [
         f"words that were exchanged, how often: {often}{more}; what must stay is named with --keep WORD",
         f"what came in: {len(made.came_in):,} different words, as {', '.join(made.came_in[:3])}; drawn from "
         f"{made.chosen.words.choice:,} {made.chosen.kind}",
     ]
-    if made.held_out:
-        said.append(f"{made.files.held_out}: the {made.held_out:,} rows that are held out; nothing is made of them")
     training = resolved.recipe.training
     if training.steps is None:
         fewer = f"{training.epochs / made.times:.4g}"

@@ -23,6 +23,7 @@ import pytest
 import tomlkit
 import torch
 import transformers
+from tomlkit.items import Comment, Null
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
@@ -712,6 +713,12 @@ def a_table_gives_away_its_lines_and_takes_one_in_between() -> None:
     assert keys == [("one", "# why")]
     table.value._insert_after("one", "two", tomlkit.item(2))
     assert tomlkit.dumps(document) == "[a]\none = 1  # why\ntwo = 2\n\n[b]\n"
+    document = tomlkit.parse("[a]\n# about\n# one\none = 1\ntwo = 2\n")
+    body = document["a"].value.body
+    assert [isinstance(item, Comment) for _, item in body] == [True, True, False, False]
+    body[1] = (None, Null())
+    document["a"].remove("one")
+    assert tomlkit.dumps(document) == "[a]\n# about\ntwo = 2\n"
 
 
 # --- the probes ----------------------------------------------------------------------------------------------------

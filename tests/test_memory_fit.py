@@ -144,6 +144,21 @@ def test_a_rewritten_recipe_keeps_comments_order_and_formatting():
     assert text == RECIPE.replace("max_length = 1024", "max_length = 512") + "micro_batch_size = 2 # to fit 8 GiB\n"
 
 
+def test_a_key_that_is_taken_out_takes_the_comment_above_it_along_and_no_other():
+    old = RECIPE.replace("batch_size = 8 ", "# Why eight,\n# and no more.\nbatch_size = 8 ")
+    new = rewritten(old, {("training", "batch_size"): None}, "")
+    assert new == RECIPE.replace("batch_size = 8       # the effective one\n", "")
+
+
+def test_the_commands_above_a_recipe_of_init_are_those_of_the_file_that_is_written(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    resolved = check_recipe(
+        f"# Train with `qtune run sub/one.toml`, not `qtune run two.toml`.\n{TEXT}", tmp_path / "one.toml"
+    )
+    new = text_for(resolved, tmp_path / "three.toml")
+    assert new.startswith(f"# Train with `qtune run {tmp_path / 'three.toml'}`, not `qtune run two.toml`.\n")
+
+
 def test_a_whole_share_of_a_step_is_not_called_the_largest_that_fits() -> None:
     """More would fit, and there is no more: four processes have one row each of four."""
     config = tiny(layers=1)

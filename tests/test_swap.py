@@ -183,15 +183,45 @@ def test_rows_without_a_word_to_exchange_are_not_copied_and_count_as_often_as_be
     written(tmp_path / "rows.jsonl", rows)
     recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl", "validation = 0.0")
     said = swap(recipe, "--copies", "3").stderr
-    assert "6 rows have no word to exchange; nothing is made of them, and they count 4 times" in said
+    file = tmp_path / "recipe.swapped.unchanged.jsonl"
+    assert f"{file}: 6 rows have no word to exchange; nothing is made of them, and they count 4 times" in said
+    assert len(file.read_text().splitlines()) == 6
     after = prepared(tmp_path / "recipe.swapped.toml")
     again = Counter(talks(after, "train"))
     assert max(again.values()) == 1, "no row is there twice, which check would name"
     trained = Counter(map(tuple, after.train["input_ids"]))
     assert sorted(trained.values()) == [1] * 160 + [4] * 6
     recipe.write_text(recipe.read_text().replace("[data]\n", "[data]\nstreaming = true\n"))
-    assert swap(recipe, "--copies", "3", "--force").exit_code == 0
+    done = swap(recipe, "--copies", "3", "--force")
+    assert done.exit_code == 0
+    assert "\n6 rows have no word to exchange;" in done.stderr
+    assert f"(in {tmp_path / 'recipe.swapped.rows.jsonl'} they stand so often)" in done.stderr
     assert len(prepared(tmp_path / "recipe.swapped.toml").train) == 4 * 46, "a stream has no weights"
+
+
+def test_no_comment_in_the_new_recipe_speaks_of_what_is_no_longer_so(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [SHAPES["own columns"](*pair) for pair in [*PAIRS, *((f"How much is {n}?", f"{n}") for n in range(6))]]
+    written(tmp_path / "rows.jsonl", rows)
+    made = CliRunner().invoke(cli.app, ["init", "--base", str(tiny_model), "--data", "rows.jsonl", "-o", "my own.toml"])
+    assert made.exit_code == 0, made.output
+    recipe = tmp_path / "my own.toml"
+    old = recipe.read_text().replace('"rows.jsonl"', '"rows.jsonl"  # all 46 of them')
+    recipe.write_text(f"# Compare with `qtune run other.toml` and `qtune check 'own`.\n{old}")
+    assert swap(Path("my own.toml")).exit_code == 0
+    new = (tmp_path / "my own.swapped.toml").read_text()
+    assert "with `qtune check 'my own.swapped.toml'`, train with `qtune run 'my own.swapped.toml'`" in new
+    assert "# Compare with `qtune run other.toml` and `qtune check 'own`.\n" in new
+    assert "Columns that have other names" in old
+    assert "other names" not in new
+    assert "the share of the training rows to set aside" in old
+    assert "set aside (" not in new
+    (train,) = (line for line in new.splitlines() if line.startswith("train ="))
+    assert train.endswith(" # made by qtune swap of the rows of my own.toml")
+    (validation,) = (line for line in new.splitlines() if line.startswith("validation ="))
+    assert validation.endswith(" # those that were set aside of them; nothing is made of these")
 
 
 def test_rows_that_were_swapped_are_not_swapped_again(

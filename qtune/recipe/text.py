@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import tomlkit
 from pydantic import BaseModel
-from tomlkit.items import Item, Table
+from tomlkit.items import Comment, Item, Null, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from qtune.recipe.schema import KeyPath
 
 
-def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
+def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str, replaced: Collection[KeyPath] = ()) -> str:
     """`text` with `changes` of (table, key) -> value; keys that were not there come at the end of their table.
 
-    None takes a key out. reason: a comment for new keys, if it is not empty.
+    None takes a key out, with the comment above it, which spoke of it. reason: a comment for new keys, if it is not
+    empty. replaced: keys that get that comment as well, for what stood behind the old value does not hold of the new.
     """
     document = tomlkit.parse(text)
     for (table, key), value in changes.items():
         if value is None:
             if key in document.get(str(table), {}):
-                document[str(table)].remove(str(key))
+                _remove(document[str(table)], str(key))
             continue
         if table not in document:
             document.add(tomlkit.nl())
@@ -37,6 +38,8 @@ def rewritten(text: str, changes: Mapping[KeyPath, Any], reason: str) -> str:
             assert isinstance(old, Item)
             # tomlkit puts one space before a comment of its own; this one keeps its column.
             new.trivia.comment_ws, new.trivia.comment = old.trivia.comment_ws, old.trivia.comment
+            if (table, key) in replaced:
+                new.comment(reason)
             target[str(key)] = new
         else:
             item = _item_of(value)
@@ -52,6 +55,16 @@ def _item_of(value: Any) -> Item:
         isinstance(value, (list, tuple)) and any(isinstance(x, dict) for x in value)
     )
     return tomlkit.value(show_value(value)) if has_tables else tomlkit.item(value)
+
+
+def _remove(table: Table, key: str) -> None:
+    """Takes a key out, and the comment lines directly above it."""
+    body = table.value.body
+    above = next(place for place, (name, _) in enumerate(body) if name is not None and name.key == key) - 1
+    while above >= 0 and isinstance(body[above][1], Comment):
+        body[above] = (None, Null())
+        above -= 1
+    table.remove(key)
 
 
 def _append(table: Table, key: str, item: Any) -> None:

@@ -1,5 +1,7 @@
 """resolved.toml: a recipe with every value that a run used, each with its origin beside it; a recipe itself."""
 
+import re
+import shlex
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 
 NAME = ("output", "name")
+COMMAND = re.compile(r"`qtune (\w+) ([^`]+)`")
+"""In a comment."""
 
 
 def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, Origin]]:
@@ -94,7 +98,8 @@ def absolute_paths(value: Any, folder: Path) -> Any:
 
 
 def text_for(resolved: Resolved, target: Path) -> str:
-    """The recipe's text as the file `target`, with what --set changed; relative data paths are right from there."""
+    """The recipe's text as the file `target`, with what --set changed; relative data paths are right from there, and
+    commands in its comments that name the recipe name `target`."""
     asked = _set_changes(resolved)
     if target.parent.resolve() != resolved.folder.resolve():
         data = resolved.recipe.data
@@ -102,7 +107,24 @@ def text_for(resolved: Resolved, target: Path) -> str:
             value = getattr(data, key)
             if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
                 asked["data", key] = moved
-    return rewritten(resolved.text, asked, "")
+    return rewritten(_renaming(resolved.text, resolved.file, target), asked, "")
+
+
+def _renaming(text: str, file: Path, target: Path) -> str:
+    """Commands that `qtune init` has written above a recipe, for another file."""
+
+    def renamed(command: re.Match[str]) -> str:
+        try:
+            words = shlex.split(command[2])
+        except ValueError:  # a quotation mark alone, in a comment of somebody's own
+            return command[0]
+        if len(words) != 1 or Path(words[0]).name != file.name:
+            return command[0]
+        near = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
+        return f"`qtune {command[1]} {shlex.quote(str(near))}`"
+
+    lines = text.splitlines(keepends=True)
+    return "".join(COMMAND.sub(renamed, line) if line.startswith("#") else line for line in lines)
 
 
 def _set_changes(resolved: Resolved) -> dict[KeyPath, Any]:
