@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RecipeError
+from qtune.init import new_recipe
 from qtune.recipe.file import Origin, Resolved, check_recipe, load_recipe
 from qtune.recipe.schema import Lora, PTuning, Unquantized
 from qtune.recipe.shipped import find_recipe, shipped_recipes
@@ -430,13 +431,64 @@ def test_steps_replace_the_epochs_of_the_file_but_not_of_the_command_line(check,
             ["quantization.kind=none"],
             ["--set quantization.kind: quantization.double_quantization = false (recipe.toml:6) is set aside"],
         ),
+        (
+            '[adapter]\nkind = "prompt-tuning"\ninitialization = "text"\ntext = "Be brief."\n',
+            ["adapter.start_from={run}"],
+            [
+                '--set adapter.start_from: adapter.initialization = "text" (recipe.toml:7), '
+                'adapter.text = "Be brief." (recipe.toml:8) are set aside'
+            ],
+        ),
+        ('[adapter]\nkind = "prompt-tuning"\ninitialization = "random"\n', ["adapter.start_from={run}"], []),
+        (
+            '[adapter]\nkind = "p-tuning"\ninitialization = "rows"\nresidual = true\n',
+            ["adapter.start_from={run}", "adapter.kind=lora"],
+            [
+                '--set adapter.kind: adapter.initialization = "rows" (recipe.toml:7), adapter.residual = true '
+                "(recipe.toml:8) are set aside"
+            ],
+        ),
         ("[training]\nepochs = 3\n", ["training.epochs=2"], []),
         ("[adapter]\nrank = 8\n", ["adapter.kind=lora"], []),
         ("", ["training.steps=6"], []),
     ],
 )
-def test_what_a_change_leaves_nothing_of_is_said(check, written: str, changes: list[str], said: list[str]) -> None:
+def test_what_a_change_leaves_nothing_of_is_said(
+    check, tmp_path: Path, written: str, changes: list[str], said: list[str]
+) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
+    changes = [change.format(run=tmp_path / "run") for change in changes]
     assert list(check(GOOD + written, *changes).set_aside) == said
+
+
+@pytest.mark.parametrize("adapter", ["p-tuning", "prompt-tuning"])
+def test_a_start_from_a_run_names_all_keys_of_the_recipe_s_own_start_with_their_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    """Of the recipes that init writes for a soft prompt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "rows.jsonl").touch()
+    written = new_recipe("builtin:smollm2-135m-instruct", "rows.jsonl", adapter, tmp_path / "recipe.toml", None)
+    text = written.replace("[data]", 'text = "Be brief."\nstart_from = "run"\n[data]', 1)
+    lines = [line.partition(" ")[0] for line in text.splitlines()]
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(text, tmp_path / "recipe.toml")
+    wrong = "an adapter that starts from a run has the values of that one; remove the key"
+    shown = {
+        key: f"{tmp_path / 'recipe.toml'}:{lines.index(key) + 1}: adapter.{key}" for key in ("initialization", "text")
+    }
+    assert str(caught.value).splitlines() == [
+        f'{shown["initialization"]} = "rows": {wrong}',
+        f'{shown["text"]} = "Be brief.": {wrong}',
+    ]
+    mended = "".join(
+        line for line in text.splitlines(keepends=True) if line.partition(" ")[0] not in ("initialization", "text")
+    )
+    assert check_recipe(mended, tmp_path / "recipe.toml").recipe.adapter.start_from == "run"
+    assert check_recipe(written, tmp_path / "recipe.toml", ["adapter.start_from=run"]).set_aside
 
 
 # --- origins -------------------------------------------------------------------------------------------------------

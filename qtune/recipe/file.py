@@ -17,7 +17,7 @@ from qtune.errors import Problem, RecipeError
 from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
 from qtune.recipe.parse import parse_recipe
-from qtune.recipe.schema import DEFAULT_KINDS, KeyPath, Recipe, Waivable
+from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
 from qtune.sizes import MIB, size_text
 from qtune.spelling import meant_file
@@ -32,6 +32,7 @@ RECIPE = ".toml"
 """Ending of a file that is no model and has no rows."""
 ENDS = (("steps", "epochs"), ("epochs", "steps"))
 """Of [training]: two ways to say the same thing, of which the one that is set replaces the one in the file."""
+KIND, START_FROM = ("adapter", "kind"), ("adapter", "start_from")
 # A dotted key of that many parts, which tomllib would take time for by the square of their number.
 _DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 TOO_DEEP = f"tables and lists stand in each other more than {DEEPEST} times, as in no recipe"
@@ -131,6 +132,9 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
     # A kind first: it clears its table, and must not clear what another change has put there.
     for keys in sorted(changes, key=lambda keys: keys[-1] != "kind"):
         problems.extend(_apply(tables, keys, changes[keys]))
+    if START_FROM in changes:
+        for _, key in _own_start(tables, changes):
+            tables["adapter"].pop(key)
     for one, other in ENDS:
         if ("training", one) in changes and ("training", other) not in changes and _has(tables, ("training", one)):
             tables["training"].pop(other, None)
@@ -242,8 +246,19 @@ def _replaced(tables: Mapping[str, Any], keys: KeyPath, changes: Mapping[KeyPath
         return {}
     if _is_other_kind(table, keys, changes[keys]):
         return {(keys[0], key): value for key, value in table.items() if key != "kind"}
+    if keys == START_FROM:
+        return _own_start(tables, changes)
     others = [other for one, other in ENDS if keys == ("training", one) and ("training", other) not in changes]
     return {("training", other): table[other] for other in others if other in table}
+
+
+def _own_start(tables: Mapping[str, Any], changes: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
+    """The keys of how the adapter in the file begins by itself, which one that starts from a run does not."""
+    table = tables.get("adapter")
+    if not isinstance(table, dict) or (KIND in changes and _is_other_kind(table, KIND, changes[KIND])):
+        return {}
+    keys = [key for key in ("initialization", "text") if key in table and ("adapter", key) not in changes]
+    return {("adapter", key): table[key] for key in keys if key == "text" or table[key] in OWN_STARTS}
 
 
 def _named(values: Mapping[KeyPath, Any], lines: Mapping[KeyPath, int], path: Path) -> str:

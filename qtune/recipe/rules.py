@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from qtune.recipe.faults import Fault
 from qtune.recipe.schema import (
     IA3,
+    OWN_STARTS,
     Adapter,
     Data,
     FourBit,
@@ -45,12 +46,16 @@ def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
             "the projection computes something else from what it starts with; set projection = false or remove the key",
         )
     text, initialization = getattr(adapter, "text", None), getattr(adapter, "initialization", None)
-    if (initialization == "text") != (text is not None):
+    if adapter.start_from:
+        given = {"initialization": initialization in OWN_STARTS, "text": text is not None}
+        for key in (key for key, is_given in given.items() if is_given):
+            yield Fault(
+                ("adapter", key), "an adapter that starts from a run has the values of that one; remove the key"
+            )
+    elif (initialization == "text") != (text is not None):
         yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
     if isinstance(adapter, PromptTuning | PTuning):
         yield from _within_soft_prompt(adapter)
-    if adapter.start_from and getattr(adapter, "initialization", None) in ("pissa", "loftq", "eva", "text", "rows"):
-        yield Fault(("adapter", "initialization"), "an adapter that starts from a run has its values; remove one")
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
         yield Fault(("adapter", "feedforward_modules"), "names a part of target_modules; give target_modules too")
 

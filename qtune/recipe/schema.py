@@ -184,6 +184,10 @@ class AdapterTable(Table):
         return int(getattr(self, "virtual_tokens", 0))
 
 
+OWN_STARTS = ("pissa", "loftq", "eva", "text", "rows")
+"""Values of `initialization` that are made of the base, of a text or of rows: none goes with `start_from`."""
+
+
 class Lora(AdapterTable):
     """LoRA: h = W x + (alpha / rank) B A x. Hu et al. 2021 (arXiv:2106.09685), section 4.1."""
 
