@@ -19,6 +19,7 @@ from qtune.startup.interrupts import nothing_to_keep, take_interrupts
 from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
 from qtune.startup.quiet import quiet_libraries
 from qtune.startup.streams import BROKEN_PIPE_CODE, OutputEndedError, guard_streams
+from qtune.startup.waiting_threads import let_waiting_threads_sleep
 from qtune.verbs import RUNS, Verbs
 
 if TYPE_CHECKING:
@@ -1219,6 +1220,7 @@ def main() -> None:
     """The `qtune` command: an error meant for the user becomes a message and an exit code, any other a traceback."""
     quiet_libraries()
     use_expandable_segments()
+    let_waiting_threads_sleep()
     use_own_card()
     guard_streams()
     take_interrupts()

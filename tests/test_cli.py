@@ -202,6 +202,7 @@ def test_each_way_to_end_has_its_exit_code(
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
+    monkeypatch.setattr(cli, "let_waiting_threads_sleep", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == code
@@ -217,6 +218,7 @@ def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     monkeypatch.setattr(cli, "use_expandable_segments", lambda: None)
+    monkeypatch.setattr(cli, "let_waiting_threads_sleep", lambda: None)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
