@@ -1060,7 +1060,7 @@ def _profile_recipe(
     if not profiled.forecast.fits:
         with console.progress("tracing what would help") as bar:
             ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
-        console.out(draw_ways(ways, profiled.forecast.budget_bytes))
+        console.out(draw_ways(ways, profiled.forecast.budget_bytes, profiled.forecast.prediction.layers))
         console.out("")
     console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
     if time is not None:

@@ -51,7 +51,7 @@ from qtune.recipe.schema import Model, Recipe, Unquantized
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import OUTPUT, RunDir, existing_folder, require_writable
-from qtune.sizes import gib_text, size_text
+from qtune.sizes import size_text, texts_apart
 from qtune.startup.launched import said_in
 from qtune.startup.quiet import quiet_loading
 
@@ -124,10 +124,9 @@ class Preflight:
         if isinstance(forecast, str) and self.plan.device.kind == "cuda":
             said.append(f"memory: could not be predicted ({forecast}); micro-batches shrink if they must")
         if isinstance(forecast, Forecast) and not forecast.fits:
-            need = gib_text(forecast.prediction.need.total_bytes)
+            need, budget = texts_apart(forecast.prediction.need.total_bytes, forecast.budget_bytes)
             rows = forecast.plan.micro_batch_size
             what = "one row is" if rows == 1 else f"{rows} rows are"
-            budget = gib_text(forecast.budget_bytes)
             close = ", too close to say" if forecast.verdict == "too close to say" else ""
             said.append(f"memory: {what} predicted to need {need} of {budget}{close}; qtune fit shows what would help")
         if self.disk is not None and not self.disk.is_enough:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from qtune.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 KIB = 2**10
 MIB = 2**20
@@ -31,18 +35,37 @@ def size_in_bytes(text: str, place: str) -> int:
     return int(size)
 
 
-def size_text(size_bytes: float) -> str:
-    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that, and bytes below one of them."""
+def size_text(size_bytes: float, digits: int = 2) -> str:
+    """ "6.98 GiB", MiB below a tenth of one, KiB below a tenth of that, and bytes below one of them.
+
+    digits: of GiB; MiB and KiB have one fewer.
+    """
     if size_bytes >= GIB / 10:
-        return f"{size_bytes / GIB:.2f} GiB"
+        return f"{size_bytes / GIB:.{digits}f} GiB"
     if size_bytes >= MIB / 10:
-        return f"{size_bytes / MIB:.1f} MiB"
-    return f"{size_bytes / KIB:.1f} KiB" if size_bytes >= KIB else f"{size_bytes:.0f} B"
+        return f"{size_bytes / MIB:.{digits - 1}f} MiB"
+    return f"{size_bytes / KIB:.{digits - 1}f} KiB" if size_bytes >= KIB else f"{size_bytes:.0f} B"
 
 
 def gib_text(size_bytes: float) -> str:
     """In GiB for sizes that stand beside each other, "6.98 GiB"; smaller where that would be 0.00 of something."""
     return size_text(size_bytes) if 0 < size_bytes < GIB / 200 else f"{size_bytes / GIB:.2f} GiB"
+
+
+def digits_apart(sizes: Iterable[float], other_bytes: float) -> int:
+    """How many digits `size_text` needs for no size to look like the other one that it is compared with, unless it is
+    that one."""
+    different = [size for size in sizes if size != other_bytes]
+    for digits in range(2, 9):
+        if all(size_text(size, digits) != size_text(other_bytes, digits) for size in different):
+            return digits
+    return 9  # of a GiB: bytes
+
+
+def texts_apart(size_bytes: float, other_bytes: float) -> tuple[str, str]:
+    """Two sizes that are compared, with as many digits as it takes to see which one is larger."""
+    digits = digits_apart([size_bytes], other_bytes)
+    return size_text(size_bytes, digits), size_text(other_bytes, digits)
 
 
 def saving_text(without: int, ours: int) -> str:

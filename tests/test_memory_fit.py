@@ -26,6 +26,7 @@ from qtune.recipe.parse import changed
 from qtune.recipe.schema import Recipe
 from qtune.recipe.text import rewritten
 from qtune.run.resolved import text_for
+from qtune.screens.levers import in_words, lines_of
 from qtune.screens.memory import draw_fit
 from qtune.sizes import size_in_bytes
 
@@ -210,7 +211,7 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
     tile = 50 if plan.embeddings == "host" and plan.loss_tile_bytes == 64 * MIB else 0
     embeddings = {"host": 0, "int8": 160}.get(plan.embeddings, 300)
     traced = int((1000 + embeddings + plan.micro_batch_size * row + moments + tile) * MIB)
-    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[])
+    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[], layers=2)
 
 
 @pytest.fixture
@@ -473,14 +474,46 @@ training.optimizer =                   1.60 GiB  1.60 GiB  saves nothing  left a
 does not fit 1.57 GiB; with all that saves, the smallest budget that would surely do is 1.60 GiB
 shorter rows need less: --allow length"""
     )
-    assert screen(fitted(1480)).splitlines()[-2:] == [
-        "fits 1.98 GiB with 1.83 GiB: training.gradient_checkpointing = true",
-        'qtune run settles by itself: memory.embeddings = "host"',
+    assert screen(fitted(1480)).splitlines()[-3:] == [
+        "fits 1.98 GiB with 1.83 GiB, 2 rows at once: training.gradient_checkpointing = true",
+        "qtune run settles by itself, as far as there is room:",
+        '  memory.embeddings = "host"  # embeddings and head wait in the computer\'s memory',
     ]
-    assert screen(fitted(1600, training=AUTO)).splitlines()[-2:] == [
+    assert screen(fitted(1600, training=AUTO)).splitlines()[-4:] == [
         "fits 2.09 GiB as it is",
-        'qtune run settles by itself: training.micro_batch_size = 1, memory.embeddings = "host"',
+        "qtune run settles by itself, as far as there is room:",
+        "  training.micro_batch_size = 1  # 1 row of a step at once",
+        '  memory.embeddings = "host"     # embeddings and head wait in the computer\'s memory',
     ]
+
+
+@pytest.mark.usefixtures("by_head")
+def test_what_nearly_fills_the_card_is_not_rounded_to_all_of_it() -> None:
+    """One row needs so much; the budget is half a MiB more, then half a MiB less."""
+    trial = next(trial for trial in fitted(1480).trials if trial.what == "training.gradient_checkpointing = true")
+    config, recipe = tiny(), recipe_with(training={"batch_size": 8, "gradient_checkpointing": False})
+    sizes = (trial.need.total_bytes + part for part in (MIB // 2, -MIB // 2))
+    enough, little = (screen(fit(config, recipe, CARD, size)).splitlines() for size in sizes)
+    assert enough[0] == "tiny on a card, 1.734 GiB"
+    (kept,) = (line for line in enough if line.startswith("training.gradient_checkpointing"))
+    assert "1.733 GiB  fits" in kept
+    assert "fits 1.734 GiB with 1.733 GiB, 1 row at once: training.gradient_checkpointing = true," in enough
+    assert little[0] == "tiny on a card, 1.7329 GiB"
+    (refused,) = (line for line in little if line.startswith("training.gradient_checkpointing"))
+    assert "1.7334 GiB  does not fit" in refused
+
+
+def test_a_number_of_layers_is_told_of_how_many_and_what_for() -> None:
+    plan = make_plan(recipe_with(), CARD).with_checkpointing(24, "so many are enough")
+    left = {("training", "micro_batch_size"): 4, ("training", "gradient_checkpointing"): 24, ("memory", "none"): 3}
+    assert list(lines_of(left, plan, 30)) == [
+        "  training.micro_batch_size = 4         # 4 rows of a step at once",
+        "  training.gradient_checkpointing = 24  # the first 24 of 30 layers are computed twice and keep little, "
+        "the others keep everything",
+        "  memory.none = 3",
+    ]
+    assert in_words(("training", "gradient_checkpointing"), True, 30).startswith("every layer is computed twice")
+    assert in_words(("training", "gradient_checkpointing"), False, 30).startswith("every layer keeps")
 
 
 def screen(found: Fitted) -> str:

@@ -10,6 +10,7 @@ from test_memory_trace import CARD, recipe_with, tiny
 
 from qtune.memory import kept_layers
 from qtune.memory import ways_to_fit as stage
+from qtune.memory.allowance import Need
 from qtune.memory.budget import MICRO_BATCH
 from qtune.memory.forecast import Forecast, forecast
 from qtune.memory.longest import Rows
@@ -132,14 +133,29 @@ def test_the_lines_are_a_recipe_that_means_the_same() -> None:
 def test_the_screen_lists_them_and_ends_with_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
     from qtune import console
 
-    console.out(draw_ways(asked(AS_IT_IS - 460), (AS_IT_IS - 460) * MIB))
+    console.out(draw_ways(asked(AS_IT_IS - 460), (AS_IT_IS - 460) * MIB, 30))
     shown = capsys.readouterr().out
     assert 'memory.embeddings = "host"' in shown
     assert "+100% time" in shown
     ended = 'in the recipe:\n[training]\nmicro_batch_size = 1\noptimizer = "adamw-8bit"\n'
     assert shown.endswith(ended)
-    console.out(draw_ways(WaysToFit((), None), MIB))
+    console.out(draw_ways(WaysToFit((), None), MIB, 30))
     assert "shorter rows do (data.max_length), or a larger card" in capsys.readouterr().out
+
+
+def test_layers_that_are_computed_twice_are_told_of_how_many_and_sizes_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from qtune import console
+
+    need = Need(1500 * MIB, 1500 * MIB)
+    way = Way({("training", "gradient_checkpointing"): 24}, "the forward is computed twice", need, True, 1.3)
+    console.out(draw_ways(WaysToFit((way,), way), 1500 * MIB + 1000, 30))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Fits with 1.464844 GiB of 1.464845 GiB, +30% time; in the recipe:" in shown
+    told = "the first 24 of 30 layers are computed twice and keep little, the others keep everything"
+    assert shown.endswith(f"[training] gradient_checkpointing = 24 # {told}")
+    assert "the forward is computed twice: the first 24 of 30 layers" in shown
 
 
 def test_a_way_out_of_a_real_forecast_is_what_a_run_of_the_changed_recipe_is_predicted_to_need(

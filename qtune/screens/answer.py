@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.screens.time import UNKNOWN, seconds
-from qtune.sizes import size_text
+from qtune.sizes import size_text, texts_apart
 
 if TYPE_CHECKING:
     from qtune.memory.profile import Profile
@@ -35,12 +35,14 @@ def draw_answer(profile: "Profile", time: "TimeForecast | None", *, is_timed: bo
 def _fits(profile: "Profile") -> str:
     """The memory that is needed beside what there is. On a processor nothing is refused for want of it."""
     forecast = profile.forecast
-    prediction, there = forecast.prediction, size_text(forecast.budget_bytes)
+    prediction = forecast.prediction
     if forecast.plan.device.kind != "cuda":
         peak = size_text(prediction.peak.bytes)
-        return f"a step on this processor takes {peak} at its peak, of {there} that are free{BESIDE_THE_PROCESS}"
+        free = size_text(forecast.budget_bytes)
+        return f"a step on this processor takes {peak} at its peak, of {free} that are free{BESIDE_THE_PROCESS}"
     verdict = forecast.verdict
-    return f"{verdict[:1].upper()}{verdict[1:]}: {size_text(prediction.need.total_bytes)} needed, of {there}"
+    needed, there = texts_apart(prediction.need.total_bytes, forecast.budget_bytes)
+    return f"{verdict[:1].upper()}{verdict[1:]}: {needed} needed, of {there}"
 
 
 def _how_long(time: "TimeForecast | None") -> str:

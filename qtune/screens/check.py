@@ -13,7 +13,7 @@ from qtune.control_characters import visible
 from qtune.screens.answer import BESIDE_THE_PROCESS
 from qtune.screens.memory import draw_ways
 from qtune.screens.time import evidence, seconds
-from qtune.sizes import size_text
+from qtune.sizes import size_text, texts_apart
 
 if TYPE_CHECKING:
     from qtune.check import Check
@@ -176,7 +176,7 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
     yield table("Costs", ("what", "how much"), rows)
     if check.ways is not None and not isinstance(check.memory, str):
         yield Text("What would make it fit", style="bold")
-        yield draw_ways(check.ways, check.memory.budget_bytes)
+        yield draw_ways(check.ways, check.memory.budget_bytes, check.memory.prediction.layers)
 
 
 def _disk(disk: "Disk | None") -> str:
@@ -194,11 +194,12 @@ def _memory(check: "Check") -> str:
         return f"not known, the step could not be traced: {forecast}"
     peak, need = forecast.prediction.peak, forecast.prediction.need
     batch = f"{forecast.plan.micro_batch_size} x {forecast.rows.longest.length} tokens"
-    beside = f"; {size_text(need.total_bytes)} with driver and allocator" if need.driver_bytes else ""
+    whole, there = texts_apart(need.total_bytes, forecast.budget_bytes)
+    beside = f"; {whole} with driver and allocator" if need.driver_bytes else ""
     on_top = "" if forecast.plan.device.kind == "cuda" else BESIDE_THE_PROCESS
     return (
         f"{size_text(peak.bytes)} at the peak of a step, traced ({peak.phase}, {batch}){beside}, of "
-        f"{size_text(forecast.budget_bytes)}: {need.verdict(forecast.budget_bytes)}{on_top}"
+        f"{there}: {need.verdict(forecast.budget_bytes)}{on_top}"
     )
 
 

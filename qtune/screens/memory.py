@@ -11,8 +11,9 @@ from rich.text import Text
 from qtune.device.cards import described, fitting_cards
 from qtune.memory.tracing.categories import ABOUT, CATEGORIES
 from qtune.recipe.text import show_changes, show_value
+from qtune.screens.levers import in_words, lines_of
 from qtune.screens.time import seconds
-from qtune.sizes import GIB, saving_text, size_text
+from qtune.sizes import GIB, digits_apart, saving_text, size_text, texts_apart
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qtune.memory.profile import Measured, Profile
     from qtune.memory.savings import Variant
     from qtune.memory.tracing.history import Moment
-    from qtune.memory.ways_to_fit import WaysToFit
+    from qtune.memory.ways_to_fit import Way, WaysToFit
     from qtune.plan import Plan
     from qtune.recipe.schema import Recipe
 
@@ -82,23 +83,44 @@ def draw_savings(
         yield from (Text(""), Text("\n".join(_choices(profile.forecast.plan))))
 
 
-def draw_ways(ways: "WaysToFit", budget_bytes: int) -> RenderableType:
-    """All remedies: each change alone, and the lines of a recipe that fits with the least loss of time."""
+def draw_ways(ways: "WaysToFit", budget_bytes: int, layers: int) -> RenderableType:
+    """All remedies: each change alone, and the lines of a recipe that fits with the least loss of time. layers: that
+    the model has."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     is_timed = any(way.pace is not None for way in ways.single)
     timed = ["for"] if is_timed else []
     for name in ("each change alone", "needs", "", *timed, "price"):
         table.add_column(name, justify="right" if name in ("needs", *timed) else "left")
+    digits = digits_apart([way.need.total_bytes for way in (*ways.single, *filter(None, [ways.best]))], budget_bytes)
     for way in ways.single:
         pace = [] if not is_timed else ["" if way.pace is None else _price(way.pace, 1.0)]
-        table.add_row(way.words, size_text(way.need.total_bytes), way.need.verdict(budget_bytes), *pace, way.price)
+        needs = size_text(way.need.total_bytes, digits)
+        table.add_row(way.words, needs, way.need.verdict(budget_bytes), *pace, _with_layers(way, layers))
     parts: list[RenderableType] = [table, Text("")] if ways.single else []
     if ways.best is None:
         told = f"No change of these, and not all together, makes it surely fit {size_text(budget_bytes)}: "
         return Group(*parts, Text(f"{told}shorter rows do (data.max_length), or a larger card", style="bold"))
     slower = "" if ways.best.pace is None else f", {_price(ways.best.pace, 1.0)}"
-    head = f"Fits with {size_text(ways.best.need.total_bytes)} of {size_text(budget_bytes)}{slower}; in the recipe:"
-    return Group(*parts, Text(head, style="bold"), Text(ways.best.lines))
+    needs, there = size_text(ways.best.need.total_bytes, digits), size_text(budget_bytes, digits)
+    head = f"Fits with {needs} of {there}{slower}; in the recipe:"
+    some = ways.best.changes.get(CHECKPOINTING)
+    explained = {f"gradient_checkpointing = {some}": in_words(CHECKPOINTING, some, layers)} if _is_some(some) else {}
+    lines = [f"{one}  # {explained[one]}" if one in explained else one for one in ways.best.lines.splitlines()]
+    return Group(*parts, Text(head, style="bold"), Text("\n".join(lines)))
+
+
+CHECKPOINTING = ("training", "gradient_checkpointing")
+
+
+def _is_some(layers: object) -> bool:
+    """Whether a number of layers is meant, and not all or none of them."""
+    return isinstance(layers, int) and not isinstance(layers, bool)
+
+
+def _with_layers(way: "Way", layers: int) -> str:
+    """The price of a change, and of how many layers it is one."""
+    some = way.changes.get(CHECKPOINTING)
+    return f"{way.price}: {in_words(CHECKPOINTING, some, layers)}" if _is_some(some) else way.price
 
 
 def _choices(plan: "Plan") -> Iterator[str]:
@@ -159,8 +181,8 @@ def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Tabl
         table.add_row("context of CUDA", size_text(need.context_bytes), "before any tensor, as measured on an H100")
         table.add_row("cuBLAS workspaces", size_text(need.workspace_bytes), "buffers of the library that multiplies")
         table.add_row("gaps between tensors", size_text(need.gap_bytes), "PyTorch's allocator, played with this step")
-        verdict = f"of {size_text(budget_bytes)}: {need.verdict(budget_bytes)}"
-        table.add_row("needed free on the card", size_text(need.total_bytes), verdict, style="bold")
+        needs, there = texts_apart(need.total_bytes, budget_bytes)
+        table.add_row("needed free on the card", needs, f"of {there}: {need.verdict(budget_bytes)}", style="bold")
     if prediction.paged_bytes:
         table.add_row(
             "paged optimizer state",
@@ -291,36 +313,44 @@ def _static(static: dict[str, int]) -> Iterator[RenderableType]:
     yield Text("what stays between steps: " + ", ".join(f"{name} {size_text(value)}" for name, value in static.items()))
 
 
-def _of_it(device: "Device", budget_bytes: int) -> str:
+def _of_it(device: "Device", budget_bytes: int, digits: int) -> str:
     """How much of a card is meant, where its name does not say that: "a card with 8 GiB" has 8 GiB."""
-    return "" if device == described(budget_bytes / GIB) else f", {size_text(budget_bytes)}"
+    is_said = device == described(budget_bytes / GIB) and digits == 2
+    return "" if is_said else f", {size_text(budget_bytes, digits)}"
 
 
 def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> RenderableType:
     """What was asked, every step of the search, how it ended, and what `qtune run` then settles by itself."""
     plan = fitted.plan
     asked = fitted.asked
-    needed = f"{asked.rows} x {fitted.rows.longest.length} tokens at once need {size_text(asked.need.total_bytes)}"
-    changes, own = show_changes(fitted.changes), show_changes(fitted.left)
+    digits = _digits(fitted)
+    budget = size_text(fitted.budget_bytes, digits)
+    first = size_text(asked.need.total_bytes, digits)
+    needed = f"{asked.rows} x {fitted.rows.longest.length} tokens at once need {first}"
     parts: list[RenderableType] = [
-        Text(f"{recipe.model.base} on {plan.device.name}{_of_it(plan.device, fitted.budget_bytes)}", style="bold"),
+        Text(
+            f"{recipe.model.base} on {plan.device.name}{_of_it(plan.device, fitted.budget_bytes, digits)}", style="bold"
+        ),
         Text(f"as qtune run would do it, {needed}: {asked.need.verdict(fitted.budget_bytes)}"),
         Text(f"length: {fitted.rows.known_from}"),
     ]
     if fitted.trials:
-        parts += [Text(""), _trials(fitted)]
+        parts += [Text(""), _trials(fitted, digits)]
     if asked.is_enough:
-        ended = f"fits {size_text(fitted.budget_bytes)} as it is"
+        ended = f"fits {budget} as it is"
     elif fitted.fits:
-        ended = f"fits {size_text(fitted.budget_bytes)} with {size_text(fitted.need.total_bytes)}: {changes}"
+        at_once = f"{plan.micro_batch_size} {'row' if plan.micro_batch_size == 1 else 'rows'} at once"
+        ended_at = f"{size_text(fitted.need.total_bytes, digits)}, {at_once}"
+        ended = f"fits {budget} with {ended_at}: {show_changes(fitted.changes)}"
     else:
         smallest = math.ceil(100 * fitted.need.total_bytes / GIB) / 100  # rounded down it would not be enough
-        against = _against(fitted.need.verdict(fitted.budget_bytes), size_text(fitted.budget_bytes))
+        against = _against(fitted.need.verdict(fitted.budget_bytes), budget)
         ended = f"{against}; with all that saves, the smallest budget that would surely do is {smallest:.2f} GiB"
         if not length_is_allowed:
             ended += "\nshorter rows need less: --allow length"
-    if own and fitted.fits:
-        ended += f"\nqtune run settles by itself: {own}"
+    if fitted.left and fitted.fits:
+        own = lines_of(fitted.left, plan, asked.prediction.layers)
+        ended += "\n".join(["\nqtune run settles by itself, as far as there is room:", *own])
     return Group(*parts, Text(""), Text(ended, style="bold"))
 
 
@@ -329,14 +359,20 @@ def _against(verdict: "Verdict", budget: str) -> str:
     return f"{budget} is too close to say" if verdict == "too close to say" else f"{verdict} {budget}"
 
 
-def _trials(fitted: "Fitted") -> Table:
+def _digits(fitted: "Fitted") -> int:
+    """Of every size on the screen: with fewer, one that does not fit would look like one that does."""
+    needs = [fitted.asked.need, fitted.need, *(need for one in fitted.trials for need in (one.before, one.need))]
+    return digits_apart([need.total_bytes for need in needs], fitted.budget_bytes)
+
+
+def _trials(fitted: "Fitted", digits: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     is_timed = any(trial.pace is not None for trial in fitted.trials)
     timed = ["for"] if is_timed else []
     for name in ("tried", "a row needs", "and then", *timed, "", "price"):
         table.add_column(name, justify="right" if name in ("a row needs", "and then", *timed) else "left")
     for trial in fitted.trials:
-        before, after = size_text(trial.before.total_bytes), size_text(trial.need.total_bytes)
+        before, after = size_text(trial.before.total_bytes, digits), size_text(trial.need.total_bytes, digits)
         pace = [] if not is_timed else ["" if trial.pace is None else _price(trial.pace, 1.0)]
         if trial.verdict == "kept":
             mark = trial.need.verdict(fitted.budget_bytes)

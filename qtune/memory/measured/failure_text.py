@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qtune.sizes import size_text
+from qtune.sizes import size_text, texts_apart
 
 Json = Mapping[str, Any]
 
@@ -44,15 +44,15 @@ def _predicted(report: Json) -> Iterator[str]:
     if (expected := report["predicted"]) is None:
         return
     needed, available = expected["needed_bytes"], report["available_bytes"]
+    needs, there = texts_apart(needed, available)
     verdict = (
-        f"more than the {size_text(available)} that were to be had"
+        f"more than the {there} that were to be had"
         if needed > available
-        else f"less than the {size_text(available)} that were to be had, "
-        "so it was too low, or memory was taken meanwhile"
+        else f"less than the {there} that were to be had, so it was too low, or memory was taken meanwhile"
     )
     yield (
         f"predicted for {expected['rows']} x {expected['length']} tokens: {size_text(expected['phase_bytes'])} here, "
-        f"{size_text(expected['peak_bytes'])} at the step's peak, {size_text(needed)} with driver and "
+        f"{size_text(expected['peak_bytes'])} at the step's peak, {needs} with driver and "
         f"allocator: {verdict}"
     )
 
