@@ -130,7 +130,7 @@ def test_what_is_printed_for_a_merged_model_answers_as_the_trained_one_though_it
     assert said.startswith(" (each asked for the likeliest token, as qtune asks):\n")
     expected = live_answer(run)
     card = folder / "README.md"
-    assert printed_by_the_card(card, monkeypatch, folder.parent) == expected
+    assert printed_by_the_card(card, monkeypatch, folder) == expected
     (line,) = (line for line in said.splitlines() if "transformers:" in line)
     _, _, code = shlex.split(line.partition("transformers:")[2])
     exec(code.replace("max_new_tokens=200", "max_new_tokens=12"), {})
@@ -153,7 +153,7 @@ def test_what_is_printed_for_a_merged_model_answers_as_the_trained_one_though_it
 def test_the_loader_of_a_model_card_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path, 'kind = "p-tuning"\nvirtual_tokens = 3')
     folder = export_run(run, Options(verify=False))
-    assert printed_by_the_card(folder / "README.md", monkeypatch, folder.parent).startswith(live_answer(run)[:3])
+    assert printed_by_the_card(folder / "README.md", monkeypatch, folder).startswith(live_answer(run)[:3])
 
 
 def test_a_prefix_is_exported_as_an_adapter_with_the_reason_said(
@@ -179,5 +179,5 @@ def test_the_card_of_an_adapter_on_a_built_in_base_loads_it_by_qtunes_own_functi
     exec(built_in["imports"], scope)
     assert scope["builtin_folder"] is builtin_folder
     assert eval(built_in["base"], {"builtin_folder": str.upper}) == "SOME-MODEL"
-    of_hub = model_card._loaded_from(SimpleNamespace(base_in_public='org/"name"'))  # type: ignore[arg-type]
+    of_hub = model_card._loaded_from(SimpleNamespace(base_in_public='org/"name"', is_of_hub=True))  # type: ignore[arg-type]
     assert (eval(of_hub["base"]), of_hub["imports"]) == ('org/"name"', "")

@@ -47,10 +47,11 @@ def test_an_export_with_gguf_ends_with_commands_whose_files_are_there(
     said = capsys.readouterr().err
     assert all(one.command in said for one in serving(open_for_export(run), folder))
     card = (folder / "README.md").read_text()
-    assert "llama-server -m model/run-f16.gguf" in card
+    assert "From inside of this folder, or with its path in the place of `.`:" in card
+    assert "llama-server -m run-f16.gguf" in card
     greedy = """--override-generation-config '{"temperature": 0}'"""
-    assert f"vllm serve model --served-model-name run --max-model-len 256 {greedy}\n" in card
-    assert "llama-server -m BASE.gguf --lora model/adapter.gguf" in card
+    assert f"vllm serve . --served-model-name run --max-model-len 256 {greedy}\n" in card
+    assert "llama-server -m BASE.gguf --lora adapter.gguf" in card
 
 
 USES = {
@@ -120,6 +121,10 @@ def test_an_adapter_alone_is_served_where_vllm_can_load_it(
     if expected is None:
         assert found == []
         return
+    assert "From inside of this folder, or with its path in the place of `.`:" in card
+    assert (
+        '# The name of a folder or file: put its path here.\nbase = AutoModelForCausalLM.from_pretrained("base"' in card
+    )
     [words] = found
     rank, held = expected.split()
     assert after(words, "--max-lora-rank") == rank

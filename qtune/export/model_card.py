@@ -19,12 +19,15 @@ from qtune.run.summary import summary_of
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
 
+HERE = "From inside of this folder, or with its path in the place of `.`:\n"
+"""Who reads a card may have it under any name, and from anywhere."""
+
 SNIPPET = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")
 messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 # The likeliest token each time, as the trained model was asked; left to itself, a model may draw.
@@ -38,9 +41,9 @@ ADAPTER_SNIPPET = """\
 from peft import PeftModel
 {imports}{pad_import}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
-base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", device_map="auto"{quantization})
-model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+{base_note}base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", device_map="auto"{quantization})
+model = PeftModel.from_pretrained(base, ".")
+tokenizer = AutoTokenizer.from_pretrained(".")
 messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 {asks}
@@ -80,8 +83,9 @@ def write_card(
         _front_matter(source, "transformers"),
         f"# {name}\n",
         f"{source.base_in_public} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
-        SNIPPET.format(folder=name, greedy=in_python(generation_settings(folder))),
-        *_how_served(source, folder, name),
+        HERE,
+        SNIPPET.format(greedy=in_python(generation_settings(folder))),
+        *_how_served(source, folder),
         *_how_asked(source),
         _how_trained(source),
         "## Is it the model that was trained?\n",
@@ -110,15 +114,15 @@ def adapter_card(source: OpenedRun, folder: Path) -> str:
     parts = [
         _front_matter(source, "peft"),
         f"# {words[0].upper()}{words[1:]} for {source.base_in_public}\n",
+        HERE,
         ADAPTER_SNIPPET.format(
             **_loaded_from(source),
             **_asked(source),
             dtype=dtype,
-            folder=".",
             config_import=config_import,
             quantization=quantization,
         ),
-        *_how_served(source, folder, "."),
+        *_how_served(source, folder),
         *_how_asked(source),
         _how_trained(source),
     ]
@@ -139,9 +143,10 @@ def _loaded_from(source: OpenedRun) -> dict[str, str]:
     """The base as Python names it, and what that takes: transformers knows nothing of a built-in model."""
     base = source.base_in_public
     if not base.startswith(PREFIX):
-        return {"base": json.dumps(base, ensure_ascii=False), "imports": ""}
-    own = json.dumps(base.removeprefix(PREFIX))
-    return {"base": f"builtin_folder({own})", "imports": "from qtune.model.builtin import builtin_folder\n"}
+        note = "" if source.is_of_hub else "# The name of a folder or file: put its path here.\n"
+        return {"base": json.dumps(base, ensure_ascii=False), "imports": "", "base_note": note}
+    own, imported = json.dumps(base.removeprefix(PREFIX)), "from qtune.model.builtin import builtin_folder\n"
+    return {"base": f"builtin_folder({own})", "imports": imported, "base_note": ""}
 
 
 def _front_matter(source: OpenedRun, library: str) -> str:
@@ -150,9 +155,9 @@ def _front_matter(source: OpenedRun, library: str) -> str:
     return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- qtune\n---\n"
 
 
-def _how_served(source: OpenedRun, folder: Path, name: str) -> list[str]:
-    """The commands that hold for what is in the folder; nothing where there are none."""
-    commands = serving(source, folder, name)
+def _how_served(source: OpenedRun, folder: Path) -> list[str]:
+    """The commands that hold for what is in the folder, from inside of it; nothing where there are none."""
+    commands = serving(source, folder, is_public=True)
     if not commands:
         return []
     lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]

@@ -44,17 +44,17 @@ class Serving:
     """In what it answers otherwise than what was trained."""
 
 
-def serving(source: OpenedRun, folder: Path, public_name: str | None = None) -> tuple[Serving, ...]:
+def serving(source: OpenedRun, folder: Path, *, is_public: bool = False) -> tuple[Serving, ...]:
     """The commands for what is in a folder.
 
-    public_name: of the folder, for others than who exported it: no path of this computer is in the commands then, and
-    BASE stands for a base that is not on the hub.
+    is_public: for others than who exported it: no path of this computer is in the commands then, which hold inside of
+    the folder, and BASE stands for a base that is not on the hub.
     """
     config = load_config(source.recipe.model)
     base, gguf = _base(source), str(source.base) if source.base_name.endswith(".gguf") else "BASE.gguf"
-    if public_name is not None:
+    if is_public:
         base, gguf = base if source.is_of_hub else "BASE", "BASE.gguf"
-    return tuple(_commands(source, folder, folder if public_name is None else Path(public_name), config, base, gguf))
+    return tuple(_commands(source, folder, Path() if is_public else folder, config, base, gguf))
 
 
 def _base(source: OpenedRun) -> str:
