@@ -174,7 +174,8 @@ def init(
     stage.write_recipe(text, output, force=force)
     console.out(f"{output}")
     if look is not None:
-        for sentence in (*stage.said_of_rows(look, str(data), output), *stage.said_of_steps(look, str(data), output)):
+        asked = look, str(data), output
+        for sentence in (*stage.said_of_shape(*asked), *stage.said_of_rows(*asked), *stage.said_of_steps(*asked)):
             console.say(sentence)
     steps = stage.NEXT if look is None or look.usable else stage.NEXT[:1]
     console.say(commands_text([(["qtune", verb, str(output)], does) for verb, does in steps]))

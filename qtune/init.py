@@ -224,6 +224,41 @@ def said_of_rows(look: "FirstLook", data: str, file: Path) -> list[str]:
     return said
 
 
+SHAPES = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "prompt-completion": "prompt and completion",
+    "alpaca": "instruction and output",
+    "question-answer": "question and answer",
+    "text": "text",
+}
+"""Shapes of rows, by the columns that they are recognized by."""
+
+
+def said_of_shape(look: "FirstLook", data: str, file: Path) -> list[str]:
+    """What the rows are taken for, and what of them the recipe at `file` learns: a sentence, nothing where none can be
+    used."""
+    if not look.shapes:
+        return []
+    names = {shape for shape, _ in look.shapes}
+    each = ", ".join(f"{count:,} of {SHAPES[shape]}" for shape, count in look.shapes)
+    rows = f"{'' if look.is_whole else 'of the first ones '}{look.usable:,} {'row' if look.usable == 1 else 'rows'}"
+    taken = f"{rows} ({each})" if len(names) > 1 else f"{rows} of {SHAPES[look.shapes[0][0]]}"
+    if not look.roles:
+        return [f"{data}: {taken}; every token is learned"]
+    if names & {"messages", "sharegpt"}:
+        taken += f" by {' and '.join(filter(None, [', '.join(look.roles[:-1]), look.roles[-1]]))}"
+    least, most = look.answers
+    several = most > 1
+    if several:
+        taken += f", {most if least == most else f'{least} to {most}'} answers in each"
+    is_last_alone = load_recipe(file).recipe.data.loss_on == "last-answer"
+    learned = ("the last answer of each" if is_last_alone else "every answer") if several else "the answer"
+    but = " but those with weight = 0" if look.has_unweighted else ""
+    texts = "; of text every token is" if look.document_bytes else ""
+    return [f"{data}: {taken}; {learned}{but} is learned, what stands before it is context{texts}"]
+
+
 def said_of_steps(look: "FirstLook", data: str, file: Path) -> list[str]:
     """What is said of the recipe at `file` beside its rows: a sentence each on rows that are longer than it takes, and
     on a run of few steps (`recipe.steps`) where all rows were counted."""

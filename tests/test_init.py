@@ -534,6 +534,58 @@ def test_rows_that_cannot_be_used_and_rows_that_are_few_are_a_sentence_each(here
     assert said_of_rows(look_at("rows.jsonl"), "rows.jsonl", Path("recipe.toml")) == said
 
 
+SYSTEM_ROW = '{"messages": [{"role": "system", "content": "Be brief."}, ' + ROW.partition("[")[2]
+ASKED_TWICE = json.dumps({"messages": [*json.loads(ROW)["messages"], *json.loads(ROW)["messages"]]}) + "\n"
+UNWEIGHTED = ASKED_TWICE.replace('"Hello."', '"Hello.", "weight": 0', 1)
+SHAREGPT = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}\n'
+CONTEXT = "is learned, what stands before it is context"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (ROW, f"1 row of messages by user and assistant; the answer {CONTEXT}"),
+        (SYSTEM_ROW * 2, f"2 rows of messages by system, user and assistant; the answer {CONTEXT}"),
+        (
+            ROW + ASKED_TWICE,
+            f"2 rows of messages by user and assistant, 1 to 2 answers in each; every answer {CONTEXT}",
+        ),
+        (
+            UNWEIGHTED,
+            "1 row of messages by user and assistant, 2 answers in each; every answer but those with weight = 0 "
+            f"{CONTEXT}",
+        ),
+        (SHAREGPT * 3, f"3 rows of conversations by user and assistant; the answer {CONTEXT}"),
+        ('{"prompt": "Hi", "completion": "Hello."}\n' * 2, f"2 rows of prompt and completion; the answer {CONTEXT}"),
+        (
+            ROW * 2 + '{"question": "Hi", "answer": "Hello."}\nnot JSON\n',
+            "3 rows (2 of messages, 1 of question and answer) by user and assistant; the answer " + CONTEXT,
+        ),
+        ('{"text": "Once."}\n' * 2, "2 rows of text; every token is learned"),
+        (
+            ROW + '{"text": "Once."}\n',
+            f"2 rows (1 of messages, 1 of text) by user and assistant; the answer {CONTEXT}; of text every token is",
+        ),
+        ("not JSON\n", ""),
+    ],
+)
+def test_what_rows_are_taken_for_and_what_is_learned_of_them_is_said(here: Path, text: str, said: str) -> None:
+    Path("rows.jsonl").write_text(text)
+    done = CliRunner().invoke(app, ["init", "--base", MODEL, "--data", "rows.jsonl"])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stderr.splitlines() if "learned" in line]
+    assert lines == ([f"rows.jsonl: {said}"] if said else [])
+
+
+def test_that_only_the_last_answer_is_learned_is_said(here: Path) -> None:
+    Path("rows.jsonl").write_text(ASKED_TWICE)
+    Path("recipe.toml").write_text(
+        f'[model]\nbase = "{MODEL}"\n[data]\ntrain = "rows.jsonl"\nloss_on = "last-answer"\n'
+    )
+    (said,) = stage.said_of_shape(look_at("rows.jsonl"), "rows.jsonl", Path("recipe.toml"))
+    assert "2 answers in each; the last answer of each is learned" in said
+
+
 def test_what_is_said_of_rows_is_what_preparing_them_finds(here, tiny_model):
     Path("rows.jsonl").write_text(rows_of(20) + '{"question": "x"}\n' + "not JSON\n" + '{"messages": []}\n' + ROW)
     look = look_at("rows.jsonl")
@@ -581,6 +633,7 @@ def test_own_columns_are_renamed_in_the_recipe_and_it_is_said_what_they_are_take
     done = init(*(("--from", "quickstart") if copied else ("--base", MODEL)), "--data", name)
     assert done.returncode == 0
     assert done.stderr.partition("  qtune check ")[0] == (
+        f"{name}: 600 rows of question and answer; the answer {CONTEXT}\n"
         f"{name}: 'symptom' is taken for 'question' and 'advice' is taken for 'answer'; if that is wrong, change "
         "data.columns in recipe.toml\n"
     )

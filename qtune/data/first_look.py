@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from qtune.data.conversation import Conversation, RowError
+from qtune.data.conversation import ROLES, Conversation, RowError
 from qtune.data.files import DataFile, data_files
 from qtune.data.formats import (
     detect_format,
@@ -42,6 +42,14 @@ class FirstLook:
     """Of the longest of them."""
     document_bytes: tuple[int, ...] = ()
     """Of each document."""
+    shapes: tuple[tuple[str, int], ...] = ()
+    """Shapes of rows that can be used (`recipe.schema.RowFormat`), with how many have each, the most first."""
+    roles: tuple[str, ...] = ()
+    """Whose messages there are, in the order of `conversation.ROLES`."""
+    answers: tuple[int, int] = (0, 0)
+    """The fewest and the most of the assistant's messages in a row."""
+    has_unweighted: bool = False
+    """Whether a message asks with weight = 0 not to be learned."""
 
     @property
     def is_whole(self) -> bool:
@@ -77,21 +85,54 @@ def first_look(data: str, folder: Path) -> FirstLook:
     sizes: list[int] = []
     longest_place = ""
     documents: list[int] = []
+    shapes: Counter[str] = Counter()
+    seen = _Messages()
     for row in chain(first, all_rows):
         rows += 1
-        found = row if isinstance(row, BadRow) else _read(row, row_format, columns)
+        shape, found = ("", row) if isinstance(row, BadRow) else _read(row, row_format, columns)
         if isinstance(found, BadRow):
             first_bad, bad_count = first_bad or found, bad_count + 1
         elif found.is_document:
             documents.append(_bytes(found))
         else:
+            seen.take(found)
             size = _bytes(found)
             if size > longest:
                 longest, longest_place = size, row.place
             sizes.append(size)
+        if not isinstance(found, BadRow):
+            shapes[shape] += 1
         if rows == ENOUGH:
             break
-    return FirstLook(columns, rows, bad_count, first_bad, tuple(sizes), longest_place, tuple(documents))
+    return FirstLook(
+        columns,
+        rows,
+        bad_count,
+        first_bad,
+        tuple(sizes),
+        longest_place,
+        tuple(documents),
+        tuple(shapes.most_common()),
+        tuple(role for role in ROLES if role in seen.roles),
+        (min(seen.answers, default=0), max(seen.answers, default=0)),
+        seen.has_unweighted,
+    )
+
+
+class _Messages:
+    """What is seen of the messages of many rows."""
+
+    def __init__(self) -> None:
+        self.roles: set[str] = set()
+        self.answers: set[int] = set()
+        self.has_unweighted = False
+
+    def take(self, talk: Conversation) -> None:
+        """One row more."""
+        answers = [message for message in talk.messages if message["role"] == "assistant"]
+        self.roles |= {message["role"] for message in talk.messages}
+        self.answers.add(len(answers))
+        self.has_unweighted |= any(message.get("weight") == 0 for message in answers)
 
 
 def _meant_by(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
@@ -113,16 +154,16 @@ def _rows(files: list[DataFile]) -> Iterator[Row | BadRow]:
         yield from read_rows(file)
 
 
-def _read(row: Row, usual: str, columns: dict[str, str]) -> Conversation | BadRow:
-    """A row as preparing it would read it, by its own shape where it has another than the first one."""
+def _read(row: Row, usual: str, columns: dict[str, str]) -> tuple[str, Conversation | BadRow]:
+    """A row as preparing it would read it, and its shape: its own where it has another than the first one."""
     value = renamed(row.value, columns)
     row_format = detect_format(value) or usual
     if not row_format:
-        return BadRow(row.place, unknown_columns(row.value))
+        return "", BadRow(row.place, unknown_columns(row.value))
     try:
-        return to_conversation(value, row_format, row.place)
+        return row_format, to_conversation(value, row_format, row.place)
     except RowError as fault:
-        return BadRow(row.place, with_the_files_names(str(fault), columns))
+        return row_format, BadRow(row.place, with_the_files_names(str(fault), columns))
 
 
 def _bytes(conversation: Conversation) -> int:
