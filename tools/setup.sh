@@ -16,5 +16,11 @@ fi
 echo "+ $python -m venv .venv" >&2
 "$python" -m venv .venv
 echo "+ .venv/bin/pip install --editable '.[dev]' --constraint tools/constraints.txt" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint tools/constraints.txt
+echo "$(grep -c == tools/constraints.txt) packages, PyTorch the largest; all that pip says is in .venv/pip.log" >&2
+if ! PYTHONUNBUFFERED=1 .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check --editable '.[dev]' \
+    --constraint tools/constraints.txt 2>&1 | "$python" tools/fetching.py .venv/pip.log; then
+    echo "pip could not install them; what it said is in .venv/pip.log, and ends with:" >&2
+    tail -n 5 .venv/pip.log >&2
+    exit 1
+fi
 printf '%s\n' "$wanted" >.venv/installed
