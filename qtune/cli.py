@@ -585,6 +585,8 @@ def evaluate(
 
     Did it learn, with a 95 % interval over rows; loss, perplexity, exactly right answers; for free text ROUGE-L, length
     and repetition instead; answers side by side. The rows are the recipe's data.test, else its validation rows.
+    Those whose prompts training saw too, that of a run that this one started from included, are left out of the
+    figures, unless hardly any others are left.
     Everything is written to RUN/eval.json. With --tasks both are asked public benchmarks instead, as the harness asks
     them, without a chat template; the figures are written to RUN/tasks.json.
     """

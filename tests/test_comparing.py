@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from qtune.cli import app
 from qtune.comparing.bootstrap import drawn
-from qtune.comparing.runs import compared_runs
+from qtune.comparing.runs import ComparedRun, compared_runs
 from qtune.comparing.table import cells, compare, explanation
 from qtune.errors import InputError
 from qtune.report.comparison import comparison_page
@@ -267,6 +268,63 @@ def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
     three = compare([first, replace(first, run="runs/again"), worse])
     assert three.lines[0].loss.deviation == pytest.approx(stdev([0, 1]))
     assert "±: the standard deviation between seeds" in "\n".join(explanation(three))
+
+
+def seen_by(run: ComparedRun, seen: Collection[int], **changes: object) -> ComparedRun:
+    """The run as if its training had seen the prompts of these rows."""
+    kept = run.evaluation
+    rows = tuple(replace(row, is_seen=at in seen) for at, row in enumerate(kept.row_losses))
+    answers = tuple(replace(row, is_seen=at in seen) for at, row in enumerate(kept.comparisons))
+    return replace(
+        run,
+        evaluation=replace(kept, row_losses=rows, comparisons=answers, rows_trained_on=len(seen), **changes),
+    )
+
+
+def test_figures_are_about_the_rows_that_training_of_none_of_the_runs_has_seen(enough: list[Path]) -> None:
+    first, _, soft = compared_runs(enough, rows=8)
+    found = compare([seen_by(first, {0, 1}), seen_by(soft, {1, 7})])
+    assert (found.rows, found.left_out, found.rows_trained_on) == (5, 3, {first.run: 2, soft.run: 2})
+    for run, line in zip((first, soft), found.lines, strict=True):
+        left = run.evaluation.row_losses[2:7]
+        tokens = sum(row.tokens for row in left)
+        assert line.loss.interval.mean == pytest.approx(sum(row.tokens * row.tuned for row in left) / tokens)
+        assert found.bases[0].loss == pytest.approx(sum(row.tokens * row.base for row in left) / tokens)
+        assert found.scored_tokens == tokens
+        assert line.answers is not None
+        assert line.answers.interval.mean == pytest.approx(
+            sum(row.is_right for row in run.evaluation.comparisons[2:7]) / 5
+        )
+    said = f"3 more rows were asked and left out for all runs: training saw their prompts (of {first.run} 2, {soft.run}"
+    assert said in "\n".join(explanation(found))
+
+
+def test_where_hardly_any_row_is_new_figures_are_about_all_and_that_is_said(enough: list[Path]) -> None:
+    first, _, soft = compared_runs(enough, rows=8)
+    alone = compare([first, soft])
+    found = compare([seen_by(first, {0, 1}), seen_by(soft, {6, 7})])
+    assert (found.rows, found.left_out) == (8, 0)
+    assert found.lines[0].loss == alone.lines[0].loss
+    assert found.bases == alone.bases
+    said = "\n".join(explanation(found))
+    assert f"{first.run}: training saw the prompts of 2 of the 8 rows, on which its figures say nothing of new" in said
+    unknown = compare([seen_by(first, set(), seen_unknown="gone"), soft])
+    assert f"{first.run}: whether training saw the rows is not known: gone" in "\n".join(explanation(unknown))
+
+
+def test_an_evaluation_that_does_not_say_which_rows_training_saw_is_made_anew(
+    enough: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = compared_runs(enough, rows=8)
+    older = [
+        replace(run.evaluation, row_losses=tuple(replace(row, is_seen=None) for row in run.evaluation.row_losses))
+        for run in runs
+    ]
+    kept = iter(older)
+    monkeypatch.setattr("qtune.comparing.runs.read_evaluation", lambda run_dir: next(kept))
+    monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        compared_runs(enough, rows=8)
 
 
 def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from qtune.data.held_out import held_out_rows, spread, spread_unlike
 from qtune.errors import DataError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.report.results import evaluation as evaluation_part
+from qtune.run.drift import locked_sources
 from qtune.run.folder import RunDir
-from qtune.run.resolved import as_written
+from qtune.run.lock import Lock, write_lock
+from qtune.run.resolved import as_written, resolved_recipe
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
 from qtune.tuned.evaluate import evaluate
@@ -225,22 +228,108 @@ def test_separate_rows_are_evaluated_after_the_training_rows_are_gone(tmp_path, 
     assert evaluate(run_dir, rows=1).rows_held_out == 8
 
 
-def test_rows_that_training_saw_as_well_are_said_to_be_so(tmp_path, tiny_model, capsys):
+SEEN = [row(f"Name number {n}", "It is another") for n in (3, 5)]
+UNSEEN = [row(f"Name letter {c}", f"It is {c}") for c in "abcdef"]
+
+
+def test_the_figures_are_about_the_rows_that_training_has_not_seen(tmp_path, tiny_model, capsys):
     run_dir = make_run(tmp_path, tiny_model, held_out='test = "test.jsonl"\nvalidation = 0.0')
-    assert evaluate(run_dir).about_rows == "which training did not see"
-    both = [row(f"Name number {n}", "It is another") for n in (3, 5)]
-    write_rows(tmp_path / "test.jsonl", [*both, *(row(f"Name letter {c}", f"It is {c}") for c in "abcdef")])
+    write_rows(tmp_path / "test.jsonl", UNSEEN)
+    alone = evaluate(run_dir)
+    assert alone.about_rows == "training saw none of these prompts"
+    write_rows(tmp_path / "test.jsonl", [SEEN[0], *UNSEEN, SEEN[1]])
     found = evaluate(run_dir)
-    assert found.rows_trained_on == 2
-    told = "of which training saw the prompts of 2: measuring on them says nothing of new rows"
-    assert learned_against_base(found, "run").sentence.startswith(f"on 8 held-out rows, {told}, the loss went")
+    assert (found.rows, found.rows_trained_on, found.left_out, found.rows_judged) == (8, 2, 2, 6)
+    for one, other in ((found.base, alone.base), (found.tuned, alone.tuned)):
+        assert (one.loss, one.token_accuracy) == pytest.approx((other.loss, other.token_accuracy))
+        assert one.exact_match == other.exact_match
+    assert found.scored_tokens == alone.scored_tokens
+    assert [one.is_seen for one in found.row_losses] == [True, *[False] * 6, True]
+    assert [one.request for one in found.judged_answers] == [one.request for one in alone.comparisons]
+    told = "2 more were asked and left out: training saw their prompts"
+    capsys.readouterr()
+    show(alone)
+    table = capsys.readouterr().out
     show(found)
-    assert f"8 rows, {told}" in capsys.readouterr().out.replace("\n", " ")
-    assert f"8 of 8 test rows, {told}." in str(evaluation_part(found))
-    (tmp_path / "train.jsonl").unlink()
-    gone = evaluate(run_dir)
-    assert (gone.rows_trained_on, gone.about_rows) == (None, "")
-    assert "8 of 8 test rows.</p>" in str(evaluation_part(gone))
+    assert capsys.readouterr().out == table.replace("training saw none of these prompts", told).replace(
+        "6 of 6 test rows", "6 of 8 test rows"
+    )
+    assert f"6 of 8 test rows; {told}." in str(evaluation_part(found))
+    verdict, of_unseen = learned_against_base(found, "run"), learned_against_base(alone, "run")
+    assert verdict.answer == of_unseen.answer
+    assert verdict.sentence == of_unseen.sentence.replace("; 6 rows are few", f"; {told}; 6 rows are few")
+
+
+@pytest.mark.parametrize(
+    ("unseen", "told"),
+    [
+        (0, "training saw the prompts of all 2"),
+        (4, "training saw the prompts of 2, and 4 others are too few to judge by"),
+    ],
+)
+def test_where_hardly_any_row_is_new_it_cannot_be_told_what_was_learned(tmp_path, tiny_model, capsys, unseen, told):
+    run_dir = make_run(tmp_path, tiny_model, held_out='test = "test.jsonl"\nvalidation = 0.0')
+    write_rows(tmp_path / "test.jsonl", [*SEEN, *UNSEEN[:unseen]])
+    found = evaluate(run_dir)
+    assert (found.left_out, found.rows_judged, found.about_rows) == (0, 2 + unseen, told)
+    verdict = learned_against_base(found, "run")
+    assert (verdict.standing, verdict.answer) == ("unsure", "Cannot be told")
+    assert verdict.sentence.startswith(f"{told}, and what training saw says nothing of new rows; on {2 + unseen} held-")
+    assert verdict.command == "qtune eval run --data FILE asks rows that were not trained on"
+    show(found)
+    assert told in capsys.readouterr().out
+
+
+def test_training_rows_that_are_gone_or_others_by_now_leave_it_unknown(tmp_path, tiny_model):
+    run_dir = make_run(tmp_path, tiny_model, held_out='test = "test.jsonl"\nvalidation = 0.0')
+    sources = locked_sources(resolved_recipe(run_dir), run_dir.path, ("train",))
+    write_lock(run_dir, Lock(data=sources))
+    assert evaluate(run_dir, accepted=("weights",)).rows_trained_on == 0
+    write_rows(tmp_path / "train.jsonl", UNSEEN)
+    for how in ("has other rows", "no such file"):
+        found = evaluate(run_dir)
+        assert (found.rows_trained_on, found.left_out, {one.is_seen for one in found.row_losses}) == (None, 0, {None})
+        assert how in str(found.seen_unknown)
+        assert found.about_rows == f"whether training saw them is not known: {found.seen_unknown}"
+        assert found.about_rows in learned_against_base(found, "run").sentence
+        assert found.about_rows in unescape(str(evaluation_part(found)))
+        (tmp_path / "train.jsonl").unlink(missing_ok=True)
+
+
+def going_on_from(earlier: RunDir, folder: Path, model: Path, held_out: str) -> RunDir:
+    folder.mkdir()
+    run_dir = make_run(folder, model, held_out=held_out)
+    text = run_dir.resolved_file.read_text()
+    run_dir.resolved_file.write_text(text.replace("[data]", f'start_from = "{earlier.path}"\n[data]'))
+    return run_dir
+
+
+@pytest.mark.parametrize("system", ["", 'system_prompt = "You name things."'])
+def test_what_earlier_runs_were_trained_on_was_seen_by_those_that_start_from_them(tmp_path, tiny_model, system):
+    """Three runs in a chain; what the first was trained on was seen by the last, under whatever system message."""
+    (tmp_path / "first").mkdir()
+    first = make_run(tmp_path / "first", tiny_model, held_out=f'test = "test.jsonl"\nvalidation = 0.0\n{system}')
+    write_rows(first.path / "train.jsonl", [*UNSEEN[:2], row("Anything else?", "No")])
+    second = going_on_from(first, tmp_path / "second", tiny_model, "validation = 0.0")
+    third = going_on_from(second, tmp_path / "third", tiny_model, 'test = "test.jsonl"\nvalidation = 0.0')
+    assert evaluate(third).about_rows == "2 more were asked and left out: training saw their prompts"
+    (second.path / "resolved.toml").unlink()
+    lost = evaluate(third)
+    assert (lost.rows_trained_on, lost.left_out) == (None, 0)
+    assert str(lost.seen_unknown).startswith(f"the run that it started from cannot be read ({second.path}")
+
+
+def test_a_share_of_rows_that_the_earlier_run_was_trained_on_was_seen(tmp_path, tiny_model):
+    """Both set a share of the same file aside, drawn by other seeds."""
+    (tmp_path / "first").mkdir()
+    first = make_run(tmp_path / "first", tiny_model, held_out="validation = 0.5")
+    second = going_on_from(first, tmp_path / "second", tiny_model, "validation = 0.5\nvalidation_seed = 7")
+    found = evaluate(second)
+    assert found.rows == 10
+    assert 0 < found.left_out == found.rows_trained_on <= 5
+    (first.path / "train.jsonl").unlink()
+    gone = evaluate(second)
+    assert gone.about_rows.startswith("whether training saw them is not known: the training rows of ")
 
 
 def test_other_rows_can_be_named(tmp_path, tiny_model, monkeypatch):

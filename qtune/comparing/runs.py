@@ -127,8 +127,9 @@ def _kept_evaluation(run_dir: RunDir) -> Evaluation | None:
 
 
 def _is_of(kept: Evaluation, rows: int) -> bool:
-    """Whether an evaluation asked this many rows, and says of each what it was."""
-    is_known = bool(kept.row_losses) and all(row.content for row in kept.row_losses)
+    """Whether an evaluation asked this many rows, and says of each what it was, and whether training saw it."""
+    tells = kept.seen_unknown is not None or all(row.is_seen is not None for row in kept.row_losses)
+    is_known = bool(kept.row_losses) and tells and all(row.content for row in kept.row_losses)
     return is_known and kept.rows == min(rows, kept.rows_held_out)
 
 

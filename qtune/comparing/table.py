@@ -1,7 +1,7 @@
 """Compared runs -> one line a configuration: its runs with different seeds together, each figure with its interval."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,6 +13,7 @@ from qtune.console import clock
 from qtune.records import plain
 from qtune.run.summary import number
 from qtune.sizes import gib_text
+from qtune.tuned.evaluation import leaves_out
 from qtune.verdicts.scores import answer_scores
 
 
@@ -82,6 +83,10 @@ class SideBySide:
     """Why what benchmarks said of some runs is in none of the lines."""
     rows_trained_on: dict[str, int] = field(default_factory=dict)
     """Of each run that saw some of the rows' prompts in training: of how many."""
+    left_out: int = 0
+    """Rows that were asked and that no figure is about, for training of one of the runs saw their prompts."""
+    seen_unknown: dict[str, str] = field(default_factory=dict)
+    """Of each run of which it is not known which of the rows it saw: why."""
     ended_early: dict[str, str] = field(default_factory=dict)
     """Of each run that has ended before all its steps were taken: how many it took, as "2 of 12 steps"."""
 
@@ -92,7 +97,9 @@ class SideBySide:
 
 
 def compare(runs: Sequence[ComparedRun]) -> SideBySide:
-    """One line a configuration; all of them compared with the first."""
+    """One line a configuration; all of them compared with the first, on the rows that training of none has seen."""
+    asked = runs
+    runs, seen_rows = _on_unseen_rows(asked)
     groups: list[list[ComparedRun]] = []
     for run in runs:
         same = next((group for group in groups if group[0].settings == run.settings), None)
@@ -116,9 +123,41 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         scores.name if scores else None,
         tasks,
         left_out,
-        {run.run: run.evaluation.rows_trained_on for run in runs if run.evaluation.rows_trained_on},
+        {run.run: run.evaluation.rows_trained_on for run in asked if run.evaluation.rows_trained_on},
+        seen_rows,
+        {run.run: run.evaluation.seen_unknown for run in asked if run.evaluation.seen_unknown is not None},
         {run.run: run.ended_early for run in runs if run.ended_early is not None},
     )
+
+
+def _on_unseen_rows(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], int]:
+    """The runs with what their evaluations say of the rows that training of none of them saw, and how many others there
+    are; where hardly any are left, with all rows and 0."""
+    tables = [run.evaluation.row_losses for run in runs]
+    is_seen = [any(one.is_seen for one in row) for row in zip(*tables, strict=True)]
+    out = leaves_out(is_seen, [row.tokens for row in tables[0]])
+    if not any(out) and not any(run.evaluation.left_out for run in runs):
+        return list(runs), 0
+    asked = [any(one.is_seen for one in row) for row in zip(*(run.evaluation.comparisons for run in runs), strict=True)]
+    out_of_answers = [any(out) and seen for seen in asked]
+
+    def narrowed(run: ComparedRun) -> ComparedRun:
+        kept = run.evaluation
+        rows = tuple(row for row, is_out in zip(kept.row_losses, out, strict=True) if not is_out)
+        answers = tuple(row for row, is_out in zip(kept.comparisons, out_of_answers, strict=True) if not is_out)
+        scored = sum(row.tokens for row in rows)
+        found = replace(
+            kept,
+            rows=kept.rows - sum(out),
+            left_out=0,
+            scored_tokens=scored,
+            base=replace(kept.base, loss=sum(row.tokens * row.base for row in rows) / scored),
+            row_losses=rows,
+            comparisons=answers,
+        )
+        return replace(run, evaluation=found)
+
+    return [narrowed(run) for run in runs], sum(out)
 
 
 def _bases(runs: Sequence[ComparedRun]) -> tuple[Base, ...]:
@@ -258,6 +297,25 @@ def _training_losses(comparison: SideBySide) -> list[str]:
     return [f"training loss at the end, as each run says it: {', '.join(ended)}"] if ended else []
 
 
+def _of_seen_rows(comparison: SideBySide) -> list[str]:
+    """Which of the rows training saw, and what that means for the figures."""
+    seen, said = comparison.rows_trained_on, []
+    if comparison.left_out:
+        more = "1 more row was" if comparison.left_out == 1 else f"{comparison.left_out} more rows were"
+        by = ", ".join(f"{run} {count}" for run, count in seen.items())
+        said.append(f"{more} asked and left out for all runs: training saw their prompts (of {by})")
+    else:
+        said += [
+            f"{run}: training saw the prompts of {count} of the {comparison.rows} rows, on which its figures say "
+            "nothing of new ones"
+            for run, count in seen.items()
+        ]
+    return said + [
+        f"{run}: whether training saw {'others' if run in seen else 'the rows'} is not known: {why}"
+        for run, why in comparison.seen_unknown.items()
+    ]
+
+
 def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
     several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
@@ -273,11 +331,7 @@ def explanation(comparison: SideBySide) -> list[str]:
                 f"{', '.join(same[:-1])} and {same[-1]} have one recipe and one seed: the same run over again, which "
                 "says nothing about chance; for that, train it with: qtune run RECIPE --seeds 3"
             )
-    said += [
-        f"{run}: training saw the prompts of {count} of the {comparison.rows} rows, on which its figures say nothing "
-        "of new ones"
-        for run, count in comparison.rows_trained_on.items()
-    ]
+    said += _of_seen_rows(comparison)
     said += [f"{run} has ended early: it took {steps}" for run, steps in comparison.ended_early.items()]
     said += _training_losses(comparison)
     said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")

@@ -205,7 +205,6 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
             notes |= {"empty-mask"}
         if not talk.is_document and REFUSAL.match(talk.answer):
             notes |= {"refusal"}
-        prompt = talk.answer if talk.is_document else json.dumps(talk.prompt, ensure_ascii=False)
         values = (
             example.input_ids,
             example.labels,
@@ -216,7 +215,7 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
             " ".join(sorted(notes)),
             talk.to_json(),
             text_hash(_identity(talk)),
-            text_hash(prompt),
+            prompt_hash(talk),
             text_hash(talk.answer),
             _opening_hash(talk),
             talk.answer[:60],
@@ -225,6 +224,13 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
         for name, value in zip(COLUMNS.names, values, strict=True):
             columns[name].append(value)
     return pa.RecordBatch.from_pydict(columns, schema=COLUMNS)
+
+
+def prompt_hash(conversation: Conversation) -> int:
+    """Of everything that stands before the last answer; of raw text, which has no prompt, of all of it."""
+    if conversation.is_document:
+        return text_hash(conversation.answer)
+    return text_hash(json.dumps(conversation.prompt, ensure_ascii=False))
 
 
 def _identity(conversation: Conversation) -> str:

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -37,31 +36,6 @@ def held_out_rows(
     if prepared.held_out is None:
         raise DataError(Problem("data.validation", "the recipe sets no rows aside; name some with --data FILE"))
     return own_rows(recipe), prepared.examples[prepared.held_out]
-
-
-def rows_in_training(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, data_file: Path | None = None
-) -> int | None:
-    """How many of the rows have a prompt that stands in the training rows too; None where those cannot be read now.
-
-    A share of the training rows is drawn so that none has.
-    """
-    data = recipe.data
-    if data_file is None and data.test is None and isinstance(data.validation, float):
-        return 0
-    try:
-        trained = prepare(
-            data.model_copy(update={"test": None, "packing": False}), tokenizer, folder, seed=recipe.training.seed
-        )
-    except DataError:
-        return None
-    prompts, stream = _prompts(rows), trained.stream
-    there = np.isin(prompts, _prompts(trained.examples["train"])) if stream is None else stream.has_prompts(prompts)
-    return int(there.sum())
-
-
-def _prompts(rows: Dataset) -> np.ndarray:
-    return np.asarray(rows.with_format("numpy")["prompt_hash"][:])
 
 
 def own_rows(recipe: Recipe) -> str:

@@ -18,11 +18,11 @@ def evaluation(results: Evaluation) -> Html:
     head = ("", "request", "expected", "base", "tuned")
     title, compared = worst_first(results)
     answers = [(mark, one.request, one.expected, one.base, one.tuned) for mark, one in compared]
-    asked = f"{results.rows} of {results.rows_held_out} {results.source}"
+    asked = f"{results.rows_judged} of {results.rows_held_out} {results.source}"
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
-        paragraph(", ".join(filter(None, (asked, results.about_rows))) + "."),
+        paragraph("; ".join(filter(None, (asked, results.about_rows))) + "."),
         table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3), class_="scores"),
         *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),

@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:
     """Prints the scores and `shown` rows, the worst ones first."""
-    rows = (
-        f"{evaluation.rows} of {evaluation.rows_held_out} {evaluation.source}, {evaluation.scored_tokens} scored tokens"
-    )
+    asked = f"{evaluation.rows_judged} of {evaluation.rows_held_out} {evaluation.source}"
+    rows = f"{asked}, {evaluation.scored_tokens} scored tokens"
     scores = [list(line) for line in score_table(evaluation)]
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
-    if evaluation.rows_trained_on:
-        console.out(f"{evaluation.rows} rows, {evaluation.about_rows}")
+    if evaluation.about_rows:
+        console.out(evaluation.about_rows)
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if any_cut(evaluation):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtune import console
 from qtune.data.collate import PaddedCollator
 from qtune.data.conversation import Conversation
-from qtune.data.held_out import held_out_rows, rows_in_training, spread
+from qtune.data.held_out import held_out_rows, spread
 from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.disk import refusal_of
@@ -41,12 +41,14 @@ from qtune.tuned.evaluation import (
     Evaluation,
     RowLoss,
     Score,
+    leaves_out,
     read_evaluation,
 )
 from qtune.tuned.free_text import is_free_text, text_score
 from qtune.tuned.generate import Ends, batches_of, find_ends, generate, positions_left, within_reach
 from qtune.tuned.load import load_reader, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
+from qtune.tuned.seen import seen_rows
 from qtune.tuned.vocabulary import decoded, require_embeddings
 
 TOKENS_PER_BATCH = 4096
@@ -95,15 +97,23 @@ def evaluate(
     predicted = _predicted(examples)
     if not sum(predicted):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
+    seen = seen_rows(written, folder, run.tokenizer, examples, run_dir=run_dir, are_own=data_file is None)
+    is_left_out = leaves_out(seen.flags, predicted)
+    judged = [row for row, is_out in enumerate(is_left_out) if not is_out]
+    others = [row for row, is_out in enumerate(is_left_out) if is_out]
     ends = find_ends(run.model, run.tokenizer)
     # The base is asked the same, so that the positions of a soft prompt are left free for it as well.
     reach = positions_left(run.model)
     reach = None if reach is None else reach - run.recipe.adapter.prompt_length
-    questions = [
-        question
-        for row in examples
-        if (question := to_question(row, run.tokenizer, ends)) and within_reach(1, len(question.prompt), reach) > 0
+    all_questions = [to_question(row, run.tokenizer, ends) for row in examples]
+    asked_of = [
+        row
+        for row, question in enumerate(all_questions)
+        if question is not None and within_reach(1, len(question.prompt), reach) > 0
     ]
+    questions = [question for row in asked_of if (question := all_questions[row]) is not None]
+    in_scores = [not is_left_out[row] for row in asked_of]
+    scored = sum(predicted[row] for row in judged)
     expected = [question.expected for question in questions]
     is_free = is_free_text(expected)
     times = FREE_TEXT_TIMES if is_free else 1
@@ -120,23 +130,28 @@ def evaluate(
         which = "" if bases is None else f" of {run_dir.path}"
         rows_twice = console.progress(f"{name} model{which}, {len(examples)} rows", 2 * len(examples))
         with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
-            losses, right_tokens = row_losses(model, examples, ends.pad, shown)
+            losses, right_tokens = [0.0] * len(examples), 0
+            for numbers in filter(None, (others, judged)):  # apart, for what is right is only counted for a batch
+                found, right_tokens = row_losses(model, examples.select(numbers), ends.pad, shown)
+                for number, loss in zip(numbers, found, strict=True):
+                    losses[number] = loss
             require_finite_losses(losses, examples["place"], name)
             prompts = [question.prompt for question in questions]
             made = generate(model, prompts, limits, ends, on_rows=shown.advance)
         answers = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, limits, strict=True)]
         cut = [_is_cut(ids, limit) for ids, limit in zip(made, limits, strict=True)]
-        right = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
-        scored = sum(predicted)
-        exact_match = sum(right) / len(right) if right else None
-        text = text_score(expected, answers) if is_free else None
+        pairs = [pair for pair, counts in zip(zip(expected, answers, strict=True), in_scores, strict=True) if counts]
+        exact_match = sum(one == other for one, other in pairs) / len(pairs) if pairs else None
+        text = text_score(*map(list, zip(*pairs, strict=True))) if is_free and pairs else None
+        loss = sum(losses[row] for row in judged) / scored
         return (
-            Score(sum(losses) / scored, right_tokens / scored, exact_match, text),
+            Score(loss, right_tokens / scored, exact_match, text),
             losses,
             list(zip(answers, cut, strict=True)),
         )
 
     asked = [list(examples["input_ids"]), list(examples["labels"]), [q.prompt for q in questions], limits, ends.stop]
+    asked.append(judged)
     base, base_losses, base_answers = (bases or BaseOnce()).measured(run, asked, lambda: ask(run.model, "base"))
     run = with_adapter(run)
     tuned, tuned_losses, tuned_answers = ask(run.model, "tuned")
@@ -145,30 +160,45 @@ def evaluate(
         source=source,
         rows=len(examples),
         rows_held_out=len(held_out),
-        scored_tokens=sum(predicted),
-        answers_cut=sum(len(question.expected_ids) > limit for question, limit in zip(questions, limits, strict=True)),
+        scored_tokens=scored,
+        answers_cut=sum(
+            counts and len(question.expected_ids) > limit
+            for question, limit, counts in zip(questions, limits, in_scores, strict=True)
+        ),
         base=base,
         tuned=tuned,
         comparisons=tuple(
-            Comparison(question.place, question.request, question.expected, before, after, is_before_cut, is_after_cut)
-            for question, (before, is_before_cut), (after, is_after_cut) in zip(
-                questions, base_answers, tuned_answers, strict=True
+            Comparison(
+                question.place,
+                question.request,
+                question.expected,
+                before,
+                after,
+                is_before_cut,
+                is_after_cut,
+                seen.flags[row],
+            )
+            for question, (before, is_before_cut), (after, is_after_cut), row in zip(
+                questions, base_answers, tuned_answers, asked_of, strict=True
             )
         ),
         row_losses=tuple(
-            RowLoss(place, tokens, before / tokens, after / tokens, content_of(conversation))
-            for place, tokens, before, after, conversation in zip(
+            RowLoss(place, tokens, before / tokens, after / tokens, content_of(conversation), is_seen)
+            for place, tokens, before, after, conversation, is_seen in zip(
                 examples["place"],
                 predicted,
                 base_losses,
                 tuned_losses,
                 examples["conversation"],
+                seen.flags,
                 strict=True,
             )
             if tokens
         ),
         adapter=adapter_name(run_dir),
-        rows_trained_on=rows_in_training(written, run.tokenizer, folder, examples, data_file),
+        rows_trained_on=seen.count,
+        left_out=sum(is_left_out),
+        seen_unknown=seen.unknown,
     )
     kept = None if replaces_larger else read_evaluation(run_dir)
     if kept is not None and kept.rows > evaluation.rows:

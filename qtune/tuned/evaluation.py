@@ -1,6 +1,7 @@
 """eval.json: what an evaluation has found, as a value and as a file. Reading it needs no library that computes."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qtune.records import plain
@@ -40,6 +41,8 @@ class RowLoss:
     tuned: float
     content: str = ""
     """What the row says, as `content_of` names it; none in files of older versions."""
+    is_seen: bool | None = None
+    """Whether its prompt stands in rows that were trained on; None where that is not known, and in older files."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Comparison:
     is_base_cut: bool | None = None
     """Whether it was stopped at its limit; None: an older version did not tell. The same of the tuned model's:"""
     is_tuned_cut: bool | None = None
+    is_seen: bool | None = None
+    """As `RowLoss.is_seen`."""
 
     @property
     def base_was_cut(self) -> bool:
@@ -71,13 +76,28 @@ class Comparison:
         return self.tuned == self.expected
 
 
+FEWEST = 5
+"""Rows, or steps, below which no interval is given: with fewer it is a guess about the shape of their distribution."""
+
+
+def leaves_out(seen: Sequence[bool | None], scored: Sequence[int]) -> list[bool]:
+    """Which rows no figure is about: those that training saw, unless hardly any with scored tokens would be left."""
+    others = sum(not is_seen and tokens > 0 for is_seen, tokens in zip(seen, scored, strict=True))
+    return [bool(is_seen) and others >= FEWEST for is_seen in seen]
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of both models on the same rows."""
+    """The scores of both models on the same rows.
+
+    The scores are about the rows that training has not seen: what it saw says nothing of new rows. Only where hardly
+    any are left are they about all of them, and then no verdict is given.
+    """
 
     run: str
     source: str
     rows: int
+    """That were asked, `left_out` among them."""
     rows_held_out: int
     scored_tokens: int
     answers_cut: int
@@ -85,31 +105,77 @@ class Evaluation:
     base: Score
     tuned: Score
     comparisons: tuple[Comparison, ...]
+    """Of each row that was asked, those that are left out of the scores too."""
     row_losses: tuple[RowLoss, ...] = ()
     """Of each row with a scored token; none in files of older versions."""
     adapter: str | None = None
     """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
     rows_trained_on: int | None = None
-    """Rows whose prompt stands in the training rows too; None where those could not be read, and in files of older
-    versions."""
+    """Rows whose prompt stands in rows that were trained on, by the run or by those it started from, as far as these
+    could be read; None where none could be, and in files of older versions."""
+    left_out: int = 0
+    """How many of them the scores are not about."""
+    seen_unknown: str | None = None
+    """Why training may have seen more of the rows; None where all that it saw was read, and in older files."""
+
+    @property
+    def judged_rows(self) -> tuple[RowLoss, ...]:
+        """Those of `row_losses` that the scores are about."""
+        return tuple(one for one in self.row_losses if not (self.left_out and one.is_seen))
+
+    @property
+    def judged_answers(self) -> tuple[Comparison, ...]:
+        """Those of `comparisons` that the scores are about."""
+        return tuple(one for one in self.comparisons if not (self.left_out and one.is_seen))
+
+    @property
+    def rows_judged(self) -> int:
+        """How many rows the scores are about."""
+        return self.rows - self.left_out
+
+    @property
+    def are_seen(self) -> bool:
+        """Whether the scores are about rows that training has seen, as far as is known."""
+        return bool(self.rows_trained_on) and not self.left_out
 
     @property
     def about_rows(self) -> str:
-        """Whether training has seen the rows, as a part of a sentence; empty where that is not known."""
-        if not self.rows_trained_on:
-            return "" if self.rows_trained_on is None else "which training did not see"
-        count = self.rows_trained_on
-        return (
-            f"of which training saw the {'prompt' if count == 1 else 'prompts'} of {count}: measuring on "
-            f"{'it' if count == 1 else 'them'} says nothing of new rows"
-        )
+        """Whether training has seen the rows, as a sentence without its stop; empty in files of older versions."""
+        told = []
+        if self.left_out:
+            told.append(
+                f"{self.left_out} more {_was(self.left_out)} asked and left out: training saw {_prompts(self.left_out)}"
+            )
+        elif self.are_seen:
+            told.append(self._about_seen())
+        elif self.rows_trained_on is not None and self.seen_unknown is None:
+            told.append("training saw none of these prompts")
+        if self.seen_unknown is not None:
+            told.append(f"whether training saw {'others' if told else 'them'} is not known: {self.seen_unknown}")
+        return "; ".join(told)
+
+    def _about_seen(self) -> str:
+        seen, others = self.rows_trained_on or 0, self.rows - (self.rows_trained_on or 0)
+        if not others:
+            return f"training saw {'its prompt' if seen == 1 else f'the prompts of all {seen}'}"
+        told = f"training saw {'the prompt' if seen == 1 else 'the prompts'} of {seen}"
+        if others < FEWEST:
+            return f"{told}, and {others} {'other is' if others == 1 else 'others are'} too few to judge by"
+        return f"{told}, and which these are was not kept"  # by an older version
 
     def to_json(self) -> dict[str, Any]:
         """What is written to eval.json."""
         values: dict[str, Any] = plain(self)
-        if self.adapter is None:
-            del values["adapter"]
-        return values
+        absent = {field.name for field in fields(self) if field.default is None}
+        return {name: value for name, value in values.items() if value is not None or name not in absent}
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _prompts(count: int) -> str:
+    return "its prompt" if count == 1 else "their prompts"
 
 
 def read_evaluation(run_dir: RunDir) -> Evaluation | None:

@@ -6,8 +6,9 @@ from statistics import fmean
 
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.summary import Losses, number
+from qtune.tuned.evaluation import FEWEST
 from qtune.verdicts.facts import Facts
-from qtune.verdicts.interval import FEWEST, fall_between
+from qtune.verdicts.interval import fall_between
 from qtune.verdicts.learning import LITTLE, fall_of
 from qtune.verdicts.verdict import Verdict
 

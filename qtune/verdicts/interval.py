@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
+from qtune.tuned.evaluation import FEWEST
+
 CONFIDENCE = 0.95
-FEWEST = 5
-"""Rows, or steps, below which no interval is given: with fewer it is a guess about the shape of their distribution."""
 
 
 @dataclass(frozen=True)

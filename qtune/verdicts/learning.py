@@ -5,9 +5,9 @@ from statistics import fmean
 
 from qtune.run.metrics import EvalRecord
 from qtune.run.summary import Losses, number
-from qtune.tuned.evaluation import Evaluation
+from qtune.tuned.evaluation import FEWEST, Evaluation
 from qtune.verdicts.facts import Facts
-from qtune.verdicts.interval import FEWEST, Fall, fall_between, paired_fall
+from qtune.verdicts.interval import Fall, fall_between, paired_fall
 from qtune.verdicts.scores import AnswerScores, answer_scores
 from qtune.verdicts.verdict import Standing, Verdict
 
@@ -36,12 +36,16 @@ def learned(facts: Facts) -> Verdict:
 
 def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     """The verdict of `qtune eval`: the fall of the loss from base to tuned, row by row."""
-    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
+    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.judged_rows
     losses = f"{number(base.loss)} to {number(tuned.loss)} nats per token"
-    shared = f", {evaluation.about_rows}," if evaluation.rows_trained_on else ""
-    told = f"on {evaluation.rows} held-out rows{shared} the loss went from {losses}"
+    told = f"on {evaluation.rows_judged} held-out rows the loss went from {losses}"
     asked = answer_scores(evaluation)
     answers, more = ("", None) if asked is None else (_answers(asked), asked.rise)
+    if evaluation.are_seen:
+        told = f"{evaluation.about_rows}, and what training saw says nothing of new rows; {told}{answers}"
+        return Verdict("learned", "unsure", "Cannot be told", told, _unseen_rows(evaluation, run))
+    if evaluation.left_out or evaluation.seen_unknown is not None:
+        answers = f"{answers}; {evaluation.about_rows}"
     few, command = _few(evaluation, run)
     if not rows:
         if more is not None and more.is_positive:
@@ -57,11 +61,18 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     return Verdict("learned", standing, answer, f"{told}, {_by(fall)}{answers}{few}", command)
 
 
+def _unseen_rows(evaluation: Evaluation, run: str) -> str:
+    """The command that asks rows which training has not seen."""
+    if evaluation.rows_held_out > evaluation.rows:
+        return f"qtune eval {run} --rows {evaluation.rows_held_out} asks all that were held out"
+    return f"qtune eval {run} --data FILE asks rows that were not trained on"
+
+
 def _few(evaluation: Evaluation, run: str) -> tuple[str, str | None]:
     """What is said of an evaluation of few rows, and the command that asks more of them where more were held out."""
-    if evaluation.rows >= FEW:
+    if evaluation.rows_judged >= FEW:
         return "", None
-    said = f"; {evaluation.rows} rows are few, and other rows may say otherwise"
+    said = f"; {evaluation.rows_judged} rows are few, and other rows may say otherwise"
     if evaluation.rows_held_out > evaluation.rows:
         return said, f"qtune eval {run} --rows {min(evaluation.rows_held_out, 100)}"
     return f"{said} (data.test or a larger data.validation holds more)", None

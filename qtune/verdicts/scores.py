@@ -34,7 +34,7 @@ class AnswerScores:
 
 def answer_scores(evaluation: "Evaluation") -> AnswerScores | None:
     """Exact matches, or ROUGE-L where the expected answers are free text; None where nothing was asked."""
-    compared, is_free = evaluation.comparisons, evaluation.tuned.text is not None
+    compared, is_free = evaluation.judged_answers, evaluation.tuned.text is not None
     if not compared:
         return None
     score = _likeness if is_free else _exactness
@@ -53,7 +53,7 @@ def _exactness(expected: str, answer: str) -> float:
 
 def worst_first(evaluation: "Evaluation") -> "tuple[str, list[tuple[str, Comparison]]]":
     """A title, and the rows with a mark of the tuned answer, those first that are farthest from what was expected."""
-    compared, scores = evaluation.comparisons, answer_scores(evaluation)
+    compared, scores = evaluation.judged_answers, answer_scores(evaluation)
     if scores is None:
         return "", []
     order = sorted(range(len(compared)), key=scores.tuned.__getitem__)
@@ -66,7 +66,7 @@ def worst_first(evaluation: "Evaluation") -> "tuple[str, list[tuple[str, Compari
 
 def score_table(evaluation: "Evaluation") -> list[Line]:
     """The lines that the rows have chosen."""
-    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.row_losses
+    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.judged_rows
     tokens = [one.tokens for one in rows]
     losses = [one.base for one in rows], [one.tuned for one in rows]
     fall = paired_fall(*losses, tokens)
@@ -101,7 +101,7 @@ def _answer_lines(evaluation: "Evaluation") -> list[Line]:
 def _exactly_right(evaluation: "Evaluation") -> list[Line]:
     """Free text is seldom what was expected to the letter; where it is, a rounded mean does not tell. That no answer is
     has a line, too: it is what who trains commands among sentences looks for."""
-    compared = evaluation.comparisons
+    compared = evaluation.judged_answers
     base = sum(one.base == one.expected for one in compared)
     tuned = sum(one.is_right for one in compared)
     many = len(compared)
@@ -110,11 +110,11 @@ def _exactly_right(evaluation: "Evaluation") -> list[Line]:
 
 def any_cut(evaluation: "Evaluation") -> bool:
     """Whether an answer of either model reached its limit before its end."""
-    return any(one.base_was_cut or one.tuned_was_cut for one in evaluation.comparisons)
+    return any(one.base_was_cut or one.tuned_was_cut for one in evaluation.judged_answers)
 
 
 def _unended(evaluation: "Evaluation") -> Line:
-    compared = evaluation.comparisons
+    compared = evaluation.judged_answers
     base = sum(one.base_was_cut for one in compared)
     tuned = sum(one.tuned_was_cut for one in compared)
     return ("answers cut at their limit", f"{base} of {len(compared)}", f"{tuned} of {len(compared)}", "")
