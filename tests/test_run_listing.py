@@ -39,6 +39,7 @@ def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> N
     done = made(tmp_path, "done", trained(1, 3.0, 1), trained(20, 1.0, 9), looked(10, 1.5, 5), looked(20, 2.0, 9))
     (done.adapter / "adapter_config.json").parent.mkdir()
     (done.adapter / "adapter_config.json").write_text("{}" + " " * 98)
+    (done.adapter / "adapter_model.safetensors").write_text("weights")
     made(tmp_path, "stopped", trained(7, 3.0, 1), age=60)
     made(tmp_path, "dead", age=120)
     broken = made(tmp_path, "broken", age=180)
@@ -54,8 +55,34 @@ def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> N
     assert last.state.startswith("damaged: cannot be read: ")
     assert (first.base, first.adapter, last.base) == ("org/model", "lora", None)
     assert (first.loss_start, first.loss_end, first.validation) == (3.0, 1.0, 1.5)
-    files = [done.resolved_file, done.metrics_file, done.adapter / "adapter_config.json"]
+    files = [done.resolved_file, done.metrics_file, *done.adapter.iterdir()]
     assert first.size_bytes == sum(len(file.read_bytes()) for file in files)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_finished_run_that_lost_a_file_of_its_adapter_says_which_and_how_to_save_it_again(
+    tmp_path: Path, lost: str, sealed: bool
+) -> None:
+    run = made(tmp_path, "done", trained(20, 1.0, 9))
+    run.adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run.adapter / name).write_text("{}")
+    if sealed:
+        seal(run.adapter)
+    (whole,) = list_runs(tmp_path)
+    assert (whole.state, whole.lost, whole.resume) == ("finished, 20 steps", None, None)
+    (run.adapter / lost).unlink()
+    if not sealed and lost == "adapter_config.json":
+        return  # which tells an older version's run that has ended from one that has not
+    (found,) = list_runs(tmp_path)
+    assert found.state == f"finished, 20 steps, but of its adapter {lost} is missing"
+    assert found.resume == f"qtune run --resume {run.path}"
+    said = CliRunner().invoke(app, ["list", str(tmp_path)]).stdout
+    assert f"save the adapter again of done: qtune run --resume {run.path}" in said
+    (run.adapter / lost).write_text("{} ")
+    if sealed:
+        assert list_runs(tmp_path)[0].lost == f"{lost} has 3 bytes, 2 were saved"
 
 
 @pytest.mark.parametrize(

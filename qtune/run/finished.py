@@ -54,6 +54,15 @@ def said_of_end(run_dir: RunDir) -> str:
     return f"{run_dir.path} has ended, and is saved; its report: {report}"
 
 
+def adapter_lack(run_dir: RunDir) -> str | None:
+    """What is not there of an adapter that was saved, by the names and sizes of its files alone; None: nothing, or none
+    was saved. It is for lists: whether the bytes are those that were saved, `adapter_fault` says."""
+    folder = run_dir.adapter
+    if manifest.is_sealed(folder):
+        return manifest.lacks(folder)
+    return f"{WEIGHTS} is missing" if run_dir.is_finished and not (folder / WEIGHTS).is_file() else None
+
+
 def adapter_fault(run_dir: RunDir) -> str | None:
     """What is wrong with a run's adapter, as far as its version lets that be told; None where there is none."""
     folder = run_dir.adapter

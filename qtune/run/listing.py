@@ -6,6 +6,7 @@ from pathlib import Path
 from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
 from qtune.run.checkpoints import complete_checkpoints, step_of
+from qtune.run.finished import adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
@@ -29,7 +30,10 @@ class ListedRun:
     changed: float
     """When it was last written to, in seconds since 1970."""
     resume: str | None
-    """The command that goes on with it; None where it has ended, goes on already or is damaged."""
+    """The command that goes on with it, or saves its adapter again where a file of that is lost; None where it has
+    ended, goes on already or is damaged."""
+    lost: str | None = None
+    """What is missing of its adapter, in words; None where nothing is, or none was saved."""
 
 
 def list_runs(directory: Path) -> list[ListedRun]:
@@ -47,13 +51,14 @@ def list_runs(directory: Path) -> list[ListedRun]:
 
 def _listed(run_dir: RunDir) -> ListedRun | None:
     """A run in a line; None where its folder was taken away meanwhile."""
-    base = adapter = summary = resume = None
+    base = adapter = summary = resume = lost = None
     try:
         run_dir.require_files()
         values = {one.path: one.plain_text for one in read_values(run_dir)}
         base, adapter = values.get(("model", "base")), values.get(("adapter", "kind"))
         summary = summary_of(run_dir)
-        state, is_stopped = _state(run_dir, summary)
+        lost = adapter_lack(run_dir)
+        state, is_stopped = _state(run_dir, summary, lost)
         resume = resuming(run_dir) if is_stopped else None
     except RunError as error:
         state = f"damaged: {error.problems[0].message}"
@@ -73,6 +78,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         bytes_in(run_dir.path),
         written[0],
         resume,
+        lost,
     )
 
 
@@ -84,8 +90,10 @@ def _time_of(file: Path) -> float | None:
         return None
 
 
-def _state(run_dir: RunDir, summary: Summary) -> tuple[str, bool]:
-    """How far a run has come, and whether it is stopped there."""
+def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bool]:
+    """How far a run has come, and whether there is something to go on with. lost: what is missing of its adapter."""
+    if lost is not None and owner_of(run_dir) is None:
+        return f"finished, {summary.steps_taken}, but of its adapter {lost}", True
     if run_dir.is_finished:
         return f"finished, {summary.steps_taken}", False
     saved = max(map(step_of, complete_checkpoints(run_dir.checkpoints)), default=0)

@@ -43,7 +43,11 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
     columns = ("run", "state", *([] if shared else ["base"]), "adapter", *figures)
     title = f"Runs in {directory}" + (f", all on {shared}" if shared else "")
     drawn = table(title, columns, rows, right=range(len(columns) - len(figures), len(columns)))
-    ways = [f"go on with {run.name}: {run.resume}" for run in runs if run.resume is not None]
+    ways = [
+        f"{'go on with' if run.lost is None else 'save the adapter again of'} {run.name}: {run.resume}"
+        for run in runs
+        if run.resume is not None
+    ]
     narrow = Group(Text(title, style="bold"), *(_in_lines(run, now) for run in runs))
     # A command that is broken over lines by hand cannot be pasted.
     return Group(IfItFits(drawn, narrow), *(Text(way, no_wrap=True, overflow="ignore") for way in ways))
