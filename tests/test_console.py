@@ -374,3 +374,10 @@ def test_a_pipe_is_as_wide_as_it_is_told(monkeypatch: pytest.MonkeyPatch, column
     monkeypatch.setattr("sys.stdout", stream)
     console.out(console.table("", ("name", "what"), [("a", "word " * 60)]))
     assert max(map(len, stream.getvalue().splitlines())) in range(width - 10, width + 1)
+
+
+def test_what_a_step_was_predicted_to_take_is_called_that() -> None:
+    """ "1.61 (0.40)" says nothing to who has not read the code."""
+    timed = replace(TRAIN, step_seconds=1.61, predicted_step_seconds=0.4)
+    assert "  s/step 1.61 (predicted 0.40)  memory " in plain_line(timed, None)
+    assert "  s/step 1.61  memory " in plain_line(replace(timed, predicted_step_seconds=None), None)

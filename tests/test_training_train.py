@@ -30,6 +30,8 @@ from typer.testing import CliRunner
 
 from qtune import cli
 from qtune.adapter.state import STATE_FILE
+from qtune.device.cards import card_named
+from qtune.device.rates import data_sheet_rates
 from qtune.errors import GateError, InputError, Interrupted, RecipeError, RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.memory.measured.meter import Meter
@@ -41,6 +43,8 @@ from qtune.run.lock import read_lock
 from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
 from qtune.run.summary import Losses
+from qtune.timing.forecast import StepModel, TimeForecast
+from qtune.timing.price import Cost, Duration
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
 from qtune.training.outcome import rise_of
@@ -632,6 +636,22 @@ def test_a_value_that_is_set_to_what_it_is_keeps_its_origin(
     train.resume(stopped, ["training.micro_batch_size=1", "training.log_every=2"])
     after = {value.path: value.origin for value in read_values(stopped)}
     assert after == before | {("training", "log_every"): Origin("--set", "on resuming")}
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_says_what_is_left_and_not_what_the_whole_took(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(training="steps = 4\nbatch_size = 2\nmicro_batch_size = 1\ncheckpoint_every = 1")
+    model = StepModel(8, 8, Cost(), Cost(), Cost(), data_sheet_rates(card_named("H100")))
+    whole = TimeForecast("measured", "a clock", model, Duration(20.0, 0.0, 0, True), 20.0, 1.0, 4, 4, 80.0, 84.0)
+    monkeypatch.setattr("qtune.training.inputs._time", lambda *_: whole)
+    stopped = stopped_run(recipe, monkeypatch, 4)
+    assert "20.00 s a step and 1:24 in all are predicted, from measured rates" in capsys.readouterr().err
+    train.resume(stopped)
+    said = capsys.readouterr().err
+    assert "20.00 s a step and 0:21 for what is left after step 3 are predicted, from measured rates" in said
+    assert whole.seconds_after(4) is None
 
 
 @pytest.mark.slow

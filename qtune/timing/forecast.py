@@ -102,6 +102,13 @@ class TimeForecast:
     between_seconds: float = 0.0
     """Of each step, in which they add up their gradients."""
 
+    def seconds_after(self, step: int) -> float | None:
+        """What is left of the run after a step, evaluations in proportion; None where the rows are not known, and after
+        its last step."""
+        if self.run_seconds is None or not self.steps or step >= self.steps:
+            return None
+        return self.run_seconds * (self.steps - step) / self.steps
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: what is shown."""
         names = ("kind", "source", "step_seconds", "tokens_per_second", "steps_per_epoch", "steps", "epoch_seconds")

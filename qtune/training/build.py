@@ -29,8 +29,9 @@ CHECKED_TOKENS = 64
 """Length of the row on which the tiled loss is compared with the model's own, before training."""
 
 
-def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
-    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family."""
+def build_model(inputs: Inputs, after: int = 0) -> tuple[PeftModel, bool]:
+    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family. after: as
+    `introduce`'s."""
     recipe, plan = inputs.recipe, inputs.plan
     network = load_base(recipe.model, recipe.quantization, plan)
     if plan.layers == "sharded":
@@ -46,12 +47,13 @@ def build_model(inputs: Inputs) -> tuple[PeftModel, bool]:
     reads_rows = getattr(recipe.adapter, "initialization", None) in ("rows", "eva")
     train = rows_at_hand(inputs.prepared, EVA_ROWS if reads_rows else 1)
     start(model, recipe, Material(inputs.tokenizer, train, plan.micro_batch_size))
-    introduce(network, model, inputs)
+    introduce(network, model, inputs, after)
     return model, tiled
 
 
-def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> None:
-    """What is about to be trained, in three lines."""
+def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs, after: int = 0) -> None:
+    """What is about to be trained, in three lines, and how long it is predicted to take; after: the step that a run
+    goes on from."""
     plan, count = inputs.plan, count_parameters(model)
     base = count.total - count.trainable
     console.say(
@@ -66,9 +68,10 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs) -> Non
     )
     if inputs.prepared.stream is not None:
         console.say(f"rows are streamed: {inputs.prepared.stream.in_words}")
-    if (time := inputs.time) is not None and time.run_seconds is not None:
+    if (time := inputs.time) is not None and (left := time.seconds_after(after)) is not None:
+        what = f"for what is left after step {after:,}" if after else "in all"
         console.say(
-            f"{time.step_seconds:.2f} s a step and {console.clock(time.run_seconds)} in all are predicted, from "
+            f"{time.step_seconds:.2f} s a step and {console.clock(left)} {what} are predicted, from "
             f"{'measured rates' if time.kind == 'measured' else 'a data sheet'}"
         )
 

@@ -134,7 +134,7 @@ def _step(record: TrainRecord) -> dict[str, str]:
     if record.step_seconds is None:
         return {}
     predicted = record.predicted_step_seconds
-    return {"s/step": f"{record.step_seconds:.2f}{'' if predicted is None else f' ({predicted:.2f})'}"}
+    return {"s/step": f"{record.step_seconds:.2f}{'' if predicted is None else f' (predicted {predicted:.2f})'}"}
 
 
 ANSWER_WIDTH = 100

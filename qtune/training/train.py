@@ -301,7 +301,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
-        model, tiled = build_model(inputs)
+        model, tiled = build_model(inputs, after=step_of(checkpoint) if checkpoint else 0)
         if read_lock(run_dir) is None:
             begin_lock(inputs, run_dir, base_now(inputs))
         keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
