@@ -973,11 +973,14 @@ def profile(
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir, refuse_missing_run
+    from qtune.run.memory import measured_memory
 
-    # What is wrong with a recipe or a run's name is said before seconds of imports.
+    # What is wrong with a recipe or a run, or its name, is said before seconds of imports.
     refuse_missing_run(target)
     of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
-    if not isinstance(of, RunDir):
+    if isinstance(of, RunDir):
+        measured_memory(of)
+    else:
         _say_set_aside(of)
     _load_libraries()
     from qtune.report.timeline import write_timeline

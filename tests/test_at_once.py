@@ -84,3 +84,10 @@ def test_a_run_refuses_the_same_in_the_same_words_where_nobody_has_asked_at_once
         with pytest.raises(InputError) as late:
             examine(load_recipe(recipe)).require()
         assert str(late.value) == str(early)
+
+
+def test_a_run_that_was_killed_has_nothing_to_show_which_profile_says_at_once(folder: Path) -> None:
+    run = made(folder, "killed")
+    done = CliRunner().invoke(app, ["profile", str(run.path)])
+    assert isinstance(done.exception, InputError)
+    assert "memory.json: has no measurement: the run did not reach its end" in str(done.exception)

@@ -51,7 +51,7 @@ def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureF
     proof = json.loads((folder / "verify.json").read_text())
     assert proof["verified"] is True
     assert proof["failures"] == []
-    assert (proof["rows"], proof["rows_from"]) == (12, "validation rows")
+    assert (proof["rows"], proof["rows_from"]) == (12, "of 12 validation rows")
     assert proof["exported"]["kl"] < 1e-5 < proof["bare_base"]["kl"]
     assert len(proof["answers"]) == 3
     assert "KL divergence, nats per token" in written.out

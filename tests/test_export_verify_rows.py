@@ -15,9 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 def test_rows_are_the_validation_rows_of_the_run(tmp_path: Path) -> None:
     source = open_for_export(tiny_run(tmp_path))
     found = rows_for(source)
-    assert found.origin == "validation rows"
+    assert found.origin == f"of {len(QUESTIONS) // 2} validation rows"
     assert len(found.rows) == len(QUESTIONS) // 2
     assert len(rows_for(source, 5).rows) == 5
+    assert rows_for(source, 5).origin == found.origin
     for row in found.rows:
         answer = source.tokenizer.decode([label for label in row.labels if label != -100])
         assert row.conversation is not None
@@ -32,6 +33,7 @@ def test_what_several_rows_say_is_compared_once(tmp_path: Path) -> None:
     found = rows_for(open_for_export(run), 2 * len(lines))
     said = [row.conversation.to_json() for row in found.rows if row.conversation]
     assert len(said) == len(set(said)) > 1
+    assert found.origin.endswith(" validation rows, each text once"), "eval asks more of them"
 
 
 def test_a_run_without_held_out_rows_is_checked_on_general_conversations(tmp_path: Path) -> None:

@@ -247,8 +247,12 @@ def test_what_is_not_there_yet_is_none(tmp_path) -> None:
         None,
         (),
     )
-    with pytest.raises(RunError, match=r"memory\.json: has no measurement: the run did not reach its end"):
+    with pytest.raises(RunError) as caught:
         measured_memory(run)
+    assert str(caught.value) == (
+        f"{run.memory_file}: has no measurement: the run did not reach its end; what its recipe needs is traced with: "
+        f"qtune profile {run.resolved_file}"
+    )
 
 
 @pytest.mark.parametrize(

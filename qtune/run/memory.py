@@ -1,5 +1,6 @@
 """memory.json: what was predicted of a run's memory, measured in it, and traced for it afterwards."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,5 +54,7 @@ def measured_memory(run_dir: RunDir) -> RunMemory:
     """
     memory = read_memory(run_dir)
     if memory is None or memory.measured is None or "device" not in memory.measured:
-        raise RunError(Problem(str(run_dir.memory_file), "has no measurement: the run did not reach its end"))
+        other = shlex.join(["qtune", "profile", str(run_dir.resolved_file)])
+        message = f"has no measurement: the run did not reach its end; what its recipe needs is traced with: {other}"
+        raise RunError(Problem(str(run_dir.memory_file), message))
     return memory

@@ -36,7 +36,7 @@ class CheckedRow:
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """Rows, and in words where they come from."""
+    """Rows, and where they come from, in words behind their number: "of 24 test rows, each text once"."""
 
     origin: str
     rows: tuple[CheckedRow, ...]
@@ -53,6 +53,8 @@ def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
         name, examples = held_out_rows(recipe, source.tokenizer, folder)
         chosen = spread_unlike(len(examples), count, lambda row: str(examples[row]["conversation"]))
         rows = [_row(example) for example in examples.select(chosen)]
+        # `qtune eval` asks all of them, and whoever reads both numbers wonders.
+        name = f"of {len(examples)} {name}" + (", each text once" if len(chosen) < min(count, len(examples)) else "")
     except DataError:
         name, rows = "general conversations (the run has no held-out rows)", general_rows(source)
     rows = [row for row in rows if row.ids]
