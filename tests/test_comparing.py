@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from qtune.cli import app
 from qtune.comparing.bootstrap import drawn
 from qtune.comparing.runs import ComparedRun, compared_runs
-from qtune.comparing.table import cells, compare, explanation
+from qtune.comparing.table import ANSWERS_CHANGE, cells, compare, explanation
 from qtune.errors import InputError
 from qtune.report.comparison import comparison_page
 from qtune.run.folder import RunDir
@@ -25,7 +25,9 @@ from qtune.run.identity import refuse_one_twice
 from qtune.run.metrics import TrainRecord, append_metric
 from qtune.run.resolved import resolved_recipe
 from qtune.tuned.evaluate import evaluate
+from qtune.tuned.free_text import TextScore
 from qtune.verdicts.interval import paired_fall
+from qtune.verdicts.scores import score_table
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -262,12 +264,13 @@ def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
     assert twice.lines[0].loss.deviation is None
     said = "\n".join(explanation(twice))
     assert f"{first.run} and runs/again have one recipe and one seed: the same run over again" in said
-    assert "±" not in said + "".join("".join(row) for row in cells(twice)[1])
+    assert "SD" not in said + "".join("".join(row) for row in cells(twice)[1])
     losses = [replace(row, tuned=row.tuned + 1) for row in second.evaluation.row_losses]
     worse = replace(second, evaluation=replace(second.evaluation, row_losses=tuple(losses)))
     three = compare([first, replace(first, run="runs/again"), worse])
     assert three.lines[0].loss.deviation == pytest.approx(stdev([0, 1]))
-    assert "±: the standard deviation between seeds" in "\n".join(explanation(three))
+    assert "SD: the standard deviation between seeds" in "\n".join(explanation(three))
+    assert cells(three)[1][1][4].endswith(f", SD {stdev([0, 1]):.3f}")
 
 
 def seen_by(run: ComparedRun, seen: Collection[int], **changes: object) -> ComparedRun:
@@ -325,6 +328,44 @@ def test_an_evaluation_that_does_not_say_which_rows_training_saw_is_made_anew(
     monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=8)
+
+
+def test_figures_are_written_as_eval_writes_them_and_it_is_said_which_sign_is_bad(enough: list[Path]) -> None:
+    first, _, soft = compared_runs(enough, rows=8)
+    right = replace(soft.evaluation.comparisons[0], tuned=soft.evaluation.comparisons[0].expected)
+    better = replace(soft.evaluation, comparisons=(right, *soft.evaluation.comparisons[1:]))
+    head, rows = cells(compare([first, replace(soft, evaluation=better)]))
+    base, _, line = (dict(zip(head, row, strict=True)) for row in rows)
+    assert base["answers exactly right"] == "0.0 %"
+    assert line["answers exactly right"].startswith("12.5 % (0.0 % to ")
+    assert "+12.5 (+0.0 to " in line[ANSWERS_CHANGE]
+    assert base["forgotten, nats"] == f"from {first.forgetting.base:.3f}"
+    assert line["forgotten, nats"][0] in "+−"
+    said = explanation(compare([first, soft]))
+    assert "against the first: of the loss, − is better; of answers, in points, + is better; ~: the interval" in said[1]
+    assert said[-1].endswith("about none of the rows: + is worse than the base, − is better")
+    assert "qtune eval computes those of its one run without drawing, which differ" in said[0]
+    alone = explanation(compare([first, replace(first, seed=2)]))
+    assert not [one for one in alone if one.startswith("against the first")]
+
+
+def test_free_text_is_scored_in_the_units_of_eval(enough: list[Path]) -> None:
+    text = TextScore(0.25, 0.25, 1.0, 0.0)
+
+    def free(run: ComparedRun) -> ComparedRun:
+        kept = run.evaluation
+        half = replace(kept.comparisons[0], expected="a b", tuned="a c")
+        scores = {"base": replace(kept.base, text=text), "tuned": replace(kept.tuned, text=text)}
+        return replace(run, evaluation=replace(kept, comparisons=(half,) * len(kept.comparisons), **scores))
+
+    first, _, soft = map(free, compared_runs(enough, rows=8))
+    head, rows = cells(compare([first, soft]))
+    assert dict(zip(head, rows[2], strict=True))["ROUGE-L"] == "0.500 (0.500 to 0.500)"
+    ((_, _, eval_text, _),) = [line for line in score_table(first.evaluation) if "ROUGE-L" in line[0]]
+    assert len(eval_text) == len("0.500")
+    assert "ROUGE-L: how like the expected answer it is, from 0 to 1, as in qtune eval" in explanation(
+        compare([first, soft])
+    )
 
 
 def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:

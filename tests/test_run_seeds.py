@@ -29,7 +29,7 @@ def test_each_seed_has_its_run_and_the_spread_is_of_their_last_losses(write_reci
     shares = [json.loads((folder / "lock.json").read_text()) for folder in folders]
     assert shares[0]["training_rows_blake2b"] == shares[1]["training_rows_blake2b"], "the same rows are set aside"
     losses = [summary_of(RunDir(folder)).validation[-1].loss for folder in folders]
-    assert f"validation loss {mean(losses):.4f} ± {stdev(losses):.4f}" in result.stderr
+    assert f"validation loss {mean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f} (" in result.stderr
     assert f"qtune compare {folders[0]} {folders[1]}" in result.stderr
 
 

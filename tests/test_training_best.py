@@ -45,6 +45,7 @@ def test_the_best_is_taken_where_the_last_is_worse_by_more_than_noise() -> None:
     assert said.startswith(
         "the adapter is that of step 6, better than the last by more than noise: validation loss 1.0"
     )
+    assert ", lower by 0.5000 (95 % interval for 2 comparisons 0.5000 to 0.5000); training.result" in said
 
 
 def test_within_noise_the_last_is_taken_and_said() -> None:

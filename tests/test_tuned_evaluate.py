@@ -1,9 +1,11 @@
 """`qtune eval`: held-out rows only, the right rows, the right loss, and both models' own answers."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -25,8 +27,9 @@ from qtune.run.lock import Lock, write_lock
 from qtune.run.resolved import as_written, resolved_recipe
 from qtune.screens.evaluation import show
 from qtune.tuned import evaluate as stage
+from qtune.tuned.asked import KEPT, SHOWN_TURNS, asked_text, asked_turns, shortened
 from qtune.tuned.evaluate import evaluate
-from qtune.tuned.evaluation import EXTRA_TOKENS
+from qtune.tuned.evaluation import EXTRA_TOKENS, read_evaluation
 from qtune.tuned.generate import generate
 from qtune.tuned.load import load_run
 from qtune.tuned.vocabulary import decoded
@@ -348,6 +351,54 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path, tiny_model):
     write_rows(tmp_path / "test.jsonl", [{"messages": two_turns}])
     (comparison,) = evaluate(run_dir).comparisons
     assert (comparison.request, comparison.expected) == ("Second?", "Two")
+
+
+def test_a_request_of_several_turns_is_shown_with_all_that_stands_before_the_answer(tmp_path, tiny_model, capsys):
+    run_dir = make_run(tmp_path, tiny_model)
+    system = [{"role": "system", "content": "You are brief."}]
+    two_turns = [*system, *row("First?" + " and so on" * 40, "One")["messages"], *row("Second?", "Two")["messages"]]
+    write_rows(tmp_path / "test.jsonl", [{"messages": two_turns}, {"messages": [*system, *row("A?", "B")["messages"]]}])
+    found = evaluate(run_dir)
+    assert [turn.role for turn in found.comparisons[0].turns] == ["system", "user", "assistant", "user"]
+    show(found)
+    said = capsys.readouterr().out
+    assert "each request begins with the system message: You are brief." in said
+    lines = [line.split("  ")[0] for line in said.splitlines()]
+    assert "assistant: One" in lines
+    assert "user: Second?" in lines
+    assert "A?" in lines, "of a single turn the words of the user are all of it"
+    assert "system: You are brief." not in said
+    page = unescape(str(evaluation_part(found)))
+    assert "Each request begins with the system message: You are brief." in page
+    assert re.search(r"user: First\? and so on.{100,} … .* and so on\nassistant: One\nuser: Second\?<", page)
+    alone = replace(found, comparisons=found.comparisons[:1])
+    show(alone)
+    assert "system: You are brief." in capsys.readouterr().out
+    assert read_evaluation(run_dir) == found
+
+
+def test_what_calls_tools_and_what_is_long_is_shown_by_its_kind() -> None:
+    talk = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "get", "arguments": {"city": "Graz"}}}]},
+        {"role": "tool", "content": "rain"},
+    ]
+    turns = asked_turns(talk, [{"type": "function", "function": {"name": "get"}}])
+    one = stage.Comparison("t:1", "Weather?", "It rains", "", "", turns=turns)
+    assert asked_text(one.request, one.turns).splitlines() == [
+        "tools: get",
+        "user: Weather?",
+        'assistant: get({"city": "Graz"})',
+        "tool: rain",
+    ]
+    long = stage.Comparison(
+        "t:1", "Last?", "", "", "", turns=asked_turns([*talk * 3, {"role": "user", "content": "Last?"}])
+    )
+    lines = asked_text(long.request, long.turns).splitlines()
+    assert lines[:2] == ["user: Weather?", "… 5 turns …"]
+    assert lines[-1] == "user: Last?"
+    assert len(lines) == SHOWN_TURNS + 1
+    assert len(shortened("x" * 900, KEPT)) == KEPT
 
 
 def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):

@@ -39,7 +39,7 @@ def test_free_text_is_measured_by_order_of_words_length_repetition_and_end_and_n
     table = lines(free_text())
     assert list(table) == [
         "loss, nats per token",
-        "perplexity",
+        "perplexity, 95 % interval",
         "tokens right",
         "like the expected answer (ROUGE-L)",
         "answers exactly right",
@@ -66,8 +66,10 @@ def test_losses_and_perplexities_have_intervals_and_their_changes_too() -> None:
     """Rows that all fall by 1.5 nats: no noise in the difference, a perplexity divided by e to the 1.5."""
     table = lines(free_text())
     assert table["loss, nats per token"] == ("2.25", "0.750", "−1.50 (−1.50 to −1.50)")
-    assert table["perplexity"][2] == "÷ 4.48 (4.48 to 4.48)"
-    value, low, high = (float(text.strip("()")) for text in table["perplexity"][0].replace("to ", "").split())
+    assert table["perplexity, 95 % interval"][2] == "÷ 4.48 (4.48 to 4.48)"
+    value, low, high = (
+        float(text.strip("()")) for text in table["perplexity, 95 % interval"][0].replace("to ", "").split()
+    )
     # Six values 0.1 apart: standard deviation 0.1871, Student's t of 5 degrees of freedom 2.571.
     half = 2.571 * 0.18708 / math.sqrt(6)
     assert (value, low, high) == pytest.approx((math.exp(2.25), math.exp(2.25 - half), math.exp(2.25 + half)), rel=5e-3)

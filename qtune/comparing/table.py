@@ -1,6 +1,6 @@
 """Compared runs -> one line a configuration: its runs with different seeds together, each figure with its interval."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -78,6 +78,8 @@ class SideBySide:
     source: str
     scored_tokens: int
     answers_name: str | None
+    are_free: bool = False
+    """Whether the answers are scored by how like the expected ones they are, from 0 to 1; else it is a share."""
     tasks: tuple[TaskLine, ...] = ()
     tasks_left_out: str | None = None
     """Why what benchmarks said of some runs is in none of the lines."""
@@ -121,6 +123,7 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         evaluation.source,
         evaluation.scored_tokens,
         scores.name if scores else None,
+        scores is not None and scores.is_free,
         tasks,
         left_out,
         {run.run: run.evaluation.rows_trained_on for run in asked if run.evaluation.rows_trained_on},
@@ -227,9 +230,30 @@ LOSS_CHANGE, ANSWERS_CHANGE = "loss against the first", "against the first"
 """A difference has a sign of its own: "+0.2" below "less than the first" would be read as less."""
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How figures of one kind are written, as `qtune eval` writes them."""
+
+    factor: float
+    digits: str
+    unit: str = ""
+
+    def of(self, value: float) -> str:
+        """Without a sign but a minus."""
+        return f"{self.factor * value:{self.digits}}{self.unit}".replace("-", "−")
+
+    def signed(self, value: float) -> str:
+        """With its sign; a difference of shares is in points."""
+        return f"{self.factor * value:+{self.digits}}".replace("-", "−")
+
+
+NATS, SHARE, LIKENESS = _Form(1, ".3f"), _Form(100, ".1f", " %"), _Form(1, ".3f")
+
+
 def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     """The table as texts: column names, and a row for the base and each configuration."""
     has_answers = comparison.answers_name is not None
+    answers = LIKENESS if comparison.are_free else SHARE
     are_several = len(comparison.lines) > 1  # else there is no first one to differ from
 
     def with_change(value: str, change: str) -> list[str]:
@@ -241,15 +265,15 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     rows = []
     for base in comparison.bases:
         name = "base" if len(comparison.bases) == 1 else f"base {base.name} ({base.quantization})"
-        row = [name, "", "", "", *with_change(f"{base.loss:.3f}", "")]
-        row += with_change(f"{100 * (base.answers or 0.0):.1f} %", "") if has_answers else []
-        rows.append([*row, f"0 of {base.neutral_loss:.3f}", "", ""])
+        row = [name, "", "", "", *with_change(NATS.of(base.loss), "")]
+        row += with_change(answers.of(base.answers or 0.0), "") if has_answers else []
+        rows.append([*row, f"from {NATS.of(base.neutral_loss)}", "", ""])
     for line in comparison.lines:
         row = [line.name, line.adapter, f"{line.parameters / 1e6:.3f} M", str(len(line.runs))]
-        row += with_change(_text(line.loss, 1, "{:.3f}"), _change(line.loss, 1, "{:+.3f}"))
+        row += with_change(_text(line.loss, NATS, NATS.of), _change(line.loss, NATS))
         if has_answers:
-            row += with_change(_text(line.answers, 100, "{:.1f}"), _change(line.answers, 100, "{:+.1f}"))
-        row += [_text(line.forgotten, 1, "{:+.3f}"), clock(line.seconds), gib_text(line.peak_bytes)]
+            row += with_change(_text(line.answers, answers, answers.of), _change(line.answers, answers))
+        row += [_text(line.forgotten, NATS, NATS.signed), clock(line.seconds), gib_text(line.peak_bytes)]
         rows.append(row)
     return head, rows
 
@@ -262,28 +286,27 @@ def task_cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _text(measure: Measure | None, factor: float, form: str) -> str:
-    """ "0.412 (0.390 to 0.437), ±0.011 over seeds"."""
+def _text(measure: Measure | None, form: _Form, written: Callable[[float], str]) -> str:
+    """ "0.412 (0.390 to 0.437), SD 0.011"."""
     if measure is None:
         return ""
-    text = _interval_text(measure.interval, factor, form)
-    deviation = measure.deviation
-    return text if deviation is None else f"{text}, ±{form.replace('+', '').format(factor * deviation)} over seeds"
+    text, deviation = _interval_text(measure.interval, written), measure.deviation
+    return text if deviation is None else f"{text}, SD {form.of(deviation)}"
 
 
-def _change(measure: Measure | None, factor: float, form: str) -> str:
+def _change(measure: Measure | None, form: _Form) -> str:
     """The difference to the first line; "~" before one whose interval has 0 in it."""
     if measure is None or measure.change is None:
         return ""
-    text = _interval_text(measure.change, factor, form)
+    text = _interval_text(measure.change, form.signed)
     return text if measure.change.is_clear else f"~ {text}"
 
 
-def _interval_text(interval: Interval, factor: float, form: str) -> str:
-    mean = form.format(factor * interval.mean)
+def _interval_text(interval: Interval, written: Callable[[float], str]) -> str:
+    mean = written(interval.mean)
     if interval.low is None or interval.high is None:
         return mean
-    return f"{mean} ({form.format(factor * interval.low)} to {form.format(factor * interval.high)})"
+    return f"{mean} ({written(interval.low)} to {written(interval.high)})"
 
 
 def _training_losses(comparison: SideBySide) -> list[str]:
@@ -320,10 +343,18 @@ def explanation(comparison: SideBySide) -> list[str]:
     """What the figures of the table are, in sentences."""
     several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"
-    around_zero = "; ~: the interval has 0 in it" if len(comparison.lines) > 1 else ""
-    said = [f"in brackets: 95 % intervals, by drawing {drawn_again} again{around_zero}"]
+    said = [
+        f"in brackets: 95 % intervals, by drawing {drawn_again} again; qtune eval computes those of its one run "
+        "without drawing, which differ a little"
+    ]
+    if len(comparison.lines) > 1:
+        points = "" if comparison.answers_name is None or comparison.are_free else ", in points"
+        more = "" if comparison.answers_name is None else f"; of answers{points}, + is better"
+        said.append(f"against the first: of the loss, − is better{more}; ~: the interval has 0 in it")
+    if comparison.are_free:
+        said.append("ROUGE-L: how like the expected answer it is, from 0 to 1, as in qtune eval")
     if several:
-        said.append("±: the standard deviation between seeds, of runs that differ in nothing else")
+        said.append("SD: the standard deviation between seeds, of runs that differ in nothing else")
     for line in comparison.lines:
         for seed in sorted({seed for seed in line.seeds if line.seeds.count(seed) > 1}):
             same = [run for run, own in zip(line.runs, line.seeds, strict=True) if own == seed]
@@ -334,7 +365,10 @@ def explanation(comparison: SideBySide) -> list[str]:
     said += _of_seen_rows(comparison)
     said += [f"{run} has ended early: it took {steps}" for run, steps in comparison.ended_early.items()]
     said += _training_losses(comparison)
-    said.append("forgotten: by how much the loss rose on a text that comes with qtune and is about none of the rows")
+    said.append(
+        "forgotten: by how much the loss rose from the base's on a text that comes with qtune and is about none of "
+        "the rows: + is worse than the base, − is better"
+    )
     if len(comparison.bases) > 1:
         said.append(
             "the runs are not of one base: differences to the first one are the bases' as well as the training's"

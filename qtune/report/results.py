@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qtune.export.verification import Proof, Verification
 from qtune.report.html import Html, details, element, table
 from qtune.report.sections import paragraph, section
+from qtune.tuned.asked import asked_text, shared_system
 from qtune.tuned.evaluation import Evaluation
 from qtune.tuned.task_scores import TaskScores
 from qtune.verdicts.scores import score_table, worst_first
@@ -17,14 +18,18 @@ def evaluation(results: Evaluation) -> Html:
     """Base against tuned: the scores, and answers side by side, the worst first."""
     head = ("", "request", "expected", "base", "tuned")
     title, compared = worst_first(results)
-    answers = [(mark, one.request, one.expected, one.base, one.tuned) for mark, one in compared]
+    system = shared_system([one.turns for _, one in compared])
+    answers = [
+        (mark, asked_text(one.request, one.turns, system), one.expected, one.base, one.tuned) for mark, one in compared
+    ]
+    alike = [] if system is None else [paragraph(f"Each request begins with the system message: {system}")]
     asked = f"{results.rows_judged} of {results.rows_held_out} {results.source}"
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
         paragraph("; ".join(filter(None, (asked, results.about_rows))) + "."),
         table(("", "base", "tuned", "change, 95 % interval"), score_table(results), figures=(1, 2, 3), class_="scores"),
-        *([element("h3", title), table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
+        *([element("h3", title), *alike, table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
         *(more if len(answers) > SHOWN_ANSWERS else []),
     )
 

@@ -4,11 +4,16 @@ from typing import TYPE_CHECKING
 
 from qtune import console
 from qtune.run.metrics import CUT
+from qtune.tuned.asked import asked_text, shared_system, shortened
 from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.verdicts.scores import answer_scores, any_cut, score_table, worst_first
 
 if TYPE_CHECKING:
     from qtune.tuned.evaluation import Evaluation
+
+
+SHOWN = 80
+"""Characters of each turn before the last words of the user; the report has more."""
 
 
 def show(evaluation: "Evaluation", shown: int = 5) -> None:
@@ -25,9 +30,17 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
         console.out(_about_limits(evaluation))
     title, answers = worst_first(evaluation)
     if answers[:shown]:
-        cells = [[row.request, row.expected, row.base, f"{mark} {row.tuned}"] for mark, row in answers[:shown]]
+        system = shared_system([row.turns for _, row in answers[:shown]])
+        cells = [
+            [asked_text(row.request, row.turns, system, SHOWN), row.expected, row.base, f"{mark} {row.tuned}"]
+            for mark, row in answers[:shown]
+        ]
         console.out("")
         some = f"; {shown} of {len(answers)} shown, --show {len(answers)} shows all" if shown < len(answers) else ""
+        if system is not None:
+            console.out(
+                f"each request begins with the system message: {shortened(' '.join(system.split()), 2 * SHOWN)}"
+            )
         console.out(console.table(f"{title}{some}", ["request", "expected", "base", "tuned"], cells))
 
 

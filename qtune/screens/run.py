@@ -40,7 +40,7 @@ def spread_text(summaries: "Sequence[Summary]") -> str:
     for name, losses in measured.items():
         if len(losses) == len(summaries):
             each = ", ".join(f"{loss:.4f}" for loss in losses)
-            lines.append(f"{name} {fmean(losses):.4f} ± {stdev(losses):.4f} ({each})")
+            lines.append(f"{name} {fmean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f} ({each})")
     lines.append(f"  {shlex.join(['qtune', 'compare', *(str(one.run_dir.path) for one in summaries)])}")
     return "\n".join(lines)
 

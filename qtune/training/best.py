@@ -149,7 +149,10 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
     if result == "best" or fall is None:
         return best.step, f"the adapter is that of step {best.step:,}, the best: {told}"
     text = f"the adapter is that of step {best.step:,}, better than the last by more than noise: {told}"
-    return best.step, f'{text} (± {fall.half_width:.4f}); training.result = "last" takes the last'
+    others = len(looked) - 1
+    of_all = f" for {others} comparisons" if others > 1 else ""
+    interval = f"95 % interval{of_all} {fall.low:.4f} to {fall.high:.4f}"
+    return best.step, f'{text}, lower by {fall.mean:.4f} ({interval}); training.result = "last" takes the last'
 
 
 def _second_best(

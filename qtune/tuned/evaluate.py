@@ -33,6 +33,7 @@ from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
 from qtune.run.metrics import CUT
 from qtune.run.resolved import as_written, resolved_recipe
+from qtune.tuned.asked import AskedTurn, asked_turns
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluation import (
     EXTRA_TOKENS,
@@ -64,6 +65,8 @@ class Question:
     prompt: tuple[int, ...]
     expected_ids: tuple[int, ...]
     expected: str
+    turns: tuple[AskedTurn, ...] = ()
+    """What the prompt says, as `Comparison.turns`."""
 
 
 def evaluate(
@@ -177,6 +180,7 @@ def evaluate(
                 is_before_cut,
                 is_after_cut,
                 seen.flags[row],
+                question.turns,
             )
             for question, (before, is_before_cut), (after, is_after_cut), row in zip(
                 questions, base_answers, tuned_answers, asked_of, strict=True
@@ -297,7 +301,8 @@ def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: E
     conversation = Conversation.from_json(row["conversation"], row["place"])
     asked = [message for message in conversation.prompt if message["role"] == "user"]
     request = str(asked[-1].get("content") or "") if asked else ""
-    return Question(row["place"], request, tuple(ids[:start]), tuple(expected), _text(tokenizer, expected))
+    turns = asked_turns(conversation.prompt, conversation.tools)
+    return Question(row["place"], request, tuple(ids[:start]), tuple(expected), _text(tokenizer, expected), turns)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> str:

@@ -8,6 +8,7 @@ from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.measured_adapter import read_figures
 from qtune.run.metrics import was_cut
+from qtune.tuned.asked import AskedTurn
 from qtune.tuned.free_text import TextScore
 
 EXTRA_TOKENS = 8
@@ -51,6 +52,7 @@ class Comparison:
 
     place: str
     request: str
+    """The last words of the user."""
     expected: str
     base: str
     tuned: str
@@ -59,6 +61,8 @@ class Comparison:
     is_tuned_cut: bool | None = None
     is_seen: bool | None = None
     """As `RowLoss.is_seen`."""
+    turns: tuple[AskedTurn, ...] = ()
+    """All that stood before the answer, `request` among it; none in files of older versions."""
 
     @property
     def base_was_cut(self) -> bool:

@@ -8,8 +8,8 @@ from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.summary import Losses, number
 from qtune.tuned.evaluation import FEWEST
 from qtune.verdicts.facts import Facts
-from qtune.verdicts.interval import fall_between
-from qtune.verdicts.learning import LITTLE, fall_of
+from qtune.verdicts.interval import Fall, fall_between
+from qtune.verdicts.learning import LITTLE, by_how_much, fall_of
 from qtune.verdicts.verdict import Verdict
 
 SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
@@ -46,11 +46,11 @@ def overfits(facts: Facts) -> Verdict:
     if rise is None:
         return Verdict("overfits", "unsure", "Not certain", f"{told}; whether that is more than noise was not measured")
     if not rise.is_positive:
-        return Verdict("overfits", "good", "No", f"{told}, no more than noise (± {number(rise.half_width)})")
+        return Verdict("overfits", "good", "No", f"{told}, no more than noise ({_rise(rise)})")
     if rise.mean < LITTLE * best.loss:
         return Verdict("overfits", "good", "No", f"{told}, a rise of less than {100 * LITTLE:.0f} %")
     size, before, after = _training_around(facts, best, last)
-    told += f", more than noise (± {number(rise.half_width)})"
+    told += f", more than noise ({_rise(rise)})"
     if not size or after >= before:
         return Verdict("overfits", "unsure", "Not by itself", f"{told}, but training did not go on falling either")
     means = f"means of the {size} logged steps before each"
@@ -58,6 +58,10 @@ def overfits(facts: Facts) -> Verdict:
     if facts.adapter_step is not None:
         return Verdict("overfits", "bad", f"Yes, and the adapter is that of step {facts.adapter_step:,}", told)
     return Verdict("overfits", "bad", "Yes", told, f"training.steps = {best.step} would end at its best")
+
+
+def _rise(rise: Fall) -> str:
+    return f"a rise by {number(rise.mean)}, {100 * SURE:.0f} % interval {number(rise.low)} to {number(rise.high)}"
 
 
 def _training_around(facts: Facts, best: EvalRecord, last: EvalRecord) -> tuple[int, float, float]:
@@ -98,7 +102,7 @@ def rate(facts: Facts) -> Verdict:
     if fall is None or fall.is_negative:
         return Verdict("rate", "bad", "Too high", f"{told}, above its start", lower)
     if not fall.is_positive:
-        told = f"{told}, less than its noise (± {number(fall.half_width)}): no fall to judge the rate by"
+        told = f"{told}, {by_how_much(fall)}: no fall to judge the rate by"
         return Verdict("rate", "unsure", "Not certain", told, "try three times training.learning_rate, then a third")
     if (peak := _return(losses, start, fall.half_width)) is not None:
         told = f"{told}, but came back up to {number(peak)} after it had fallen"

@@ -58,7 +58,7 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
     standing, answer = _judged(fall, base.loss)
     if standing == "bad" and more is not None and more.is_positive:
         standing, answer = "unsure", "Mixed"
-    return Verdict("learned", standing, answer, f"{told}, {_by(fall)}{answers}{few}", command)
+    return Verdict("learned", standing, answer, f"{told}, {by_how_much(fall)}{answers}{few}", command)
 
 
 def _unseen_rows(evaluation: Evaluation, run: str) -> str:
@@ -86,7 +86,7 @@ def _judged(fall: Fall, base: float) -> tuple[Standing, str]:
     return ("unsure", "Learned little") if fall.mean < LITTLE * base else ("good", "Learned")
 
 
-def _by(fall: Fall) -> str:
+def by_how_much(fall: Fall) -> str:
     """The fall with its interval; where noise is as large, that is said."""
     interval = f"95 % interval {number(fall.low)} to {number(fall.high)}"
     if fall.is_negative:
@@ -114,7 +114,7 @@ def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | 
         return None
     went = f"from {number(first.loss)} (step {first.step:,}) to {number(last.loss)} (step {last.step:,})"
     told = f"the loss of the validation rows went {went}"
-    return Verdict("learned", "good", "Learned", f"{told}, {_by(fall)}", ask)
+    return Verdict("learned", "good", "Learned", f"{told}, {by_how_much(fall)}", ask)
 
 
 def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> Fall | None:
@@ -132,7 +132,7 @@ def _by_training(losses: Losses | None, validation: Sequence[EvalRecord], ask: s
     if fall is None:
         what = "a rise" if losses.end > losses.start else "a fall"
         return Verdict("learned", "open", "Too few steps", f"{told}, too early to tell {what}", ask)
-    told = f"{told}, {_by(fall)}"
+    told = f"{told}, {by_how_much(fall)}"
     if fall.is_positive and fall.mean >= LITTLE * losses.start:
         held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
         return Verdict("learned", "unsure", "Training loss fell", f"{told}{held_out}", ask)

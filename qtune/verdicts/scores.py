@@ -73,7 +73,7 @@ def score_table(evaluation: "Evaluation") -> list[Line]:
     perplexities = [_perplexity(mean, own, tokens) for mean, own in zip((base.loss, tuned.loss), losses, strict=True)]
     return [
         ("loss, nats per token", number(base.loss), number(tuned.loss), _change(fall, -1, number)),
-        ("perplexity", perplexities[0], perplexities[1], _ratio(fall)),
+        (f"perplexity{', 95 % interval' if fall else ''}", perplexities[0], perplexities[1], _ratio(fall)),
         ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}", ""),
         *_answer_lines(evaluation),
     ]
