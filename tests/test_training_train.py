@@ -40,6 +40,7 @@ from qtune.recipe.file import Origin, load_recipe
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
+from qtune.run.metrics import EvalRecord, read_metrics
 from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
 from qtune.run.summary import Losses
@@ -47,6 +48,7 @@ from qtune.timing.forecast import StepModel, TimeForecast
 from qtune.timing.price import Cost, Duration
 from qtune.training import train
 from qtune.training.callbacks import OptimizerPhase
+from qtune.training.inputs import gather, seen_validation
 from qtune.training.outcome import rise_of
 from qtune.training.schedule import schedule_of
 from qtune.training.trainer import QloraTrainer
@@ -636,6 +638,47 @@ def test_a_value_that_is_set_to_what_it_is_keeps_its_origin(
     train.resume(stopped, ["training.micro_batch_size=1", "training.log_every=2"])
     after = {value.path: value.origin for value in read_values(stopped)}
     assert after == before | {("training", "log_every"): Origin("--set", "on resuming")}
+
+
+@pytest.mark.slow
+def test_validation_rows_that_an_earlier_run_or_this_one_trains_on_are_noted_and_left_out(
+    write_recipe: WriteRecipe,
+) -> None:
+    recipe = write_recipe(training="steps = 1\nbatch_size = 2\nevaluate_first = true\nsample_answers = 0")
+    lines = (recipe.parent / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, chosen in (("first", lines[:4]), ("own", lines[4:8]), ("held", lines[2:14]), ("few", lines[4:9])):
+        (recipe.parent / f"{name}.jsonl").write_text("".join(chosen))
+    held = str(recipe.parent / "held.jsonl")
+    first = run(
+        recipe,
+        f"data.train={recipe.parent / 'first.jsonl'}",
+        "data.validation=0.0",
+        "training.evaluate_first=false",
+        "output.name=first",
+    )
+    own = f"data.train={recipe.parent / 'own.jsonl'}"
+    alone = run(recipe, own, f"data.validation={held}", "output.name=alone")
+    after = run(recipe, own, f"data.validation={held}", f"adapter.start_from={first.path}", "output.name=after")
+    few = run(recipe, own, f"data.validation={recipe.parent / 'few.jsonl'}", "output.name=few")
+    noted = [
+        [
+            (one.left_out, len(one.group_tokens), one.are_seen)
+            for one in read_metrics(of.metrics_file)
+            if isinstance(one, EvalRecord)
+        ]
+        for of in (alone, after, few)
+    ]
+    assert noted == [[(4, 8, False)] * 2, [(6, 6, False)] * 2, [(0, 5, True)] * 2]
+    (first.path / "resolved.toml").unlink()
+    lost = load_recipe(recipe, [own, f"data.validation={held}"])
+    resolved = replace(
+        lost,
+        recipe=lost.recipe.model_copy(
+            update={"adapter": lost.recipe.adapter.model_copy(update={"start_from": str(first.path)})}
+        ),
+    )
+    flags = seen_validation(replace(gather(lost), resolved=resolved))
+    assert (flags.count(True), flags.count(None)) == (4, 8)
 
 
 @pytest.mark.slow

@@ -185,6 +185,28 @@ def test_before_an_evaluation_the_validation_rows_tell_and_then_the_training_los
     assert (by_training.standing, by_training.answer) == ("unsure", "Training loss fell")
 
 
+def test_validation_rows_that_training_saw_are_in_no_verdict() -> None:
+    """Their losses, which fell to nothing, are in the record's loss and in none of its groups."""
+    rows = tuple(
+        replace(validation(step, spread(mean, seed=step)), loss=mean / 2, left_out=30)
+        for step, mean in ((0, 2.5), (50, 0.5), (100, 0.9))
+    )
+    facts = replace(NOTHING, train=FALLING, validation=rows)
+    found, over = learned(facts), overfits(facts)
+    assert found.answer == "Learned"
+    assert "the loss of the validation rows went from 2.50 (step 0) to 0.9" in found.sentence
+    assert found.sentence.endswith("(30 validation rows left out, for training saw their prompts)")
+    assert over.answer == "Yes"
+    assert "validation was 0.50" in over.sentence
+    assert "left out, for training saw their prompts" in over.sentence
+    unknown = learned(replace(facts, validation=(rows[0], replace(rows[2], is_seen_unknown=True))))
+    assert unknown.sentence.endswith("(whether training saw others is not known)")
+    seen = replace(facts, validation=tuple(replace(one, left_out=0, are_seen=True) for one in rows))
+    assert (learned(seen).standing, learned(seen).answer) == ("unsure", "Cannot be told")
+    assert (overfits(seen).standing, overfits(seen).answer) == ("unsure", "Cannot be told")
+    assert "training saw the prompts of validation rows" in learned(seen).sentence
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_training_loss_that_only_wavers_has_not_fallen(seed: int) -> None:
     """3.05 to 3.01 in 100 steps whose batches differ by 0.2: nothing that could be told from noise."""

@@ -70,10 +70,25 @@ class EvalRecord:
     accuracy: float
     group_losses: tuple[float, ...] = ()
     """The rows' losses, so that two evaluations can be compared row by row: of each row, or of each group of rows
-    where there are more than GROUPS (the same rows in each evaluation), per scored token, in nats."""
+    where there are more than GROUPS (the same rows in each evaluation), per scored token, in nats. Of rows that
+    training has not seen, but for `are_seen`."""
     group_tokens: tuple[int, ...] = ()
     """The scored tokens of each group."""
+    left_out: int = 0
+    """Rows that are in `loss` and in no group, for training saw their prompts."""
+    are_seen: bool = False
+    """Whether training saw the prompts of some rows that are in the groups, for hardly any others are left."""
+    is_seen_unknown: bool = False
+    """Whether training may have seen more of them: what it saw could not be read."""
     kind: Literal["eval"] = "eval"
+
+    @property
+    def judged_loss(self) -> float:
+        """The loss of the rows that training has not seen, where that is another one."""
+        if not self.left_out:
+            return self.loss
+        total = sum(loss * count for loss, count in zip(self.group_losses, self.group_tokens, strict=True))
+        return total / sum(self.group_tokens)
 
 
 CUT = "…"

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import resuming
 from qtune.training.outcome import NO_GRADIENT
 from qtune.training.outliers import Outliers
+from qtune.tuned.evaluation import leaves_out
 
 
 def after_divergence(checkpoints: Sequence[Path]) -> str:
@@ -98,6 +100,8 @@ class Metrics(TrainerCallback):
         self.outliers = Outliers((one.loss, one.gradient_norm) for one in taken)
         self._without_gradient = 0
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
+        self.seen: Sequence[bool | None] = ()
+        """Of each validation row: whether training saw its prompt; None where that is not known. Empty: of none."""
 
     def settle(self) -> None:
         """Writes the records that wait. Each is taken out before it is written, for a signal may come in between, and
@@ -125,6 +129,22 @@ class Metrics(TrainerCallback):
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
         self._rows = losses, tokens
 
+    def _of_unseen_rows(self, record: EvalRecord) -> EvalRecord:
+        """The record of an evaluation with its rows' losses, those left out that training saw."""
+        losses, tokens = self._rows
+        seen = self.seen or [False] * len(losses)
+        out = leaves_out(seen, tokens)
+        kept = [(loss, count) for loss, count, is_out in zip(losses, tokens, out, strict=True) if not is_out]
+        groups, group_tokens = grouped([loss for loss, _ in kept], [count for _, count in kept])
+        return replace(
+            record,
+            group_losses=groups,
+            group_tokens=group_tokens,
+            left_out=sum(out),
+            are_seen=any(seen) and not any(out),
+            is_seen_unknown=None in seen,
+        )
+
     def note(
         self,
         message: str,
@@ -148,7 +168,7 @@ class Metrics(TrainerCallback):
         where = (state.global_step, state.max_steps, round(state.epoch or 0.0, 4), self._seconds())
         if "eval_loss" in logs:
             means = float(logs["eval_loss"]), float(logs["eval_accuracy"])
-            self._write(EvalRecord(*where, *means, *grouped(*self._rows)))
+            self._write(self._of_unseen_rows(EvalRecord(*where, *means)))
             self._require_finite_evaluation(state.global_step, means[0])
         elif "loss" in logs:
             now, peak = memory_now(self.meter)

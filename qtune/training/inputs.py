@@ -22,6 +22,7 @@ from qtune.recipe.schema import Recipe, Training
 from qtune.run.folder import RunDir
 from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.timing.known import known_rates
+from qtune.tuned.seen import seen_rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ def _time(recipe: Recipe, preflight: Preflight) -> TimeForecast | None:
         load_config(recipe.model), recipe, device, longest_of(preflight.prepared, recipe.data)
     )
     return attempted_time(recipe, found)
+
+
+def seen_validation(inputs: Inputs) -> list[bool | None]:
+    """Of each validation row whether its prompt stands in rows that are trained on, or that a run was trained on which
+    this one starts from; None where that is not known. Empty where there is none."""
+    data, rows = inputs.recipe.data, inputs.prepared.examples.get("validation")
+    if rows is None:
+        return []
+    is_share = isinstance(data.validation, float)
+    if is_share and inputs.recipe.adapter.start_from is None:
+        return [False] * len(rows)
+    return seen_rows(inputs.recipe, inputs.resolved.folder, inputs.tokenizer, rows, is_share=is_share).flags
 
 
 MOST_NAMED = 8

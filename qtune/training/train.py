@@ -73,7 +73,7 @@ from qtune.training.checkpoints import (
 from qtune.training.depends import base_now, begin_lock, blame_drift, go_on_with, require_unchanged
 from qtune.training.display import TrainingDisplay
 from qtune.training.follow import Beginning, Course, ending_together, follow, require_same_files
-from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator
+from qtune.training.inputs import Inputs, batch_in_words, gather, require_allocator, seen_validation
 from qtune.training.meeting import joined
 from qtune.training.outcome import has_diverged, require_change, require_gradients, rise_of
 from qtune.training.ran_out import explained, measured, seeing_out_of_memory
@@ -305,6 +305,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         if read_lock(run_dir) is None:
             begin_lock(inputs, run_dir, base_now(inputs))
         keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
+        metrics.seen = seen_validation(inputs)
         initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
         owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
         first = owed or (checkpoint is None and recipe.training.evaluate_first)

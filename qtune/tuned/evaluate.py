@@ -100,7 +100,8 @@ def evaluate(
     predicted = _predicted(examples)
     if not sum(predicted):
         raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
-    seen = seen_rows(written, folder, run.tokenizer, examples, run_dir=run_dir, are_own=data_file is None)
+    is_share = data_file is None and written.data.test is None and isinstance(written.data.validation, float)
+    seen = seen_rows(written, folder, run.tokenizer, examples, run_dir=run_dir, is_share=is_share)
     is_left_out = leaves_out(seen.flags, predicted)
     judged = [row for row, is_out in enumerate(is_left_out) if not is_out]
     others = [row for row, is_out in enumerate(is_left_out) if is_out]

@@ -52,18 +52,17 @@ def seen_rows(
     rows: Dataset,
     *,
     run_dir: RunDir | None = None,
-    are_own: bool = True,
+    is_share: bool = False,
 ) -> SeenRows:
     """Which of some examples' prompts the training of a recipe saw, or that of a run in the chain it started from.
 
     recipe, folder: as they were written, and what its paths start from. run_dir: where its lock says which rows it was
-    trained on. are_own: the rows are those that the recipe sets aside; a share of the training rows is drawn so that
-    none of them is among those that are left.
+    trained on. is_share: the rows are a share of the training rows that was set aside; it is drawn so that no prompt of
+    it is among those that are left.
     """
     prompts = _prompts(rows)
     found, unknown = np.zeros(len(rows), bool), list[str]()
-    is_own_share = are_own and recipe.data.test is None and isinstance(recipe.data.validation, float)
-    if not is_own_share:
+    if not is_share:
         try:
             found |= _seen_by(recipe, folder, tokenizer, [prompts], run_dir)
         except InputError as error:

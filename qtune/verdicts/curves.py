@@ -9,7 +9,7 @@ from qtune.run.summary import Losses, number
 from qtune.tuned.evaluation import FEWEST
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import Fall, fall_between
-from qtune.verdicts.learning import LITTLE, by_how_much, fall_of
+from qtune.verdicts.learning import LITTLE, SEEN, about_validation, by_how_much, fall_of
 from qtune.verdicts.verdict import Verdict
 
 SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
@@ -26,28 +26,31 @@ def overfits(facts: Facts) -> Verdict:
     section 7.8). The best of several evaluations is partly luck, so the interval is widened for as many
     comparisons as there were (Bonferroni), and it is one of 99 %: this is an alarm.
     """
-    found = [one for one in facts.validation if math.isfinite(one.loss)]
+    found = [one for one in facts.validation if math.isfinite(one.judged_loss)]
     if not found and facts.validation:
         told = f"the validation loss is no number at step {facts.validation[-1].step:,}"
         return Verdict("overfits", "unsure", "Not certain", told)
     if not found:
         told = f"no validation row was looked at{'' if facts.is_finished else ' yet'}"
         return Verdict("overfits", "open", "Not measured", told, SPLIT if facts.is_finished else None)
-    best, last = min(found, key=lambda one: one.loss), found[-1]
+    best, last = min(found, key=lambda one: one.judged_loss), found[-1]
     if len(found) == 1:
-        told = f"validation was looked at once: {number(last.loss)} at step {last.step:,}"
+        told = f"validation was looked at once: {number(last.judged_loss)} at step {last.step:,}"
         often = f"training.eval_every = {max(1, last.steps // FEWEST)} would show its course"
         return Verdict("overfits", "open", "Not measured", told, often)
-    at_last = f"{number(last.loss)} at the last, step {last.step:,}"
+    if last.are_seen:
+        return Verdict("overfits", "unsure", "Cannot be told", SEEN)
+    at_last = f"{number(last.judged_loss)} at the last, step {last.step:,}"
     if last is best:
-        return Verdict("overfits", "good", "No", f"validation was best, {at_last}")
-    told = f"validation was {number(best.loss)} at its best, step {best.step:,}, and {at_last}"
+        return Verdict("overfits", "good", "No", f"validation was best, {at_last}{about_validation(last)}")
+    told = f"validation was {number(best.judged_loss)} at its best, step {best.step:,}, and {at_last}"
+    told += about_validation(last)
     rise = fall_of(last, best, 1 - (1 - SURE) / (len(found) - 1))
     if rise is None:
         return Verdict("overfits", "unsure", "Not certain", f"{told}; whether that is more than noise was not measured")
     if not rise.is_positive:
         return Verdict("overfits", "good", "No", f"{told}, no more than noise ({_rise(rise)})")
-    if rise.mean < LITTLE * best.loss:
+    if rise.mean < LITTLE * best.judged_loss:
         return Verdict("overfits", "good", "No", f"{told}, a rise of less than {100 * LITTLE:.0f} %")
     size, before, after = _training_around(facts, best, last)
     told += f", more than noise ({_rise(rise)})"

@@ -19,6 +19,9 @@ FEW = 30
 for means of skewed values are too narrow on small samples; thirty is the usual rule of thumb."""
 
 
+SEEN = "training saw the prompts of validation rows, and hardly any others are left"
+
+
 def learned(facts: Facts) -> Verdict:
     """The verdict of a run, by the strongest of what it has measured."""
     if facts.train and not facts.train[-1].is_finite:
@@ -110,11 +113,20 @@ def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | 
         return None
     first, last = records[0], records[-1]
     fall = fall_of(first, last)
-    if fall is None or not fall.is_positive or fall.mean < LITTLE * first.loss:
+    if fall is None or not fall.is_positive or fall.mean < LITTLE * first.judged_loss:
         return None
-    went = f"from {number(first.loss)} (step {first.step:,}) to {number(last.loss)} (step {last.step:,})"
-    told = f"the loss of the validation rows went {went}"
-    return Verdict("learned", "good", "Learned", f"{told}, {by_how_much(fall)}", ask)
+    went = f"from {number(first.judged_loss)} (step {first.step:,}) to {number(last.judged_loss)} (step {last.step:,})"
+    told = f"the loss of the validation rows went {went}, {by_how_much(fall)}"
+    if last.are_seen:
+        return Verdict("learned", "unsure", "Cannot be told", f"{SEEN}, which says nothing of new rows; {told}", ask)
+    return Verdict("learned", "good", "Learned", f"{told}{about_validation(last)}", ask)
+
+
+def about_validation(record: EvalRecord) -> str:
+    """What is to be said of the rows of an evaluation, in words that follow a sentence: which were left out."""
+    rows = f"{record.left_out} validation row{'' if record.left_out == 1 else 's'} left out"
+    said = f" ({rows}, for training saw their prompts)" if record.left_out else ""
+    return f"{said} (whether training saw others is not known)" if record.is_seen_unknown else said
 
 
 def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> Fall | None:
