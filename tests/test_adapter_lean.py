@@ -438,6 +438,13 @@ def test_a_checkpointed_layer_multiplies_with_down_once_forward_and_once_backwar
     assert reads == {**thrice, "down_proj": 2}
 
 
+def test_queries_and_keys_are_turned_by_one_kernel_in_each_pass():
+    model = adapted(Case(), lean=True)
+    with Count() as count:
+        model(input_ids=ids(1), labels=ids(1), use_cache=False).loss.backward()
+    assert count.calls["rotate"] == 2 * model.config.num_hidden_layers
+
+
 def test_an_input_that_several_layers_read_is_saved_once_and_gate_and_up_alone_beside_it():
     model = adapted(Case(), lean=True)
     saved: dict[int, int] = {}

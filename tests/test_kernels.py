@@ -45,21 +45,25 @@ def test_a_norm_and_its_gradient_are_those_of_transformers(dtype):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rotation_and_its_gradient_are_those_of_transformers(dtype, rows):
-    q = torch.randn(2, 7, 3, 24, dtype=dtype).transpose(1, 2).requires_grad_()
+    q, k = (torch.randn(2, 7, heads, 24, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (6, 2))
     angles = torch.randn(rows, 7, 24)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
-    grad = torch.randn_like(expected)
-    expected.backward(grad)
-    assert_near(torch.ops.qtune.rotate(q.detach(), cos, sin, False), expected, DTYPES[dtype])
-    assert_near(torch.ops.qtune.rotate(grad, cos, sin, True), q.grad, DTYPES[dtype])
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    grads = [torch.randn_like(one) for one in expected]
+    torch.autograd.backward(expected, grads)
+    turned = torch.ops.qtune.rotate(q.detach(), k.detach(), cos, sin, False)
+    back = torch.ops.qtune.rotate(*grads, cos, sin, True)
+    for ours, theirs in zip((*turned, *back), (*expected, q.grad, k.grad), strict=True):
+        assert ours.shape == theirs.shape
+        assert_near(ours, theirs, DTYPES[dtype])
 
 
 def test_a_rotation_keeps_the_layout_that_attention_reads():
-    q = torch.randn(2, 7, 3, 24).transpose(1, 2)
-    turned = torch.ops.qtune.rotate(q, torch.ones(1, 7, 24), torch.zeros(1, 7, 24), False)
-    assert turned.stride() == q.stride()
-    assert torch.equal(turned, q)
+    given = [torch.randn(2, 7, heads, 24).transpose(1, 2) for heads in (3, 1)]
+    turned = torch.ops.qtune.rotate(*given, torch.ones(1, 7, 24), torch.zeros(1, 7, 24), False)
+    for before, after in zip(given, turned, strict=True):
+        assert after.stride() == before.stride()
+        assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -143,12 +147,13 @@ def test_every_operation_says_what_it_returns_without_computing_it():
         x = torch.empty(2, 3, 5, 8, dtype=torch.bfloat16).transpose(1, 2)
         cos = torch.empty(1, 5, 8, dtype=torch.bfloat16)
         y, rstd = torch.ops.qtune.rms_norm(x, cos[0, 0], 1e-5)
-        turned = torch.ops.qtune.rotate(x, cos, cos, False)
+        turned, turned_k = torch.ops.qtune.rotate(x, x[:, :1], cos, cos, False)
         product = torch.ops.qtune.product_in(x[0, 0], x[0, 0].t(), torch.float32)
     real_y, real_rstd = torch.ops.qtune.rms_norm(real, real[0, 0, 0], 1e-5)
-    real_turned = torch.ops.qtune.rotate(real, real[:1, 0], real[:1, 0], False)
+    real_turned, real_turned_k = torch.ops.qtune.rotate(real, real[:, :1], real[:1, 0], real[:1, 0], False)
     real_product = torch.ops.qtune.product_in(real[0, 0], real[0, 0].t(), torch.float32)
-    for fake, there in ((y, real_y), (rstd, real_rstd), (turned, real_turned), (product, real_product)):
+    pairs = [(y, real_y), (rstd, real_rstd), (turned, real_turned), (turned_k, real_turned_k), (product, real_product)]
+    for fake, there in pairs:
         assert (fake.shape, fake.dtype, fake.stride()) == (there.shape, there.dtype, there.stride())
 
 
@@ -215,7 +220,7 @@ def large(name: str, dtype: torch.dtype) -> tuple[list, int]:
     return {
         "rms_norm": ([x, x[0], 1e-5], size + rstd.nbytes),
         "rms_norm_backward": ([x, x, x[0], rstd], size),
-        "rotate": ([head, angles, angles, False], size),
+        "rotate": ([head, head, angles, angles, False], 2 * size),
         "gated": ([x, x, "silu", x.clone()], 0),
         "gated_backward": ([x.clone(), x, x, "silu", x.clone(), x.clone()], 0),
         "cross_entropy": ([wide, labels, 1.0, 2.0, True, torch.empty(64), torch.empty(64, dtype=torch.bool)], 0),

@@ -32,10 +32,12 @@ def kernels(kind: str) -> Iterator[Kernel]:
         yield "_rms_norm", norm, {"padded": padded}, warps
         back = {"grad": x, "x": x, "weight": x, "rstd": "*fp32", "dx": x, "width": whole}
         yield "_rms_norm_backward", back, {"padded": padded}, warps
-    strides = ("x_batch", "x_head", "x_place", "out_batch", "out_head", "out_place", "angle_batch")
-    turned = {"x": x, "cos": x, "sin": x, "out": x, **dict.fromkeys(("heads", "length", "half", *strides), whole)}
-    for back, heads, half in itertools.product((False, True), (4, 32), (32, 64)):
-        yield "_rotate", turned, {"back": back, "padded_heads": heads, "padded_half": half}, 4
+    strides = [f"{name}_{axis}" for name in ("q", "k", "new_q", "new_k") for axis in ("batch", "head", "place")]
+    sizes = ("q_heads", "k_heads", "length", "half", *strides, "angle_batch")
+    turned = dict.fromkeys(("q", "k", "cos", "sin", "new_q", "new_k"), x) | dict.fromkeys(sizes, whole)
+    for back, heads, half in itertools.product((False, True), ((4, 4), (32, 8), (64, 1)), (32, 64)):
+        padded = {"padded_q_heads": heads[0], "padded_k_heads": heads[1], "padded_half": half}
+        yield "_rotate", turned, {"back": back, **padded}, 4
     for silu in (False, True):
         constants = {"silu": silu, "piece": on_cuda.ELEMENTS}
         yield "_gated", {"gate": x, "up": x, "out": x, "count": whole}, constants, 4
@@ -91,7 +93,7 @@ def main() -> None:
             print(f"  {name} {kind} {constants}: {said}")
         failed += len(found)
     defined = {name for name, value in vars(on_cuda).items() if isinstance(value, on_cuda.triton.JITFunction)}
-    missed = defined - {name for name, *_ in kernels("fp32")} - {"_act", "_capped"}
+    missed = defined - {name for name, *_ in kernels("fp32")} - {"_act", "_capped", "_turn"}
     if missed:
         print(f"not tried: {', '.join(sorted(missed))}")
     sys.exit(bool(failed or missed))

@@ -51,13 +51,13 @@ def _norm_gradients(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pa
 
 
 def _rotations(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:
-    for heads, width in ((32, 128), (3, 96)):
-        x = torch.randn(2, 75, heads, width, dtype=dtype, device=device).transpose(1, 2)
+    for heads, width in (((32, 8), 128), ((3, 3), 96), ((9, 1), 64)):
+        q, k = (torch.randn(2, 75, some, width, dtype=dtype, device=device).transpose(1, 2) for some in heads)
         for rows in (1, 2):
             angles = torch.randn(rows, 75, width, device=device)
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             for back in (False, True):
-                yield kernel(x, cos, sin, back), plain.rotate(x, cos, sin, back)
+                yield from zip(kernel(q, k, cos, sin, back), plain.rotate(q, k, cos, sin, back), strict=True)
 
 
 def _gates(kernel: Any, dtype: torch.dtype, device: str) -> Iterator[Pair]:

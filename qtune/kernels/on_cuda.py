@@ -80,20 +80,13 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
 
 
 @triton.jit
-def _rotate(
-    x, cos, sin, out, heads, length, half, x_batch, x_head, x_place, out_batch, out_head, out_place, angle_batch,
-    back: tl.constexpr, padded_heads: tl.constexpr, padded_half: tl.constexpr,
+def _turn(
+    x, out, heads, x_batch, x_head, x_place, out_batch, out_head, out_place, batch, place, half, first_cos, second_cos,
+    first_sin, second_sin, back: tl.constexpr, padded_heads: tl.constexpr, padded_half: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch, place = program // length, program % length
     head = tl.arange(0, padded_heads)[:, None]
     column = tl.arange(0, padded_half)[None, :]
     inside = (head < heads) & (column < half)
-    angle = batch * angle_batch + place * 2 * half + column
-    first_cos = tl.load(cos + angle, mask=column < half, other=0.0).to(tl.float32)
-    second_cos = tl.load(cos + angle + half, mask=column < half, other=0.0).to(tl.float32)
-    first_sin = tl.load(sin + angle, mask=column < half, other=0.0).to(tl.float32)
-    second_sin = tl.load(sin + angle + half, mask=column < half, other=0.0).to(tl.float32)
     source = x + batch * x_batch + place * x_place + head * x_head + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
@@ -108,19 +101,43 @@ def _rotate(
     tl.store(target + half, new_second.to(out.dtype.element_ty), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """x [batch, heads, length, head_dim] turned, or turned back."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    cos, sin, out = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
-    batch, heads, length, width = x.shape
-    _rotate[(batch * length,)](
-        x, cos, sin, out, heads, length, width // 2,
-        x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1), out.stride(2),
-        0 if cos.shape[0] == 1 else cos.stride(0),
-        back=back, padded_heads=triton.next_power_of_2(heads), padded_half=triton.next_power_of_2(width // 2),
+@triton.jit
+def _rotate(
+    q, k, cos, sin, new_q, new_k, q_heads, k_heads, length, half, q_batch, q_head, q_place, k_batch, k_head, k_place,
+    new_q_batch, new_q_head, new_q_place, new_k_batch, new_k_head, new_k_place, angle_batch,
+    back: tl.constexpr, padded_q_heads: tl.constexpr, padded_k_heads: tl.constexpr, padded_half: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    batch, place = program // length, program % length
+    column = tl.arange(0, padded_half)[None, :]
+    angle = batch * angle_batch + place * 2 * half + column
+    first_cos = tl.load(cos + angle, mask=column < half, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos + angle + half, mask=column < half, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin + angle, mask=column < half, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin + angle + half, mask=column < half, other=0.0).to(tl.float32)
+    _turn(
+        q, new_q, q_heads, q_batch, q_head, q_place, new_q_batch, new_q_head, new_q_place, batch, place, half,
+        first_cos, second_cos, first_sin, second_sin, back, padded_q_heads, padded_half,
     )  # fmt: skip
-    return out
+    _turn(
+        k, new_k, k_heads, k_batch, k_head, k_place, new_k_batch, new_k_head, new_k_place, batch, place, half,
+        first_cos, second_cos, first_sin, second_sin, back, padded_k_heads, padded_half,
+    )  # fmt: skip
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """q and k [batch, heads, length, head_dim] turned, or turned back, by one kernel."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin, new_q, new_k = cos.contiguous(), sin.contiguous(), torch.empty_like(q), torch.empty_like(k)
+    batch, _, length, width = q.shape
+    _rotate[(batch * length,)](
+        q, k, cos, sin, new_q, new_k, q.shape[1], k.shape[1], length, width // 2,
+        *(x.stride(axis) for x in (q, k, new_q, new_k) for axis in range(3)),
+        0 if cos.shape[0] == 1 else cos.stride(0), back=back,
+        padded_q_heads=triton.next_power_of_2(q.shape[1]), padded_k_heads=triton.next_power_of_2(k.shape[1]),
+        padded_half=triton.next_power_of_2(width // 2),
+    )  # fmt: skip
+    return new_q, new_k
 
 
 # --- gated activations ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _SCHEMAS = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
-    "rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)",
     "gated(Tensor gate, Tensor up, str activation, Tensor(a!) out) -> ()",
     "gated_backward(Tensor(a!) grad, Tensor gate, Tensor up, str activation, Tensor(b!) d_gate, Tensor(c!) d_up) -> ()",
     "cross_entropy(Tensor(a!) logits, Tensor labels, float scale, float cap, bool slope, Tensor(b!) nll, "
@@ -157,8 +157,8 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
 
 
 @_shaped_by("rotate")
-def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    return torch.empty_like(x)
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
 
 
 @_shaped_by("gated")

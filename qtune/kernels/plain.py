@@ -64,8 +64,13 @@ def _in_rows(*tensors: Tensor) -> Any:
 # --- rotary position embedding (arXiv:2104.09864) -------------------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """x [batch, heads, length, head_dim] turned by its positions' angles [1 or batch, length, head_dim]; or back."""
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """q and k [batch, heads, length, head_dim], each with heads of its own number, turned by their positions' angles
+    [1 or batch, length, head_dim]; or back."""
+    return _turned(q, cos, sin, back), _turned(k, cos, sin, back)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     out = torch.empty_like(x)

@@ -43,17 +43,21 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """(x [batch, heads, length, head_dim], cos, sin [1 or batch, length, head_dim]) -> as x."""
+    """(q, k [batch, heads, length, head_dim], cos, sin [1 or batch, length, head_dim]) -> as q, as k.
+
+    Both at once: where the processor is the limit, an operation and its function cost it as much as a large one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.angles = cos, sin  # of the whole model, and without a gradient
-        return torch.ops.qtune.rotate.default(x, cos, sin, False)
+        turned: tuple[Tensor, Tensor] = torch.ops.qtune.rotate.default(q, k, cos, sin, False)
+        return turned
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.qtune.rotate.default(grad, *ctx.angles, True), None, None
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *torch.ops.qtune.rotate.default(d_q, d_k, *ctx.angles, True), None, None
 
 
 def install_fast_blocks(model: nn.Module) -> None:
@@ -106,8 +110,9 @@ def _take_over_rotation(module: Any) -> None:
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` of transformers 5.23: q and k [batch, heads, length, head_dim], turned."""
     fits = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
-    same = q.dtype == k.dtype == cos.dtype
+    same = q.dtype == k.dtype == cos.dtype and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2]
     if not (torch.is_grad_enabled() and fits and same and unsqueeze_dim == 1):
         turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return turned
-    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+    both: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)
+    return both
