@@ -103,7 +103,7 @@ def test_a_share_rises_by_no_more_than_all_of_it() -> None:
 def test_the_answers_that_are_farthest_off_come_first() -> None:
     compared = (*free_text().comparisons, replace(free_text().comparisons[0], tuned="Sorry."))
     title, shown = worst_first(replace(free_text(), comparisons=compared))
-    assert title == "Answers, the least alike first"
+    assert title == "Answers, the least alike first (ROUGE-L before the tuned one)"
     assert [mark for mark, _ in shown] == ["0.11"] + ["0.94"] * 6
     assert shown[0][1].tuned == "Sorry."
     silent = replace(free_text(), comparisons=())

@@ -58,7 +58,9 @@ def worst_first(evaluation: "Evaluation") -> "tuple[str, list[tuple[str, Compari
         return "", []
     order = sorted(range(len(compared)), key=scores.tuned.__getitem__)
     if scores.is_free:
-        return "Answers, the least alike first", [(f"{scores.tuned[at]:.2f}", compared[at]) for at in order]
+        return "Answers, the least alike first (ROUGE-L before the tuned one)", [
+            (f"{scores.tuned[at]:.2f}", compared[at]) for at in order
+        ]
     wrong = sum(not one.is_right for one in compared)
     title = f"Answers, wrong ones first ({wrong} of {len(compared)})" if wrong else "Answers, all of them right"
     return title, [("✓" if compared[at].is_right else "✗", compared[at]) for at in order]
