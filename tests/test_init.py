@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tomlkit
+from conftest import run_qtune, run_warm_qtune
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
@@ -58,9 +59,7 @@ def load_text(text: str) -> Recipe:
 
 
 def init(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qtune", "init", *arguments], capture_output=True, text=True, check=False
-    )
+    return run_warm_qtune("init", *arguments)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -666,7 +665,7 @@ def test_rows_of_a_known_shape_or_of_none_leave_the_columns_alone(tmp_path, monk
 
 
 def test_the_command_prints_the_schema_and_the_list():
-    assert json.loads(init("--schema").stdout) == recipe_schema()
+    assert json.loads(run_qtune("init", "--schema").stdout) == recipe_schema()
     listed = init("--list").stdout
     assert all(name in listed for name in shipped_recipes())
 

@@ -218,6 +218,7 @@ qtune export .                   # a model that needs no adapter, compared with 
 """
 
 
+@pytest.mark.slow
 def test_the_card_of_a_runs_adapter_says_what_it_is_and_its_commands_hold_where_it_says(
     write_recipe: WriteRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
