@@ -11,7 +11,8 @@ from qtune.adapter.from_run import earlier_adapter
 from qtune.control_characters import visible
 from qtune.data.files import DataFile, data_files, refuse_unstreamable
 from qtune.data.formats import unknown_name
-from qtune.errors import DataError, InputError, Problem
+from qtune.errors import DataError, InputError, ModelError, Problem
+from qtune.model.builtin import unknown_builtin
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import LONGEST_NAME, Data, FileSource, HubSource, Recipe
 from qtune.run.folder import require_writable
@@ -57,6 +58,7 @@ def require_at_once(resolved: Resolved) -> None:
     """
     recipe, asked = resolved.recipe, Asked()
     asked.of(require_name, resolved.run_name)
+    asked.of(require_base, recipe)
     asked.of(require_trackers, recipe)
     asked.of(require_writable, Path(recipe.output.directory))
     asked.of(earlier_adapter, recipe)
@@ -70,6 +72,16 @@ def require_name(name: str) -> None:
     if visible(name) != name or "\n" in name or "\t" in name or len(os.fsencode(name)) > LONGEST_NAME:
         message = f"the recipe's file name is no name for a run's folder (at most {LONGEST_NAME} bytes of plain text)"
         raise InputError(Problem("output.name", f"{message}; give one with --set output.name=NAME"))
+
+
+def require_base(recipe: Recipe) -> None:
+    """A built-in model is one that there is.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if (wrong := unknown_builtin(recipe.model.base)) is not None:
+        raise ModelError(Problem("model.base", f"{recipe.model.base}: {wrong}"))
 
 
 def require_trackers(recipe: Recipe) -> None:

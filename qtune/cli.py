@@ -961,6 +961,7 @@ def profile(
     is data.max_length, or what --length says. Without --gpu or --vram it is planned for the device that is here. What
     is traced for a run is kept in its memory.json, and its report shows it from then on.
     """
+    from qtune.at_once import require_base
     from qtune.report.drawing import require_writable
 
     if timeline is not None:
@@ -981,6 +982,7 @@ def profile(
     if isinstance(of, RunDir):
         measured_memory(of)
     else:
+        require_base(of.recipe)
         _say_set_aside(of)
     _load_libraries()
     from qtune.report.timeline import write_timeline
@@ -1161,8 +1163,10 @@ def fit(
     without --output it goes beside the old one as NAME.fit.toml. Exit code 1: nothing fits; the smallest budget that
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
+    from qtune.at_once import require_base
     from qtune.recipe.file import load_recipe
     from qtune.recipe.shipped import find_recipe, written_beside
+    from qtune.whole import place_taken
 
     _require_one_card(gpu, vram)
     others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
@@ -1172,10 +1176,11 @@ def fit(
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)
     resolved = load_recipe(file, changes or (), need_rows=False)
+    require_base(resolved.recipe)
     _say_set_aside(resolved)
     target = output or written_beside(file, ".fit.toml")
-    if largest is None and target.exists() and not force:
-        raise typer.BadParameter(f"{target} is there already; choose another --output, or replace it with --force")
+    if largest is None and (taken := place_taken(target, force=force)) is not None:
+        raise typer.BadParameter(f"{target} {taken}")
     _load_libraries()
     from qtune.memory import fit as stage
     from qtune.startup.quiet import quiet_loading

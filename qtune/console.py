@@ -1,6 +1,7 @@
 """What people see: results on stdout, messages and progress on stderr. The only module that prints or knows rich."""
 
 import json
+import operator
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -38,8 +40,9 @@ class _SafeConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """rich's, but a line with a command stays one line, and whole: one that is broken or cut cannot be pasted. The
-        terminal shows it on as many lines as it needs."""
-        super().print(*map(_pasteable, objects), **({"crop": False} | options))
+        terminal shows it on as many lines as it needs. What an indented line goes on with is indented as well."""
+        width = None if self.soft_wrap else self.width
+        super().print(*(_by_lines(one, width) for one in objects), **({"crop": False} | options))
 
 
 _COMMAND = re.compile(
@@ -47,18 +50,29 @@ _COMMAND = re.compile(
 )
 
 
-def _pasteable(renderable: Any) -> Any:
-    """A text, or a group of them, whose lines with commands are not wrapped."""
+def _by_lines(renderable: Any, width: int | None) -> Any:
+    """A text, or a group of them, whose lines with commands are not wrapped, and whose indented lines are wrapped with
+    their indentation. width: of a console that wraps, in columns."""
     if isinstance(renderable, Group):
-        return Group(*map(_pasteable, renderable.renderables))
-    if not isinstance(renderable, (str, Text)) or not _COMMAND.search(str(renderable)):
+        return Group(*(_by_lines(one, width) for one in renderable.renderables))
+    if not isinstance(renderable, (str, Text)):
         return renderable
     text = renderable if isinstance(renderable, Text) else Text(renderable)
     lines = list(text.split("\n", allow_blank=True))
-    for line in lines:
-        if _COMMAND.search(line.plain):
-            line.no_wrap, line.overflow = True, "ignore"
-    return Group(*lines)
+    shaped = [_line(line, width) for line in lines]
+    return renderable if all(map(operator.is_, shaped, lines)) else Group(*shaped)
+
+
+def _line(line: Text, width: int | None) -> Text | Padding:
+    """The line itself where nothing is to be said of how it is wrapped."""
+    if _COMMAND.search(line.plain):
+        whole = line.copy()
+        whole.no_wrap, whole.overflow = True, "ignore"
+        return whole
+    indent = len(line.plain) - len(line.plain.lstrip(" "))
+    if not indent or width is None or not indent < width < line.cell_len:
+        return line
+    return Padding(line[indent:], (0, 0, 0, indent), expand=False)
 
 
 def _console(*, stderr: bool, of_process: bool = False) -> Console:

@@ -214,7 +214,7 @@ def disk_findings(folders: Mapping[str, Path]) -> Iterator[Diagnosis]:
 def environment_findings(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
     """What decides whether models of the hub can be reached, and which programs an export can go on with."""
     if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        yield Diagnosis("hub", "HF_HUB_OFFLINE", "set", "note", "only models in the hub cache can be used")
+        yield Diagnosis("hub", "HF_HUB_OFFLINE", "set", "note", "of the hub's models, only those in its cache")
     token = bool(environment.get("HF_TOKEN")) or (_hub_home() / "token").is_file()
     advice = "" if token else "gated models (Llama, Gemma) need one: hf auth login"
     yield Diagnosis("hub", "token", "present" if token else "none", "ok" if token else "note", advice)

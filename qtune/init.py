@@ -40,7 +40,7 @@ from qtune.recipe.steps import few_steps, first_steps, held_out_rows
 from qtune.recipe.text import show_value
 from qtune.sizes import size_text
 from qtune.spelling import did_you_mean
-from qtune.whole import write_text
+from qtune.whole import place_taken, write_text
 
 if TYPE_CHECKING:
     from qtune.data.first_look import FirstLook
@@ -390,10 +390,10 @@ def require_place(file: Path, *, force: bool) -> None:
     """What is said of --output before rows are read for it.
 
     Raises:
-        RecipeError: there is a file of this name and no `force`.
+        RecipeError: there is a file of this name and no `force`, or a folder.
     """
-    if file.exists() and not force:
-        raise RecipeError(Problem(str(file), "is there already; choose another --output, or replace it with --force"))
+    if (taken := place_taken(file, force=force)) is not None:
+        raise RecipeError(Problem(str(file), taken))
 
 
 def write_recipe(text: str, file: Path, *, force: bool) -> None:

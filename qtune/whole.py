@@ -9,6 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def place_taken(file: Path, *, force: bool) -> str | None:
+    """Why a file cannot be written here, before there is anything to write; None where it can."""
+    if file.is_dir():
+        return "is a folder, and a file is to be written; choose another --output"
+    if file.exists() and not force:
+        return "is there already; choose another --output, or replace it with --force"
+    return None
+
+
 @contextmanager
 def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A name beside `path` under which a file or folder is made; it becomes `path` when the block ends well.

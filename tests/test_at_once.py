@@ -91,3 +91,24 @@ def test_a_run_that_was_killed_has_nothing_to_show_which_profile_says_at_once(fo
     done = CliRunner().invoke(app, ["profile", str(run.path)])
     assert isinstance(done.exception, InputError)
     assert "memory.json: has no measurement: the run did not reach its end" in str(done.exception)
+
+
+@pytest.mark.parametrize("verb", ["check", "run", "fit", "profile"])
+def test_a_built_in_model_that_there_is_not_is_refused_at_once(verb: str, folder: Path) -> None:
+    recipe = recipe_of(folder, 'train = "rows.jsonl"')
+    recipe.write_text(recipe.read_text().replace("smollm2-135m-instruct", "smollm3"))
+    done = CliRunner().invoke(app, [verb, str(recipe)])
+    told = "model.base: builtin:smollm3: no such built-in model; there is builtin:smollm2-135m-instruct"
+    assert isinstance(done.exception, InputError)
+    assert told in str(done.exception)
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("verb", ["init", "fit", "swap"])
+def test_a_folder_is_no_place_for_a_file_whatever_force_says(verb: str, force: list[str], folder: Path) -> None:
+    recipe = recipe_of(folder, 'train = "rows.jsonl"')
+    asked = ["--base", "builtin:smollm2-135m-instruct", "--data", "rows.jsonl"] if verb == "init" else [str(recipe)]
+    done = CliRunner().invoke(app, [verb, *asked, "--output", "split", *force], env={"COLUMNS": "200"})
+    assert done.exit_code != 0
+    assert "split is a folder" in f"{done.exception} {done.stderr}".replace(":", "")
+    assert sorted(path.name for path in (folder / "split").iterdir()) == ["test.jsonl", "validation.jsonl"]

@@ -129,7 +129,7 @@ def test_bad_rows_are_reported_with_everything_else(write_recipe, rows_file):
     with rows_file.open("a") as file:
         file.write('{"messages": []}\n')
     result = examined(write_recipe())
-    assert "error  bad-rows: 1 bad row, listed below" in screen(result)
+    assert "error  bad-rows: 1 bad row, each named with the error" in screen(result)
     with pytest.raises(DataError, match=r"rows\.jsonl:23: messages is empty"):
         result.require()
 

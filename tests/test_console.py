@@ -358,6 +358,24 @@ def test_a_command_is_one_line_on_the_narrowest_terminal(
         assert prose not in "\n".join(lines), "and prose is folded"
 
 
+def test_an_indented_line_goes_on_indented_where_a_terminal_folds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "rows.jsonl:11 (answer is empty), rows.jsonl:21 (no 'answer' in a question-answer row)"
+    said = Text(f"warning  skipped: some\n         at {words}\n  qtune check {'long' * 20}")
+    for terminal, expected in (
+        (True, "         at rows.jsonl:11 (answer is\n         empty), rows.jsonl:21 (no"),
+        (False, f"         at {words}\n"),
+    ):
+        stream = Terminal() if terminal else io.StringIO()
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setenv("COLUMNS", "40")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", "1")
+        console.out(Group(said))
+        shown = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+        assert expected in shown
+        assert f"\n  qtune check {'long' * 20}\n" in shown
+
+
 def test_a_line_that_must_not_be_folded_is_not_cut_either(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setenv("COLUMNS", "40")

@@ -348,3 +348,14 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_sentence_and_nobody_is_asked_tw
         "rows can also be a local file or folder"
     )
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("line", "column"), [('{"question": "x", "answer": "y"', 32), ('{"question" "x"}', 13), ('{"question": "x"}, ', 18)]
+)
+def test_what_is_wrong_in_a_line_of_json_is_placed_in_that_line(tmp_path, line, column):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"question": "a", "answer": "b"}}\n{line}\n')
+    _, broken = rows_of(file)
+    assert broken.place.endswith(":2")
+    assert f"at column {column};" in broken.message

@@ -10,7 +10,7 @@ import torch
 
 from qtune.errors import ExportError, InputError
 from qtune.export.shards import Planned, write_shards
-from qtune.export.staged import staged_folder
+from qtune.export.staged import refuse_existing, staged_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -43,6 +43,15 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
         staged_folder(tmp_path / "out", 0),
     ):
         pytest.fail("the work must not begin")
+
+
+@pytest.mark.parametrize("below", ["", "/deep/model"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_no_place_for_a_folder_whatever_force_says(tmp_path: Path, below: str, force: bool) -> None:
+    (tmp_path / "precious").write_text("kept")
+    with pytest.raises(InputError, match=r"precious: is a file, and an export is a folder; another --output$"):
+        refuse_existing(Path(f"{tmp_path / 'precious'}{below}"), force=force)
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:

@@ -558,6 +558,16 @@ def test_a_file_that_was_asked_for_is_written_also_where_nothing_is_changed(writ
     assert wanted.read_text() == recipe.read_text()
 
 
+@pytest.mark.parametrize("more", [(), ("--max", "length"), ("--max", "batch")])
+def test_a_card_that_holds_no_process_of_cuda_is_refused_before_a_trace(
+    more: tuple[str, ...], write_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtune.memory.fit.predicted", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr("qtune.memory.budget.predicted", lambda *_: pytest.fail("traced"))
+    done = CliRunner().invoke(cli.app, ["fit", str(write_recipe()), "--vram", "400MiB", *more])
+    assert "400 MiB: CUDA's own part of a process takes 772 MiB before there is a model" in str(done.exception)
+
+
 def test_a_file_that_is_there_is_replaced_only_by_force(write_recipe, fit_command) -> None:
     recipe = write_recipe(training="batch_size = 8\nmicro_batch_size = 8")
     assert fit_command(recipe, 1480).exit_code == 0

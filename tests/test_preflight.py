@@ -191,7 +191,7 @@ def test_everything_that_stops_a_run_is_said_at_once_and_shown_by_check(
             continue
         # Bad rows are counted on the screen, and listed by the error below it.
         assert f"error  {problem}" in result.output or "bad" in str(problem), problem
-    assert "error  bad-rows: 2 bad rows, listed below" in result.output
+    assert "error  bad-rows: 2 bad rows, each named with the error" in result.output
     assert "nothing stands in the way" not in result.output
 
 

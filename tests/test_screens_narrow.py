@@ -102,8 +102,8 @@ def test_an_export_as_a_base_is_called_by_its_run(tmp_path: Path, monkeypatch: p
 def test_a_card_of_a_size_is_called_by_it_once(gib: float, name: str) -> None:
     card = described(gib)
     assert card.name == name
-    assert _of_it(card, card.total_bytes) == ""
-    assert _of_it(Device("cuda", "RTX 3060", 12 * GIB, 12 * GIB, True, (8, 6)), 11 * GIB) == ", 11.00 GiB"
+    assert _of_it(card, card.total_bytes, 2) == ""
+    assert _of_it(Device("cuda", "RTX 3060", 12 * GIB, 12 * GIB, True, (8, 6)), 11 * GIB, 2) == ", 11.00 GiB"
 
 
 def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:

@@ -96,7 +96,7 @@ def json_lines(stream: Lines, name: str, before: int = 0) -> Iterator[Row | BadR
 
 def _json_row(text: str, place: str) -> Row | BadRow:
     try:
-        value = strict_json(text)
+        value = strict_json(text.rstrip())  # or what is missing at the end would be missed in the next line
     except ValueError as error:
         message = str(error) if isinstance(error, BrokenJson) else "a number has too many digits"
         if isinstance(error, json.JSONDecodeError):

@@ -58,6 +58,9 @@ def require_swappable(resolved: Resolved, recipe: Path, *, force: bool) -> None:
     if sources := [str(file) for file in there if file.resolve() in read]:
         said = "is what the new rows would be made of; choose another --output"
         raise RecipeError(Problem(", ".join(sources), said))
+    if folders := [str(file) for file in there if file.is_dir()]:
+        said = "is a folder, and a file of this name is to be written; choose another --output"
+        raise RecipeError(Problem(", ".join(folders), said))
     if there and not force:
         said = f"{'is' if len(there) == 1 else 'are'} there already; choose another --output, or replace with --force"
         raise RecipeError(Problem(", ".join(map(str, there)), said))

@@ -70,8 +70,11 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     """Nothing is overwritten without being asked for.
 
     Raises:
-        InputError: the folder is there and `force` is not given.
+        InputError: the folder is there and `force` is not given, or a file has its name or that of a folder above it.
     """
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(Problem(str(place), "is a file, and an export is a folder; another --output"))
     if output.exists() and not force:
         raise InputError(Problem(str(output), "is there already; another --output, or --force to replace it"))
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.adapter.lean_check import examined
 from qtune.device.cards import device_for
+from qtune.errors import InputError, Problem
+from qtune.memory.allowance import CONTEXT_BYTES
 from qtune.memory.budget import (
     EMBEDDINGS,
     MICRO_BATCH,
@@ -32,7 +34,7 @@ from qtune.plan import make_plan
 from qtune.recipe.parse import changed
 from qtune.recipe.text import rewritten
 from qtune.run.resolved import text_for
-from qtune.sizes import gib_text
+from qtune.sizes import MIB, gib_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -283,10 +285,18 @@ def largest_value(
 
 
 def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
-    """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget."""
+    """The device, what may be spent on it, and the model's configuration. --vram goes before the recipe's budget.
+
+    Raises:
+        ModelError, InputError: the model's configuration or the card's name cannot be used; nothing could fit.
+    """
     device, config = examined(device_for(gpu, vram), recipe), load_geometry(recipe.model)
     given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
-    return device, device.total_bytes if vram is not None else min(given, device.free_bytes), config
+    limit = device.total_bytes if vram is not None else min(given, device.free_bytes)
+    if device.kind == "cuda" and limit <= CONTEXT_BYTES:
+        context = f"CUDA's own part of a process takes {CONTEXT_BYTES / MIB:.0f} MiB"
+        raise InputError(Problem("memory", f"{limit / MIB:,.0f} MiB: {context} before there is a model"))
+    return device, limit, config
 
 
 def fitted_text(resolved: Resolved, fitted: Fitted, target: Path) -> str:

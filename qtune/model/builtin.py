@@ -65,14 +65,20 @@ SMOLLM2 = Builtin(
 BUILTIN_MODELS = {model.name: model for model in (SMOLLM2,)}
 
 
+def unknown_builtin(base: str) -> str | None:
+    """What is wrong with a base that is named as a built-in model, and is none."""
+    if not base.startswith(PREFIX) or base.removeprefix(PREFIX) in BUILTIN_MODELS:
+        return None
+    return f"no such built-in model; there is {', '.join(PREFIX + name for name in BUILTIN_MODELS)}"
+
+
 def builtin_folder(name: str) -> Path:
     """The folder of a built-in model, fetched and converted if this is the first time.
 
     Raises ModelError: no such built-in, no network, not the expected file, no disk space, cache not writable.
     """
-    if name not in BUILTIN_MODELS:
-        known = ", ".join(PREFIX + known for known in BUILTIN_MODELS)
-        raise ModelError(Problem("", f"{PREFIX}{name}: no such built-in model; there is {known}"))
+    if (wrong := unknown_builtin(PREFIX + name)) is not None:
+        raise ModelError(Problem("", f"{PREFIX}{name}: {wrong}"))
     return cached_folder(BUILTIN_MODELS[name], cache_folder() / "models")
 
 

@@ -243,7 +243,7 @@ def _findings(check: "Check") -> Iterator[RenderableType]:
     bad = sum(source.stored.bad_count for source in check.prepared.sources)
     if bad and check.data.on_bad_row == "error":
         yield Text.assemble(
-            ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below"
+            ("error", "bold red"), f"  bad-rows: {bad:,} bad {'row' if bad == 1 else 'rows'}, each named with the error"
         )
     if not stopping and not check.preflight.refusals:
         yield Text.assemble(("ok", "bold green"), "  nothing stands in the way of a run")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qtune.errors import ModelError, Problem
-from qtune.model.builtin import BUILTIN_MODELS, PREFIX
+from qtune.model.builtin import unknown_builtin
 from qtune.model.hub import require_reachable
 from qtune.recipe.schema import Model
 from qtune.recipe.shipped import shipped_recipes
@@ -40,7 +40,6 @@ def require_model(target: str) -> None:
     if path.is_dir() and not any((path / name).is_file() for name in MODEL_FILES):
         message = "is neither a run (it has no resolved.toml) nor a model (no config.json)"
         raise ModelError(Problem(target, message))
-    if target.startswith(PREFIX) and target.removeprefix(PREFIX) not in BUILTIN_MODELS:
-        known = ", ".join(PREFIX + name for name in BUILTIN_MODELS)
-        raise ModelError(Problem(target, f"no such built-in model; there is {known}"))
+    if (wrong := unknown_builtin(target)) is not None:
+        raise ModelError(Problem(target, wrong))
     require_reachable(Model(base=target), "config.json")
