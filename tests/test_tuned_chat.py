@@ -212,7 +212,15 @@ def test_stopping_an_answer_forgets_its_question_and_goes_on(session, monkeypatc
 def test_piped_lines_are_read_to_their_end_without_a_prompt(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert list(typed_lines()) == ["one", "two"]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_who_types_is_told_what_can_be_typed_and_how_to_leave(monkeypatch, capsys):
+    typed = io.StringIO("one\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(typed_lines()) == ["one"]
+    assert capsys.readouterr().err == "ask something; /help lists what else can be typed, Ctrl-D leaves\n"
 
 
 def test_an_answer_that_the_limit_cut_is_said_to_be_cut_and_what_allows_more(session, monkeypatch, capsys):

@@ -261,6 +261,8 @@ def command(session: Session, text: str) -> str:
 def typed_lines() -> Iterator[str]:
     """What the user types, until Ctrl-D; Ctrl-C at the prompt leaves too."""
     prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        console.say("ask something; /help lists what else can be typed, Ctrl-D leaves")
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() a line editor and history, where the platform has it
     while True:
