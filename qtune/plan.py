@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from qtune.errors import InputError, Problem
-from qtune.recipe.schema import Auto, EightBit, KeyPath, Lora, Recipe
+from qtune.recipe.schema import Auto, EightBit, FourBit, KeyPath, Lora, Recipe
 from qtune.sizes import size_in_bytes
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Plan:
     """"device", "host" or "disk": where the 4-bit layers wait; "sharded": a part of each with every process."""
     loss_tile_bytes: int
     lean_step: bool
+    keep_dequantized: bool | int
+    """The 4-bit weights of all layers, of none, or of so many of the first."""
     reasons: Mapping[KeyPath, str]
     streaming: bool = False
     """Whether the training rows are read while they are trained on; known once the rows have been looked for."""
@@ -77,6 +79,11 @@ class Plan:
         """The same plan with other layers computed twice."""
         reasons = {**self.reasons, ("training", "gradient_checkpointing"): reason}
         return replace(self, gradient_checkpointing=layers, reasons=reasons)
+
+    def with_dequantized_kept(self, layers: bool | int, reason: str) -> "Plan":
+        """The same plan with the weights of other layers kept."""
+        reasons = {**self.reasons, ("memory", "keep_dequantized"): reason}
+        return replace(self, keep_dequantized=layers, reasons=reasons)
 
     def with_streaming(self, reason: str) -> "Plan":
         """The same plan with rows that are streamed because a rule says so."""
@@ -120,6 +127,10 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         micro_batch_size = max(size for size in whole_parts(share) if size <= micro_batch_size)
         reasons["training", "micro_batch_size"] = words
     checkpointing = _checkpointing(recipe, device)
+    lean_step = settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device))
+    kept = recipe.memory.keep_dequantized
+    if kept is not False and (without := keeps_nothing(recipe, device, lean_step=lean_step)):
+        kept, reasons["memory", "keep_dequantized"] = False, without
     float32: tuple[str, str] = ("float32", "small updates are not rounded away")
     return Plan(
         device=device,
@@ -136,10 +147,12 @@ def make_plan(recipe: Recipe, device: "Device", attention: tuple[str, str] = SDP
         max_length=recipe.data.max_length,
         embeddings=settle(("memory", "embeddings"), recipe.memory.embeddings, ("device", "the fastest place")),
         activations=recipe.memory.activations,
-        # One process has every part.
-        layers="device" if recipe.memory.layers == "sharded" and device.processes == 1 else recipe.memory.layers,
+        layers=_where_layers_are(recipe, device),
         loss_tile_bytes=size_in_bytes(recipe.memory.loss_tile, "memory.loss_tile"),
-        lean_step=settle(("training", "lean_step"), training.lean_step, _lean_step(recipe, device)),
+        lean_step=lean_step,
+        keep_dequantized=settle(
+            ("memory", "keep_dequantized"), kept, (False, "what memory is left for it was not asked")
+        ),
         reasons=reasons,
     )
 
@@ -216,3 +229,20 @@ def _checkpointing(recipe: Recipe, device: "Device") -> tuple[bool | int, str]:
     if device.kind == "cpu":
         return False, "costs about a quarter of the time, and this computer's memory is not the limit"
     return True, "activations are what fills a card"
+
+
+def keeps_nothing(recipe: Recipe, device: "Device", *, lean_step: bool) -> str | None:
+    """Why no weights can stay dequantized; None where they can."""
+    if not isinstance(recipe.quantization, FourBit):
+        return "there are no 4-bit weights to dequantize"
+    if _where_layers_are(recipe, device) != "device":
+        return "the layers wait elsewhere, which saves memory"
+    if not lean_step:
+        return "the lean step alone keeps them"
+    return None
+
+
+def _where_layers_are(recipe: Recipe, device: "Device") -> str:
+    """One process has every part."""
+    is_alone = recipe.memory.layers == "sharded" and device.processes == 1
+    return "device" if is_alone else recipe.memory.layers

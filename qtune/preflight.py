@@ -27,6 +27,7 @@ from qtune.errors import InputError, ModelError, Problem
 from qtune.export.gguf.file import refuse_unconvertible
 from qtune.export.verification import VERIFICATION
 from qtune.memory.forecast import Forecast, attempted
+from qtune.memory.kept_dequantized import plan_at_first
 from qtune.memory.kept_layers import could_fill
 from qtune.memory.longest import Rows, longest_of
 from qtune.memory.tracing.bare_model import bare_model
@@ -203,7 +204,7 @@ def examine(
     else:
         rows = longest_of(prepared, recipe.data)
         beyond_reach = _beyond_reach(config, recipe, prepared, rows)
-        plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+        plan = plan_at_first(recipe, device, config, rows.longest.most)
         is_asked = not asked.refusals and (device.kind == "cuda" or _is_short(config, recipe, plan, rows.longest.most))
         if traced or is_asked:
             with console.progress("tracing a step") as bar:

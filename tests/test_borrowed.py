@@ -108,7 +108,7 @@ def fake_tensors_compute_shapes_and_types() -> None:
     assert torch.ops.prim.device.default.__name__ == "device.default"
 
 
-@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py",))
+@borrowed("torch", "_version", "_foreach_copy_", files=("adapter/products.py", "model/kept_weights.py"))
 def a_tensor_counts_its_changes_and_many_are_copied_at_once() -> None:
     """Not all of them: a fused optimizer's step is not counted, so the copies are renewed at every forward as well."""
     parameters = [nn.Parameter(torch.randn(2, 2)) for _ in range(2)]
@@ -135,7 +135,10 @@ def a_fake_tensor_made_by_hand_is_one_made_by_its_class() -> None:
 
 @borrowed(
     "torch", "_cdata",
-    files=("memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "memory/tracing/work.py", "model/host.py"),
+    files=(
+        "memory/tracing/fake_tensors.py", "memory/tracing/ledger.py", "memory/tracing/work.py", "model/host.py",
+        "model/kept_weights.py",
+    ),
 )  # fmt: skip
 def a_storage_has_an_address_that_its_views_share() -> None:
     """The public `data_ptr()` is refused by storages without memory."""

@@ -20,6 +20,7 @@ from qtune.memory.tracing.cuda import workspace
 from qtune.memory.tracing.history import History, history_of
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.step import forward_backward, parameter_groups, prepare, trained, update
+from qtune.model.kept_weights import keep_weights
 from qtune.model.load import attention_rule, load_base
 from qtune.model.loss import install_loss
 from qtune.plan import Plan, make_plan
@@ -49,6 +50,7 @@ def executed(folder: str, recipe: Recipe, plan: Plan, longest: Longest) -> Histo
     model = attach_adapter(network, recipe.adapter, plan)
     install_loss(model.get_base_model())
     install_lean_step(model, getattr(torch, plan.compute_dtype))
+    keep_weights(model, plan.keep_dequantized, getattr(torch, plan.compute_dtype))
     step = training_step(recipe, plan, longest)
     prepare(model, step)
     optimizer = step.optimizer(parameter_groups(model))
@@ -109,6 +111,41 @@ def test_traced_bytes_are_the_executed_ones(tmp_path, adapter, checkpointing):
     traced = predict(config, recipe, plan, longest).history
     for phase in ("forward", "backward", "optimizer"):
         assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
+
+
+KEPT = [("lora", True, False), ("lora", 2, 1), ("lora", True, True), ("p-tuning", True, False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "keep", "checkpointing"), KEPT)
+def test_traced_bytes_with_weights_that_stay_dequantized_are_the_executed_ones(tmp_path, adapter, keep, checkpointing):
+    config = tiny(layers=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    given = {"adapter": ADAPTERS[adapter], "training": {"gradient_checkpointing": checkpointing}}
+    recipe, without = (recipe_with(**given, memory={"keep_dequantized": one}) for one in (keep, False))
+    plan, longest = make_plan(recipe, CPU), Longest(128, equal=True)
+    real = executed(str(tmp_path), recipe, plan, longest)
+    traced = predict(config, recipe, plan, longest).history
+    plain = predict(config, without, make_plan(without, CPU), longest).history
+    for phase in ("forward", "backward", "optimizer"):
+        assert traced.peak(phase).bytes == pytest.approx(real.peak(phase).bytes, rel=0.01), phase
+        assert traced.peak(phase).bytes > plain.peak(phase).bytes
+    layers = 3 if keep is True else keep
+    kept = layers * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) * 4
+    for history in (traced, real):  # nothing is dequantized there
+        assert history.peak("optimizer").alive[categories.WORKSPACE] == kept
+
+
+@pytest.mark.slow
+def test_a_shortened_trace_of_some_layers_that_keep_theirs_is_the_whole_one():
+    config, longest = tiny(layers=16), Longest(128)
+    recipe = recipe_with(memory={"keep_dequantized": 2}, training={"gradient_checkpointing": False})
+    plan = make_plan(recipe, CARD)
+    short = predict(config, recipe, plan, longest, plays_allocator=False)
+    whole = predict(config, recipe, plan, longest)
+    assert short.layers_executed < 16 == whole.layers_executed
+    assert short.history.peak("backward").bytes == whole.history.peak("backward").bytes
+    assert short.work == whole.work
 
 
 def test_gradients_of_earlier_micro_batches_are_alive_in_the_next(tmp_path):

@@ -60,14 +60,16 @@ def test_what_the_recipe_says_is_kept_and_has_no_reason_of_ours() -> None:
             "learning_rate": 0.5,
             "lean_step": False,
         },
-        memory={"embeddings": "device", "activations": "host", "loss_tile": "1.5MiB"},
-    )
+        memory={
+            "embeddings": "device", "activations": "host", "loss_tile": "1.5MiB", "keep_dequantized": False,
+        },
+    )  # fmt: skip
     plan = make_plan(given, AMPERE)
     assert (plan.attention, plan.compute_dtype, plan.adapter_dtype) == ("eager", "float16", "bfloat16")
     assert (plan.micro_batch_size, plan.accumulation_steps) == (3, 4)
     assert (plan.gradient_checkpointing, plan.optimizer, plan.learning_rate) == (True, "paged-adamw-8bit", 0.5)
     assert (plan.embeddings, plan.activations, plan.loss_tile_bytes) == ("device", "host", 3 * 2**19)
-    assert not plan.lean_step
+    assert (plan.lean_step, plan.keep_dequantized) == (False, False)
     assert plan.reasons == {}
 
 

@@ -423,8 +423,9 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_nothing_else_changes(
     tried = memory_for(monkeypatch, rows=1)
     narrow = run(recipe)
 
-    # In the first step 4, then 2, do not fit; from then on there are single rows and nothing is tried twice.
-    assert tried == [4, 2] + [1] * 16
+    # In the first step 4, without kept weights too, then 2, do not fit; from then on there are single rows and nothing
+    # is tried twice.
+    assert tried == [4, 4, 2] + [1] * 16
     assert [record["loss"] for record in records(narrow, "train")] == pytest.approx(
         [record["loss"] for record in records(roomy, "train")], rel=1e-4
     )
@@ -454,7 +455,7 @@ def test_memory_that_ends_in_the_middle_of_a_step_loses_no_micro_batch(
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
-    split_loss, split_gradients = first_gradient(recipe, monkeypatch)
+    split_loss, split_gradients = first_gradient(recipe, monkeypatch, "memory.keep_dequantized=false")
     assert calls == [4, 4, 2, 2, 2, 2]
     assert split_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
@@ -501,7 +502,7 @@ def test_an_evaluation_that_does_not_fit_is_split_and_measures_the_same(
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Meter, "scored", scored)
-    narrow = run(file)
+    narrow = run(file, "memory.keep_dequantized=false")
     rows = len(records(narrow, "eval")) * 7  # 0.3 of 22
     assert tried == [4, 2] + [1] * rows
     notes = [record["message"] for record in records(narrow, "note")]
@@ -866,7 +867,7 @@ def test_a_finished_run_cannot_be_resumed(write_recipe: WriteRecipe) -> None:
     assert str(caught.value) == (
         f"{finished.path}: has ended; there is nothing to resume. A new run goes on from its adapter with: qtune run "
         f"{finished.resolved_file} --set training.micro_batch_size=auto --set training.gradient_checkpointing=auto "
-        f"--set adapter.start_from={finished.path}"
+        f"--set memory.keep_dequantized=auto --set adapter.start_from={finished.path}"
     )
     ended = CliRunner().invoke(cli.app, ["run", "--resume", str(finished.path), "--set", "training.steps=9"])
     assert str(ended.exception) == f"{caught.value} --set training.steps=9"
@@ -939,14 +940,14 @@ def test_what_would_make_another_run_is_refused_when_a_run_goes_on(
     before = {file.name: file.read_bytes() for file in broken.path.glob("*.*")}
     may = (
         "training.micro_batch_size, training.gradient_checkpointing, training.lean_step, memory.budget, "
-        "memory.embeddings, memory.activations, memory.layers, memory.loss_tile, quantization.keep_copy, "
-        "training.log_every, "
+        "memory.embeddings, memory.activations, memory.layers, memory.keep_dequantized, memory.loss_tile, "
+        "quantization.keep_copy, training.log_every, "
         "training.eval_every, training.sample_answers, training.checkpoint_every, training.checkpoint_minutes, "
         "training.keep_checkpoints, training.trackers, training.rehearse, data.allow, output.gguf"
     )
     asked = (
-        "--set training.gradient_checkpointing=auto --set training.learning_rate=0.5 --set adapter.kind=ia3 "
-        "--set training.log_every=2"
+        "--set training.gradient_checkpointing=auto --set memory.keep_dequantized=auto "
+        "--set training.learning_rate=0.5 --set adapter.kind=ia3 --set training.log_every=2"
     )
     with pytest.raises(RecipeError) as caught:
         train.resume(broken, ["training.learning_rate=0.5", "adapter.kind=ia3", "training.log_every=2"])
@@ -973,8 +974,9 @@ def test_another_budget_lets_the_micro_batch_follow_from_memory_again(
             run(recipe)
     broken = latest_run(recipe)
     assert resumed_recipe(broken).recipe.training.micro_batch_size == 4
-    follows = resumed_recipe(broken, ["memory.budget=8GiB"]).recipe.training
-    assert (follows.micro_batch_size, follows.gradient_checkpointing) == ("auto", "auto")
+    follows = resumed_recipe(broken, ["memory.budget=8GiB"]).recipe
+    assert (follows.training.micro_batch_size, follows.training.gradient_checkpointing) == ("auto", "auto")
+    assert follows.memory.keep_dequantized == "auto"
     kept = resumed_recipe(broken, ["memory.budget=8GiB", "training.micro_batch_size=1"])
     assert kept.recipe.training.micro_batch_size == 1
 

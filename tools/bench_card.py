@@ -155,6 +155,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "qtune": {},
     "peft": {"training": {"lean_step": False}},
     "kept": {"training": {"gradient_checkpointing": False}},
+    "dequantized": {"training": {"gradient_checkpointing": False}, "memory": {"keep_dequantized": True}},
     "leanest": {
         "training": {"optimizer": "paged-adamw-8bit"},
         "memory": {"embeddings": "host", "activations": "host", "loss_tile": "16 MiB"},

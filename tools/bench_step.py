@@ -39,9 +39,10 @@ from trl import SFTTrainer
 
 from qtune.adapter.attach import attach_adapter
 from qtune.device.present import present_device
-from qtune.model.load import load_base, load_tokenizer
+from qtune.memory.kept_dequantized import plan_at_first
+from qtune.model.load import load_base, load_config, load_tokenizer
 from qtune.model.local import local_base
-from qtune.plan import Plan, make_plan
+from qtune.plan import Plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Recipe
 from qtune.startup.quiet import quiet_libraries, quiet_loading
@@ -179,7 +180,7 @@ def spread(ratios: list[float]) -> str:
 def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Stepping]]:
     """How each of the trainers is had, on the same rows."""
     recipe = recipe_of(options)
-    plan = make_plan(recipe, present_device())
+    plan = plan_at_first(recipe, present_device(), load_config(recipe.model))
     rows = rows_of(options, recipe)
     rows_file = folder / "rows.json"
     rows_file.write_text(json.dumps(rows))

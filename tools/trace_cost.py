@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, help="labelled positions of the whole batch; all of them")
     parser.add_argument("--masked", action="store_true", help="rows of unequal length")
     parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--keep-dequantized", type=int, metavar="N", help="weights of the first N layers; none")
     parser.add_argument("--gpu", default="H100", help="whose rates are taken")
     parser.add_argument("--by", choices=BY, action="append", help="kind and phase, if not given")
     parser.add_argument("--top", type=int, default=30, help="lines of each table")
@@ -126,6 +127,7 @@ def subject(options: argparse.Namespace) -> tuple[PretrainedConfig, Recipe]:
                 "micro_batch_size": rows,
                 "gradient_checkpointing": not options.no_checkpointing,
             },
+            "memory": {"keep_dequantized": options.keep_dequantized or False},
         }
     )
     if options.config is not None:

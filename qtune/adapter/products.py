@@ -21,8 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 
 from qtune.kernels import on_cpu
-from qtune.kernels.ops import dequantized
-from qtune.model.layer_stream import packed_weight
+from qtune.model.kept_weights import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +68,7 @@ class Layer:
         if not self.is_packed:
             weight: Tensor = self.base.weight
             return weight.to(dtype)
-        return dequantized(*packed_weight(self.base)).to(dtype)
+        return weight_of(self.base, dtype)
 
     def is_plain(self) -> bool:
         """Whether the update is on, alone and not merged: otherwise the layer is peft's."""

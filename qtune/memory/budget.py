@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qtune.errors import ModelError
 from qtune.memory.cached import predicted
+from qtune.memory.kept_dequantized import KEEP_DEQUANTIZED, Dequantized, fastest_kept, plan_at_first
 from qtune.memory.kept_layers import CHECKPOINTING, Kept, Steps, fastest, pace_of, rates_of
-from qtune.model.load import attention_rule
-from qtune.plan import make_plan, whole_parts
+from qtune.plan import keeps_nothing, whole_parts
 from qtune.recipe.parse import changed
 from qtune.recipe.schema import FourBit
 from qtune.recipe.text import show_value
@@ -58,6 +58,8 @@ HOST = Lever(EMBEDDINGS, "host", "the head crosses the bus twice a micro-batch, 
 
 def levers(recipe: Recipe, plan: Plan) -> Iterator[Lever]:
     """What can be changed, least harm first. On a CPU host memory is the memory that is short."""
+    if plan.keep_dequantized:
+        yield Lever(KEEP_DEQUANTIZED, False, "weights are dequantized for every product: more time, same result")
     if plan.gradient_checkpointing is not True:
         yield Lever(
             CHECKPOINTING,
@@ -138,7 +140,7 @@ class Search:
     def plan(self, recipe: Recipe) -> Plan:
         """What the recipe means on this device before memory is asked."""
         longest = None if self.longest is None else self.longest.most
-        return make_plan(recipe, self.device, attention_rule(self.config), longest)
+        return plan_at_first(recipe, self.device, self.config, longest)
 
     def trace(self, recipe: Recipe, rows: int, *pulled: Lever) -> Prediction:
         """The step of a recipe with `rows` at once. `pulled`: how the recipe came to be.
@@ -235,10 +237,10 @@ def _tried(
 
 
 def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[Settled, Plan]:
-    """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings and the layers that are
-    computed twice, where the recipe says "auto". Embeddings go to the host, which changes nothing but the speed, where
-    a step would not fit otherwise and where that helps. On a processor they are there already, and the micro-batch is
-    the plan's, or the largest below it that memory allows.
+    """What `qtune run` settles by itself, and the plan that it makes: micro-batch, embeddings, the layers that are
+    computed twice and those that keep their weights dequantized, where the recipe says "auto". Embeddings go to the
+    host, which changes nothing but the speed, where a step would not fit otherwise and where that helps. On a processor
+    they are there already, and the micro-batch is the plan's, or the largest below it that memory allows.
 
     any_rows: whether the micro-batch is free also where the recipe gives a number.
     """
@@ -247,6 +249,11 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
     free_rows = any_rows or (is_card and rows_are_open)
     sizes = whole_parts(plan.micro_batch_size * plan.accumulation_steps) if free_rows else [plan.micro_batch_size]
     own = [HOST] if is_card and recipe.memory.embeddings == "auto" else []
+    is_by_bound = bool(plan.keep_dequantized) and recipe.memory.keep_dequantized == "auto"
+    if is_by_bound and not search.is_enough(search.trace(recipe, sizes[0])):
+        # On a processor. Where that is too much after all, it goes before anything else does.
+        recipe = changed(recipe, {KEEP_DEQUANTIZED: False})
+        plan = plan.with_dequantized_kept(False, "there is no room for it")
     settled_here = settle(search, recipe, own, sizes)
     if rows_are_open and not free_rows and not settled_here.is_enough:
         free_rows, sizes = True, [size for size in whole_parts(sizes[0] * plan.accumulation_steps) if size <= sizes[0]]
@@ -258,6 +265,8 @@ def as_run(search: Search, recipe: Recipe, *, any_rows: bool = False) -> tuple[S
         plan = plan.with_embeddings_on_host(reason)
     tried = [size for size in sizes if size <= settled_here.rows]
     settled_here, plan, rule = _with_layers_kept(search, recipe, settled_here, plan, tried)
+    tried = [size for size in tried if size <= settled_here.rows]
+    settled_here, plan, rule = _with_dequantized_kept(search, settled_here, plan, tried, rule)
     if free_rows:
         words = f"{gib_text(settled_here.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
         plan = plan.with_micro_batch(settled_here.rows, f"{rule}: {words}")
@@ -299,6 +308,46 @@ def _with_layers_kept(
     settled = replace(found, recipe=chosen, rows=best.rows, prediction=best.prediction, is_enough=enough)
     rule = largest if best.rows == found.rows else "the fastest that fits"
     return settled, plan.with_checkpointing(best.layers, reason), rule
+
+
+def _with_dequantized_kept(
+    search: Search, found: Settled, plan: Plan, sizes: Sequence[int], rule: str
+) -> tuple[Settled, Plan, str]:
+    """The layers that keep their weights dequantized, where the recipe leaves that open: on a card, for what is left
+    over of its memory where nothing has to be saved any more."""
+    is_open = found.recipe.memory.keep_dequantized == "auto"
+    if (
+        not is_open
+        or search.device.kind != "cuda"
+        or keeps_nothing(found.recipe, search.device, lean_step=plan.lean_step) is not None
+    ):
+        return found, plan, rule
+    rates = rates_of(search.device)
+    if not found.is_enough or EMBEDDINGS in found.changes or plan.gradient_checkpointing is not False or rates is None:
+        reason = "memory is asked for it last, and some layers are computed twice to save some"
+        if plan.gradient_checkpointing is False:
+            reason = "there is no room for it"
+        return found, plan.with_dequantized_kept(False, reason), rule
+    count = int(search.config.get_text_config().num_hidden_layers)
+
+    def traced(layers: bool | int, rows: int) -> Prediction:
+        lever = Lever(KEEP_DEQUANTIZED, layers, "their weights stay dequantized")
+        return search.trace(changed(found.recipe, {lever.key: lever.value}), rows, lever)
+
+    share = plan.micro_batch_size * plan.accumulation_steps
+    best = fastest_kept(Steps(traced, search.cost, search.limit, count), sizes, share, rates)
+    chosen = changed(found.recipe, {KEEP_DEQUANTIZED: best.layers})
+    plan = plan.with_dequantized_kept(best.layers, _why_kept(best, count, search.limit))
+    if best.rows != found.rows:
+        rule = "the fastest that fits"
+    return replace(found, recipe=chosen, rows=best.rows, prediction=best.prediction), plan, rule
+
+
+def _why_kept(best: Dequantized, count: int, limit: int) -> str:
+    words = f"{gib_text(best.prediction.need.total_bytes)} traced and margin, of {gib_text(limit)}"
+    if best.layers is True:
+        return f"all of them, for there is room: {words}"
+    return f"those of {best.layers} of {count} layers fit: {words}" if best.layers else f"without them: {words}"
 
 
 def settled(

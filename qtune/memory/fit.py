@@ -25,6 +25,7 @@ from qtune.memory.budget import (
     settle,
 )
 from qtune.memory.cached import predicted
+from qtune.memory.kept_dequantized import KEEP_DEQUANTIZED
 from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
@@ -139,6 +140,8 @@ def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:
     own: dict[KeyPath, Any] = {MICRO_BATCH: plan.micro_batch_size} if recipe.training.micro_batch_size == "auto" else {}
     if recipe.training.gradient_checkpointing == "auto":
         own[CHECKPOINTING] = plan.gradient_checkpointing
+    if recipe.memory.keep_dequantized == "auto" and plan.keep_dequantized:
+        own[KEEP_DEQUANTIZED] = plan.keep_dequantized
     is_open = recipe.memory.embeddings == "auto" and plan.device.kind == "cuda"
     return own | ({EMBEDDINGS: plan.embeddings} if is_open else {})
 

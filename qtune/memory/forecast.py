@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qtune.errors import first_line
 from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
-from qtune.model.load import attention_rule
-from qtune.plan import make_plan
+from qtune.memory.kept_dequantized import plan_at_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +76,7 @@ def forecast(
     Raises:
         ModelError: no model can be built from the configuration, or the adapter does not fit it.
     """
-    plan = make_plan(recipe, device, attention_rule(config), rows.longest.most)
+    plan = plan_at_first(recipe, device, config, rows.longest.most)
     open_keys = (recipe.training.gradient_checkpointing, recipe.training.micro_batch_size)
     if device.kind == "cuda" or "auto" in open_keys:
         plan = settled(config, recipe, plan, rows.longest, tell)

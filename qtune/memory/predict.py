@@ -25,6 +25,7 @@ from qtune.memory.tracing.step import Batch, Step
 from qtune.memory.tracing.trace import Traced, trace
 from qtune.memory.tracing.work import rows_of
 from qtune.model.host import store_embeddings
+from qtune.model.kept_weights import keep_weights
 from qtune.model.layer_stream import stream_layers
 from qtune.model.load import require_attention
 from qtune.model.loss import install_loss
@@ -106,7 +107,7 @@ def model_key(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> str:
         "plan": [
             device.kind, device.capability, plan.compute_dtype, plan.adapter_dtype, plan.attention,
             plan.gradient_checkpointing, plan.optimizer, plan.embeddings, plan.activations, plan.loss_tile_bytes,
-            plan.lean_step, plan.layers, device.processes if plan.layers == "sharded" else 1,
+            plan.lean_step, plan.layers, device.processes if plan.layers == "sharded" else 1, plan.keep_dequantized,
         ],
     }  # fmt: skip
     return json.dumps(parts, sort_keys=True, default=str)
@@ -129,6 +130,7 @@ def build(config: PretrainedConfig, recipe: Recipe, plan: Plan) -> Any:
     install_loss(base, tiled=base.base_model is not base, tile_bytes=plan.loss_tile_bytes)
     if plan.lean_step:
         install_lean_step(model, dtype)
+    keep_weights(model, plan.keep_dequantized, dtype)
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qtune.memory.budget import EMBEDDINGS, MICRO_BATCH, Lever, Search, last_levers, levers, settle
+from qtune.memory.kept_dequantized import KEEP_DEQUANTIZED
 from qtune.memory.tracing import categories
 from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
@@ -132,6 +133,7 @@ def as_planned(recipe: Recipe, plan: Plan) -> Recipe:
             ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
             ("training", "optimizer"): plan.optimizer,
             EMBEDDINGS: plan.embeddings,
+            KEEP_DEQUANTIZED: plan.keep_dequantized,
         },
     )
 

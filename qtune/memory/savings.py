@@ -12,6 +12,7 @@ import torch
 from qtune.adapter.attach import attach_adapter
 from qtune.memory.budget import EMBEDDINGS, LAYERS
 from qtune.memory.cached import cached, predicted
+from qtune.memory.kept_dequantized import KEEP_DEQUANTIZED
 from qtune.memory.kept_layers import CHECKPOINTING
 from qtune.memory.predict import Longest, build, card_of, summarize, training_step
 from qtune.memory.tracing.bare_model import bare_model
@@ -161,7 +162,8 @@ def attribution(
     """
     rows = longest or Longest(plan.max_length)
     # As memory chose them, in every variant.
-    recipe = changed(recipe, {EMBEDDINGS: plan.embeddings, CHECKPOINTING: plan.gradient_checkpointing})
+    chosen = {CHECKPOINTING: plan.gradient_checkpointing, KEEP_DEQUANTIZED: plan.keep_dequantized}
+    recipe = changed(recipe, {EMBEDDINGS: plan.embeddings, **chosen})
 
     def without(name: str, how: str, other: Recipe) -> Variant:
         tell(f"without {name}")
@@ -200,6 +202,9 @@ def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe
     if plan.gradient_checkpointing is not True:
         every = changed(recipe, {CHECKPOINTING: True})
         yield "layers that keep all", "every layer computed twice", every
+    if plan.keep_dequantized:
+        off = changed(recipe, {KEEP_DEQUANTIZED: False})
+        yield "weights kept dequantized", "dequantized for every product", off
     if plan.optimizer != "adamw":
         yield f"{plan.optimizer} optimizer", "fp32 moments", changed(recipe, {("training", "optimizer"): "adamw"})
     if plan.embeddings == "host":

@@ -31,6 +31,7 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
     yield from _of_layers(recipe)
+    yield from _of_dequantized(recipe)
 
 
 def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
@@ -140,6 +141,16 @@ def _of_layers(recipe: Recipe) -> Iterator[Fault]:
         )
     if isinstance(recipe.adapter, Lora) and recipe.adapter.dora:
         yield Fault(("memory", "layers"), 'DoRA reads the base\'s weights beside their products; use "device"')
+
+
+def _of_dequantized(recipe: Recipe) -> Iterator[Fault]:
+    """Where layers wait elsewhere, or stay peft's, the key has no effect, and the plan says why: a run that went on so
+    would otherwise be refused for what it had settled by itself."""
+    if recipe.memory.keep_dequantized not in ("auto", False) and not isinstance(recipe.quantization, FourBit):
+        words = (
+            f"only 4-bit weights are dequantized, and quantization.kind is {recipe.quantization.kind}; remove the key"
+        )
+        yield Fault(("memory", "keep_dequantized"), words)
 
 
 def _of_streaming(data: Data) -> Iterator[Fault]:

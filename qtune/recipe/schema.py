@@ -541,6 +541,10 @@ class Memory(Table):
     twice a step for all micro-batches together, whose hidden states wait beside one another; the same gradients. A step
     takes at least as long as the layers need to come. "sharded": each of several processes holds a part of every layer,
     and they bring it together where it is computed; one process has all of it."""
+    keep_dequantized: Auto | bool | Layers = "auto"
+    """Whether frozen 4-bit weights stay dequantized from one product to the next; a number: those of so many of the
+    first layers. The same results bit for bit, sooner, for a number of the compute dtype a weight. "auto" is on a card
+    as many layers as are left room for where nothing is computed twice, on a processor all where memory is ample."""
     loss_tile: Size = "64MiB"
     """Logits that the loss holds at once; half as many take a little longer, the results are the same."""
 

@@ -45,6 +45,7 @@ def settled_values(resolved: Resolved, plan: Plan) -> list[tuple[KeyPath, Any, O
         ("training", "learning_rate"): plan.learning_rate,
         ("data", "streaming"): plan.streaming if resolved.recipe.data.streaming == "auto" else None,
         ("memory", "embeddings"): plan.embeddings,
+        ("memory", "keep_dequantized"): plan.keep_dequantized,
     }
     rows: list[tuple[KeyPath, Any, Origin]] = []
     for path, value in leaves(resolved.recipe):

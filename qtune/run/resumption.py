@@ -20,7 +20,8 @@ from qtune.run.resolved import NAME, read_resolved, read_values
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
 CHECKPOINTING = ("training", "gradient_checkpointing")
-BY_MEMORY = (MICRO_BATCH, CHECKPOINTING)
+KEEP_DEQUANTIZED = ("memory", "keep_dequantized")
+BY_MEMORY = (MICRO_BATCH, CHECKPOINTING, KEEP_DEQUANTIZED)
 """What a run settles by the memory that there is."""
 
 CHANGEABLE: tuple[KeyPath, ...] = (
@@ -32,6 +33,7 @@ CHANGEABLE: tuple[KeyPath, ...] = (
     ("memory", "embeddings"),
     ("memory", "activations"),
     ("memory", "layers"),
+    KEEP_DEQUANTIZED,
     ("memory", "loss_tile"),
     ("quantization", "keep_copy"),
     # When something is measured, said or saved between two steps.
@@ -107,8 +109,8 @@ def kept_folders(folder: Path) -> list[Path]:
 def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     """What was decided when the run began (resolved.toml), changed by `--set` texts; origins as they were written.
 
-    A budget that changes lets the micro-batch, and the layers that are computed twice, follow from memory again, where
-    they did so before.
+    A budget that changes lets the micro-batch, the layers that are computed twice and those that keep their weights
+    dequantized follow from memory again, where they did so before.
 
     Raises:
         RecipeError: a change is wrong, or would make another run.
@@ -132,8 +134,11 @@ def resumed_recipe(run_dir: RunDir, changes: Sequence[str] = ()) -> Resolved:
     origins = {**after.origins, **{path: before.origins[path] for path in old if path not in changed}}
     if BUDGET in changed:
         open_again = [path for path in BY_MEMORY if path not in changed and before.origins[path].source == "rule"]
-        training = after.recipe.training.model_copy(update={str(path[1]): "auto" for path in open_again})
-        after = replace(after, recipe=after.recipe.model_copy(update={"training": training}))
+        recipe = after.recipe
+        for path in open_again:
+            table = getattr(recipe, str(path[0])).model_copy(update={str(path[1]): "auto"})
+            recipe = recipe.model_copy(update={str(path[0]): table})
+        after = replace(after, recipe=recipe)
     return replace(after, origins=origins | dict.fromkeys(changed, Origin("--set", "on resuming")))
 
 
@@ -147,7 +152,9 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
     from anywhere. What followed from memory follows from it again, for other values take another amount; `is_settled`:
     it was thought of, and stays."""
     changed = {change.partition("=")[0].strip() for change in changes}
-    by_rule = {value.path for value in read_values(run_dir) if value.origin.source == "rule"}
+    values = [value for value in read_values(run_dir) if value.origin.source == "rule"]
+    # Where no weights stay dequantized, no memory was spent on them.
+    by_rule = {value.path for value in values if value.path != KEEP_DEQUANTIZED or value.text != "false"}
     open_again = [".".join(map(str, path)) for path in BY_MEMORY if path in by_rule and not is_settled]
     words = [f"{key}=auto" for key in open_again if key not in changed]
     if _asked_name(run_dir) is None:  # else a run of another name would begin; a name that is taken gets a number

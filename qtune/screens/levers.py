@@ -40,6 +40,13 @@ def in_words(key: "KeyPath", value: Any, layers: int) -> str:
             )
         case ("training", "micro_batch_size"), int():
             return f"{value} {'row' if value == 1 else 'rows'} of a step at once"
+        case ("memory", "keep_dequantized"), bool():
+            words = "every layer keeps its" if value else "no layer keeps its"
+            price = "more memory, less time" if value else "less memory, more time"
+            return f"{words} 4-bit weights dequantized: {price}, the same results"
+        case ("memory", "keep_dequantized"), int():
+            words = f"the first {value} of {layers} layers keep their"
+            return f"{words} 4-bit weights dequantized: less time, the same results"
         case ("memory", "embeddings"), str():
             return EMBEDDINGS.get(value, "")
     return ""

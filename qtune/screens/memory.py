@@ -130,6 +130,7 @@ def _choices(plan: "Plan") -> Iterator[str]:
         ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
         ("training", "micro_batch_size"): plan.micro_batch_size,
         ("memory", "embeddings"): plan.embeddings,
+        ("memory", "keep_dequantized"): plan.keep_dequantized,
     }
     for path, value in values.items():
         if path in plan.reasons:

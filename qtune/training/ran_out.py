@@ -30,13 +30,16 @@ def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
         others = other_holders(str(torch.cuda.get_device_properties(0).uuid))
     saved = complete_checkpoints(run_dir.checkpoints)
     name = saved[-1].name if saved else None
-    report = first_report(failure, inputs.recipe, inputs.plan, run_dir, name, others)
+    plan = inputs.plan
+    if plan.keep_dequantized and failure.phase in ("forward", "backward", "eval"):
+        plan = plan.with_dequantized_kept(False, "given up when memory ran out")  # before anything else (`trainer.py`)
+    report = first_report(failure, inputs.recipe, plan, run_dir, name, others)
     kept = read_memory(run_dir) or RunMemory()
     _keep(run_dir, replace(kept, failure=report.to_json()))
     with console.progress("memory ran out; tracing what would have fit (Ctrl-C leaves it out)") as bar:
         rows = longest_of(inputs.prepared, inputs.recipe.data)
         report = with_offers(
-            report, inputs.recipe, inputs.plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
+            report, inputs.recipe, plan, rows, run_dir, lambda words: bar.update(bar.done + 1, description=words)
         )
     _keep(run_dir, replace(kept, failure=report.to_json()))
     return report

@@ -36,6 +36,7 @@ from qtune.manifest import fault, is_sealed, seal, skipped_until
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_all
 from qtune.model.host import activations_on_host
+from qtune.model.kept_weights import keep_weights, kept_weights
 from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
@@ -70,6 +71,8 @@ CANNOT_SPLIT = (
     "with memory.layers sharded the processes wait for one another at every layer, so that none can take it apart and "
     "try again; lower training.micro_batch_size, or have layers computed twice (training.gradient_checkpointing)"
 )
+
+DEQUANTIZED_ANEW = "out of memory: weights are now dequantized for every product; the results are the same"
 
 CHECKED_TOKENS = 64
 """Length of the row that tells whether a model's layers can be computed one by one."""
@@ -132,6 +135,8 @@ class QloraTrainer(SFTTrainer):
         cast_adapter(model, getattr(torch, plan.adapter_dtype))
         install_loss(model.get_base_model(), tiled=tiled_loss, tile_bytes=plan.loss_tile_bytes)
         _install_lean_step(model, plan, note)
+        self.keep_dequantized, self.compute_dtype = plan.keep_dequantized, getattr(torch, plan.compute_dtype)
+        keep_weights(model, self.keep_dequantized, self.compute_dtype)
         ranks.begin_alike(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         switch_once(model)
@@ -218,6 +223,13 @@ class QloraTrainer(SFTTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's; no weight stays dequantized afterwards."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._let_go_of_weights()
+
     # --- the step --------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -291,9 +303,9 @@ class QloraTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, in as many pieces as memory needs.
 
-        When a piece does not fit, the gradient of the step so far is dropped and its micro-batches are run again in
-        smaller pieces; where there are none, with every layer computed twice. The gradient is a sum over rows, so the
-        optimization does not change.
+        When a piece does not fit, the gradient of the step so far is dropped and its micro-batches are run again:
+        without weights that stay dequantized, where some do; then in smaller pieces; where there are none, with every
+        layer computed twice. The gradient is a sum over rows, so the optimization does not change.
 
         Where layers wait elsewhere, the micro-batches of a step are kept until the last one is there, and then pass
         each layer one behind the other; the first ones return nothing, the last one the loss of all.
@@ -316,6 +328,12 @@ class QloraTrainer(SFTTrainer):
                 loss = self._try_pieces(model, group, num_items_in_batch, sums=sums)
                 if loss is not None:
                     self.note("out of memory: each micro-batch now sends for all layers anew; the gradient is the same")
+                continue
+            if self._let_go_of_weights():
+                self._release_memory(model)
+                loss = self._try_pieces(model, self._done_in_step, num_items_in_batch, sums=sums)
+                if loss is not None:
+                    self.note(DEQUANTIZED_ANEW)
                 continue
             rows = max(len(batch["input_ids"]) for batch in self._done_in_step)
             if self.pieces >= rows and checkpoint_all(self.model):
@@ -389,7 +407,12 @@ class QloraTrainer(SFTTrainer):
         self.pieces = self.eval_pieces = 1
         # What was found out about the model stays; that memory ran out is undone with the step.
         self.together = self.micro_batches_together > 1 and self._stand_alone is not False
+        keep_weights(self.model, self.keep_dequantized, self.compute_dtype)
         self.skipped = []
+
+    def _let_go_of_weights(self) -> bool:
+        """Whether there were any that stayed dequantized; from now on none does, as long as the process lives."""
+        return keep_weights(self.model, False, self.compute_dtype)
 
     def _release_memory(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
@@ -444,9 +467,13 @@ class QloraTrainer(SFTTrainer):
             try:
                 pieces = [self._sums(piece) for piece in _split(batch, self.eval_pieces)]
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.eval_pieces >= len(batch["input_ids"]) or self.in_lockstep:
+                is_last = self.eval_pieces >= len(batch["input_ids"]) and not kept_weights(self.model)
+                if not is_out_of_memory(error) or is_last or self.in_lockstep:
                     raise
-            if pieces is None:
+            if pieces is None and self._let_go_of_weights():
+                release_cached_memory()
+                self.note(DEQUANTIZED_ANEW)
+            elif pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))
                 release_cached_memory()
                 self.note(f"out of memory: batches of the evaluation are now split into {self.eval_pieces}")

@@ -25,6 +25,7 @@ from qtune.memory.tracing.categories import (
     WORKSPACE,
 )  # fmt: skip
 from qtune.memory.tracing.ledger import LOSS_REGION
+from qtune.model.kept_weights import kept_weights
 from qtune.model.layer_stream import is_streamed, stream_of
 from qtune.model.stored_rows import HostRows, stored_rows
 
@@ -99,6 +100,7 @@ def loaded_tensors(model: torch.nn.Module, *, cuda: bool = False) -> Iterator[tu
     """
     yield from static_tensors(model)
     yield from ((copy, ADAPTER) for copy in adapter_copies(model))
+    yield from ((kept.held, WORKSPACE) for kept in kept_weights(model) if kept.held is not None)
     if (stream := stream_of(model)) is not None:
         yield from _streamed_tensors(stream, cuda=cuda)
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -39,6 +39,7 @@ from qtune.memory.tracing.step import (
     update,
 )
 from qtune.memory.tracing.work import Work, crossing, of_one_micro_batch, place_of, stretched, work_of
+from qtune.model.kept_weights import kept_weights
 from qtune.model.layer_stream import stream_of
 from qtune.startup.allocator import has_expandable_segments
 from qtune.startup.imports import freeze_once, no_collection
@@ -247,6 +248,8 @@ class _Tracer:
         self.trained = trained(model)
         self.groups = parameter_groups(model)
         with self.mode:  # what is made for the model now has no storage either
+            for kept in kept_weights(model):
+                kept.make()
             self.held = list(adoption.loaded_tensors(model, cuda=card is not None))
         self.ledger = self._loaded()
         self.at_rest = _by_category(self.ledger)
