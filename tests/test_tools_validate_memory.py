@@ -118,6 +118,14 @@ def test_gradients_of_earlier_micro_batches_are_alive():
     assert more == pytest.approx(2 * parameters, rel=0.02)
 
 
+def test_what_was_reserved_is_compared_with_the_allocator_and_not_with_tensors():
+    tensors, _ = validate_memory.predict(TINY)
+    reserved, where = validate_memory.predict({**TINY, "measured_quantity": "peak reserved"})
+    assert "allocator" in where
+    assert tensors < reserved
+    assert reserved * 2**9 % 1 == 0, "whole pages of 2 MiB"
+
+
 @pytest.mark.parametrize(
     ("weights", "features", "upcast"),
     [
@@ -158,8 +166,13 @@ def test_types_and_quantities():
     assert [dtype_in(t) for t in ("bfloat16", "bf16", "fp16", "float32 (inferred)", "half", "nf4", None)] == [
         torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float16, None, None,
     ]  # fmt: skip
-    named = ["peak allocated (torch max_memory_allocated)", "allocated after the forward pass", "allocated after step"]
-    assert [quantity_of({"measured_quantity": name}) for name in named] == ["peak", "after forward", "after step"]
+    named = {
+        "peak allocated (torch max_memory_allocated)": "peak",
+        "peak reserved (torch max_memory_reserved minus ~0 at start)": "peak reserved",
+        "allocated after the forward pass": "after forward",
+        "allocated after step": "after step",
+    }
+    assert {name: quantity_of({"measured_quantity": name}) for name in named} == named
     assert measured_gib({"value": 2**30, "unit": "bytes"}) == 1.0
     assert measured_gib({"value": 2048, "unit": "MiB"}) == 2.0
 

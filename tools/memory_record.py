@@ -68,7 +68,7 @@ class CannotBuildError(Exception):
     """Why a record is skipped."""
 
 
-Quantity = Literal["peak", "after forward", "after backward", "after step", "after load"]
+Quantity = Literal["peak", "peak reserved", "after forward", "after backward", "after step", "after load"]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def quantity_of(record: dict[str, Any]) -> Quantity:
     if re.search(r"after (the )?(model )?load|only weights|weights only|model loaded", named):
         return "after load"
     if re.search(r"peak|max", named):
-        return "peak"
+        return "peak reserved" if "reserved" in named else "peak"
     if re.search(r"after (the |a )?((first|optimizer|training|last) )?(step|train)", named):
         return "after step"
     raise CannotBuildError(f"measured quantity {record.get('measured_quantity')!r}")

@@ -1,6 +1,6 @@
 """Compare traced memory with published measurements.
 
-    python tools/validate_memory.py [RECORDS.json | RUN/memory.json] [--json] [--only ID,ID]
+    python tools/validate_memory.py [RECORDS.json | RUN/memory.json] [--json] [--only ID,ID] [--length TOKENS]
 
 Each record is built as that run was: its model, precision, adapter, loss, optimizer and what was measured, with what
 the versions of the libraries it names held in memory. Records that cannot be built are listed with the reason. No
@@ -75,12 +75,15 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
     build = build_of(record)
     with as_in(build.version, build.config, build.attention):
         require_same_parameters(record, build)
-        history = trace(build.config, build.model, build.step).history
+        traced = trace(build.config, build.model, build.step)
+    history = traced.history
     match build.quantity:
         case "after forward":
             moment = history.last()
         case "peak":
             moment = history.peak()
+        case "peak reserved":  # no figure of tensors, but of what the allocator has taken for them
+            return traced.reserved_bytes / GIB, "the allocator, played"
         case "after backward":  # the gradients are there, and nothing of the step any more
             last = max(tick for tick, label in enumerate(history.labels) if label.phase == "backward")
             moment = history.at(last)
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("records", nargs="?", type=Path, default=ROOT / "tools" / "memory_records.json")
     parser.add_argument("--json", action="store_true", help="print a list of results as JSON")
     parser.add_argument("--only", default="", help="comma-separated ids")
+    parser.add_argument("--length", type=int, help="of the longest batch, where a record has only an upper bound of it")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     results = []
@@ -178,6 +182,8 @@ def main() -> None:
             print("\n".join(map(line, results)))
     else:
         for record in read(arguments.records, arguments.only):
+            if arguments.length and not record.get("sequence_length_exact"):
+                record["sequence_length"] = arguments.length
             results.append(compare(record))
             if not arguments.json:
                 print(line(results[-1]), flush=True)
