@@ -463,7 +463,8 @@ def export(
         bool, typer.Option("--verify/--no-verify", help="Compare the written model with the one that was trained.")
     ] = True,
     verify_only: Annotated[
-        Path | None, typer.Option("--verify-only", metavar="DIR", help="Compare a folder that was exported before, as RUN/model.")
+        Path | None,
+        typer.Option("--verify-only", metavar="DIR", help="Compare a folder that was exported before, as RUN/model."),
     ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
