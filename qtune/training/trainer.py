@@ -472,6 +472,7 @@ class QloraTrainer(SFTTrainer):
                     raise
             if pieces is None and self._let_go_of_weights():
                 release_cached_memory()
+                self.meter.tries_evaluation_again()
                 self.note(DEQUANTIZED_ANEW)
             elif pieces is None:
                 self.eval_pieces = min(2 * self.eval_pieces, len(batch["input_ids"]))

@@ -97,6 +97,11 @@ class CountedSteps:
         if self._ledger is None and (begins_step or phase == "eval") and self._wanted(phase, batch):
             self._open(phase)
 
+    def again(self, phase: Phase) -> None:
+        """A batch that did not fit is tried again: the ledger runs over it once more."""
+        if self.names_tensors:
+            self._first[phase] += 1
+
     def saw(self, batch: SeenBatch) -> None:
         """A micro-batch of the step that is counted."""
         self._batch = batch.joined(self._batch)

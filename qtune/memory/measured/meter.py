@@ -122,6 +122,10 @@ class Meter:
         if seen is not None and seen.positions == self.batch.positions:
             seen.scored = max(count, seen.scored or 0)
 
+    def tries_evaluation_again(self) -> None:
+        """A batch of the evaluation that did not fit comes once more, as it is."""
+        self._counted.again("eval")
+
     def failure(self, error: BaseException) -> Failure:
         """What is known now that memory has run out; to be asked while the tensors of the failed step are alive."""
         phase = self.phase or "load"
