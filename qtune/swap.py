@@ -219,7 +219,7 @@ def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool, weight
     gone = ["columns", "format", *(["validation", "validation_seed"] if has_held_out else [])]
     text = rewritten(text_for(resolved, files.recipe), {("data", key): None for key in gone}, "")
     changes: dict[KeyPath, Any] = {("data", "train"): train}
-    text = rewritten(text, changes, f"made by qtune swap of the rows of {resolved.file.name}", replaced=changes)
+    text = rewritten(text, changes, f"made by qtune swap, of the rows of {resolved.file.name}", replaced=changes)
     if has_held_out:
         changes = {("data", "validation"): files.held_out.name}
         text = rewritten(text, changes, "those that were set aside of them; nothing is made of these")

@@ -219,7 +219,7 @@ def test_no_comment_in_the_new_recipe_speaks_of_what_is_no_longer_so(
     assert "the share of the training rows to set aside" in old
     assert "set aside (" not in new
     (train,) = (line for line in new.splitlines() if line.startswith("train ="))
-    assert train.endswith(" # made by qtune swap of the rows of my own.toml")
+    assert train.endswith(" # made by qtune swap, of the rows of my own.toml")
     (validation,) = (line for line in new.splitlines() if line.startswith("validation ="))
     assert validation.endswith(" # those that were set aside of them; nothing is made of these")
 

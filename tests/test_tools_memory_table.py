@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,18 +57,27 @@ def linear_need(model: tuple, length: int) -> Need:
 
 def test_under_each_card_stands_the_longest_row_that_fits_it(tool: ModuleType, monkeypatch) -> None:
     monkeypatch.setattr(tool, "need_of", linear_need)
-    name, sizes, *longest = tool.row(("a model",))
+    monkeypatch.setattr(tool, "time_of", lambda model: "0.25 s")
+    name, sizes, time, *longest = tool.row(("a model",))
     need = linear_need((), tool.SHOWN)
-    assert (name, sizes) == ("a model", f"2.50 + {need.driver_bytes / GIB:.2f} GiB")
+    assert (name, sizes, time) == ("a model", f"2.50 + {need.driver_bytes / GIB:.2f} GiB", "0.25 s")
     for gb, told in zip(tool.CARDS, longest, strict=True):
         fitting = [length for length in tool.LENGTHS if linear_need((), length).fits(gb * GIB)]
         assert told == f"{fitting[-1]:,}"
     monkeypatch.setattr(tool, "need_of", lambda model, length: Need(90 * GIB, 0))
-    assert tool.row(("a model",))[2:] == ["–"] * len(tool.CARDS)
+    assert tool.row(("a model",))[2:] == ["–"] * (1 + len(tool.CARDS)), "no time on a card that does not hold it"
+
+
+def test_the_time_of_a_row_is_the_longer_of_the_cards_and_the_processors(tool: ModuleType) -> None:
+    tiny = ("tiny", "llama", 64, 2, 4, 2, 16, 128, 512, True)
+    assert re.fullmatch(r"0\.\d\d s\*", tool.time_of(tiny)), "kernels of nothing: the processor is the limit"
+    wide = ("wide", "llama", 8192, 1, 64, 8, 128, 28672, 512, True)
+    assert re.fullmatch(r"\d\.\d\d s", tool.time_of(wide))
 
 
 def test_the_table_replaces_what_stands_between_the_marks_and_nothing_else(tool, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tool, "need_of", linear_need)
+    monkeypatch.setattr(tool, "time_of", lambda model: "0.25 s")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["memory_table.py", "--write", str(readme)])
@@ -87,7 +97,10 @@ def test_a_file_without_the_marks_is_left_alone_and_says_what_is_missing(tool, m
     assert readme.read_text(encoding="utf-8") == "nothing"
 
 
-@pytest.mark.parametrize(("name", "page"), [("memory table", "README.md"), ("time table", "docs/time.md")])
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("memory table", "README.md"), ("time table", "docs/time.md"), ("step table", "docs/time.md")],
+)
 def test_each_table_has_its_marks_in_one_page(name: str, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count(f"<!-- {name}: begin -->") == text.count(f"<!-- {name}: end -->") == 1

@@ -278,7 +278,7 @@ def test_where_hardly_any_row_is_new_it_cannot_be_told_what_was_learned(tmp_path
     verdict = learned_against_base(found, "run")
     assert (verdict.standing, verdict.answer) == ("unsure", "Cannot be told")
     assert verdict.sentence.startswith(f"{told}, and what training saw says nothing of new rows; on {2 + unseen} held-")
-    assert verdict.command == "qtune eval run --data FILE asks rows that were not trained on"
+    assert verdict.command == "qtune eval run --data FILE  # rows that were not trained on"
     show(found)
     assert told in capsys.readouterr().out
 

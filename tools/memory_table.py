@@ -2,9 +2,10 @@
 
 Every figure is the traced peak of one QLoRA step (NF4, double quantization, LoRA rank 16 on all linear layers, the lean
 step with every layer computed twice, one row, every token scored) plus the allowance of qtune/memory/allowance.py;
-under each card stands the longest row of a doubling series that still fits it. Sizes of the models are those of their
-published config.json, written down here so that nothing is downloaded. What was traced before comes from the cache of
-predictions.
+under each card stands the longest row of a doubling series that still fits it. The time of the step is that of a named
+card, by its data sheet: the larger of what its kernels and what the processor's launches take. Sizes of the models are
+those of their published config.json, written down here so that nothing is downloaded. What was traced before comes from
+the cache of predictions.
 """
 
 import importlib.metadata
@@ -21,20 +22,24 @@ from readme_table import print_or_write  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from qtune.device.cards import described  # noqa: E402
+from qtune.device.cards import card_named, described  # noqa: E402
+from qtune.device.rates import data_sheet_rates  # noqa: E402
 from qtune.memory.allowance import Need  # noqa: E402
-from qtune.memory.cached import LIBRARIES, predicted  # noqa: E402
+from qtune.memory.cached import LIBRARIES, predicted, traced_work  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
 from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
+from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
 
 GIB = 2**30
 SHOWN = 2048
 """Tokens of the row whose bytes are shown."""
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CARDS = (6, 8, 12, 16, 24, 48, 80)
+TIMED = "RTX 4090"
+"""The card whose time is shown, of models of which it holds the shown row."""
 
 # (name, model type, hidden, layers, heads, key-value heads, head size, intermediate, vocabulary, tied embeddings)
 MODELS = (
@@ -84,8 +89,17 @@ def need_of(model: tuple[Any, ...], length: int) -> Need:
     return found.need
 
 
+def time_of(model: tuple[Any, ...]) -> str:
+    """ "0.83 s": forward, backward and update with the shown row; a star where the card waits for the processor."""
+    card, recipe = card_named(TIMED), recipe_of(SHOWN)
+    work = training_part(traced_work(config_of(model), recipe, make_plan(recipe, card.device()), Longest(SHOWN)))
+    rates = data_sheet_rates(card)
+    found = duration(cost_by(work, rates, lambda place, kernel: kernel.kind).values(), rates)
+    return f"{found.seconds:.2f} s{'*' if found.waits_for_processor else ''}"
+
+
 def row(model: tuple[Any, ...]) -> list[str]:
-    """The model's name, its need at SHOWN tokens, and under each card the longest of LENGTHS that fits."""
+    """The model's name, its need and time at SHOWN tokens, and under each card the longest of LENGTHS that fits."""
     needs = {SHOWN: need_of(model, SHOWN)}
 
     def needed(length: int) -> Need:
@@ -102,11 +116,12 @@ def row(model: tuple[Any, ...]) -> list[str]:
 
     shown = needs[SHOWN]
     sizes = f"{shown.traced_bytes / GIB:.2f} + {shown.driver_bytes / GIB:.2f} GiB"
-    return [model[0], sizes, *(longest(gb) for gb in CARDS)]
+    time = time_of(model) if shown.fits(card_named(TIMED).device().free_bytes) else "–"
+    return [model[0], sizes, time, *(longest(gb) for gb in CARDS)]
 
 
 def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
-    heads = ["model", f"{SHOWN:,} tokens: traced + allowance", *(f"{gb} GB" for gb in CARDS)]
+    heads = ["model", f"{SHOWN:,} tokens: traced + allowance", f"time, {TIMED}", *(f"{gb} GB" for gb in CARDS)]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += [f"| {' | '.join(row(model))} |" for model in models]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
@@ -115,6 +130,7 @@ def table(models: tuple[tuple[Any, ...], ...] = MODELS) -> str:
         "",
         f"Under each card the longest row, of {series} tokens, that surely fits it; – if none does.",
         "In brackets a longer one where it is too close to say: it fits if the allocator can close every gap.",
+        f"Time: a step of one such row on an {TIMED}, by its data sheet; * the processor, launching, is the limit.",
         f"Traced by `tools/memory_table.py` without a GPU; {versions}.",
     ]
     return "\n".join(lines)

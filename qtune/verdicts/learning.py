@@ -67,8 +67,8 @@ def learned_against_base(evaluation: Evaluation, run: str) -> Verdict:
 def _unseen_rows(evaluation: Evaluation, run: str) -> str:
     """The command that asks rows which training has not seen."""
     if evaluation.rows_held_out > evaluation.rows:
-        return f"qtune eval {run} --rows {evaluation.rows_held_out} asks all that were held out"
-    return f"qtune eval {run} --data FILE asks rows that were not trained on"
+        return f"qtune eval {run} --rows {evaluation.rows_held_out}  # all that were held out"
+    return f"qtune eval {run} --data FILE  # rows that were not trained on"
 
 
 def _few(evaluation: Evaluation, run: str) -> tuple[str, str | None]:
