@@ -407,6 +407,7 @@ def test_the_profile_of_a_run_ends_with_its_report(tiny_model: Path, monkeypatch
     report = first_report(failure, recipe, make_plan(recipe, CPU), RunDir(Path("runs/x")), None, None).to_json()
     measured = {"device": "cpu", "method": "by hand", "phases": {}, "static": {}, "peak_bytes": 0}
     monkeypatch.setattr(RunDir, "open", lambda path: RunDir(path))
+    monkeypatch.setattr("qtune.run.memory.measured_memory", lambda run_dir: measured)
     monkeypatch.setattr(profile, "trace_run", lambda run_dir, **_: profile.Measured(measured, None, [], [], report))
     shown = CliRunner().invoke(cli.app, ["profile", str(tiny_model)])
     assert shown.exit_code == 0, shown.exception

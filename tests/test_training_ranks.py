@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import ROWS, qtune_process
 from ranks import SECONDS, Started, launch, meeting_place, start, start_several, who
@@ -107,14 +108,21 @@ def done(started: Sequence[Started]) -> Sequence[Started]:
     return started
 
 
-def require_same_run(one: Path, other: Path) -> None:
-    """The same steps and evaluations with the same figures, and the same adapter."""
+def mean_difference(one: Path, other: Path) -> float:
+    """The mean difference of a number of the trained states of two runs."""
+    first, second = trained(one), trained(other)
+    found = torch.cat([(first[name] - second[name]).abs().flatten().double() for name in first])
+    return float(found.mean())
+
+
+def require_same_run(one: Path, other: Path, most: float = 1e-6) -> None:
+    """The same steps and evaluations with the same figures, and the same adapter. most: of any number of it."""
     for kind in ("train", "eval"):
         first, second = records(one, kind), records(other, kind)
         assert [line["step"] for line in first] == [line["step"] for line in second]
         for key in ("loss", "accuracy"):
             assert [line[key] for line in second] == pytest.approx([line[key] for line in first], abs=1e-6)
-    assert furthest(one, other) <= 1e-6
+    assert furthest(one, other) <= most
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +248,10 @@ def test_memory_that_runs_out_in_one_process_changes_nothing(run_of_one: Callabl
     said = "process 1 of 2, counted from 0: out of memory: micro-batches are now split into 2; the batch stays the same"
     assert said in second.messages
     assert "batches of the evaluation are now split into" in first.messages
-    require_same_run(alone, folder / "runs" / "short")
+    # Products of other rows at once add in another order, and Adam's first steps enlarge that where a gradient is
+    # hardly more than rounding (NOTES.md): single numbers by 1.4e-6 on a processor with AVX2, 1.1e-9 on average.
+    require_same_run(alone, folder / "runs" / "short", most=1e-5)
+    assert mean_difference(alone, folder / "runs" / "short") <= 1e-8
 
 
 def reaches_a_step(run: Path, is_running: Callable[[], bool], *, saved: bool = False) -> None:
