@@ -211,7 +211,8 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
     tile = 50 if plan.embeddings == "host" and plan.loss_tile_bytes == 64 * MIB else 0
     embeddings = {"host": 0, "int8": 160}.get(plan.embeddings, 300)
     traced = int((1000 + embeddings + plan.micro_batch_size * row + moments + tile) * MIB)
-    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[], layers=2)
+    waiting = 300 * MIB if plan.embeddings == "host" else 0
+    return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[], layers=2, host_bytes=waiting)
 
 
 @pytest.fixture
@@ -280,10 +281,30 @@ def test_a_lever_that_another_one_hides_is_tried_again() -> None:
     found = fitted(1120, memory={"embeddings": "device"})
     assert [(what, verdict) for what, _, verdict in tried(found)][-4:] == [
         ('memory.embeddings = "host"', "kept"),
-        ('memory.activations = "host"', "kept"),
+        ('memory.activations = "host"', "not needed"),  # the tiles alone are enough
         ('training.optimizer = "paged-adamw-8bit"', "saves nothing"),
         ('memory.loss_tile = "16MiB"', "kept"),
     ]
+
+
+def test_what_a_later_lever_has_made_needless_is_given_back(monkeypatch) -> None:
+    def with_layers_away(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> SimpleNamespace:
+        found = head_sum(config, recipe, plan, longest)
+        away = 900 * MIB if plan.layers == "host" else 0
+        traced = found.need.traced_bytes - away
+        return SimpleNamespace(need=Need(traced, traced, context_bytes=DRIVER), work=[], layers=2, host_bytes=0)
+
+    for place in ("fit", "budget"):
+        monkeypatch.setattr(f"qtune.memory.{place}.predicted", with_layers_away)
+    found = fitted(600, training={"batch_size": 1, "micro_batch_size": 1, "gradient_checkpointing": False})
+    pulled = {what for what, _, verdict in tried(found) if verdict == "kept"}
+    given_back = {what for what, _, verdict in tried(found) if verdict == "not needed"}
+    # 100 of weights, 300 of embeddings, 400 of a row and 80 of moments: with the layers away checkpointing is enough.
+    assert found.changes == {("memory", "layers"): "host", ("training", "gradient_checkpointing"): True}
+    own = 'memory.embeddings = "host"'  # what a run would have tried by itself, before
+    assert pulled == {own, 'memory.layers = "host"', "training.gradient_checkpointing = true"}
+    assert {'training.optimizer = "adamw-8bit"', 'memory.activations = "host"'} & given_back
+    assert found.need.traced_bytes == 580 * MIB
 
 
 @pytest.mark.usefixtures("by_head")
@@ -445,6 +466,13 @@ def test_sources_with_tables_of_their_own_stay_on_their_line(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("by_head")
+def test_the_screen_says_what_a_fit_takes_of_the_computers_own_memory() -> None:
+    told = "what waits in the computer's own memory takes 0.29 GiB of it"
+    assert told in screen(fitted(1120, memory={"embeddings": "host"}))
+    assert told.partition(" takes")[0] not in screen(fitted(9000))
+
+
+@pytest.mark.usefixtures("by_head")
 def test_the_screen_shows_every_step_with_its_price() -> None:
     assert (
         screen(fitted(1060))
@@ -474,12 +502,13 @@ training.optimizer =                   1.60 GiB  1.60 GiB  saves nothing  left a
 does not fit 1.57 GiB; with all that saves, the smallest budget that would surely do is 1.60 GiB
 shorter rows need less: --allow length"""
     )
-    assert screen(fitted(1480)).splitlines()[-3:] == [
+    assert screen(fitted(1480)).splitlines()[-4:] == [
         "fits 1.98 GiB with 1.83 GiB, 2 rows at once: training.gradient_checkpointing = true",
         "qtune run settles by itself, as far as there is room:",
         '  memory.embeddings = "host"  # embeddings and head wait in the computer\'s memory',
+        "what waits in the computer's own memory takes 0.29 GiB of it",
     ]
-    assert screen(fitted(1600, training=AUTO)).splitlines()[-4:] == [
+    assert screen(fitted(1600, training=AUTO)).splitlines()[-5:-1] == [
         "fits 2.09 GiB as it is",
         "qtune run settles by itself, as far as there is room:",
         "  training.micro_batch_size = 1  # 1 row of a step at once",

@@ -113,7 +113,8 @@ class Trial:
     before: Need
     need: Need
     """After the change."""
-    verdict: Literal["kept", "saves nothing", "not possible"] = "kept"
+    verdict: Literal["kept", "saves nothing", "not possible", "not needed"] = "kept"
+    """"not needed": it saves, and what came after it is enough without it."""
     pace: float | None = None
     """Seconds of a step after the change over those before it; None where the card's rates are not known."""
 
@@ -180,6 +181,11 @@ class Settled:
         """What the step needs."""
         return self.prediction.need
 
+    @property
+    def host_bytes(self) -> int:
+        """What waits in the computer's memory."""
+        return self.prediction.host_bytes
+
 
 def settle(
     search: Search, recipe: Recipe, levers: Sequence[Lever], sizes: Sequence[int], last: Sequence[Lever] = ()
@@ -187,7 +193,7 @@ def settle(
     """Pulls `levers` one after the other until a step of the smallest micro-batch is enough; then the largest that is.
 
     A lever that saves nothing is left out again; it may save once another one has taken away what hid it, so it is
-    tried again then.
+    tried again then. What a later one has made needless is given back, most harm first.
 
     sizes: the micro-batches that may be chosen, ascending. last: levers that come after all others.
 
@@ -213,6 +219,14 @@ def settle(
                 pulled, prediction, more_was_kept = together, after, True
             elif trial.verdict == "saves nothing":
                 pending.append(lever)
+    if search.is_enough(prediction):
+        for lever in reversed(pulled[:-1]):
+            rest = [other for other in pulled if other is not lever]
+            candidate = changed(recipe, {other.key: other.value for other in rest})
+            _, without = _tried(search, candidate, sizes[0], rest, prediction)
+            if without is not None and search.is_enough(without):
+                pulled, prediction = rest, without
+                trials = [replace(one, verdict="not needed") if one.what == lever.words else one for one in trials]
     changes = {lever.key: lever.value for lever in pulled}
     recipe, rows = changed(recipe, changes) if changes else recipe, sizes[0]
     if search.is_enough(prediction):

@@ -73,6 +73,8 @@ class Fitted:
     """Recipe keys and their new values; nothing that `qtune run` settles by itself."""
     left: dict[KeyPath, Any] = field(default_factory=dict)
     """What the recipe leaves open, and what `qtune run` will choose."""
+    host_bytes: int = 0
+    """What waits in the computer's memory of the recipe as it ended."""
 
     @property
     def longest(self) -> Longest:
@@ -106,7 +108,9 @@ def fit(
     search = Search(config, device, rows.longest, budget, tell=tell)
     asked, plan = as_run(search, recipe)
     if asked.is_enough:
-        return Fitted(plan, rows, budget, asked, asked.need, list(asked.trials), left=_left(recipe, plan))
+        return Fitted(
+            plan, rows, budget, asked, asked.need, list(asked.trials), {}, _left(recipe, plan), asked.host_bytes
+        )
     trials = list(asked.trials)
     if asked.rows > 1:
         price = f"{recipe.training.batch_size} micro-batches make a step: the same gradient, a little slower"
@@ -132,7 +136,8 @@ def fit(
         if final.is_enough:
             changes[MICRO_BATCH] = plan.micro_batch_size
     need = final.need if final.is_enough else min((final.need, pulled.need), key=lambda one: one.total_bytes)
-    return Fitted(plan, rows, budget, asked, need, trials, changes, _left(recipe, plan) if final.is_enough else {})
+    left = _left(recipe, plan) if final.is_enough else {}
+    return Fitted(plan, rows, budget, asked, need, trials, changes, left, final.host_bytes)
 
 
 def _left(recipe: Recipe, plan: Plan) -> dict[KeyPath, Any]:

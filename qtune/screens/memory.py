@@ -352,6 +352,8 @@ def draw_fit(fitted: "Fitted", recipe: "Recipe", *, length_is_allowed: bool) -> 
     if fitted.left and fitted.fits:
         own = lines_of(fitted.left, plan, asked.prediction.layers)
         ended += "\n".join(["\nqtune run settles by itself, as far as there is room:", *own])
+    if fitted.host_bytes and fitted.fits:
+        ended += f"\nwhat waits in the computer's own memory takes {size_text(fitted.host_bytes)} of it"
     return Group(*parts, Text(""), Text(ended, style="bold"))
 
 
