@@ -519,12 +519,15 @@ def export(
         )
     _load_libraries()
     from qtune.export import export as stage
+    from qtune.report.page import renewed_reports
     from qtune.screens import export as screen
 
     if trust:
         _agree(opened)
     if verify_only is not None:
-        console.out(f"{stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))}")
+        with renewed_reports(opened):
+            folder = stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))
+        console.out(f"{folder}")
         return
     options = stage.Options(
         output=output,
@@ -539,7 +542,9 @@ def export(
         accepted=tuple(accept_drift or ()),
         given=given,
     )
-    console.out(f"{stage.export_run(opened, options, screen.show)}")
+    with renewed_reports(opened):
+        folder = stage.export_run(opened, options, screen.show)
+    console.out(f"{folder}")
 
 
 def _given(context: typer.Context) -> frozenset[str]:
@@ -604,14 +609,16 @@ def evaluate(
     if tasks is not None:
         _evaluate_tasks(run_dir, tasks, fewshot, limit, as_json=as_json, accepted=tuple(accept_drift or ()))
         return
+    from qtune.report.page import renewed_reports
     from qtune.screens import evaluation as evaluation_screen
     from qtune.screens import verdicts as verdicts_screen
     from qtune.tuned import evaluate as stage
     from qtune.verdicts.learning import learned_against_base
 
-    evaluation = stage.evaluate(
-        run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
-    )
+    with renewed_reports(run_dir):
+        evaluation = stage.evaluate(
+            run_dir, rows=rows, data_file=data, max_new_tokens=max_new_tokens, accepted=tuple(accept_drift or ())
+        )
     if "--rows" in given and rows > evaluation.rows_held_out:
         console.say(
             f"--rows {rows}: there are {evaluation.rows_held_out:,} {evaluation.source}; all of them were asked"
@@ -643,13 +650,15 @@ def _evaluate_tasks(
 ) -> None:
     """Base against tuned on benchmarks, in one table."""
     from qtune.records import plain
+    from qtune.report.page import renewed_reports
     from qtune.screens import tasks as screen
     from qtune.tuned import tasks as stage
 
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
         raise typer.BadParameter("--tasks names no task")
-    found = stage.evaluate_tasks(run_dir, listed, fewshot=fewshot, limit=limit, accepted=accepted)
+    with renewed_reports(run_dir):
+        found = stage.evaluate_tasks(run_dir, listed, fewshot=fewshot, limit=limit, accepted=accepted)
     if as_json:
         console.out_json(plain(found))
     else:
@@ -700,9 +709,11 @@ def compare(
     from qtune.comparing.runs import compared_runs
     from qtune.comparing.table import compare as compared
     from qtune.report.comparison import write_comparison
+    from qtune.report.page import renewed_reports
     from qtune.screens import comparison as comparison_screen
 
-    runs = compared_runs(targets, rows=rows, data_file=data, accepted=tuple(accept_drift or ()))
+    with renewed_reports(*opened):
+        runs = compared_runs(targets, rows=rows, data_file=data, accepted=tuple(accept_drift or ()))
     found = compared(runs)
     if as_json:
         console.out_json(found.to_json())
@@ -879,8 +890,9 @@ def report(
 ) -> None:
     """Draw a run as one HTML page: curves, memory, rows with the trained tokens marked, answers, origins of values.
 
-    The page needs neither network nor scripts. It is written to RUN/report.html; ask again for newer figures. What is
-    traced (the predicted step, what other ways of training would take, what each technique saves) is kept in the run.
+    The page needs neither network nor scripts. It is written to RUN/report.html; while the run trains, ask again for
+    newer figures. The run's end, eval, compare, export and profile write it anew by themselves. What is traced (the
+    predicted step, what other ways of training would take, what each technique saves) is kept in the run.
     """
     from qtune.run.folder import RunDir
 
@@ -1015,7 +1027,7 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
 
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
-    from qtune.report.page import attempt_report
+    from qtune.report.page import renewed_reports
     from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.memory import draw_measured
@@ -1023,7 +1035,7 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
     from qtune.verdicts.memory import fits
 
     _say_drifts(run_dir)
-    with console.progress("tracing") as bar:
+    with renewed_reports(run_dir), console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
     verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
     summary = summary_of(run_dir)
@@ -1031,8 +1043,6 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
-    if run_dir.report.is_file():
-        attempt_report(run_dir)
     return str(run_dir.path), measured.prediction
 
 

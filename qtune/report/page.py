@@ -2,12 +2,14 @@
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from qtune import console
 from qtune.disk import told
 from qtune.errors import InputError, QtuneError, RunError, WorkError, first_line
+from qtune.export.verification import VERIFICATION
 from qtune.report import results, sections
 from qtune.report.answers import answers
 from qtune.report.html import Html, element, joined
@@ -63,6 +65,28 @@ def attempt_report(run_dir: RunDir) -> None:
         log.debug("the report could not be written", exc_info=True)
         again = ["qtune", "report", str(run_dir.path)]
         console.say(f"the report was not written ({first_line(error)}); try again with: {shlex.join(again)}")
+
+
+@contextmanager
+def renewed_reports(*run_dirs: RunDir) -> Iterator[None]:
+    """What the block adds to the records of runs stands on their pages as well, where they have one; also what a block
+    that fails has added before, as an export that is kept unproven. A page that cannot be written is said."""
+    try:
+        yield
+    finally:
+        for run_dir in run_dirs:
+            if run_dir.report.is_file() and _is_behind(run_dir):
+                attempt_report(run_dir)
+
+
+def _is_behind(run_dir: RunDir) -> bool:
+    """Whether a record of the run is newer than its page."""
+    records = [*run_dir.path.glob("*.json*"), *run_dir.path.glob(f"*/{VERIFICATION}")]
+    try:
+        page_written = run_dir.report.stat().st_mtime_ns
+        return any(record.stat().st_mtime_ns >= page_written for record in records)
+    except OSError:  # one is gone meanwhile
+        return True
 
 
 def write_report(run_dir: RunDir) -> Path:
