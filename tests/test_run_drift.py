@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qtune.errors import ModelError, RunError
 from qtune.export.export import Options, export_run
+from qtune.export.verification import read_proof
 from qtune.model.contents import SMALL_BYTES, Contents, WeightFile, checksums_of, contents_of
 from qtune.model.load import load_tokenizer
 from qtune.preflight import examine
@@ -27,7 +28,8 @@ from qtune.training import train
 from qtune.training.proof import prove
 from qtune.training.trainer import QloraTrainer
 from qtune.tuned.chat import open_session
-from qtune.tuned.evaluate import evaluate
+from qtune.tuned.evaluate import asked_rows, evaluate
+from qtune.tuned.load import load_untuned
 
 RECIPE = """\
 [model]
@@ -285,6 +287,44 @@ def test_training_rows_that_were_edited_are_another_run(world: World) -> None:
     text = said(lambda: train.resume(world.stopped))
     assert "rows: the training rows are not those that the run began with (blake2b " in text
     assert "--accept-drift rows" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["rows.jsonl", "validation.jsonl"])
+def test_edited_rows_stop_those_who_train_on_them_or_ask_them_and_nobody_else(file: str, world: World) -> None:
+    (world.home / file).write_text(rows_text([*ROWS[:5], ROWS[20]]))
+    (world.home / "others.jsonl").write_text(rows_text(ROWS[8:12]))
+    stopped: list[Callable[[], object]] = [lambda: train.resume(world.stopped), lambda: prove(world.finished)]
+    if file == "validation.jsonl":
+        stopped.append(lambda: asked_rows(world.finished, rows=4))
+    else:
+        assert asked_rows(world.finished, rows=4)
+    for verb in stopped:
+        assert "--accept-drift rows" in said(verb)
+    assert asked_rows(world.finished, rows=4, data_file=world.home / "others.jsonl")
+    assert load_untuned(world.finished)  # as benchmarks and what was forgotten are measured
+    assert open_session(str(world.finished.path))
+    proof = read_proof(export_run(world.finished, Options()))
+    assert proof.verified, "both models are asked what is here now"
+
+
+@pytest.mark.slow
+def test_rows_of_which_a_share_is_asked_are_the_training_file_s(world: World) -> None:
+    changes = ["output.name=share", "data.validation=0.25", "training.steps=1"]
+    run = train.run(load_recipe(world.home / "recipe.toml", changes))
+    assert asked_rows(run, rows=4)
+    (world.home / "rows.jsonl").write_text(rows_text([*ROWS[:15], ROWS[20]]))
+    text = said(lambda: asked_rows(run, rows=4))
+    assert f"rows: {world.home / 'rows.jsonl'} has other rows (blake2b " in text
+
+
+def test_whoever_starts_from_a_run_asks_for_its_base_alone(world: World) -> None:
+    other_versions(world)
+    device_of_another_kind(world)
+    edit_recipe("alpha = 32", "alpha = 33")(world)
+    (world.home / "rows.jsonl").write_text(rows_text(ROWS[:12]))
+    changes = [f"adapter.start_from={world.finished.path}", "output.name=further", "adapter.alpha=33"]
+    examine(load_recipe(world.home / "recipe.toml", changes)).require()
 
 
 @pytest.mark.slow
