@@ -23,7 +23,8 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A name beside `path` under which a file or folder is made; it becomes `path` when the block ends well.
 
     What was there before is replaced, and seen unchanged until then. When the block fails, nothing of the new is left.
-    A process that is killed leaves `.NAME.partial-PID-…` behind, which `clear_leftovers` removes.
+    A process that is killed leaves `.NAME.partial-PID-…` behind, which `clear_leftovers` and `clear_all_leftovers`
+    remove.
 
     keep_existing: a `path` that another process has finished meanwhile stays, for it is equal.
     """
@@ -71,8 +72,18 @@ def sync_folder(folder: Path) -> None:
 
 def clear_leftovers(path: Path) -> None:
     """Removes what killed processes have left of `path`; those that still run keep theirs."""
-    pattern = re.compile(re.escape(f".{path.name}.partial-") + r"([0-9]{1,9})-[0-9a-f]+(-old)?")
-    for leftover in path.parent.iterdir():
+    _clear(path.parent, re.escape(path.name))
+
+
+def clear_all_leftovers(folder: Path) -> None:
+    """As `clear_leftovers`, of everything that was to be in a folder. Where none can be listed none is removed."""
+    with suppress(OSError):
+        _clear(folder, ".+")
+
+
+def _clear(folder: Path, name: str) -> None:
+    pattern = re.compile(rf"\.{name}\.partial-([0-9]{{1,9}})-[0-9a-f]+(-old)?")
+    for leftover in folder.iterdir():
         found = pattern.fullmatch(leftover.name)
         if found is not None and not _is_alive(int(found[1])):
             with suppress(OSError):

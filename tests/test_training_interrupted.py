@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 import shlex
 import shutil
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from qtune.training import build, callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
 from qtune.training.callbacks import Metrics, OptimizerPhase, after_divergence
 from qtune.training.checkpoints import remove_incomplete_checkpoints
+from qtune.training.trainer import QloraTrainer
 
 STEPS = "batch_size = 2\nlearning_rate = 1e-2\nkeep_checkpoints = 9\n"
 
@@ -126,6 +128,68 @@ def test_a_save_that_was_killed_before_its_manifest_is_removed_and_a_lost_manife
     assert not list(stopped.checkpoints.rglob(".*"))
 
 
+DEAD, ALIVE = 999_999_999, os.getpid()
+
+
+def leave(run_dir: RunDir) -> tuple[set[Path], set[Path]]:
+    """What killed processes leave of an adapter, a record and a kept state; and what is to stay beside it."""
+    (run_dir.checkpoints / "best-1").mkdir(parents=True, exist_ok=True)
+    half = run_dir.path / f".adapter.partial-{DEAD}-2a5811"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_text("half")
+    left = {
+        half,
+        run_dir.path / f".lock.json.partial-{DEAD}-d8ccc9",
+        run_dir.checkpoints / "best-1" / f".{STATE_FILE}.partial-{DEAD}-000000",
+    }
+    stays = {
+        run_dir.path / f".report.html.partial-{ALIVE}-d8ccc9",
+        run_dir.path / ".notes.partial-mine",
+        run_dir.path.parent / f".other.partial-{DEAD}-d8ccc9",
+    }
+    for file in (left | stays) - {half}:
+        file.write_text("half")
+    return left, stays
+
+
+def test_who_resumes_clears_what_killed_processes_have_left_in_the_folder_and_only_that(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = QloraTrainer.compute_loss
+
+    def compute_loss(self: QloraTrainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == 1:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    recipe = write_recipe(training=f"{STEPS}steps = 2\ncheckpoint_every = 1")
+    monkeypatch.setattr(QloraTrainer, "compute_loss", compute_loss)
+    with pytest.raises(Killed):
+        run(recipe)
+    stopped = latest_run(recipe)
+    left, stays = leave(stopped)
+    with pytest.raises(Killed):  # it is cleared at once, not at the end
+        train.resume(stopped)
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in stays)
+
+
+def test_the_end_of_a_run_clears_what_killed_processes_have_left_meanwhile(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, marks = train.make_trainer, list[tuple[set[Path], set[Path]]]()
+
+    def make_trainer(inputs: object, run_dir: RunDir, *args: object, **kwargs: object) -> object:
+        marks.append(leave(run_dir))
+        return original(inputs, run_dir, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "make_trainer", make_trainer)
+    run(write_recipe(training=f"{STEPS}steps = 1"))
+    ((left, stays),) = marks
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in stays)
+
+
 @pytest.mark.slow
 def test_a_repair_that_was_stopped_is_not_done(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = run(write_recipe(training=f"{STEPS}steps = 4\ncheckpoint_every = 1"))
@@ -171,7 +235,10 @@ def test_memory_that_ran_out_on_a_full_disk_is_reported(
     monkeypatch.setattr(ran_out, "with_offers", lambda *_: report)
     monkeypatch.setattr(ran_out, "longest_of", lambda *_: None)
     monkeypatch.setattr(ran_out.console, "progress", quiet)
-    recipe, plan = SimpleNamespace(data=None), SimpleNamespace(device=SimpleNamespace(kind="cpu"))
+    recipe, plan = (
+        SimpleNamespace(data=None),
+        SimpleNamespace(device=SimpleNamespace(kind="cpu"), keep_dequantized=False),
+    )
     inputs = SimpleNamespace(recipe=recipe, plan=plan, prepared=None)
     assert ran_out.explained(Failure.__new__(Failure), inputs, RunDir(tmp_path)) is report  # type: ignore[arg-type]
     assert "memory.json was not written: No space left on device" in capsys.readouterr().err

@@ -183,6 +183,12 @@ class RunDir:
         if not self.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 
+    def clear_leftovers(self) -> None:
+        """Removes what killed processes have left of files that they wrote: for whoever has the folder (`run.owner`),
+        for a process of another computer would be taken for a dead one."""
+        for folder in (self.path, self.checkpoints, *self.checkpoints.glob("*/")):
+            whole.clear_all_leftovers(folder)
+
     def write_text(self, file: Path, text: str) -> None:
         """Writes a file of the run whole or not at all.
 

@@ -181,6 +181,7 @@ def _resume(
     with owned(run_dir):
         with ending_together(ranks), told(TrainingError, lambda: _way_on(run_dir)):
             remove_incomplete_checkpoints(run_dir.checkpoints)
+            run_dir.clear_leftovers()
             checkpoint = newest_whole(run_dir.checkpoints)
             step = step_of(checkpoint) if checkpoint else 0
             if checkpoint is not None:
@@ -375,3 +376,4 @@ def _save(model: PeftModel, inputs: Inputs, run_dir: RunDir, initial: Path | Non
         inputs.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(adapter_card(inputs, run_dir.name), encoding="utf-8")
         seal(partial, records=records_then(run_dir.metrics_file), by=saved_by(run_dir.path))
+    run_dir.clear_leftovers()
