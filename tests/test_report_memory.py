@@ -185,6 +185,7 @@ def a_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunDir:
     recipe.write_text(
         f'[model]\nbase = "{tiny_model}"\n[quantization]\nminimum_share = 0.0\n[data]\ntrain = "rows.jsonl"\n'
         "max_length = 128\nvalidation = 0.2\n[training]\nsteps = 2\nbatch_size = 2\nmicro_batch_size = 2\n"
+        "[memory]\nkeep_dequantized = false\n"  # "auto" asks how much memory is free
         f'[output]\ndirectory = "{folder / "runs"}"\n'
     )
     return train.run(load_recipe(recipe))
