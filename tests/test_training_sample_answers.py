@@ -171,16 +171,18 @@ def test_the_time_of_all_answers_is_bounded_and_a_stopped_one_says_so(tiny_model
     prompts, endless = [[5, 6], [7, 8, 9]], Ends((), 0)
     # No token of this random model ends an answer here, so that only the limit and the clock do.
     cut = answers_to(model, prompts, [9, 9], endless)
-    assert [(len(one.ids), one.is_whole) for one in cut] == [(9, False), (9, False)]
+    assert [(len(one.ids), one.is_whole, one.is_late) for one in cut] == [(9, False, False), (9, False, False)]
     assert [list(one.ids) for one in cut] == generate(model, prompts, [9, 9], endless)
     over = answers_to(model, prompts, [9, 9], endless, seconds=1e-9)
-    assert all(len(one.ids) <= 1 and not one.is_whole for one in over)
+    assert all(len(one.ids) <= 1 and not one.is_whole and one.is_late for one in over)
     # Those that come later are begun as well, however little time is left.
     apart = answers_to(model, prompts, [9, 9], endless, seconds=1e-9, batch_tokens=1)
     assert [len(one.ids) for one in apart] == [1, 1]
+    at_its_end, late = answers_to(model, prompts, [1, 9], endless, seconds=1e-9, batch_tokens=1)
+    assert (at_its_end.is_late, late.is_late) == (False, True)
     first = cut[0].ids[0]
     ended = answers_to(model, prompts[:1], [9], Ends((first,), 0))
-    assert [(one.ids, one.is_whole) for one in ended] == [((), True)]
+    assert [(one.ids, one.is_whole, one.is_late) for one in ended] == [((), True, False)]
 
 
 def test_an_answer_is_at_most_twice_as_long_as_expected_and_never_longer_than_its_bound(
@@ -309,6 +311,39 @@ def test_an_answer_that_ends_with_an_ellipsis_of_itself_was_not_cut() -> None:
 
     cut = "step 2: what it answers now; 1 of 1 was cut at the limit"
     assert [heading(told) for told in (None, True, False)] == [cut, cut, "step 2: what it answers now"]
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ([True, True], "2 of 2 were cut when the time for answers was over"),
+        ([False, False], "2 of 2 were cut at the limit of tokens"),
+        ([True, False], "2 of 2 were cut, 1 of them when the time for answers was over"),
+        ([None, None], "2 of 2 were cut at the limit"),  # of an older version
+    ],
+)
+def test_which_limit_has_cut_answers_is_said(late: list[bool | None], said: str) -> None:
+    answers = tuple(SampleAnswer("r", "Q", "A", "So…", is_cut=True, is_late=one) for one in late)
+    assert answers_text(AnswersRecord(2, 9, 0.2, 1.0, answers)).splitlines()[0] == (
+        f"step 2: what it answers now; {said}"
+    )
+
+
+def test_an_answer_that_took_too_long_is_kept_as_such(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample_answers.SampleAnswers.__init__, "__kwdefaults__", {"seconds": 1e-9})
+    monkeypatch.setattr(sample_answers, "find_ends", lambda *_: Ends((), 0))  # nothing ends an answer
+    run_dir = train.run(load_recipe(write_recipe(training=STEPS), ["training.sample_answers=2"]))
+    kept = [
+        one
+        for record in read_metrics(run_dir.metrics_file)
+        if isinstance(record, AnswersRecord)
+        for one in record.answers
+    ]
+    assert kept
+    assert all(one.was_cut and one.is_late for one in kept)
+    assert "were cut when the time for answers was over" in capsys.readouterr().err
 
 
 def test_a_long_question_is_shown_with_its_end() -> None:

@@ -113,6 +113,8 @@ class SampleAnswer:
     """An ellipsis ends one that was stopped."""
     is_cut: bool | None = None
     """Whether it was stopped at its limit; None: an older version did not tell."""
+    is_late: bool | None = None
+    """Whether it was stopped for its time was over, and not for its length; None: an older version did not tell."""
 
     @property
     def was_cut(self) -> bool:

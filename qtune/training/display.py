@@ -1,6 +1,7 @@
 """The training display: drawn from the records of metrics.jsonl, redrawn on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.console import clock, drawing_on, live_console, say
-from qtune.run.metrics import AnswersRecord, EvalRecord, Metric, NoteRecord, TrainRecord
+from qtune.run.metrics import AnswersRecord, EvalRecord, Metric, NoteRecord, SampleAnswer, TrainRecord
 from qtune.sizes import gib_text
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -170,9 +171,19 @@ def _answers_again(record: AnswersRecord, before: AnswersRecord) -> str:
 
 
 def _heading(record: AnswersRecord) -> str:
-    cut = sum(one.was_cut for one in record.answers)
-    stopped = f"; {cut} of {len(record.answers)} {'was' if cut == 1 else 'were'} cut at the limit" if cut else ""
-    return f"step {record.step}: what it answers now{stopped}"
+    cut = [one for one in record.answers if one.was_cut]
+    counted = f"; {len(cut)} of {len(record.answers)} {'was' if len(cut) == 1 else 'were'} cut"
+    return f"step {record.step}: what it answers now{f'{counted}{_limit_of(cut)}' if cut else ''}"
+
+
+def _limit_of(cut: Sequence[SampleAnswer]) -> str:
+    """What has stopped answers, in words."""
+    late = sum(one.is_late is True for one in cut)
+    if late == len(cut):
+        return " when the time for answers was over"
+    if late:
+        return f", {late} of them when the time for answers was over"
+    return " at the limit" if None in {one.is_late for one in cut} else " at the limit of tokens"
 
 
 def _one_line(text: str) -> str:

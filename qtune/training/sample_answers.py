@@ -108,6 +108,7 @@ class SampleAnswers(TrainerCallback):
                 _shortened(question.expected),
                 _text(one, self),
                 is_cut=not one.is_whole,
+                is_late=one.is_late,
             )
             for question, one in zip(asked, made, strict=True)
         ]

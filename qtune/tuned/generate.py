@@ -93,6 +93,8 @@ class Generated:
 
     ids: tuple[int, ...]
     is_whole: bool
+    is_late: bool = False
+    """Whether it was stopped for its time was over, before it was as long as it might become."""
 
 
 def generate(
@@ -144,9 +146,9 @@ def answers_to(
             told.end()
             for row, ids in zip(rows, made.tolist(), strict=True):
                 answer = _until_end(ids, ends.stop)
-                answers[row] = Generated(
-                    tuple(answer[: limits[row]]), is_whole=len(answer) < len(ids) and len(answer) <= limits[row]
-                )
+                is_whole = len(answer) < len(ids) and len(answer) <= limits[row]
+                is_late = not is_whole and len(answer) < limits[row]
+                answers[row] = Generated(tuple(answer[: limits[row]]), is_whole, is_late)
     return answers
 
 
