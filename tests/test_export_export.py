@@ -1,6 +1,7 @@
 """`qtune export` hands over a folder that plain transformers loads, with the evidence that it is the trained model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_a_run_becomes_a_verified_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert proof["exported"]["kl"] < 1e-5 < proof["bare_base"]["kl"]
     assert len(proof["answers"]) == 3
     assert "KL divergence, nats per token" in written.out
-    assert "**Verified.**" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "**Verified.**" in card
+    assert re.findall(r"^# .*", card, re.MULTILINE)[0] == "# run", "the name of what was trained, and not of its folder"
 
 
 def test_the_folder_loads_with_plain_transformers_and_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_an_edited_file_that_changes_no_figure_is_said_with_what_to_do(
     assert "is not the trained model" not in str(caught.value)
     assert "computes what the trained model does all the same: export it again; if it is right" in str(caught.value)
     card = (exported / "README.md").read_text()
-    assert f"# {exported.name}\n" in card
+    assert f"# {world.finished.name}\n" in card
     assert "NOT VERIFIED, for the reasons below" in card
 
 

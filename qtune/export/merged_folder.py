@@ -60,7 +60,7 @@ def write_merged(source: OpenedRun, merge: Merge, target: Target, prompt: SoftPr
         write_json(work / "generation_config.json", generation)
         # Until the proof is there; an export that is stopped before it leaves a whole model that says so.
         mark_unverified(work, "not compared with the trained model", target.weights)
-        write_card(source, work, None, name=target.output.name)
+        write_card(source, work, None)
         with console.progress("hashing what was written"):
             seal_export(work, source.run.path)
     return target.output

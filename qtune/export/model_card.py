@@ -74,14 +74,11 @@ output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=prefi
 print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))"""
 
 
-def write_card(
-    source: OpenedRun, folder: Path, verification: "Verification | None", *, name: str | None = None
-) -> None:
-    """Writes README.md beside an exported model; `name` is that of the folder where it will get another."""
-    name = name or folder.resolve().name
+def write_card(source: OpenedRun, folder: Path, verification: "Verification | None") -> None:
+    """Writes README.md beside an exported model. Its title is the run's name: most folders are called "model"."""
     parts = [
         _front_matter(source, "transformers"),
-        f"# {name}\n",
+        f"# {source.run.name}\n",
         f"{source.base_in_public} with {source.recipe.adapter.in_words} trained and merged by qtune.\n",
         HERE,
         SNIPPET.format(greedy=in_python(generation_settings(folder))),
