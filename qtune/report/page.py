@@ -3,7 +3,7 @@
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qtune import console
@@ -71,22 +71,23 @@ def attempt_report(run_dir: RunDir) -> None:
 def renewed_reports(*run_dirs: RunDir) -> Iterator[None]:
     """What the block adds to the records of runs stands on their pages as well, where they have one; also what a block
     that fails has added before, as an export that is kept unproven. A page that cannot be written is said."""
+    before = [_records(run_dir) for run_dir in run_dirs]
     try:
         yield
     finally:
-        for run_dir in run_dirs:
-            if run_dir.report.is_file() and _is_behind(run_dir):
+        for run_dir, known in zip(run_dirs, before, strict=True):
+            if run_dir.report.is_file() and _records(run_dir) != known:
                 attempt_report(run_dir)
 
 
-def _is_behind(run_dir: RunDir) -> bool:
-    """Whether a record of the run is newer than its page."""
-    records = [*run_dir.path.glob("*.json*"), *run_dir.path.glob(f"*/{VERIFICATION}")]
-    try:
-        page_written = run_dir.report.stat().st_mtime_ns
-        return any(record.stat().st_mtime_ns >= page_written for record in records)
-    except OSError:  # one is gone meanwhile
-        return True
+def _records(run_dir: RunDir) -> dict[Path, tuple[int, int]]:
+    """The records of a run as they are: each is written anew, as another file."""
+    found: dict[Path, tuple[int, int]] = {}
+    for file in (*run_dir.path.glob("*.json*"), *run_dir.path.glob(f"*/{VERIFICATION}")):
+        with suppress(OSError):  # gone meanwhile
+            told_of = file.stat()
+            found[file] = told_of.st_ino, told_of.st_mtime_ns
+    return found
 
 
 def write_report(run_dir: RunDir) -> Path:
