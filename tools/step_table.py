@@ -58,7 +58,7 @@ LINES = (
     Line("qtune, every layer computed twice", {}),
     Line("… embeddings and head in int8", {("memory", "embeddings"): "int8"}),
     Line("… with 8-bit AdamW and the adapter in bf16, as TRL's is", LEAN_ADAPTER | {("memory", "embeddings"): "int8"}),
-    Line("… embeddings and head in nf4", LEAN_ADAPTER | {("memory", "embeddings"): "nf4"}),
+    Line("… the same with embeddings and head in nf4", LEAN_ADAPTER | {("memory", "embeddings"): "nf4"}),
     Line("… embeddings on the host", ON_HOST),
     Line("… and activations, paged 8-bit AdamW, 16 MiB loss tiles", LEANEST),
     Line("… and the layers (below)", LEANEST | {("memory", "layers"): "host"}),
