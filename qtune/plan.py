@@ -1,6 +1,6 @@
 """The plan of a run: every "auto" of a recipe made concrete for one device, each with its reason. Pure arithmetic."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +20,29 @@ LEAST_GROUP = 4
 SDPA = ("sdpa", "runs on every device")
 
 Value = TypeVar("Value")
+
+
+def why_others_take_less(names: Sequence[str], checkpointing: bool | int, kept: bool | int) -> str | None:
+    """What usual ways do for which they take less memory than a recipe; None where none does.
+
+    names: of those that do. checkpointing, kept: the recipe's `gradient_checkpointing` and `keep_dequantized`.
+    """
+    theirs, here, keys = [], [], []
+    if checkpointing is not True:
+        theirs.append("computes every layer twice")
+        here.append(f"{'all' if checkpointing is False else 'some'} layers keep what they have computed")
+        keys.append("training.gradient_checkpointing = true")
+    if kept:
+        theirs.append("reads frozen weights back for every product")
+        here.append(f"those of {'all' if kept is True else 'some'} layers stay dequantized")
+        keys.append("memory.keep_dequantized = false")
+    if not names or not theirs:
+        return None
+    same = "does the same" if len(keys) == 1 else "do the same"
+    return (
+        f"{', '.join(names)}: {' and '.join(theirs)}, which takes less memory and more time; here "
+        f"{' and '.join(here)}, for there is room. {' and '.join(keys)} {same}"
+    )
 
 
 @dataclass(frozen=True)

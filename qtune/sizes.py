@@ -68,6 +68,11 @@ def texts_apart(size_bytes: float, other_bytes: float) -> tuple[str, str]:
     return size_text(size_bytes, digits), size_text(other_bytes, digits)
 
 
+def share_saved(ours: int, theirs: int) -> str:
+    """What ours takes less than theirs, in per cent; "takes less" where theirs is the smaller one."""
+    return f"{1 - ours / theirs:.0%}" if ours <= theirs else "takes less"
+
+
 def saving_text(without: int, ours: int) -> str:
     """What a technique does to the peak: "0.43 GiB", or "costs 2.1 MiB" where the step is smaller without it."""
     return size_text(without - ours) if without >= ours else f"costs {size_text(ours - without)}"

@@ -22,7 +22,8 @@ from qtune.memory.profile import is_traced, trace_run
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
 from qtune.records import record_of
-from qtune.report.memory import memory
+from qtune.report.html import joined
+from qtune.report.memory import _savings, memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
 from qtune.run.lock import LockedDevice, read_lock, write_lock
@@ -217,6 +218,20 @@ def test_a_run_on_a_cpu_is_traced_when_its_report_is_asked_for_and_only_once(a_r
     text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
     assert "for the largest batch that was measured, 2 x" in text
     assert "full fine-tuning, fp32" in Page(run_dir.report.read_text(encoding="utf-8")).texts["td"]
+
+
+def test_a_way_that_takes_less_than_the_run_is_no_negative_saving_and_is_explained() -> None:
+    ways = [
+        {"name": name, "peak_bytes": gib * 2**30, "needed_bytes": gib * 2**30, "how": "traced: so"}
+        for name, gib in (("full fine-tuning", 9), ("TRL 1", 1))
+    ]
+    traced = {"peak": {"bytes": 2 * 2**30}, "needed_bytes": 2 * 2**30}
+    shown = str(joined(_savings(ways, traced, ("false", "true"), is_card=False)))
+    assert "78%" in shown
+    assert "takes less" in shown
+    assert "-100%" not in shown
+    assert "TRL 1: computes every layer twice and reads frozen weights back for every product" in shown
+    assert "for there is room" not in str(joined(_savings(ways, traced, (None, None), is_card=False)))
 
 
 @pytest.mark.slow

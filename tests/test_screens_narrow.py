@@ -110,8 +110,8 @@ def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:
     def way(name: str, peak: int) -> SimpleNamespace:
         return SimpleNamespace(name=name, prediction=SimpleNamespace(peak=SimpleNamespace(bytes=peak)))
 
-    def profile(is_checkpointed: bool) -> SimpleNamespace:
-        plan = SimpleNamespace(gradient_checkpointing=is_checkpointed)
+    def profile(is_checkpointed: bool, kept: bool | int = False) -> SimpleNamespace:
+        plan = SimpleNamespace(gradient_checkpointing=is_checkpointed, keep_dequantized=kept)
         forecast = SimpleNamespace(plan=plan, prediction=way("", 2 * GIB).prediction)
         return SimpleNamespace(forecast=forecast, baselines=[way("full fine-tuning", 9 * GIB), way("TRL 1", GIB)])
 
@@ -120,6 +120,14 @@ def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:
     assert said.startswith("TRL 1: computes every layer twice")
     assert "training.gradient_checkpointing = true" in said
     assert _why_others_take_less(profile(True)) is None  # type: ignore[arg-type]
+    both = _why_others_take_less(profile(False, True))  # type: ignore[arg-type]
+    assert both is not None
+    assert "those of all layers stay dequantized" in both
+    assert both.endswith("training.gradient_checkpointing = true and memory.keep_dequantized = false do the same")
+    kept = _why_others_take_less(profile(True, 4))  # type: ignore[arg-type]
+    assert kept is not None
+    assert kept.startswith("TRL 1: reads frozen weights back for every product, which takes less memory")
+    assert "those of some layers stay dequantized" in kept
 
 
 @pytest.mark.parametrize("width", [60, 80])

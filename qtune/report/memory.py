@@ -6,13 +6,14 @@ from typing import Any
 from qtune.device.cards import SIZES, fitting_cards
 from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.tracing.categories import in_order
+from qtune.plan import why_others_take_less
 from qtune.report.charts import bar
 from qtune.report.drawing import svg
 from qtune.report.html import Html, element, table
 from qtune.report.sections import paragraph, section
 from qtune.report.timeline import Timeline, timeline_drawing
 from qtune.run.memory import RunMemory
-from qtune.sizes import saving_text, size_text
+from qtune.sizes import saving_text, share_saved, size_text
 
 Json = Mapping[str, Any]
 
@@ -24,8 +25,11 @@ OTHER_COLUMNS = {
 }
 
 
-def memory(record: RunMemory, run: str) -> Html:
-    """The whole part; `run` names the run's folder for the commands that would add to it."""
+def memory(record: RunMemory, run: str, checkpointing: str | None = None, kept: str | None = None) -> Html:
+    """The whole part; `run` names the run's folder for the commands that would add to it.
+
+    checkpointing, kept: `gradient_checkpointing` and `keep_dequantized` as they were settled, in TOML.
+    """
     measured: Json = record.measured or {}
     traced = record.traced or record.predicted
     drawn = (
@@ -41,7 +45,7 @@ def memory(record: RunMemory, run: str) -> Html:
     if traced:
         drawn += _timeline(traced)
     if record.ways and record.traced:
-        drawn += _savings(record.ways, record.traced, is_card=measured.get("device") != "cpu")
+        drawn += _savings(record.ways, record.traced, (checkpointing, kept), is_card=measured.get("device") != "cpu")
     if record.attribution and record.traced:
         drawn += _attribution(record.attribution, record.traced["peak"]["bytes"])
     return section("Memory", *drawn)
@@ -134,7 +138,7 @@ def _timeline(traced: Json) -> list[Html]:
     return [element("figure", Html(svg(drawing, alone=False)), class_="wide")]
 
 
-def _savings(ways: Sequence[Json], traced: Json, *, is_card: bool) -> list[Html]:
+def _savings(ways: Sequence[Json], traced: Json, spent: tuple[str | None, str | None], *, is_card: bool) -> list[Html]:
     """The usual ways of training this model on this batch, and the run's own: GiB, shares, cards that fit."""
     ours, whole = traced["peak"]["bytes"], ways[0]["peak_bytes"]
     this: Json = {"name": "this run", "how": "", "peak_bytes": ours, "needed_bytes": traced["needed_bytes"]}
@@ -142,7 +146,7 @@ def _savings(ways: Sequence[Json], traced: Json, *, is_card: bool) -> list[Html]
     for way in [*ways, this]:
         peak = way["peak_bytes"]
         cards = [fitting_cards(way["needed_bytes"], SIZES)] if is_card else []
-        figures = size_text(peak), f"{peak / whole:.0%}", "" if way is this else f"{1 - ours / peak:.0%}"
+        figures = size_text(peak), f"{peak / whole:.0%}", "" if way is this else share_saved(ours, peak)
         rows.append((way["name"], *figures, *cards, way["how"].removeprefix("traced: ")))
     head = ("way of training", "peak", "share", "this run saves", *(["fits cards of"] if is_card else []), "how")
     about = (
@@ -150,7 +154,18 @@ def _savings(ways: Sequence[Json], traced: Json, *, is_card: bool) -> list[Html]
         "fine-tuning."
     )
     margin = " A card fits where it also has room for what driver and allocator add." if is_card else ""
-    return [element("h3", "What it saves"), paragraph(about + margin), table(head, rows, figures=(1, 2, 3))]
+    less = [way["name"] for way in ways if way["peak_bytes"] < ours]
+    twice, kept = map(_settled, spent)
+    why = None if twice is None or kept is None else why_others_take_less(less, twice, kept)
+    after = [] if why is None else [paragraph(why)]
+    return [element("h3", "What it saves"), paragraph(about + margin), table(head, rows, figures=(1, 2, 3)), *after]
+
+
+def _settled(value: str | None) -> bool | int | None:
+    """A number of layers, or all or none of them; None where the run's recipe does not say."""
+    if value in ("true", "false"):
+        return value == "true"
+    return int(value) if value is not None and value.isdecimal() else None
 
 
 def _attribution(attribution: Sequence[Json], ours: int) -> list[Html]:

@@ -162,7 +162,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     else:
         parts.append(sections.training_rows(rows))
     if facts.memory:
-        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path))))
+        settled = record.value("training", "gradient_checkpointing"), record.value("memory", "keep_dequantized")
+        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path)), *settled))
     if facts.exports:
         parts.append(results.exports(facts.exports))
     parts.append(sections.values(record))

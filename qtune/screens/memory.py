@@ -10,10 +10,11 @@ from rich.text import Text
 
 from qtune.device.cards import described, fitting_cards
 from qtune.memory.tracing.categories import ABOUT, CATEGORIES
+from qtune.plan import why_others_take_less
 from qtune.recipe.text import show_changes, show_value
 from qtune.screens.levers import in_words, lines_of
 from qtune.screens.time import seconds
-from qtune.sizes import GIB, digits_apart, saving_text, size_text, texts_apart
+from qtune.sizes import GIB, digits_apart, saving_text, share_saved, size_text, texts_apart
 
 if TYPE_CHECKING:
     from qtune.device.present import Device
@@ -218,13 +219,7 @@ def _why_others_take_less(profile: "Profile") -> str | None:
     """What a usual way does for which it takes less than the recipe; None where none does."""
     ours, plan = profile.forecast.prediction.peak.bytes, profile.forecast.plan
     less = [way.name for way in profile.baselines if way.prediction.peak.bytes < ours]
-    if not less or plan.gradient_checkpointing is True:
-        return None
-    kept = "all layers keep" if plan.gradient_checkpointing is False else "some layers keep"
-    return (
-        f"{', '.join(less)}: computes every layer twice, which takes less memory and more time; here "
-        f"{kept} what they have computed, for there is room. training.gradient_checkpointing = true does the same"
-    )
+    return why_others_take_less(less, plan.gradient_checkpointing, plan.keep_dequantized)
 
 
 def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
@@ -237,7 +232,7 @@ def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSe
         table.add_column(name, justify="right" if name in (*figures, *timed) else "left")
     for way in profile.baselines:
         peak = way.prediction.peak.bytes
-        saved = "" if way.name == "this recipe" else f"{1 - ours / peak:.0%}" if ours <= peak else "takes less"
+        saved = "" if way.name == "this recipe" else share_saved(ours, peak)
         cards = [fitting_cards(way.prediction.need.total_bytes, sizes)] if sizes else []
         took = [] if step_seconds is None else [seconds(step_seconds(way.prediction))]
         table.add_row(way.name, size_text(peak), f"{peak / whole:.0%}", saved, *took, *cards)
@@ -306,7 +301,7 @@ def _saved(run: "Measured") -> Table:
         table.add_column(name, justify="right" if name in ("traced peak", "this run saves") else "left")
     for way in run.baselines:
         peak = way.prediction.peak.bytes
-        table.add_row(way.name, size_text(peak), f"{1 - ours / peak:.0%}", way.how)
+        table.add_row(way.name, size_text(peak), share_saved(ours, peak), way.how)
     return table
 
 
