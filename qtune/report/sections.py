@@ -118,7 +118,7 @@ def training_rows(rows: ShownRows) -> Html:
     intro = [
         f"{rows.train_rows:,} rows were trained on",
         f" and {rows.validation_rows:,} kept apart. " if rows.validation_rows else ". ",
-        f"Rendered with {rows.template}. The loss is taken on the ",
+        f"Chat template: {rows.template}. The loss is taken on the ",
         element("mark", "marked"),
         " tokens only; everything else is read and not learned.",
     ]
