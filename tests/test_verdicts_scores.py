@@ -113,7 +113,14 @@ def test_the_answers_that_are_farthest_off_come_first() -> None:
 
 def test_the_verdict_speaks_in_the_measure_of_its_rows() -> None:
     found = learned_against_base(free_text(), "runs/x")
-    assert "; ROUGE-L 0.12 → 0.94; 6 rows are few" in found.sentence
+    assert "; ROUGE-L 0.12 → 0.94, 0 of 6 exactly right; 6 rows are few" in found.sentence
+
+
+def test_the_verdict_names_that_no_answer_is_right_and_a_rise_that_is_noise() -> None:
+    kept = free_text().comparisons
+    no_better = tuple(replace(one, tuned=f"{one.base} {'Yes.' if at % 2 else BASE}") for at, one in enumerate(kept))
+    found = learned_against_base(replace(free_text(), comparisons=no_better), "runs/x")
+    assert "(no more than noise), 0 of 6 exactly right" in found.sentence
 
 
 def test_older_evaluations_have_no_interval_of_their_losses() -> None:

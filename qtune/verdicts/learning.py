@@ -100,11 +100,13 @@ def by_how_much(fall: Fall) -> str:
 
 
 def _answers(asked: AnswerScores) -> str:
-    """Both models' answers by the measure that the rows have chosen; nothing where no answer was exactly right."""
+    """Both models' answers by the measure that the rows have chosen, and how many are what was expected."""
     if asked.is_free:
-        return f"; {asked.name} {fmean(asked.base):.2f} → {fmean(asked.tuned):.2f}"
-    base, tuned = sum(asked.base), sum(asked.tuned)
-    return f"; {asked.name}: {base:.0f} → {tuned:.0f} of {len(asked.tuned)}" if base or tuned else ""
+        rise = asked.rise
+        noise = " (no more than noise)" if rise is not None and not rise.is_positive and not rise.is_negative else ""
+        exact = f"{asked.exact} of {len(asked.tuned)} exactly right"
+        return f"; {asked.name} {fmean(asked.base):.2f} → {fmean(asked.tuned):.2f}{noise}, {exact}"
+    return f"; {asked.name}: {sum(asked.base):.0f} → {sum(asked.tuned):.0f} of {len(asked.tuned)}"
 
 
 def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | None:

@@ -25,6 +25,8 @@ class AnswerScores:
     base: tuple[float, ...]
     tuned: tuple[float, ...]
     is_free: bool
+    exact: int
+    """Tuned answers that are to the letter what was expected."""
 
     @property
     def rise(self) -> Fall | None:
@@ -40,7 +42,8 @@ def answer_scores(evaluation: "Evaluation") -> AnswerScores | None:
     score = _likeness if is_free else _exactness
     base = tuple(score(one.expected, one.base) for one in compared)
     tuned = tuple(score(one.expected, one.tuned) for one in compared)
-    return AnswerScores("ROUGE-L" if is_free else "answers exactly right", base, tuned, is_free)
+    exact = sum(one.tuned == one.expected for one in compared)
+    return AnswerScores("ROUGE-L" if is_free else "answers exactly right", base, tuned, is_free, exact)
 
 
 def _likeness(expected: str, answer: str) -> float:
