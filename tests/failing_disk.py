@@ -174,6 +174,9 @@ def unchanged(world: Path, kept: Path, *but: str) -> str | None:
     before, after = contents(kept / "runs" / "done"), contents(world / "runs" / "done")
     lost = [name for name in before if before[name] != after.get(name) and name not in but]
     left = [name for name in after if name not in before and not name.startswith(but)]
+    page = world / "runs" / "done" / "report.html"
+    if page.is_file() and not page.read_text(encoding="utf-8").endswith("</html>\n"):
+        lost.append("the end of report.html")
     return f"lost or changed: {lost}; left: {left}" if lost or left else None
 
 
@@ -209,7 +212,7 @@ def _exported(name: str) -> Callable[[Path, Path, Ended], str | None]:
             return "not verified, and no word of it"
         if ended.code == 0 and name == "model" and (said := manifest.fault(folder)) is not None:
             return f"another folder than its manifest says: {said}"
-        return unchanged(world, kept, name)
+        return unchanged(world, kept, name, "report.html")
 
     return holds
 
@@ -260,7 +263,7 @@ CASES: Mapping[str, Case] = {
     "list": Case(lambda world: ("list", str(world / "runs")), _kept()),
     "compare": Case(
         lambda world: ("compare", _done(world), str(world / "runs" / "twin"), "--rows", "2"),
-        _kept("eval.json", "forgetting.json"),
+        _kept("eval.json", "forgetting.json", "report.html"),
     ),
     "doctor": Case(lambda world: ("doctor",), _kept(), shows=True),
 }
