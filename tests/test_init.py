@@ -295,7 +295,10 @@ def test_the_command_writes_a_recipe_and_says_where(tmp_path):
     rows.write_text(rows_of(600))
     done = init("--base", MODEL, "--data", str(rows), "--output", str(file))
     assert (done.returncode, done.stdout) == (0, f"{file}\n")
-    assert [shlex.split(line, comments=True) for line in done.stderr.splitlines()] == [
+    taken_for, *commands = done.stderr.splitlines()
+    said = "600 rows of question and answer; the answer is learned, what stands before it is context"
+    assert taken_for == f"{rows}: {said}"
+    assert [shlex.split(line, comments=True) for line in commands] == [
         ["qtune", "check", str(file)],
         ["qtune", "run", str(file)],
     ]

@@ -111,6 +111,7 @@ def test_a_run_that_ended_early_took_the_steps_that_it_took(run: RunDir) -> None
     run.resolved_file.write_text("[model]\n")
     (run.adapter / "adapter_config.json").parent.mkdir()
     (run.adapter / "adapter_config.json").write_text("{}")
+    (run.adapter / "adapter_model.safetensors").write_text("")
     text = written(run, trained(2, 2.0, 17), looked(2, 3.0, 17), NoteRecord("stopped", 17, None, 2))
     assert text.startswith("RUN: 2 of 20 steps in 0:17\n")
     assert list_runs(run.path.parent)[0].state == "finished, 2 of 20 steps"
