@@ -27,11 +27,12 @@ from qtune.device.rates import data_sheet_rates  # noqa: E402
 from qtune.memory.allowance import Need  # noqa: E402
 from qtune.memory.cached import LIBRARIES, predicted, traced_work  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
+from qtune.memory.tracing.work import Work  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
 from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
-from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
+from qtune.timing.price import Duration, cost_by, duration, training_part  # noqa: E402
 
 GIB = 2**30
 SHOWN = 2048
@@ -89,12 +90,17 @@ def need_of(model: tuple[Any, ...], length: int) -> Need:
     return found.need
 
 
+def timed(work: Work, card_name: str) -> Duration:
+    """What a step takes on a card, by its data sheet."""
+    rates = data_sheet_rates(card_named(card_name))
+    return duration(cost_by(work, rates, lambda place, kernel: kernel.kind).values(), rates)
+
+
 def time_of(model: tuple[Any, ...]) -> str:
     """ "0.83 s": forward, backward and update with the shown row; a star where the card waits for the processor."""
     card, recipe = card_named(TIMED), recipe_of(SHOWN)
     work = training_part(traced_work(config_of(model), recipe, make_plan(recipe, card.device()), Longest(SHOWN)))
-    rates = data_sheet_rates(card)
-    found = duration(cost_by(work, rates, lambda place, kernel: kernel.kind).values(), rates)
+    found = timed(work, TIMED)
     return f"{found.seconds:.2f} s{'*' if found.waits_for_processor else ''}"
 
 

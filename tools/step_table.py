@@ -15,19 +15,18 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from memory_table import MODELS, config_of  # noqa: E402
+from memory_table import MODELS, config_of, timed  # noqa: E402
 from readme_table import print_or_write  # noqa: E402
 from trace_cost import ours, peak_gib, theirs  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
-from qtune.device.rates import data_sheet_rates  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.model.load import attention_rule  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import changed, parse_recipe  # noqa: E402
 from qtune.recipe.schema import KeyPath, Recipe  # noqa: E402
-from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
+from qtune.timing.price import training_part  # noqa: E402
 
 MODEL, CARD, LENGTH, ROWS = "Llama 3.1 8B", "H100", 2048, (4, 1)
 
@@ -88,8 +87,7 @@ def cells(line: Line, rows: int) -> str:
     recipe = recipe_of(rows, line)
     plan = make_plan(recipe, card.device(), attention_rule(config))
     traced = (theirs if line.changes is None else ours)(config, recipe, plan, Longest(LENGTH, equal=True))
-    costs = cost_by(training_part(traced.work), data_sheet_rates(card), lambda place, kernel: kernel.kind)
-    found = duration(costs.values(), data_sheet_rates(card))
+    found = timed(training_part(traced.work), CARD)
     star = "*" if found.waits_for_processor else ""
     return f"{1e3 * found.seconds:,.0f} ms{star} | {found.launches:,} | {peak_gib(traced):.2f} GiB"
 

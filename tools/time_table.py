@@ -14,19 +14,18 @@ warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from memory_table import MODELS, config_of  # noqa: E402
+from memory_table import MODELS, config_of, timed  # noqa: E402
 from readme_table import print_or_write  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
-from qtune.device.rates import data_sheet_rates  # noqa: E402
 from qtune.memory.cached import traced_work  # noqa: E402
 from qtune.memory.predict import Longest  # noqa: E402
 from qtune.memory.tracing.work import Work  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
 from qtune.recipe.schema import Recipe  # noqa: E402
-from qtune.timing.price import cost_by, duration, training_part  # noqa: E402
+from qtune.timing.price import training_part  # noqa: E402
 
 ROWS, LENGTH = 4, 2048
 CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "A100 80GB", "H100")
@@ -53,8 +52,7 @@ def work_of(model: tuple[Any, ...]) -> Work:
 
 def cell(work: Work, card_name: str) -> str:
     """ "1.19 s, 6,900/s"; a star where the card waits for the processor."""
-    rates = data_sheet_rates(card_named(card_name))
-    found = duration(cost_by(work, rates, lambda place, kernel: kernel.kind).values(), rates)
+    found = timed(work, card_name)
     star = "*" if found.waits_for_processor else ""
     return f"{found.seconds:.2f} s, {ROWS * LENGTH / found.seconds:,.0f}/s{star}"
 
