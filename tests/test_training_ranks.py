@@ -250,7 +250,8 @@ def test_memory_that_runs_out_in_one_process_changes_nothing(run_of_one: Callabl
     assert "batches of the evaluation are now split into" in first.messages
     # Products of other rows at once add in another order, and Adam's first steps enlarge that where a gradient is
     # hardly more than rounding (NOTES.md): single numbers by 1.4e-6 on a processor with AVX2, 1.1e-9 on average.
-    require_same_run(alone, folder / "runs" / "short", most=1e-5)
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    require_same_run(alone, folder / "runs" / "short", most=1e-6 if has_avx512 else 3e-6)
     assert mean_difference(alone, folder / "runs" / "short") <= 1e-8
 
 
