@@ -37,3 +37,9 @@ step eval qtune eval "$run" --rows 120
 step profile qtune profile "$run" --no-savings
 step export qtune export "$run"
 step ask python tools/ask_exported.py "$run/model" recipes/data/quickstart_test.jsonl
+
+printf '\n%s holds the adapter, the whole model in model/, and report.html: what came of it, for a browser. Next:\n' "$run"
+cat <<EOF
+  .venv/bin/qtune chat $run  # talk to it
+  .venv/bin/qtune init --base builtin:smollm2-135m-instruct --data ROWS.jsonl  # a recipe for rows of your own
+EOF
