@@ -27,7 +27,7 @@ from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Model
 from qtune.records import write_record
 from qtune.report import style
-from qtune.report.charts import Series, line_chart, thinned, ticks
+from qtune.report.charts import Series, axis_texts, line_chart, thinned, ticks
 from qtune.report.html import element, joined, table
 from qtune.report.page import attempt_report, page, write_report
 from qtune.report.record import read_record
@@ -231,6 +231,31 @@ def test_html_is_escaped_once_only_and_text_made_from_it_again():
 )
 def test_axes_have_round_numbers_that_enclose_the_data(low, high, expected):
     assert ticks(low, high) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "shown"),
+    [
+        ([0, 5e-05, 1e-04, 1.5e-04, 2e-04], False, ["0", "5.0e-05", "1.0e-04", "1.5e-04", "2.0e-04"]),
+        ([0, 2e-06, 4e-06], False, ["0", "2e-06", "4e-06"]),
+        ([0, 0.0002, 0.0004], False, ["0", "0.0002", "0.0004"]),
+        ([0, 0.5, 1, 1.5], False, ["0", "0.5", "1.0", "1.5"]),
+        ([0, 500, 1000, 1500], False, ["0", "500", "1,000", "1,500"]),
+        ([0, 500_000, 1_000_000], False, ["0", "5e+05", "1e+06"]),
+        ([0, 0.2, 0.4], True, ["0%", "20%", "40%"]),
+        ([0, 0.005, 0.01], True, ["0%", "0.5%", "1.0%"]),
+    ],
+)
+def test_an_axis_has_one_form_for_all_its_values(values, percent, shown):
+    assert axis_texts(values, percent=percent) == shown
+
+
+def test_a_chart_has_the_axis_of_its_values_whatever_the_form_of_a_point():
+    rates = [(1.0, 1e-4), (2.0, 2e-4)]
+    texts = [
+        one.text for one in ElementTree.fromstring(line_chart("", [Series("", rates)], "{:.2g}".format)).iter("text")
+    ]
+    assert texts[:5] == ["0", "5.0e-05", "1.0e-04", "1.5e-04", "2.0e-04"]
 
 
 def test_steps_have_whole_numbers():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from qtune.report.html import Html, element
@@ -28,8 +29,13 @@ class Series:
     style: Literal["solid", "dashed", "marked", "crosses"] = "solid"
 
 
-def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str = "step") -> Html | None:
-    """A chart of the series, both axes from 0; None where there is nothing to draw."""
+def line_chart(
+    title: str, series: Sequence[Series], layout: Layout, x_name: str = "step", *, percent: bool = False
+) -> Html | None:
+    """A chart of the series, both axes from 0; None where there is nothing to draw.
+
+    layout: of a value at a point. percent: whether the values are shares, which the axis has in per cent.
+    """
     drawn = [replace(one, points=_shown(one)) for one in series]
     drawn = [one for one in drawn if one.points]
     if not drawn:
@@ -40,10 +46,10 @@ def line_chart(title: str, series: Sequence[Series], layout: Layout, x_name: str
     columns = [value for value in ticks(0.0, last, whole=True) if value <= last]
     frame = _Frame(last, rows[-1])
     parts = [element("title", title)]
-    for value in rows:
+    for value, told in zip(rows, axis_texts(rows, percent=percent), strict=True):
         y = frame.y(value)
         parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", layout(value), x=LEFT - 8, y=y + 4, text_anchor="end"))
+        parts.append(element("text", told, x=LEFT - 8, y=y + 4, text_anchor="end"))
     for value in columns:
         told, x = f"{value:,.0f}", frame.x(value)
         # Ten thousand at the end of the axis would be cut at the edge of the picture.
@@ -87,6 +93,26 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+
+
+MOST_DECIMALS, MOST_PLAIN = 4, 1e6
+"""What an axis has room for: beyond these its values are powers of ten."""
+
+
+def axis_texts(values: Sequence[float], *, percent: bool = False) -> list[str]:
+    """The values of an axis (`ticks`), all in one form: with as many decimals each, or all as powers of ten.
+
+    Python's own "g" chooses for each value by itself: "5e-05" below "0.0001".
+    """
+    scale, unit = (100, "%") if percent else (1, "")
+    step = scale * min((high - low for low, high in pairwise(values)), default=1.0)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if decimals <= MOST_DECIMALS and scale * max(values) < MOST_PLAIN:
+        return [f"{scale * value:,.{decimals if value else 0}f}{unit}" for value in values]
+    digits = next(
+        (many for many in range(4) if all(math.isclose(float(f"{one:.{many}e}"), one) for one in values)), 4
+    )
+    return [f"{scale * value:.{digits}e}{unit}" if value else f"0{unit}" for value in values]
 
 
 @dataclass(frozen=True)

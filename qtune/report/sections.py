@@ -81,7 +81,7 @@ def curves(record: Record) -> Html:
     ]
     charts = [
         line_chart("Loss, nats per scored token", loss, "{:.3g}".format),
-        line_chart("Scored tokens that were the likeliest", accuracy, "{:.0%}".format),
+        line_chart("Scored tokens that were the likeliest", accuracy, "{:.0%}".format, percent=True),
         line_chart("Learning rate", [Series("", points(train, "learning_rate"))], "{:.2g}".format),
         line_chart("Gradient norm", norms, "{:.3g}".format),
         line_chart(memory_title(record, unit), memory, "{:.3g}".format),

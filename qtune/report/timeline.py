@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtune.memory.tracing import categories
-from qtune.report.charts import ticks
+from qtune.report.charts import axis_texts, ticks
 from qtune.report.drawing import (
     CHARACTER,
     DIM,
@@ -137,11 +137,12 @@ class _Frame:
 def _grid(frame: _Frame) -> Iterator[Shape]:
     """Levels at round numbers of one unit."""
     unit, word = (GIB, "GiB") if frame.top >= GIB else (MIB, "MiB")
-    for value in ticks(0.0, frame.top / unit):
+    rows = ticks(0.0, frame.top / unit)
+    for value, told in zip(rows, axis_texts(rows), strict=True):
         if value * unit <= frame.top:
             y = frame.y(value * unit)
             yield Line(LEFT, y, frame.right, y, FAINT)
-            yield Words(LEFT - 8, y + 4, f"{value:g} {word}" if value else "0", anchor="end", ink=DIM)
+            yield Words(LEFT - 8, y + 4, f"{told} {word}" if value else "0", anchor="end", ink=DIM)
 
 
 def _label(name: str, frame: _Frame, lower: list[float], upper: list[float]) -> Iterator[Shape]:
