@@ -483,6 +483,23 @@ def test_a_validation_that_is_no_number_is_not_the_best_one(tmp_path, odd):
     assert "0.500 at step 6" in Page(write_report(run_dir).read_text(encoding="utf-8")).texts["dd"]
 
 
+def test_the_pages_validation_loss_is_of_the_rows_that_training_has_not_seen(tmp_path):
+    run_dir = make_run(tmp_path)
+    where = {"steps": 10, "epoch": 0.5, "seconds": 1.0, "accuracy": 0.5, "group_tokens": (10,) * 5, "left_out": 2}
+    losses = {5: (0.7, 0.5), 10: (0.6, 0.9)}
+    tell(run_dir, train_record(1))
+    tell(
+        run_dir,
+        *(EvalRecord(step=step, loss=all_, group_losses=(rest,) * 5, **where) for step, (all_, rest) in losses.items()),
+    )
+    shown = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    figures = dict(zip(shown.texts["dt"], shown.texts["dd"], strict=True))
+    assert figures["validation loss"] == "0.900 (2 validation rows left out, for training saw their prompts)"
+    assert figures["best validation loss"] == "0.500 at step 5"
+    assert {"validation, rows not seen", "validation, all rows"} <= set(shown.texts["span"])
+    assert "validation, rows not seen 0.9 at 10" in shown.texts["title"]
+
+
 def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):
     """It wrote null for what is no number."""
     run_dir = make_run(tmp_path)

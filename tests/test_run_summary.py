@@ -14,8 +14,9 @@ from qtune.run.listing import list_runs
 from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, append_metric, forget_after
 from qtune.run.summary import Losses, summary_of
 from qtune.screens.listing import draw_runs
-from qtune.screens.run import summary_text
+from qtune.screens.run import spread_text, summary_text
 from qtune.sizes import GIB
+from qtune.training.display import plain_line
 from qtune.verdicts.curves import rate
 from qtune.verdicts.facts import read_facts
 from qtune.verdicts.learning import learned
@@ -126,6 +127,31 @@ def test_a_loss_that_is_no_number_is_not_the_best(run: RunDir) -> None:
     best = summary_of(run).best
     assert best is not None
     assert best.step == 2
+
+
+def test_the_validation_loss_is_of_the_rows_that_the_verdict_judges_and_which_these_are_is_said(run: RunDir) -> None:
+    """Two rows of twelve, which training saw, are learned by heart: over all rows the last evaluation is the best."""
+
+    def partly_seen(step: int, of_all: float, of_unseen: float) -> EvalRecord:
+        return replace(looked(step, of_all, step), group_losses=(of_unseen,) * 10, group_tokens=(7,) * 10, left_out=2)
+
+    records = partly_seen(10, 1.2, 1.0), partly_seen(20, 1.1, 1.25)
+    text = written(run, trained(1, 3.0, 1.0), *records)
+    left_out = "(2 validation rows left out, for training saw their prompts)"
+    told = f"validation loss 1.2500 {left_out}, accuracy 75.0% of all rows"
+    assert text.splitlines()[2] == f"{told}; the best was 1.0000 at step 10"
+    assert plain_line(records[1], None) == f"step 20: {told}"
+    run.resolved_file.write_text('[model]\nbase = "org/model"\n')
+    assert list_runs(run.path.parent)[0].validation == 1.0
+    facts = read_facts(run)
+    assert (
+        "validation ended at 1.25" in learned(replace(facts, validation=facts.validation[1:], train=FALLING)).sentence
+    )
+    several = spread_text([summary_of(run), summary_of(run)])
+    assert "\nvalidation loss of rows that training has not seen 1.2500, standard deviation" in several
+
+
+FALLING = tuple(trained(step, 3.0 - 0.1 * step, step) for step in range(1, 21))
 
 
 @pytest.mark.slow

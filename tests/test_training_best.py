@@ -1,6 +1,7 @@
 """The best state by validation loss is kept, taken where it is better by more than noise, and ends a run in time."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from qtune.adapter.state import STATE_FILE
 from qtune.errors import RecipeError
+from qtune.memory.measured.meter import Meter
 from qtune.recipe.file import load_recipe
 from qtune.recipe.schema import Training
 from qtune.run.folder import RunDir
@@ -20,6 +22,7 @@ from qtune.run.summary import summary_of
 from qtune.screens.run import summary_text
 from qtune.training import train
 from qtune.training.best import KeepBest, choice, kept_states
+from qtune.training.callbacks import Metrics
 from qtune.verdicts.facts import read_facts
 
 # A rate at which the tiny model soon learns its few rows by heart; no state depends on how many steps are to come.
@@ -58,6 +61,38 @@ def test_within_noise_the_last_is_taken_and_said() -> None:
 @pytest.mark.parametrize(("result", "step"), [("best", 6), ("last", None)])
 def test_the_recipe_may_say_which(result: str, step: int | None) -> None:
     assert choice([noisy(6, 1.0), noisy(9, 1.05)], [6], result, 9)[0] == step
+
+
+def seen_in_part(step: int, of_all: float, of_unseen: float) -> EvalRecord:
+    """An evaluation of ten rows, two of which training saw."""
+    return replace(looked(step, of_unseen), loss=of_all, left_out=2)
+
+
+def test_states_are_compared_by_the_rows_that_training_has_not_seen() -> None:
+    """Over all rows the last is the best: those that it saw are learned by heart."""
+    records = [seen_in_part(3, 1.6, 1.5), seen_in_part(6, 1.5, 1.0), seen_in_part(9, 1.4, 2.0)]
+    step, said = choice(records, [6], "best-beyond-noise", 9)
+    assert step == 6
+    assert "validation loss 1.0000 at step 6, 2.0000 at step 9, lower by 1.0000" in str(said)
+
+
+def test_what_is_kept_and_when_a_run_ends_is_decided_by_the_rows_that_training_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", lambda record: None, Meter(torch.device("cpu")))
+    metrics.seen = [True] + [False] * 5
+    keeper = KeepBest(tmp_path, Training(patience=1), lambda *_: None, judged=metrics.judged)
+    kept: list[int] = []
+    monkeypatch.setattr(keeper, "_keep", lambda model, step: kept.append(step))
+    for step, seen, unseen in ((3, 2.0, 1.0), (6, 0.0, 1.1)):
+        state, losses = TrainerState(global_step=step, max_steps=9), [seen, *[unseen] * 5]
+        measured = {"eval_loss": sum(losses) / 6, "eval_accuracy": 0.5}
+        metrics.take_rows([10 * loss for loss in losses], [10] * 6)
+        metrics.on_log(None, state, TrainerControl(), logs=measured)  # type: ignore[arg-type]
+        keeper.on_evaluate(None, state, TrainerControl(), metrics=measured, model=None)  # type: ignore[arg-type]
+    assert (kept, keeper.kept_loss, keeper.stopped_early) == ([3], 1.0, True)
+    again = KeepBest(tmp_path, Training(patience=1), lambda *_: None, read_metrics(metrics.file))
+    assert (again.best_loss, again.stopped_early) == (1.0, True)
 
 
 def test_there_is_no_choice_where_the_last_is_the_best_or_nothing_was_kept() -> None:

@@ -109,9 +109,7 @@ def axis_texts(values: Sequence[float], *, percent: bool = False) -> list[str]:
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if decimals <= MOST_DECIMALS and scale * max(values) < MOST_PLAIN:
         return [f"{scale * value:,.{decimals if value else 0}f}{unit}" for value in values]
-    digits = next(
-        (many for many in range(4) if all(math.isclose(float(f"{one:.{many}e}"), one) for one in values)), 4
-    )
+    digits = next((many for many in range(4) if all(math.isclose(float(f"{one:.{many}e}"), one) for one in values)), 4)
     return [f"{scale * value:.{digits}e}{unit}" if value else f"0{unit}" for value in values]
 
 

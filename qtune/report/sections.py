@@ -44,10 +44,10 @@ def summary(record: Record) -> Html:
         figures["training loss"] = losses.text
     if validation:
         # NaN is smaller than nothing: a validation that has diverged is no best one.
-        best = min(validation, key=lambda one: (math.isnan(one.loss), one.loss))
-        figures["validation loss"] = number(validation[-1].loss)
+        best = min(validation, key=lambda one: (math.isnan(one.judged_loss), one.judged_loss))
+        figures["validation loss"] = f"{number(validation[-1].judged_loss)}{validation[-1].about_rows}"
         if best is not validation[-1]:
-            figures["best validation loss"] = f"{number(best.loss)} at step {best.step:,}"
+            figures["best validation loss"] = f"{number(best.judged_loss)} at step {best.step:,}"
     if record.adapter_bytes:
         at = record.facts.adapter_step
         figures["adapter"] = size_text(record.adapter_bytes) + ("" if at is None else f", the state of step {at:,}")
@@ -63,14 +63,15 @@ def curves(record: Record) -> Html:
     def points(records: Sequence[TrainRecord | EvalRecord], key: str, scale: float = 1) -> list[tuple[float, float]]:
         return [(one.step, getattr(one, key) / scale) for one in records]
 
+    few, every = ("", "") if not any(one.left_out for one in validation) else (", rows not seen", ", all rows")
     loss = [
         Series("training", points(train, "loss")),
-        Series("validation", points(validation, "loss"), style="marked"),
+        Series(f"validation{few}", points(validation, "judged_loss"), style="marked"),
         *_standing_out(train, "loss"),
     ]
     accuracy = [
         Series("training", points(train, "accuracy")),
-        Series("validation", points(validation, "accuracy"), style="marked"),
+        Series(f"validation{every}", points(validation, "accuracy"), style="marked"),
     ]
     norms = [Series("before clipping", points(train, "gradient_norm")), *_standing_out(train, "gradient_norm")]
     most = max((one.memory_peak_bytes for one in train), default=0)

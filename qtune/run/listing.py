@@ -74,7 +74,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         adapter,
         losses.start if losses else None,
         losses.end if losses else None,
-        best.loss if best else None,
+        best.judged_loss if best else None,
         bytes_in(run_dir.path),
         written[0],
         resume,

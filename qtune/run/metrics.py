@@ -90,6 +90,18 @@ class EvalRecord:
         total = sum(loss * count for loss, count in zip(self.group_losses, self.group_tokens, strict=True))
         return total / sum(self.group_tokens)
 
+    @property
+    def about_rows(self) -> str:
+        """What is to be said of the rows of `judged_loss`, in words that follow it: which were left out."""
+        rows = f"{self.left_out} validation row{'' if self.left_out == 1 else 's'} left out"
+        said = f" ({rows}, for training saw their prompts)" if self.left_out else ""
+        return f"{said} (whether training saw others is not known)" if self.is_seen_unknown else said
+
+    @property
+    def accuracy_text(self) -> str:
+        """The accuracy, and of which rows it is where these are others than those of `judged_loss`."""
+        return f"accuracy {self.accuracy:.1%}{' of all rows' if self.left_out else ''}"
+
 
 CUT = "…"
 """What an answer ends with that was stopped at its limit."""

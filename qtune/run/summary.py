@@ -107,9 +107,10 @@ class Summary:
 
     @property
     def best(self) -> EvalRecord | None:
-        """The evaluation with the lowest loss, the earliest of equal ones; None where there was none."""
-        finite = [one for one in self.validation if one.loss == one.loss]
-        return min(finite, key=lambda one: (one.loss, one.step), default=None)
+        """The evaluation with the lowest loss of the rows that training has not seen, the earliest of equal ones; None
+        where there was none."""
+        finite = [one for one in self.validation if not math.isnan(one.judged_loss)]
+        return min(finite, key=lambda one: (one.judged_loss, one.step), default=None)
 
 
 def summary_of(run_dir: RunDir) -> Summary:

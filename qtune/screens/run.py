@@ -22,8 +22,8 @@ def summary_text(summary: "Summary") -> str:
     best = summary.best
     if best is not None:
         last = summary.validation[-1]
-        at = "" if last.step == best.step else f"; the best was {best.loss:.4f} at step {best.step}"
-        lines.append(f"validation loss {last.loss:.4f}, accuracy {last.accuracy:.1%}{at}")
+        at = "" if last.step == best.step else f"; the best was {best.judged_loss:.4f} at step {best.step}"
+        lines.append(f"validation loss {last.judged_loss:.4f}{last.about_rows}, {last.accuracy_text}{at}")
     if summary.adapter_step is not None:
         lines.append(f"the adapter is the state of step {summary.adapter_step}")
     lines.append(commands_text([(["qtune", verb, str(path)], does) for verb, does in NEXT]))
@@ -33,9 +33,11 @@ def summary_text(summary: "Summary") -> str:
 def spread_text(summaries: "Sequence[Summary]") -> str:
     """How far apart the runs of one recipe with several seeds ended, and the command that compares them on rows."""
     lines = [f"{len(summaries)} runs that differ by their seed alone:"]
+    looked = [one.validation[-1] for one in summaries if one.validation]
+    of_rows = " of rows that training has not seen" if any(one.left_out for one in looked) else ""
     measured = {
         "training loss": [one.losses.end for one in summaries if one.losses is not None],
-        "validation loss": [one.validation[-1].loss for one in summaries if one.validation],
+        f"validation loss{of_rows}": [one.judged_loss for one in looked],
     }
     for name, losses in measured.items():
         if len(losses) == len(summaries):

@@ -27,19 +27,26 @@ class KeepBest(TrainerCallback):
     """Keeps the trained state of the best evaluation in `folder`/best-STEP, and ends a run that finds no better one."""
 
     def __init__(
-        self, folder: Path, training: Training, note: Callable[[str, int], None], before: Sequence[Metric] = ()
+        self,
+        folder: Path,
+        training: Training,
+        note: Callable[[str, int], None],
+        before: Sequence[Metric] = (),
+        judged: Callable[[float], float] = lambda loss: loss,
     ) -> None:
         """`before` are the records up to the step that a run goes on from; `note` is told why the run has ended early,
-        and after which step."""
+        and after which step. judged: the loss of all validation rows -> that of those which training has not seen, by
+        which states are compared (`Metrics.judged`)."""
         self.folder = folder
         self.training = training
         self.note = note
+        self.judged = judged
         self.best_loss, self.since = math.inf, 0
         self.chosen: int | None = None
         """The step whose state is the result, once that was decided; None: the last."""
         for record in before:
             if isinstance(record, EvalRecord) and record.step:
-                self._count(record.loss)
+                self._count(record.judged_loss)
         last = max((record.step for record in before if not isinstance(record, NoteRecord)), default=0)
         for path in kept_states(folder):
             if kept_step(path) > last:  # of steps that will be taken again
@@ -48,7 +55,7 @@ class KeepBest(TrainerCallback):
             if (said := _fault(path)) is not None:
                 console.say(f"{path} is not what was kept: {said}; it is left as it is")
         kept = {kept_step(path) for path in kept_states(folder)}
-        losses = [record.loss for record in before if isinstance(record, EvalRecord) and record.step in kept]
+        losses = [record.judged_loss for record in before if isinstance(record, EvalRecord) and record.step in kept]
         self.kept_loss = min(losses, default=math.inf)
         """The lowest loss that there is a state of: the best one's may be lost."""
         self.stopped_early = training.patience is not None and self.since >= training.patience
@@ -59,7 +66,7 @@ class KeepBest(TrainerCallback):
     ) -> TrainerControl:
         if not state.global_step:  # an adapter that has learned nothing is no result
             return control
-        loss = float(kwargs["metrics"]["eval_loss"])
+        loss = self.judged(float(kwargs["metrics"]["eval_loss"]))
         self._count(loss)
         if loss < self.kept_loss:
             self.kept_loss = loss
@@ -133,10 +140,10 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
     above it by more than noise: by the paired interval over the validation rows, widened for as many comparisons as
     there were (Bonferroni), for the lowest of several losses is partly luck. A best that there is no state of is said.
     """
-    looked = [one for one in records if isinstance(one, EvalRecord) and one.step and math.isfinite(one.loss)]
+    looked = [one for one in records if isinstance(one, EvalRecord) and one.step and math.isfinite(one.judged_loss)]
     if not looked or result == "last":
         return None, None
-    best, last = min(looked, key=lambda one: one.loss), looked[-1]
+    best, last = min(looked, key=lambda one: one.judged_loss), looked[-1]
     if last.step == best.step and step == last.step:
         return None, None
     fall = _beyond_noise(best, looked)
@@ -161,11 +168,14 @@ def _second_best(
     """What is taken, and why, where the best state is lost: the best that was kept, if it would have been taken."""
     last = looked[-1]
     lost = f"the state of step {best.step:,}, which was better, is no longer there: {_compared(best, last)}"
-    found = min((one for one in looked if one.step in kept), key=lambda one: one.loss, default=None)
+    found = min((one for one in looked if one.step in kept), key=lambda one: one.judged_loss, default=None)
     is_last = found is None or (found is last and step == last.step)
     if found is None or is_last or (result != "best" and _beyond_noise(found, looked) is None):
         return None, f"the adapter is the last, for {lost}"
-    return found.step, f"the adapter is that of step {found.step:,}, validation loss {found.loss:.4f}, for {lost}"
+    return (
+        found.step,
+        f"the adapter is that of step {found.step:,}, validation loss {found.judged_loss:.4f}, for {lost}",
+    )
 
 
 def _beyond_noise(best: EvalRecord, looked: Sequence[EvalRecord]) -> Fall | None:
@@ -177,4 +187,4 @@ def _beyond_noise(best: EvalRecord, looked: Sequence[EvalRecord]) -> Fall | None
 
 
 def _compared(best: EvalRecord, last: EvalRecord) -> str:
-    return f"validation loss {best.loss:.4f} at step {best.step:,}, {last.loss:.4f} at step {last.step:,}"
+    return f"validation loss {best.judged_loss:.4f} at step {best.step:,}, {last.judged_loss:.4f} at step {last.step:,}"

@@ -100,6 +100,7 @@ class Metrics(TrainerCallback):
         self.outliers = Outliers((one.loss, one.gradient_norm) for one in taken)
         self._without_gradient = 0
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
+        self._evaluation: EvalRecord | None = None
         self.seen: Sequence[bool | None] = ()
         """Of each validation row: whether training saw its prompt; None where that is not known. Empty: of none."""
 
@@ -128,6 +129,11 @@ class Metrics(TrainerCallback):
     def take_rows(self, losses: Sequence[float], tokens: Sequence[int]) -> None:
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
         self._rows = losses, tokens
+
+    def judged(self, loss: float) -> float:
+        """The last evaluation's loss of the rows that training has not seen; `loss`, that of all, where there was no
+        evaluation."""
+        return loss if self._evaluation is None else self._evaluation.judged_loss
 
     def _of_unseen_rows(self, record: EvalRecord) -> EvalRecord:
         """The record of an evaluation with its rows' losses, those left out that training saw."""
@@ -168,7 +174,8 @@ class Metrics(TrainerCallback):
         where = (state.global_step, state.max_steps, round(state.epoch or 0.0, 4), self._seconds())
         if "eval_loss" in logs:
             means = float(logs["eval_loss"]), float(logs["eval_accuracy"])
-            self._write(self._of_unseen_rows(EvalRecord(*where, *means)))
+            self._evaluation = self._of_unseen_rows(EvalRecord(*where, *means))
+            self._write(self._evaluation)
             self._require_finite_evaluation(state.global_step, means[0])
         elif "loss" in logs:
             now, peak = memory_now(self.meter)

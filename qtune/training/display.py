@@ -118,7 +118,7 @@ ORDER = ("loss", "accuracy", "eval loss", "lr", "tokens/s", "s/step", "memory")
 def _figures(record: TrainRecord | EvalRecord) -> dict[str, str]:
     """What a record tells, as names and formatted values."""
     if isinstance(record, EvalRecord):
-        return {"eval loss": f"{record.loss:.4f}"}
+        return {"eval loss": f"{record.judged_loss:.4f}"}
     now, peak = gib_text(record.memory_bytes), gib_text(record.memory_peak_bytes)
     return {
         "loss": f"{record.loss:.4f}",
@@ -201,7 +201,9 @@ def _question_line(text: str) -> str:
 def plain_line(record: TrainRecord | EvalRecord, seconds_left: float | None) -> str:
     """One record as one line of a log."""
     if isinstance(record, EvalRecord):
-        return f"step {record.step}: validation loss {record.loss:.4f}, accuracy {record.accuracy:.1%}"
+        return (
+            f"step {record.step}: validation loss {record.judged_loss:.4f}{record.about_rows}, {record.accuracy_text}"
+        )
     figures = "  ".join(f"{name} {value}" for name, value in _figures(record).items())
     left = f"  {clock(seconds_left)} left" if seconds_left is not None else ""
     return f"step {record.step}/{record.steps}  epoch {record.epoch:.2f}  {figures}{left}"

@@ -315,6 +315,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
             recipe.training,
             lambda said, step: metrics.note(said, ended_step=step),
             read_metrics(run_dir.metrics_file),
+            metrics.judged,
         )
         answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)

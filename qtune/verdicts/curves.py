@@ -9,7 +9,7 @@ from qtune.run.summary import Losses, number
 from qtune.tuned.evaluation import FEWEST
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import Fall, fall_between
-from qtune.verdicts.learning import LITTLE, SEEN, about_validation, by_how_much, fall_of
+from qtune.verdicts.learning import LITTLE, SEEN, by_how_much, fall_of
 from qtune.verdicts.verdict import Verdict
 
 SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
@@ -42,9 +42,9 @@ def overfits(facts: Facts) -> Verdict:
         return Verdict("overfits", "unsure", "Cannot be told", SEEN)
     at_last = f"{number(last.judged_loss)} at the last, step {last.step:,}"
     if last is best:
-        return Verdict("overfits", "good", "No", f"validation was best, {at_last}{about_validation(last)}")
+        return Verdict("overfits", "good", "No", f"validation was best, {at_last}{last.about_rows}")
     told = f"validation was {number(best.judged_loss)} at its best, step {best.step:,}, and {at_last}"
-    told += about_validation(last)
+    told += last.about_rows
     rise = fall_of(last, best, 1 - (1 - SURE) / (len(found) - 1))
     if rise is None:
         return Verdict("overfits", "unsure", "Not certain", f"{told}; whether that is more than noise was not measured")

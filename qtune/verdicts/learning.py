@@ -121,14 +121,7 @@ def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | 
     told = f"the loss of the validation rows went {went}, {by_how_much(fall)}"
     if last.are_seen:
         return Verdict("learned", "unsure", "Cannot be told", f"{SEEN}, which says nothing of new rows; {told}", ask)
-    return Verdict("learned", "good", "Learned", f"{told}{about_validation(last)}", ask)
-
-
-def about_validation(record: EvalRecord) -> str:
-    """What is to be said of the rows of an evaluation, in words that follow a sentence: which were left out."""
-    rows = f"{record.left_out} validation row{'' if record.left_out == 1 else 's'} left out"
-    said = f" ({rows}, for training saw their prompts)" if record.left_out else ""
-    return f"{said} (whether training saw others is not known)" if record.is_seen_unknown else said
+    return Verdict("learned", "good", "Learned", f"{told}{last.about_rows}", ask)
 
 
 def fall_of(before: EvalRecord, after: EvalRecord, confidence: float = 0.95) -> Fall | None:
@@ -148,7 +141,7 @@ def _by_training(losses: Losses | None, validation: Sequence[EvalRecord], ask: s
         return Verdict("learned", "open", "Too few steps", f"{told}, too early to tell {what}", ask)
     told = f"{told}, {by_how_much(fall)}"
     if fall.is_positive and fall.mean >= LITTLE * losses.start:
-        held_out = f"; validation ended at {number(validation[-1].loss)}" if validation else ""
+        held_out = f"; validation ended at {number(validation[-1].judged_loss)}" if validation else ""
         return Verdict("learned", "unsure", "Training loss fell", f"{told}{held_out}", ask)
     answer = "Learned little" if fall.is_positive else "Loss rose" if fall.is_negative else "Did not learn"
     return Verdict("learned", "unsure" if fall.is_positive else "bad", answer, told, ask)
