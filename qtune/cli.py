@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -49,15 +49,18 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
 ]
-AcceptOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--accept-drift",
-        metavar="NAME",
-        help="Go on although this is not what the run was trained with: weights, config, generation, tokenizer, code, "
-        "template, rows, recipe, versions or processor, as --accept-drift rows. Repeatable.",
-    ),
-]
+
+
+def _accepting(last: str, example: str) -> Any:
+    """--accept-drift of a verb; its help names what that verb compares (`run.drift`, for which help need not wait)."""
+    named = f"weights, config, generation, tokenizer, code, template, {last}, as --accept-drift {example}"
+    said = f"Go on although this is not what the run was trained with: {named}. Repeatable."
+    return typer.Option("--accept-drift", metavar="NAME", help=said)
+
+
+AcceptOption = Annotated[list[str] | None, _accepting("rows, recipe, versions or processor", "rows")]
+AcceptUsingOption = Annotated[list[str] | None, _accepting("recipe, versions or processor", "versions")]
+"""Of verbs that compare no rows."""
 TrustOption = Annotated[
     bool,
     typer.Option(
@@ -488,7 +491,7 @@ def export(
             help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
         ),
     ] = None,
-    accept_drift: AcceptOption = None,
+    accept_drift: AcceptUsingOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Turn a run into a model that others can load, and prove that it is the model that was trained.
@@ -747,7 +750,7 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
-    accept_drift: AcceptOption = None,
+    accept_drift: AcceptUsingOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Talk to a run or a model; answers appear as they are made.

@@ -152,12 +152,34 @@ def live_console() -> Console:
     return _drawn_on.get() or _console(stderr=True)
 
 
+class BareTable(Table):
+    """rich's table without lines, and without the spaces behind the last word of a line: a file would keep them."""
+
+    def __init__(self, *, padding: tuple[int, int, int, int] = (0, 2, 0, 0), **options: Any) -> None:
+        super().__init__(box=None, padding=padding, **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """rich's way to draw it."""
+        filled = [one for one in super().__rich_console__(console, options) if isinstance(one, Segment)]
+        for line in Segment.split_lines(filled):
+            yield from _without_end(line)
+            yield Segment.line()
+
+
+def _without_end(line: list[Segment]) -> list[Segment]:
+    """A line without the spaces that it ends with."""
+    kept = list(line)
+    while kept and not kept[-1].text.rstrip(" "):
+        kept.pop()
+    return [*kept[:-1], Segment(kept[-1].text.rstrip(" "), kept[-1].style)] if kept else []
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
 ) -> Table:
     """A plain table; `right` names the columns (by index) that hold figures. What stands first names its row: on a
     narrow terminal the other columns are folded, so that it can be read and copied whole."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    drawn = BareTable(title=title, title_justify="left", title_style="bold", pad_edge=False)
     is_name = max((len(str(row[0])) for row in rows), default=0) <= LONGEST_NAME
     for index, name in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index in right else "left"

@@ -84,6 +84,11 @@ OTHER_NAMES = {
 class Verbs(TyperGroup):
     """The verbs; one that is not there is answered with the one that is meant."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for command in self.commands.values():
+            command.help = _flowing(command.help or "")
+
     def main(  # type: ignore[override]  # two of its five arguments have names here, the others go through
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> Any:
@@ -175,6 +180,12 @@ class Verbs(TyperGroup):
                 size = value or next(iter(words[at + 1 :]), "SIZE")
                 told += f"; what qtune {name} may spend is set with: --set memory.budget={size}"
             raise InputError(Problem(f"qtune {name} {option}", told))
+
+
+def _flowing(text: str) -> str:
+    """A help text whose paragraphs are one line each: typer joins the lines of the first alone, and would break the
+    others where our source does, and where the terminal ends."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
 
 
 def _meant_words(verb: str | None, words: Sequence[str], extra: str) -> list[str]:

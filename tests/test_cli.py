@@ -1,5 +1,6 @@
 """The command: instant help for every verb, one exit code for each way to end, errors before anything heavy."""
 
+import itertools
 import json
 import os
 import re
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.rich_utils
 from conftest import WriteRecipe, run_qtune
 from typer.testing import CliRunner
 
 from qtune import __version__, cli
 from qtune.errors import GateError, InputError, Interrupted, Problem
 from qtune.export.conflicts import CONFLICTS
+from qtune.run.drift import KINDS, USING
 from qtune.verbs import OTHER_NAMES, Verbs, _options
 
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
@@ -70,6 +73,31 @@ def test_every_option_and_argument_of_a_verb_is_explained(verb: str) -> None:
     assert {parameter.name: bool(parameter.help) for parameter in command.params if parameter.name != "help"} == {
         parameter.name: True for parameter in command.params if parameter.name != "help"
     }
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fills_its_lines_at_any_width(verb: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", width)
+    shown = CliRunner().invoke(cli.app, [verb, "--help"]).output
+    prose = shown[: shown.index("╭")].split("\n", 2)[2]  # behind the usage
+    lines = [line.strip() for line in prose.splitlines()]
+    for line, following in itertools.pairwise(lines):
+        word = following.partition(" ")[0]
+        # rich leaves a column free on both sides.
+        assert not line or not word or len(line) + 1 + len(word) > width - 2, f"{line!r} has room for {word!r}"
+
+
+@pytest.mark.parametrize(
+    ("verb", "compared"), [("run", KINDS), ("eval", (*USING, "rows")), ("compare", (*USING, "rows")),
+                           ("export", USING), ("chat", USING)]
+)  # fmt: skip
+def test_the_drifts_that_help_names_are_those_that_the_verb_compares(verb: str, compared: tuple[str, ...]) -> None:
+    options = typer.main.get_command(cli.app).get_command(None, verb).params
+    told = next(option.help for option in options if "--accept-drift" in option.opts)
+    listed = told.partition(": ")[2].partition(", as --accept-drift ")
+    assert set(re.split(", | or ", listed[0])) == set(compared)
+    assert listed[2].partition(".")[0] in compared
 
 
 def test_a_wrong_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:

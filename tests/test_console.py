@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console, Group
@@ -81,13 +82,28 @@ def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_in_a_file_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [["forward", "1.25 GiB", "exact " * 8], [Text("backward"), "11.00 GiB", ""]]
     console.out(console.table("Peaks", ["phase", "peak", "how"], rows, right=[1]))
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
+    assert capsys.readouterr().out.splitlines() == [
         "Peaks",
         "phase          peak  how",
         f"forward    1.25 GiB  {'exact ' * 7}exact",
         "backward  11.00 GiB",
     ]
+
+
+def test_no_line_of_a_table_ends_with_spaces_whatever_its_last_column_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = console.BareTable(show_header=False)
+    drawn.add_column(style="dim", no_wrap=True)
+    for row in (("a b ", "one\nmore than one"), ("empty", ""), ("styled", Text("x", style="bold"))):
+        drawn.add_row(*row)
+    console.out(Group(Text("above"), drawn, Text("below")))
+    assert capsys.readouterr().out == "above\na b     one\n        more than one\nempty\nstyled  x\nbelow\n"
+
+
+def test_every_table_that_ends_up_in_a_file_is_one_without_spaces_at_its_ends() -> None:
+    """The display of a run draws one of rich's: it is redrawn on a terminal, and a file has lines in its place."""
+    package = Path(console.__file__).parent
+    users = [file for file in package.rglob("*.py") if "from rich.table import" in file.read_text(encoding="utf-8")]
+    assert sorted(file.relative_to(package).as_posix() for file in users) == ["console.py", "training/display.py"]
 
 
 def test_progress_in_a_file_is_a_line_as_it_begins_and_one_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from qtune.errors import DataError, ModelError, RunError
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
 from qtune.tuned import chat as stage
-from qtune.tuned.chat import Session, chat, command, context_length, open_session, typed_lines
+from qtune.tuned.chat import Session, answered, chat, command, context_length, open_session, typed_lines
 from qtune.tuned.generate import Ends, Generated, find_ends, generate
 
 
@@ -196,6 +196,15 @@ def test_a_new_system_message_starts_anew(session):
         '"You are a helpful AI assistant named SmolLM, trained by Hugging Face"'
     )
     assert session.system is None
+
+
+def test_the_ends_of_an_answers_lines_are_ends_of_lines_and_commands_for_a_terminal_stay_harmless(
+    session, monkeypatch, capsys
+):
+    pieces = ["one\r\ntwo", "\r", "\nthree\r", "four\n", "\n\x1b[2J five\tsix\x07", "\r"]
+    monkeypatch.setattr(session, "ask", lambda text, emit: [emit(piece) for piece in pieces])
+    answered(session, "say it")
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n\n\\x1b[2J five\tsix\\x07\n\n"
 
 
 def test_stopping_an_answer_forgets_its_question_and_goes_on(session, monkeypatch, capsys):

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qtune.console import BareTable
 from qtune.screens.time import UNKNOWN, seconds
 from qtune.sizes import size_text, texts_apart
 
@@ -22,7 +22,7 @@ def draw_answer(profile: "Profile", time: "TimeForecast | None", *, is_timed: bo
     """A line for each question. time: None where no rates of the device are known; is_timed: whether it was asked."""
     plan, rows = profile.forecast.plan, profile.forecast.rows
     often = "once" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} times"
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table = BareTable(show_header=False)
     table.add_row("does it fit?", Text(_fits(profile), style="bold"))
     if is_timed:
         table.add_row("how long?", _how_long(time))

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qtune.console import BareTable
 from qtune.device.cards import described, fitting_cards
 from qtune.memory.tracing.categories import ABOUT, CATEGORIES
 from qtune.plan import why_others_take_less
@@ -87,7 +87,7 @@ def draw_savings(
 def draw_ways(ways: "WaysToFit", budget_bytes: int, layers: int) -> RenderableType:
     """All remedies: each change alone, and the lines of a recipe that fits with the least loss of time. layers: that
     the model has."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = BareTable()
     is_timed = any(way.pace is not None for way in ways.single)
     timed = ["for"] if is_timed else []
     for name in ("each change alone", "needs", "", *timed, "price"):
@@ -144,9 +144,9 @@ def refusals_text(refusals: "Sequence[Problem]") -> Text:
     return Text("\n").join(lines)
 
 
-def categories_table(alive: dict[str, int]) -> Table:
+def categories_table(alive: dict[str, int]) -> BareTable:
     """Bytes alive at one moment by category."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = BareTable()
     table.add_column("at the peak")
     table.add_column("size", justify="right")
     table.add_column("share", justify="right")
@@ -175,8 +175,8 @@ def stacked_bar(alive: dict[str, int]) -> Text:
     return Text(f"[{line}]")
 
 
-def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> BareTable:
+    table = BareTable(show_header=False)
     table.add_row("tensors at the peak", size_text(prediction.need.traced_bytes), "the sum above, traced")
     if is_card:
         need = prediction.need
@@ -200,8 +200,8 @@ def _need(prediction: "Prediction", budget_bytes: int, *, is_card: bool) -> Tabl
     return table
 
 
-def _phases(prediction: "Prediction") -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _phases(prediction: "Prediction") -> BareTable:
+    table = BareTable()
     table.add_column("phase of a step")
     table.add_column("peak", justify="right")
     table.add_column("where")
@@ -222,10 +222,10 @@ def _why_others_take_less(profile: "Profile") -> str | None:
     return why_others_take_less(less, plan.gradient_checkpointing, plan.keep_dequantized)
 
 
-def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> Table:
+def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSeconds | None") -> BareTable:
     """Shares are of the first way's peak: full fine-tuning. Without sizes no cards are named."""
     ours, whole = profile.forecast.prediction.peak.bytes, profile.baselines[0].prediction.peak.bytes
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = BareTable()
     figures = ("peak", "share", "recipe saves")
     timed = ["a step"] if step_seconds is not None else []
     for name in ("way of training", *figures, *timed, *(["fits cards of"] if sizes else [])):
@@ -239,8 +239,8 @@ def _baselines(profile: "Profile", sizes: tuple[int, ...], step_seconds: "StepSe
     return table
 
 
-def _attribution(attribution: "list[Variant]", ours: "Prediction", step_seconds: "StepSeconds | None") -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _attribution(attribution: "list[Variant]", ours: "Prediction", step_seconds: "StepSeconds | None") -> BareTable:
+    table = BareTable()
     timed = ["for"] if step_seconds is not None else []
     for name in ("technique", "saves", *timed, "without it"):
         table.add_column(name, justify="right" if name in ("saves", *timed) else "left")
@@ -261,7 +261,7 @@ def draw_measured(run: "Measured") -> RenderableType:
     measured = run.measured
     cuda = measured["device"] != "cpu"
     key = "allocated_peak_bytes" if cuda else "tensor_peak_bytes"
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = BareTable()
     other = "reserved" if cuda else "resident (RSS)"
     for name in ("phase", "predicted", "measured", "error", other):
         table.add_column(name, justify="left" if name == "phase" else "right")
@@ -293,10 +293,10 @@ def draw_measured(run: "Measured") -> RenderableType:
     return Group(*parts)
 
 
-def _saved(run: "Measured") -> Table:
+def _saved(run: "Measured") -> BareTable:
     """The measured peak against the usual ways of training the same model on the same batch."""
     ours = run.measured["peak_bytes"]
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = BareTable()
     for name in ("the same step in other ways", "traced peak", "this run saves", "how"):
         table.add_column(name, justify="right" if name in ("traced peak", "this run saves") else "left")
     for way in run.baselines:
@@ -363,8 +363,8 @@ def _digits(fitted: "Fitted") -> int:
     return digits_apart([need.total_bytes for need in needs], fitted.budget_bytes)
 
 
-def _trials(fitted: "Fitted", digits: int) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _trials(fitted: "Fitted", digits: int) -> BareTable:
+    table = BareTable()
     is_timed = any(trial.pace is not None for trial in fitted.trials)
     timed = ["for"] if is_timed else []
     for name in ("tried", "a row needs", "and then", *timed, "", "price"):

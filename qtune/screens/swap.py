@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
+
+from qtune.console import BareTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,9 +16,9 @@ LONGEST = 300
 """Characters of a message that are shown."""
 
 
-def draw_examples(examples: "Sequence[tuple[Conversation, Copy]]") -> Table:
+def draw_examples(examples: "Sequence[tuple[Conversation, Copy]]") -> BareTable:
     """Of each row what was asked and answered, and below it the same of its copy, what came in marked."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table = BareTable(show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for talk, copy in examples:

@@ -1,5 +1,6 @@
 """`qtune chat`: talk to a run, an exported model or a base model; streamed, with history, adapter on or off."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -213,8 +214,10 @@ def answered(session: Session, text: str) -> None:
     Raises:
         DataError, OutOfMemory: see `Session.ask`.
     """
-    session.ask(text, console.out_raw)
-    console.out_raw("\n")
+    # Models that learned from files of Windows end lines with \r\n; the two may come in two pieces.
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    session.ask(text, lambda piece: console.out_raw(lines.decode(piece)))
+    console.out_raw(f"{lines.decode('', final=True)}\n")
     if session.cut is not None:
         console.say(session.cut)
 
