@@ -19,7 +19,7 @@ from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
 from qtune.run.resolved import resolved_text
-from qtune.run.resumption import newest_unfinished
+from qtune.run.resumption import beginning_anew, newest_unfinished
 
 CPU = Device("cpu", "CPU", 8 << 30, 6 << 30, bf16=False)
 
@@ -130,10 +130,25 @@ def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
     said = refusal()
     assert said.startswith("tiny.toml: has no unfinished run; its latest, runs/tiny-2, has ended; ")
     command = said.rpartition("with: ")[2]
-    assert command == (
-        "qtune run runs/tiny-2/resolved.toml --set training.micro_batch_size=auto "
-        "--set training.gradient_checkpointing=auto --set adapter.start_from=runs/tiny-2"
+    assert command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2"
+
+
+def test_keys_that_memory_had_decided_are_open_again_only_where_another_step_is_asked_for(tmp_path: Path) -> None:
+    run = started(tmp_path, "quick")
+    run.write_text(
+        run.resolved_file,
+        '[model]\nbase = "org/model"\n[data]\ntrain = "hub:a/b"\n[training]\n'
+        "micro_batch_size = 2  # rule: the largest that fits\ngradient_checkpointing = 4  # rule: so many\n"
+        '[output]\nname = "quick"  # rule: the recipe\'s file name\n',
     )
+    begin = f"qtune run {run.resolved_file}"
+    same = ("training.steps=9", "training.learning_rate=1e-4", "training.patience=2", "output.name=more")
+    assert beginning_anew(run, same) == f"{begin} {' '.join(f'--set {change}' for change in same)}"
+    for other in ("training.batch_size=6", "data.max_length=64", "adapter.kind=ia3", "memory.embeddings=host"):
+        assert beginning_anew(run, ["training.steps=9", other]) == (
+            f"{begin} --set training.micro_batch_size=auto --set training.gradient_checkpointing=auto "
+            f"--set training.steps=9 --set {other}"
+        )
 
 
 def test_a_run_has_a_name_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,19 @@ learning rate are in the checkpoint, and rows, weights and the adapter are what 
 
 RATE = ("training", "learning_rate")
 
+SAME_STEP = {
+    ("adapter", "start_from"),
+    *(
+        ("training", key)
+        for key in (
+            "epochs", "steps", "learning_rate", "schedule", "warmup", "weight_decay", "max_gradient_norm", "seed",
+            "log_every", "eval_every", "evaluate_first", "result", "patience", "checkpoint_every", "checkpoint_minutes",
+            "keep_checkpoints", "rehearse", "skip_outlier_steps", "trackers",
+        )
+    ),
+}  # fmt: skip
+"""Keys of another number of steps, other factors in them, or what is done between two of them."""
+
 
 def lowers_rate(run_dir: RunDir, changes: Sequence[str]) -> bool:
     """Whether the changes ask for a lower learning rate than the run's: what is done after it has diverged."""
@@ -149,9 +162,10 @@ def resuming(run_dir: RunDir, *more: str) -> str:
 
 def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: bool = False) -> str:
     """The command for a new run with this one's values, changed by `--set` texts: from resolved.toml, whose paths hold
-    from anywhere. What followed from memory follows from it again, for other values take another amount; `is_settled`:
-    it was thought of, and stays."""
+    from anywhere. What followed from memory follows from it again where other values may take another amount;
+    `is_settled`: it was thought of, and stays."""
     changed = {change.partition("=")[0].strip() for change in changes}
+    is_settled = is_settled or all(_leaves_memory(key) for key in changed)
     values = [value for value in read_values(run_dir) if value.origin.source == "rule"]
     # Where no weights stay dequantized, no memory was spent on them.
     by_rule = {value.path for value in values if value.path != KEEP_DEQUANTIZED or value.text != "false"}
@@ -161,6 +175,12 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
         words.append(f"output.name={run_dir.name}")
     told = (word for one in (*words, *changes) for word in ("--set", one))
     return shlex.join(["qtune", "run", str(run_dir.resolved_file), *told])
+
+
+def _leaves_memory(key: str) -> bool:
+    """Whether a step takes the same memory with any value of a key, so that what memory had decided still holds."""
+    table, _, name = key.partition(".")
+    return table == "output" or (table, name) in SAME_STEP
 
 
 def nothing_to_resume(run_dir: RunDir, changes: Sequence[str] = ()) -> Problem:
