@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shlex
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ from qtune.errors import DataError, ModelError, Problem, RecipeError
 from qtune.export.verification import VERIFICATION
 from qtune.model.builtin import BUILTIN_MODELS, PREFIX
 from qtune.model.reach import reach_of
+from qtune.recipe.comments import about_kind, comment_lines, title
 from qtune.recipe.file import check_recipe, load_recipe, missing_rows
 from qtune.recipe.lines import toml_lines
 from qtune.recipe.schema import (
     ADAPTERS,
-    QUANTIZATIONS,
     AdapterTable,
     Data,
     FourBit,
@@ -45,7 +44,6 @@ from qtune.whole import place_taken, write_text
 if TYPE_CHECKING:
     from qtune.data.first_look import FirstLook
 
-LINE_LENGTH = 118
 LEAST_LENGTH = 2048
 """Of the longest example, in tokens: what most rows stay far below; memory follows the rows that there are."""
 AROUND_A_ROW = 256
@@ -128,9 +126,9 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     }
     # The commands hold where this one was given.
     named = shlex.quote(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
-    in_nf4 = "whose weights stay in NF4"
+    is_whole = is_export(base)
     lines = [
-        f"# {adapter} on {base}, {'an export, whose weights stay as they are' if is_export(base) else in_nf4}.",
+        title(adapter, base, "none" if is_whole else "nf4", is_export=is_whole),
         f"# Look for mistakes with `qtune check {named}`, train with `qtune run {named}`.",
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
@@ -438,13 +436,9 @@ def _key_lines(table: str, schema: type[Table], key: str, given: dict[KeyPath, A
     """A key with its value and, above it, what the schema says of it."""
     field = schema.model_fields[key]
     value = given.get((table, key), field.default)
-    about = field.description or ""
-    if key == "kind":
-        # What the table does says more than what the word means; the other kinds are other tables.
-        about = f"{schema.__doc__} Kinds: {', '.join(ADAPTERS if table == 'adapter' else QUANTIZATIONS)}."
     written = _scientific(value) if key == "learning_rate" else show_value(value)
-    comment = textwrap.wrap(" ".join(about.split()), LINE_LENGTH, break_on_hyphens=False)
-    return [*(f"# {line}" for line in comment), f"{key} = {written}"]
+    above = about_kind(table, value) if key == "kind" else comment_lines(field.description or "")
+    return [*above, f"{key} = {written}"]
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from qtune.data.conversation import Conversation
 from qtune.data.order import unmerged
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.sources import HUB
-from qtune.data.swap_files import Files, GivenWords
+from qtune.data.swap_files import MADE_BY, Files, GivenWords, files_made_before
 from qtune.data.swapped import (
     Copy,
     Incoming,
@@ -68,6 +68,10 @@ class Swapped:
     """A few rows beside what has become of them."""
     came_in: tuple[str, ...]
     """The different words that came in."""
+    removed: tuple[Path, ...] = ()
+    """Of the swap that was replaced, which the new one has none of."""
+    strange: tuple[Path, ...] = ()
+    """Files by such names that no swap is known to have written."""
 
 
 def swap(
@@ -114,6 +118,12 @@ def swap(
     weight = 1 + copies if weighs else None
     text = _recipe_text(resolved, files, has_held_out=bool(held_out), weight=weight)
     check_recipe(text, recipe, need_rows=False)
+    others = [
+        file
+        for file, is_made in ((files.unchanged, weighs), (files.held_out, held_out))
+        if not is_made and file.is_file()
+    ]
+    earlier = files_made_before(recipe)
     recipe.parent.mkdir(parents=True, exist_ok=True)
     _write_rows(files.rows, rows if weighs else [*rows, *unchanged * (1 + copies)])
     if weighs:
@@ -121,10 +131,14 @@ def swap(
     if held_out:
         _write_rows(files.held_out, held_out)
     write_text(recipe, text)
+    removed = tuple(file for file in others if file in earlier)
+    for file in removed:  # after the recipe that named them is gone
+        file.unlink()
     exchanged = Counter(word for one in made for word in one.exchanged)
     examples = tuple(zip(originals[:3], made, strict=False))
     counts = len(originals), len(unchanged), weighs, 1 + copies, len(made), len(held_out)
-    return Swapped(files, *counts, chosen, exchanged, examples, _words_in(made))
+    strange = tuple(file for file in others if file not in removed)
+    return Swapped(files, *counts, chosen, exchanged, examples, _words_in(made), removed, strange)
 
 
 def _words_in(made: Sequence[Copy]) -> tuple[str, ...]:
@@ -219,7 +233,7 @@ def _recipe_text(resolved: Resolved, files: Files, *, has_held_out: bool, weight
     gone = ["columns", "format", *(["validation", "validation_seed"] if has_held_out else [])]
     text = rewritten(text_for(resolved, files.recipe), {("data", key): None for key in gone}, "")
     changes: dict[KeyPath, Any] = {("data", "train"): train}
-    text = rewritten(text, changes, f"made by qtune swap, of the rows of {resolved.file.name}", replaced=changes)
+    text = rewritten(text, changes, f"{MADE_BY}, of the rows of {resolved.file.name}", replaced=changes)
     if has_held_out:
         changes = {("data", "validation"): files.held_out.name}
         text = rewritten(text, changes, "those that were set aside of them; nothing is made of these")
@@ -269,6 +283,8 @@ def said_of(made: Swapped, resolved: Resolved) -> list[str]:
         )
     if made.held_out:
         said.append(f"{made.files.held_out}: the {made.held_out:,} rows that are held out; nothing is made of them")
+    said += [f"{file}: removed, for only the swap that was replaced had such rows" for file in made.removed]
+    said += [f"{file}: stays, and the new recipe does not read it" for file in made.strange]
     said += [
         f"words that were exchanged, how often: {often}{more}; what must stay is named with --keep WORD",
         f"what came in: {len(made.came_in):,} different words, as {', '.join(made.came_in[:3])}; drawn from "

@@ -224,6 +224,54 @@ def test_no_comment_in_the_new_recipe_speaks_of_what_is_no_longer_so(
     assert validation.endswith(" # those that were set aside of them; nothing is made of these")
 
 
+def test_files_of_the_swap_that_is_replaced_do_not_stay_beside_a_new_one_that_has_none(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = [SHAPES["messages"](*pair) for pair in PAIRS]
+    written(tmp_path / "rows.jsonl", [*plain, *(SHAPES["messages"](f"How much is {n}?", f"{n}") for n in range(6))])
+    recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
+    assert swap(recipe).exit_code == 0
+    files = [tmp_path / f"recipe.swapped.{name}.jsonl" for name in ("unchanged", "held-out")]
+    assert all(file.is_file() for file in files)
+    written(tmp_path / "rows.jsonl", plain)
+    again = swap(recipe, "--force", "--set", "data.validation=0.0")
+    assert again.exit_code == 0
+    assert not any(file.exists() for file in files)
+    for file in files:
+        assert f"{file}: removed, for only the swap that was replaced had such rows\n" in again.stderr
+    # What no recipe of a swap names is somebody's own.
+    files[1].write_text("{}\n")
+    third = swap(recipe, "--force", "--set", "data.validation=0.0")
+    assert f"{files[1]}: stays, and the new recipe does not read it\n" in third.stderr
+    assert files[1].read_text() == "{}\n"
+    assert "removed" not in third.stderr
+
+
+def test_no_comment_of_init_speaks_of_a_kind_or_a_base_that_set_has_replaced(
+    swap: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
+    recipe, same = tmp_path / "recipe.toml", tmp_path / "same.toml"
+    asked = ["init", "--base", str(tiny_model), "--data", str(tmp_path / "rows.jsonl")]
+    for file, kind in ((recipe, "lora"), (same, "p-tuning")):
+        assert CliRunner().invoke(cli.app, [*asked, "--adapter", kind, "-o", str(file)]).exit_code == 0
+    assert swap(recipe, "--set", "adapter.kind=p-tuning", "--set", "quantization.kind=int8").exit_code == 0
+    new = (tmp_path / "recipe.swapped.toml").read_text()
+    assert new.startswith(f"# p-tuning on {tiny_model}, whose weights stay in int8.\n")
+    above = re.search(r'((?:#.*\n)+)kind = "p-tuning"\n', same.read_text())
+    assert above is not None
+    assert f"[adapter]\n{above[0]}" in new
+    assert not re.search("LoRA:|NF4|4.127|lora on", new)
+    own = (
+        recipe.read_text().replace("# LoRA: h", "# We take LoRA: h").replace('kind = "lora"', 'kind = "lora"  # merges')
+    )
+    recipe.write_text(own.replace("# lora on", "# My own, on"))
+    assert swap(recipe, "--force", "--set", "adapter.kind=ia3").exit_code == 0
+    new = (tmp_path / "recipe.swapped.toml").read_text()
+    assert new.startswith(f"# My own, on {tiny_model}, whose weights stay in NF4.\n")
+    assert '[adapter]\nkind = "ia3"\n' in new
+
+
 def test_rows_that_were_swapped_are_not_swapped_again(
     swap: Callable[..., Result], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

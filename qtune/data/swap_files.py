@@ -1,5 +1,6 @@
 """What `qtune swap` reads and writes: names, told before a library is loaded."""
 
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Data, HubSource
 
 HUB = "hub:"
+MADE_BY = "made by qtune swap"
+"""In the comment behind the training rows of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,21 @@ def require_swappable(resolved: Resolved, recipe: Path, *, force: bool) -> None:
     if there and not force:
         said = f"{'is' if len(there) == 1 else 'are'} there already; choose another --output, or replace with --force"
         raise RecipeError(Problem(", ".join(map(str, there)), said))
+
+
+def files_made_before(recipe: Path) -> set[Path]:
+    """The files of rows that the swap has written whose recipe is there, as that says; none where it is another's."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+        data = tomllib.loads(text).get("data", {})
+    except (OSError, ValueError):  # TOML's errors, and those of UTF-8, are among the latter
+        return set()
+    if f"# {MADE_BY}" not in text or not isinstance(data, dict):
+        return set()
+    files, train = Files(recipe), data.get("train")
+    sources = [*(train if isinstance(train, list) else [train]), data.get("validation")]
+    named = [source.get("path") if isinstance(source, dict) else source for source in sources]
+    return {file for file in (files.rows, files.unchanged, files.held_out) if file.name in named}
 
 
 def words_of_text(file: Path) -> GivenWords:

@@ -13,6 +13,7 @@ from tomlkit.items import Table
 
 from qtune.errors import Problem, RunError, first_line
 from qtune.plan import Plan
+from qtune.recipe.comments import of_other_kinds
 from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Origin, Resolved, leaves, load_recipe
 from qtune.recipe.parse import parse_recipe
@@ -100,7 +101,7 @@ def absolute_paths(value: Any, folder: Path) -> Any:
 
 def text_for(resolved: Resolved, target: Path) -> str:
     """The recipe's text as the file `target`, with what --set changed; relative data paths are right from there, and
-    commands in its comments that name the recipe name `target`."""
+    commands in its comments that name the recipe name `target`, and of another kind or base no comment speaks."""
     asked = _set_changes(resolved)
     if target.parent.resolve() != resolved.folder.resolve():
         data = resolved.recipe.data
@@ -108,7 +109,8 @@ def text_for(resolved: Resolved, target: Path) -> str:
             value = getattr(data, key)
             if (moved := absolute_paths(value, resolved.folder.resolve())) != value:
                 asked["data", key] = moved
-    return rewritten(_renaming(resolved.text, resolved.file, target), asked, "")
+    text = rewritten(_renaming(resolved.text, resolved.file, target), asked, "")
+    return of_other_kinds(text, resolved.text, resolved.recipe)
 
 
 def _renaming(text: str, file: Path, target: Path) -> str:
