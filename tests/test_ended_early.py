@@ -14,7 +14,7 @@ from qtune.run.folder import RunDir
 from qtune.run.metrics import NoteRecord, forget_after, read_metrics
 from qtune.run.summary import Losses
 from qtune.training.outcome import has_diverged, rise_of
-from qtune.tuned.forgetting import Forgetting, PieceLoss
+from qtune.tuned.forgotten import Forgetting, PieceLoss
 from qtune.verdicts.facts import read_facts
 from qtune.verdicts.of_run import verdicts
 

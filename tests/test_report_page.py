@@ -48,6 +48,7 @@ from qtune.run.resolved import resolved_text
 from qtune.run.shown_rows import RowPiece, ShownRow, ShownRows, keep_rows
 from qtune.training.shown_rows import rows_of
 from qtune.tuned.evaluation import Comparison, Evaluation, Score
+from qtune.tuned.forgotten import Forgetting, PieceLoss
 
 CPU = Device("cpu", "CPU, 2 threads", 16 << 30, 12 << 30, bf16=False)
 ATTACK = "<script>alert('in')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -360,6 +361,20 @@ def test_every_part_has_its_heading(drawn):
     ]
 
 
+def test_what_was_forgotten_stands_behind_the_evaluation(finished, tmp_path):
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    pieces = tuple(PieceLoss(100, 3.001 + 0.01 * number, 3.5015 + 0.011 * number) for number in range(16))
+    write_record(copy.forgetting_file, Forgetting("a text", pieces))
+    shown = Page(write_report(copy).read_text(encoding="utf-8"))
+    assert shown.texts["h2"][:3] == ["Base against tuned", "What it has forgotten", "Training"]
+    assert any("about none of the rows, 16 pieces and 1,600 scored tokens" in text for text in shown.texts["p"])
+    cells = shown.texts["td"]
+    at = [place for place, cell in enumerate(cells) if cell == "loss, nats per token"][1]
+    assert cells[at + 1 : at + 3] == ["3.08", "3.58"]
+    assert re.fullmatch(r"\+0\.508 \(\+0\.50\d to \+0\.51\d\)", cells[at + 3])
+
+
 def test_wrong_answers_come_first(drawn):
     cells = drawn.texts["td"]
     assert cells.index("wrong one") < cells.index("right one")
@@ -532,7 +547,9 @@ def test_a_run_without_such_a_step_has_no_such_legend(tmp_path):
     assert "stands out" not in write_report(run_dir).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["eval.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"])
+@pytest.mark.parametrize(
+    "name", ["eval.json", "forgetting.json", "lock.json", "memory.json", "metrics.jsonl", "model/verify.json"]
+)
 @pytest.mark.parametrize(
     "damage",
     ["{", "[1]", '{"rows": "many", "exported": 1, "measured": 7, "seed": "x"}', "\x00\n", "[" * 100_000],

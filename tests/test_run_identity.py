@@ -34,7 +34,7 @@ from qtune.training.checkpoints import newest_whole
 from qtune.training.proof import prove
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.evaluation import read_evaluation
-from qtune.tuned.forgetting import Forgetting
+from qtune.tuned.forgotten import Forgetting
 from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.run.folder import RunDir
 from qtune.tuned import forgetting
-from qtune.tuned.forgetting import Forgetting, PieceLoss, measure_forgetting, neutral_pieces
+from qtune.tuned.forgetting import measure_forgetting, neutral_pieces
+from qtune.tuned.forgotten import Forgetting, PieceLoss
 from qtune.tuned.load import load_run
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.

@@ -23,7 +23,8 @@ from qtune.run.summary import summary_of
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluate import asked_rows, evaluate
 from qtune.tuned.evaluation import Evaluation, read_evaluation
-from qtune.tuned.forgetting import Forgetting, measure_forgetting
+from qtune.tuned.forgetting import measure_forgetting
+from qtune.tuned.forgotten import Forgetting
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
 SEED = ("training", "seed")

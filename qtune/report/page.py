@@ -152,6 +152,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
     parts, facts = [], record.facts
     if facts.evaluation:
         parts.append(results.evaluation(facts.evaluation))
+    if facts.forgetting:
+        parts.append(results.forgetting(facts.forgetting))
     if facts.tasks:
         parts.append(results.tasks(facts.tasks))
     parts.append(sections.curves(record))

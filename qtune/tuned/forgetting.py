@@ -6,7 +6,6 @@ adapter on as in any use: behind its virtual tokens where it has some.
 """
 
 import hashlib
-from dataclasses import dataclass
 from importlib.resources import files
 
 import torch
@@ -16,45 +15,12 @@ from qtune import console
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
-from qtune.run.measured_adapter import adapter_name, read_figures
+from qtune.run.measured_adapter import adapter_name
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluate import require_finite_losses, row_losses
+from qtune.tuned.forgotten import Forgetting, PieceLoss, read_forgetting
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
-
-
-@dataclass(frozen=True)
-class PieceLoss:
-    """One piece of the text under both models: its scored tokens, and their mean negative log-likelihood in nats."""
-
-    tokens: int
-    base: float
-    tuned: float
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """The loss of base and tuned model on the neutral text; kept as RUN/forgetting.json."""
-
-    text: str
-    """Which text: the start of its SHA-256."""
-    pieces: tuple[PieceLoss, ...]
-    adapter: str | None = None
-    """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
-
-    @property
-    def base(self) -> float:
-        """Mean over the scored tokens, in nats."""
-        return self._mean([piece.base for piece in self.pieces])
-
-    @property
-    def tuned(self) -> float:
-        """Mean over the scored tokens, in nats."""
-        return self._mean([piece.tuned for piece in self.pieces])
-
-    def _mean(self, losses: list[float]) -> float:
-        tokens = [piece.tokens for piece in self.pieces]
-        return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
 
 
 def neutral_pieces() -> list[str]:
@@ -77,7 +43,7 @@ def measure_forgetting(run_dir: RunDir, *, accepted: tuple[str, ...] = (), bases
         RunError: the run has not ended, or is not what was trained. WorkError: a loss is no number.
     """
     run_dir.finished_adapter()
-    kept = read_figures(run_dir, run_dir.forgetting_file, Forgetting)
+    kept = read_forgetting(run_dir)
     if kept is not None and kept.text == text_name():
         return kept
     untuned = load_untuned(run_dir, accepted=accepted)

@@ -11,6 +11,7 @@ from qtune.run.memory import RunMemory, read_memory
 from qtune.run.metrics import EvalRecord, NoteRecord, TrainRecord, adapter_step
 from qtune.run.summary import Losses, training_losses
 from qtune.tuned.evaluation import Evaluation, read_evaluation
+from qtune.tuned.forgotten import Forgetting, read_forgetting
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
 
@@ -33,6 +34,7 @@ class Facts:
     tasks: TaskScores | None = None
     diverged: bool = False
     """Whether the run's end was found no better than guessing."""
+    forgetting: Forgetting | None = None
 
     @property
     def losses(self) -> Losses | None:
@@ -63,5 +65,6 @@ def read_facts(run_dir: RunDir) -> Facts:
         exports=tuple((folder.name, proof_today(folder, run_dir.path)) for folder in proven_folders(run_dir.path)),
         adapter_step=adapter_step(metrics),
         tasks=read_tasks(run_dir),
+        forgetting=read_forgetting(run_dir),
         diverged=any(isinstance(one, NoteRecord) and one.diverged for one in metrics),
     )

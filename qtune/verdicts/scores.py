@@ -11,7 +11,8 @@ from qtune.tuned.free_text import rouge_l, words
 from qtune.verdicts.interval import Fall, paired_fall
 
 if TYPE_CHECKING:
-    from qtune.tuned.evaluation import Comparison, Evaluation
+    from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss
+    from qtune.tuned.forgotten import Forgetting, PieceLoss
 
 Line = tuple[str, str, str, str]
 """What, base, tuned, and the change with its interval; "" where none was kept."""
@@ -72,15 +73,27 @@ def worst_first(evaluation: "Evaluation") -> "tuple[str, list[tuple[str, Compari
 def score_table(evaluation: "Evaluation") -> list[Line]:
     """The lines that the rows have chosen."""
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.judged_rows
+    return [
+        *_loss_lines((base.loss, tuned.loss), rows),
+        ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}", ""),
+        *_answer_lines(evaluation),
+    ]
+
+
+def forgetting_table(forgetting: "Forgetting") -> list[Line]:
+    """The losses on the text that is about none of the rows: what rose there was forgotten."""
+    return _loss_lines((forgetting.base, forgetting.tuned), forgetting.pieces)
+
+
+def _loss_lines(means: tuple[float, float], rows: "Sequence[RowLoss | PieceLoss]") -> list[Line]:
+    """Loss and perplexity of base and tuned model. means: of either, over the rows' tokens."""
     tokens = [one.tokens for one in rows]
     losses = [one.base for one in rows], [one.tuned for one in rows]
     fall = paired_fall(*losses, tokens)
-    perplexities = [_perplexity(mean, own, tokens) for mean, own in zip((base.loss, tuned.loss), losses, strict=True)]
+    perplexities = [_perplexity(mean, own, tokens) for mean, own in zip(means, losses, strict=True)]
     return [
-        ("loss, nats per token", number(base.loss), number(tuned.loss), _change(fall, -1, number)),
+        ("loss, nats per token", number(means[0]), number(means[1]), _change(fall, -1, number)),
         (f"perplexity{', 95 % interval' if fall else ''}", perplexities[0], perplexities[1], _ratio(fall)),
-        ("tokens right", f"{base.token_accuracy:.1%}", f"{tuned.token_accuracy:.1%}", ""),
-        *_answer_lines(evaluation),
     ]
 
 
