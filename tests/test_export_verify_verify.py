@@ -11,6 +11,7 @@ import torch
 from export_models import tiny_run
 from safetensors.torch import load_file, save_file
 
+from qtune.data.conversation import Conversation
 from qtune.errors import VerificationError
 from qtune.export.export import Options, export_run, prove
 from qtune.export.merge import Weights
@@ -22,6 +23,7 @@ from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.run.folder import RunDir
 from qtune.screens.export import why_answers_part
+from qtune.tuned.asked import AskedTurn
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -248,6 +250,26 @@ def test_the_cost_of_the_other_weights_is_told_when_asked_for(run: RunDir, good:
     source = open_for_export(run)
     cost = verify(source, good, rows_for(source), compare_bases=True).cost
     assert cost["original"].kl > 10 * cost["dequantized"].kl
+
+
+TALK = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1 and 2?"},
+    {"role": "assistant", "content": "It is 3."},
+    {"role": "user", "content": "And 3 and 4?"},
+    {"role": "assistant", "content": "It is 7."},
+)
+
+
+def test_an_answer_keeps_all_that_stood_before_it(run: RunDir, good: Path) -> None:
+    source = open_for_export(run)
+    rows = rows_for(source)
+    row = replace(rows.rows[0], conversation=Conversation(TALK, place="rows:1"))
+    (answer,) = verify(source, good, replace(rows, rows=(row,))).answers
+    assert answer.request == "And 3 and 4?"
+    assert answer.turns == tuple(AskedTurn(one["role"], one["content"]) for one in TALK[:-1])
+    text = why_answers_part(replace(verify(source, good, rows), answers=(replace(answer, trained="7", exported="8"),)))
+    assert text.splitlines()[1] == "  “And 3 and 4?” (with 2 earlier turns): from the first word: “7” and “8”"
 
 
 def test_a_pass_with_other_answers_says_what_that_means_and_where_they_part(run: RunDir, good: Path) -> None:

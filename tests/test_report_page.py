@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from qtune.run.metrics import (
 from qtune.run.resolved import resolved_text
 from qtune.run.shown_rows import RowPiece, ShownRow, ShownRows, keep_rows
 from qtune.training.shown_rows import rows_of
+from qtune.tuned.asked import AskedTurn
 from qtune.tuned.evaluation import Comparison, Evaluation, Score
 from qtune.tuned.forgotten import Forgetting, PieceLoss
 
@@ -384,6 +386,15 @@ def test_wrong_answers_come_first(drawn):
 def test_an_export_that_was_not_verified_says_so_and_why(drawn):
     assert "model: ✗ not verified" in drawn.texts["h3"]
     assert list(PROOF.failures) == drawn.texts["li"]
+
+
+def test_an_exports_answers_are_shown_with_the_turns_before_them(tmp_path):
+    run_dir = make_run(tmp_path)
+    (run_dir.path / "model").mkdir()
+    turns = tuple(AskedTurn(*one) for one in (("user", "Who?"), ("assistant", "Me."), ("user", "Why?")))
+    write_verification(run_dir.path / "model", replace(PROOF, answers=(Answer("Why?", "So.", "Thus.", turns),)))
+    shown = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert "user: Who?\nassistant: Me.\nuser: Why?" in shown.texts["td"]
 
 
 def test_every_resolved_value_is_there_with_its_origin(finished, drawn):

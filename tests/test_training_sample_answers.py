@@ -26,6 +26,7 @@ from qtune.training import sample_answers, train
 from qtune.training.display import answers_text
 from qtune.training.sample_answers import MOST_TOKENS, SampleAnswers
 from qtune.training.trainer import QloraTrainer
+from qtune.tuned.asked import AskedTurn, other_turns
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import Ends, answers_to, generate
 
@@ -241,6 +242,38 @@ def test_the_report_shows_the_answers_over_time_and_equal_ones_once() -> None:
     assert rows.index("the the…") < rows.index("&lt;b&gt;Tee&lt;/b&gt;") < rows.index("✓ Tea")
     assert "<td>6 to 9</td><td>✓ Tea</td>" in rows
     assert rows.count("✓ Tea") == 1
+
+
+def test_that_a_question_has_other_turns_around_it_is_said_on_screen_and_page() -> None:
+    (one,) = RECORDS[0].answers
+    record = replace(RECORDS[0], answers=(replace(one, turns_before=3, turns_after=1),))
+    assert "  asked   What is it? (with 3 earlier turns and 1 later turn)\n" in answers_text(record)
+    page = answers_over_time([record])
+    assert '<p class="dim">Asked with 3 earlier turns and 1 later turn of the conversation.</p>' in page
+    assert "turn" not in answers_text(RECORDS[0]) + answers_over_time(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("roles", "counted"),
+    [
+        ("system tools user", (0, 0)),
+        ("user assistant user assistant user", (4, 0)),
+        ("system user assistant user assistant tool", (2, 2)),
+        ("assistant", (1, 0)),
+        ("", (0, 0)),
+    ],
+)
+def test_turns_are_counted_before_and_after_the_last_words_of_the_user(roles: str, counted: tuple[int, int]) -> None:
+    assert other_turns([AskedTurn(role, "…") for role in roles.split()]) == counted
+
+
+def test_the_turns_around_a_question_are_counted(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe(training="steps = 1\nbatch_size = 2\neval_every = 1", data="")
+    talk = [("system", "Be brief."), ("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D.")]
+    rows = [{"messages": [{"role": role, "content": f"{text} {n}"} for role, text in talk]} for n in range(20)]
+    (recipe.parent / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (record,) = answers_in(train.run(load_recipe(recipe, ["data.validation=0.3"])))
+    assert {(one.request[:2], one.turns_before, one.turns_after) for one in record.answers} == {("C?", 2, 0)}
 
 
 def test_nothing_is_asked_again_after_a_failure() -> None:

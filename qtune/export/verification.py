@@ -11,6 +11,7 @@ from qtune.errors import Problem, RunError, first_line
 from qtune.model import as_made
 from qtune.records import NotARecord, plain, record_of, require_intact, sealed
 from qtune.run.identity import identity_of, manifest_in, of_another, saved_by
+from qtune.tuned.asked import AskedTurn
 from qtune.whole import write_text
 
 # The proof beside the weights; a folder without one, or that was killed on the way to it, is not verified.
@@ -49,8 +50,11 @@ class Answer:
     """One held-out request and the greedy answers to it."""
 
     request: str
+    """The last words of the user."""
     trained: str
     exported: str
+    turns: tuple[AskedTurn, ...] = ()
+    """All that stood before the answer, `request` among it; none in files of older versions."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ def answers_over_time(records: Sequence[AnswersRecord]) -> Html:
 def _question(said: Sequence[Said]) -> list[Html]:
     one = said[0][1]
     rows = [(_steps(together), _marked(together[0][1])) for together in _shown(said)]
+    others = [element("p", f"Asked {one.other_turns} of the conversation.", class_="dim")] if one.other_turns else []
     return [
         element("h3", one.request or one.place),
+        *others,
         table(("after step", "its answer"), [*rows, ("expected", one.expected)], class_="answers steps"),
     ]
 

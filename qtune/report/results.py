@@ -24,16 +24,24 @@ def evaluation(results: Evaluation) -> Html:
     answers = [
         (mark, asked_text(one.request, one.turns, system), one.expected, one.base, one.tuned) for mark, one in compared
     ]
-    alike = [] if system is None else [paragraph(f"Each request begins with the system message: {system}")]
     asked = f"{results.rows_judged} of {results.rows_held_out} {results.source}"
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
         paragraph("; ".join(filter(None, (asked, results.about_rows))) + "."),
         table(SCORED, score_table(results), figures=(1, 2, 3), class_="scores"),
-        *([element("h3", title), *alike, table(head, answers[:SHOWN_ANSWERS], class_="answers")] if answers else []),
+        *(
+            [element("h3", title), *_alike(system), table(head, answers[:SHOWN_ANSWERS], class_="answers")]
+            if answers
+            else []
+        ),
         *(more if len(answers) > SHOWN_ANSWERS else []),
     )
+
+
+def _alike(system: str | None) -> list[Html]:
+    """What all requests begin with, said once."""
+    return [] if system is None else [paragraph(f"Each request begins with the system message: {system}")]
 
 
 def forgetting(found: Forgetting) -> Html:
@@ -96,10 +104,11 @@ def _figures(verification: Verification) -> list[Html]:
         ),
         table(("", "exported", "base without adapter", "limit"), measured, figures=(1, 2, 3)),
     ]
-    answers = [(one.request, one.trained, one.exported) for one in verification.answers]
+    system = shared_system([one.turns for one in verification.answers])
+    answers = [(asked_text(one.request, one.turns, system), one.trained, one.exported) for one in verification.answers]
     if answers:
         head = ("request", "trained model", "exported model")
-        drawn.append(details("Its answers", table(head, answers, class_="answers")))
+        drawn.append(details("Its answers", *_alike(system), table(head, answers, class_="answers")))
     return drawn
 
 

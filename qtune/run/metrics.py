@@ -113,6 +113,13 @@ def was_cut(answer: str, told: bool | None) -> bool:
     return answer.endswith(CUT) if told is None else told
 
 
+def other_turns_text(before: int, after: int) -> str:
+    """That a request is not all that a model was asked, in words; empty where it is."""
+    counts = ((before, "earlier"), (after, "later"))
+    told = [f"{count} {which} turn{'' if count == 1 else 's'}" for count, which in counts if count]
+    return f"with {' and '.join(told)}" if told else ""
+
+
 @dataclass(frozen=True)
 class SampleAnswer:
     """A held-out question, and what the model in training says to it."""
@@ -127,6 +134,15 @@ class SampleAnswer:
     """Whether it was stopped at its limit; None: an older version did not tell."""
     is_late: bool | None = None
     """Whether it was stopped for its time was over, and not for its length; None: an older version did not tell."""
+    turns_before: int = 0
+    """Turns of the conversation before `request`, the system message not counted; none in older versions."""
+    turns_after: int = 0
+    """Turns between `request` and the answer, as a tool's call and its result."""
+
+    @property
+    def other_turns(self) -> str:
+        """`other_turns_text` of it."""
+        return other_turns_text(self.turns_before, self.turns_after)
 
     @property
     def was_cut(self) -> bool:

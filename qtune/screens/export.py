@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 from qtune import console
+from qtune.run.metrics import other_turns_text
+from qtune.tuned.asked import other_turns
 
 if TYPE_CHECKING:
-    from qtune.export.verification import Verification
+    from qtune.export.verification import Answer, Verification
 
 
 def show(verification: "Verification") -> None:
@@ -45,8 +47,13 @@ def why_answers_part(verification: "Verification") -> str:
             at = _first_difference(answer.trained, answer.exported)
             shared = f"the same up to “{_end_of(answer.trained[:at])}”, then" if at else "from the first word:"
             after = f"“{_begin_of(answer.trained[at:])}” and “{_begin_of(answer.exported[at:])}”"
-            lines.append(f"  “{_begin_of(answer.request)}”: {shared} {after}")
+            lines.append(f"  “{_begin_of(answer.request)}”{_others(answer)}: {shared} {after}")
     return "\n".join(lines)
+
+
+def _others(answer: "Answer") -> str:
+    told = other_turns_text(*other_turns(answer.turns))
+    return f" ({told})" if told else ""
 
 
 def _first_difference(one: str, other: str) -> int:

@@ -152,7 +152,7 @@ def answers_text(record: AnswersRecord, before: AnswersRecord | None = None) -> 
     lines = [_heading(record)]
     for one in record.answers:
         is_right = one.answer == one.expected
-        lines.append(f"  asked   {_question_line(one.request) or one.place}")
+        lines.append(f"  asked   {_question_line(one.request) or one.place}{_others(one)}")
         lines.append(f"{'✓' if is_right else ' '} says    {_one_line(one.answer)}")
         if not is_right:
             lines.append(f"  wanted  {_one_line(one.expected)}")
@@ -189,6 +189,10 @@ def _limit_of(cut: Sequence[SampleAnswer]) -> str:
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= ANSWER_WIDTH else f"{text[: ANSWER_WIDTH - 1]}…"
+
+
+def _others(one: SampleAnswer) -> str:
+    return f" ({one.other_turns})" if one.other_turns else ""
 
 
 def _question_line(text: str) -> str:

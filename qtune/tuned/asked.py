@@ -26,6 +26,22 @@ def asked_turns(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, An
     return (*offered, *(AskedTurn(str(one["role"]), shortened(_text_of(one), KEPT)) for one in messages))
 
 
+def last_words(messages: Sequence[dict[str, Any]]) -> str:
+    """The last words of the user in a prompt."""
+    asked = [message for message in messages if message["role"] == "user"]
+    return str(asked[-1].get("content") or "") if asked else ""
+
+
+def other_turns(turns: Sequence[AskedTurn]) -> tuple[int, int]:
+    """How many turns stand before the last words of the user and how many after them; what is said by nobody in the
+    conversation, the system message and the tools, is not counted."""
+    roles = [turn.role for turn in turns if turn.role not in ("system", "tools")]
+    if "user" not in roles:
+        return len(roles), 0
+    after = roles[::-1].index("user")
+    return len(roles) - after - 1, after
+
+
 def _text_of(message: dict[str, Any]) -> str:
     """What a message says, and what it calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]

@@ -33,7 +33,7 @@ from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
 from qtune.run.metrics import CUT
 from qtune.run.resolved import as_written, resolved_recipe
-from qtune.tuned.asked import AskedTurn, asked_turns
+from qtune.tuned.asked import AskedTurn, asked_turns, last_words
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluation import (
     EXTRA_TOKENS,
@@ -300,8 +300,7 @@ def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: E
         return None
     expected = [token for token in ids[start:end] if token not in ends.stop]
     conversation = Conversation.from_json(row["conversation"], row["place"])
-    asked = [message for message in conversation.prompt if message["role"] == "user"]
-    request = str(asked[-1].get("content") or "") if asked else ""
+    request = last_words(conversation.prompt)
     turns = asked_turns(conversation.prompt, conversation.tools)
     return Question(row["place"], request, tuple(ids[:start]), tuple(expected), _text(tokenizer, expected), turns)
 

@@ -25,6 +25,7 @@ from qtune.export.verify.logits import GROUP_BYTES, STREAMED_GROUP_BYTES, group_
 from qtune.export.verify.models import Exported, Models, comparing, load_exported, load_models, too_large
 from qtune.export.verify.rows import CheckedRow, CheckedRows, probes, rendered_ids
 from qtune.plan import Plan, make_plan
+from qtune.tuned.asked import asked_turns, last_words
 from qtune.tuned.generate import find_ends, generate, positions_left, within_reach
 from qtune.tuned.precision import training_autocast
 
@@ -251,8 +252,10 @@ def _answers(
             given = [(*before, *prompt) for prompt in prompts]
             answers = generate(model, given, limits, ends, on_rows=bar.advance)
             made.append([str(models.exported.tokenizer.decode(ids)) for ids in answers])
-    requests = [str(conversation.prompt[-1].get("content") or "") for conversation in asked]
-    return tuple(Answer(*texts) for texts in zip(requests, *made, strict=True))
+    return tuple(
+        Answer(last_words(one.prompt), trained, exported, asked_turns(one.prompt, one.tools))
+        for one, trained, exported in zip(asked, *made, strict=True)
+    )
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
