@@ -149,6 +149,8 @@ def test_json_holds_what_the_screen_shows(write_recipe):
     value = json.loads(result.to_json())
     assert value["stops"] == []
     assert [finding["kind"] for finding in value["findings"]] == ["few-rows"]
+    assert "; fewer show that all runs, and not what can be learned" in screen(result)
+    assert "learns them by heart: collect a few hundred" in screen(result)
     assert value["splits"][0]["tokens"] == result.splits[0].tokens
     assert value["sources"] == [
         {

@@ -76,17 +76,52 @@ def test_the_answer_says_how_long_the_run_takes_or_a_step_where_its_rows_are_not
     found = summarize(predict(tiny(layers=1), recipe, plan))
     profile = Profile(recipe, Forecast(plan, Rows(Longest(128), "told"), found, 1 << 20), [], [])
     step = SimpleNamespace(seconds=0.5)
-    known = SimpleNamespace(kind="data sheet", run_seconds=180.0, steps=400, step_seconds=0.45, longest_step=step)
+    known = SimpleNamespace(
+        kind="data sheet", run_seconds=190.0, steps=400, step_seconds=0.45, longest_step=step, evaluation_seconds=10.0
+    )
 
     def shown(time) -> str:
         stream = StringIO()
         Console(file=stream, width=120).print(draw_answer(profile, time))
         return stream.getvalue()
 
-    assert "3:00 for the run of 400 steps, 0.45 s each; predicted from a data sheet" in shown(known)
+    more = "loading, sample answers and checkpoints come on top; predicted from a data sheet"
+    assert f"3:10 for the run: 400 steps of 0.45 s and 10.0 s of evaluations; {more}" in " ".join(shown(known).split())
+    known.evaluation_seconds = 0.0
+    assert f"3:10 for the run: 400 steps of 0.45 s; {more}" in " ".join(shown(known).split())
+    known.evaluation_seconds = None
+    assert "400 steps of 0.45 s; loading, evaluations, sample answers and" in " ".join(shown(known).split())
     known.run_seconds = None
     assert "0.50 s a step of the longest rows; predicted from a data sheet" in shown(known)
     assert "Does not fit: " in shown(known)
+
+
+def test_the_answer_says_what_auto_has_chosen_by_memory_and_nothing_that_the_recipe_names() -> None:
+    recipe = recipe_with(training={"batch_size": 8})
+    first = make_plan(recipe, CARD)
+    found = summarize(predict(tiny(layers=2), recipe, first))
+
+    def chosen(plan) -> list[str]:
+        stream = StringIO()
+        forecast = Forecast(plan, Rows(Longest(128), "told"), found, 24 << 30)
+        Console(file=stream, width=300).print(draw_answer(Profile(recipe, forecast, [], []), None))
+        said = re.search(r"auto chose\?  (.*?)known from", stream.getvalue(), re.DOTALL)
+        return [] if said is None else [line.strip() for line in said[1].splitlines()]
+
+    settled = first.with_micro_batch(2, "the largest that fits").with_checkpointing(1, "enough for a step to fit")
+    assert chosen(
+        settled.with_embeddings_on_host("one row would need more").with_dequantized_kept(False, "no room")
+    ) == [
+        'memory.embeddings = "host": embeddings and head wait in the computer\'s memory',
+        "training.gradient_checkpointing = 1: the first 1 of 2 layers are computed twice and keep little, the others "
+        "keep everything",
+        "training.micro_batch_size = 2: 2 rows of a step at once",
+    ]
+    kept = (
+        first.with_micro_batch(8).with_checkpointing(False, "not needed").with_dequantized_kept(True, "there is room")
+    )
+    assert [line.partition(":")[0] for line in chosen(kept)] == ["memory.keep_dequantized = true"]
+    assert chosen(replace(settled, reasons={})) == []
 
 
 def test_the_screen_is_the_same_without_a_terminal_and_without_colour(on_a_card) -> None:

@@ -25,7 +25,7 @@ from qtune.memory.tracing.work import Kernel, Place, Work
 from qtune.memory.trl_step import trace_trl
 from qtune.plan import make_plan
 from qtune.recipe.file import load_recipe
-from qtune.screens.time import UNKNOWN, draw_steps, lines
+from qtune.screens.time import UNKNOWN, draw_steps, lines, seconds, whole_run
 from qtune.timing import measure
 from qtune.timing.forecast import StepModel, TimeForecast, step_of, time_of
 from qtune.timing.known import keep_rates, known_rates
@@ -276,6 +276,14 @@ def test_evaluations_take_time_as_often_as_they_come() -> None:
     assert often
     assert often - quiet == pytest.approx(4 * (once - quiet))
     assert once > quiet
+    found = of_lengths([64] * 8, (64, 64), eval_every="epoch")
+    assert found.evaluation_seconds == pytest.approx(once - quiet)
+    first = of_lengths([64] * 8, (64, 64), eval_every="epoch", evaluate_first=True)
+    assert first.evaluation_seconds == pytest.approx(2 * found.evaluation_seconds), "that of step 0 is one more"
+    parts = f"4 steps of {seconds(found.step_seconds)} and {seconds(once - quiet)} of evaluations"
+    assert whole_run(found, once) == (
+        f"{seconds(once)} for the run: {parts}; loading, sample answers and checkpoints come on top"
+    )
 
 
 @pytest.mark.slow
@@ -340,7 +348,7 @@ def test_profile_says_what_a_step_takes_and_what_each_technique_costs(write_reci
     assert "layers that keep all" in shown  # what a card with room does
     said = shown.replace("\n", " ")
     assert "training.lean_step = true: the gradients of peft's layers to rounding" in said
-    assert "training.gradient_checkpointing = false: not needed: " in said
+    assert "training.gradient_checkpointing = false: a step fits without it: " in said
     assert "% time" in shown or "no time" in shown
     unknown = run_warm_qtune("profile", file, "--vram", "8GiB", "--no-savings").stdout
     assert UNKNOWN.removeprefix("time: ") in " ".join(unknown.split())

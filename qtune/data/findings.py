@@ -229,7 +229,10 @@ KINDS = {
         "the rows hold the day on which they were prepared; a copy of the template with a fixed date is reproducible",
     ),
     "few-rows": Kind(
-        "warning", "there are hardly any training rows", "below some 50 rows a model learns them by heart"
+        "warning",
+        "there are hardly any training rows",
+        f"below some {FEW_ROWS} rows a model learns them by heart: collect a few hundred; fewer show that all runs, "
+        "and not what can be learned",
     ),
 }
 

@@ -315,8 +315,9 @@ def _with_layers_kept(
             return found, plan, largest
         best = Kept(True, found.rows, traced(True, found.rows), 0.0)
     words = f"{gib_text(best.prediction.need.total_bytes)} traced and margin, of {gib_text(search.limit)}"
-    some = "every layer" if best.layers is True else f"{best.layers} of {count} layers: so many are enough"
-    reason = f"{some}: {words}" if best.layers else f"not needed: {words}"
+    some = "every layer" if best.layers is True else f"{best.layers} of {count} layers"
+    what = f"computing {some} twice is enough for a step to fit" if best.layers else "a step fits without it"
+    reason = f"{what}: {words}"
     chosen = changed(found.recipe, {CHECKPOINTING: best.layers})
     enough = search.is_enough(best.prediction)
     settled = replace(found, recipe=chosen, rows=best.rows, prediction=best.prediction, is_enough=enough)

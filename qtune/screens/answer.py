@@ -6,11 +6,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qtune.console import BareTable
-from qtune.screens.time import UNKNOWN, seconds
+from qtune.recipe.text import show_changes
+from qtune.screens.levers import in_words
+from qtune.screens.time import UNKNOWN, seconds, whole_run
 from qtune.sizes import size_text, texts_apart
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qtune.memory.profile import Profile
+    from qtune.plan import Plan
     from qtune.timing.forecast import TimeForecast
 
 
@@ -28,8 +33,28 @@ def draw_answer(profile: "Profile", time: "TimeForecast | None", *, is_timed: bo
         table.add_row("how long?", _how_long(time))
     at_once = f"{plan.micro_batch_size} {'row' if plan.micro_batch_size == 1 else 'rows'}"
     table.add_row("in what way?", f"{at_once} of at most {rows.longest.length} tokens at once, {often} a step")
+    if settled := list(_settled(plan, profile.forecast.prediction.layers)):
+        table.add_row("auto chose?", "\n".join(settled))
     table.add_row("known from?", rows.known_from)
     return Group(Text(f"{profile.recipe.model.base} on {plan.device.name}", style="bold"), table)
+
+
+def _settled(plan: "Plan", layers: int) -> "Iterator[str]":
+    """What memory has decided where the recipe says "auto", a line each: what was given up to fit, or bought with what
+    was left over. layers: that the model has."""
+    is_card, values = (
+        plan.device.kind == "cuda",
+        {
+            ("memory", "embeddings"): plan.embeddings,
+            ("training", "gradient_checkpointing"): plan.gradient_checkpointing,
+            ("memory", "keep_dequantized"): plan.keep_dequantized,
+            ("training", "micro_batch_size"): plan.micro_batch_size,
+        },
+    )
+    usual = ("device", False, *([plan.micro_batch_size] if not is_card or plan.accumulation_steps == 1 else []))
+    for key, value in values.items():
+        if key in plan.reasons and value not in usual:
+            yield f"{show_changes({key: value})}: {in_words(key, value, layers)}"
 
 
 def _fits(profile: "Profile") -> str:
@@ -52,5 +77,4 @@ def _how_long(time: "TimeForecast | None") -> str:
     whose = "a data sheet" if time.kind == "data sheet" else "measured rates"
     if time.run_seconds is None or time.steps is None:
         return f"{seconds(time.longest_step.seconds)} a step of the longest rows; predicted from {whose}"
-    run = f"{seconds(time.run_seconds)} for the run of {time.steps:,} steps"
-    return f"{run}, {seconds(time.step_seconds)} each; predicted from {whose}"
+    return f"{whole_run(time, time.run_seconds)}; predicted from {whose}"

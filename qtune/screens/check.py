@@ -12,7 +12,7 @@ from qtune.console import clock, table
 from qtune.control_characters import visible
 from qtune.screens.answer import BESIDE_THE_PROCESS
 from qtune.screens.memory import draw_ways
-from qtune.screens.time import evidence, seconds
+from qtune.screens.time import evidence, seconds, whole_run
 from qtune.sizes import size_text, texts_apart
 
 if TYPE_CHECKING:
@@ -208,9 +208,8 @@ def _time(check: "Check") -> str:
     said = []
     if (duration := check.time) is not None and duration.epoch_seconds is not None and duration.run_seconds is not None:
         said.append(
-            f"about {seconds(duration.run_seconds)}: {seconds(duration.step_seconds)} per step, "
-            f"{seconds(duration.epoch_seconds)} per epoch, {duration.tokens_per_second:,.0f} tokens/s, predicted from "
-            f"{evidence(duration)}"
+            f"about {whole_run(duration, duration.run_seconds)}; {seconds(duration.epoch_seconds)} per epoch, "
+            f"{duration.tokens_per_second:,.0f} tokens/s, predicted from {evidence(duration)}"
         )
     if check.step_seconds is not None:
         total = check.step_seconds * check.batches.steps

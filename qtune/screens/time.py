@@ -21,6 +21,16 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else clock(value)
 
 
+def whole_run(forecast: "TimeForecast", run_seconds: float) -> str:
+    """What the time of a run is made of, and what comes on top of it. run_seconds: the forecast's."""
+    told, more = f"{seconds(run_seconds)} for the run: {forecast.steps:,} steps of {seconds(forecast.step_seconds)}", ""
+    if forecast.evaluation_seconds is None:
+        more = "evaluations, "
+    elif forecast.evaluation_seconds:
+        told += f" and {seconds(forecast.evaluation_seconds)} of evaluations"
+    return f"{told}; loading, {more}sample answers and checkpoints come on top"
+
+
 def draw_time(found: "TimeForecast | None") -> RenderableType:
     """What is predicted, of what, and by whose rates."""
     return Text(UNKNOWN, style="dim") if found is None else Text("\n").join(map(Text, lines(found)))
@@ -52,9 +62,9 @@ def lines(forecast: "TimeForecast") -> list[str]:
         parts = f"{card} of the card, {processor} of the processor for {step.launches:,} launches; {limit} is the limit"
     said = [f"time: {seconds(step.seconds)} for a step of the longest rows ({parts})"]
     if forecast.epoch_seconds is not None and forecast.run_seconds is not None:
-        mean, epoch, run = map(seconds, (forecast.step_seconds, forecast.epoch_seconds, forecast.run_seconds))
-        steps = f"{epoch} for an epoch of {forecast.steps_per_epoch:,} steps, {run} for the run of {forecast.steps:,}"
-        said.append(f"      {mean} for the mean step, {steps}")
+        mean, epoch = map(seconds, (forecast.step_seconds, forecast.epoch_seconds))
+        said.append(f"      {mean} for the mean step, {epoch} for an epoch of {forecast.steps_per_epoch:,} steps")
+        said.append(f"      {whole_run(forecast, forecast.run_seconds)}")
     if forecast.processes > 1:
         between = f"{1000 * forecast.between_seconds:.1f} ms of each step for adding up their gradients over its bus"
         said.append(f"      {forecast.processes} processes, each with such a device; {between}")

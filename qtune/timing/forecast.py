@@ -78,7 +78,8 @@ class StepModel:
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """How long training will take. Loading, checkpoints and the first step's warming up are not in it."""
+    """How long training will take. Loading, sample answers, checkpoints and what the first step takes longer are not in
+    it."""
 
     kind: str
     """Of the rates: "data sheet" or "measured"."""
@@ -101,6 +102,8 @@ class TimeForecast:
     """How many share each step, each with such a device."""
     between_seconds: float = 0.0
     """Of each step, in which they add up their gradients."""
+    evaluation_seconds: float | None = None
+    """Of `run_seconds`, for all evaluations; None where the rows are not known."""
 
     def seconds_after(self, step: int) -> float | None:
         """What is left of the run after a step, evaluations in proportion; None where the rows are not known, and after
@@ -116,6 +119,7 @@ class TimeForecast:
         return {
             **{name: getattr(self, name) for name in names},
             "run_seconds": self.run_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "processes": self.processes,
             "between_seconds": self.between_seconds,
             "longest_step": step,
@@ -264,6 +268,7 @@ def _of_data(
         steps * epoch_seconds / steps_per_epoch + evaluations,
         processes,
         between,
+        evaluations,
     )
 
 
@@ -275,10 +280,10 @@ def _micro_batches(lengths: NDArray[np.int64], micro: int, batch_size: int, seed
 
 def _evaluations(recipe: Recipe, steps: int, steps_per_epoch: int) -> int:
     """How often a run goes through its validation rows."""
-    every = recipe.training.eval_every
+    every, first = recipe.training.eval_every, int(recipe.training.evaluate_first)
     if every == "never":
-        return 0
-    return -(-steps // steps_per_epoch) if every == "epoch" else steps // int(every)
+        return first
+    return first + (-(-steps // steps_per_epoch) if every == "epoch" else steps // int(every))
 
 
 def _evaluation_seconds(data: RowLengths, rows: Rows, micro: int, step: _Step, rates: Rates) -> float:
