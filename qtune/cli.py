@@ -467,7 +467,11 @@ def export(
     ] = True,
     verify_only: Annotated[
         Path | None,
-        typer.Option("--verify-only", metavar="DIR", help="Compare a folder that was exported before, as RUN/model."),
+        typer.Option(
+            "--verify-only",
+            metavar="DIR",
+            help="Compare a folder that was exported before, as RUN/model; of its GGUF files the checksums.",
+        ),
     ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")

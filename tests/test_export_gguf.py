@@ -17,12 +17,14 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qtune import manifest
 from qtune.data.conversation import Conversation
 from qtune.errors import ExportError, InputError, ModelError, VerificationError
 from qtune.export.closeness import shortfalls
 from qtune.export.export import Options, _gguf_command, export_run, verify_only
 from qtune.export.gguf.families import extra_tensors, family_of
 from qtune.export.gguf.file import GgufType, write_gguf
+from qtune.export.gguf.kept import said_of_gguf_files
 from qtune.export.gguf.verify import (
     LIMITS,
     _compare,
@@ -35,7 +37,7 @@ from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
 from qtune.export.opened_run import open_for_export
 from qtune.export.output import refuse_existing_output
-from qtune.export.verification import proof_today, read_proof
+from qtune.export.verification import Closeness, GgufProof, add_gguf, proof_today, read_proof
 from qtune.export.verify.rows import CheckedRow
 from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
@@ -439,11 +441,18 @@ def test_a_gguf_without_a_modelfile_says_why(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_path: Path) -> None:
+def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = export_run(tiny_run(tmp_path), Options(gguf="f16"))
     proven = read_proof(folder).gguf
     assert set(proven) == {"f16"}
+    capsys.readouterr()
     verify_only(folder, None)
+    told = f"KL divergence {proven['f16'].closeness.kl:.2e}, same likeliest token {proven['f16'].closeness.top1:.2%}"
+    said = capsys.readouterr().err
+    assert f"run-f16.gguf: byte for byte what was read back and compared when it was written ({told})\n" in said
+    assert "adapter.gguf: byte for byte what was written of the adapter; what it answers was not compared\n" in said
     assert read_proof(folder).gguf == proven
     assert read_proof(folder).verified is True
     (folder / "model.safetensors").write_bytes(b"broken")
@@ -451,6 +460,34 @@ def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(tmp_
         verify_only(folder, None)
     assert read_proof(folder).gguf == proven
     assert read_proof(folder).verified is False
+
+
+def test_gguf_files_of_others_in_and_beside_an_export_are_said_not_to_be_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("run-f16.gguf", "failed-q8_0.gguf", "adapter.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    manifest.seal(folder)
+    (folder / "run-Q4_K_M.gguf").write_bytes(b"GGUF")
+    (tmp_path / "near.gguf").write_bytes(b"GGUF")
+    closeness = Closeness(tokens=9, kl=1e-6, kl_largest=1e-5, top1=1.0, gap=0.1)
+    add_gguf(folder, GgufProof("run-f16.gguf", "f16", closeness, True, ()))
+    add_gguf(folder, GgufProof("failed-q8_0.gguf", "q8_0", closeness, True, ("it is another",)))
+    unknown = (
+        "not looked at, for it is no file of this export; llama.cpp compares two: llama-perplexity --kl-divergence"
+    )
+    assert list(said_of_gguf_files(folder)) == [
+        "adapter.gguf: byte for byte what was written of the adapter; what it answers was not compared",
+        f"failed-q8_0.gguf: {unknown}",
+        f"run-Q4_K_M.gguf: {unknown}",
+        "run-f16.gguf: byte for byte what was read back and compared when it was written (KL divergence 1.00e-06, same "
+        "likeliest token 100.00%)",
+        f"{tmp_path / 'near.gguf'}: {unknown}",
+    ]
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    assert list(said_of_gguf_files(folder))[-1] == f"the 2 GGUF files in {tmp_path}: {unknown}"
+    (folder / manifest.NAME).unlink()
+    assert all(said.endswith(unknown) for said in said_of_gguf_files(folder)), "without one nothing is known"
 
 
 def test_a_gguf_is_named_after_its_run_wherever_the_command_is_called(

@@ -409,7 +409,19 @@ def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):
     assert evaluation.comparisons == ()
     assert evaluation.base.loss > 0
     show(evaluation)
-    assert "exactly" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exactly" not in said
+    assert (
+        "\nraw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell\n"
+        in said
+    )
+    asked = {"prompt": "What is asked here?", "completion": "Nothing."}
+    write_rows(tmp_path / "test.jsonl", [{"text": "Nothing is asked here."}, asked, asked | {"prompt": "And here?"}])
+    assert evaluate(run_dir).about_answers == (
+        "1 was not asked: raw text has no question, and counts in loss and perplexity alone"
+    )
+    write_rows(tmp_path / "test.jsonl", [asked])
+    assert evaluate(run_dir).about_answers == ""
 
 
 @pytest.mark.parametrize("adapter", ["lora", "p-tuning"])

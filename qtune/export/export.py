@@ -18,6 +18,7 @@ from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over, hand_over_adapter
+from qtune.export.gguf.kept import said_of_gguf_files
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
@@ -224,7 +225,10 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
             virtual_ids=ids,
             known=() if damage is None else (damage,),
         )
-    return prove(source, folder, verification, show, damage=damage)
+    prove(source, folder, verification, show, damage=damage)
+    for sentence in said_of_gguf_files(folder):
+        console.say(sentence)
+    return folder
 
 
 def prove(

@@ -24,6 +24,8 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
     if evaluation.about_rows:
         console.out(evaluation.about_rows)
+    if evaluation.about_answers:
+        console.out(evaluation.about_answers)
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if any_cut(evaluation):

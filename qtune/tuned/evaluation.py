@@ -158,6 +158,18 @@ class Evaluation:
             told.append(f"whether training saw {'others' if told else 'them'} is not known: {self.seen_unknown}")
         return "; ".join(told)
 
+    @property
+    def about_answers(self) -> str:
+        """Why there are no scores of answers, or none of some rows, as a sentence without its stop; empty where every
+        row was asked."""
+        asked = len(self.judged_answers)
+        mute = len(self.judged_rows) - asked
+        if mute <= 0 and (asked or self.tuned.exact_match is not None):
+            return ""
+        if asked:
+            return f"{mute} {_was(mute)} not asked: raw text has no question, and counts in loss and perplexity alone"
+        return "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
+
     def _about_seen(self) -> str:
         seen, others = self.rows_trained_on or 0, self.rows - (self.rows_trained_on or 0)
         if not others:
