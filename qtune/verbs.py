@@ -46,11 +46,47 @@ ELSEWHERE = {
     "memory": "profile",
     "env": "doctor",
     "info": "doctor",
+    "ls": "list",
+    "runs": "list",
+    "status": "list",
+    "history": "list",
+    "show": "report",
+    "inspect": "report",
+    "view": "report",
+    "plot": "report",
+    "logs": "report",
+    "tokenize": "check",
+    "prepare": "check",
+    "lint": "check",
+    "plan": "profile",
+    "cost": "profile",
+    "vram": "profile",
+    "upload": "export --push-to-hub",
+    "publish": "export --push-to-hub",
+    "score": "eval",
+    "benchmark": "eval --tasks",
+    "bench": "eval --tasks",
+    "diff": "compare",
     "new": "init",
     "create": "init",
     "version": "--version",
     "help": "--help",
 }
+
+# What other tools have a verb for, and how it is done here, where none of ours is meant.
+DONE_BY = {
+    "serve": (("deploy", "api"), "qtune export prints the commands that serve what it has written"),
+    "quantize": (
+        ("quantise", "quant"),
+        "a run loads its base in 4 bits by itself (quantization.kind of its recipe); what it has trained is written in "
+        "8 bits by: qtune export RUN --gguf q8_0",
+    ),
+    "stop": (("kill", "pause", "cancel"), "Ctrl-C in its terminal saves and stops a run; on with: qtune run --resume"),
+    "delete": (("rm", "remove", "clean", "prune"), "qtune deletes no run; its folder is all that there is of one"),
+    "login": (("auth",), "qtune uses the login of: hf auth login"),
+    "download": (("pull", "fetch"), "a verb that needs a base fetches it, once"),
+}
+HOW = {word: how for verb, (others, how) in DONE_BY.items() for word in (verb, *others)}
 
 # What a verb that was stopped leaves, true whenever that is: what it writes is there at once or not at all. A run says
 # more while it trains, and when it has ended.
@@ -284,7 +320,10 @@ def _options(command: Any) -> dict[str, Any]:
 def _meant(name: str, verbs: list[str]) -> str:
     """What to say of a verb that is not there: what another tool's word, or a mistyped one, means here; else all."""
     word = name.lower()
-    near = word if word in ELSEWHERE else nearest(word, [*verbs, *ELSEWHERE], ALIKE) or nearest(word, verbs)
+    known = {*ELSEWHERE, *HOW}
+    near = word if word in known else nearest(word, [*verbs, *sorted(known)], ALIKE) or nearest(word, verbs)
+    if near in HOW:
+        return HOW[near]
     if near in ELSEWHERE:
         return f"here that is: qtune {ELSEWHERE[near]}"
     return f"did you mean {near!r}?" if near else f"the verbs: {', '.join(verbs)}"

@@ -27,10 +27,27 @@ def said(*arguments: str) -> str:
         ("evaluate", "qtune eval"),
         ("Finetune", "qtune run"),
         ("trian", "qtune run"),
+        ("ls", "qtune list"),
+        ("show", "qtune report"),
+        ("upload", "qtune export --push-to-hub"),
     ],
 )
 def test_a_verb_of_another_tool_is_answered_with_ours(verb: str, ours: str) -> None:
     assert f"no such verb; here that is: {ours}" in said(verb, "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("verb", "how"),
+    [
+        ("serve", "qtune export"),
+        ("quantise", "--gguf q8_0"),
+        ("stop", "Ctrl-C"),
+        ("rm", "its folder"),
+        ("login", "hf auth"),
+    ],
+)
+def test_a_verb_for_which_there_is_none_is_answered_with_how_it_is_done(verb: str, how: str) -> None:
+    assert how in said(verb, "recipe.toml").partition("no such verb; ")[2]
 
 
 def test_a_mistyped_verb_is_answered_with_the_nearest_and_any_other_with_all() -> None:
