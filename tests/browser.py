@@ -63,6 +63,12 @@ class Browser:
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(shot["data"]))
 
+    def color(self, x: float, y: float) -> str:
+        """The pixel at a place of the page: equal texts are equal colours."""
+        one = {"x": int(x), "y": int(y), "width": 1, "height": 1, "scale": 1}
+        data: str = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=one)["data"]
+        return data
+
     def close(self) -> None:
         """Ends the browser."""
         self._session = None

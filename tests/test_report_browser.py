@@ -191,6 +191,51 @@ def test_charts_beside_each_other_stand_on_one_level_with_or_without_a_legend(
     assert all(len(pictures) == 1 for pictures in levels.values())
 
 
+WIDE = "[...document.querySelectorAll('.wide')].filter(one => one.getBoundingClientRect().height)"
+EDGES = f"""
+{WIDE}.map(one => {{
+  const box = one.getBoundingClientRect();
+  return [box.left + 1, box.right - 2, box.top + 2, one.scrollWidth > one.clientWidth + 1, one.scrollLeft > 1];
+}})
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_edge_behind_which_a_part_of_a_table_is_hidden_has_a_sign_as_long_as_it_is(
+    tab: Browser, reports: dict[str, Path], scheme: str
+) -> None:
+    found = set()
+    for width in (400, 1400):
+        tab.open(reports["finished"], width, scheme=scheme)
+        paper = tab.color(2, 2)
+        for at_end in (False, True):
+            if at_end:
+                tab.value(f"{WIDE}.forEach(one => one.scrollLeft = 1e6)")
+            for left, right, top, scrolls, is_scrolled in tab.value(EDGES):
+                signs = tab.color(left, top) != paper, tab.color(right, top) != paper
+                assert signs == (is_scrolled, scrolls and not is_scrolled)
+                found.add(signs)
+    assert found == {(False, False), (False, True), (True, False)}
+
+
+@pytest.mark.parametrize("state", ["finished", "long_names", "free_text_evaluated"])
+def test_answers_and_values_fit_a_narrow_page_and_their_cells_say_what_they_are(
+    tab: Browser, reports: dict[str, Path], state: str
+) -> None:
+    tab.open(reports[state], 400)
+    tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
+    hidden = tab.value(
+        "[...document.querySelectorAll('.answers, .values')].map(one => one.parentElement)"
+        ".filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent.slice(0, 40))"
+    )
+    assert hidden == []
+    named = tab.value(
+        "[...document.querySelectorAll('.answers:not(.steps) tr:first-child td')].map(one =>"
+        " getComputedStyle(one, '::before').content)"
+    )
+    assert [json.loads(one) for one in named[2:5]] == ["expected", "base", "tuned"]
+
+
 def test_the_answers_are_what_one_sees_first(tab: Browser, reports: dict[str, Path]) -> None:
     tab.open(reports["finished"], 800)
     tops = tab.value("['.verdict', '.facts', 'h2'].map(one => document.querySelector(one).getBoundingClientRect().top)")

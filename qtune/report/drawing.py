@@ -119,7 +119,7 @@ _DASHES = {"solid": None, "dashed": "6 4", "dotted": "2 3"}
 def svg(drawing: Drawing, *, alone: bool = True) -> str:
     """The drawing as one SVG element: no script, no font, no style sheet.
 
-    alone: as a file of its own; inside HTML an SVG needs no namespace.
+    alone: as a file of its own; inside HTML an SVG needs no namespace, and lies on paper that the page gives it.
     """
     hatched = [shape.look for shape in drawing.shapes if isinstance(shape, (Area, Box)) and shape.look.hatch]
     # An id is the same for the same look wherever it is drawn, so that pictures can share a page.
@@ -131,7 +131,7 @@ def svg(drawing: Drawing, *, alone: bool = True) -> str:
             f'<svg{namespace} {size} role="img" font-family="sans-serif">',
             f"<title>{escape(drawing.title)}</title>",
             f"<defs>{''.join(_pattern(look, name) for look, name in ids.items())}</defs>",
-            f'<rect width="{drawing.width}" height="{drawing.height}" style="fill:{PAPER}"/>',
+            *([f'<rect width="{drawing.width}" height="{drawing.height}" style="fill:{PAPER}"/>'] if alone else []),
             *(_svg_shape(shape, ids) for shape in drawing.shapes),
             "</svg>\n",
         ]

@@ -36,13 +36,25 @@ def joined(children: Iterable[str]) -> Html:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, figures: Iterable[int] = (), class_: str = "") -> Html:
-    """A table; `figures` are the columns (by index) that hold numbers."""
-    right = set(figures)
+    """A table; `figures` are the columns (by index) that hold numbers. The cells of one with a class know the name of
+    their column, for the style sheet may put them below each other."""
+    right, columns = set(figures), list(head)
     cells = [
-        element("tr", *(element("td", cell, class_="figure" if at in right else None) for at, cell in enumerate(row)))
+        element(
+            "tr",
+            *(
+                element(
+                    "td",
+                    cell,
+                    class_="figure" if at in right else None,
+                    data_column=(columns[at] or None) if class_ else None,
+                )
+                for at, cell in enumerate(row)
+            ),
+        )
         for row in rows
     ]
-    names = [element("th", name, class_="figure" if at in right else None) for at, name in enumerate(head)]
+    names = [element("th", name, class_="figure" if at in right else None) for at, name in enumerate(columns)]
     drawn = element("table", element("thead", element("tr", *names)), element("tbody", *cells), class_=class_ or None)
     return element("div", drawn, class_="wide")
 

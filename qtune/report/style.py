@@ -1,15 +1,18 @@
 """The style sheet of the page: light and dark, narrow and wide, on paper.
 
-Words never break below 500 px: tables are as wide as their words ask for and scroll inside the page. On paper nothing
-can be scrolled or opened, so everything wraps there and what is folded stands open.
+Words never break below 500 px: tables are as wide as their words ask for and scroll inside the page, those of texts
+stand there cell below cell. An edge behind which something is hidden has a shadow, which covers of the table's own
+ground hide where it is scrolled to its end (Lea Verou, "Pure CSS scrolling shadows", 2012). On paper nothing can be
+scrolled or opened, so everything wraps there and what is folded stands open.
 """
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #5b6570; --faint: #d9dee4; --paper: #fff; --sheet: #f5f7f9;
-  --one: #1f5fbf; --two: #b4460f; --mark: #ffe58a; --good: #1a7f4b; --bad: #b3261e; --unsure: #8a5a00; }
+  --one: #1f5fbf; --two: #b4460f; --mark: #ffe58a; --good: #1a7f4b; --bad: #b3261e; --unsure: #8a5a00;
+  --edge: #5b6570; --shade: #1b1f2440; --none: #fff0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --dim: #9aa5b1; --faint: #353c45; --paper: #14171b;
   --sheet: #1d2127; --one: #7fb0ff; --two: #ffab70; --mark: #5b4a00; --good: #5fd39a; --bad: #ff8a80;
-  --unsure: #f0c05a; } }
+  --unsure: #f0c05a; --edge: #9aa5b1; --shade: #e6e9ed40; --none: #14171b00; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 74rem; padding: 1.5rem; }
@@ -49,7 +52,13 @@ svg.key { width: 30px; height: 12px; margin-right: .3rem; } .bar svg { width: 10
 .wide > svg { min-width: 44rem; max-width: none; }
 .name { white-space: nowrap; } .bar { width: 100%; min-width: 8rem; } svg rect { fill: var(--one); }
 
-.wide { overflow-x: auto; margin: .5rem 0 1.1rem; } table { border-collapse: collapse; font-size: .9rem; }
+.wide { overflow-x: auto; margin: .5rem 0 1.1rem; background:
+    linear-gradient(to right, var(--paper) 50%, var(--none)) left / 2.4rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 50%, var(--none)) right / 2.4rem 100% no-repeat local,
+    linear-gradient(to right, var(--edge) 2px, var(--shade) 2px, var(--none)) left / 1.1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge) 2px, var(--shade) 2px, var(--none)) right / 1.1rem 100% no-repeat scroll; }
+figure.wide { --paper: #fff; --edge: #5b6570; --shade: #1b1f2440; --none: #fff0; background-color: #fff; }
+ table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0;
   border-bottom: 1px solid var(--faint); }
 th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -63,7 +72,13 @@ pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6
 mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom: 1.5px solid; }
 code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer; }
 @media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; }
-  .scores .figure { white-space: normal; } .scores td, .scores th { padding-right: .7rem; } }
+  .scores .figure { white-space: normal; } .scores td, .scores th { padding-right: .7rem; }
+  .answers:not(.steps) thead, .values thead { display: none; } .answers:not(.steps) tr, .values tr { display: block;
+    border-bottom: 1px solid var(--faint); padding: .35rem 0; }
+  .answers:not(.steps) td, .values td, .values td:first-child { display: block; border: 0; padding: .05rem 0;
+    min-width: 0; max-width: none; width: auto; white-space: pre-wrap; }
+  .answers:not(.steps) td::before, .values td + td::before { content: attr(data-column); color: var(--dim);
+    display: block; font-size: .8rem; } }
 
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } pre { max-height: none; }
@@ -71,7 +86,7 @@ code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer
   .charts { grid-template-columns: repeat(2, 1fr); }
   h1, h2, h3, figcaption, summary { break-after: avoid; } figure, tr, .verdict, .facts { break-inside: avoid; }
   figure:has(> pre) { break-inside: auto; } thead { display: table-header-group; }
-  .wide { overflow: visible; } table { max-width: 100%; } .wide > svg { min-width: 0; }
+  .wide { overflow: visible; background: none; } table { max-width: 100%; } .wide > svg { min-width: 0; }
   td, .answers td, .values td { min-width: 0; max-width: none; overflow-wrap: anywhere; }
   .steps td:first-child { min-width: 6rem; width: 6rem; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
