@@ -84,6 +84,37 @@ def test_each_phase_has_predicted_measured_and_error(traced) -> None:
     )
 
 
+def part(*, seconds: float, peak: int, device: str = "a card", **idle: float) -> dict[str, Any]:
+    beside = {"idle": {"seconds": idle["idle"], "allocated_peak_bytes": 1}} if idle else {}
+    forward = {"seconds": seconds, "allocated_peak_bytes": peak, "reserved_peak_bytes": 2 * peak}
+    return measured_on(device, forward=forward, **beside)
+
+
+def test_of_a_resumed_run_time_is_that_of_all_parts_and_peaks_are_the_highest(traced) -> None:
+    expected = traced["by_phase"]["forward"]["bytes"]
+    last, first = part(seconds=1.5, peak=expected), part(seconds=20.0, peak=3 * expected, idle=4.0)
+    elsewhere = part(seconds=100.0, peak=9 * expected, device="another card")
+    page = Page(memory(RunMemory(measured=last, traced=traced, earlier=(first, elsewhere)), "runs/mine", resumed=2))
+    size, most = size_text(expected), size_text(3 * expected)
+    assert page.texts["th"][:7] == [
+        "phase", "seconds, all parts", "allocated, predicted", "allocated, measured, last part", "error",
+        "allocated, highest of all parts", "reserved, peak",
+    ]  # fmt: skip
+    assert cells_after(page, "forward", 6) == ["121.5", size, size, "+0.0%", most, size_text(6 * expected)]
+    assert cells_after(page, "between steps", 1) == ["4.0"]
+    assert "The run was trained in 3 parts. The seconds and the highest of all parts are theirs together" in page.text
+    assert "Between steps: rows are read, records written, sample answers given" in page.text
+
+
+def test_a_part_that_has_left_no_figures_is_said(traced) -> None:
+    record = RunMemory(measured=part(seconds=1.5, peak=100), traced=traced)
+    said = Page(memory(record, "runs/mine", resumed=1)).text
+    assert "The run was trained in 2 parts, and 1 of them has left figures. What stands here is of it." in said
+    assert "parts" not in Page(memory(record, "runs/mine")).text
+    unmeasured = RunMemory(predicted=None)
+    assert "parts" not in Page(memory(unmeasured, "runs/mine", resumed=1)).text
+
+
 def test_on_a_cpu_tensors_are_compared_and_what_was_not_measured_is_left_out(traced) -> None:
     page = drawn({"measured": MEASURED, "traced": traced})
     assert {"tensors, predicted", "tensors, measured"} <= set(page.texts["th"])

@@ -33,7 +33,7 @@ from qtune.report.html import element, joined, table
 from qtune.report.page import attempt_report, page, write_report
 from qtune.report.record import read_record
 from qtune.run.folder import RunDir
-from qtune.run.lock import Lock, LockedDevice, rows_hash, write_lock
+from qtune.run.lock import Continued, Lock, LockedDevice, rows_hash, write_lock
 from qtune.run.memory import RunMemory, write_memory
 from qtune.run.metrics import (
     AnswersRecord,
@@ -524,6 +524,22 @@ def test_the_pages_validation_loss_is_of_the_rows_that_training_has_not_seen(tmp
     assert figures["best validation loss"] == "0.500 at step 5"
     assert {"validation, rows not seen", "validation, all rows"} <= set(shown.texts["span"])
     assert "validation, rows not seen 0.9 at 10" in shown.texts["title"]
+
+
+def test_the_peak_so_far_does_not_fall_where_a_run_was_resumed(tmp_path):
+    run_dir = make_run(tmp_path)
+    tell(run_dir, *(train_record(step, memory_peak_bytes=peak << 30) for step, peak in enumerate((2, 4, 1, 3), 1)))
+    figures = re.findall(r"<figure>.*?</figure>", write_report(run_dir).read_text(encoding="utf-8"))
+    (peaks,) = [re.search(r'points="([^"]*)" class="dashed"', one) for one in figures if "peak so far" in one]
+    heights = [float(place.split(",")[1]) for place in peaks[1].split()]
+    assert heights[0] > heights[1] == heights[2] == heights[3]
+
+
+def test_the_page_says_of_how_many_parts_the_figures_of_memory_are(tmp_path):
+    run_dir = make_run(tmp_path)
+    finish(run_dir)
+    write_lock(run_dir, Lock(resumed=(Continued(3, "0.1.0", "3.11", {}, LockedDevice("CPU, 2 threads")),)))
+    assert "The run was trained in 2 parts, and 1 of them has left figures" in write_report(run_dir).read_text("utf-8")
 
 
 def test_the_metrics_of_an_older_version_are_drawn_too(tmp_path):

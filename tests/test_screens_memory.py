@@ -14,12 +14,12 @@ from qtune.device.present import Device
 from qtune.memory.forecast import Forecast
 from qtune.memory.longest import Rows
 from qtune.memory.predict import Longest, predict, summarize
-from qtune.memory.profile import Profile
+from qtune.memory.profile import Measured, Profile
 from qtune.memory.savings import Variant
 from qtune.memory.tracing import categories
 from qtune.plan import make_plan
 from qtune.screens.answer import draw_answer
-from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_savings, stacked_bar
+from qtune.screens.memory import BAR, LETTERS, draw_forecast, draw_measured, draw_savings, stacked_bar
 
 
 def test_every_category_has_a_letter_of_its_own() -> None:
@@ -147,6 +147,21 @@ def test_the_time_of_a_trace_is_all_that_one_waited_or_is_said_to_be_an_earlier_
 
     assert "traced without a GPU in 171.2 s" in shown(171.2)
     assert "traced before, in 10.6 s, without a GPU" in shown(0.3)
+
+
+def test_what_was_measured_is_of_the_last_part_of_a_resumed_run_and_idle_is_explained() -> None:
+    peaks = {"visits": 1, "seconds": 1.0, "tensor_peak_bytes": 1 << 20, "resident_peak_bytes": 1 << 30}
+    phases = {"forward": peaks, "idle": peaks}
+    measured = {"device": "cpu", "method": "told", "peak_bytes": 1 << 20, "static": {}, "phases": phases}
+    for parts, said in (
+        (1, "measured on cpu: told\n"),
+        (2, "measured on cpu: told; of the last of 2 parts of the run\n"),
+    ):
+        shown = StringIO()
+        Console(file=shown, width=100).print(draw_measured(Measured(measured, None, [], [], None, parts)))
+        assert shown.getvalue().startswith(said)
+        assert "between steps " in shown.getvalue()
+        assert "idle" not in shown.getvalue()
 
 
 def test_a_processors_memory_is_not_measured_in_cards(on_a_card) -> None:

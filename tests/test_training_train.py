@@ -40,6 +40,7 @@ from qtune.recipe.file import Origin, load_recipe
 from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.lock import read_lock
+from qtune.run.memory import read_memory
 from qtune.run.metrics import EvalRecord, read_metrics
 from qtune.run.resolved import read_values
 from qtune.run.resumption import resumed_recipe
@@ -896,6 +897,28 @@ def stopped_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Run
         with pytest.raises(Killed):
             run(recipe, "output.name=broken")
     return latest_run(recipe)
+
+
+@pytest.mark.slow
+def test_what_was_measured_of_each_part_of_a_resumed_run_is_kept(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = stopped_run(write_recipe(training=TWO_EPOCHS), monkeypatch, step=8)
+    first = read_memory(broken)
+    assert first is not None
+    assert first.measured is not None
+    assert first.earlier is None
+    train.resume(broken)
+    both = read_memory(broken)
+    assert both is not None
+    assert both.measured is not None
+    assert both.earlier == ({name: first.measured[name] for name in ("device", "phases")},)
+    assert first.measured["phases"]["forward"]["visits"] > both.measured["phases"]["forward"]["visits"] > 0
+    trace_run(broken, savings=False)  # adds to the file, and takes nothing away
+    traced = read_memory(broken)
+    assert traced is not None
+    assert traced.traced is not None
+    assert traced.earlier == both.earlier
 
 
 @pytest.mark.slow

@@ -382,6 +382,15 @@ def test_a_peak_of_an_earlier_part_counts_as_in_the_summary_of_the_run() -> None
     assert "took 2.00 GiB of" in fits(replace(on_card, train=earlier)).sentence
 
 
+def test_the_highest_peak_of_all_parts_on_the_last_device_counts() -> None:
+    facts = with_memory(2 << 30, 16 << 30)
+    assert facts.memory is not None
+    parts = tuple(with_memory(peak << 30, None, device=name).memory for peak, name in ((5, "cuda:0"), (9, "another")))
+    earlier = tuple(part.measured for part in parts if part is not None and part.measured is not None)
+    resumed = replace(facts, memory=replace(facts.memory, earlier=earlier))
+    assert fits(resumed).sentence == "the card took 5.00 GiB of 16.00 GiB at the peak (31%)"
+
+
 def test_a_full_card_is_said_and_so_is_one_that_ran_out() -> None:
     assert fits(with_memory(97, 100)).answer == "Fits barely"
     ran_out = fits(replace(NOTHING, memory=RunMemory(failure={"phase": "forward"})))

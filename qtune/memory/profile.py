@@ -57,6 +57,8 @@ class Measured:
     attribution: list[Variant]
     failure: dict[str, Any] | None = None
     """The report of the memory that ran out, if it did (`memory.out_of_memory.Report`)."""
+    parts: int = 1
+    """Of the run, as many as have left a measurement; it is the last one's."""
 
     @property
     def differs(self) -> dict[str, float]:
@@ -127,7 +129,7 @@ def trace_run(
     measured = memory.measured or {}
     recipe, device = resolved_recipe(run_dir), _device_of(run_dir, memory)
     if device is None:
-        return Measured(measured, None, [], [], memory.failure)
+        return Measured(measured, None, [], [], memory.failure, len(memory.parts))
     config = load_geometry(recipe.model)
     plan, longest = _measured_batch(measured, make_plan(recipe, device, attention_rule(config)))
     tell(f"{plan.micro_batch_size} x {longest.length} tokens")
@@ -146,15 +148,14 @@ def trace_run(
         baselines(config, recipe, plan, longest, tell) if savings else [],
         attribution(config, recipe, plan, longest, tell) if explain else [],
         memory.failure,
+        len(memory.parts),
     )
     # What was traced before and is not asked for now stays.
-    told = RunMemory(
-        memory.predicted,
-        memory.measured,
-        memory.failure,
-        traced,
-        tuple(variant.to_json() for variant in result.baselines) or memory.ways,
-        tuple(variant.to_json() for variant in result.attribution) or memory.attribution,
+    told = replace(
+        memory,
+        traced=traced,
+        ways=tuple(variant.to_json() for variant in result.baselines) or memory.ways,
+        attribution=tuple(variant.to_json() for variant in result.attribution) or memory.attribution,
     )
     write_memory(run_dir, told)
     return result

@@ -24,11 +24,17 @@ OTHER_COLUMNS = {
     "resident_peak_bytes": "process, peak",
 }
 
+NAMES = {"idle": "between steps"}
+IDLE = "Between steps: rows are read, records written, sample answers given, and before the first one a rehearsal."
 
-def memory(record: RunMemory, run: str, checkpointing: str | None = None, kept: str | None = None) -> Html:
+
+def memory(
+    record: RunMemory, run: str, checkpointing: str | None = None, kept: str | None = None, resumed: int = 0
+) -> Html:
     """The whole part; `run` names the run's folder for the commands that would add to it.
 
-    checkpointing, kept: `gradient_checkpointing` and `keep_dequantized` as they were settled, in TOML.
+    checkpointing, kept: `gradient_checkpointing` and `keep_dequantized` as they were settled, in TOML. resumed: how
+    often the run was.
     """
     measured: Json = record.measured or {}
     traced = record.traced or record.predicted
@@ -38,7 +44,8 @@ def memory(record: RunMemory, run: str, checkpointing: str | None = None, kept: 
     drawn.append(paragraph(_predicted_for(record, run)))
     if record.failure:
         drawn += [element("h3", "Memory ran out"), element("pre", failure_text(record.failure))]
-    drawn += _phases(measured, traced)
+    drawn += _parts(record, resumed)
+    drawn += _phases(record, traced)
     drawn += _at_peak(measured.get("at_peak"), (traced or {}).get("peak"))
     if measured.get("static"):
         drawn += _between_steps(measured["static"])
@@ -69,29 +76,57 @@ def _predicted_for(record: RunMemory, run: str) -> str:
     return f"Nothing is predicted here yet: qtune report {run} traces the step that was measured."
 
 
-def _phases(measured: Json, traced: Json | None) -> list[Html]:
-    """Predicted, measured and the error of each phase: what the allocator counted, on a CPU the tensors."""
-    phases: dict[str, Json] = measured.get("phases", {})
+def _parts(record: RunMemory, resumed: int) -> list[Html]:
+    """Of which parts of a run the figures are; nothing of one that has only one."""
+    parts, told = max(resumed + 1, len(record.parts)), len(record.parts)
+    if parts == 1 or not told:
+        return []
+    some = "" if told == parts else f", and {told} of them {'has' if told == 1 else 'have'} left figures"
+    of_all = (
+        "The seconds and the highest of all parts are theirs together, the rest" if told > 1 else "What stands here"
+    )
+    return [
+        paragraph(f"The run was trained in {parts} parts{some}. {of_all} is of {'the last' if told > 1 else 'it'}.")
+    ]
+
+
+def _phases(record: RunMemory, traced: Json | None) -> list[Html]:
+    """Predicted, measured and the error of each phase: what the allocator counted, on a CPU the tensors. The prediction
+    is of the last part; time is of all parts together, and so are the highest peaks, as far as the device is the same.
+    """
+    measured: Json = record.measured or {}
+    last: dict[str, Json] = measured.get("phases", {})
     predicted: dict[str, Json] = traced["by_phase"] if traced else {}
     key = "tensor_peak_bytes" if measured.get("device") == "cpu" else "allocated_peak_bytes"
-    others = {key: name for key, name in OTHER_COLUMNS.items() if any(phase.get(key) for phase in phases.values())}
+    what = "tensors" if key == "tensor_peak_bytes" else "allocated"
+    of_parts: list[dict[str, Json]] = [part.get("phases", {}) for part in record.parts]
+    alike: list[dict[str, Json]] = [part.get("phases", {}) for part in record.parts_on_last_device]
+    is_resumed = len(of_parts) > 1
+    columns = ({key: f"{what}, highest of all parts"} if is_resumed else {}) | OTHER_COLUMNS
+    others = {
+        key: name
+        for key, name in columns.items()
+        if any(phase.get(key) for phases in alike for phase in phases.values())
+    }
     rows = []
-    for name in dict.fromkeys([*phases, *predicted]):
-        phase, expected = phases.get(name, {}), predicted.get(name, {}).get("bytes")
-        seen = phase.get(key)
+    for name in dict.fromkeys([*(name for phases in of_parts for name in phases), *predicted]):
+        visited = [phases[name] for phases in of_parts if name in phases]
+        expected, seen = predicted.get(name, {}).get("bytes"), last.get(name, {}).get(key)
+        highest = {other: max(phases.get(name, {}).get(other, 0) for phases in alike) for other in others}
         rows.append(
             (
-                name,
-                f"{phase['seconds']:,.1f}" if phase else "",
+                NAMES.get(name, name),
+                f"{sum(phase['seconds'] for phase in visited):,.1f}" if visited else "",
                 size_text(expected) if expected else "",
                 size_text(seen) if seen else "–",
                 f"{expected / seen - 1:+.1%}" if expected and seen else "",
-                *(size_text(phase[other]) if phase.get(other) else "–" for other in others),
+                *(size_text(most) if most else "–" for most in highest.values()),
             )
         )
-    what = "tensors" if key == "tensor_peak_bytes" else "allocated"
-    head = ("phase", "seconds", f"{what}, predicted", f"{what}, measured", "error", *others.values())
-    return [table(head, rows, figures=range(1, len(head)))] if rows else []
+    of_last, of_all = (", last part", ", all parts") if is_resumed else ("", "")
+    head = ("phase", f"seconds{of_all}", f"{what}, predicted", f"{what}, measured{of_last}", "error", *others.values())
+    idle = [paragraph(IDLE)] if any("idle" in phases for phases in of_parts) else []
+    return [table(head, rows, figures=range(1, len(head))), *idle] if rows else []
 
 
 def _at_peak(measured: Json | None, predicted: Json | None) -> list[Html]:

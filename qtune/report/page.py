@@ -165,7 +165,8 @@ def _parts(record: Record, rows: ShownRows | str) -> list[Html]:
         parts.append(sections.training_rows(rows))
     if facts.memory:
         settled = record.value("training", "gradient_checkpointing"), record.value("memory", "keep_dequantized")
-        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path)), *settled))
+        resumed = len(facts.lock.resumed) if facts.lock else 0
+        parts.append(memory(facts.memory, shlex.quote(str(record.run_dir.path)), *settled, resumed))
     if facts.exports:
         parts.append(results.exports(facts.exports))
     parts.append(sections.values(record))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from qtune.console import clock
 from qtune.records import plain
@@ -78,7 +79,7 @@ def curves(record: Record) -> Html:
     unit, size = ("GiB", GIB) if most >= GIB / 10 else ("MiB", MIB)
     memory = [
         Series("now", points(train, "memory_bytes", size)),
-        Series("peak so far", points(train, "memory_peak_bytes", size), style="dashed"),
+        Series("peak so far", _highest_so_far(points(train, "memory_peak_bytes", size)), style="dashed"),
     ]
     charts = [
         line_chart("Loss, nats per scored token", loss, "{:.3g}".format),
@@ -93,6 +94,12 @@ def curves(record: Record) -> Html:
         return section("Training", paragraph("No step has been taken yet."))
     thinned = [paragraph("Each point is the mean of several steps.")] if len(train) > MOST_POINTS else []
     return section("Training", *thinned, element("div", *drawn, class_="charts"))
+
+
+def _highest_so_far(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each process counts its own peak from its start, and a run that was resumed has had several."""
+    peaks = accumulate((y for _, y in points), max)
+    return [(x, peak) for (x, _), peak in zip(points, peaks, strict=True)]
 
 
 def _standing_out(train: Sequence[TrainRecord], key: str) -> list[Series]:

@@ -25,6 +25,20 @@ class RunMemory:
     """`memory.savings.Variant`: the usual ways of training the same model on that batch."""
     attribution: tuple[dict[str, Any], ...] | None = None
     """The step without each technique."""
+    earlier: tuple[dict[str, Any], ...] | None = None
+    """Of a run that was resumed: what `measured` was of the parts before the last, the first one first, without what
+    is of single steps. A part that was killed has left none."""
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """What was measured of each part of the run, in their order."""
+        return (*(self.earlier or ()), *(() if self.measured is None else (self.measured,)))
+
+    @property
+    def parts_on_last_device(self) -> tuple[dict[str, Any], ...]:
+        """Those of which the peaks can be compared: a run may have gone on on another device."""
+        device = (self.measured or {}).get("device")
+        return tuple(part for part in self.parts if part.get("device") == device)
 
     @property
     def is_traced(self) -> bool:

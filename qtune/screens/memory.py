@@ -256,6 +256,10 @@ def _price(with_it: float, without: float) -> str:
     return "no time" if abs(change) < 0.005 else f"{change:+.0%} time"
 
 
+PHASES = {"idle": "between steps"}
+"""Phases whose names say too little."""
+
+
 def draw_measured(run: "Measured") -> RenderableType:
     """The answer to `qtune profile RUN`: predicted, measured and the difference by phase; what stays between steps."""
     measured = run.measured
@@ -271,13 +275,15 @@ def draw_measured(run: "Measured") -> RenderableType:
         error = f"{expected.bytes / seen - 1:+.1%}" if expected and seen else ""
         beside = peaks["reserved_peak_bytes"] if cuda else peaks["resident_peak_bytes"]
         table.add_row(
-            phase,
+            PHASES.get(phase, phase),
             size_text(expected.bytes) if expected else "",
             size_text(seen) if seen else "",
             error,
             size_text(beside),
         )
-    parts: list[RenderableType] = [Text(f"measured on {measured['device']}: {measured['method']}"), Text(""), table]
+    last = "" if run.parts == 1 else f"; of the last of {run.parts} parts of the run"
+    told = f"measured on {measured['device']}: {measured['method']}{last}"
+    parts: list[RenderableType] = [Text(told), Text(""), table]
     if run.differs:
         told = ", ".join(f"{phase} {error:+.1%}" for phase, error in run.differs.items())
         parts += [Text(""), Text(f"traced and measured differ: {told} (workspaces of libraries left out)")]

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from qtune import console
 from qtune.device.present import is_out_of_memory
 from qtune.device.processes import other_holders
 from qtune.disk import refusal_of
-from qtune.errors import Failure, OutOfMemory, first_line
+from qtune.errors import Failure, OutOfMemory, RunError, first_line
 from qtune.memory.longest import longest_of
 from qtune.memory.measured.meter import Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
@@ -73,7 +74,17 @@ def measured(meter: Meter, inputs: Inputs, run_dir: RunDir) -> Iterator[None]:
         if meter.snapshot.said:
             console.say(f"allocator snapshot: {meter.snapshot.said}")
         predicted = inputs.forecast.to_json() if inputs.forecast else None
-        _keep(run_dir, RunMemory(predicted, measured))
+        _keep(run_dir, RunMemory(predicted, measured, earlier=_earlier(run_dir)))
+
+
+def _earlier(run_dir: RunDir) -> tuple[dict[str, Any], ...] | None:
+    """What was measured of the run before it was resumed; None where nothing was, or where that cannot be read."""
+    try:
+        kept = read_memory(run_dir)
+    except RunError:
+        return None
+    parts = () if kept is None else kept.parts
+    return tuple({name: part[name] for name in ("device", "phases") if name in part} for part in parts) or None
 
 
 def _keep(run_dir: RunDir, memory: RunMemory) -> None:

@@ -33,12 +33,14 @@ ON_CARD = ("device_used_bytes", "reserved_peak_bytes", "allocated_peak_bytes")
 
 
 def _peak(facts: Facts) -> tuple[int, str]:
-    """The most bytes that were taken, and by what: as memory.json has it, and before its end as the metrics do. Of a
-    run that was resumed memory.json knows the last part alone; on a processor the metrics count the same of all."""
+    """The most bytes that were taken, and by what: as memory.json has it of all parts on the run's last device, and
+    before its end as the metrics do. A part that was killed is in the metrics alone; on a processor they count the same
+    as memory.json does."""
+    parts = facts.memory.parts_on_last_device if facts.memory else ()
     measured = (facts.memory and facts.memory.measured) or {}
     kind = measured.get("device") or (facts.lock.last_device.kind if facts.lock else None) or "cuda"
     keys, what = (("resident_peak_bytes",), PROCESS) if kind == "cpu" else (ON_CARD, CARD)
-    phases = measured.get("phases", {}).values()
+    phases = [phase for part in parts for phase in part.get("phases", {}).values()]
     logged = max((one.memory_peak_bytes for one in facts.train), default=0)
     for key in keys:
         if peak := max((phase.get(key, 0) for phase in phases), default=0):
