@@ -368,6 +368,14 @@ def test_free_text_is_scored_in_the_units_of_eval(enough: list[Path]) -> None:
     )
 
 
+def test_why_rows_of_raw_text_have_no_score_of_answers_is_said(enough: list[Path]) -> None:
+    asked = compared_runs(enough, rows=8)
+    mute = [replace(run, evaluation=replace(run.evaluation, comparisons=())) for run in asked]
+    said = "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
+    assert said in explanation(compare(mute))
+    assert said not in explanation(compare(asked))
+
+
 def test_runs_on_two_bases_have_a_line_for_each_of_them(enough: list[Path]) -> None:
     runs = compared_runs(enough, rows=8)
     other = replace(

@@ -13,7 +13,7 @@ from qtune.console import clock
 from qtune.records import plain
 from qtune.run.summary import number
 from qtune.sizes import gib_text
-from qtune.tuned.evaluation import leaves_out
+from qtune.tuned.evaluation import NO_ANSWERS, leaves_out
 from qtune.verdicts.scores import answer_scores
 
 
@@ -351,6 +351,8 @@ def explanation(comparison: SideBySide) -> list[str]:
         points = "" if comparison.answers_name is None or comparison.are_free else ", in points"
         more = "" if comparison.answers_name is None else f"; of answers{points}, + is better"
         said.append(f"against the first: of the loss, − is better{more}; ~: the interval has 0 in it")
+    if comparison.answers_name is None:
+        said.append(NO_ANSWERS)
     if comparison.are_free:
         said.append("ROUGE-L: how like the expected answer it is, from 0 to 1, as in qtune eval")
     if several:

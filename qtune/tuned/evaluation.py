@@ -80,6 +80,8 @@ class Comparison:
         return self.tuned == self.expected
 
 
+NO_ANSWERS = "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
+
 FEWEST = 5
 """Rows, or steps, below which no interval is given: with fewer it is a guess about the shape of their distribution."""
 
@@ -168,7 +170,7 @@ class Evaluation:
             return ""
         if asked:
             return f"{mute} {_was(mute)} not asked: raw text has no question, and counts in loss and perplexity alone"
-        return "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
+        return NO_ANSWERS
 
     def _about_seen(self) -> str:
         seen, others = self.rows_trained_on or 0, self.rows - (self.rows_trained_on or 0)
