@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser, browser
-from test_report_page import ATTACK, finish, make_run, tell, train_record
+from test_report_page import ATTACK, MEASURED, finish, make_run, tell, train_record
 from test_verdicts_scores import free_text
 
 from qtune.records import write_record
 from qtune.report.page import write_report
 from qtune.run.folder import RunDir
+from qtune.run.memory import RunMemory, write_memory
 from qtune.run.metrics import EvalRecord
 
 pytestmark = [
@@ -34,6 +35,15 @@ def finished(folder: Path) -> RunDir:
     """With evaluation, export and memory; its rows hold markup."""
     run_dir = make_run(folder, odd=ATTACK)
     finish(run_dir)
+    return run_dir
+
+
+def resumed(folder: Path) -> RunDir:
+    """Measured on a processor in two parts, so that its table of phases says what is of which."""
+    run_dir = finished(folder)
+    peaks = {"visits": 9, "seconds": 1234.5, "tensor_peak_bytes": 12 << 30, "resident_peak_bytes": 13 << 30}
+    measured = MEASURED | {"phases": dict.fromkeys(("load", "forward", "idle", "eval"), peaks)}
+    write_memory(run_dir, RunMemory(measured=measured, earlier=(measured,)))
     return run_dir
 
 
@@ -101,8 +111,8 @@ def free_text_evaluated(folder: Path) -> RunDir:
 STATES: dict[str, Callable[[Path], RunDir]] = {
     state.__name__: state
     for state in (
-        make_run, interrupted, finished, without_validation, failed, p_tuning, one_step, ten_thousand_steps, long_names,
-        free_text_evaluated,
+        make_run, interrupted, finished, resumed, without_validation, failed, p_tuning, one_step, ten_thousand_steps,
+        long_names, free_text_evaluated,
     )
 }  # fmt: skip
 
@@ -205,7 +215,7 @@ def test_an_edge_behind_which_a_part_of_a_table_is_hidden_has_a_sign_as_long_as_
     tab: Browser, reports: dict[str, Path], scheme: str
 ) -> None:
     found = set()
-    for width in (400, 1400):
+    for width in (300, 1400):
         tab.open(reports["finished"], width, scheme=scheme)
         paper = tab.color(2, 2)
         for at_end in (False, True):
@@ -216,6 +226,13 @@ def test_an_edge_behind_which_a_part_of_a_table_is_hidden_has_a_sign_as_long_as_
                 assert signs == (is_scrolled, scrolls and not is_scrolled)
                 found.add(signs)
     assert found == {(False, False), (False, True), (True, False)}
+
+
+def test_what_a_processor_took_in_several_parts_fits_a_page_of_800_pixels(
+    tab: Browser, reports: dict[str, Path]
+) -> None:
+    tab.open(reports["resumed"], 800)
+    assert tab.value(f"{WIDE}.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent)") == []
 
 
 @pytest.mark.parametrize("state", ["finished", "long_names", "free_text_evaluated"])

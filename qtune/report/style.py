@@ -62,6 +62,7 @@ figure.wide { --paper: #fff; --edge: #5b6570; --shade: #1b1f2440; --none: #fff0;
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0;
   border-bottom: 1px solid var(--faint); }
 th { font-weight: 400; } .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.figure { white-space: normal; } thead th { vertical-align: bottom; }
 td { max-width: 34rem; min-width: 3rem; overflow-wrap: break-word; }
 .answers { width: 100%; } .answers td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9.5rem; }
 .answers td:first-child { min-width: 1.2rem; width: 1.2rem; white-space: nowrap; }
@@ -71,6 +72,7 @@ pre { background: var(--sheet); border: 1px solid var(--faint); border-radius: 6
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 28rem; overflow-y: auto; font-size: .85rem; }
 mark { background: var(--mark); color: inherit; font-weight: 600; border-bottom: 1.5px solid; }
 code { font-size: .9em; } details { margin: .8rem 0; } summary { cursor: pointer; }
+@media (max-width: 850px) { td, th { padding-right: .6rem; } }
 @media (max-width: 500px) { body { padding: 1rem .8rem; } h1 { font-size: 1.35rem; } .facts { gap: .3rem 1.2rem; }
   .scores .figure { white-space: normal; } .scores td, .scores th { padding-right: .7rem; }
   .answers:not(.steps) thead, .values thead { display: none; } .answers:not(.steps) tr, .values tr { display: block;
