@@ -75,7 +75,7 @@ ELSEWHERE = {
 
 # What other tools have a verb for, and how it is done here, where none of ours is meant.
 DONE_BY = {
-    "serve": (("deploy", "api"), "qtune export prints the commands that serve what it has written"),
+    "serve": (("deploy", "api"), "the commands that serve what was trained are printed by: qtune export RUN"),
     "quantize": (
         ("quantise", "quant"),
         "a run loads its base in 4 bits by itself (quantization.kind of its recipe); what it has trained is written in "

@@ -136,8 +136,7 @@ budget = "8GB"
         ),
         (
             '[adapter]\nkind = "ia3"\nrank = 4',
-            "7: adapter.rank = 4: no such key in [adapter]; known: kind, dtype, start_from, target_modules, "
-            "feedforward_modules",
+            '7: adapter.rank = 4: no such key in [adapter]; that is a key of kind = "lora"',
         ),
         (
             "[training]\nlearning_rate = nan",
@@ -151,7 +150,7 @@ budget = "8GB"
         ),
         (
             '[training]\ngradient_checkpointing = "yes"',
-            '6: training.gradient_checkpointing = "yes": must be "auto" or a valid boolean or a whole number',
+            '6: training.gradient_checkpointing = "yes": must be "auto" or true or false or a whole number',
         ),
         ('[memory]\nbudget = "8 GO"', '6: memory.budget = "8 GO": must be "auto" or must look like "8GiB" or "512MiB"'),
         ("[memory]\nbudget = 8", '6: memory.budget = 8: must be "auto" or a text in quotes: "8GiB"'),
@@ -166,8 +165,9 @@ budget = "8GB"
             '[output]\nname = "../x"',
             '6: output.name = "../x": must look like a folder name: letters, digits, . _ + -',
         ),
+        ('[training]\ntrackers = "wandb, a"', '6: training.trackers = "wandb, a": must be a list, as ["wandb", "a"]'),
         ("training = 3", "5: data.training = 3: no such key in [data]; did you mean 'train'?"),
-        ("[[training]]\nepochs = 2", "5: training = [{ epochs = 2 }]: must be an object"),
+        ("[[training]]\nepochs = 2", "5: training = [{ epochs = 2 }]: must be a table"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_what_would_be_right(problems, table: str, problem: str) -> None:
@@ -356,7 +356,7 @@ def test_a_key_without_its_table_is_found_in_the_tables_that_have_it(problems) -
     ]
 
 
-@pytest.mark.parametrize("size", ["8GB", "8 GB", "512MB"])
+@pytest.mark.parametrize("size", ["8GB", "8 GB", "512MB", "8G", "8 gib", "512m"])
 def test_sizes_are_written_in_a_recipe_as_for_the_card(check, size: str) -> None:
     recipe = check(GOOD + f'[memory]\nbudget = "{size}"\n').recipe
     assert size_in_bytes(recipe.memory.budget, "memory.budget") == size_in_bytes(size, "--vram")

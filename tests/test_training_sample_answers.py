@@ -26,7 +26,7 @@ from qtune.training import sample_answers, train
 from qtune.training.display import answers_text
 from qtune.training.sample_answers import MOST_TOKENS, SampleAnswers
 from qtune.training.trainer import QloraTrainer
-from qtune.tuned.asked import AskedTurn, other_turns
+from qtune.tuned.asked import AskedTurn, answered_turn, other_turns
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.generate import Ends, answers_to, generate
 
@@ -251,6 +251,17 @@ def test_that_a_question_has_other_turns_around_it_is_said_on_screen_and_page() 
     page = answers_over_time([record])
     assert '<p class="dim">Asked with 3 earlier turns and 1 later turn of the conversation.</p>' in page
     assert "turn" not in answers_text(RECORDS[0]) + answers_over_time(RECORDS)
+    of_a_tool = replace(record, answers=(replace(record.answers[0], last_turn="tool: 4 <racks>"),))
+    assert "later turn)\n  then    tool: 4 <racks>\n" in answers_text(of_a_tool)
+    said = "1 later turn of the conversation; what it answers is tool: 4 &lt;racks&gt;.</p>"
+    assert said in answers_over_time([of_a_tool])
+
+
+@pytest.mark.parametrize(
+    ("role", "said"), [("tool", "tool: 4"), ("assistant", "assistant: 4"), ("user", ""), ("system", "")]
+)
+def test_what_is_answered_is_shown_where_it_is_not_the_user_s(role: str, said: str) -> None:
+    assert answered_turn((AskedTurn("user", "how many?"), AskedTurn(role, "4"))) == said
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is wrong with a recipe: pydantic's errors with our paths and words."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from qtune.recipe.meant_keys import advice
 from qtune.recipe.schema import ADAPTERS, QUANTIZATIONS, FileSource, HubSource, KeyPath, Recipe
 from qtune.spelling import did_you_mean
 
@@ -50,7 +52,9 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
     match detail["type"]:
         case "extra_forbidden":
             where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
-            return f"no such key in {where}{_nearest(str(path[-1]), _known_keys(detail['loc']))}"
+            meant = advice(path)
+            near = f"; {meant}" if meant else _nearest(str(path[-1]), _known_keys(detail["loc"]))
+            return f"no such key in {where}{near}"
         case "missing":
             return "is required and missing"
         case "literal_error" | "union_tag_invalid":
@@ -62,7 +66,7 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             near = _nearest(str(word), choices, list_known=False) if len(choices) > 1 else ""
             return f"must be {expected}{near}"
         case "tuple_type" | "list_type" if isinstance(detail["input"], str):
-            return f'must be a list, as ["{detail["input"]}"]'
+            return f"must be a list, as {json.dumps([part.strip() for part in detail['input'].split(',')])}"
         case "tuple_type" | "list_type":
             return "must be a list"
         case "float_type" | "int_type" if _is_number(detail["input"]):
@@ -71,6 +75,10 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return "must be a number"
         case "int_type" | "int_from_float":
             return "must be a whole number"
+        case "bool_type" | "bool_parsing":
+            return "must be true or false"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "must be a table"
         case "string_type":
             return f"must be a text in quotes{_as_size(path, detail['input'])}"
         case "string_too_short" | "too_short":

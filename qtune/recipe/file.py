@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from qtune.errors import Problem, RecipeError
 from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
+from qtune.recipe.meant_keys import keys_meant
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
@@ -208,23 +209,13 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
         if any("\ud800" <= character <= "\udfff" for character in override):  # how Python takes other bytes
             problems.append(Problem(f"--set {override!a}", "is not UTF-8 text"))
         elif not equals or len(keys) < 2 or not all(keys) or len(keys) > DEEPEST:
-            near = _tables_with(keys[0]) if equals and len(keys) == 1 else []
-            meant = " or ".join(f"{table}.{keys[0]}={_shortened(value.strip())}" for table in near)
+            near = keys_meant(keys[0]) if equals and len(keys) == 1 else []
+            meant = " or ".join(f"{key}={_shortened(value.strip())}" for key in near)
             advice = f"; did you mean {meant}?" if meant else ""
             problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
             changes[keys] = _toml_value(value.strip())
     return changes, problems
-
-
-def _tables_with(key: str) -> list[str]:
-    """The tables of a recipe that have a key of this name."""
-    found = []
-    for name, field in Recipe.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)
-        if any(isinstance(kind, type) and key in getattr(kind, "model_fields", {}) for kind in kinds):
-            found.append(name)
-    return found
 
 
 def _toml_value(text: str) -> Any:

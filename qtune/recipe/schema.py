@@ -72,7 +72,7 @@ Columns = Annotated[dict[Line, Line], Field(max_length=1000)]
 
 def _sensible(size: str) -> str:
     """A number below 1 MiB or beyond a petabyte is a slip of the pen."""
-    mebibytes = float(size.rstrip("GMiB \t")) * (1024 if "G" in size else 1)
+    mebibytes = float(size.upper().rstrip("GMIB \t")) * (1024 if "G" in size.upper() else 1)
     if mebibytes < 1:
         raise PydanticCustomError("size", 'must be at least "1MiB"')
     if mebibytes > LARGEST_MIB:
@@ -82,7 +82,9 @@ def _sensible(size: str) -> str:
 
 LARGEST_MIB = 2**30
 """1 PiB: more than any machine has."""
-Size = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s?(GiB|MiB|GB|MB)$", max_length=40), AfterValidator(_sensible)]
+Size = Annotated[
+    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s?[GgMm]([Ii]?[Bb])?$", max_length=40), AfterValidator(_sensible)
+]
 
 
 class Table(BaseModel):

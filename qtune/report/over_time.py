@@ -38,7 +38,9 @@ def answers_over_time(records: Sequence[AnswersRecord]) -> Html:
 def _question(said: Sequence[Said]) -> list[Html]:
     one = said[0][1]
     rows = [(_steps(together), _marked(together[0][1])) for together in _shown(said)]
-    others = [element("p", f"Asked {one.other_turns} of the conversation.", class_="dim")] if one.other_turns else []
+    last = f"; what it answers is {one.last_turn}" if one.last_turn else ""
+    told = f"Asked {one.other_turns} of the conversation{last}."
+    others = [element("p", told, class_="dim")] if one.other_turns else []
     return [
         element("h3", one.request or one.place),
         *others,

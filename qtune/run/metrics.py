@@ -138,6 +138,8 @@ class SampleAnswer:
     """Turns of the conversation before `request`, the system message not counted; none in older versions."""
     turns_after: int = 0
     """Turns between `request` and the answer, as a tool's call and its result."""
+    last_turn: str = ""
+    """What was answered where that is not `request`: "tool: 4 in stock"; none in older versions."""
 
     @property
     def other_turns(self) -> str:

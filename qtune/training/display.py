@@ -153,6 +153,8 @@ def answers_text(record: AnswersRecord, before: AnswersRecord | None = None) -> 
     for one in record.answers:
         is_right = one.answer == one.expected
         lines.append(f"  asked   {_question_line(one.request) or one.place}{_others(one)}")
+        if one.last_turn:
+            lines.append(f"  then    {_one_line(one.last_turn)}")
         lines.append(f"{'✓' if is_right else ' '} says    {_one_line(one.answer)}")
         if not is_right:
             lines.append(f"  wanted  {_one_line(one.expected)}")

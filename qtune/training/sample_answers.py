@@ -22,7 +22,7 @@ from qtune.run.metrics import CUT, SampleAnswer
 from qtune.training.callbacks import Beside
 from qtune.training.inputs import Inputs
 from qtune.training.trainer import release_cached_memory
-from qtune.tuned.asked import other_turns
+from qtune.tuned.asked import answered_turn, other_turns
 from qtune.tuned.evaluate import Question, to_question
 from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.tuned.generate import Generated, answers_to, find_ends, positions_left, within_reach
@@ -112,6 +112,7 @@ class SampleAnswers(TrainerCallback):
                 is_late=one.is_late,
                 turns_before=other_turns(question.turns)[0],
                 turns_after=other_turns(question.turns)[1],
+                last_turn=_shortened(answered_turn(question.turns)),
             )
             for question, one in zip(asked, made, strict=True)
         ]

@@ -42,6 +42,12 @@ def other_turns(turns: Sequence[AskedTurn]) -> tuple[int, int]:
     return len(roles) - after - 1, after
 
 
+def answered_turn(turns: Sequence[AskedTurn]) -> str:
+    """The turn that the model answers, with its role, where it is not the user's; else nothing."""
+    last = turns[-1] if turns else None
+    return "" if last is None or last.role in ("user", "system", "tools") else f"{last.role}: {last.text}"
+
+
 def _text_of(message: dict[str, Any]) -> str:
     """What a message says, and what it calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
