@@ -176,6 +176,11 @@ def words_of(text: str) -> set[str]:
     return set(_word().findall(text))
 
 
+def places_of(words: Collection[str], text: str) -> list[tuple[int, int]]:
+    """Where some words stand in a text, (start, end) each, as they follow there."""
+    return [found.span() for found in _word().finditer(text) if found[0] in words]
+
+
 @functools.cache
 def _word() -> re.Pattern[str]:
     """A word with the marks on its letters: many scripts, and accents that are written apart, have some of them so."""

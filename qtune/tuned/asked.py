@@ -23,7 +23,7 @@ def asked_turns(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, An
     """The turns of a prompt, the tools that may be called first."""
     names = [str(tool.get("function", tool).get("name", "?")) for tool in tools]
     offered = [AskedTurn("tools", shortened(", ".join(names), KEPT))] if names else []
-    return (*offered, *(AskedTurn(str(one["role"]), shortened(_text_of(one), KEPT)) for one in messages))
+    return (*offered, *(AskedTurn(str(one["role"]), shortened(text_of(one), KEPT)) for one in messages))
 
 
 def last_words(messages: Sequence[dict[str, Any]]) -> str:
@@ -48,7 +48,7 @@ def answered_turn(turns: Sequence[AskedTurn]) -> str:
     return "" if last is None or last.role in ("user", "system", "tools") else f"{last.role}: {last.text}"
 
 
-def _text_of(message: dict[str, Any]) -> str:
+def text_of(message: dict[str, Any]) -> str:
     """What a message says, and what it calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     called = [f"{one.get('name')}({json.dumps(one.get('arguments', {}), ensure_ascii=False)})" for one in calls]
