@@ -409,7 +409,7 @@ def test_a_mapping_to_a_column_that_no_row_has_is_refused_with_the_nearest(tmp_p
     with pytest.raises(DataError) as caught:
         examined(tmp_path, base, str(rows), f'columns = {{ prompt = "question", completion = "{mapped}" }}').require()
     # Alone: that the columns "fit no known shape" is the same mistake once more.
-    assert str(caught.value) == f"data.columns.completion: no row has a column {mapped!r}; {advice}"
+    assert str(caught.value) == f"data.columns.completion: no row of {rows} has a column {mapped!r}; {advice}"
     # Also where the rows are usable without it.
-    with pytest.raises(DataError, match=f"data.columns.system: no row has a column '{mapped}'"):
+    with pytest.raises(DataError, match=f"data.columns.system: no row of {rows} has a column '{mapped}'"):
         examined(tmp_path, base, str(rows), f'columns = {{ system = "{mapped}" }}').require()

@@ -108,6 +108,30 @@ def test_files_of_several_kinds_in_one_folder_are_asked_about(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "said", "one_kind", "all_kinds"),
+    [
+        (["a.csv", "b.jsonl"], "as {}/*.csv, or all of them, as {}/*", "*.csv", ["*"]),
+        (["x/a.jsonl", "b.csv.gz"], "as {}/**/*.csv.gz, or all of them, as {}/**/*", "**/*.csv.gz", ["**/*"]),
+        (
+            ["a.csv", "b.jsonl", "README.txt", "picture.png"],
+            'as {}/*.csv, or all of them, as ["{}/*.csv", "{}/*.jsonl"]',
+            "*.csv",
+            ["*.csv", "*.jsonl"],
+        ),
+    ],
+)
+def test_the_patterns_that_are_named_for_files_of_several_kinds_match_them(tmp_path, names, said, one_kind, all_kinds):
+    write(tmp_path, *names)
+    with pytest.raises(DataError) as caught:
+        data_files(str(tmp_path), tmp_path)
+    assert str(caught.value).endswith(f"name those that are meant, {said.replace('{}', str(tmp_path))}")
+    rows = sorted(name for name in names if name not in ("README.txt", "picture.png"))
+    matched = [file.name for one in all_kinds for file in data_files(str(tmp_path / one), tmp_path)]
+    assert sorted(matched) == rows
+    assert [file.name for file in data_files(str(tmp_path / one_kind), tmp_path)] == [rows[0]]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ADVICE),

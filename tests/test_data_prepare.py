@@ -352,3 +352,52 @@ def test_shares_and_weights_are_whole_numbers_of_rows(folder):
     prepared = made(folder, train=(FileSource(path="rows.jsonl", weight=1.25),), validation=0.2)
     assert len(prepared.train) == 100
     assert len(set(texts(prepared.train))) == 80
+
+
+REQUESTS = "".join(f'{{"request": "What is {n}?", "reply": "It is {n}."}}\n' for n in range(9))
+COLUMNS = {"question": "request", "answer": "reply"}
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_without_the_columns_of_the_others_is_named_with_the_way_out(tmp_path, split, streaming):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(REQUESTS)
+    write_rows(tmp_path / "other.jsonl", 5)
+    keys = {"train": ("a.jsonl", "b.jsonl"), "columns": COLUMNS, "streaming": streaming}
+    with pytest.raises(DataError) as caught:
+        made(tmp_path, **keys, **{split: "other.jsonl"})
+    assert str(caught.value).splitlines() == [
+        "data.columns.question: no row of other.jsonl has a column 'request', as those of a.jsonl have; found answer, "
+        "question",
+        "data.columns.answer: no row of other.jsonl has a column 'reply', as those of a.jsonl have; found answer, "
+        "question",
+        f"data.{split}: names of one source alone are given with it: "
+        f'{split} = [{{ path = "other.jsonl", columns = {{ question = "question", answer = "answer" }} }}]',
+    ]
+    own = FileSource(path="other.jsonl", columns={"question": "question", "answer": "answer"})
+    assert len(made(tmp_path, **keys, **{split: (own,)}).examples[split]) == 5
+
+
+def test_columns_that_a_source_has_under_no_name_are_given_to_the_one_that_has_them(tmp_path):
+    rows = [json.dumps({"question": f"What is {n}?", "answer": f"{n}", "persona": "Be kind."}) for n in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    write_rows(tmp_path / "b.jsonl", 5, start=20)
+    with pytest.raises(DataError) as caught:
+        made(tmp_path, train=("a.jsonl", "b.jsonl"), columns={"system": "persona"})
+    assert str(caught.value).splitlines() == [
+        "data.columns.system: no row of b.jsonl has a column 'persona', as those of a.jsonl have; found answer, "
+        "question",
+        "data.train: what only some sources have is named with them, and not in data.columns: "
+        'train = [{ path = "a.jsonl", columns = { system = "persona" } }, …]',
+    ]
+    own = FileSource(path="a.jsonl", columns={"system": "persona"})
+    assert len(made(tmp_path, train=(own, "b.jsonl")).train) == 14
+
+
+def test_a_column_that_no_source_has_is_answered_with_the_nearest(tmp_path):
+    write_rows(tmp_path / "a.jsonl", 5)
+    write_rows(tmp_path / "b.jsonl", 5)
+    with pytest.raises(DataError) as caught:
+        made(tmp_path, train="a.jsonl", test="b.jsonl", columns={"answer": "anwser"})
+    assert str(caught.value) == "data.columns.answer: no row of a.jsonl has a column 'anwser'; did you mean 'answer'?"

@@ -24,7 +24,7 @@ from qtune.data.files import COMPRESSIONS, ROW_KINDS, DataFile, Progress, data_f
 from qtune.data.rows import BadRow, Row, read_rows
 from qtune.data.sources import Source
 from qtune.errors import DataError
-from qtune.recipe.schema import Data
+from qtune.recipe.schema import Data, FileSource
 
 ROWS = [{"question": "Où est le café ?", "answer": 'Là-bas,\n"à droite".'}, {"question": "a, b\tc", "answer": "🙂"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -286,7 +286,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_how_many_rows_there_are_is_estimated_from_the_first_ones(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    source, read = Source(name, "auto", {}, 1.0, tuple(data_files(name, tmp_path))), Progress()
+    source, read = Source(name, "auto", {}, 1.0, FileSource(path=name), tuple(data_files(name, tmp_path))), Progress()
     rows = source.rows(read)
     estimates = [source.estimated_rows(number, read) for number, _ in enumerate(rows, 1) if number in (4000, 5000)]
     assert estimates == [pytest.approx(5000, rel=0.25), pytest.approx(5000, rel=0.01)]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,19 @@ def files_of_folder(base: Path, name: str, split: str) -> list[Path]:
     kinds = sorted({kind_of(path)[0] for path in files})
     if len(kinds) > 1:
         message = f"holds files of several kinds ({', '.join(f'.{kind}' for kind in kinds)}); name those that are meant"
-        raise DataError(Problem(name, f"{message}, as {Path(name) / f'*.{kinds[0]}'}"))
+        raise DataError(Problem(name, f"{message}, {_patterns(files, base, name)}"))
     return files
+
+
+def _patterns(files: Sequence[Path], base: Path, name: str) -> str:
+    """How files of several kinds are named: those of one kind, and all of them."""
+    any_file = "**/*" if any(path.parent != base for path in files) else "*"
+    endings = sorted({".".join(filter(None, kind_of(path))) for path in files})
+    each = [str(Path(name) / f"{any_file}.{ending}") for ending in endings]
+    matched = {path for path in base.glob(any_file) if path.is_file()}
+    # A pattern takes notes and files of other kinds as well, where there are such.
+    whole = str(Path(name) / any_file) if matched == set(files) else f"[{', '.join(json.dumps(one) for one in each)}]"
+    return f"as {each[0]}, or all of them, as {whole}"
 
 
 def splits_of(base: Path) -> dict[str, list[Path]]:

@@ -5,9 +5,8 @@ packing are choices of rows and cost nothing. Rows that the disk cannot keep are
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from qtune.data.choice import rows_set_aside, weighted_rows
 from qtune.data.encoding import encode_source
 from qtune.data.examples import RowRules
 from qtune.data.files import DataFile
-from qtune.data.formats import detect_format, renamed, unknown_columns, unknown_name
+from qtune.data.formats import detect_format, renamed, unknown_columns
+from qtune.data.mapped_columns import Named, columns_of, first_rows, missing_columns, require_mapped, sources_of
 from qtune.data.packing import pack
-from qtune.data.rows import BadRow, Row
+from qtune.data.rows import BadRow
 from qtune.data.sources import Source, find_sources
 from qtune.data.store import Stored, open_store, store_key, together
 from qtune.data.stream import MOST_LENGTHS, RowStream
@@ -34,7 +34,6 @@ from qtune.data.stream_split import MOST_SET_ASIDE, examples_set_aside, kept_exa
 from qtune.data.template import ChatTemplate, Renderer, choose_template, template_key
 from qtune.errors import DataError, Problem
 from qtune.recipe.schema import Data
-from qtune.spelling import did_you_mean
 
 TRAINED = ["input_ids", "labels"]
 MOST_ROWS = 500_000_000
@@ -150,7 +149,7 @@ def survey(
     template = choose_template(data.chat_template, tokenizer, folder)
     cache = cache or cache_folder() / "examples"
     remove_unused(cache)
-    maker = _Maker(data, tokenizer, template, cache)
+    maker = _Maker(data, tokenizer, template, cache, lambda: sources_of(data, folder, split))
     sources = find_sources(data.train, data, folder, split)
     streaming = choose_streaming(data, sources, cache)
     if streaming.streams:
@@ -287,8 +286,17 @@ def refuse_bad_rows(prepared: Prepared, data: Data) -> None:
 class _Maker:
     """Makes or finds the examples of sources, and keeps the reports."""
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, cache: Path) -> None:
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+        cache: Path,
+        named: Callable[[], Sequence[Named]],
+    ) -> None:
         self.data = data
+        self.named = named
+        """Finds every source of the recipe, for a message that speaks of others."""
         self.tokenizer = tokenizer
         self.template = template
         self.template_key = template_key(template, tokenizer)
@@ -299,12 +307,12 @@ class _Maker:
         """The examples of the sources one after the other, and the weight of each example."""
         parts, weights = [], []
         for source in sources:
-            row_format = source.row_format if source.row_format != "auto" else _detected(source)
+            row_format = source.row_format if source.row_format != "auto" else _detected(source, name, self.named)
             rules = self._rules(source, row_format)
             fingerprint = source.fingerprint
             folder = self.cache / store_key(fingerprint, self.template_key, rules)
             stored = open_store(folder) or encode_source(source, self.tokenizer, self.template, rules, folder)
-            _require_mapped(source, stored)
+            require_mapped(source, stored, name, self.named)
             self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored, fingerprint))
             parts.append(stored.examples)
             weights.append(np.full(len(parts[-1]), source.weight))
@@ -320,11 +328,11 @@ class _Maker:
         """What a pass over each source finds, or has found before."""
         found, seen = [], Seen(self.cache)
         for source in sources:
-            row_format = source.row_format if source.row_format != "auto" else _detected(source)
+            row_format = source.row_format if source.row_format != "auto" else _detected(source, name, self.named)
             rules = self._rules(source, row_format)
             indexes = [self._index(replace(source, files=(file,)), file, rules, seen) for file in source.files]
             stored = together(index.stored for index in indexes)
-            _require_mapped(source, stored)
+            require_mapped(source, stored, name, self.named)
             fingerprint = source.fingerprint_by(seen.digest)
             self.reports.append(SourceReport(source.name, name, row_format, source.weight, stored, fingerprint))
             found += indexes
@@ -352,39 +360,19 @@ class _Maker:
         )
 
 
-def _detected(source: Source) -> str:
+def _detected(source: Source, split: str, others: Callable[[], Sequence[Named]]) -> str:
     """The shape of the first rows that can be read; the first that is known counts."""
-    first: list[Row] = [row for row in islice(source.rows(), 100) if isinstance(row, Row)]
+    first = first_rows(source)
     if not first:
         return "messages"  # nothing but bad rows, which are reported with their own reasons
     shape = next((name for row in first if (name := detect_format(renamed(row.value, source.columns)))), None)
     if shape is None:
-        present = {key for row in first for key in row.value}
-        missing = [
-            _missing_column(ours, theirs, present) for ours, theirs in source.columns.items() if theirs not in present
-        ]
+        present = columns_of(first)
+        missing = [ours for ours, theirs in source.columns.items() if theirs not in present]
         # With the names of `columns` put right the shape may be known: what else is wrong can only be said then.
-        raise DataError(missing or Problem(first[0].place, unknown_columns(first[0].value)))
+        problems = missing_columns(source, missing, present, split, others()) if missing else []
+        raise DataError(problems or Problem(first[0].place, unknown_columns(first[0].value)))
     return shape
-
-
-def _require_mapped(source: Source, stored: Stored) -> None:
-    """Raises a DataError for names in `columns` that mean nothing: no shape has the one, or no row the other."""
-    problems = []
-    for ours, theirs in source.columns.items():
-        problem = unknown_name(ours)
-        if problem:
-            problems.append(Problem(f"data.columns.{ours}", problem))
-        elif stored.rows > stored.bad_count and not stored.mapped.get(ours):
-            present = {key for row in islice(source.rows(), 100) if isinstance(row, Row) for key in row.value}
-            problems.append(_missing_column(ours, theirs, present))
-    if problems:
-        raise DataError(problems)
-
-
-def _missing_column(ours: str, theirs: str, present: Collection[str]) -> Problem:
-    advice = did_you_mean(theirs, sorted(present), f"found {', '.join(sorted(present))}")
-    return Problem(f"data.columns.{ours}", f"no row has a column {theirs!r}; {advice}")
 
 
 def _lengths(packed: Dataset) -> np.ndarray:

@@ -27,6 +27,8 @@ class Source:
     row_format: str
     columns: Mapping[str, str]
     weight: float
+    entry: FileSource | HubSource
+    """What the recipe says of it."""
     files: tuple[DataFile, ...] = ()
     hub: Dataset | None = field(default=None, compare=False)
 
@@ -99,9 +101,9 @@ def _source(entry: object, data: Data, folder: Path, split: str) -> Source:
     columns = {**data.columns, **entry.columns}
     if isinstance(entry, FileSource):
         files = tuple(data_files(entry.path, folder, split))
-        return Source(_named(entry.path, files, folder, split), row_format, columns, entry.weight, files)
+        return Source(_named(entry.path, files, folder, split), row_format, columns, entry.weight, entry, files)
     name = f"{HUB}{entry.hub}[{entry.split}]"
-    return Source(name, row_format, columns, entry.weight, hub=_hub_dataset(entry, name))
+    return Source(name, row_format, columns, entry.weight, entry, hub=_hub_dataset(entry, name))
 
 
 def _named(path: str, files: Sequence[DataFile], folder: Path, split: str) -> str:
