@@ -63,16 +63,24 @@ def _by_lines(renderable: Any, width: int | None) -> Any:
     return renderable if all(map(operator.is_, shaped, lines)) else Group(*shaped)
 
 
-def _line(line: Text, width: int | None) -> Text | Padding:
-    """The line itself where nothing is to be said of how it is wrapped."""
-    if _COMMAND.search(line.plain):
-        whole = line.copy()
-        whole.no_wrap, whole.overflow = True, "ignore"
-        return whole
+def _line(line: Text, width: int | None) -> Text | Padding | Group:
+    """The line itself where nothing is to be said of how it is wrapped. A command that ends a sentence too long for one
+    line stands below it."""
     indent = len(line.plain) - len(line.plain.lstrip(" "))
+    if command := _COMMAND.search(line.plain):
+        if width is None or line.cell_len <= width or not command[0].startswith(": "):
+            return _whole(line)
+        said, below = line[: command.start() + 1], line[command.start() + 2 :]
+        return Group(_line(said, width), _whole(Text.assemble(" " * (indent + 2), below)))
     if not indent or width is None or not indent < width < line.cell_len:
         return line
     return Padding(line[indent:], (0, 0, 0, indent), expand=False)
+
+
+def _whole(line: Text) -> Text:
+    whole = line.copy()
+    whole.no_wrap, whole.overflow = True, "ignore"
+    return whole
 
 
 def _console(*, stderr: bool, of_process: bool = False) -> Console:

@@ -291,6 +291,9 @@ def test_packed_rows_are_counted_as_packed(write_recipe):
     result = examined(write_recipe(data="packing = true", training="batch_size = 2"))
     assert result.batches.rows == len(result.prepared.train) < 20
     assert batches_of(result.resolved.recipe, result.plan, result.prepared, result.splits[0]) == result.batches
+    packed, rows = len(result.prepared.train), len(result.prepared.examples["train"])
+    assert f"{rows} packed into {packed}, " in screen(result)
+    assert "of 2 packed rows in micro-batches" in screen(result)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.text import Text
 from qtune import console
 from qtune.console import clock
 from qtune.run.metrics import AnswersRecord, EvalRecord, NoteRecord, TrainRecord
+from qtune.screens.time import UNKNOWN
 from qtune.training import display as training
 from qtune.training.display import TrainingDisplay, plain_line
 
@@ -372,6 +373,27 @@ def test_a_command_is_one_line_on_the_narrowest_terminal(
         assert [line for line in lines if command in line], "whole"
         assert max(len(line) for line in lines if command not in line) <= 40
         assert prose not in "\n".join(lines), "and prose is folded"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_a_command_that_ends_too_long_a_sentence_stands_below_it(
+    monkeypatch: pytest.MonkeyPatch, width: int, indent: str
+) -> None:
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", stream)
+    said, command = UNKNOWN.rsplit(": ", 1)
+    long_said = f"{said} {'and so on ' * 9}here"
+    console.out(Text(f"{indent}{UNKNOWN}\n{indent}{long_said}: {command}", style="dim"))
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()]
+    assert max(map(len, lines)) <= width
+    one = [f"{indent}{said}:", f"{indent}  {command}"] if width == 80 else [f"{indent}{said}: {command}"]
+    assert lines[: len(one)] == one
+    assert lines[-1] == f"{indent}  {command}"
+    assert " ".join(line.strip() for line in lines[len(one) : -1]) == f"{long_said}:"
 
 
 def test_an_indented_line_goes_on_indented_where_a_terminal_folds_it(monkeypatch: pytest.MonkeyPatch) -> None:

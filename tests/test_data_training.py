@@ -24,14 +24,17 @@ def unquantized():
 
 
 @pytest.mark.slow
-def test_a_packed_run_learns_what_the_same_rows_teach_unpacked(write_recipe, unquantized):
+def test_a_packed_run_learns_what_the_same_rows_teach_unpacked(write_recipe, unquantized, capsys):
     rows = "validation = 0\n"
     every_row = "steps = 3\nlearning_rate = 1e-2\nbatch_size = {}\nmicro_batch_size = {}"
     plain = write_recipe("plain", training=every_row.format(22, 11), **unquantized)
     packed = write_recipe("packed", data="packing = true", training=every_row.format(PACKED, 1), **unquantized)
     for recipe in (plain, packed):
         recipe.write_text(recipe.read_text().replace("validation = 0.1\n", rows))
-    assert losses(packed) == pytest.approx(losses(plain), rel=1e-3)
+    of_plain = losses(plain)
+    assert "\n22 training rows, 22 per step" in capsys.readouterr().err
+    assert losses(packed) == pytest.approx(of_plain, rel=1e-3)
+    assert f"\n22 training rows packed into {PACKED}, {PACKED} per step" in capsys.readouterr().err
 
 
 @pytest.mark.slow

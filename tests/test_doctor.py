@@ -93,9 +93,13 @@ def test_no_card_at_all_is_only_a_note():
 def test_nf4_really_works_here_with_the_error_of_its_code_book():
     """Between -1 and its neighbour -0.6962 (QLoRA, appendix E) the worst value is off by half the gap."""
     (finding,) = quantization_findings(present_device())
-    error = float(finding.value.rsplit(" ", 1)[1])
+    said = r"largest error ([\d.]+) of a block's largest weight, where 4 bits allow at most ([\d.]+)"
+    found = re.fullmatch(f"quantizes and dequantizes as it should, {said}", finding.value)
+    assert found is not None, finding.value
+    error, most = map(float, found.groups())
     assert finding.verdict == "ok"
     assert error == pytest.approx((1 - 0.6962) / 2, abs=0.01)
+    assert most == pytest.approx((1 - 0.6962) / 2, abs=0.01)
 
 
 def test_bitsandbytes_that_fails_is_a_problem(monkeypatch):
@@ -127,7 +131,7 @@ def test_bitsandbytes_that_computes_wrongly_is_a_problem_whatever_width_it_is_wr
     monkeypatch.setattr(doctor.bitsandbytes.functional, "dequantize_4bit", wrong)
     first, *_ = quantization_findings(OLD_CPU)
     assert first.verdict == "problem"
-    assert first.value.startswith("wrong by ")
+    assert re.fullmatch(r"wrong by [\d.]+ of a block's largest weight, where 4 bits allow at most 0\.16", first.value)
 
 
 def test_a_trap_of_bitsandbytes_is_a_problem_by_its_name(monkeypatch):

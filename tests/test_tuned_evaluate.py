@@ -408,6 +408,9 @@ def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):
     assert evaluation.base.exact_match is None
     assert evaluation.comparisons == ()
     assert evaluation.base.loss > 0
+    assert evaluation.about_rows == "training saw none of these texts"
+    assert replace(evaluation, left_out=1).about_rows == "1 more was asked and left out: training saw its text"
+    assert replace(evaluation, rows=9, rows_trained_on=9).about_rows == "training saw the texts of all 9"
     show(evaluation)
     said = capsys.readouterr().out
     assert "exactly" not in said
@@ -417,9 +420,9 @@ def test_raw_text_is_scored_and_not_asked(tmp_path, tiny_model, capsys):
     )
     asked = {"prompt": "What is asked here?", "completion": "Nothing."}
     write_rows(tmp_path / "test.jsonl", [{"text": "Nothing is asked here."}, asked, asked | {"prompt": "And here?"}])
-    assert evaluate(run_dir).about_answers == (
-        "1 was not asked: raw text has no question, and counts in loss and perplexity alone"
-    )
+    mixed = evaluate(run_dir)
+    assert mixed.about_answers == "1 was not asked: raw text has no question, and counts in loss and perplexity alone"
+    assert mixed.about_rows == "training saw none of these prompts and texts"
     write_rows(tmp_path / "test.jsonl", [asked])
     assert evaluate(run_dir).about_answers == ""
 

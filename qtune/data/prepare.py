@@ -84,6 +84,8 @@ class Prepared:
     """The example that each row of `train` is, [rows]; None where several are packed into one, or rows are streamed."""
     streaming: Choice = WHOLE
     """Whether the training rows are streamed, and why."""
+    packed_rows: int = 0
+    """How many rows, each as often as its weight says, are packed into those of `train`; 0 where none are."""
 
     @property
     def stream(self) -> RowStream | None:
@@ -189,6 +191,7 @@ def survey(
         tokenizer,
         None if data.packing else order,
         streaming,
+        len(order) if data.packing else 0,
     )
 
 

@@ -155,12 +155,14 @@ def draw_sample(sample: "Sample") -> Text:
 def _costs(check: "Check") -> Iterator[RenderableType]:
     batches = check.batches
     beside = f"; {batches.refused:,} too long to be trained on" if batches.refused else ""
+    count = f"{check.prepared.packed_rows:,} packed into {batches.rows:,}" if batches.packed else f"{batches.rows:,}"
+    step = f"{batches.batch_size} {'packed ' if batches.packed else ''}rows"
     rows = [
-        ("rows per epoch", f"{batches.rows:,}{' packed' if batches.packed else ''}, {batches.tokens:,} tokens{beside}"),
+        ("rows per epoch", f"{count}, {batches.tokens:,} tokens{beside}"),
         *([("streamed", check.prepared.stream.in_words)] if check.prepared.stream else []),
         (
             "steps",
-            f"{batches.steps:,} of {batches.batch_size} rows in micro-batches of {batches.micro_batch_size}; "
+            f"{batches.steps:,} of {step} in micro-batches of {batches.micro_batch_size}; "
             f"{batches.steps_per_epoch:,} in an epoch",
         ),
         (

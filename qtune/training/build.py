@@ -62,9 +62,10 @@ def introduce(network: PreTrainedModel, model: PeftModel, inputs: Inputs, after:
         f"({count.trainable / base:.2%})"
     )
     console.say(f"computing in {plan.compute_dtype}: {_why_computed_in(inputs)}")
+    rows, packed = f"{len(inputs.prepared.train):,}", inputs.prepared.packed_rows
     console.say(
-        f"{len(inputs.prepared.train):,} training rows, {inputs.recipe.training.batch_size} per step "
-        f"in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
+        f"{f'{packed:,} training rows packed into {rows}' if packed else f'{rows} training rows'}, "
+        f"{inputs.recipe.training.batch_size} per step in micro-batches of {plan.micro_batch_size}{_shared(plan)}"
     )
     if inputs.prepared.stream is not None:
         console.say(f"rows are streamed: {inputs.prepared.stream.in_words}")

@@ -149,13 +149,13 @@ class Evaluation:
         """Whether training has seen the rows, as a sentence without its stop; empty in files of older versions."""
         told = []
         if self.left_out:
-            told.append(
-                f"{self.left_out} more {_was(self.left_out)} asked and left out: training saw {_prompts(self.left_out)}"
-            )
+            one, several = self._compared
+            seen = f"its {one}" if self.left_out == 1 else f"their {several}"
+            told.append(f"{self.left_out} more {_was(self.left_out)} asked and left out: training saw {seen}")
         elif self.are_seen:
             told.append(self._about_seen())
         elif self.rows_trained_on is not None and self.seen_unknown is None:
-            told.append("training saw none of these prompts")
+            told.append(f"training saw none of these {self._compared[1]}")
         if self.seen_unknown is not None:
             told.append(f"whether training saw {'others' if told else 'them'} is not known: {self.seen_unknown}")
         return "; ".join(told)
@@ -172,11 +172,21 @@ class Evaluation:
             return f"{mute} {_was(mute)} not asked: raw text has no question, and counts in loss and perplexity alone"
         return NO_ANSWERS
 
+    @property
+    def _compared(self) -> tuple[str, str]:
+        """What of a row, and of several, was looked for in those that were trained on: a prompt, or all of raw text."""
+        if not self.comparisons and self.tuned.exact_match is None:
+            return "text", "texts"
+        if len(self.row_losses) > len(self.comparisons) > 0:
+            return "prompt or text", "prompts and texts"
+        return "prompt", "prompts"
+
     def _about_seen(self) -> str:
         seen, others = self.rows_trained_on or 0, self.rows - (self.rows_trained_on or 0)
+        one, several = self._compared
         if not others:
-            return f"training saw {'its prompt' if seen == 1 else f'the prompts of all {seen}'}"
-        told = f"training saw {'the prompt' if seen == 1 else 'the prompts'} of {seen}"
+            return f"training saw {f'its {one}' if seen == 1 else f'the {several} of all {seen}'}"
+        told = f"training saw the {one if seen == 1 else several} of {seen}"
         if others < FEWEST:
             return f"{told}, and {others} {'other is' if others == 1 else 'others are'} too few to judge by"
         return f"{told}, and which these are was not kept"  # by an older version
@@ -190,10 +200,6 @@ class Evaluation:
 
 def _was(count: int) -> str:
     return "was" if count == 1 else "were"
-
-
-def _prompts(count: int) -> str:
-    return "its prompt" if count == 1 else "their prompts"
 
 
 def read_evaluation(run_dir: RunDir) -> Evaluation | None:
