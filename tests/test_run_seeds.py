@@ -1,6 +1,7 @@
 """Several seeds in one command: a run for each, named after it, and how far apart they end."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +30,13 @@ def test_each_seed_has_its_run_and_the_spread_is_of_their_last_losses(write_reci
     shares = [json.loads((folder / "lock.json").read_text()) for folder in folders]
     assert shares[0]["training_rows_blake2b"] == shares[1]["training_rows_blake2b"], "the same rows are set aside"
     losses = [summary_of(RunDir(folder)).validation[-1].loss for folder in folders]
-    assert f"validation loss {mean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f} (" in result.stderr
+    assert (
+        f"validation loss: mean {mean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f}" in result.stderr
+    )
+    for folder, loss in zip(folders, losses, strict=True):
+        assert re.search(
+            rf"^  {folder.name}: training loss [0-9.]+, validation loss {loss:.4f}$", result.stderr, re.MULTILINE
+        )
     assert f"qtune compare {folders[0]} {folders[1]}" in result.stderr
 
 

@@ -148,7 +148,8 @@ def test_the_validation_loss_is_of_the_rows_that_the_verdict_judges_and_which_th
         "validation ended at 1.25" in learned(replace(facts, validation=facts.validation[1:], train=FALLING)).sentence
     )
     several = spread_text([summary_of(run), summary_of(run)])
-    assert "\nvalidation loss of rows that training has not seen 1.2500, standard deviation" in several
+    assert "\nvalidation loss of rows that training has not seen: mean 1.2500, standard deviation" in several
+    assert f"\n  {run.path.name}: " in several
 
 
 FALLING = tuple(trained(step, 3.0 - 0.1 * step, step) for step in range(1, 21))

@@ -55,7 +55,7 @@ def test_within_noise_the_last_is_taken_and_said() -> None:
     step, said = choice([noisy(3, 2.0), noisy(6, 1.0), noisy(9, 1.05)], [6], "best-beyond-noise", 9)
     assert step is None
     assert said is not None
-    assert 'which may be noise; training.result = "best" takes the best' in said
+    assert 'which may be noise; with training.result = "best" a run takes the best' in said
 
 
 @pytest.mark.parametrize(("result", "step"), [("best", 6), ("last", None)])

@@ -252,8 +252,7 @@ def test_a_peak_rate_is_put_in_the_place_of_a_checkpoints() -> None:
 )
 def test_a_loss_that_began_with_guessing_has_not_diverged(values: list[float], diverged: bool) -> None:
     said = rise_of(Losses(values), vocabulary=1000)  # guessing gives 6.91
-    assert said is not None
-    assert ("Training has diverged" in said) == diverged
+    assert ("Training has diverged" in (said or "")) == diverged
 
 
 def test_an_evaluation_blames_rows_or_the_model() -> None:

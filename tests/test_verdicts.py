@@ -326,6 +326,40 @@ def test_a_loss_that_diverges_or_comes_back_up_means_too_high_a_rate(losses: lis
     assert found.command == "a lower training.learning_rate, or a longer training.warmup"
 
 
+BROKEN = [4.2, 4.0, 9.0, 18.0, 23.0, 22.0, 15.0, 10.0, 8.0, 7.0, 6.5, 6.3, 6.1, 5.9, 5.8, 5.9]
+
+
+@pytest.mark.parametrize(
+    ("losses", "ended"), [(BROKEN, "ended above it: 6.00"), ([*BROKEN, *[3.0] * 9], "has come back")]
+)
+def test_a_loss_that_breaks_out_means_too_high_a_rate_however_few_steps_there_were(
+    losses: list[float], ended: str
+) -> None:
+    found = of_rate(losses)
+    assert (found.standing, found.answer) == ("bad", "Too high")
+    assert "the training loss was 4.20 at its first logged step, 18.0 later" in found.sentence
+    assert ended in found.sentence
+
+
+@pytest.mark.parametrize("losses", [[0.2, 0.9, 1.4, 0.3, 1.9], [0.5, 9.0, 0.4, 9.0], [2.0, 5.0]], ids=str)
+def test_batches_that_differ_have_not_broken_out(losses: list[float]) -> None:
+    assert of_rate(losses).standing == "open"
+
+
+def test_a_fall_from_what_training_had_spoilt_is_nothing_learned() -> None:
+    """The first evaluation came after three steps, when the loss had gone from 4.2 to 23."""
+    spoilt = replace(
+        NOTHING, train=training(BROKEN), validation=(validation(3, spread(23.0)), validation(16, spread(6.3)))
+    )
+    found = learned(spoilt)
+    assert (found.standing, found.answer) == ("bad", "Did not learn")
+    assert found.sentence.endswith(", but the training loss began with 4.20 and ended with 6.00")
+    began = replace(spoilt, validation=(validation(0, spread(23.0)), validation(16, spread(6.3))))
+    assert learned(began).standing == "good", "an untrained base may be that bad on these rows"
+    well = replace(spoilt, train=training([4.2, 3.0, 2.0, 1.0, 0.9, 0.8]))
+    assert learned(well).standing == "good", "training says otherwise"
+
+
 def test_single_hard_batches_are_no_alarm() -> None:
     losses = noisy(lambda at: 2.0 * math.exp(-10 * at) + 1.0)
     losses[50], losses[70] = 4.0, 5.0

@@ -14,6 +14,10 @@ START = 20
 it."""
 LEAST = 5
 """Logged steps that make a start and an end, as far as there are as many: with fewer no interval is given."""
+NEIGHBOURS = 3
+"""Logged steps in a row that show that a loss has broken out: one batch may be a hard one, and another."""
+OUTBREAK = 2.0
+"""Nats per token above its beginning: a likelihood of each token below a seventh."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ class Losses:
     def end(self) -> float:
         """The training loss that it ended with; NaN where it has diverged."""
         return math.nan if self.has_diverged else fmean(self.last)
+
+    @property
+    def outbreak(self) -> float | None:
+        """How high the loss has stood for NEIGHBOURS logged steps, where that is twice the first logged one and
+        OUTBREAK above it; None where it has not: batches differ, and by so much they do not."""
+        if len(self.values) <= NEIGHBOURS:
+            return None
+        highest = max(min(self.values[at : at + NEIGHBOURS]) for at in range(1, len(self.values) - NEIGHBOURS + 1))
+        return highest if highest >= max(2 * self.values[0], self.values[0] + OUTBREAK) else None
 
     @property
     def count(self) -> int:

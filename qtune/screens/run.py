@@ -39,10 +39,12 @@ def spread_text(summaries: "Sequence[Summary]") -> str:
         "training loss": [one.losses.end for one in summaries if one.losses is not None],
         f"validation loss{of_rows}": [one.judged_loss for one in looked],
     }
-    for name, losses in measured.items():
-        if len(losses) == len(summaries):
-            each = ", ".join(f"{loss:.4f}" for loss in losses)
-            lines.append(f"{name} {fmean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f} ({each})")
+    of_all = {name: losses for name, losses in measured.items() if len(losses) == len(summaries)}
+    for at, one in enumerate(summaries):
+        each = ", ".join(f"{name.removesuffix(of_rows)} {losses[at]:.4f}" for name, losses in of_all.items())
+        lines.append(f"  {one.run_dir.path.name}: {each or 'no loss was logged'}")
+    for name, losses in of_all.items():
+        lines.append(f"{name}: mean {fmean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f}")
     lines.append(f"  {shlex.join(['qtune', 'compare', *(str(one.run_dir.path) for one in summaries)])}")
     return "\n".join(lines)
 

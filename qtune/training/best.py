@@ -149,7 +149,7 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
     fall = _beyond_noise(best, looked)
     if result != "best" and fall is None:
         told = f"the adapter is the last: {_compared(best, last)}, which may be noise"
-        return None, f'{told}; training.result = "best" takes the best'
+        return None, f'{told}; with training.result = "best" a run takes the best, whatever noise is'
     if best.step not in kept:
         return _second_best(best, looked, kept, result, step)
     told = _compared(best, last)

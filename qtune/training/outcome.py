@@ -9,15 +9,23 @@ from torch import Tensor
 from qtune.errors import TrainingError
 from qtune.run.metrics import Metric, TrainRecord
 from qtune.run.summary import Losses, number
+from qtune.verdicts.interval import fall_between
 
 
 def rise_of(losses: Losses | None, vocabulary: int) -> str | None:
-    """A sentence about a loss that ended above its start; None where it did not. `vocabulary` is in tokens."""
-    if losses is None or len(losses.values) < 2 or not losses.end > losses.start:
+    """A sentence about a loss that ended above its start by more than noise, or that broke out and has not come back;
+    None where it did not. `vocabulary` is in tokens."""
+    if losses is None or len(losses.values) < 2:
         return None
     sentence = f"the loss ended above its start: {number(losses.start)} -> {number(losses.end)}"
     if has_diverged(losses, vocabulary):
         return f"{sentence}; guessing among all {vocabulary:,} tokens gives {math.log(vocabulary):.3g}. {LOWER_RATE}"
+    if (highest := losses.outbreak) is not None and losses.end > losses.values[0]:
+        went = f"{number(losses.values[0])} -> {number(losses.end)}, and {number(highest)} in between"
+        return f"the loss ended above that of its first logged step: {went}; a lower training.learning_rate may help"
+    fall = fall_between(losses.first, losses.last)
+    if fall is None or not fall.is_negative:
+        return None
     return f"{sentence}; a lower training.learning_rate or more steps may help"
 
 

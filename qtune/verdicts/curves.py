@@ -80,10 +80,11 @@ def _training_around(facts: Facts, best: EvalRecord, last: EvalRecord) -> tuple[
 def rate(facts: Facts) -> Verdict:
     """Whether the training loss looks like a rate that is too high or too low.
 
-    Too high: the loss is no number, ends above its start, or comes back up to it after it had fallen (instability:
-    Godbole et al., Deep Learning Tuning Playbook, 2023; Smith, arXiv:1506.01186, section 3.3). Too low: it falls in a
-    straight line to the end, where a sufficient rate falls steeply first (Stanford's CS231n, Neural Networks Part 3,
-    "Babysitting the learning process"). More steps would look the same, and that is said.
+    Too high: the loss is no number, breaks out far above its first (`Losses.outbreak`), ends above its start, or comes
+    back up to it after it had fallen (instability: Godbole et al., Deep Learning Tuning Playbook, 2023; Smith,
+    arXiv:1506.01186, section 3.3). Too low: it falls in a straight line to the end, where a sufficient rate falls
+    steeply first (Stanford's CS231n, Neural Networks Part 3, "Babysitting the learning process"). More steps would
+    look the same, and that is said.
     """
     lower = "a lower training.learning_rate, or a longer training.warmup"
     for one in facts.train:
@@ -93,6 +94,11 @@ def rate(facts: Facts) -> Verdict:
     if facts.diverged and whole is not None:
         told = f"the training loss ended at {number(whole.end)}, no better than guessing"
         return Verdict("rate", "bad", "Too high", told, lower)
+    if whole is not None and (highest := whole.outbreak) is not None:
+        ended = "ended above it" if whole.end > whole.values[0] else "has come back since"
+        first_logged = f"the training loss was {number(whole.values[0])} at its first logged step"
+        told = f"{first_logged}, {number(highest)} later, and {ended}"
+        return Verdict("rate", "bad", "Too high", f"{told}: {number(whole.end)}", lower)
     if whole is None or len(losses) < max(FEWEST_FOR_RATE, 3 * whole.count):
         told = f"logged steps after the warm-up: {len(losses)}, too few to judge by"
         return Verdict("rate", "open", "Too few steps", told)

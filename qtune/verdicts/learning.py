@@ -30,7 +30,7 @@ def learned(facts: Facts) -> Verdict:
     if facts.evaluation is not None:
         return learned_against_base(facts.evaluation, facts.run)
     ask = f"against the base: qtune eval {facts.run}" if facts.is_finished else None
-    by_validation = _on_validation(facts.judged, ask)
+    by_validation = _on_validation(facts.judged, facts.losses, ask)
     if by_validation is None and facts.diverged and facts.losses is not None:
         went = f"from {number(facts.losses.start)} to {number(facts.losses.end)} ({facts.losses.taken_over})"
         return Verdict("learned", "bad", "Diverged", f"the training loss went {went}, no better than guessing")
@@ -109,8 +109,12 @@ def _answers(asked: AnswerScores) -> str:
     return f"; {asked.name}: {sum(asked.base):.0f} → {sum(asked.tuned):.0f} of {len(asked.tuned)}"
 
 
-def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | None:
-    """From the first evaluation to that of the adapter; None where that carries nothing."""
+def _on_validation(records: Sequence[EvalRecord], losses: Losses | None, ask: str | None) -> Verdict | None:
+    """From the first evaluation to that of the adapter; None where that carries nothing.
+
+    A first evaluation that came after some steps may have found what they had spoilt: a fall from there is none to be
+    proud of where training and validation both ended above the training loss of the first logged step.
+    """
     if len(records) < 2:
         return None
     first, last = records[0], records[-1]
@@ -121,6 +125,9 @@ def _on_validation(records: Sequence[EvalRecord], ask: str | None) -> Verdict | 
     told = f"the loss of the validation rows went {went}, {by_how_much(fall)}"
     if last.are_seen:
         return Verdict("learned", "unsure", "Cannot be told", f"{SEEN}, which says nothing of new rows; {told}", ask)
+    if first.step and losses is not None and min(last.judged_loss, losses.end) > losses.values[0]:
+        began = f"the training loss began with {number(losses.values[0])} and ended with {number(losses.end)}"
+        return Verdict("learned", "bad", "Did not learn", f"{told}{last.about_rows}, but {began}", ask)
     return Verdict("learned", "good", "Learned", f"{told}{last.about_rows}", ask)
 
 
