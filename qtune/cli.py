@@ -441,119 +441,6 @@ def _show_end(run_dir: "RunDir") -> None:
     console.out(f"{run_dir.path}")
 
 
-@app.command(rich_help_panel="Use")
-def export(
-    context: typer.Context,
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run's folder; may be left out with --verify-only.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; RUN/model if left out.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float16", "bfloat16"], typer.Option("--dtype", help="Type of the exported weights.")
-    ] = "float16",
-    base: Annotated[
-        Literal["dequantized", "original"],
-        typer.Option(
-            "--base",
-            help="What the adapter is merged into: the weights that training saw (dequantized), or those of the base "
-            "checkpoint, which it was not trained on.",
-        ),
-    ] = "dequantized",
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the written model with the one that was trained.")
-    ] = True,
-    verify_only: Annotated[
-        Path | None,
-        typer.Option(
-            "--verify-only",
-            metavar="DIR",
-            help="Compare a folder that was exported before, as RUN/model; of its GGUF files the checksums.",
-        ),
-    ] = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
-    ] = False,
-    compare_bases: Annotated[
-        bool, typer.Option("--compare-bases", help="Also measure what merging into the original weights costs.")
-    ] = False,
-    gguf: Annotated[
-        Literal["f16", "bf16", "q8_0"] | None,
-        typer.Option(
-            "--gguf",
-            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile; "
-            "to a verified export that is there, they alone are added.",
-        ),
-    ] = None,
-    push_to: Annotated[
-        str | None,
-        typer.Option(
-            "--push-to-hub",
-            metavar="REPO",
-            help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
-        ),
-    ] = None,
-    accept_drift: AcceptUsingOption = None,
-    trust: TrustOption = False,
-) -> None:
-    """Turn a run into a model that others can load, and prove that it is the model that was trained.
-
-    LoRA and IA3 are merged into the weights. The folder loads with plain transformers. It is loaded back and compared
-    with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
-    card. A model that fails is kept, marked as unverified, and the exit code is 1.
-    """
-    from qtune.export.conflicts import refuse_conflicts
-    from qtune.export.output import refuse_existing_output, require_exported, run_around
-    from qtune.run.finished import require_adapter
-    from qtune.run.folder import RunDir, runs_here
-
-    given = _given(context)
-    refuse_conflicts(given)
-    # What is wrong with a run or a folder is said before seconds of imports.
-    if verify_only is not None:
-        require_exported(verify_only)
-        opened = RunDir.open(run) if run is not None else run_around(verify_only)
-    elif run is not None:
-        opened = RunDir.open(run)
-    else:
-        raise typer.BadParameter(f"name a run, as qtune export runs/quickstart{runs_here()}")
-    require_adapter(opened)
-    if verify_only is None:
-        refuse_existing_output(
-            opened, output, adapter_only=adapter_only, force=force, gguf=gguf, given=frozenset(given)
-        )
-    _load_libraries()
-    from qtune.export import export as stage
-    from qtune.report.page import renewed_reports
-    from qtune.screens import export as screen
-
-    if trust:
-        _agree(opened)
-    if verify_only is not None:
-        with renewed_reports(opened):
-            folder = stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))
-        console.out(f"{folder}")
-        return
-    options = stage.Options(
-        output=output,
-        weights=base,
-        dtype=dtype,
-        force=force,
-        verify=verify,
-        adapter_only=adapter_only,
-        gguf=gguf,
-        compare_bases=compare_bases,
-        push_to=push_to,
-        accepted=tuple(accept_drift or ()),
-        given=given,
-    )
-    with renewed_reports(opened):
-        folder = stage.export_run(opened, options, screen.show)
-    console.out(f"{folder}")
-
-
 def _given(context: typer.Context) -> frozenset[str]:
     """The options that were written on the command line, by their names; a switch by the side that was chosen."""
     options: set[str] = set()
@@ -782,6 +669,119 @@ def chat(
     stage.answered(session, prompt)
 
 
+@app.command(rich_help_panel="Use")
+def export(
+    context: typer.Context,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; may be left out with --verify-only.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; RUN/model if left out.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16"], typer.Option("--dtype", help="Type of the exported weights.")
+    ] = "float16",
+    base: Annotated[
+        Literal["dequantized", "original"],
+        typer.Option(
+            "--base",
+            help="What the adapter is merged into: the weights that training saw (dequantized), or those of the base "
+            "checkpoint, which it was not trained on.",
+        ),
+    ] = "dequantized",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the written model with the one that was trained.")
+    ] = True,
+    verify_only: Annotated[
+        Path | None,
+        typer.Option(
+            "--verify-only",
+            metavar="DIR",
+            help="Compare a folder that was exported before, as RUN/model; of its GGUF files the checksums.",
+        ),
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter alone, in peft's format.")
+    ] = False,
+    compare_bases: Annotated[
+        bool, typer.Option("--compare-bases", help="Also measure what merging into the original weights costs.")
+    ] = False,
+    gguf: Annotated[
+        Literal["f16", "bf16", "q8_0"] | None,
+        typer.Option(
+            "--gguf",
+            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile; "
+            "to a verified export that is there, they alone are added.",
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="REPO",
+            help="Upload the folder to this repository, private: a model that was verified, or the adapter alone.",
+        ),
+    ] = None,
+    accept_drift: AcceptUsingOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Turn a run into a model that others can load, and prove that it is the model that was trained.
+
+    LoRA and IA3 are merged into the weights. The folder loads with plain transformers. It is loaded back and compared
+    with the live 4-bit model and its adapter on held-out rows; the figures are kept in verify.json and in the model
+    card. A model that fails is kept, marked as unverified, and the exit code is 1.
+    """
+    from qtune.export.conflicts import refuse_conflicts
+    from qtune.export.output import refuse_existing_output, require_exported, run_around
+    from qtune.run.finished import require_adapter
+    from qtune.run.folder import RunDir, runs_here
+
+    given = _given(context)
+    refuse_conflicts(given)
+    # What is wrong with a run or a folder is said before seconds of imports.
+    if verify_only is not None:
+        require_exported(verify_only)
+        opened = RunDir.open(run) if run is not None else run_around(verify_only)
+    elif run is not None:
+        opened = RunDir.open(run)
+    else:
+        raise typer.BadParameter(f"name a run, as qtune export runs/quickstart{runs_here()}")
+    require_adapter(opened)
+    if verify_only is None:
+        refuse_existing_output(
+            opened, output, adapter_only=adapter_only, force=force, gguf=gguf, given=frozenset(given)
+        )
+    _load_libraries()
+    from qtune.export import export as stage
+    from qtune.report.page import renewed_reports
+    from qtune.screens import export as screen
+
+    if trust:
+        _agree(opened)
+    if verify_only is not None:
+        with renewed_reports(opened):
+            folder = stage.verify_only(verify_only, opened, screen.show, accepted=tuple(accept_drift or ()))
+        console.out(f"{folder}")
+        return
+    options = stage.Options(
+        output=output,
+        weights=base,
+        dtype=dtype,
+        force=force,
+        verify=verify,
+        adapter_only=adapter_only,
+        gguf=gguf,
+        compare_bases=compare_bases,
+        push_to=push_to,
+        accepted=tuple(accept_drift or ()),
+        given=given,
+    )
+    with renewed_reports(opened):
+        folder = stage.export_run(opened, options, screen.show)
+    console.out(f"{folder}")
+
+
 @app.command(rich_help_panel="Prepare")
 def check(
     recipe: RecipeArgument,
@@ -867,7 +867,7 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
         console.out(draw_forecast(known, []))
 
 
-@app.command(name="list", rich_help_panel="Try")
+@app.command(name="list", rich_help_panel="Runs")
 def list_all(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
@@ -887,7 +887,7 @@ def list_all(
         console.out(draw_runs(runs, directory, time.time()))
 
 
-@app.command(rich_help_panel="Try")
+@app.command(rich_help_panel="Runs")
 def report(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")],
     trace: Annotated[
@@ -1103,59 +1103,6 @@ def _profile_recipe(
 
 
 @app.command(rich_help_panel="Prepare")
-def swap(
-    recipe: RecipeArgument,
-    changes: SetOption = None,
-    copies: Annotated[
-        int, typer.Option("--copies", min=1, max=MOST_COPIES, help="How many copies there will be of each row.")
-    ] = 2,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option("--keep", metavar="WORD", help="A word that stays as it is, as --keep billing. Repeatable."),
-    ] = None,
-    words: Annotated[
-        Path | None,
-        typer.Option("--words", metavar="FILE", help="A text whose words come in; left out, the model's vocabulary."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files that are written.")] = False,
-) -> None:
-    """Add rows with other words, for answers that copy from their requests: the model learns to copy, not the names.
-
-    Where request and answer share a word, a name or a place, both get another one. The copies, and the rows they are
-    made of, come into a file beside the new recipe, NAME.swapped.toml; rows without such a word, and those that are
-    held out, come into files of their own, without copies. Not for answers that judge or know: a label that stands in
-    its request is no name (--keep).
-    """
-    from qtune.at_once import require_row_files
-    from qtune.data.swap_files import require_swappable, words_of_text
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.shipped import find_recipe, written_beside
-
-    file = find_recipe(recipe)
-    resolved = load_recipe(file, changes or ())
-    target = output or written_beside(file, ".swapped.toml")
-    require_row_files(resolved.recipe.data, resolved.folder)
-    require_swappable(resolved, target, force=force)
-    given = None if words is None else words_of_text(words)
-    _say_set_aside(resolved)
-    _load_libraries()
-    from qtune import swap as stage
-    from qtune.init import NEXT
-    from qtune.screens.commands import commands_text
-    from qtune.screens.swap import draw_examples
-
-    made = stage.swap(resolved, target, copies, given, keep or ())
-    for sentence in stage.said_of(made, resolved):
-        console.say(sentence)
-    console.say(draw_examples(made.examples))
-    console.out(f"{target}")
-    console.say(commands_text([(["qtune", verb, str(target)], does) for verb, does in NEXT]))
-
-
-@app.command(rich_help_panel="Prepare")
 def fit(
     recipe: RecipeArgument,
     changes: SetOption = None,
@@ -1243,6 +1190,59 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
     console.out(draw_steps(steps))
     if refusals := foreseen(ended, config, fitted.plan):
         console.out(refusals_text(refusals))
+
+
+@app.command(rich_help_panel="Prepare")
+def swap(
+    recipe: RecipeArgument,
+    changes: SetOption = None,
+    copies: Annotated[
+        int, typer.Option("--copies", min=1, max=MOST_COPIES, help="How many copies there will be of each row.")
+    ] = 2,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="WORD", help="A word that stays as it is, as --keep billing. Repeatable."),
+    ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option("--words", metavar="FILE", help="A text whose words come in; left out, the model's vocabulary."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files that are written.")] = False,
+) -> None:
+    """Add rows with other words, for answers that copy from their requests: the model learns to copy, not the names.
+
+    Where request and answer share a word, a name or a place, both get another one. The copies, and the rows they are
+    made of, come into a file beside the new recipe, NAME.swapped.toml; rows without such a word, and those that are
+    held out, come into files of their own, without copies. Not for answers that judge or know: a label that stands in
+    its request is no name (--keep).
+    """
+    from qtune.at_once import require_row_files
+    from qtune.data.swap_files import require_swappable, words_of_text
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.shipped import find_recipe, written_beside
+
+    file = find_recipe(recipe)
+    resolved = load_recipe(file, changes or ())
+    target = output or written_beside(file, ".swapped.toml")
+    require_row_files(resolved.recipe.data, resolved.folder)
+    require_swappable(resolved, target, force=force)
+    given = None if words is None else words_of_text(words)
+    _say_set_aside(resolved)
+    _load_libraries()
+    from qtune import swap as stage
+    from qtune.init import NEXT
+    from qtune.screens.commands import commands_text
+    from qtune.screens.swap import draw_examples
+
+    made = stage.swap(resolved, target, copies, given, keep or ())
+    for sentence in stage.said_of(made, resolved):
+        console.say(sentence)
+    console.say(draw_examples(made.examples))
+    console.out(f"{target}")
+    console.say(commands_text([(["qtune", verb, str(target)], does) for verb, does in NEXT]))
 
 
 def main() -> None:

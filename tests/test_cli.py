@@ -53,6 +53,15 @@ def ends(*calls: list[str]) -> list[tuple[int, str, str, list[str]]]:
     return [tuple(one) for one in json.loads(done.stdout)]
 
 
+def test_help_has_the_verbs_in_the_order_of_the_readme() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    verbs = re.findall(r"(?m)^│ ([a-z]+) ", shown)
+    assert sorted(verbs) == VERBS
+    assert verbs == re.findall(r"(?m)^\| `qtune ([a-z]+)", readme)
+    assert re.findall(r"(?m)^╭─ (\w+) ─", shown) == ["Options", "Prepare", "Train", "Try", "Use", "Runs"]
+
+
 def test_every_verb_answers_help_without_the_heavy_libraries() -> None:
     assert {"run", "eval", "chat", "export", "doctor"} <= set(VERBS)
     answers = ends(["--help"], ["-h"], ["--version"], *([verb, "--help"] for verb in VERBS))
