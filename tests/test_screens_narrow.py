@@ -1,6 +1,7 @@
 """What stands in tables, and tables in a terminal that is too narrow: on their side or in lines, no word broken."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,9 @@ def test_runs_that_are_too_wide_for_a_table_are_a_few_lines_each(width: int) -> 
         "  1.0 MiB, now",
         "go on with soft: qtune x",
     ]
+    one_base = [replace(run, base="org/base") for run in RUNS]
+    told = lines_of(draw_runs(one_base, Path("runs"), 3600.0), width)
+    assert told[:3] == ["Runs in runs, all on org/base", "tickets: finished, 30 steps", "  lora"]
     assert lines_of(draw_runs(RUNS, Path("runs"), 3600.0), 170)[1].split()[:3] == ["run", "state", "base"]
 
 

@@ -48,18 +48,21 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
         for run in runs
         if run.resume is not None
     ]
-    narrow = Group(Text(title, style="bold"), *(_in_lines(run, now) for run in runs))
+    narrow = Group(Text(title, style="bold"), *(_in_lines(run, now, is_shared=bool(shared)) for run in runs))
     # A command that is broken over lines by hand cannot be pasted.
     return Group(IfItFits(drawn, narrow), *(Text(way, no_wrap=True, overflow="ignore") for way in ways))
 
 
-def _in_lines(run: "ListedRun", now: float) -> Text:
-    """A run without a table: its name, and below it what is known of it, a line for each kind of thing."""
+def _in_lines(run: "ListedRun", now: float, *, is_shared: bool) -> Text:
+    """A run without a table: its name, and below it what is known of it, a line for each kind of thing.
+
+    is_shared: whether the title says the base of all.
+    """
     loss = _training_loss(run)
     best = None if run.validation is None else f"best validation {run.validation:.4f}"
     lines = [
         f"{run.name}: {run.state}",
-        f"{run.adapter or '?'} on {_short_base(run.base)}",
+        f"{run.adapter or '?'}{'' if is_shared else f' on {_short_base(run.base)}'}",
         ", ".join(filter(None, (loss and f"training loss {loss}", best))),
         f"{size_text(run.size_bytes)}, {age_text(now - run.changed)} old".replace(", now old", ", now"),
     ]
