@@ -6,7 +6,7 @@ A disk, a copy or a person may change files later. Whoever reads such a folder a
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -175,10 +175,17 @@ def _is_of_saved_files(files: object) -> bool:
     return bool(described) and all(isinstance(one, dict) and {"nbytes", "sha256"} <= one.keys() for one in described)
 
 
-def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str | None:
+def fault(
+    folder: Path,
+    step: int | None = None,
+    *,
+    quick: bool = False,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> str | None:
     """What is wrong with a sealed folder, the first of it, in words that follow its name; None where it is whole.
 
-    step: the one that the folder claims to be of. quick: of large files only blocks are read.
+    step: the one that the folder claims to be of. quick: of large files only blocks are read. may_lack: whether a file
+    of this name may be missing.
 
     Raises:
         RunError: a file is there, and this user may not read it.
@@ -197,6 +204,8 @@ def fault(folder: Path, step: int | None = None, *, quick: bool = False) -> str 
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or not place.parts:
             return f"its {NAME} names {name!r}, which is no file in it"
+        if may_lack(name) and not os.path.lexists(folder / name):
+            continue
         if (said := _file_fault(folder / name, saved, quick=quick)) is not None:
             return f"{name} {said}"
     return None

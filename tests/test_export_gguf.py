@@ -37,7 +37,7 @@ from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.llama_cpp import ignored_window
 from qtune.export.opened_run import open_for_export
 from qtune.export.output import refuse_existing_output
-from qtune.export.verification import Closeness, GgufProof, add_gguf, proof_today, read_proof
+from qtune.export.verification import Closeness, GgufProof, add_gguf, damage_of, proof_today, read_proof
 from qtune.export.verify.rows import CheckedRow
 from qtune.recipe.file import check_recipe
 from qtune.run.folder import RunDir
@@ -398,6 +398,17 @@ def test_a_gguf_file_is_added_alone_to_a_verified_export(
     assert "-q8_0.gguf" in (folder / "README.md").read_text()
     with pytest.raises(InputError, match=r"run-q8_0\.gguf: is there already, and was verified; --force "):
         refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
+    # Who removes it, for its size or by mistake, has the export that there was, to which it can be added again.
+    (file,) = folder.glob("*q8_0.gguf")
+    content = file.read_bytes()
+    file.unlink()
+    (folder / "Modelfile").unlink()
+    assert proof_today(folder, exported.path).verified
+    refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
+    export_run(exported, Options(gguf="q8_0"))
+    assert file.read_bytes() == content
+    assert (folder / "Modelfile").exists()
+    assert proof_today(folder, exported.path).verified
 
 
 def test_a_gguf_file_is_added_to_nothing_that_is_not_the_verified_export_of_the_run(
@@ -463,7 +474,7 @@ def test_the_proof_of_a_gguf_survives_another_verification_and_a_failed_one(
 
 
 def test_gguf_files_of_others_in_and_beside_an_export_are_said_not_to_be_looked_at(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
+    run, folder = tmp_path, tmp_path / "model"
     folder.mkdir()
     for name in ("run-f16.gguf", "failed-q8_0.gguf", "adapter.gguf"):
         (folder / name).write_bytes(b"GGUF")
@@ -476,7 +487,7 @@ def test_gguf_files_of_others_in_and_beside_an_export_are_said_not_to_be_looked_
     unknown = (
         "not looked at, for it is no file of this export; llama.cpp compares two: llama-perplexity --kl-divergence"
     )
-    assert list(said_of_gguf_files(folder)) == [
+    assert list(said_of_gguf_files(folder, run)) == [
         "adapter.gguf: byte for byte what was written of the adapter; what it answers was not compared",
         f"failed-q8_0.gguf: {unknown}",
         f"run-Q4_K_M.gguf: {unknown}",
@@ -485,9 +496,21 @@ def test_gguf_files_of_others_in_and_beside_an_export_are_said_not_to_be_looked_
         f"{tmp_path / 'near.gguf'}: {unknown}",
     ]
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
-    assert list(said_of_gguf_files(folder))[-1] == f"the 2 GGUF files in {tmp_path}: {unknown}"
+    assert list(said_of_gguf_files(folder, run))[-1] == f"the 2 GGUF files in {tmp_path}: {unknown}"
+    assert damage_of(folder) is None
+    (folder / "run-f16.gguf").unlink()
+    assert damage_of(folder) is None, "it was made of the others, and nothing of the model is lost with it"
+    told = "run-f16.gguf is no longer there, with which nothing of the model is lost; made again by: qtune export"
+    assert f"{told} {run} --gguf f16" in list(said_of_gguf_files(folder, run))
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    assert f"{told} {run} --output {moved} --gguf f16" in list(said_of_gguf_files(moved, run))
+    moved.rename(folder)
+    (folder / "adapter.gguf").write_bytes(b"GGUX")
+    assert "adapter.gguf" in str(damage_of(folder)), "one that is there and was changed is damage"
     (folder / manifest.NAME).unlink()
-    assert all(said.endswith(unknown) for said in said_of_gguf_files(folder)), "without one nothing is known"
+    (folder / "run-f16.gguf").write_bytes(b"GGUF")
+    assert all(said.endswith(unknown) for said in said_of_gguf_files(folder, run)), "without one nothing is known"
 
 
 def test_a_gguf_is_named_after_its_run_wherever_the_command_is_called(

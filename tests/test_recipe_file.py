@@ -248,6 +248,16 @@ def test_values_that_cannot_work_together_are_refused_with_the_reason(problems, 
     assert problems(GOOD + tables) == [f"recipe.toml:{problem}"]
 
 
+def test_values_that_cannot_work_together_are_told_beside_faults_that_have_no_part_in_it(problems) -> None:
+    changes = ("data.packing=true", "data.streaming=true")
+    (conflict,) = problems(GOOD, *changes)
+    assert "packing fits rows together" in conflict
+    for fault in ("adapter.rnak=4", "adapter.kind=rola", "model.bse=x", "quantization.bits=4", "training.patience=x"):
+        found = problems(GOOD, *changes, fault)
+        assert conflict in found, fault
+        assert len(found) == 2, fault
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -217,6 +217,8 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
     ids = () if prompt is None else prompt.ids
     with one_sentence(_later(folder, run)):
         damage = damage_of(folder)
+        if damage is not None:
+            console.say(f"{folder}: {damage}; whether it computes what the trained model does is compared all the same")
         verification = verify(
             source,
             folder,
@@ -226,7 +228,7 @@ def verify_only(folder: Path, run: RunDir | None, show: Show = _unseen, *, accep
             known=() if damage is None else (damage,),
         )
     prove(source, folder, verification, show, damage=damage)
-    for sentence in said_of_gguf_files(folder):
+    for sentence in said_of_gguf_files(folder, run.path):
         console.say(sentence)
     return folder
 

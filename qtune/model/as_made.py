@@ -72,6 +72,12 @@ def _state(folder: Path) -> tuple[tuple[str, int, int | bytes], ...]:
     return tuple(found)
 
 
+def is_made_of_it(name: str) -> bool:
+    """Whether a file of an export was made of the others, for another program: who removes it has lost nothing of the
+    model, and it can be made again."""
+    return name.endswith(".gguf") or name == "Modelfile"
+
+
 ADDED = {".safetensors", ".bin", ".jinja", ".py"}
 ADDED_NAMES = {"adapter_config.json", "generation_config.json", "model.safetensors.index.json", "added_tokens.json"}
 """Files that a loader reads where they are there: one that has come in since makes another model."""
@@ -89,6 +95,6 @@ def _added(folder: Path) -> str | None:
 @functools.cache
 def _damage(folder: Path, state: tuple[tuple[str, int, int | bytes], ...], whole: bool) -> str | None:
     if not (whole and sum(nbytes for _, nbytes, _ in state) > GIB):
-        return manifest.fault(folder, quick=not whole) or _added(folder)
+        return manifest.fault(folder, quick=not whole, may_lack=is_made_of_it) or _added(folder)
     with console.progress(f"reading {folder}: is it what was written?"):
-        return manifest.fault(folder) or _added(folder)
+        return manifest.fault(folder, may_lack=is_made_of_it) or _added(folder)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qtune.recipe.faults import Fault, Faulty, faults_of
-from qtune.recipe.rules import conflicts
+from qtune.recipe.rules import conflicts, conflicts_of_run
 from qtune.recipe.schema import ADAPTERS, DEFAULT_KINDS, QUANTIZATIONS, KeyPath, Recipe
 from qtune.spelling import nearest
 
@@ -55,19 +55,26 @@ def _faults_beside_a_kind(tables: Mapping[str, Any], faults: Sequence[Fault]) ->
 def _conflicts_of_the_rest(tables: Mapping[str, Any], faults: Sequence[Fault]) -> list[Fault]:
     """Conflicts in the tables without a fault, where those can be told without the others."""
     faulty = {str(fault.path[0]) for fault in faults if fault.path}
-    if faulty & {"model", "quantization", "adapter"} or any(len(fault.path) < 2 for fault in faults):
-        return []  # what they are decides what goes with them
     without = {
         name: {key: value for key, value in table.items() if not any(fault.path[:2] == (name, key) for fault in faults)}
         if isinstance(table, dict)
         else table
         for name, table in tables.items()
+        if not any(fault.path == (name,) for fault in faults)
     }
+    rules = conflicts
+    if faulty & DECIDING.keys():  # what they are decides what goes with them
+        without |= {name: table for name, table in DECIDING.items() if name in faulty}
+        rules = conflicts_of_run
     try:
         recipe = Recipe.model_validate_json(json.dumps(without, default=str))
     except ValidationError:  # a key that is required
         return []
-    return [fault for fault in conflicts(recipe) if fault.path[0] not in faulty]
+    return [fault for fault in rules(recipe) if fault.path[0] not in faulty]
+
+
+DECIDING = {"model": {"base": "any"}, "quantization": {"kind": "nf4"}, "adapter": {"kind": "lora"}}
+"""Tables that stand for faulty ones while others are looked at, none of which depends on them."""
 
 
 def changed(recipe: Recipe, changes: dict[KeyPath, Any]) -> Recipe:

@@ -27,11 +27,16 @@ def conflicts(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(recipe.adapter, Lora):
         yield from _of_lora(recipe.adapter, recipe.quantization)
     yield from _of_adapter_and_run(recipe)
+    yield from conflicts_of_run(recipe)
+    yield from _of_layers(recipe)
+    yield from _of_dequantized(recipe)
+
+
+def conflicts_of_run(recipe: Recipe) -> Iterator[Fault]:
+    """Those that no base, quantization or adapter has a part in."""
     yield from _of_streaming(recipe.data)
     yield from _of_validation(recipe.data, recipe.training)
     yield from _within_training(recipe.training)
-    yield from _of_layers(recipe)
-    yield from _of_dequantized(recipe)
 
 
 def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
