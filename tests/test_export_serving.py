@@ -169,7 +169,10 @@ def test_a_card_names_no_folder_of_this_computer_and_the_terminal_does(
         card = (folder / "README.md").read_text()
         assert str(tmp_path) not in card
         assert "base" in card
-    assert "vllm serve BASE " in (alone / "README.md").read_text()
+    card = (alone / "README.md").read_text()
+    assert "vllm serve BASE " in card
+    assert "`BASE`: the path of a folder with the weights of `base`." in card
+    assert "`BASE.gguf`: `base` as a GGUF file, which llama.cpp's" in (whole / "README.md").read_text()
 
 
 def test_a_base_in_the_home_is_found_and_is_no_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,12 @@ def _how_served(source: OpenedRun, folder: Path) -> list[str]:
         return []
     lines = [f"# {one.program}{f' ({one.note})' if one.note else ''}\n{one.command}" for one in commands]
     greedy = "Each answers with the likeliest token, as the trained model was asked, unless a request says otherwise.\n"
-    parts = ["## How it is served\n", greedy, "```sh\n" + "\n".join(lines) + "\n```\n"]
+    parts = [
+        "## How it is served\n",
+        greedy,
+        *_what_stands_for(lines, source),
+        "```sh\n" + "\n".join(lines) + "\n```\n",
+    ]
     if (folder / ADAPTER_FILE).is_file():
         base = source.base_in_public
         told = f"`{ADAPTER_FILE}` holds what was trained, for llama.cpp to put on a GGUF file of `{base}`."
@@ -170,6 +175,17 @@ def _how_served(source: OpenedRun, folder: Path) -> list[str]:
             )
         parts.append(f"{told}\n")
     return parts
+
+
+def _what_stands_for(lines: list[str], source: OpenedRun) -> list[str]:
+    """What is to be put in the place of a base that no command can name for everybody."""
+    words, base = {word for line in lines for word in line.split()}, source.base_in_public
+    told = [f"`BASE`: the path of a folder with the weights of `{base}`."] if "BASE" in words else []
+    if "BASE.gguf" in words:
+        told.append(
+            f"`BASE.gguf`: `{base}` as a GGUF file, which llama.cpp's `convert_hf_to_gguf.py` makes of its folder."
+        )
+    return [" ".join(told) + "\n"] if told else []
 
 
 def _how_asked(source: OpenedRun) -> list[str]:
