@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from qtune.model.builtin import builtin_folder
 from qtune.tuned.generate import (
+    ENDLESS,
     Ends,
     Sampling,
     batches_of,
@@ -267,3 +268,26 @@ def test_a_passage_that_ends_an_answer_again_and_again_is_found_and_a_list_is_no
     assert loop_at_end([*range(200)]) == ()
     assert loop_at_end([number for place in range(40) for number in (5, 6, place)]) == ()
     assert loop_at_end([]) == ()
+
+
+def test_a_streamed_answer_in_a_circle_is_stopped_and_no_other(tokenizer) -> None:
+    """All logits are alike, so that the likeliest token is the first one, for ever; one that is drawn is another."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    prompt, none = tokenizer("Say something.").input_ids, Ends((), 2)
+    circling = stream(model, tokenizer, prompt, 300, none, lambda _: None)
+    assert (len(circling.ids), circling.is_whole) == (128, False)
+    assert loop_at_end(circling.ids) == (0,)
+    drawn = stream(model, tokenizer, prompt, 300, none, lambda _: None, Sampling(temperature=1.0))
+    assert len(drawn.ids) == 300
+    assert [len(ids) for ids in generate(model, [prompt], [300], none)] == [300], "what is compared is whole"
+
+
+def test_a_circle_takes_as_many_times_as_tokens() -> None:
+    dashes, lines = [7] * 100, [*range(30)] * 6
+    assert (loop_at_end(dashes), loop_at_end(dashes, *ENDLESS)) == ([7], ())
+    assert (loop_at_end(lines), loop_at_end(lines, *ENDLESS)) == ([*range(30)], ())
+    assert loop_at_end([*range(30)] * 8, *ENDLESS) == [*range(30)]

@@ -142,7 +142,7 @@ def answers_to(
             longest = max(limits[row] for row in rows)
             told = _Told(on_rows, len(rows), longest)
             asked = [prompts[row] for row in rows]
-            made = _generate_batch(model, asked, longest, ends, sampling, seconds=left, told=told)
+            made = _generate_batch(model, asked, longest, ends, sampling, seconds=left, criterion=told)
             told.end()
             for row, ids in zip(rows, made.tolist(), strict=True):
                 answer = _until_end(ids, ends.stop)
@@ -181,9 +181,12 @@ def stream(
     on_text: Callable[[str], None],
     sampling: Sampling = GREEDY,
 ) -> Generated:
-    """The answer to one prompt; `on_text` gets its text piece by piece while it is made."""
+    """The answer to one prompt; `on_text` gets its text piece by piece while it is made. Of likeliest tokens one that
+    goes round in a circle is stopped before its limit (`_StopsCircling`)."""
+    stops = None if sampling.temperature > 0 else _StopsCircling()
     with _ready(model, sampling):
-        ids = _generate_batch(model, [prompt], limit, ends, sampling, _Pieces(tokenizer, on_text))[0].tolist()
+        made = _generate_batch(model, [prompt], limit, ends, sampling, _Pieces(tokenizer, on_text), criterion=stops)
+    ids = made[0].tolist()
     answer = _until_end(ids, ends.stop)
     return Generated(tuple(answer), is_whole=len(answer) < len(ids))
 
@@ -193,13 +196,36 @@ LEAST_LOOP = 24
 LONGEST_PASSAGE = 256
 
 
-def loop_at_end(ids: Ids) -> Ids:
-    """The passage that an answer ends by repeating, without an end; empty where it does not."""
-    for period in range(1, min(LONGEST_PASSAGE, len(ids) // 3) + 1):
-        tail = ids[-max(3 * period, LEAST_LOOP) :]
-        if len(tail) >= LEAST_LOOP and all(one == other for one, other in zip(tail, tail[period:], strict=False)):
+ENDLESS = 8, 128
+"""Times and tokens that a passage of likeliest tokens is repeated until nobody waits for its end: a line of a table or
+a row of dashes is shorter."""
+
+
+def loop_at_end(ids: Ids, times: int = 3, least: int = LEAST_LOOP) -> Ids:
+    """The passage that an answer ends by repeating, without an end; empty where it does not.
+
+    times, least: how often at least, and over how many tokens.
+    """
+    for period in range(1, min(LONGEST_PASSAGE, len(ids) // times) + 1):
+        tail = ids[-max(times * period, least) :]
+        if len(tail) >= least and all(one == other for one, other in zip(tail, tail[period:], strict=False)):
             return ids[-period:]
     return ()
+
+
+class _StopsCircling(StoppingCriteria):
+    """Ends the answer to one prompt that has said the same for so long (`ENDLESS`) that it would go on so."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """[1]: whether to stop. input_ids: [1, tokens], the new ones last."""
+        self.made += 1
+        is_circling = False
+        if self.made >= ENDLESS[1] and self.made % 16 == 0:
+            is_circling = bool(loop_at_end(input_ids[0, -self.made :].tolist(), *ENDLESS))
+        return torch.full((len(input_ids),), is_circling, dtype=torch.bool, device=input_ids.device)
 
 
 class _Told(StoppingCriteria):
@@ -259,9 +285,12 @@ def _generate_batch(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
     seconds: float | None = None,
-    told: StoppingCriteria | None = None,
+    criterion: StoppingCriteria | None = None,
 ) -> Tensor:
-    """[batch, made]: the new ids of each prompt; what follows a row's end is padding. None is begun after `seconds`."""
+    """[batch, made]: the new ids of each prompt; what follows a row's end is padding. None is begun after `seconds`.
+
+    criterion: is asked after each token.
+    """
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs, given = _inputs(model, prompts, ends.pad)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
@@ -280,7 +309,7 @@ def _generate_batch(
         **drawn,
     )
     with _neutral(network):
-        criteria = StoppingCriteriaList([] if told is None else [told])
+        criteria = StoppingCriteriaList([] if criterion is None else [criterion])
         made = network.generate(**inputs, generation_config=config, streamer=streamer, stopping_criteria=criteria)
     return made[:, given:]
 
