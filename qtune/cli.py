@@ -253,6 +253,7 @@ def run(
     from qtune.at_once import require_at_once
     from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir, require_writable
     from qtune.run.resumption import resumed_recipe
@@ -286,7 +287,7 @@ def run(
         if changes:
             resumed_recipe(run_dir, changes)
     else:
-        resolved = load_recipe(find_recipe(target), changes or ())
+        resolved = is_given(load_recipe(find_recipe(target), changes or ()))
         share_of(resolved.recipe.training.batch_size, shared)
         resolved.allowing(allow or ())
         require_writable(Path(resolved.recipe.output.directory))
@@ -389,6 +390,7 @@ def _run_seeds(
 def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
     from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir, refuse_missing_run
@@ -400,7 +402,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         if run_dir.is_finished and adapter_fault(run_dir) is None:
             raise RunError(nothing_to_resume(run_dir, changes))
         return run_dir, changes
-    resolved = load_recipe(find_recipe(target), changes)
+    resolved = is_given(load_recipe(find_recipe(target), changes))
     directory = Path(resolved.recipe.output.directory)
     unfinished = newest_unfinished(directory, resolved.run_name)
     if unfinished is None:
@@ -812,12 +814,13 @@ def check(
     """
     from qtune.at_once import require_at_once
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
 
     file = find_recipe(recipe)
     # What is wrong with a recipe is said before seconds of imports.
     with _with_memory(file, changes or [], as_json=as_json):
-        resolved = load_recipe(file, changes or ())
+        resolved = is_given(load_recipe(file, changes or ()))
     require_at_once(resolved)
     _say_set_aside(resolved)
     _say_next(resolved)
@@ -992,13 +995,17 @@ def profile(
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir, refuse_missing_run
     from qtune.run.memory import measured_memory
 
     # What is wrong with a recipe or a run, or its name, is said before seconds of imports.
     refuse_missing_run(target)
-    of = RunDir.open(Path(target)) if is_run else load_recipe(find_recipe(target), changes or (), need_rows=False)
+    if is_run:
+        of: RunDir | Resolved = RunDir.open(Path(target))
+    else:
+        of = is_given(load_recipe(find_recipe(target), changes or (), need_rows=False))
     if isinstance(of, RunDir):
         measured_memory(of)
     else:
@@ -1130,6 +1137,7 @@ def fit(
     """
     from qtune.at_once import require_base
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe, written_beside
     from qtune.whole import place_taken
 
@@ -1140,7 +1148,7 @@ def fit(
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
     file = find_recipe(recipe)
-    resolved = load_recipe(file, changes or (), need_rows=False)
+    resolved = is_given(load_recipe(file, changes or (), need_rows=False))
     require_base(resolved.recipe)
     _say_set_aside(resolved)
     target = output or written_beside(file, ".fit.toml")
@@ -1222,10 +1230,11 @@ def swap(
     from qtune.at_once import require_row_files
     from qtune.data.swap_files import require_swappable, words_of_text
     from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe, written_beside
 
     file = find_recipe(recipe)
-    resolved = load_recipe(file, changes or ())
+    resolved = is_given(load_recipe(file, changes or ()))
     target = output or written_beside(file, ".swapped.toml")
     require_row_files(resolved.recipe.data, resolved.folder)
     require_swappable(resolved, target, force=force)
@@ -1286,10 +1295,15 @@ def _parse_and_run() -> None:
     """The command. What stops one of several processes before they have met ends all, and is said once."""
     try:
         app()
-    except QtuneError as error:
-        if not is_to_meet():
+    except QtuneError as raised:
+        from qtune.recipe.places import located
+
+        error = located(raised)
+        if is_to_meet():
+            raise _said_once(error) from raised
+        if error is raised:
             raise
-        raise _said_once(error) from error
+        raise error from raised
 
 
 def _said_once(error: QtuneError) -> QtuneError:

@@ -202,7 +202,7 @@ def test_where_no_run_can_be_written_is_told_before_anything_heavy_is_imported(
     recipe, place = str(write_recipe()), f"output.directory={tmp_path}/file"
     unwritable, unknown = ends(["run", recipe, "--set", place], ["run", recipe, "--allow", "nonsense"])
     assert (unwritable[0], unwritable[1], unwritable[3]) == (2, "", [])
-    assert unwritable[2].startswith(f"error: output.directory: {tmp_path}/file cannot be written: ")
+    assert unwritable[2].startswith(f"error: --set: output.directory: {tmp_path}/file cannot be written: ")
     assert (unknown[0], unknown[1], unknown[3]) == (2, "", [])
     assert unknown[2].startswith("error: --allow nonsense: no finding that can be waived: ")
 
