@@ -660,4 +660,4 @@ def test_a_report_with_nothing_to_trace_or_tokenize_waits_for_no_library(tmp_pat
     assert done.stdout == "0 []\n", done.stderr
     page = Page(run_dir.report.read_text(encoding="utf-8"))
     assert page.texts["mark"] == ["marked", "kept apart"]
-    assert "7 rows were trained on" in page.text
+    assert "7 rows to train on" in page.text

@@ -19,12 +19,14 @@ from test_run_drift import Killed, World, edit_json, kept, said, world  # noqa: 
 
 from qtune import manifest
 from qtune.adapter.state import STATE_FILE
-from qtune.errors import RunError, TrainingError
+from qtune.errors import Interrupted, RunError, TrainingError
 from qtune.export.export import Options, export_run
 from qtune.records import plain
-from qtune.run.checkpoints import OPTIMIZER
+from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, step_of
+from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import saved_by
+from qtune.run.listing import list_runs
 from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
 from qtune.run.resumption import begin_branch
@@ -143,11 +145,64 @@ def test_a_foreign_name_is_no_checkpoint(name: str, world: World) -> None:  # no
 
 
 def test_with_no_whole_checkpoint_left_there_is_one_clear_error(world: World) -> None:  # noqa: F811
-    for step in (1, 2):
-        (world.stopped.checkpoints / f"checkpoint-{step}" / STATE_FILE).unlink()
+    states = [world.stopped.checkpoints / f"checkpoint-{step}" / STATE_FILE for step in (1, 2)]
+    content = states[0].read_bytes()
+    for state in states:
+        state.unlink()
+    text = said(lambda: train.resume(world.stopped))
+    faults = f"checkpoint-1: {STATE_FILE} is missing, checkpoint-2: {STATE_FILE} is missing"
+    assert f"{world.stopped.path}: no checkpoint is whole ({faults}); train it again with: qtune run " in text
+    (listed,) = [one for one in list_runs(world.stopped.path.parent) if one.name == world.stopped.name]
+    assert listed.resume is None
+    assert listed.anew is not None
+    assert text.endswith(listed.anew)
+    for state in states:  # of the right size, and something else
+        state.write_bytes(bytes(len(content)))
     text = said(lambda: train.resume(world.stopped))
     assert f"{world.stopped.checkpoints}: no checkpoint is whole (2 are there); begin again with qtune run" in text
-    assert f"{STATE_FILE} is missing" in text
+
+
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json", "everything"])
+def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost: str, world: World) -> None:  # noqa: F811
+    run = world.finished
+    shutil.rmtree(run.checkpoints)
+    if lost == "everything":
+        for file in run.adapter.iterdir():
+            if file.name not in ("adapter_config.json", manifest.NAME):
+                file.unlink()
+    else:
+        (run.adapter / lost).unlink()
+    before = run.metrics_file.read_bytes()
+    text = said(lambda: train.resume(run))
+    assert f"{run.path}: no checkpoint is left; train it again with: qtune run {run.resolved_file}" in text
+    assert run.metrics_file.read_bytes() == before
+    (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
+    assert listed.state.endswith("; no checkpoint is left")
+    assert (listed.resume, listed.anew) == (None, text.partition("again with: ")[2])
+    if lost != "adapter_config.json":
+        assert "no checkpoint is left; train it again with: " in said(lambda: whole_adapter(run))
+
+
+def test_an_adapter_that_is_made_again_and_stopped_is_listed_where_it_stopped(world: World, capsys) -> None:  # noqa: F811
+    """The run has not ended any more: it was called finished, with the losses of the steps that it had taken again."""
+    run = world.finished
+    trained = adapter_of(run)
+    (run.adapter / "adapter_model.safetensors").unlink()
+    first, *later = complete_checkpoints(run.checkpoints)
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtune.training.train._load_and_train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            train.resume(run)
+    assert f"what is left of {run.adapter} is kept as {run.path / 'adapter.damaged'}" in capsys.readouterr().err
+    (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
+    assert listed.state.startswith(f"stopped at step {step_of(first)} of ")
+    assert listed.resume is not None
+    train.resume(run)
+    assert whole_adapter(run) == run.adapter
+    again = adapter_of(run)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in again.items())
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere")])

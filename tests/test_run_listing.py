@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def test_a_finished_run_that_lost_a_file_of_its_adapter_says_which_and_how_to_sa
         (run.adapter / name).write_text("{}")
     if sealed:
         seal(run.adapter)
+    checkpoint = run.checkpoints / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, 20)
     (whole,) = list_runs(tmp_path)
     assert (whole.state, whole.lost, whole.resume) == ("finished, 20 steps", None, None)
     (run.adapter / lost).unlink()
@@ -83,6 +87,11 @@ def test_a_finished_run_that_lost_a_file_of_its_adapter_says_which_and_how_to_sa
     (run.adapter / lost).write_text("{} ")
     if sealed:
         assert list_runs(tmp_path)[0].lost == f"{lost} has 3 bytes, 2 were saved"
+        shutil.rmtree(checkpoint)
+        said = CliRunner().invoke(app, ["list", str(tmp_path)]).stdout
+        assert "no checkpoint is left" in said
+        assert "save the adapter again" not in said
+        assert f"train done again: qtune run {run.resolved_file}" in said
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,16 @@ def test_an_evaluation_of_few_rows_says_that_they_are_few_and_how_to_ask_more() 
     assert "few" not in many.text
 
 
+def test_what_noise_may_hide_is_not_called_nothing() -> None:
+    """Five rows whose losses fell by a sixth, but for one: "did not learn" is no more certain than "learned"."""
+    base, tuned = [4.0, 3.8, 4.1, 3.9, 3.9], [3.2, 2.6, 3.3, 4.2, 3.0]
+    hidden = learned(replace(NOTHING, evaluation=evaluation(base, tuned)))
+    assert (hidden.standing, hidden.answer) == ("unsure", "Cannot be told")
+    assert "no more than noise (a fall by 0.68" in hidden.sentence
+    nothing = learned(replace(NOTHING, evaluation=evaluation(spread(3.05), spread(3.04, seed=1))))
+    assert (nothing.standing, nothing.answer) == ("bad", "Did not learn")
+
+
 def test_four_rows_are_too_few_to_say() -> None:
     assert learned(replace(NOTHING, evaluation=evaluation([3.0] * 4, [1.0] * 4))).answer == "Too few rows"
 

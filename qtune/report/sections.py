@@ -124,7 +124,7 @@ def memory_title(record: Record, unit: str) -> str:
 def training_rows(rows: ShownRows) -> Html:
     """Some rows with their scored tokens marked."""
     intro = [
-        f"{rows.train_rows:,} rows were trained on",
+        f"{rows.train_rows:,} rows to train on",
         f" and {rows.validation_rows:,} kept apart. " if rows.validation_rows else ". ",
         f"Chat template: {rows.template}. The loss is taken on the ",
         element("mark", "marked"),

@@ -15,6 +15,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in named_checkpoints(folder) if path.is_dir() and _was_completed(path)]
 
 
+def usable_checkpoints(folder: Path) -> list[Path]:
+    """Those of which no file is gone or cut, by names and sizes alone: what is in them, `newest_whole` reads."""
+    return [path for path in complete_checkpoints(folder) if manifest.lacks(path) is None]
+
+
 def named_checkpoints(folder: Path) -> list[Path]:
     """Everything in a folder that is called as a checkpoint is, oldest first; checkpoint-6.bak is not."""
     found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]

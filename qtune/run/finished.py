@@ -1,7 +1,9 @@
 """A finished run's adapter: there, and what was saved."""
 
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,7 @@ from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock, said_of_records
 from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
+from qtune.run.resumption import no_way_on, resuming, trained_again
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -24,8 +27,7 @@ def whole_adapter(run_dir: RunDir) -> Path:
     """
     require_own_lock(run_dir)
     if (said := adapter_fault(run_dir)) is not None:
-        advice = f"qtune run --resume {shlex.quote(str(run_dir.path))} saves it again from the last checkpoint"
-        raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {advice}"))
+        raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {_saved_again(run_dir)}"))
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
     folder = run_dir.finished_adapter()
@@ -38,6 +40,13 @@ def whole_adapter(run_dir: RunDir) -> Path:
     return folder
 
 
+def _saved_again(run_dir: RunDir) -> str:
+    """What makes an adapter again, in words."""
+    if (why := no_way_on(run_dir)) is not None:
+        return f"{why}; {trained_again(run_dir)}"
+    return f"{resuming(run_dir)} saves it again from the last checkpoint"
+
+
 def require_adapter(run_dir: RunDir) -> None:
     """`whole_adapter`'s refusal of a run without an adapter, before anything heavy is imported; its bytes are not read.
 
@@ -46,6 +55,16 @@ def require_adapter(run_dir: RunDir) -> None:
     """
     if not run_dir.is_finished:
         whole_adapter(run_dir)
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """Puts what is left of an adapter that is about to be made again out of its place, in the run's folder: until it is
+    made, the run has not ended."""
+    if os.path.lexists(run_dir.adapter):
+        rest = run_dir.path / "adapter.damaged"
+        shutil.rmtree(rest, ignore_errors=True)
+        run_dir.adapter.rename(rest)
+        console.say(f"what is left of {run_dir.adapter} is kept as {rest}")
 
 
 def said_of_end(run_dir: RunDir) -> str:

@@ -10,7 +10,7 @@ from qtune.run.finished import adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
-from qtune.run.resumption import newest_unfinished, resuming
+from qtune.run.resumption import beginning_anew, newest_unfinished, no_way_on, resuming
 from qtune.run.summary import Summary, summary_of
 
 
@@ -34,6 +34,8 @@ class ListedRun:
     ended, goes on already or is damaged."""
     lost: str | None = None
     """What is missing of its adapter, in words; None where nothing is, or none was saved."""
+    anew: str | None = None
+    """The command that trains it again, where nothing is left to go on with."""
 
 
 def list_runs(directory: Path) -> list[ListedRun]:
@@ -51,7 +53,7 @@ def list_runs(directory: Path) -> list[ListedRun]:
 
 def _listed(run_dir: RunDir) -> ListedRun | None:
     """A run in a line; None where its folder was taken away meanwhile."""
-    base = adapter = summary = resume = lost = None
+    base = adapter = summary = resume = lost = anew = None
     try:
         run_dir.require_files()
         values = {one.path: one.plain_text for one in read_values(run_dir)}
@@ -59,7 +61,10 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         summary = summary_of(run_dir)
         lost = adapter_lack(run_dir)
         state, is_stopped = _state(run_dir, summary, lost)
-        resume = resuming(run_dir) if is_stopped else None
+        if is_stopped and (why := no_way_on(run_dir)) is not None:
+            state, anew = f"{state}; {why}", beginning_anew(run_dir)
+        elif is_stopped:
+            resume = resuming(run_dir)
     except RunError as error:
         state = f"damaged: {error.problems[0].message}"
     losses = summary.losses if summary else None
@@ -79,6 +84,7 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         written[0],
         resume,
         lost,
+        anew,
     )
 
 

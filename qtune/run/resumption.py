@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qtune import manifest
 from qtune.errors import Problem, RecipeError, RunError
 from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
-from qtune.run.checkpoints import TRAINED_STATE
+from qtune.run.checkpoints import TRAINED_STATE, complete_checkpoints, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.history import identity_to_begin_with
 from qtune.run.identity import new_run_id
@@ -175,6 +176,38 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
         words.append(f"output.name={run_dir.name}")
     told = (word for one in (*words, *changes) for word in ("--set", one))
     return shlex.join(["qtune", "run", str(run_dir.resolved_file), *told])
+
+
+def no_way_on(run_dir: RunDir) -> str | None:
+    """Why a run cannot go on, nor have its adapter made again, in words that follow its name; None where it can, as far
+    as names and sizes of files tell. One that has saved nothing starts over, unless it has ended: then there were
+    steps, and records of them, that another run must not take the place of."""
+    if usable_checkpoints(run_dir.checkpoints):
+        return None
+    saved = complete_checkpoints(run_dir.checkpoints)
+    if not saved:
+        has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter)
+        return "no checkpoint is left" if has_ended else None
+    faults = ", ".join(f"{one.name}: {manifest.lacks(one)}" for one in saved)
+    return f"no checkpoint is whole ({faults})"
+
+
+def trained_again(run_dir: RunDir) -> str:
+    """What trains the same again, in words; without a command where the recipe of the run is lost too."""
+    try:
+        return f"train it again with: {beginning_anew(run_dir)}"
+    except RunError:
+        return "train it again with qtune run"
+
+
+def require_way_on(run_dir: RunDir) -> None:
+    """Refuses what cannot go on, before anything heavy is done for it.
+
+    Raises:
+        RunError: `no_way_on` says why.
+    """
+    if (said := no_way_on(run_dir)) is not None:
+        raise RunError(Problem(str(run_dir.path), f"{said}; {trained_again(run_dir)}"))
 
 
 def _leaves_memory(key: str) -> bool:

@@ -48,6 +48,7 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
         for run in runs
         if run.resume is not None
     ]
+    ways += [f"train {run.name} again: {run.anew}" for run in runs if run.anew is not None]
     narrow = Group(Text(title, style="bold"), *(_in_lines(run, now, is_shared=bool(shared)) for run in runs))
     # A command that is broken over lines by hand cannot be pasted.
     return Group(IfItFits(drawn, narrow), *(Text(way, no_wrap=True, overflow="ignore") for way in ways))

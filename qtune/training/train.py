@@ -40,7 +40,7 @@ from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
 from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
-from qtune.run.finished import adapter_fault, said_of_end
+from qtune.run.finished import adapter_fault, said_of_end, set_aside
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
@@ -53,6 +53,7 @@ from qtune.run.resumption import (
     beginning_anew,
     lowers_rate,
     nothing_to_resume,
+    require_way_on,
     resumed_recipe,
     resuming,
 )
@@ -188,6 +189,7 @@ def _resume(
                 require_records_of(run_dir.metrics_file, len(read_metrics(run_dir.metrics_file)), checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
             console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
+            set_aside(run_dir)
             forget_after(run_dir.metrics_file, step)
         _train(ranks, inputs, run_dir, checkpoint, snapshot)
     return run_dir
@@ -199,10 +201,12 @@ def _to_go_on_with(
     """Everything that a run needs to go on, and what its base's files hold."""
     require_free(run_dir)
     require_own_lock(run_dir)
-    if run_dir.is_finished:
-        if (said := adapter_fault(run_dir)) is None:
-            raise RunError(nothing_to_resume(run_dir))
-        console.say(f"{run_dir.adapter} is not what was saved: {said}; it is made again from the last checkpoint")
+    lost = adapter_fault(run_dir) if run_dir.is_finished else None
+    if run_dir.is_finished and lost is None:
+        raise RunError(nothing_to_resume(run_dir))
+    require_way_on(run_dir)
+    if lost is not None:
+        console.say(f"{run_dir.adapter} is not what was saved: {lost}; it is made again from the last checkpoint")
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)

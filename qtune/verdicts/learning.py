@@ -84,6 +84,8 @@ def _few(evaluation: Evaluation, run: str) -> tuple[str, str | None]:
 def _judged(fall: Fall, base: float) -> tuple[Standing, str]:
     if fall.is_negative:
         return "bad", "Worse than the base"
+    if not fall.is_positive and fall.mean >= LITTLE * base:  # what noise hides may be there
+        return "unsure", "Cannot be told"
     if not fall.is_positive:
         return "bad", "Did not learn"
     return ("unsure", "Learned little") if fall.mean < LITTLE * base else ("good", "Learned")
