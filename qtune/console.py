@@ -45,6 +45,7 @@ class _SafeConsole(Console):
         super().print(*(_by_lines(one, width) for one in objects), **({"crop": False} | options))
 
 
+ERROR = "error: "
 _COMMAND = re.compile(
     r"(?m:^|: |`| {2}|&& )(?:qtune|python|pip|bash|ollama|vllm|llama-server|llama-cli|hf|accelerate|torchrun) \S"
 )
@@ -67,7 +68,8 @@ def _line(line: Text, width: int | None) -> Text | Padding | Group:
     """The line itself where nothing is to be said of how it is wrapped. A command that ends a sentence too long for one
     line stands below it."""
     indent = len(line.plain) - len(line.plain.lstrip(" "))
-    if command := _COMMAND.search(line.plain):
+    # The name of a verb that an error is about is no command.
+    if command := _COMMAND.search(line.plain, len(ERROR) if line.plain.startswith(ERROR) else 0):
         if width is None or line.cell_len <= width or not command[0].startswith(": "):
             return _whole(line)
         said, below = line[: command.start() + 1], line[command.start() + 2 :]
@@ -152,7 +154,7 @@ def say_of_process(message: str) -> None:
 def say_error(message: str) -> None:
     """Prints an error to stderr: `error: ` and the message, which keeps its own lines; of several processes, which."""
     whose = "" if launched().is_leader else f"{launched()}: "
-    _console(stderr=True, of_process=True).print(Text.assemble(("error: ", "bold red"), f"{whose}{message}"))
+    _console(stderr=True, of_process=True).print(Text.assemble((ERROR, "bold red"), f"{whose}{message}"))
 
 
 def live_console() -> Console:

@@ -396,6 +396,26 @@ def test_a_command_that_ends_too_long_a_sentence_stands_below_it(
     assert " ".join(line.strip() for line in lines[len(one) : -1]) == f"{long_said}:"
 
 
+def test_an_error_about_a_verb_s_option_is_wrapped_as_any_sentence_and_its_command_is_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shown_of(message: str) -> list[str]:
+        stream = Terminal()
+        monkeypatch.setattr("sys.stderr", stream)
+        console.say_error(message)
+        return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()]
+
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    place = "qtune export --verify-only: its value is missing"
+    lines = shown_of(f"{place}: a folder that was exported before, as RUN/model; of its GGUF files the checksums")
+    assert lines[0].startswith(f"error: {place}:")
+    assert max(map(len, lines)) <= 60
+    command = "qtune run --resume runs/one-with-a-long-name"
+    assert shown_of(f"{place} in one of many ways: {command}")[-1] == f"  {command}"
+
+
 def test_an_indented_line_goes_on_indented_where_a_terminal_folds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "rows.jsonl:11 (answer is empty), rows.jsonl:21 (no 'answer' in a question-answer row)"
     said = Text(f"warning  skipped: some\n         at {words}\n  qtune check {'long' * 20}")
