@@ -817,7 +817,7 @@ def check(
     from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
 
-    file = find_recipe(recipe)
+    file = find_recipe(recipe, "check")
     # What is wrong with a recipe is said before seconds of imports.
     with _with_memory(file, changes or [], as_json=as_json):
         resolved = is_given(load_recipe(file, changes or ()))
@@ -1147,7 +1147,7 @@ def fit(
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
-    file = find_recipe(recipe)
+    file = find_recipe(recipe, "fit")
     resolved = is_given(load_recipe(file, changes or (), need_rows=False))
     require_base(resolved.recipe)
     _say_set_aside(resolved)
@@ -1233,7 +1233,7 @@ def swap(
     from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe, written_beside
 
-    file = find_recipe(recipe)
+    file = find_recipe(recipe, "swap")
     resolved = is_given(load_recipe(file, changes or ()))
     target = output or written_beside(file, ".swapped.toml")
     require_row_files(resolved.recipe.data, resolved.folder)

@@ -389,6 +389,15 @@ def test_a_name_that_is_near_a_shipped_recipe_and_folders_are_answered(tmp_path:
         f"{run}: is a run's folder, not a recipe: qtune run --resume {run} goes on with it, "
         f"qtune run {run}/resolved.toml begins anew"
     )
+    with pytest.raises(RecipeError, match=rf"its recipe is meant by: qtune fit {run}/resolved.toml$"):
+        find_recipe(str(run), "fit")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(RecipeError, match=rf"it has ended; qtune run {run}/resolved.toml begins anew$"):
+        find_recipe(str(run))
+    (run / "adapter" / "trained_state.safetensors").touch()
+    with pytest.raises(RecipeError, match=rf"resolved.toml --set adapter.start_from={run} goes on from its adapter"):
+        find_recipe(str(run))
     (tmp_path / "a.toml").touch()
     with pytest.raises(RecipeError, match=rf"is a folder, not a recipe; it holds {tmp_path}/a.toml$"):
         find_recipe(str(tmp_path))

@@ -43,5 +43,13 @@ def test_a_key_that_is_not_there_is_answered_with_the_one_that_is_meant(
     assert advice(path) == said
 
 
+def test_the_keys_of_a_table_by_another_name_are_told_with_it() -> None:
+    said = advice(("lora",), {"r": 8, "lora_alpha": 16, "lr": 1e-4, "frobnicate": 1, "dropout": 0.1})
+    assert said == (
+        "here that is: [adapter], and its r: adapter.rank, and its lora_alpha: adapter.alpha, and its lr: "
+        "training.learning_rate, and its dropout: adapter.dropout"
+    )
+
+
 def test_a_table_of_no_tool_means_none() -> None:
     assert table_meant("frobnicate") is None

@@ -191,6 +191,9 @@ def test_below_the_table_stands_the_whole_command_for_each_stopped_run(tmp_path:
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"none: no such folder$"):
         list_runs(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file: is a file, no folder$"):
+        list_runs(tmp_path / "file")
 
 
 def test_before_the_first_run_there_are_none_and_that_is_no_error(

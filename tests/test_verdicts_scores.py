@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
+from qtune.tuned.forgotten import Forgetting, PieceLoss
 from qtune.tuned.free_text import text_score
 from qtune.verdicts.learning import learned_against_base
-from qtune.verdicts.scores import answer_scores, score_table, worst_first
+from qtune.verdicts.scores import answer_scores, forgetting_table, score_table, worst_first
 
 EXPECTED = "Thank you for writing. Your order has left the warehouse and arrives on {day}."
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
@@ -127,3 +128,10 @@ def test_older_evaluations_have_no_interval_of_their_losses() -> None:
     table = lines(replace(free_text(), row_losses=()))
     assert table["loss, nats per token"] == ("2.25", "0.750", "")
     assert table["perplexity"] == ("9.49", "2.12", "")
+
+
+def test_a_perplexity_that_rises_is_multiplied() -> None:
+    """What was forgotten stood there as a division by 0.5."""
+    pieces = tuple(PieceLoss(tokens=40, base=2.0 + at / 10, tuned=2.7 + at / 10) for at in range(6))
+    found = {name: change for name, *_, change in forgetting_table(Forgetting("text", pieces))}
+    assert found["perplexity, 95 % interval"] == "× 2.01 (2.01 to 2.01)"

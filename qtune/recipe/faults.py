@@ -52,7 +52,7 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
     match detail["type"]:
         case "extra_forbidden":
             where = f"[{'.'.join(map(str, path[:-1]))}]" if path[:-1] else "a recipe"
-            meant = advice(path)
+            meant = advice(path, detail["input"])
             near = f"; {meant}" if meant else _nearest(str(path[-1]), _known_keys(detail["loc"]))
             return f"no such key in {where}{near}"
         case "missing":

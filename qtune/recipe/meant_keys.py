@@ -97,12 +97,18 @@ def keys_meant(word: str) -> list[str]:
     return own or [".".join(key) for key, others in KEYS.items() if plain in others]
 
 
-def advice(path: KeyPath) -> str | None:
-    """What to say of a key that is not there; None where its word is that of no key."""
+def advice(path: KeyPath, value: object = None) -> str | None:
+    """What to say of a key that is not there; None where its word is that of no key.
+
+    value: that it was given; of a table, the keys in it are looked at as well.
+    """
     *inside, word = map(str, path)
     if not inside:
         if (table := table_meant(word)) is not None:
-            return f"here that is: [{table}]"
+            keys = value if isinstance(value, Mapping) else ()
+            meant = {key: found for key in keys if (found := keys_meant(str(key)))}
+            others = "".join(f", and its {key}: {' or '.join(_first_in(table, found))}" for key, found in meant.items())
+            return f"here that is: [{table}]{others}"
         found = keys_meant(word)
         return f"it stands in a table: {' or '.join(found)}" if found else None
     if len(inside) > 1:  # an entry of data.train, which has keys of its own
@@ -110,8 +116,12 @@ def advice(path: KeyPath) -> str | None:
     if (kinds := _kinds_with(inside[0], word)) != []:
         return "that is a key of kind = " + " or ".join(f'"{kind}"' for kind in kinds)
     found = keys_meant(word)
-    here = [key for key in found if key.startswith(f"{inside[0]}.")]
-    return f"here that is: {' or '.join(here or found)}" if found else None
+    return f"here that is: {' or '.join(_first_in(inside[0], found))}" if found else None
+
+
+def _first_in(table: str, keys: list[str]) -> list[str]:
+    """The keys of a table; all where none is one of it."""
+    return [key for key in keys if key.startswith(f"{table}.")] or keys
 
 
 def _plain(word: str) -> str:

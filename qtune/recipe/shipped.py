@@ -22,8 +22,10 @@ def shipped_rows(name: str) -> Path:
     return next(iter(shipped_recipes().values())).parent / "data" / f"{name}.jsonl"
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, verb: str = "run") -> Path:
     """The recipe file that `name` means: a path, or the name of a recipe that comes with qtune.
+
+    verb: that asks, for the commands that an error names.
 
     Raises:
         RecipeError: there is neither.
@@ -36,9 +38,7 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     if (path / "resolved.toml").is_file():
-        goes_on, anew = shlex.join(["qtune", "run", "--resume", name]), shlex.quote(str(path / "resolved.toml"))
-        ways = f"{goes_on} goes on with it, qtune run {anew} begins anew"
-        raise RecipeError(Problem(name, f"is a run's folder, not a recipe: {ways}"))
+        raise RecipeError(Problem(name, f"is a run's folder, not a recipe: {_ways_with_run(path, verb)}"))
     if path.is_dir():
         inside = ", ".join(sorted(str(file) for file in path.glob("*.toml"))[:5])
         raise RecipeError(Problem(name, f"is a folder, not a recipe{f'; it holds {inside}' if inside else ''}"))
@@ -46,6 +46,20 @@ def find_recipe(name: str) -> Path:
     near = did_you_mean(path.stem, shipped)
     meant = meant_file(name) or (f"; {near}" if near else f" {known}")
     raise RecipeError(Problem(name, f"no such file, nor a recipe that comes with qtune{meant}"))
+
+
+def _ways_with_run(run: Path, verb: str) -> str:
+    """The commands for who has named a run where a recipe is wanted."""
+    recipe = str(run / "resolved.toml")
+    if verb != "run":
+        return f"its recipe is meant by: {shlex.join(['qtune', verb, recipe])}"
+    anew = f"{shlex.join(['qtune', 'run', recipe])} begins anew"
+    if not (run / "adapter" / "adapter_config.json").is_file():
+        return f"{shlex.join(['qtune', 'run', '--resume', str(run)])} goes on with it, {anew}"
+    if not (run / "adapter" / "trained_state.safetensors").is_file():
+        return f"it has ended; {anew}"
+    goes_on = shlex.join(["qtune", "run", recipe, "--set", f"adapter.start_from={run}"])
+    return f"it has ended; {goes_on} goes on from its adapter in a new run, {anew}"
 
 
 def _refuse_rows(path: Path) -> None:

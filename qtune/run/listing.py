@@ -45,7 +45,7 @@ def list_runs(directory: Path) -> list[ListedRun]:
         RunError: there is no such folder.
     """
     if not directory.is_dir():
-        raise RunError(Problem(str(directory), "no such folder"))
+        raise RunError(Problem(str(directory), "is a file, no folder" if directory.exists() else "no such folder"))
     runs = [RunDir(file.parent) for file in directory.glob("*/resolved.toml")]
     listed = [one for run in runs if (one := _listed(run)) is not None]
     return sorted(listed, key=lambda one: (-one.changed, one.name))

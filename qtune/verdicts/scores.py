@@ -179,5 +179,7 @@ MOST_NATS = 100.0
 
 
 def _ratio(fall: Fall | None) -> str:
-    """By how much perplexity is divided: the exponential of the loss's fall."""
+    """By how much perplexity is divided, or multiplied: the exponential of the loss's fall, or of its rise."""
+    if fall is not None and fall.mean < 0:
+        return f"× {_exp(-fall.mean)} ({_exp(-fall.high)} to {_exp(-fall.low)})"
     return "" if fall is None else f"÷ {_exp(fall.mean)} ({_exp(fall.low)} to {_exp(fall.high)})"
