@@ -344,7 +344,7 @@ def test_figures_are_written_as_eval_writes_them_and_it_is_said_which_sign_is_ba
     said = explanation(compare([first, soft]))
     assert "against the first: of the loss, − is better; of answers, in points, + is better; ~: the interval" in said[1]
     assert said[-1].endswith("about none of the rows: + is worse than the base, − is better")
-    assert "; qtune eval computes those of its one run without drawing, which differ" in said[0]
+    assert "; those of an evaluation, of one run, are computed without drawing and differ" in said[0]
     alone = explanation(compare([first, replace(first, seed=2)]))
     assert not [one for one in alone if one.startswith("against the first")]
 
