@@ -344,8 +344,8 @@ def explanation(comparison: SideBySide) -> list[str]:
     several = any(len(set(line.seeds)) > 1 for line in comparison.lines)
     drawn_again = "rows and runs" if several else "rows"
     said = [
-        f"in brackets: 95 % intervals, by drawing {drawn_again} again; those of an evaluation, of one run, are computed "
-        "without drawing and differ a little"
+        f"in brackets: 95 % intervals, by drawing {drawn_again} again; those of an evaluation, of one run, are "
+        "computed without drawing and differ a little"
     ]
     if len(comparison.lines) > 1:
         points = "" if comparison.answers_name is None or comparison.are_free else ", in points"
