@@ -149,7 +149,7 @@ def test_the_validation_loss_is_of_the_rows_that_the_verdict_judges_and_which_th
     )
     several = spread_text([summary_of(run), summary_of(run)])
     assert "\nvalidation loss of rows that training has not seen: mean 1.2500, standard deviation" in several
-    assert f"\n  {run.path.name}: " in several
+    assert f"\n  {run.name}: " in several
 
 
 FALLING = tuple(trained(step, 3.0 - 0.1 * step, step) for step in range(1, 21))

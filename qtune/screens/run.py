@@ -42,7 +42,7 @@ def spread_text(summaries: "Sequence[Summary]") -> str:
     of_all = {name: losses for name, losses in measured.items() if len(losses) == len(summaries)}
     for at, one in enumerate(summaries):
         each = ", ".join(f"{name.removesuffix(of_rows)} {losses[at]:.4f}" for name, losses in of_all.items())
-        lines.append(f"  {one.run_dir.path.name}: {each or 'no loss was logged'}")
+        lines.append(f"  {one.run_dir.name}: {each or 'no loss was logged'}")
     for name, losses in of_all.items():
         lines.append(f"{name}: mean {fmean(losses):.4f}, standard deviation over seeds {stdev(losses):.4f}")
     lines.append(f"  {shlex.join(['qtune', 'compare', *(str(one.run_dir.path) for one in summaries)])}")
