@@ -156,6 +156,9 @@ def test_with_no_whole_checkpoint_left_there_is_one_clear_error(world: World) ->
     assert listed.resume is None
     assert listed.anew is not None
     assert text.endswith(listed.anew)
+    wanted = said(lambda: whole_adapter(world.stopped))
+    has_none = f"has no adapter, and no checkpoint is whole ({faults})"
+    assert wanted == f"{world.stopped.path}: {has_none}; train it again with: {listed.anew}"
     for state in states:  # of the right size, and something else
         state.write_bytes(bytes(len(content)))
     text = said(lambda: train.resume(world.stopped))

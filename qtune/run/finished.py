@@ -30,6 +30,8 @@ def whole_adapter(run_dir: RunDir) -> Path:
         raise RunError(Problem(str(run_dir.adapter), f"is not what was saved: {said}; {_saved_again(run_dir)}"))
     if not run_dir.is_finished and (owner := owner_of(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
+    if not run_dir.is_finished and (why := no_way_on(run_dir)) is not None:
+        raise RunError(Problem(str(run_dir.path), f"has no adapter, and {why}; {trained_again(run_dir)}"))
     folder = run_dir.finished_adapter()
     if (said := said_of_records(run_dir)) is not None:
         console.say(said)
