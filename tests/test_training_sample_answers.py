@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_the_report_shows_the_answers_over_time_and_equal_ones_once() -> None:
     assert "<h3>What is\nit?</h3>" in page
     rows = page[page.index("<tbody>") :]
     assert rows.index("the the…") < rows.index("&lt;b&gt;Tee&lt;/b&gt;") < rows.index("✓ Tea")
-    assert "<td>6 to 9</td><td>✓ Tea</td>" in rows
+    assert re.search(r"<td[^>]*>6 to 9</td><td[^>]*>✓ Tea</td>", rows)
     assert rows.count("✓ Tea") == 1
 
 
@@ -344,7 +345,7 @@ def test_rows_that_ask_the_same_stay_apart_in_the_report() -> None:
     same = [SampleAnswer(f"rows:{row}", "Go on", "Yes", f"answer of row {row}") for row in (1, 2)]
     page = answers_over_time([AnswersRecord(step, 4, 0.5, 1.0, tuple(same)) for step in (2, 4)])
     assert page.count("<h3>") == 2
-    assert page.count("<td>2 to 4</td>") == 2
+    assert len(re.findall(r"<td[^>]*>2 to 4</td>", page)) == 2
 
 
 def test_an_answer_that_ends_with_an_ellipsis_of_itself_was_not_cut() -> None:
