@@ -52,7 +52,7 @@ def test_a_verb_for_which_there_is_none_is_answered_with_how_it_is_done(verb: st
 
 def test_a_mistyped_verb_is_answered_with_the_nearest_and_any_other_with_all() -> None:
     assert "no such verb; did you mean 'export'?" in said("exprot")
-    assert "no such verb; the verbs: init, run, export" in said("xyzzy")
+    assert "no such verb; the verbs: init, run, eval" in said("xyzzy")
 
 
 def test_every_answer_is_a_verb_or_an_option_that_there_is() -> None:
