@@ -406,7 +406,8 @@ def test_processes_that_were_not_given_the_same_end_with_a_sentence(
     file = recipe("unlike")
     first, second = two(("run", file), ("run", file, *words), first=("", before))
     assert (first.ended(), second.ended()) == (2, 2)
-    assert f"error: {said}" in first.messages
+    place = rf"{re.escape(str(file))}:[0-9]+: " if words else ""
+    assert re.search(f"error: {place}{re.escape(said)}", first.messages)
     assert first.messages.count("error: ") == 1
     assert second.messages == ""
 
