@@ -633,9 +633,11 @@ def test_the_launcher_says_which_process_was_killed(recipe: Recipe, folder: Path
 
 
 def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(recipe: Recipe) -> None:
-    odd = launch("run", recipe("odd"), "--processes", "3")
+    file = recipe("odd")
+    (line,) = [at for at, text in enumerate(file.read_text().splitlines(), 1) if text.startswith("batch_size")]
+    odd = launch("run", file, "--processes", "3")
     assert odd.ended() == 2
     assert odd.messages == (
-        "error: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
+        f"error: {file}:{line}: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
         "could; or start 2 or 4 or 8 processes\n"
     )
