@@ -638,6 +638,6 @@ def test_a_number_of_processes_that_cannot_share_a_step_is_refused_at_once(recip
     odd = launch("run", file, "--processes", "3")
     assert odd.ended() == 2
     assert odd.messages == (
-        f"error: {file}:{line}: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 processes; 6 or 9 "
-        "could; or start 2 or 4 or 8 processes\n"
+        f"error: {file}:{line}: training.batch_size = 8: the rows of a step cannot be shared out evenly among 3 "
+        "processes; 6 or 9 could; or start 2 or 4 or 8 processes\n"
     )
