@@ -108,10 +108,9 @@ class SampleAnswers(TrainerCallback):
                 _shortened(question.request),
                 _shortened(question.expected),
                 _text(one, self),
-                is_cut=not one.is_whole,
-                is_late=one.is_late,
-                turns_before=other_turns(question.turns)[0],
-                turns_after=other_turns(question.turns)[1],
+                not one.is_whole,  # is_cut
+                one.is_late,
+                *other_turns(question.turns),
                 last_turn=_shortened(answered_turn(question.turns)),
             )
             for question, one in zip(asked, made, strict=True)

@@ -34,7 +34,7 @@ def said_of_gguf_files(folder: Path, run: Path) -> Iterator[str]:
             yield f"{file.name}: byte for byte what was written of the adapter; what it answers was not compared"
         else:
             yield f"{file.name}: {_UNKNOWN}"
-    for proof in read_proof(folder).gguf.values():
+    for proof in proofs.values():
         if not (folder / proof.file).exists():
             where = [] if folder.resolve() == (run / EXPORTED).resolve() else ["--output", str(folder)]
             command = shlex.join(["qtune", "export", str(run), *where, "--gguf", proof.kind])
