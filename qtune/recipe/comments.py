@@ -8,22 +8,15 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 from qtune.recipe.lines import toml_lines
-from qtune.recipe.schema import ADAPTERS, QUANTIZATIONS
+from qtune.recipe.schema import DEFAULT_KINDS, KINDS
 from qtune.recipe.text import show_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from qtune.recipe.schema import Recipe, Table
+    from qtune.recipe.schema import Recipe
 
 LINE_LENGTH = 118
 
 TITLE = re.compile(r"# (?P<adapter>[\w-]+) on (?P<base>.+), (?P<export>an export, )?whose weights stay (?P<how>.+)\.")
-_KINDS: dict[str, tuple[Mapping[str, type[Table]], str]] = {
-    "adapter": (ADAPTERS, "lora"),
-    "quantization": (QUANTIZATIONS, "nf4"),
-}
-"""By table: what each kind means, and the one that a recipe without a word of it has."""
 
 
 def title(adapter: str, base: str, quantization: str, *, is_export: bool = False) -> str:
@@ -35,8 +28,7 @@ def title(adapter: str, base: str, quantization: str, *, is_export: bool = False
 def about_kind(table: str, kind: str) -> list[str]:
     """The lines above `kind`: what the table does says more than what the word means; the other kinds are other
     tables."""
-    kinds, _ = _KINDS[table]
-    return comment_lines(f"{kinds[kind].__doc__} Kinds: {', '.join(kinds)}.")
+    return comment_lines(f"{KINDS[table][kind].__doc__} Kinds: {', '.join(KINDS[table])}.")
 
 
 def comment_lines(text: str) -> list[str]:
@@ -56,7 +48,7 @@ def of_other_kinds(text: str, old: str, recipe: Recipe) -> str:
     if found is not None and (found["adapter"], found["base"]) == (was["adapter"], was["base"]):
         stays_export = found["export"] is not None and was["base"] == now["base"]
         lines[0] = title(now["adapter"], now["base"], now["quantization"], is_export=stays_export)
-    for table in _KINDS:
+    for table in KINDS:
         place = toml_lines("\n".join(lines)).get((table, "kind"))
         if place is not None and was[table] != now[table] and re.match(r"kind\s*=", lines[place - 1]):
             first = place - 1
@@ -71,5 +63,5 @@ def of_other_kinds(text: str, old: str, recipe: Recipe) -> str:
 
 
 def _values(recipe: dict[str, Any]) -> dict[str, str]:
-    kinds = {table: recipe.get(table, {}).get("kind", usual) for table, (_, usual) in _KINDS.items()}
+    kinds = {table: recipe.get(table, {}).get("kind", usual) for table, usual in DEFAULT_KINDS.items()}
     return {**kinds, "base": recipe["model"]["base"]}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
-from qtune.recipe.schema import ADAPTERS, QUANTIZATIONS, KeyPath, Recipe, Table
+from qtune.recipe.schema import KINDS, KeyPath, Recipe, Table
 
 TABLES = {
     "adapter": ("lora", "qlora", "peft", "lora_config", "peft_config", "prompt_tuning", "p_tuning"),
@@ -136,5 +136,4 @@ def _tables() -> Iterator[tuple[str, tuple[type[Table], ...]]]:
 
 def _kinds_with(table: str, key: str) -> list[str]:
     """The kinds of a table that have a key."""
-    kinds: dict[str, Mapping[str, type[Table]]] = {"adapter": ADAPTERS, "quantization": QUANTIZATIONS}
-    return [kind for kind, its in kinds.get(table, {}).items() if key in its.model_fields]
+    return [kind for kind, its in KINDS.get(table, {}).items() if key in its.model_fields]

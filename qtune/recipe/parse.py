@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from qtune.recipe.faults import Fault, Faulty, faults_of
 from qtune.recipe.rules import conflicts, conflicts_of_run
-from qtune.recipe.schema import ADAPTERS, DEFAULT_KINDS, QUANTIZATIONS, KeyPath, Recipe
+from qtune.recipe.schema import DEFAULT_KINDS, KINDS, KeyPath, Recipe
 from qtune.spelling import nearest
 
 
@@ -38,7 +38,7 @@ def _faults_beside_a_kind(tables: Mapping[str, Any], faults: Sequence[Fault]) ->
     """What else is wrong with tables whose kind is mistyped, by the kind that is meant: without one no key is known."""
     meant = {
         name: {**table, "kind": kind}
-        for name, kinds in (("quantization", QUANTIZATIONS), ("adapter", ADAPTERS))
+        for name, kinds in KINDS.items()
         if isinstance(table := tables.get(name), dict)
         and any(fault.path == (name, "kind") for fault in faults)
         and (kind := nearest(str(table["kind"]), kinds)) is not None

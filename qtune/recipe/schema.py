@@ -602,3 +602,5 @@ def kinds_of(table: type[Table]) -> tuple[str, ...]:
 QUANTIZATIONS: dict[str, type[Table]] = {kind: table for table in get_args(Quantization) for kind in kinds_of(table)}
 ADAPTERS: dict[str, type[AdapterTable]] = {kind: table for table in get_args(Adapter) for kind in kinds_of(table)}
 """The table that each kind means."""
+KINDS: dict[str, Mapping[str, type[Table]]] = {"adapter": ADAPTERS, "quantization": QUANTIZATIONS}
+"""Those of each table that has kinds."""
