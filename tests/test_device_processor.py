@@ -3,7 +3,7 @@
 import pytest
 
 from qtune.device import processor
-from qtune.device.processor import processor_name, value_of
+from qtune.device.processor import has_avx512, processor_name, value_of
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,11 @@ def test_a_processor_has_a_name_also_where_linux_says_none(monkeypatch: pytest.M
     monkeypatch.setattr(processor.platform, "processor", str)
     monkeypatch.setattr(processor.platform, "machine", lambda: "aarch64")
     assert processor_name() == "aarch64"
+
+
+def test_avx512_is_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, has in (("avx2 avx512f avx512bw", True), ("avx avx2 fma", False), ("avx512_vpopcntdq", False)):
+        monkeypatch.setattr(processor, "_cpuinfo", lambda flags=flags: f"vendor_id\t: A\nflags\t\t: {flags}\n")
+        assert has_avx512() is has
+    monkeypatch.setattr(processor, "_cpuinfo", str)
+    assert not has_avx512()

@@ -86,3 +86,14 @@ def test_tensors_without_storage_and_other_types_are_pytorchs(monkeypatch):
         fake = torch.empty(300, 400), torch.empty(400, 200)
         assert not on_cpu.takes(*fake)
         assert on_cpu.mm(*fake).shape == (300, 200)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("maker", "avx512", "faster"),
+    [("AuthenticAMD", True, True), ("AuthenticAMD", False, False), ("GenuineIntel", True, False), ("", False, False)],
+)
+def test_onednn_is_faster_only_where_mkl_leaves_avx512_unused(monkeypatch, maker, avx512, faster):
+    monkeypatch.setattr(on_cpu, "vendor", lambda: maker)
+    monkeypatch.setattr(on_cpu, "has_avx512", lambda: avx512)
+    assert on_cpu.is_faster.__wrapped__() is faster

@@ -360,3 +360,21 @@ def test_every_file_that_a_guide_names_is_there(document: str) -> None:
     named = named_files((PACKAGE.parent / document).read_text(encoding="utf-8"))
     assert named
     assert [name for name in named if not (PACKAGE / name).is_file()] == []
+
+
+def missing_tools(root: Path) -> list[str]:
+    """Tools and tests that the package, its tools or its documents name and that are not there."""
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *(root / "qtune").rglob("*.py"), *(root / "tools").iterdir()]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages if page.is_file()}
+    found = {page.name: re.findall(r"\b(?:tools|tests)/\w+\.\w+", text) for page, text in texts.items()}
+    named = {(page, name) for page, names in found.items() for name in names}
+    return sorted(f"{page}: {name}" for page, name in named if not (root / name).is_file())
+
+
+def test_every_tool_and_test_that_is_named_anywhere_is_there(house: Path) -> None:
+    assert missing_tools(PACKAGE.parent) == []
+    for name in ("qtune", "tools"):
+        (house / name).mkdir(exist_ok=True)
+    (house / "README.md").write_text("by `tools/here.sh`, then tools/gone.py")
+    (house / "tools" / "here.sh").write_text("see tests/test_gone.py")
+    assert missing_tools(house) == ["README.md: tools/gone.py", "here.sh: tests/test_gone.py"]

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import EVERYTHING
 from transformers import PreTrainedModel
 
@@ -101,9 +100,8 @@ def test_a_run_of_the_built_in_model_takes_the_traced_bytes(
     real_at_peak = found.measured["at_peak"]["alive"]
     for category, traced in found.prediction.peak.alive.items():
         # Where the loss is the fullest moment, oneDNN's products have a piece more there than a trace knows
-        # (`on_cpu.PIECE`): without dequantizing, and on a processor with AVX2 in every case.
-        has_piece = keep or torch.backends.cpu.get_cpu_capability() != "AVX512"
-        piece = 4 * PIECE if category == LOSS and has_piece else 16 * 1024
+        # (`on_cpu.PIECE`), where nothing is dequantized.
+        piece = 4 * PIECE if category == LOSS and keep else 16 * 1024
         assert traced == pytest.approx(real_at_peak[category], rel=0.01, abs=piece), category
     if keep:
         assert found.prediction.peak.alive[WORKSPACE] == 106_168_320 * 4  # the built-in model's linear layers

@@ -9,6 +9,11 @@ def vendor() -> str:
     return value_of(_cpuinfo(), "vendor_id")
 
 
+def has_avx512() -> bool:
+    """Whether an x86 processor multiplies 16 floats at a time."""
+    return "avx512f" in value_of(_cpuinfo(), "flags").split()
+
+
 def processor_name() -> str:
     """The model, or what the system calls its kind where it names none."""
     return value_of(_cpuinfo(), "model name") or platform.processor() or platform.machine()

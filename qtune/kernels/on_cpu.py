@@ -1,9 +1,11 @@
-"""Products of float32 matrices on a processor that is no Intel: by oneDNN, whatever PyTorch was built to use.
+"""Products of float32 matrices on a processor with AVX-512 that is no Intel: by oneDNN, whatever PyTorch would use.
 
 PyTorch's own float32 products are MKL's on x86, which leaves AVX-512 unused on other makers' processors: 100 GFLOP/s on
-one thread of an AMD EPYC (Zen 5) where oneDNN, which comes with PyTorch and multiplies its bfloat16, does 220, and 103
-beside 114 where both are held to AVX2 (`tools/bench_products.py`). Products of both are fp32 to rounding. Which one is
-taken is a property of the processor and of the shapes, never of a measurement: a run goes on bit for bit.
+one thread of an AMD EPYC (Zen 5) where oneDNN, which comes with PyTorch and multiplies its bfloat16, does 220. On a
+processor with AVX2 alone MKL's are the faster ones: an AMD EPYC (Zen 3) takes 0.89 of oneDNN's time for the products of
+the built-in model's step, on one thread, and 0.84 at a width of 2,048 (`tools/bench_products.py`). Products of both are
+fp32 to rounding. Which one is taken is a property of the processor and of the shapes, never of a measurement: a run
+goes on bit for bit.
 
 Tensors without storage, and every other type and device, are PyTorch's.
 """
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qtune.device.processor import vendor
+from qtune.device.processor import has_avx512, vendor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,8 +96,8 @@ def _is_dense(matrix: Tensor) -> bool:
 
 @functools.cache
 def is_faster() -> bool:
-    """Whether this is an x86 processor of another maker than MKL's, and PyTorch has oneDNN."""
-    return torch.backends.mkldnn.is_available() and vendor() not in ("", "GenuineIntel")
+    """Whether this is an x86 processor with AVX-512 of another maker than MKL's, and PyTorch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and vendor() not in ("", "GenuineIntel") and has_avx512()
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
