@@ -872,13 +872,14 @@ def _show_memory_alone(file: Path, changes: list[str]) -> None:
 
 @app.command(name="list", rich_help_panel="Runs")
 def list_all(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are.")] = RUNS,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs are, or one of them.")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs as JSON.")] = False,
 ) -> None:
-    """List the runs of a folder, the latest first: state, base, adapter, losses, size and age."""
+    """List the runs of a folder, or one run: state, base, adapter, losses, size and age, the latest first."""
     import time
     from dataclasses import asdict
 
+    from qtune.run.folder import RunDir
     from qtune.run.listing import list_runs
     from qtune.screens.listing import draw_runs
 
@@ -887,7 +888,8 @@ def list_all(
     if as_json:
         console.out_json([asdict(run) for run in runs])
     else:
-        console.out(draw_runs(runs, directory, time.time()))
+        is_run = RunDir(directory).resolved_file.is_file()
+        console.out(draw_runs(runs, directory.parent if is_run else directory, time.time()))
 
 
 @app.command(rich_help_panel="Runs")

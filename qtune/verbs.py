@@ -180,7 +180,8 @@ class Verbs(TyperGroup):
             return Problem(f"{name} {option}", f"no such option; {near}")
         if option is not None:
             asked = _options(command).get(option)
-            return Problem(f"{name} {option}", f"its value is missing: {_choices(asked) or _about(asked)}")
+            said = f"its value is missing: {_choices(asked) or _about(asked)}{_meant_export(option, words)}"
+            return Problem(f"{name} {option}", said)
         if (extra := re.search(r"unexpected extra arguments?(?:\(s\))? \((.*)\)", error.message)) is not None:
             meant = shlex.join(["qtune", *_meant_words(verb, words, extra[1])])
             return Problem(f"{name} {extra[1]}", f"one argument too many; did you mean: {meant}")
@@ -298,6 +299,14 @@ def _runs_here() -> str:
     from qtune.run.folder import runs_here  # it reads recipes, for which help need not wait
 
     return runs_here()
+
+
+def _meant_export(option: str, words: list[str]) -> str:
+    """The command that verifies the export inside of a run that is named where the export's folder is missing."""
+    if option != "--verify-only" or words[-1:] != [option]:
+        return ""
+    exported = [Path(word) / "model" for word in words if (Path(word) / "model").is_dir()]
+    return f"; did you mean: {shlex.join(['qtune', *words, str(exported[0])])}" if exported else ""
 
 
 def _is_no_value(word: str) -> bool:

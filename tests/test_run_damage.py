@@ -165,7 +165,7 @@ def test_with_no_whole_checkpoint_left_there_is_one_clear_error(world: World) ->
     assert f"{world.stopped.checkpoints}: no checkpoint is whole (2 are there); begin again with qtune run" in text
 
 
-@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json", "everything"])
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json", "everything", "the folder"])
 def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost: str, world: World) -> None:  # noqa: F811
     run = world.finished
     shutil.rmtree(run.checkpoints)
@@ -173,6 +173,8 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost
         for file in run.adapter.iterdir():
             if file.name not in ("adapter_config.json", manifest.NAME):
                 file.unlink()
+    elif lost == "the folder":
+        shutil.rmtree(run.adapter)
     else:
         (run.adapter / lost).unlink()
     before = run.metrics_file.read_bytes()
@@ -184,6 +186,18 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost
     assert (listed.resume, listed.anew) == (None, text.partition("again with: ")[2])
     if lost != "adapter_config.json":
         assert "no checkpoint is left; train it again with: " in said(lambda: whole_adapter(run))
+
+
+def test_a_run_whose_adapters_folder_is_gone_has_taken_its_steps_and_saves_it_again(world: World) -> None:  # noqa: F811
+    run = world.finished
+    trained = adapter_of(run)
+    shutil.rmtree(run.adapter)
+    (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
+    assert listed.state == "4 steps taken, but it has no adapter"
+    assert listed.resume is not None
+    train.resume(run)
+    again = adapter_of(run)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in again.items())
 
 
 def test_an_adapter_that_is_made_again_and_stopped_is_listed_where_it_stopped(world: World, capsys) -> None:  # noqa: F811

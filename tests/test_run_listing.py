@@ -236,12 +236,24 @@ def test_ages_are_in_the_largest_whole_unit(seconds: float, text: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_folder_of_one_run_lists_that_run(tmp_path: Path) -> None:
+    """It said that there were no runs in it."""
+    one = made(tmp_path, "one", trained(7, 3.0, 1))
+    made(tmp_path, "two")
+    assert [run.name for run in list_runs(one.path)] == ["one"]
+    listed = CliRunner().invoke(app, ["list", str(one.path)])
+    assert listed.exit_code == 0
+    assert "stopped at step 7 of 20" in listed.output
+    assert f"Runs in {tmp_path}\n" in listed.output.replace("\n\n", "\n")
+    assert "two" not in listed.output
+
+
 def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     made(tmp_path, "mine", trained(20, 1.25, 9))
     shown = run_qtune("list", tmp_path)
     assert shown.returncode == 0
     line = next(line for line in shown.stdout.splitlines() if line.startswith("mine"))
-    assert "step 20 of 20" in line
+    assert "20 steps taken, but it has no adapter; no checkpoint is left" in line
     assert "1.25 -> 1.25" in line
     (found,) = json.loads(run_qtune("list", tmp_path, "--json").stdout)
     assert (found["name"], found["loss_end"]) == ("mine", 1.25)

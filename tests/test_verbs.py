@@ -84,6 +84,13 @@ def test_an_option_with_choices_names_them_with_an_example(words: str, told: str
     assert told in said(*words.split())
 
 
+def test_a_run_that_is_to_be_verified_is_answered_with_its_export(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    told = said("export", str(tmp_path), "--verify-only")
+    assert told.endswith(f"; did you mean: qtune export {tmp_path} --verify-only {tmp_path / 'model'}")
+    assert "did you mean" not in said("export", str(tmp_path / "model"), "--verify-only")
+
+
 def test_every_option_of_a_closed_list_says_one_of_it_where_its_value_is_missing() -> None:
     for verb, command in typer.main.get_command(app).commands.items():
         for option in command.params:

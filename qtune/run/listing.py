@@ -39,14 +39,15 @@ class ListedRun:
 
 
 def list_runs(directory: Path) -> list[ListedRun]:
-    """The runs in a folder, the latest first; a damaged one is listed with what is wrong.
+    """The runs in a folder, the latest first, or the one that it is; a damaged one is listed with what is wrong.
 
     Raises:
         RunError: there is no such folder.
     """
     if not directory.is_dir():
         raise RunError(Problem(str(directory), "is a file, no folder" if directory.exists() else "no such folder"))
-    runs = [RunDir(file.parent) for file in directory.glob("*/resolved.toml")]
+    is_run = RunDir(directory).resolved_file.is_file()
+    runs = [RunDir(file.parent) for file in directory.glob("resolved.toml" if is_run else "*/resolved.toml")]
     listed = [one for run in runs if (one := _listed(run)) is not None]
     return sorted(listed, key=lambda one: (-one.changed, one.name))
 
@@ -109,6 +110,8 @@ def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bo
         return f"{owner.doing}, " + (f"step {reached:,}{total}" if reached else "before the first step"), False
     if not reached:
         return "stopped before the first step", True
+    if summary.is_at_its_end:
+        return f"{summary.steps_taken} taken, but it has no adapter", True
     kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
     return f"stopped at step {reached:,}{total}{kept}", True
 

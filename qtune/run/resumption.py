@@ -18,6 +18,7 @@ from qtune.run.folder import RunDir
 from qtune.run.history import identity_to_begin_with
 from qtune.run.identity import new_run_id
 from qtune.run.resolved import NAME, read_resolved, read_values
+from qtune.run.summary import summary_of
 
 BUDGET, MICRO_BATCH = ("memory", "budget"), ("training", "micro_batch_size")
 CHECKPOINTING = ("training", "gradient_checkpointing")
@@ -181,12 +182,16 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
 def no_way_on(run_dir: RunDir) -> str | None:
     """Why a run cannot go on, nor have its adapter made again, in words that follow its name; None where it can, as far
     as names and sizes of files tell. One that has saved nothing starts over, unless it has ended: then there were
-    steps, and records of them, that another run must not take the place of."""
+    steps, and records of them, that another run must not take the place of.
+
+    Raises:
+        RunError: those records are damaged.
+    """
     if usable_checkpoints(run_dir.checkpoints):
         return None
     saved = complete_checkpoints(run_dir.checkpoints)
     if not saved:
-        has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter)
+        has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter) or summary_of(run_dir).is_at_its_end
         return "no checkpoint is left" if has_ended else None
     faults = ", ".join(f"{one.name}: {manifest.lacks(one)}" for one in saved)
     return f"no checkpoint is whole ({faults})"

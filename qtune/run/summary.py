@@ -113,6 +113,11 @@ class Summary:
     """The step after which the run has ended, where it was to take more."""
 
     @property
+    def is_at_its_end(self) -> bool:
+        """Whether no step is left to take: what a run without an adapter that has come so far has lost is that."""
+        return self.ended_step is not None or 0 < self.steps <= self.step
+
+    @property
     def steps_taken(self) -> str:
         """Of a run that has ended, in words: "12 steps", or "2 of 12 steps"."""
         taken = "" if self.ended_step is None else f"{self.ended_step:,} of "
