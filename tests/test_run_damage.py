@@ -193,7 +193,7 @@ def test_a_run_whose_adapters_folder_is_gone_has_taken_its_steps_and_saves_it_ag
     trained = adapter_of(run)
     shutil.rmtree(run.adapter)
     (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
-    assert listed.state == "4 steps taken, but it has no adapter"
+    assert listed.state == "4 steps taken, no adapter"
     assert listed.resume is not None
     train.resume(run)
     again = adapter_of(run)

@@ -253,7 +253,7 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     shown = run_qtune("list", tmp_path)
     assert shown.returncode == 0
     line = next(line for line in shown.stdout.splitlines() if line.startswith("mine"))
-    assert "20 steps taken, but it has no adapter; no checkpoint is left" in line
+    assert "20 steps taken, no adapter; no checkpoint is left" in line
     assert "1.25 -> 1.25" in line
     (found,) = json.loads(run_qtune("list", tmp_path, "--json").stdout)
     assert (found["name"], found["loss_end"]) == ("mine", 1.25)

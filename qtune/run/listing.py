@@ -111,7 +111,7 @@ def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bo
     if not reached:
         return "stopped before the first step", True
     if summary.is_at_its_end:
-        return f"{summary.steps_taken} taken, but it has no adapter", True
+        return f"{summary.steps_taken} taken, no adapter", True
     kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
     return f"stopped at step {reached:,}{total}{kept}", True
 
