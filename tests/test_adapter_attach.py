@@ -266,16 +266,20 @@ def test_pissa_is_saved_for_the_original_base(tmp_path: Path) -> None:
 
 
 def test_a_target_that_the_model_does_not_have_is_an_error_of_the_input(tiny_model: Path) -> None:
-    message = rf"^adapter.target_modules: 'no_proj': no module of {tiny_model} is called so; did you mean 'o_proj'\?$"
+    message = r"^adapter.target_modules: 'no_proj': no module of the base is called so; did you mean 'o_proj'\?$"
     with pytest.raises(ModelError, match=message):
         attached(tiny_model, Lora(rank=2, target_modules=("no_proj",)))
+    with pytest.raises(
+        ModelError, match=r"its layers are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$"
+    ):
+        attached(tiny_model, Lora(rank=2, target_modules=("c_attn",)))
 
 
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
         (Lora(rank=2, target_modules=("q_proj", "gate_porj")), "did you mean 'gate_proj'?"),
-        (Lora(rank=2, target_modules=("self_attn.q_proj", "self_attn.w")), "this model's layers are q_proj, k_proj, "),
+        (Lora(rank=2, target_modules=("self_attn.q_proj", "self_attn.w")), "its layers are q_proj, k_proj, "),
         (IA3(kind="ia3", target_modules=("k_proj", "dwn_proj"), feedforward_modules=("dwn_proj",)), "'down_proj'?"),
         (IA3(kind="ia3", target_modules=("k_proj",), feedforward_modules=("down_proj",)), "not among target_modules"),
     ],

@@ -26,7 +26,7 @@ def attach_adapter(network: PreTrainedModel, adapter: Adapter, plan: Plan) -> Pe
         ModelError: the adapter does not fit this model (a target module that it does not have, for example).
     """
     name = network.config.name_or_path or type(network).__name__
-    if problems := list(unmatched_names(network, adapter, name)):
+    if problems := list(unmatched_names(network, adapter)):
         raise ModelError(problems)
     try:
         with warnings.catch_warnings():

@@ -183,7 +183,7 @@ def _costs(check: "Check") -> Iterator[RenderableType]:
 
 def _disk(disk: "Disk | None") -> str:
     if disk is None:
-        return "not known, no model can be built from its config.json alone"
+        return "not known, no model with this adapter can be built from its config.json alone"
     return (
         f"checkpoints {size_text(disk.checkpoints_bytes)}, a merged export {size_text(disk.export_bytes)}; "
         f"free {size_text(disk.free_bytes)}; the token cache holds {size_text(disk.cache_bytes)}"
