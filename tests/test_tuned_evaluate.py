@@ -514,6 +514,7 @@ def test_the_screen_shows_scores_and_the_wrong_answers_first(capsys):
         "tokens right                 40.0%   99.6%",
         "answers exactly right         0.0%   50.0%",
         "answers cut at their limit  1 of 2  0 of 2",
+        "changes are not told from noise: an interval takes 5 rows",
         "… behind an answer: the model was stopped before it had ended, at the length of the expected answer and "
         f"{EXTRA_TOKENS} tokens more, or at --max-new-tokens",
         "",

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from qtune.report import results
+from qtune.screens import evaluation as screen
 from qtune.tuned.evaluation import Comparison, Evaluation, RowLoss, Score
 from qtune.tuned.forgotten import Forgetting, PieceLoss
 from qtune.tuned.free_text import text_score
@@ -128,6 +130,18 @@ def test_older_evaluations_have_no_interval_of_their_losses() -> None:
     table = lines(replace(free_text(), row_losses=()))
     assert table["loss, nats per token"] == ("2.25", "0.750", "")
     assert table["perplexity"] == ("9.49", "2.12", "")
+
+
+def test_where_rows_are_too_few_for_an_interval_screen_and_page_say_so(capsys: pytest.CaptureFixture) -> None:
+    """The column was empty without a word."""
+    whole = free_text()
+    few = replace(whole, comparisons=whole.comparisons[:4], row_losses=whole.row_losses[:4], rows=4)
+    assert {change for *_, change in score_table(few)} == {""}
+    told = "changes are not told from noise: an interval takes 5 rows"
+    for evaluation, is_told in ((few, True), (whole, False)):
+        screen.show(evaluation)
+        assert (told in " ".join(capsys.readouterr().out.split())) is is_told
+        assert (told in str(results.evaluation(evaluation))) is is_told
 
 
 def test_a_perplexity_that_rises_is_multiplied() -> None:

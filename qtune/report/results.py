@@ -28,7 +28,7 @@ def evaluation(results: Evaluation) -> Html:
     more = [details(f"{len(answers) - SHOWN_ANSWERS} more", table(head, answers[SHOWN_ANSWERS:], class_="answers"))]
     return section(
         "Base against tuned",
-        paragraph("; ".join(filter(None, (asked, results.about_rows))) + "."),
+        paragraph("; ".join(filter(None, (asked, results.about_interval, results.about_rows))) + "."),
         table(SCORED, score_table(results), figures=(1, 2, 3), class_="scores"),
         *(
             [element("h3", title), *_alike(system), table(head, answers[:SHOWN_ANSWERS], class_="answers")]

@@ -22,10 +22,9 @@ def show(evaluation: "Evaluation", shown: int = 5) -> None:
     rows = f"{asked}, {evaluation.scored_tokens} scored tokens"
     scores = [list(line) for line in score_table(evaluation)]
     console.out(console.table(rows, ["", "base", "tuned", "change, 95 % interval"], scores, right=(1, 2, 3)))
-    if evaluation.about_rows:
-        console.out(evaluation.about_rows)
-    if evaluation.about_answers:
-        console.out(evaluation.about_answers)
+    for sentence in (evaluation.about_interval, evaluation.about_rows, evaluation.about_answers):
+        if sentence:
+            console.out(sentence)
     if evaluation.answers_cut:
         console.out(f"{evaluation.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if any_cut(evaluation):

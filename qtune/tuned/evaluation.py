@@ -145,6 +145,11 @@ class Evaluation:
         return bool(self.rows_trained_on) and not self.left_out
 
     @property
+    def about_interval(self) -> str:
+        """Why the changes have no interval, as a sentence without its stop; empty where they can have one."""
+        return "" if self.rows_judged >= FEWEST else f"changes are not told from noise: an interval takes {FEWEST} rows"
+
+    @property
     def about_rows(self) -> str:
         """Whether training has seen the rows, as a sentence without its stop; empty in files of older versions."""
         told = []
