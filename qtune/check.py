@@ -26,7 +26,7 @@ from qtune.errors import DataError, InputError, ModelError, Problem, TrainingErr
 from qtune.memory.forecast import Forecast
 from qtune.memory.measured.meter import Meter
 from qtune.memory.profile import Profile, profile
-from qtune.memory.ways_to_fit import Way, WaysToFit, ways_to_fit
+from qtune.memory.ways_to_fit import WaysToFit, ways_to_fit
 from qtune.model.geometry import load_geometry, shipped_geometry
 from qtune.plan import Plan
 from qtune.preflight import Disk, Preflight, examine
@@ -193,36 +193,13 @@ class Check:
             "batches": asdict(self.batches),
             "samples": [asdict(sample) for sample in self.samples],
             "disk": None if self.disk is None else asdict(self.disk),
-            "memory": self._memory_json(),
-            "ways_to_fit": None if self.ways is None else self._ways_json(self.ways),
+            "memory": {"untraced": self.memory} if isinstance(self.memory, str) else self.memory.figures(),
+            "ways_to_fit": None if self.ways is None else self.ways.to_json(),
             "time": None if self.time is None else self.time.to_json(),
             "step_seconds": self.step_seconds,
             "rehearsal": None if self.rehearsal is None else asdict(self.rehearsal),
         }
         return console.json_text(value)
-
-    @staticmethod
-    def _ways_json(ways: WaysToFit) -> dict[str, Any]:
-        """Each change alone, and what fits with the least loss of time; changes by the names of their keys."""
-
-        def plain_way(way: Way) -> dict[str, Any]:
-            changes = {".".join(map(str, key)): value for key, value in way.changes.items()}
-            needed = {"needed_bytes": way.need.total_bytes, "fits": way.is_enough, "pace": way.pace}
-            return {"changes": changes, "price": way.price, **needed}
-
-        return {
-            "single": [plain_way(way) for way in ways.single],
-            "best": None if ways.best is None else plain_way(ways.best),
-        }
-
-    def _memory_json(self) -> dict[str, Any]:
-        """Without the timeline, which is for pictures."""
-        if isinstance(self.memory, str):
-            return {"untraced": self.memory}
-        found = self.memory.to_json()
-        return {name: value for name, value in found.items() if name not in ("phases", "timeline")} | {
-            "fits": self.memory.fits
-        }
 
 
 def check(

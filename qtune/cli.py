@@ -25,6 +25,8 @@ from qtune.verbs import RUNS, Verbs
 if TYPE_CHECKING:
     from qtune.memory.fit import Fitted
     from qtune.memory.predict import Prediction
+    from qtune.memory.profile import Profile
+    from qtune.memory.ways_to_fit import WaysToFit
     from qtune.recipe.file import Resolved
     from qtune.recipe.schema import Recipe
     from qtune.run.folder import RunDir
@@ -978,6 +980,7 @@ def profile(
     timeline: Annotated[
         Path | None, typer.Option("--timeline", metavar="FILE", help="Draw one step's timeline: an .svg file.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
     trust: TrustOption = False,
 ) -> None:
     """Show the memory of a recipe, traced without a GPU; or what a run measured, beside its prediction.
@@ -1021,9 +1024,10 @@ def profile(
     if trust:
         _agree(of)
     if isinstance(of, RunDir):
-        name, prediction = _profile_run(of, savings=savings, explain=explain)
+        name, prediction = _profile_run(of, savings=savings, explain=explain, as_json=as_json)
     else:
-        name, prediction = _profile_recipe(of, (gpu, vram), processes, length, savings=savings, explain=explain)
+        shown = {"savings": savings, "explain": explain, "as_json": as_json}
+        name, prediction = _profile_recipe(of, (gpu, vram), processes, length, **shown)
     if timeline is not None and prediction is not None:
         write_timeline(prediction, f"{name}: one training step", timeline)
         console.say(f"timeline: {timeline}")
@@ -1037,7 +1041,7 @@ def _require_one_card(gpu: str | None, vram: str | None) -> None:
     require_known(gpu, vram)
 
 
-def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[str, Prediction | None]":
+def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool, as_json: bool) -> "tuple[str, Prediction | None]":
     """Shows what a run measured; its name, and what is traced for it."""
     from dataclasses import replace
 
@@ -1053,6 +1057,9 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
     _say_drifts(run_dir)
     with renewed_reports(run_dir), console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
+    if as_json:
+        _print_run_memory(run_dir)
+        return str(run_dir.path), measured.prediction
     verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
     summary = summary_of(run_dir)
     console.out(f"took {console.clock(summary.seconds)} for {summary.step:,} of {summary.steps:,} steps\n")
@@ -1060,6 +1067,21 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool) -> "tuple[s
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
     return str(run_dir.path), measured.prediction
+
+
+def _print_run_memory(run_dir: "RunDir") -> None:
+    """What is known of a run's memory and time, as JSON; without the timelines, which are for pictures."""
+    from dataclasses import asdict
+
+    from qtune.run.memory import measured_memory
+    from qtune.run.summary import summary_of
+
+    summary, known = summary_of(run_dir), asdict(measured_memory(run_dir))
+    for part in ("predicted", "traced"):
+        if known[part] is not None:
+            known[part] = {name: value for name, value in known[part].items() if name not in ("phases", "timeline")}
+    steps = {"seconds": summary.seconds, "step": summary.step, "steps": summary.steps}
+    console.out_json({"run": str(run_dir.path), **steps, "memory": known})
 
 
 def _profile_recipe(
@@ -1070,9 +1092,10 @@ def _profile_recipe(
     *,
     savings: bool,
     explain: bool,
+    as_json: bool,
 ) -> "tuple[str, Prediction]":
     """Shows what a recipe will need, on the card of --gpu or --vram; a name for its step, and the step."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from qtune.device import cards
     from qtune.memory import profile as stage
@@ -1090,25 +1113,44 @@ def _profile_recipe(
         profiled = stage.profile(resolved, device, length, bar.tell)
         recipe, plan, config = profiled.recipe, profiled.forecast.plan, load_geometry(resolved.recipe.model)
         time = time_of(config, recipe, profiled.forecast)
+    step = f"{recipe.model.base} on {plan.device.name}", profiled.forecast.prediction
+
+    def remedies() -> "WaysToFit | None":
+        if profiled.forecast.fits:
+            return None
+        with console.progress("tracing what would help") as bar:
+            return ways_to_fit(config, recipe, profiled.forecast, bar.tell)
+
+    def compared() -> "Profile":
+        if not (savings or explain):  # they take longer than the recipe's own step, which need not wait for them
+            return profiled
+        with console.progress("tracing what to compare with") as bar:
+            return stage.compared(profiled, savings=savings, explain=explain, tell=bar.tell)
+
+    problems = foreseen(recipe, config, plan)
+    if as_json:
+        ways = remedies()
+        rest = {
+            "ways_to_fit": None if ways is None else ways.to_json(),
+            "time": None if time is None else time.to_json(),
+        }
+        told = {"problems": [asdict(problem) for problem in problems]}
+        console.out_json({"recipe": str(resolved.file), **compared().to_json(), **rest, **told})
+        return step
     console.out(draw_answer(profiled, time))
     console.out("")
-    if not profiled.forecast.fits:
-        with console.progress("tracing what would help") as bar:
-            ways = ways_to_fit(config, recipe, profiled.forecast, bar.tell)
+    if (ways := remedies()) is not None:
         console.out(draw_ways(ways, profiled.forecast.budget_bytes, profiled.forecast.prediction.layers))
         console.out("")
-    console.out(draw_forecast(profiled, foreseen(recipe, config, plan)))
+    console.out(draw_forecast(profiled, problems))
     if time is not None:
         console.out("")
         console.out(draw_time(time))
-    if savings or explain:  # they take longer than the recipe's own step, which need not wait for them
-        rates = known_rates(plan.device)
-        timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
-        with console.progress("tracing what to compare with") as bar:
-            compared = stage.compared(profiled, savings=savings, explain=explain, tell=bar.tell)
-        for part in draw_savings(compared, cards.SIZES, timed):
-            console.out(part)
-    return f"{recipe.model.base} on {plan.device.name}", profiled.forecast.prediction
+    rates = known_rates(plan.device)
+    timed = None if rates is None else lambda prediction: step_duration(prediction, plan, rates).seconds
+    for part in draw_savings(compared(), cards.SIZES, timed):
+        console.out(part)
+    return step
 
 
 @app.command(rich_help_panel="Prepare")
@@ -1129,6 +1171,7 @@ def fit(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the changes as JSON.")] = False,
     trust: TrustOption = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
@@ -1144,7 +1187,7 @@ def fit(
     from qtune.whole import place_taken
 
     _require_one_card(gpu, vram)
-    others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
+    others = {"--output": output is not None, "--allow": bool(allow), "--force": force, "--json": as_json}
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
@@ -1171,7 +1214,7 @@ def fit(
         return
     with console.progress("tracing") as bar:
         fitted = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow), tell=bar.tell)
-    _show_fitted(resolved.recipe, fitted, length_is_allowed=bool(allow))
+    _show_fitted(resolved.recipe, fitted, length_is_allowed=bool(allow), as_json=as_json)
     if not fitted.fits:
         raise typer.Exit(1)
     if fitted.changes or output is not None:
@@ -1181,8 +1224,10 @@ def fit(
         console.say("nothing to change, so nothing is written")
 
 
-def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool) -> None:
+def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool, as_json: bool) -> None:
     """Shows how a search ended: the changes, the time of a step before and after them, what a run would refuse."""
+    from dataclasses import asdict
+
     from qtune.model.geometry import load_geometry
     from qtune.model.load import attention_rule
     from qtune.plan import make_plan
@@ -1192,13 +1237,20 @@ def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool)
     from qtune.screens.time import draw_steps
     from qtune.timing.forecast import step_of
 
-    console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
+    if not as_json:
+        console.out(draw_fit(fitted, recipe, length_is_allowed=length_is_allowed))
     config, ended = load_geometry(recipe.model), changed(recipe, fitted.changes)
     asked = make_plan(recipe, fitted.plan.device, attention_rule(config), fitted.rows.longest.most)
     steps = [step_of(config, recipe, asked, fitted.rows.longest)]
     steps += [step_of(config, ended, fitted.plan, fitted.longest)] if fitted.changes else []
+    refusals = foreseen(ended, config, fitted.plan)
+    if as_json:
+        before, after = (None if step is None else step.seconds for step in (steps[0], steps[-1]))
+        took = {"step_seconds_as_asked": before, "step_seconds": after}
+        console.out_json({**fitted.to_json(), **took, "problems": [asdict(problem) for problem in refusals]})
+        return
     console.out(draw_steps(steps))
-    if refusals := foreseen(ended, config, fitted.plan):
+    if refusals:
         console.out(refusals_text(refusals))
 
 

@@ -1,5 +1,6 @@
 """Fitting: the largest value that stays inside a budget, cards by name, and a recipe's text that keeps its comments."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -612,7 +613,22 @@ def test_a_file_that_is_there_is_replaced_only_by_force(write_recipe, fit_comman
     assert "# edited" not in beside.read_text()
 
 
-@pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"]])
+def test_the_changes_can_be_had_as_json_and_are_written_all_the_same(write_recipe, fit_command) -> None:
+    recipe = write_recipe(training="batch_size = 8\nmicro_batch_size = 8")
+    done = fit_command(recipe, 1480, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["changes"] == {"training.micro_batch_size": 1}
+    assert (found["fits"], found["budget_bytes"]) == (True, 1480 * MIB + DRIVER)
+    assert found["needed_bytes"] <= found["budget_bytes"]
+    assert found["problems"] == []
+    assert "micro_batch_size = 1" in recipe.with_suffix(".fit.toml").read_text()
+    refused = fit_command(recipe, 900, "--json", "--force")
+    assert refused.exit_code == 1
+    assert json.loads(refused.stdout)["fits"] is False
+
+
+@pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"], ["--json"]])
 def test_max_refuses_what_it_would_ignore(write_recipe, fit_command, options: list[str]) -> None:
     refused = fit_command(write_recipe(), 1480, "--max", "length", *options)
     assert refused.exit_code == 2

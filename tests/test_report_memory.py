@@ -27,7 +27,7 @@ from qtune.report.memory import _savings, memory
 from qtune.report.page import trace_memory, write_report
 from qtune.run.folder import RunDir
 from qtune.run.lock import LockedDevice, read_lock, write_lock
-from qtune.run.memory import RunMemory
+from qtune.run.memory import RunMemory, read_memory
 from qtune.sizes import GIB, saving_text, size_text
 from qtune.training import train
 
@@ -293,6 +293,25 @@ def test_a_profile_of_a_run_redraws_its_report_and_can_draw_its_timeline(a_run, 
     assert re.search(r"^took \d+:\d\d for \d+ of \d+ steps$", done.stdout, re.MULTILINE)
     assert "<polygon" in run_dir.report.read_text(encoding="utf-8")
     assert picture.read_text(encoding="utf-8").startswith("<svg ")
+
+
+@pytest.mark.slow
+def test_a_profile_can_be_had_as_json_of_a_run_and_of_a_recipe(a_run, tmp_path) -> None:
+    run_dir = copy_of(a_run, tmp_path)
+    done = run_qtune("profile", run_dir.path, "--no-savings", "--json")
+    assert done.returncode == 0, done.stderr
+    found, kept = json.loads(done.stdout), read_memory(run_dir)
+    assert kept is not None
+    assert found["run"] == str(run_dir.path)
+    assert found["memory"]["measured"]["peak_bytes"] == kept.measured["peak_bytes"]
+    assert found["memory"]["traced"]["needed_bytes"] == kept.traced["needed_bytes"]
+    assert "timeline" not in found["memory"]["traced"]
+    of_recipe = run_qtune("profile", run_dir.recipe_file, "--json", "--vram=1GiB", "--length=64")
+    assert of_recipe.returncode == 0, of_recipe.stderr
+    found = json.loads(of_recipe.stdout)
+    assert found["memory"]["needed_bytes"] > 0
+    assert "this recipe" in {way["name"] for way in found["ways"]}
+    assert (found["attribution"], found["ways_to_fit"] is None) == ([], found["memory"]["fits"])
 
 
 def test_a_run_is_not_planned_anew(a_run) -> None:

@@ -33,7 +33,7 @@ from qtune.model.geometry import load_geometry
 from qtune.model.load import attention_rule
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
-from qtune.recipe.text import rewritten
+from qtune.recipe.text import plain_changes, rewritten
 from qtune.run.resolved import text_for
 from qtune.sizes import MIB, gib_text
 
@@ -86,6 +86,18 @@ class Fitted:
     def fits(self) -> bool:
         """Whether the recipe as it ended stays within the budget."""
         return self.need.fits(self.budget_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: what changes by the names of its keys, sizes in bytes."""
+        return {
+            "device": self.plan.device.name,
+            "fits": self.fits,
+            "needed_bytes": self.need.total_bytes,
+            "budget_bytes": self.budget_bytes,
+            "host_bytes": self.host_bytes,
+            "changes": plain_changes(self.changes),
+            "left_to_run": plain_changes(self.left),
+        }
 
 
 def fit(

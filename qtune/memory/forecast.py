@@ -61,6 +61,11 @@ class Forecast:
             **{name: plain[name] for name in ("peak", "by_phase", "need", "paged_bytes", "phases", "timeline")},
         }
 
+    def figures(self) -> dict[str, Any]:
+        """For other programs: without the timeline, which is for pictures, and with whether it fits."""
+        found = {name: value for name, value in self.to_json().items() if name not in ("phases", "timeline")}
+        return {**found, "fits": self.fits}
+
 
 def forecast(
     config: PretrainedConfig,

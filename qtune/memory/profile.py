@@ -42,6 +42,14 @@ class Profile:
     seconds: float | None = None
     """That the forecast took, with every step that was traced on the way; None where nobody looked at the clock."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, sizes in bytes."""
+        return {
+            "memory": self.forecast.figures(),
+            "ways": [variant.to_json() for variant in self.baselines],
+            "attribution": [variant.to_json() for variant in self.attribution],
+        }
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -16,7 +16,7 @@ from qtune.memory.kept_layers import CHECKPOINTING, Steps, fewest, pace_of, rate
 from qtune.memory.remedies import as_planned
 from qtune.plan import whole_parts
 from qtune.recipe.parse import changed
-from qtune.recipe.text import show_changes
+from qtune.recipe.text import plain_changes, show_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +59,11 @@ class Way:
             tables.setdefault(str(table), []).append(show_changes({tuple(key): value}))
         return "\n".join(line for table, keys in tables.items() for line in (f"[{table}]", *keys))
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the changes by the names of their keys."""
+        needed = {"needed_bytes": self.need.total_bytes, "fits": self.is_enough, "pace": self.pace}
+        return {"changes": plain_changes(self.changes), "price": self.price, **needed}
+
 
 @dataclass(frozen=True)
 class WaysToFit:
@@ -68,6 +73,13 @@ class WaysToFit:
     """Each change alone that saves anything, least harm first."""
     best: Way | None
     """What fits with the least loss of time; None where nothing does that leaves the rows alone."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: each change alone, and what fits."""
+        return {
+            "single": [way.to_json() for way in self.single],
+            "best": None if self.best is None else self.best.to_json(),
+        }
 
 
 def ways_to_fit(

@@ -81,6 +81,11 @@ def show_changes(changes: Mapping[KeyPath, Any]) -> str:
     return ", ".join(f"{'.'.join(map(str, key))} = {show_value(value)}" for key, value in changes.items())
 
 
+def plain_changes(changes: Mapping[KeyPath, Any]) -> dict[str, Any]:
+    """Values by the names of their keys, as "training.steps", for other programs."""
+    return {".".join(map(str, key)): value for key, value in changes.items()}
+
+
 def show_value(value: Any) -> str:
     """A value as TOML would write it."""
     if isinstance(value, bool):
