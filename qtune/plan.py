@@ -39,8 +39,9 @@ def why_others_take_less(names: Sequence[str], checkpointing: bool | int, kept: 
     if not names or not theirs:
         return None
     same = "does the same" if len(keys) == 1 else "do the same"
+    whose = f"{names[0]}: " if len(names) == 1 else f"{'; '.join(names)}: each "  # a name may have a comma of its own
     return (
-        f"{', '.join(names)}: {' and '.join(theirs)}, which takes less memory and more time; here "
+        f"{whose}{' and '.join(theirs)}, which takes less memory and more time; here "
         f"{' and '.join(here)}, for there is room. {' and '.join(keys)} {same}"
     )
 

@@ -265,6 +265,9 @@ def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
     said = "\n".join(explanation(twice))
     assert f"{first.run} and runs/again have one recipe and one seed: the same run over again" in said
     assert "SD" not in said + "".join("".join(row) for row in cells(twice)[1])
+    of_both = "time is the mean of a line's runs, memory the largest of their peaks"
+    assert of_both in said
+    assert of_both not in "\n".join(explanation(compare([first])))
     losses = [replace(row, tuned=row.tuned + 1) for row in second.evaluation.row_losses]
     worse = replace(second, evaluation=replace(second.evaluation, row_losses=tuple(losses)))
     three = compare([first, replace(first, run="runs/again"), worse])

@@ -387,7 +387,7 @@ def test_a_gguf_file_is_added_alone_to_a_verified_export(
     refuse_existing_output(exported, None, adapter_only=False, force=False, gguf="q8_0")
     assert export_run(exported, Options(gguf="q8_0")) == folder
     said = capsys.readouterr().err
-    assert f"{folder} is the verified export of this run; its GGUF file alone is added\n" in said
+    assert f"{folder} is the verified export of this run; llama.cpp's files alone are added\n" in said
     assert "llama-server" in said
     changed = {"verify.json", "manifest.json"}
     assert all((folder / name).read_bytes() == text for name, text in before.items() if name not in changed)
@@ -421,13 +421,13 @@ def test_a_gguf_file_is_added_to_nothing_that_is_not_the_verified_export_of_the_
 
     folder = exported.path / "model"
     assert refused(None, "--dtype", "--gguf") == (
-        f"--dtype: {folder} is a verified export, to which the GGUF file alone is added; --force exports it again"
+        f"--dtype: {folder} is a verified export, to which llama.cpp's files alone are added; --force exports it again"
     )
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "verify.json").unlink()
     assert refused(other) == (
-        f"{other}: is there already, and is no verified export of this run, to which a GGUF file alone could be added; "
+        f"{other}: is there already, and is no verified export of this run, to which a GGUF file could be added; "
         f"qtune export {exported.path} --verify-only {other} verifies it, --force replaces it"
     )
     weights = folder / "model.safetensors"

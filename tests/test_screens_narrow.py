@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from qtune.console import on_its_side, table
 from qtune.device.cards import described
 from qtune.device.present import Device
+from qtune.plan import why_others_take_less
 from qtune.run.listing import ListedRun
 from qtune.screens.listing import draw_runs
 from qtune.screens.memory import _of_it, _why_others_take_less
@@ -124,6 +125,10 @@ def test_a_way_that_takes_less_than_the_recipe_is_explained() -> None:
     assert said.startswith("TRL 1: computes every layer twice")
     assert "training.gradient_checkpointing = true" in said
     assert _why_others_take_less(profile(True)) is None  # type: ignore[arg-type]
+    # A name may have a comma of its own.
+    assert str(why_others_take_less(["lora, bf16", "TRL 1"], False, False)).startswith(
+        "lora, bf16; TRL 1: each computes"
+    )
     both = _why_others_take_less(profile(False, True))  # type: ignore[arg-type]
     assert both is not None
     assert "those of all layers stay dequantized" in both

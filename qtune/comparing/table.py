@@ -377,6 +377,8 @@ def explanation(comparison: SideBySide) -> list[str]:
         )
     if comparison.tasks_left_out is not None:
         said.append(comparison.tasks_left_out)
+    if any(len(line.runs) > 1 for line in comparison.lines):
+        said.append("time is the mean of a line's runs, memory the largest of their peaks")
     devices = {device for line in comparison.lines for device in line.devices}
     if len(devices) > 1:
         said.append(f"time and memory are of different devices: {', '.join(sorted(devices))}")

@@ -155,7 +155,7 @@ def _add_gguf(source: OpenedRun, folder: Path, kind: GgufType) -> None:
     if not proof.verified:
         message = f"is there already, and no GGUF file can be added: {proof.failures[0]}; --force exports it again"
         raise ExportError(f"{folder}: {message}")
-    console.say(f"{folder} is the verified export of this run; its GGUF file alone is added")
+    console.say(f"{folder} is the verified export of this run; llama.cpp's files alone are added")
     ids = open_soft_prompt(source).ids if source.recipe.adapter.export == "bake" else ()
     _write_gguf(source, folder, kind, rows_for(source), ids)
 

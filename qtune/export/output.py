@@ -48,14 +48,14 @@ def refuse_existing_output(
         return
     if not is_verified_export(run, folder):
         verifying = shlex.join(["qtune", "export", str(run.path), "--verify-only", str(folder)])
-        message = "is there already, and is no verified export of this run, to which a GGUF file alone could be added"
+        message = "is there already, and is no verified export of this run, to which a GGUF file could be added"
         raise InputError(Problem(str(folder), f"{message}; {verifying} verifies it, --force replaces it"))
     known = read_proof(folder).gguf.get(gguf)
     if known is not None and not known.failures and (folder / known.file).is_file():
         message = "is there already, and was verified; --force exports all of it again"
         raise InputError(Problem(str(folder / known.file), message))
     if made_with := [option for option in OF_THE_WHOLE if option in given]:
-        message = f"{folder} is a verified export, to which the GGUF file alone is added; --force exports it again"
+        message = f"{folder} is a verified export, to which llama.cpp's files alone are added; --force exports it again"
         raise InputError([Problem(option, message) for option in made_with])
 
 
