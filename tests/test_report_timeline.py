@@ -1,6 +1,7 @@
 """The timeline of a step: its areas told apart without colour, its labels in place."""
 
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -26,6 +27,18 @@ def prediction() -> Prediction:
 @pytest.fixture(scope="module")
 def picture(prediction: Prediction) -> Drawing:
     return timeline_drawing(Timeline.of(prediction), "a <step>")
+
+
+def test_in_a_page_a_drawing_has_the_pages_paper_and_ink_and_alone_its_own() -> None:
+    """In the dark it stood there as a white block."""
+    drawn = timeline_drawing(big(), "a large model")
+    alone, inside = svg(drawn), svg(drawn, alone=False)
+    assert "var(" not in alone
+    outside_of_hatches = re.sub(r"<defs>.*?</defs>", "", inside, flags=re.DOTALL)
+    for colour in (drawing.INK, drawing.DIM, drawing.FAINT, drawing.PAPER):
+        assert colour in alone
+        assert colour not in outside_of_hatches
+    assert set(re.findall(r"var\((--\w+)\)", inside)) == {"--ink", "--dim", "--faint", "--paper"}
 
 
 def test_phases_come_in_the_order_of_a_run_and_none_is_too_narrow_for_its_name(prediction: Prediction) -> None:

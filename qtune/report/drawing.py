@@ -9,6 +9,9 @@ from typing import Literal
 from qtune.errors import InputError, Problem
 
 INK, DIM, FAINT, PAPER = "#1b1f24", "#5b6570", "#d9dee4", "#ffffff"
+OF_PAGE = {INK: "var(--ink)", DIM: "var(--dim)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+"""What the page that a drawing stands in calls its own, which are others in the dark (`report.style`)."""
+
 CHARACTER = 0.6
 """Width of a character of a sans-serif font, as a share of its size; a little more than the mean of DejaVu Sans."""
 
@@ -119,8 +122,9 @@ _DASHES = {"solid": None, "dashed": "6 4", "dotted": "2 3"}
 def svg(drawing: Drawing, *, alone: bool = True) -> str:
     """The drawing as one SVG element: no script, no font, no style sheet.
 
-    alone: as a file of its own; inside HTML an SVG needs no namespace, and lies on paper that the page gives it.
+    alone: as a file of its own; inside HTML an SVG needs no namespace, and has the page's paper and ink.
     """
+    own: dict[str, str] = {} if alone else OF_PAGE
     hatched = [shape.look for shape in drawing.shapes if isinstance(shape, (Area, Box)) and shape.look.hatch]
     # An id is the same for the same look wherever it is drawn, so that pictures can share a page.
     ids = {look: f"hatch-{look.fill[1:]}-{look.hatch.encode().hex()}" for look in hatched}
@@ -132,7 +136,7 @@ def svg(drawing: Drawing, *, alone: bool = True) -> str:
             f"<title>{escape(drawing.title)}</title>",
             f"<defs>{''.join(_pattern(look, name) for look, name in ids.items())}</defs>",
             *([f'<rect width="{drawing.width}" height="{drawing.height}" style="fill:{PAPER}"/>'] if alone else []),
-            *(_svg_shape(shape, ids) for shape in drawing.shapes),
+            *(_svg_shape(shape, ids, own) for shape in drawing.shapes),
             "</svg>\n",
         ]
     )
@@ -150,32 +154,33 @@ def _pattern(look: Look, name: str) -> str:
     )
 
 
-def _svg_shape(shape: Shape, ids: dict[Look, str]) -> str:
-    """Colours stand in style attributes: the style sheet of a page must not change them."""
+def _svg_shape(shape: Shape, ids: dict[Look, str], own: dict[str, str]) -> str:
+    """Colours stand in style attributes: the style sheet of a page changes none but those that it has for `own`."""
+    ink = own.get(INK, INK)
 
     def fill(look: Look) -> str:
-        return f"fill:url(#{ids[look]})" if look.hatch else f"fill:{look.fill}"
+        return f"fill:url(#{ids[look]})" if look.hatch else f"fill:{own.get(look.fill, look.fill)}"
 
     match shape:
         case Area():
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in shape.points)
             told = f"<title>{escape(shape.name)}</title>"
             return (
-                f'<polygon points="{points}" style="{fill(shape.look)};stroke:{INK};stroke-width:0.5">{told}</polygon>'
+                f'<polygon points="{points}" style="{fill(shape.look)};stroke:{ink};stroke-width:0.5">{told}</polygon>'
             )
         case Box():
             place = f'x="{shape.x:.1f}" y="{shape.y:.1f}" width="{shape.width:.1f}" height="{shape.height:.1f}"'
-            frame = f"stroke:{INK};stroke-width:0.6" if shape.framed else "stroke:none"
+            frame = f"stroke:{ink};stroke-width:0.6" if shape.framed else "stroke:none"
             return f'<rect {place} style="{fill(shape.look)};{frame}"/>'
         case Line():
             place = f'x1="{shape.x1:.1f}" y1="{shape.y1:.1f}" x2="{shape.x2:.1f}" y2="{shape.y2:.1f}"'
             dash = f";stroke-dasharray:{_DASHES[shape.dash]}" if _DASHES[shape.dash] else ""
-            return f'<line {place} style="stroke:{shape.ink};stroke-width:{shape.width:g}{dash}"/>'
+            return f'<line {place} style="stroke:{own.get(shape.ink, shape.ink)};stroke-width:{shape.width:g}{dash}"/>'
         case Words():
-            weight = ";font-weight:bold" if shape.bold else ""
+            font = f"font-size:{shape.size:g}px{';font-weight:bold' if shape.bold else ''}"
             return (
                 f'<text x="{shape.x:.1f}" y="{shape.y:.1f}" text-anchor="{shape.anchor}" '
-                f'style="font-size:{shape.size:g}px;fill:{shape.ink}{weight}">{escape(shape.text)}</text>'
+                f'style="{font};fill:{own.get(shape.ink, shape.ink)}">{escape(shape.text)}</text>'
             )
 
 

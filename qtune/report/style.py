@@ -57,7 +57,6 @@ svg.key { width: 30px; height: 12px; margin-right: .3rem; } .bar svg { width: 10
     linear-gradient(to left, var(--paper) 50%, var(--none)) right / 2.4rem 100% no-repeat local,
     linear-gradient(to right, var(--edge) 2px, var(--shade) 2px, var(--none)) left / 1.1rem 100% no-repeat scroll,
     linear-gradient(to left, var(--edge) 2px, var(--shade) 2px, var(--none)) right / 1.1rem 100% no-repeat scroll; }
-figure.wide { --paper: #fff; --edge: #5b6570; --shade: #1b1f2440; --none: #fff0; background-color: #fff; }
  table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0;
   border-bottom: 1px solid var(--faint); }
