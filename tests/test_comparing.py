@@ -213,12 +213,12 @@ def test_a_base_is_asked_the_same_once_for_all_runs_on_it(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("base model", "tuned model"))]
     base = resolved_recipe(RunDir(copied)).model.base
     assert [line for line in said if not line.endswith("%")] == [
-        f"base model of {copied}, 5 rows …",
-        f"tuned model of {copied}, 5 rows …",
+        f"base model of {copied}, 5 rows to score, 5 to answer …",
+        f"tuned model of {copied}, 5 rows to score, 5 to answer …",
         "base model, text about none of the rows …",
         f"tuned model, what {copied} has forgotten …",
         f"base model: {base} was asked the same before",
-        f"tuned model of {enough[1]}, 5 rows …",
+        f"tuned model of {enough[1]}, 5 rows to score, 5 to answer …",
         f"base model: {base} was asked the same before",
         f"tuned model, what {enough[1]} has forgotten …",
     ]

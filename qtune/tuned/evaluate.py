@@ -132,8 +132,9 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[tuple[str, bool]]]:
         which = "" if bases is None else f" of {run_dir.path}"
-        rows_twice = console.progress(f"{name} model{which}, {len(examples)} rows", 2 * len(examples))
-        with one_sentence(SHORTER), rows_twice as shown, training_autocast(run.plan):
+        work = f"{len(examples)} rows to score, {len(questions)} to answer"
+        rows = console.progress(f"{name} model{which}, {work}", len(examples) + len(questions))
+        with one_sentence(SHORTER), rows as shown, training_autocast(run.plan):
             losses, right_tokens = [0.0] * len(examples), 0
             for numbers in filter(None, (others, judged)):  # apart, for what is right is only counted for a batch
                 found, right_tokens = row_losses(model, examples.select(numbers), ends.pad, shown)
