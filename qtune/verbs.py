@@ -176,6 +176,8 @@ class Verbs(TyperGroup):
             known = [one for one in _options(command) if one.startswith("--")]
             if (meant := OTHER_NAMES.get(option)) in known:
                 return Problem(f"{name} {option}", f"no such option; did you mean {meant!r}?")
+            if "--set" in known and (key := _as_key(option, words)) is not None:
+                return Problem(f"{name} {option}", f"no option, but a key of the recipe: {key}")
             near = did_you_mean(option, error.possibilities or (), f"its options: {', '.join(known)}", most=2)
             return Problem(f"{name} {option}", f"no such option; {near}")
         if option is not None:
@@ -204,7 +206,7 @@ class Verbs(TyperGroup):
         for at, word in enumerate(words):
             if word == "--":
                 return
-            option, _, value = word.partition("=")
+            option = word.partition("=")[0]
             before = own.get(words[at - 1]) if at else None
             is_value = before is not None and not before.is_flag
             if not option.startswith("--") or option in own or is_value:
@@ -213,9 +215,8 @@ class Verbs(TyperGroup):
             if not others:
                 continue
             told = f"belongs to {' and '.join(f'qtune {verb}' for verb in others)}"
-            if option == "--vram" and "--set" in own:
-                size = value or next(iter(words[at + 1 :]), "SIZE")
-                told += f"; what qtune {name} may spend is set with: --set memory.budget={size}"
+            if "--set" in own and (key := _as_key(option, words)) is not None:
+                told += f"; qtune {name} has it in the recipe: {key}"
             raise InputError(Problem(f"qtune {name} {option}", told))
 
 
@@ -276,6 +277,18 @@ def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
         if option in names:
             return value if is_joined else next(iter(words[at + 1 :]), None)
     return None
+
+
+def _as_key(option: str, words: Sequence[str]) -> str | None:
+    """The --set for an option that the recipe has as a key, by our name or another tool's; None for any other. A value
+    that another tool's option was given may mean something else here, but a size is a size."""
+    from qtune.recipe.meant_keys import keys_meant  # it has the whole schema, for which help need not wait
+
+    name = option.lstrip("-").replace("-", "_")
+    keys, value = keys_meant(name), _value_of([option], words)
+    is_ours = option == "--vram" or any(key.endswith(f".{name}") for key in keys)
+    given = value if is_ours and value is not None and not value.startswith("-") else "VALUE"
+    return " or ".join(shlex.join(["--set", f"{key}={given}"]) for key in keys) or None
 
 
 def _plain(message: str) -> str:

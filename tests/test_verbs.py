@@ -84,6 +84,29 @@ def test_an_option_with_choices_names_them_with_an_example(words: str, told: str
     assert told in said(*words.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "run quickstart --epochs=3",
+            "qtune run --epochs: no option, but a key of the recipe: --set training.epochs=3",
+        ),
+        ("run quickstart --learning-rate 3e-4", "--learning-rate: no option, but a key of the recipe: --set training."),
+        ("check x.toml --lr 3e-4", "--lr: no option, but a key of the recipe: --set training.learning_rate=VALUE"),
+        # Theirs counts micro-batches, ours rows: its value would be wrong.
+        ("run x.toml --gradient-accumulation-steps 4", "a key of the recipe: --set training.micro_batch_size=VALUE"),
+        (
+            "fit x.toml --base y",
+            "belongs to qtune init and qtune export; qtune fit has it in the recipe: --set model.base",
+        ),
+        ("chat runs/x --epochs 3", "qtune chat --epochs: no such option; "),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_recipe_is_answered_with_it(words: str, told: str) -> None:
+    """--epochs was taken for --processes."""
+    assert told in said(*words.split())
+
+
 def test_a_run_that_is_to_be_verified_is_answered_with_its_export(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     told = said("export", str(tmp_path), "--verify-only")
