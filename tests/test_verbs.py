@@ -95,10 +95,6 @@ def test_an_option_with_choices_names_them_with_an_example(words: str, told: str
         ("check x.toml --lr 3e-4", "--lr: no option, but a key of the recipe: --set training.learning_rate=VALUE"),
         # Theirs counts micro-batches, ours rows: its value would be wrong.
         ("run x.toml --gradient-accumulation-steps 4", "a key of the recipe: --set training.micro_batch_size=VALUE"),
-        (
-            "fit x.toml --base y",
-            "belongs to qtune init and qtune export; qtune fit has it in the recipe: --set model.base",
-        ),
         ("chat runs/x --epochs 3", "qtune chat --epochs: no such option; "),
     ],
 )
