@@ -184,6 +184,19 @@ def test_eval_json_holds_what_was_returned(tmp_path, tiny_model):
     assert [one.place for one in evaluation.comparisons] == ["test.jsonl:1", "test.jsonl:3", "test.jsonl:6"]
 
 
+def test_where_fewer_rows_take_the_place_of_more_that_is_said(tmp_path, tiny_model, capsys):
+    run_dir = make_run(tmp_path, tiny_model)
+    told = f"{run_dir.eval_file} had 3 rows, and has 2 from now on"
+    for rows, is_told in ((3, False), (3, False), (2, True), (3, False)):
+        evaluate(run_dir, rows=rows)
+        assert (told in capsys.readouterr().err) is is_told
+    assert json.loads(run_dir.eval_file.read_text())["rows"] == 3
+    evaluate(run_dir, rows=2, replaces_larger=False)
+    assert f"not kept: {run_dir.eval_file} has more rows, 3" in capsys.readouterr().err
+    run_dir.eval_file.write_text("{")
+    assert evaluate(run_dir, rows=2).rows == json.loads(run_dir.eval_file.read_text())["rows"] == 2
+
+
 def test_rows_are_spread_evenly():
     assert spread(8, 3) == [0, 2, 5]
     assert spread(3, 100) == [0, 1, 2]

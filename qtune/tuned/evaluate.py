@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from qtune.data.held_out import held_out_rows, spread
 from qtune.data.masks import IGNORED
 from qtune.device.present import one_sentence
 from qtune.disk import refusal_of
-from qtune.errors import DataError, Problem, WorkError, first_line
+from qtune.errors import DataError, Problem, RunError, WorkError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
 from qtune.run.finished import whole_adapter
@@ -206,10 +207,12 @@ def evaluate(
         left_out=sum(is_left_out),
         seen_unknown=seen.unknown,
     )
-    kept = None if replaces_larger else read_evaluation(run_dir)
-    if kept is not None and kept.rows > evaluation.rows:
-        console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
-        return evaluation
+    with suppress(RunError):  # what is damaged is replaced
+        if (kept := read_evaluation(run_dir)) is not None and kept.rows > evaluation.rows:
+            if not replaces_larger:
+                console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
+                return evaluation
+            console.say(f"{run_dir.eval_file} had {kept.rows} rows, and has {evaluation.rows} from now on")
     try:
         run_dir.require_there()
         write_of_run(run_dir, run_dir.eval_file, evaluation)
