@@ -99,7 +99,7 @@ KEPT = {
     "swap": "what is written is written whole, the recipe last",
     "eval": "the run's folder keeps the last evaluation that came to its end",
     "compare": "what was measured of a run to its end is kept in its folder",
-    "export": "what stands under its name is whole, and its verify.json says whether it was compared",
+    "export": "what stands under its name, if anything, is whole, and its verify.json says whether it was compared",
     "report": "the last page that was drawn to its end stays",
 }
 RUNS = Path("runs")

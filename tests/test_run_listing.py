@@ -83,14 +83,19 @@ def test_a_finished_run_that_lost_a_file_of_its_adapter_says_which_and_how_to_sa
     assert found.state == f"finished, 20 steps, but of its adapter {lost} is missing"
     assert found.resume == f"qtune run --resume {run.path}"
     said = CliRunner().invoke(app, ["list", str(tmp_path)]).stdout
-    assert f"save the adapter again of done: qtune run --resume {run.path}" in said
+    assert f"save the adapter of done again: qtune run --resume {run.path}" in said
+    (run.path / "model").mkdir()  # that an export is there is no news to who has lost what would be exported
+    refused = CliRunner().invoke(app, ["export", str(run.path)])
+    wanted = f"{lost} is missing" if sealed else "adapter_config.json describes no adapter"
+    assert f"is not what was saved: {wanted}" in str(refused.exception)
+    assert "is there already" not in str(refused.exception)
     (run.adapter / lost).write_text("{} ")
     if sealed:
         assert list_runs(tmp_path)[0].lost == f"{lost} has 3 bytes, 2 were saved"
         shutil.rmtree(checkpoint)
         said = CliRunner().invoke(app, ["list", str(tmp_path)]).stdout
         assert "no checkpoint is left" in said
-        assert "save the adapter again" not in said
+        assert "save the adapter of" not in said
         assert f"train done again: qtune run {run.resolved_file}" in said
 
 

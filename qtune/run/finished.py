@@ -50,12 +50,13 @@ def _saved_again(run_dir: RunDir) -> str:
 
 
 def require_adapter(run_dir: RunDir) -> None:
-    """`whole_adapter`'s refusal of a run without an adapter, before anything heavy is imported; its bytes are not read.
+    """`whole_adapter`'s refusal of a run without an adapter, or of one that lacks a file, before anything heavy is
+    imported or another fault is told; its bytes are not read.
 
     Raises:
-        RunError: training has not ended.
+        RunError: training has not ended, or something of the adapter is lost.
     """
-    if not run_dir.is_finished:
+    if not run_dir.is_finished or adapter_lack(run_dir) is not None:
         whole_adapter(run_dir)
 
 

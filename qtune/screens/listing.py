@@ -44,7 +44,7 @@ def draw_runs(runs: "Sequence[ListedRun]", directory: Path, now: float) -> Rende
     title = f"Runs in {directory}" + (f", all on {shared}" if shared else "")
     drawn = table(title, columns, rows, right=range(len(columns) - len(figures), len(columns)))
     ways = [
-        f"{'go on with' if run.lost is None else 'save the adapter again of'} {run.name}: {run.resume}"
+        f"{f'go on with {run.name}' if run.lost is None else f'save the adapter of {run.name} again'}: {run.resume}"
         for run in runs
         if run.resume is not None
     ]
