@@ -25,6 +25,7 @@ from qtune.run.metrics import (
     read_metrics,
     records_then,
     require_records_of,
+    seconds_of,
 )
 from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
 
@@ -134,12 +135,23 @@ def test_lines_of_an_older_version_are_read_and_those_after_them_are_compared(fi
 
 
 def test_a_run_that_is_resumed_has_records_that_follow_each_other(file: Path) -> None:
-    append_metric(file, NoteRecord("goes on", 4.0))
+    """Those from the first later step on are gone: a note's 4 seconds were added to a run that began again at 0."""
+    for record in (NoteRecord("goes on", 4.0), NoteRecord("of its end", 4.5, diverged=True), NoteRecord("last", 5.0)):
+        append_metric(file, record)
     before = file.read_text().splitlines()
-    forget_after(file, 2)
-    assert file.read_text().splitlines()[:4] == before[:4]
-    kept = (*RECORDS[:4], NoteRecord("goes on", 4.0))
+    forget_after(file, 3)
+    kept = (*RECORDS[:5], NoteRecord("goes on", 4.0), NoteRecord("last", 5.0))
     assert read_metrics(file) == kept
+    assert file.read_text().splitlines()[:5] == before[:5]
+    forget_after(file, 2)
+    assert file.read_text().splitlines() == before[:4]
+    kept = RECORDS[:4]
+    assert read_metrics(file) == kept
+    assert seconds_of(kept) == 2.5
+    forget_after(file, 0)
+    assert read_metrics(file) == RECORDS[:1]
+    for record in RECORDS[1:4]:
+        append_metric(file, record)
     for record in RECORDS[4:]:
         append_metric(file, record)
     assert read_metrics(file) == (*kept, *RECORDS[4:])

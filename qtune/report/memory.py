@@ -83,7 +83,9 @@ def _parts(record: RunMemory, resumed: int) -> list[Html]:
         return []
     some = "" if told == parts else f", and {told} of them {'has' if told == 1 else 'have'} left figures"
     of_all = (
-        "The seconds and the highest of all parts are theirs together, the rest" if told > 1 else "What stands here"
+        "The seconds are of all parts, of steps that were taken again too, and the highest of all parts; the rest"
+        if told > 1
+        else "What stands here"
     )
     return [
         paragraph(f"The run was trained in {parts} parts{some}. {of_all} is of {'the last' if told > 1 else 'it'}.")

@@ -269,7 +269,8 @@ def read_metrics(file: Path) -> tuple[Metric, ...]:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Removes the records of later steps, which a resumed run will take again, and what it was to end with.
+    """Removes the records of later steps, which a resumed run will take again, all that was noted from then on, whose
+    seconds and words would be of steps that were never taken, and what it was to end with.
 
     Raises:
         RunError: as `read_metrics`.
@@ -280,16 +281,18 @@ def forget_after(file: Path, step: int) -> None:
     numbered = _numbered(file)
     follows = first_run_id(file) or ""
     for line, record in numbered:
-        if _is_until(record, step):
+        if not isinstance(record, NoteRecord) and record.step > step:
+            break
+        if _is_kept(record, step):
             kept.append(_moved(line, follows))
             follows = _checksum_in(kept[-1]) or ""
     write_text(file, "".join(f"{line}\n" for line in kept))
 
 
-def _is_until(record: Metric, step: int) -> bool:
-    """Whether a record is of a run that goes on from a step."""
+def _is_kept(record: Metric, step: int) -> bool:
+    """Whether a record before all later steps is of a run that goes on from a step."""
     if not isinstance(record, NoteRecord):
-        return record.step <= step
+        return True
     is_of_end = record.adapter_step is not None or record.diverged
     return not is_of_end and (record.ended_step is None or record.ended_step <= step)
 
