@@ -178,7 +178,8 @@ def test_an_export_that_is_there_is_refused_before_anything_heavy_is_imported(
     made: str, options: list[str], stopped: Path
 ) -> None:
     (stopped / "adapter").mkdir()
-    (stopped / "adapter" / "adapter_config.json").touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (stopped / "adapter" / name).touch()
     there = stopped / made
     there.mkdir()
     given = [str(there) if word == made else word for word in options]
@@ -459,7 +460,8 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     folder.mkdir(parents=True)
     (tmp_path / "run" / "resolved.toml").write_text(write_recipe().read_text())
     (tmp_path / "run" / "adapter").mkdir()
-    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "run" / "adapter" / name).touch()
     agreed: list[Path] = []
     monkeypatch.setattr(cli, "_agree", lambda run_dir: agreed.append(run_dir.path))
     monkeypatch.setattr(stage, "verify_only", lambda folder, run, *_, **__: run.path)

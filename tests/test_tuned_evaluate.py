@@ -495,6 +495,24 @@ def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):
     assert str(caught.value) == "data.validation: the recipe sets no rows aside; name some with --data FILE"
 
 
+@pytest.mark.parametrize("held_out", ['test = "test.jsonl"', "validation = 0.25"])
+def test_rows_that_are_gone_are_named_with_the_way_to_ask_others(tmp_path, tiny_model, held_out):
+    run_dir = make_run(tmp_path, tiny_model, held_out=held_out)
+    file = tmp_path / ("test.jsonl" if "test" in held_out else "train.jsonl")
+    file.rename(tmp_path / "moved.jsonl")
+    for ask in (lambda: evaluate(run_dir), lambda: stage.asked_rows(run_dir, rows=2)):
+        with pytest.raises(DataError) as caught:
+            ask()
+        lost, way = map(str, caught.value.problems)
+        assert lost.endswith(f"{file.name}: no such file")
+        assert way == (
+            f"{tmp_path}: its held-out rows are read from there; put them back, or name others with --data FILE"
+        )
+    with pytest.raises(DataError) as caught:
+        evaluate(run_dir, data_file=tmp_path / "none.jsonl")
+    assert len(caught.value.problems) == 1
+
+
 def test_an_unfinished_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "load_untuned", lambda _: pytest.fail("loaded"))
     with pytest.raises(RunError, match="has no adapter yet"):

@@ -59,8 +59,8 @@ def data_files(pattern: str, folder: Path, split: str = "train") -> list[DataFil
     else:
         files = [_data_file(path, _shown(path, folder)) for path in _glob(base) if path.is_file()]
     if not files:
-        what = "a folder without data files" if base.is_dir() else "no such file"
-        raise DataError(Problem(pattern, f"{what}; known kinds: {_known_kinds()}"))
+        kinds = f"a folder without data files; known kinds: {_known_kinds()}"
+        raise DataError(Problem(pattern, kinds if base.is_dir() else "no such file"))
     problems = [Problem(file.name, problem) for file in files if (problem := _disguise(file))]
     if problems:
         raise DataError(problems)

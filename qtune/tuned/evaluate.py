@@ -94,7 +94,7 @@ def evaluate(
     whole_adapter(run_dir)
     run = load_untuned(run_dir, accepted=accepted, parts=_parts(resolved_recipe(run_dir), data_file))
     written, folder = as_written(run_dir, run.recipe)
-    source, held_out = held_out_rows(written, run.tokenizer, folder, data_file)
+    source, held_out = _held_out(run_dir, written, run.tokenizer, folder, data_file)
     examples = held_out.select(spread(len(held_out), rows))
     for row in examples:
         require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
@@ -233,10 +233,23 @@ def asked_rows(
     parts = _parts(resolved_recipe(run_dir), data_file)
     recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)
     written, folder = as_written(run_dir, recipe)
-    _, held_out = held_out_rows(written, tokenizer, folder, data_file)
+    _, held_out = _held_out(run_dir, written, tokenizer, folder, data_file)
     chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "labels", "scored"])
     tokens = _predicted(chosen)
     return [(content_of(text), count) for text, count in zip(chosen["conversation"], tokens, strict=True) if count]
+
+
+def _held_out(
+    run_dir: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, data_file: Path | None
+) -> tuple[str, Dataset]:
+    """The rows to ask; of a run whose files of rows are gone or others by now, the way to ask others is said."""
+    try:
+        return held_out_rows(recipe, tokenizer, folder, data_file)
+    except DataError as error:
+        if data_file is not None or all(problem.place == "data.validation" for problem in error.problems):
+            raise
+        way = "its held-out rows are read from there; put them back, or name others with --data FILE"
+        raise DataError([*error.problems, Problem(str(run_dir.path), way)]) from error
 
 
 def _predicted(examples: Dataset) -> list[int]:
