@@ -881,8 +881,7 @@ def list_all(
     import time
     from dataclasses import asdict
 
-    from qtune.run.folder import RunDir
-    from qtune.run.listing import list_runs
+    from qtune.run.listing import list_runs, listed_folder
     from qtune.screens.listing import draw_runs
 
     # Where nothing was trained yet there is no folder either; one that somebody names is there or misspelt.
@@ -890,8 +889,7 @@ def list_all(
     if as_json:
         console.out_json([asdict(run) for run in runs])
     else:
-        is_run = RunDir(directory).resolved_file.is_file()
-        console.out(draw_runs(runs, directory.parent if is_run else directory, time.time()))
+        console.out(draw_runs(runs, listed_folder(directory), time.time()))
 
 
 @app.command(rich_help_panel="Runs")
@@ -1048,6 +1046,7 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool, as_json: bo
     from qtune.memory.measured.failure_text import failure_text
     from qtune.memory.profile import trace_run
     from qtune.report.page import renewed_reports
+    from qtune.run.memory import measured_memory
     from qtune.run.summary import summary_of
     from qtune.screens import verdicts as verdicts_screen
     from qtune.screens.memory import draw_measured
@@ -1057,31 +1056,18 @@ def _profile_run(run_dir: "RunDir", *, savings: bool, explain: bool, as_json: bo
     _say_drifts(run_dir)
     with renewed_reports(run_dir), console.progress("tracing") as bar:
         measured = trace_run(run_dir, savings=savings, explain=explain, tell=bar.tell)
+    verdict, summary = replace(fits(read_facts(run_dir)), command=None), summary_of(run_dir)
     if as_json:
-        _print_run_memory(run_dir)
+        told = {"fits": verdict.answer, "standing": verdict.standing, "sentence": verdict.sentence}
+        steps = {"seconds": summary.seconds, "step": summary.step, "steps": summary.steps}
+        console.out_json({"run": str(run_dir.path), **told, **steps, "memory": measured_memory(run_dir).figures()})
         return str(run_dir.path), measured.prediction
-    verdicts_screen.show([replace(fits(read_facts(run_dir)), command=None)])
-    summary = summary_of(run_dir)
+    verdicts_screen.show([verdict])
     console.out(f"took {console.clock(summary.seconds)} for {summary.step:,} of {summary.steps:,} steps\n")
     console.out(draw_measured(measured))
     if measured.failure is not None:
         console.out(f"\n{failure_text(measured.failure)}")
     return str(run_dir.path), measured.prediction
-
-
-def _print_run_memory(run_dir: "RunDir") -> None:
-    """What is known of a run's memory and time, as JSON; without the timelines, which are for pictures."""
-    from dataclasses import asdict
-
-    from qtune.run.memory import measured_memory
-    from qtune.run.summary import summary_of
-
-    summary, known = summary_of(run_dir), asdict(measured_memory(run_dir))
-    for part in ("predicted", "traced"):
-        if known[part] is not None:
-            known[part] = {name: value for name, value in known[part].items() if name not in ("phases", "timeline")}
-    steps = {"seconds": summary.seconds, "step": summary.step, "steps": summary.steps}
-    console.out_json({"run": str(run_dir.path), **steps, "memory": known})
 
 
 def _profile_recipe(
@@ -1171,7 +1157,7 @@ def fit(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the changed recipe here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is written.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the changes as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
     trust: TrustOption = False,
 ) -> None:
     """Change a recipe until it fits a card, the least painful changes first, each one traced.
@@ -1187,11 +1173,13 @@ def fit(
     from qtune.whole import place_taken
 
     _require_one_card(gpu, vram)
-    others = {"--output": output is not None, "--allow": bool(allow), "--force": force, "--json": as_json}
+    others = {"--output": output is not None, "--allow": bool(allow), "--force": force}
     if unknown := set(allow or ()) - {"length"}:
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
+    if largest is not None and as_json:
+        raise typer.BadParameter("--json: the answer to --max is one line of text")
     file = find_recipe(recipe, "fit")
     resolved = is_given(load_recipe(file, changes or (), need_rows=False))
     require_base(resolved.recipe)

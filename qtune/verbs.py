@@ -117,6 +117,14 @@ OTHER_NAMES = {
 """What other tools, or our own recipe, call an option."""
 
 
+BELONGING: dict[str, str | None] = {
+    "--vram": "memory.budget", "--base": "model.base", "--adapter": "adapter.kind", "--data": "data.train",
+    "--length": "data.max_length", "--system": "data.system_prompt", "--gguf": "output.gguf",
+    "--output": "output.directory", "--prompt": None, "--limit": None, "--dtype": None, "--rows": None,
+}  # fmt: skip
+"""Options of our own verbs that others have in the recipe, as which key; None: what it means there is none."""
+
+
 class Verbs(TyperGroup):
     """The verbs; one that is not there is answered with the one that is meant."""
 
@@ -177,7 +185,7 @@ class Verbs(TyperGroup):
             if (meant := OTHER_NAMES.get(option)) in known:
                 return Problem(f"{name} {option}", f"no such option; did you mean {meant!r}?")
             if "--set" in known and (key := _as_key(option, words)) is not None:
-                return Problem(f"{name} {option}", f"no option, but a key of the recipe: {key}")
+                return Problem(f"{name} {option}", f"no such option; the recipe has it as a key: {key}")
             near = did_you_mean(option, error.possibilities or (), f"its options: {', '.join(known)}", most=2)
             return Problem(f"{name} {option}", f"no such option; {near}")
         if option is not None:
@@ -216,7 +224,7 @@ class Verbs(TyperGroup):
                 continue
             told = f"belongs to {' and '.join(f'qtune {verb}' for verb in others)}"
             if "--set" in own and (key := _as_key(option, words)) is not None:
-                told += f"; qtune {name} has it in the recipe: {key}"
+                told += f"; for qtune {name} the recipe has it as a key: {key}"
             raise InputError(Problem(f"qtune {name} {option}", told))
 
 
@@ -280,15 +288,27 @@ def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
 
 
 def _as_key(option: str, words: Sequence[str]) -> str | None:
-    """The --set for an option that the recipe has as a key, by our name or another tool's; None for any other. A value
-    that another tool's option was given may mean something else here, but a size is a size."""
-    from qtune.recipe.meant_keys import keys_meant  # it has the whole schema, for which help need not wait
+    """The --set for an option that the recipe has as a key: one of another of our verbs, else by the key's name or what
+    another tool calls it; None for any other. A value stands there where it is sure to be meant so."""
+    from qtune.recipe.meant_keys import (
+        is_switch,
+        keys_meant,
+    )  # they have the whole schema, which help need not wait for
 
-    name = option.lstrip("-").replace("-", "_")
-    keys, value = keys_meant(name), _value_of([option], words)
-    is_ours = option == "--vram" or any(key.endswith(f".{name}") for key in keys)
-    given = value if is_ours and value is not None and not value.startswith("-") else "VALUE"
-    return " or ".join(shlex.join(["--set", f"{key}={given}"]) for key in keys) or None
+    if option in BELONGING:
+        keys, is_ours = [key for key in (BELONGING[option],) if key is not None], True
+    else:
+        name = option.lstrip("-").replace("-", "_").lower()
+        keys = keys_meant(name)
+        is_ours = any(name in (key, key.rpartition(".")[2]) for key in keys)
+    joined = next((word.partition("=")[2] for word in words if word.startswith(f"{option}=")), None)
+    value = _value_of([option], words) if joined is None else joined
+    is_given = bool(value) and (joined is not None or not _is_no_value(str(value)) or option == "--data")
+
+    def given(key: str) -> str:
+        return "true" if is_switch(key) and joined is None else str(value) if is_ours and is_given else "VALUE"
+
+    return " or ".join(shlex.join(["--set", f"{key}={given(key)}"]) for key in keys) or None
 
 
 def _plain(message: str) -> str:
@@ -315,11 +335,16 @@ def _runs_here() -> str:
 
 
 def _meant_export(option: str, words: list[str]) -> str:
-    """The command that verifies the export inside of a run that is named where the export's folder is missing."""
+    """The command that verifies an export, where its folder is missing, but it, or its run, stands elsewhere."""
     if option != "--verify-only" or words[-1:] != [option]:
         return ""
-    exported = [Path(word) / "model" for word in words if (Path(word) / "model").is_dir()]
-    return f"; did you mean: {shlex.join(['qtune', *words, str(exported[0])])}" if exported else ""
+    from qtune.export.output import EXPORTED
+
+    for folder in map(Path, words[1:-1]):
+        run, exported = (folder, folder / EXPORTED) if (folder / EXPORTED).is_dir() else (folder.parent, folder)
+        if exported.is_dir() and (run / "resolved.toml").is_file():
+            return f"; did you mean: {shlex.join(['qtune', 'export', str(run), '--verify-only', str(exported)])}"
+    return ""
 
 
 def _is_no_value(word: str) -> bool:

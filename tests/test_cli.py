@@ -350,7 +350,7 @@ def test_an_option_of_another_verb_is_named_as_such() -> None:
     run, check, card, asked = (err for _, _, err, _ in answers)
     both = "belongs to qtune profile and qtune fit"
     for verb, err in (("run", run), ("check", check)):
-        wanted = f"qtune {verb} has it in the recipe: --set memory.budget=8GiB"
+        wanted = f"for qtune {verb} the recipe has it as a key: --set memory.budget=8GiB"
         assert err == f"error: qtune {verb} --vram: {both}; {wanted}\n"
     assert card == f"error: qtune run --gpu: {both}\n"
     assert "belongs to" not in asked  # there it is what the model is asked

@@ -618,17 +618,27 @@ def test_the_changes_can_be_had_as_json_and_are_written_all_the_same(write_recip
     done = fit_command(recipe, 1480, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["changes"] == {"training.micro_batch_size": 1}
+    assert (
+        found["changes"] == {"training.micro_batch_size": found["micro_batch_size"]} == {"training.micro_batch_size": 1}
+    )
+    assert found["not_enough"] == {}
+    assert found["asked_bytes"] > found["budget_bytes"]
     assert (found["fits"], found["budget_bytes"]) == (True, 1480 * MIB + DRIVER)
     assert found["needed_bytes"] <= found["budget_bytes"]
     assert found["problems"] == []
     assert "micro_batch_size = 1" in recipe.with_suffix(".fit.toml").read_text()
     refused = fit_command(recipe, 900, "--json", "--force")
     assert refused.exit_code == 1
-    assert json.loads(refused.stdout)["fits"] is False
+    none = json.loads(refused.stdout)
+    assert (none["fits"], none["verdict"], none["changes"]) == (False, "does not fit", {})
+    assert none["not_enough"]
+    assert none["needed_bytes"] > none["budget_bytes"]
+    text = fit_command(recipe, 1480, "--json", "--max", "length")
+    assert text.exit_code == 2
+    assert "--json: the answer to --max is one line of text" in " ".join(text.stderr.split())
 
 
-@pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"], ["--json"]])
+@pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"]])
 def test_max_refuses_what_it_would_ignore(write_recipe, fit_command, options: list[str]) -> None:
     refused = fit_command(write_recipe(), 1480, "--max", "length", *options)
     assert refused.exit_code == 2

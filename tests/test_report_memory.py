@@ -304,7 +304,7 @@ def test_a_profile_can_be_had_as_json_of_a_run_and_of_a_recipe(a_run, tmp_path) 
     assert done.returncode == 0, done.stderr
     found, kept = json.loads(done.stdout), read_memory(run_dir)
     assert kept is not None
-    assert found["run"] == str(run_dir.path)
+    assert (found["run"], found["fits"], found["standing"]) == (str(run_dir.path), "Fits", "good")
     assert found["memory"]["measured"]["peak_bytes"] == kept.measured["peak_bytes"]
     assert found["memory"]["traced"]["needed_bytes"] == kept.traced["needed_bytes"]
     assert "timeline" not in found["memory"]["traced"]

@@ -188,14 +188,20 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost
         assert "no checkpoint is left; train it again with: " in said(lambda: whole_adapter(run))
 
 
-def test_a_run_whose_adapters_folder_is_gone_has_taken_its_steps_and_saves_it_again(world: World) -> None:  # noqa: F811
+def test_a_run_whose_adapters_folder_is_gone_has_taken_its_steps_and_saves_it_again(world: World, capsys) -> None:  # noqa: F811
     run = world.finished
     trained = adapter_of(run)
     shutil.rmtree(run.adapter)
     (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
     assert listed.state == "4 steps taken, no adapter"
+    assert listed.lost is not None
     assert listed.resume is not None
+    told = f"{run.adapter}: is not there, though all steps were taken; {listed.resume} saves it again from the last"
+    assert told in said(lambda: whole_adapter(run))
+    capsys.readouterr()
     train.resume(run)
+    again_from = "is not there, though all steps were taken; it is made again from the last checkpoint"
+    assert f"{run.adapter} {again_from}" in capsys.readouterr().err
     again = adapter_of(run)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in again.items())
 

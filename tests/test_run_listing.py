@@ -16,9 +16,10 @@ from qtune.cli import app
 from qtune.errors import RunError
 from qtune.manifest import seal
 from qtune.run.folder import RunDir
-from qtune.run.listing import list_runs, said_of_next, said_of_stopped
-from qtune.run.metrics import append_metric
+from qtune.run.listing import list_runs, listed_folder, said_of_next, said_of_stopped
+from qtune.run.metrics import NoteRecord, append_metric
 from qtune.run.owner import Owner
+from qtune.run.resumption import has_taken_all
 from qtune.screens.listing import age_text
 
 RESOLVED = '[model]\nbase = "org/model"  # recipe\n\n[adapter]\nkind = "lora"  # default\n'
@@ -34,6 +35,12 @@ def made(directory: Path, name: str, *records, age: float = 0) -> RunDir:
         if file.exists():
             os.utime(file, (time.time() - age,) * 2)
     return run_dir
+
+
+def seal_checkpoint(run: RunDir, step: int) -> None:
+    checkpoint = run.checkpoints / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, step)
 
 
 def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> None:
@@ -140,6 +147,31 @@ def test_where_another_run_begins_the_one_that_was_stopped_is_named_with_the_way
     assert said_of_stopped(tmp_path, "mine") is None, "it has ended"
 
 
+def test_where_another_run_begins_one_without_its_adapter_is_named_in_a_sentence(tmp_path: Path) -> None:
+    run = made(tmp_path, "mine", trained(20, 3.0, 1))
+    run.lock_file.write_text("{}")
+    seal_checkpoint(run, 20)
+    told = f"{run.path} is not finished: 20 steps taken, no adapter; it goes on with: qtune run --resume {run.path}"
+    assert said_of_stopped(tmp_path, "mine") == told
+
+
+@pytest.mark.parametrize("log", ["all", "seldom"])
+def test_a_run_is_at_its_end_by_whatever_tells_so(tmp_path: Path, log: str) -> None:
+    """Not each step is logged: an evaluation, an early end or a checkpoint tells as well."""
+    last = {"all": trained(20, 1.0, 9), "seldom": trained(18, 1.0, 9)}[log]
+    run = made(tmp_path, "mine", last)
+    assert has_taken_all(run) is (log == "all")
+    append_metric(run.metrics_file, looked(20, 1.5, 9))
+    assert has_taken_all(run)
+    saved = made(tmp_path, "saved", trained(18, 1.0, 9))
+    seal_checkpoint(saved, 18)
+    assert not has_taken_all(saved)
+    seal_checkpoint(saved, 20)
+    assert has_taken_all(saved)
+    early = made(tmp_path, "early", trained(4, 1.0, 9), NoteRecord("stopped at step 4", 9.0, ended_step=4))
+    assert has_taken_all(early)
+
+
 def test_a_name_that_is_taken_is_said_with_the_one_that_is_free(tmp_path: Path) -> None:
     assert said_of_next(tmp_path, "mine") == []
     made(tmp_path, "mine")
@@ -240,7 +272,6 @@ def test_ages_are_in_the_largest_whole_unit(seconds: float, text: str) -> None:
     assert age_text(seconds) == text
 
 
-@pytest.mark.slow
 def test_the_folder_of_one_run_lists_that_run(tmp_path: Path) -> None:
     """It said that there were no runs in it."""
     one = made(tmp_path, "one", trained(7, 3.0, 1))
@@ -251,8 +282,27 @@ def test_the_folder_of_one_run_lists_that_run(tmp_path: Path) -> None:
     assert "stopped at step 7 of 20" in listed.output
     assert f"Runs in {tmp_path}\n" in listed.output.replace("\n\n", "\n")
     assert "two" not in listed.output
+    # A stray resolved.toml makes no run of a folder of runs.
+    (tmp_path / "resolved.toml").write_text(RESOLVED)
+    assert {run.name for run in list_runs(tmp_path)} == {"one", "two"}
+    assert listed_folder(tmp_path) == tmp_path
 
 
+def test_the_folder_around_a_run_is_named_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made(tmp_path / "runs", "one", trained(7, 3.0, 1))
+    monkeypatch.chdir(tmp_path)
+    for named, around in (
+        ("runs/one", "runs"),
+        ("runs/one/../one/", "runs"),
+        ("runs", "runs"),
+        (one.path, one.path.parent),
+    ):
+        assert listed_folder(Path(named)) == Path(around)
+    monkeypatch.chdir(one.path)
+    assert listed_folder(Path()) == Path("..")
+
+
+@pytest.mark.slow
 def test_the_command_shows_a_table_or_json(tmp_path: Path) -> None:
     made(tmp_path, "mine", trained(20, 1.25, 9))
     shown = run_qtune("list", tmp_path)

@@ -1,5 +1,6 @@
 """Verbs of other tools are answered with ours, at once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from typer.testing import CliRunner
 
 from qtune import verbs
 from qtune.cli import app
+from qtune.errors import InputError
+from qtune.export.output import run_around
+from qtune.recipe.file import leaves
+from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import Output
 from qtune.run import folder
 from qtune.verbs import ELSEWHERE
@@ -89,12 +94,21 @@ def test_an_option_with_choices_names_them_with_an_example(words: str, told: str
     [
         (
             "run quickstart --epochs=3",
-            "qtune run --epochs: no option, but a key of the recipe: --set training.epochs=3",
+            "qtune run --epochs: no such option; the recipe has it as a key: --set training.epochs=3",
         ),
-        ("run quickstart --learning-rate 3e-4", "--learning-rate: no option, but a key of the recipe: --set training."),
-        ("check x.toml --lr 3e-4", "--lr: no option, but a key of the recipe: --set training.learning_rate=VALUE"),
+        ("run quickstart --learning-rate 3e-4", "the recipe has it as a key: --set training.learning_rate=3e-4"),
+        (
+            "check x.toml --lr 3e-4",
+            "--lr: no such option; the recipe has it as a key: --set training.learning_rate=VALUE",
+        ),
         # Theirs counts micro-batches, ours rows: its value would be wrong.
-        ("run x.toml --gradient-accumulation-steps 4", "a key of the recipe: --set training.micro_batch_size=VALUE"),
+        ("run x.toml --gradient-accumulation-steps 4", "a key: --set training.micro_batch_size=VALUE"),
+        ("run quickstart --Epochs=3", "as a key: --set training.epochs=3"),
+        ("run quickstart --training.epochs 3", "as a key: --set training.epochs=3"),
+        ("run quickstart --epochs=", "as a key: --set training.epochs=VALUE"),
+        # What follows is no value of a key that is true or false.
+        ("run --dora quickstart", "as a key: --set adapter.dora=true"),
+        ("run --epochs .", "as a key: --set training.epochs=VALUE"),
         ("chat runs/x --epochs 3", "qtune chat --epochs: no such option; "),
     ],
 )
@@ -105,9 +119,29 @@ def test_an_option_that_is_a_key_of_the_recipe_is_answered_with_it(words: str, t
 
 def test_a_run_that_is_to_be_verified_is_answered_with_its_export(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    told = said("export", str(tmp_path), "--verify-only")
-    assert told.endswith(f"; did you mean: qtune export {tmp_path} --verify-only {tmp_path / 'model'}")
-    assert "did you mean" not in said("export", str(tmp_path / "model"), "--verify-only")
+    assert "did you mean" not in said("export", str(tmp_path), "--verify-only")
+    (tmp_path / "resolved.toml").touch()
+    meant = f"qtune export {tmp_path} --verify-only {tmp_path / 'model'}"
+    for words in (
+        [str(tmp_path), "--verify-only"],
+        [str(tmp_path / "model"), "--verify-only"],
+        [str(tmp_path), "--gguf", "q8_0", "--verify-only"],  # which do not go together
+    ):
+        assert said("export", *words).endswith(f"; did you mean: {meant}")
+    with pytest.raises(
+        InputError, match=re.escape(f"is a run, and not what was exported of it; verify that with: {meant}")
+    ):
+        run_around(tmp_path)
+
+
+def test_an_option_of_another_verb_is_answered_with_the_key_that_it_is_elsewhere() -> None:
+    command = typer.main.get_command(app)
+    known = {name for verb in command.commands.values() for option in verb.params for name in option.opts}
+    assert set(verbs.BELONGING) <= known
+    keys = {
+        ".".join(map(str, key)) for key, _ in leaves(parse_recipe({"model": {"base": "x"}, "data": {"train": "y"}}))
+    }
+    assert {key for key in verbs.BELONGING.values() if key is not None} <= keys
 
 
 def test_every_option_of_a_closed_list_says_one_of_it_where_its_value_is_missing() -> None:

@@ -77,6 +77,11 @@ def run_around(folder: Path) -> RunDir:
     for parent in folder.resolve().parents:
         if (parent / "resolved.toml").is_file():
             return RunDir.open(parent)
+    if (folder / EXPORTED).is_dir() and (folder / "resolved.toml").is_file():
+        command = shlex.join(["qtune", "export", str(folder), "--verify-only", str(folder / EXPORTED)])
+        raise InputError(
+            Problem(str(folder), f"is a run, and not what was exported of it; verify that with: {command}")
+        )
     raise InputError(Problem(str(folder), "is not inside a run; name the run: qtune export RUN --verify-only DIR"))
 
 

@@ -88,14 +88,19 @@ class Fitted:
         return self.need.fits(self.budget_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: what changes by the names of its keys, sizes in bytes."""
+        """Plain values: what changes by the names of its keys, sizes in bytes. Where nothing fits `needed_bytes` is the
+        smallest budget that would do, with the changes of `not_enough`."""
         return {
             "device": self.plan.device.name,
             "fits": self.fits,
+            "verdict": self.need.verdict(self.budget_bytes),
+            "asked_bytes": self.asked.need.total_bytes,
             "needed_bytes": self.need.total_bytes,
             "budget_bytes": self.budget_bytes,
             "host_bytes": self.host_bytes,
-            "changes": plain_changes(self.changes),
+            "micro_batch_size": self.plan.micro_batch_size,
+            "changes": plain_changes(self.changes) if self.fits else {},
+            "not_enough": {} if self.fits else plain_changes(self.changes),
             "left_to_run": plain_changes(self.left),
         }
 

@@ -10,6 +10,7 @@ from qtune.errors import first_line
 from qtune.memory.budget import budget_bytes, settled
 from qtune.memory.cached import predicted
 from qtune.memory.kept_dequantized import plan_at_first
+from qtune.run.memory import PICTURED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,7 @@ class Forecast:
 
     def figures(self) -> dict[str, Any]:
         """For other programs: without the timeline, which is for pictures, and with whether it fits."""
-        found = {name: value for name, value in self.to_json().items() if name not in ("phases", "timeline")}
+        found = {name: value for name, value in self.to_json().items() if name not in PICTURED}
         return {**found, "fits": self.fits}
 
 

@@ -92,9 +92,18 @@ def table_meant(word: str) -> str | None:
 
 def keys_meant(word: str) -> list[str]:
     """The keys, "table.key", that have this name, else those that other tools call so; none for any other word."""
-    own = [f"{name}.{word}" for name, kinds in _tables() if any(word in kind.model_fields for kind in kinds)]
+    table, _, key = word.rpartition(".")  # a whole one is itself
+    tables = [one for one in _tables() if not table or one[0] == table]
+    own = [f"{name}.{key}" for name, kinds in tables if any(key in kind.model_fields for kind in kinds)]
     plain = _plain(word)
     return own or [".".join(key) for key, others in KEYS.items() if plain in others]
+
+
+def is_switch(key: str) -> bool:
+    """Whether a key, "table.key", is true or false and nothing else."""
+    table, _, name = key.partition(".")
+    its = dict(_tables()).get(table, ())
+    return any(kind.model_fields[name].annotation is bool for kind in its if name in kind.model_fields)
 
 
 def advice(path: KeyPath, value: object = None) -> str | None:

@@ -9,8 +9,10 @@ from qtune.records import plain
 from qtune.report.charts import MOST_POINTS, Series, line_chart
 from qtune.report.html import Html, details, element, joined, table
 from qtune.report.record import Record
+from qtune.run.finished import GONE, adapter_lack
 from qtune.run.lock import Lock, LockedDevice
 from qtune.run.metrics import EvalRecord, TrainRecord
+from qtune.run.owner import owner_of
 from qtune.run.shown_rows import ShownRow, ShownRows
 from qtune.run.summary import number
 from qtune.sizes import GIB, MIB, size_text
@@ -35,6 +37,8 @@ def summary(record: Record) -> Html:
     train, validation = record.facts.train, record.facts.validation
     last = train[-1] if train else None
     state = f"not finished: step {last.step} of {last.steps}" if last else "not finished: no step taken"
+    if owner_of(record.run_dir) is None and adapter_lack(record.run_dir) == GONE:
+        state = "all steps taken, no adapter"
     figures: dict[str, str] = {
         "state": "finished" if record.run_dir.is_finished else state,
         "trained for": clock(record.seconds),

@@ -14,9 +14,11 @@ from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock, said_of_records
 from qtune.run.metrics import foreign
 from qtune.run.owner import owner_of
-from qtune.run.resumption import no_way_on, resuming, trained_again
+from qtune.run.resumption import has_taken_all, no_way_on, resuming, trained_again
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GONE = "is not there, though all steps were taken"
+"""What is said of an adapter that was lost with its folder, or never saved."""
 
 
 def whole_adapter(run_dir: RunDir) -> Path:
@@ -32,6 +34,8 @@ def whole_adapter(run_dir: RunDir) -> Path:
         raise RunError(Problem(str(run_dir.path), f"has no adapter yet: it belongs to {owner}"))
     if not run_dir.is_finished and (why := no_way_on(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"has no adapter, and {why}; {trained_again(run_dir)}"))
+    if adapter_lack(run_dir) == GONE:
+        raise RunError(Problem(str(run_dir.adapter), f"{GONE}; {_saved_again(run_dir)}"))
     folder = run_dir.finished_adapter()
     if (said := said_of_records(run_dir)) is not None:
         console.say(said)
@@ -82,7 +86,9 @@ def adapter_lack(run_dir: RunDir) -> str | None:
     folder = run_dir.adapter
     if manifest.is_sealed(folder):
         return manifest.lacks(folder)
-    return f"{WEIGHTS} is missing" if run_dir.is_finished and not (folder / WEIGHTS).is_file() else None
+    if not run_dir.is_finished:
+        return GONE if has_taken_all(run_dir) else None
+    return f"{WEIGHTS} is missing" if not (folder / WEIGHTS).is_file() else None
 
 
 def adapter_fault(run_dir: RunDir) -> str | None:

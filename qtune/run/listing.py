@@ -1,12 +1,13 @@
 """The runs of a folder, each in a line: what it trained, how far it came, what it learned, how large and old it is."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
 from qtune.run.checkpoints import complete_checkpoints, step_of
-from qtune.run.finished import adapter_lack
+from qtune.run.finished import GONE, adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
@@ -46,10 +47,22 @@ def list_runs(directory: Path) -> list[ListedRun]:
     """
     if not directory.is_dir():
         raise RunError(Problem(str(directory), "is a file, no folder" if directory.exists() else "no such folder"))
-    is_run = RunDir(directory).resolved_file.is_file()
-    runs = [RunDir(file.parent) for file in directory.glob("resolved.toml" if is_run else "*/resolved.toml")]
+    runs = [RunDir(file.parent) for file in directory.glob("*/resolved.toml")] or _itself(directory)
     listed = [one for run in runs if (one := _listed(run)) is not None]
     return sorted(listed, key=lambda one: (-one.changed, one.name))
+
+
+def listed_folder(directory: Path) -> Path:
+    """The folder of the runs that `list_runs` finds: the one around a run that was named itself."""
+    if any(directory.glob("*/resolved.toml")) or not _itself(directory):
+        return directory
+    around = Path(os.path.normpath(directory.absolute())).parent
+    return around if directory.is_absolute() else Path(os.path.relpath(around))
+
+
+def _itself(directory: Path) -> list[RunDir]:
+    """The run that a folder is; a folder of runs may have a stray resolved.toml, and is none."""
+    return [RunDir(directory)] if RunDir(directory).resolved_file.is_file() else []
 
 
 def _listed(run_dir: RunDir) -> ListedRun | None:
@@ -99,6 +112,8 @@ def _time_of(file: Path) -> float | None:
 
 def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bool]:
     """How far a run has come, and whether there is something to go on with. lost: what is missing of its adapter."""
+    if lost == GONE and owner_of(run_dir) is None:
+        return f"{summary.steps_taken} taken, no adapter", True
     if lost is not None and owner_of(run_dir) is None:
         return f"finished, {summary.steps_taken}, but of its adapter {lost}", True
     if run_dir.is_finished:
@@ -110,8 +125,6 @@ def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bo
         return f"{owner.doing}, " + (f"step {reached:,}{total}" if reached else "before the first step"), False
     if not reached:
         return "stopped before the first step", True
-    if summary.is_at_its_end:
-        return f"{summary.steps_taken} taken, no adapter", True
     kept = "" if saved == reached else f"; step {saved:,} is saved" if saved else "; no step is saved"
     return f"stopped at step {reached:,}{total}{kept}", True
 
@@ -138,4 +151,5 @@ def said_of_stopped(directory: Path, name: str) -> str | None:
     listed = _listed(run_dir)
     if listed is None or listed.resume is None:
         return None
-    return f"{run_dir.path} was {listed.state}; it goes on with: {listed.resume}"
+    was = f"{run_dir.path} {'was ' if listed.state.startswith('stopped') else 'is not finished: '}{listed.state}"
+    return f"{was}; it goes on with: {listed.resume}"

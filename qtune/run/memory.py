@@ -1,7 +1,7 @@
 """memory.json: what was predicted of a run's memory, measured in it, and traced for it afterwards."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qtune.errors import Problem, RunError
@@ -44,6 +44,18 @@ class RunMemory:
     def is_traced(self) -> bool:
         """Whether nothing is left to trace for a report; what each technique saves is traced where it is asked for."""
         return self.traced is not None and self.ways is not None
+
+    def figures(self) -> dict[str, Any]:
+        """For other programs: without what is there for pictures."""
+        known = asdict(self)
+        for part in ("predicted", "traced"):
+            if known[part] is not None:
+                known[part] = {name: value for name, value in known[part].items() if name not in PICTURED}
+        return known
+
+
+PICTURED = ("phases", "timeline")
+"""Of a prediction what is long and drawn."""
 
 
 def write_memory(run_dir: RunDir, memory: RunMemory) -> None:

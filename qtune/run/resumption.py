@@ -13,7 +13,7 @@ from qtune import manifest
 from qtune.errors import Problem, RecipeError, RunError
 from qtune.recipe.file import Origin, Resolved, leaves
 from qtune.recipe.schema import KeyPath
-from qtune.run.checkpoints import TRAINED_STATE, complete_checkpoints, usable_checkpoints
+from qtune.run.checkpoints import TRAINED_STATE, complete_checkpoints, step_of, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.history import identity_to_begin_with
 from qtune.run.identity import new_run_id
@@ -191,10 +191,22 @@ def no_way_on(run_dir: RunDir) -> str | None:
         return None
     saved = complete_checkpoints(run_dir.checkpoints)
     if not saved:
-        has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter) or summary_of(run_dir).is_at_its_end
+        has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter) or has_taken_all(run_dir)
         return "no checkpoint is left" if has_ended else None
     faults = ", ".join(f"{one.name}: {manifest.lacks(one)}" for one in saved)
     return f"no checkpoint is whole ({faults})"
+
+
+def has_taken_all(run_dir: RunDir) -> bool:
+    """Whether no step is left to take, by the run's records or a checkpoint of its last step: one without an adapter
+    has lost it, or was killed just before it was saved.
+
+    Raises:
+        RunError: the records are damaged.
+    """
+    summary = summary_of(run_dir)
+    saved = max(map(step_of, complete_checkpoints(run_dir.checkpoints)), default=0)
+    return summary.ended_step is not None or 0 < summary.steps <= max(summary.reached, saved)
 
 
 def trained_again(run_dir: RunDir) -> str:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from qtune.run.folder import RunDir
 from qtune.run.history import history_of
-from qtune.run.metrics import EvalRecord, Metric, TrainRecord, adapter_step, ended_step, seconds_of
+from qtune.run.metrics import EvalRecord, Metric, NoteRecord, TrainRecord, adapter_step, ended_step, seconds_of
 
 START = 20
 """Logged steps that are taken for the start of a long run: most is learned early, and a mean over more would not show
@@ -111,11 +111,8 @@ class Summary:
     """The step whose state the adapter is, where that is not the last one."""
     ended_step: int | None = None
     """The step after which the run has ended, where it was to take more."""
-
-    @property
-    def is_at_its_end(self) -> bool:
-        """Whether no step is left to take: what a run without an adapter that has come so far has lost is that."""
-        return self.ended_step is not None or 0 < self.steps <= self.step
+    reached: int = 0
+    """The last step of any record: not each is logged."""
 
     @property
     def steps_taken(self) -> str:
@@ -149,4 +146,5 @@ def summary_of(run_dir: RunDir) -> Summary:
         max((record.memory_peak_bytes for record in train), default=0),
         adapter_step(records),
         ended_step(records),
+        max((record.step for record in records if not isinstance(record, NoteRecord)), default=0),
     )

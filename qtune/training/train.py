@@ -40,7 +40,7 @@ from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
 from qtune.run.checkpoints import complete_checkpoints, step_of
 from qtune.run.drift import known_kinds
-from qtune.run.finished import adapter_fault, said_of_end, set_aside
+from qtune.run.finished import GONE, adapter_fault, adapter_lack, said_of_end, set_aside
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
@@ -201,12 +201,13 @@ def _to_go_on_with(
     """Everything that a run needs to go on, and what its base's files hold."""
     require_free(run_dir)
     require_own_lock(run_dir)
-    lost = adapter_fault(run_dir) if run_dir.is_finished else None
+    lost = adapter_fault(run_dir) if run_dir.is_finished else adapter_lack(run_dir)
     if run_dir.is_finished and lost is None:
         raise RunError(nothing_to_resume(run_dir))
     require_way_on(run_dir)
     if lost is not None:
-        console.say(f"{run_dir.adapter} is not what was saved: {lost}; it is made again from the last checkpoint")
+        told_of = lost if lost == GONE else f"is not what was saved: {lost}"
+        console.say(f"{run_dir.adapter} {told_of}; it is made again from the last checkpoint")
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)

@@ -133,7 +133,8 @@ def evaluate(
 
     def ask(model: PreTrainedModel | PeftModel, name: str) -> tuple[Score, list[float], list[tuple[str, bool]]]:
         which = "" if bases is None else f" of {run_dir.path}"
-        work = f"{len(examples)} rows to score, {len(questions)} to answer"
+        work = f"{len(examples)} row{'' if len(examples) == 1 else 's'} to score"
+        work += f", {len(questions)} to answer" if questions else ""
         rows = console.progress(f"{name} model{which}, {work}", len(examples) + len(questions))
         with one_sentence(SHORTER), rows as shown, training_autocast(run.plan):
             losses, right_tokens = [0.0] * len(examples), 0
@@ -207,15 +208,18 @@ def evaluate(
         left_out=sum(is_left_out),
         seen_unknown=seen.unknown,
     )
+    kept = None
     with suppress(RunError):  # what is damaged is replaced
-        if (kept := read_evaluation(run_dir)) is not None and kept.rows > evaluation.rows:
-            if not replaces_larger:
-                console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
-                return evaluation
-            console.say(f"{run_dir.eval_file} had {kept.rows} rows, and has {evaluation.rows} from now on")
+        kept = read_evaluation(run_dir)
+    is_larger = kept is not None and kept.rows > evaluation.rows
+    if kept is not None and is_larger and not replaces_larger:
+        console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
+        return evaluation
     try:
         run_dir.require_there()
         write_of_run(run_dir, run_dir.eval_file, evaluation)
+        if kept is not None and is_larger:
+            console.say(f"{run_dir.eval_file} had {kept.rows} rows, and has {evaluation.rows} from now on")
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation

@@ -147,7 +147,8 @@ class Evaluation:
     @property
     def about_interval(self) -> str:
         """Why the changes have no interval, as a sentence without its stop; empty where they can have one."""
-        return "" if self.rows_judged >= FEWEST else f"changes are not told from noise: an interval takes {FEWEST} rows"
+        rows = len(self.judged_rows) if self.row_losses else self.rows_judged
+        return "" if rows >= FEWEST else f"changes are not told from noise: an interval takes {FEWEST} rows"
 
     @property
     def about_rows(self) -> str:
