@@ -338,7 +338,7 @@ def _meant_export(option: str, words: list[str]) -> str:
     """The command that verifies an export, where its folder is missing, but it, or its run, stands elsewhere."""
     if option != "--verify-only" or words[-1:] != [option]:
         return ""
-    from qtune.export.output import EXPORTED
+    from qtune.run.folder import EXPORTED
 
     for folder in map(Path, words[1:-1]):
         run, exported = (folder, folder / EXPORTED) if (folder / EXPORTED).is_dir() else (folder.parent, folder)

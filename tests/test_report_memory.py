@@ -102,9 +102,7 @@ def test_of_a_resumed_run_time_is_that_of_all_parts_and_peaks_are_the_highest(tr
     ]  # fmt: skip
     assert cells_after(page, "forward", 6) == ["121.5", size, size, "+0.0%", most, size_text(6 * expected)]
     assert cells_after(page, "between steps", 1) == ["4.0"]
-    assert (
-        "The run was trained in 3 parts. The seconds are of all parts, of steps that were taken again too" in page.text
-    )
+    assert "The run was trained in 3 parts. Seconds are added up over all parts, with those of steps that " in page.text
     assert "Between steps: rows are read, records written, sample answers given" in page.text
 
 

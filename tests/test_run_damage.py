@@ -186,6 +186,12 @@ def test_an_ended_run_without_a_checkpoint_is_not_trained_anew_in_its_place(lost
     assert (listed.resume, listed.anew) == (None, text.partition("again with: ")[2])
     if lost != "adapter_config.json":
         assert "no checkpoint is left; train it again with: " in said(lambda: whole_adapter(run))
+    run.exported.mkdir()
+    (run.exported / "config.json").touch()
+    text = said(lambda: train.resume(run))
+    assert f"; its export is there (qtune chat {run.exported}); train it again with: qtune run " in text
+    (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
+    assert listed.state.endswith("; no checkpoint is left, but its export is there")
 
 
 def test_a_run_whose_adapters_folder_is_gone_has_taken_its_steps_and_saves_it_again(world: World, capsys) -> None:  # noqa: F811

@@ -7,11 +7,9 @@ from pathlib import Path
 from qtune.errors import InputError, Problem
 from qtune.export.staged import refuse_existing
 from qtune.export.verification import of_another_run, read_proof
-from qtune.run.folder import RunDir
+from qtune.run.folder import EXPORTED, RunDir
 from qtune.run.resolved import resolved_recipe
 
-EXPORTED = "model"
-"""What an export is called inside of its run."""
 UNVERIFIED = ".unverified"
 """Behind the name of a file that was not proven."""
 

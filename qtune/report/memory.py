@@ -83,7 +83,8 @@ def _parts(record: RunMemory, resumed: int) -> list[Html]:
         return []
     some = "" if told == parts else f", and {told} of them {'has' if told == 1 else 'have'} left figures"
     of_all = (
-        "The seconds are of all parts, of steps that were taken again too, and the highest of all parts; the rest"
+        "Seconds are added up over all parts, with those of steps that had to be taken again; the highest peaks are of "
+        "all parts; the rest"
         if told > 1
         else "What stands here"
     )

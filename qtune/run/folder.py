@@ -20,6 +20,8 @@ from qtune.spelling import meant_file
 
 OUTPUT = "output.directory"
 """The place of what is wrong with it."""
+EXPORTED = "model"
+"""What an export is called inside of its run."""
 RUNS = Path(Output.model_fields["directory"].default)
 
 
@@ -93,6 +95,11 @@ class RunDir:
     def resolved_file(self) -> Path:
         """The recipe with every value that was used, and where each came from; a recipe itself."""
         return self.path / "resolved.toml"
+
+    @property
+    def exported(self) -> Path:
+        """Where its model is exported to, where nothing else is said."""
+        return self.path / EXPORTED
 
     @property
     def lock_file(self) -> Path:

@@ -11,7 +11,7 @@ from qtune.run.finished import GONE, adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
-from qtune.run.resumption import beginning_anew, newest_unfinished, no_way_on, resuming
+from qtune.run.resumption import beginning_anew, is_exported, newest_unfinished, no_way_on, resuming
 from qtune.run.summary import Summary, summary_of
 
 
@@ -76,7 +76,8 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         lost = adapter_lack(run_dir)
         state, is_stopped = _state(run_dir, summary, lost)
         if is_stopped and (why := no_way_on(run_dir)) is not None:
-            state, anew = f"{state}; {why}", beginning_anew(run_dir)
+            there = ", but its export is there" if is_exported(run_dir) else ""
+            state, anew = f"{state}; {why}{there}", beginning_anew(run_dir)
         elif is_stopped:
             resume = resuming(run_dir)
     except RunError as error:

@@ -210,11 +210,22 @@ def has_taken_all(run_dir: RunDir) -> bool:
 
 
 def trained_again(run_dir: RunDir) -> str:
-    """What trains the same again, in words; without a command where the recipe of the run is lost too."""
+    """What trains the same again, in words; without a command where the recipe of the run is lost too. Who has exported
+    it need not."""
+    there = (
+        f"its export is there ({shlex.join(['qtune', 'chat', str(run_dir.exported)])}); "
+        if is_exported(run_dir)
+        else ""
+    )
     try:
-        return f"train it again with: {beginning_anew(run_dir)}"
+        return f"{there}train it again with: {beginning_anew(run_dir)}"
     except RunError:
-        return "train it again with qtune run"
+        return f"{there}train it again with qtune run"
+
+
+def is_exported(run_dir: RunDir) -> bool:
+    """Whether a model was exported into the run; what it is worth its verify.json says."""
+    return (run_dir.exported / "config.json").is_file()
 
 
 def require_way_on(run_dir: RunDir) -> None:

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qtune.console import IfItFits, table
-from qtune.export.output import EXPORTED
+from qtune.run.folder import EXPORTED
 from qtune.run.summary import number
 from qtune.sizes import size_text
 

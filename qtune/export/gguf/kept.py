@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qtune import manifest
 from qtune.export.llama_cpp import ADAPTER_FILE
-from qtune.export.output import EXPORTED
 from qtune.export.verification import read_proof
+from qtune.run.folder import EXPORTED
 
 
 def said_of_gguf_files(folder: Path, run: Path) -> Iterator[str]:
