@@ -101,7 +101,9 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     """
     wrong = []
     if adapter not in ADAPTERS:
-        wrong.append(Problem("--adapter", f"{adapter}: no such kind; {_nearest(adapter, ADAPTERS)}"))
+        is_lora = adapter.lower() == "qlora"
+        meant = "here that is lora, on a base in 4 bits as every new recipe has it" if is_lora else None
+        wrong.append(Problem("--adapter", f"{adapter}: no such kind; {meant or _nearest(adapter, ADAPTERS)}"))
     _require_options(wrong, base, data)
     table = ADAPTERS[adapter]
     rate, _ = table.model_construct(**table.first_values).usual_rate

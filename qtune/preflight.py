@@ -108,16 +108,24 @@ class Preflight:
     @property
     def warnings(self) -> list[str]:
         """What a run does not stop for, and may come to regret; a sentence each."""
-        forecast, recipe = self.forecast, self.resolved.recipe
-        said = []
-        if (lost := _lost_in_quantization(recipe)) is not None:
-            said.append(lost)
-        if (rate := doubtful_rate(recipe.adapter, self.plan.learning_rate)) is not None:
-            said.append(rate)
-        trained = len(self.prepared.train)
+        return [*self.advice, *self.limits]
+
+    @property
+    def advice(self) -> list[str]:
+        """Of them those on what is learned, which cannot change any more once a run has begun."""
+        recipe, trained = self.resolved.recipe, len(self.prepared.train)
         of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
-        if (steps := of_a_prompt or few_steps(recipe.training, trained)) is not None:
-            said.append(steps)
+        told = (
+            _lost_in_quantization(recipe),
+            doubtful_rate(recipe.adapter, self.plan.learning_rate),
+            of_a_prompt or few_steps(recipe.training, trained),
+        )
+        return [sentence for sentence in told if sentence is not None]
+
+    @property
+    def limits(self) -> list[str]:
+        """Of them those on this computer."""
+        forecast, said = self.forecast, []
         if self.beyond_reach is not None:
             said.append(self.beyond_reach)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:

@@ -164,6 +164,8 @@ def test_what_is_wrong_is_told_by_the_option_that_gave_it(here):
     assert [problem.place for problem in told.value.problems] == ["--from", "--base", "--data"]
     with pytest.raises(RecipeError, match=r"^--adapter: p-tune: no such kind; did you mean 'p-tuning'\?$"):
         new_recipe(MODEL, "rows.jsonl", "p-tune", Path("recipe.toml"))
+    with pytest.raises(RecipeError, match=r"^--adapter: QLoRA: no such kind; here that is lora, on a base in 4 bits "):
+        new_recipe(MODEL, "rows.jsonl", "QLoRA", Path("recipe.toml"))
     with pytest.raises(RecipeError, match=r"^--from: quickstat: no such recipe; did you mean 'quickstart'\?$"):
         copied_recipe("quickstat", Path("recipe.toml"))
 

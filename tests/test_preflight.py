@@ -299,6 +299,15 @@ def test_an_export_that_is_quantized_again_is_said_to_lose_what_it_learned(
     assert examine(load_recipe(recipe, [*changes, "quantization.kind=none"])).warnings == []
 
 
+def test_what_a_run_that_goes_on_cannot_change_is_no_advice_to_it(
+    write_recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(write_recipe(training="batch_size = 2"))
+    for run_dir, is_told in ((None, True), (RunDir(tmp_path), False)):
+        gather(recipe, run_dir).prepared.close()
+        assert ("steps are few" in capsys.readouterr().err) is is_told
+
+
 def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: WriteRecipe) -> None:
     (said,) = examine(load_recipe(write_recipe(training="batch_size = 2"))).warnings
     assert "steps are few" in said

@@ -54,7 +54,8 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None, *, accepted: Seque
     """
     preflight = examine(resolved, folder=run_dir.path if run_dir else None, accepted=accepted, loads=True)
     preflight.require()
-    for warning in (*said_before_a_run(preflight.inspection.findings), *preflight.warnings):
+    warnings = preflight.warnings if run_dir is None else preflight.limits
+    for warning in (*said_before_a_run(preflight.inspection.findings), *warnings):
         console.say(warning)
     forecast = preflight.forecast if isinstance(preflight.forecast, Forecast) else None
     return Inputs(
