@@ -180,6 +180,12 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         ModelError, match=r"^owner/nothing: is not on this computer, and HF_HUB_OFFLINE is set; model.base can also be"
     ):
         load_config(Model(base="owner/nothing"))
+    for base in ("meta-llama/Nothing-1B", "google/gemma-none"):  # the way that is left with a network is longer
+        with pytest.raises(ModelError) as caught:
+            load_config(Model(base=base))
+        told = f"{base}: is not on this computer, and HF_HUB_OFFLINE is set; with a network it is given only to who "
+        assert str(caught.value).startswith(told)
+        assert "and log in with hf auth login; else model.base can also be a local folder" in str(caught.value)
     with pytest.raises(ModelError, match=rf"^{tmp_path}/no.gguf: no such GGUF file$"):
         load_config(Model(base=str(tmp_path / "no.gguf")))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")

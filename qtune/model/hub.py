@@ -36,6 +36,11 @@ def is_kept(model: Model, file: str) -> bool:
     return isinstance(try_to_load_from_cache(model.base, file, revision=model.revision), str)
 
 
+GATED = ("meta-llama/", "google/gemma")
+"""How the names of models begin that are known to have a licence to accept, where the hub cannot be asked."""
+LICENCE = "is given only to who accepts its licence: accept it on the model's page, and log in with hf auth login"
+
+
 def is_local_only(base: str) -> bool:
     """Whether a hub model can only come from this computer, so that libraries must not ask the network first."""
     return is_hub_id(base) and not is_reachable()
@@ -50,17 +55,15 @@ def require_reachable(model: Model, file: str) -> None:
     if not is_hub_id(model.base) or is_kept(model, file) or is_reachable():
         return
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    raise ModelError(Problem(model.base, f"is not on this computer, and {why}; {_other_ways()}"))
+    gated = f"with a network it {LICENCE}; else " if model.base.lower().startswith(GATED) else ""
+    raise ModelError(Problem(model.base, f"is not on this computer, and {why}; {gated}{_other_ways()}"))
 
 
 def hub_refusal(model: Model, error: BaseException) -> ModelError | None:
     """What the hub said against giving a model, with what to do; None where it was something else."""
     causes = list(_causes(error))
     if any(isinstance(one, GatedRepoError) for one in causes):
-        message = (
-            "is given only to who accepts its licence: accept it on the model's page, and log in with hf auth login"
-        )
-        return ModelError(Problem(model.base, f"{message}; else {_other_ways()}"))
+        return ModelError(Problem(model.base, f"{LICENCE}; else {_other_ways()}"))
     if any(isinstance(one, RevisionNotFoundError) for one in causes):
         return ModelError(Problem(model.base, f"has no revision {model.revision!r} on the hub"))
     if any(isinstance(one, RepositoryNotFoundError) for one in causes):
