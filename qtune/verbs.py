@@ -290,10 +290,8 @@ def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
 def _as_key(option: str, words: Sequence[str]) -> str | None:
     """The --set for an option that the recipe has as a key: one of another of our verbs, else by the key's name or what
     another tool calls it; None for any other. A value stands there where it is sure to be meant so."""
-    from qtune.recipe.meant_keys import (
-        is_switch,
-        keys_meant,
-    )  # they have the whole schema, which help need not wait for
+    # They have the whole schema, for which help need not wait.
+    from qtune.recipe.meant_keys import is_switch, keys_meant
 
     if option in BELONGING:
         keys, is_ours = [key for key in (BELONGING[option],) if key is not None], True
@@ -301,12 +299,14 @@ def _as_key(option: str, words: Sequence[str]) -> str | None:
         name = option.lstrip("-").replace("-", "_").lower()
         keys = keys_meant(name)
         is_ours = any(name in (key, key.rpartition(".")[2]) for key in keys)
-    joined = next((word.partition("=")[2] for word in words if word.startswith(f"{option}=")), None)
-    value = _value_of([option], words) if joined is None else joined
-    is_given = bool(value) and (joined is not None or not _is_no_value(str(value)) or option == "--data")
+    is_joined = any(word.startswith(f"{option}=") for word in words)
+    value = _value_of([option], words) or ""
+    is_given = value != "" and (is_joined or not _is_no_value(value) or option == "--data")
 
     def given(key: str) -> str:
-        return "true" if is_switch(key) and joined is None else str(value) if is_ours and is_given else "VALUE"
+        if is_switch(key) and not is_joined:  # what follows is the recipe
+            return "true"
+        return value if is_ours and is_given else "VALUE"
 
     return " or ".join(shlex.join(["--set", f"{key}={given(key)}"]) for key in keys) or None
 
