@@ -253,6 +253,7 @@ def run(
     Under torchrun or accelerate launch, or with --processes, several processes share the rows of each step.
     """
     from qtune.at_once import require_at_once
+    from qtune.model.hub import require_reachable
     from qtune.plan import share_of
     from qtune.recipe.file import load_recipe
     from qtune.recipe.places import is_given
@@ -305,6 +306,7 @@ def run(
     if not resume:
         _say_set_aside(resolved)
         require_at_once(resolved)
+        require_reachable(resolved.recipe.model, "config.json")
         recipes = _seeded(resolved, changes or [], seeds) if seeds > 1 else [resolved]
         for one in recipes:
             _say_next(one)

@@ -208,6 +208,15 @@ def test_where_no_run_can_be_written_is_told_before_anything_heavy_is_imported(
     assert unknown[2].startswith("error: --allow nonsense: no finding that can be waived: ")
 
 
+def test_a_base_that_cannot_be_had_is_told_before_anything_heavy_is_imported() -> None:
+    ((code, out, err, heavy),) = ends(["run", "llama_lora"])
+    assert (code, out, heavy) == (2, "", [])
+    assert err.startswith(
+        "error: meta-llama/Llama-3.2-3B-Instruct: is not on this computer, and HF_HUB_OFFLINE is set; "
+    )
+    assert 'a local folder, a GGUF file or "builtin:' in err
+
+
 def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:
     shown = run_qtune("--version")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"qtune {__version__}\n", "")
