@@ -16,6 +16,8 @@ import torch
 from qtune.device.processor import processor_name
 from qtune.kernels import on_cpu
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 TURNS = 7
 FLOP_IN_A_TURN = 2e9
 """At least: a short product is timed over many."""
@@ -58,30 +60,22 @@ def shapes(tokens: int, width: int, intermediate: int) -> list[tuple[int, int, i
 def both_passes(tokens: int, inner: int, outer: int) -> list[tuple[str, dict[str, float]]]:
     """Seconds of a product by its name, of the forward pass and of the gradient of its input."""
     x, weight, grad = torch.randn(tokens, inner), torch.randn(outer, inner), torch.randn(tokens, outer)
-    return [
-        ("forward", in_turns({"PyTorch": lambda: torch.mm(x, weight.t()), "oneDNN": lambda: onednn(x, weight.t())}, x)),
-        ("backward", in_turns({"PyTorch": lambda: torch.mm(grad, weight), "oneDNN": lambda: onednn(grad, weight)}, x)),
-    ]
+    return [("forward", in_turns(x, weight.t())), ("backward", in_turns(grad, weight))]
 
 
-def in_turns(ways: dict[str, Callable[[], torch.Tensor]], x: torch.Tensor) -> dict[str, float]:
-    """Seconds of each way, the best of its turns."""
-    flop = 2 * x.shape[0] * x.shape[1] * max(way().shape[1] for way in ways.values())
-    repeats = max(1, round(FLOP_IN_A_TURN / flop))
+def in_turns(left: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
+    """Seconds of left @ right by each way, the best of its turns."""
+    ways: dict[str, Product] = {"PyTorch": torch.mm, "oneDNN": on_cpu.by_onednn}
+    repeats = max(1, round(FLOP_IN_A_TURN / (2 * left.numel() * right.shape[1])))
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(TURNS):
-        for name, way in ways.items():
+        for name, product in ways.items():
+            product(left, right)
             start = time.perf_counter()
             for _ in range(repeats):
-                way()
+                product(left, right)
             best[name] = min(best[name], (time.perf_counter() - start) / repeats)
     return best
-
-
-def onednn(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right by oneDNN."""
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
-    return found
 
 
 if __name__ == "__main__":

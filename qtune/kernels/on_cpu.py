@@ -39,9 +39,9 @@ def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not takes(left, right):
         return torch.mm(left, right, out=out)
     if out is None:
-        return _product(left, right)
+        return by_onednn(left, right)
     for rows in _pieces(left, out):
-        out[rows] = _product(left[rows], right)
+        out[rows] = by_onednn(left[rows], right)
     return out
 
 
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, k] @ weight [m, k]ᵀ + bias [m]."""
     if not takes(x, weight.t()):
         return torch.nn.functional.linear(x, weight, bias)
-    return _product(x, weight.t(), bias)
+    return by_onednn(x, weight.t(), bias)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not takes(left, right):
         return total.addmm_(left, right)
     for rows in _pieces(left, total):
-        total[rows] += _product(left[rows], right)
+        total[rows] += by_onednn(left[rows], right)
     return total
 
 
@@ -100,7 +100,8 @@ def is_faster() -> bool:
     return torch.backends.mkldnn.is_available() and vendor() not in ("", "GenuineIntel") and has_avx512()
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left [n, k] @ right [k, m] + bias [m] by oneDNN, whatever `takes` says of them."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
     return found
 

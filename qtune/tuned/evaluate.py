@@ -211,15 +211,15 @@ def evaluate(
     kept = None
     with suppress(RunError):  # what is damaged is replaced
         kept = read_evaluation(run_dir)
-    is_larger = kept is not None and kept.rows > evaluation.rows
-    if kept is not None and is_larger and not replaces_larger:
-        console.say(f"not kept: {run_dir.eval_file} has more rows, {kept.rows}")
+    larger = kept if kept is not None and kept.rows > evaluation.rows else None
+    if larger is not None and not replaces_larger:
+        console.say(f"not kept: {run_dir.eval_file} has more rows, {larger.rows}")
         return evaluation
     try:
         run_dir.require_there()
         write_of_run(run_dir, run_dir.eval_file, evaluation)
-        if kept is not None and is_larger:
-            console.say(f"{run_dir.eval_file} had {kept.rows} rows, and has {evaluation.rows} from now on")
+        if larger is not None:
+            console.say(f"{run_dir.eval_file} had {larger.rows} rows, and has {evaluation.rows} from now on")
     except OSError as error:  # what took minutes to ask is shown all the same
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
     return evaluation
