@@ -50,7 +50,7 @@ def test_a_verb_that_is_stopped_says_what_is_kept(verb: str, tmp_path: Path, mon
     assert ended.exception.exit_code == 130
 
 
-RECIPE = '[model]\nbase = "org/base"\n[data]\ntrain = "rows.jsonl"\n[output]\ndirectory = "runs"\n'
+RECIPE = '[model]\nbase = "builtin:smollm2-135m-instruct"\n[data]\ntrain = "rows.jsonl"\n[output]\ndirectory = "runs"\n'
 
 
 @pytest.mark.parametrize("verb", ["run", "run --seeds 2", "init"])
