@@ -35,7 +35,7 @@ from qtune.recipe.schema import (
     Unquantized,
 )
 from qtune.recipe.shipped import shipped_recipes
-from qtune.recipe.steps import few_steps, first_steps, held_out_rows
+from qtune.recipe.steps import few_steps, first_share, first_steps, held_out_rows
 from qtune.recipe.text import show_value
 from qtune.sizes import size_text
 from qtune.spelling import did_you_mean
@@ -149,15 +149,13 @@ def _by_rows(look: "FirstLook", adapter: type[AdapterTable], positions: int) -> 
     """What follows from the rows; nothing where none can be used. positions: that the model has."""
     if not look.usable:
         return {("data", "columns"): look.columns}
-    share = Data.model_fields["validation"].default
     longest = max(1, min(_longest(look.row_bytes), positions - adapter.model_construct().prompt_length))
     examples = max(1, look.examples(longest))
-    # The one row there is cannot be held out.
-    held_out = 0 if examples == 1 else held_out_rows(share, examples)
-    epochs, batch_size = first_steps(adapter, examples - held_out)
+    share = first_share(examples)
+    epochs, batch_size = first_steps(adapter, examples - held_out_rows(share, examples))
     return {
         ("data", "columns"): look.columns,
-        ("data", "validation"): share if held_out else 0.0,
+        ("data", "validation"): share,
         ("data", "max_length"): longest,
         ("training", "epochs"): float(epochs),
         ("training", "batch_size"): batch_size,

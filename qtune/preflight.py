@@ -49,7 +49,7 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Model, Recipe, Unquantized
-from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
+from qtune.recipe.steps import few_held_out, few_steps, few_steps_of_a_prompt
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import OUTPUT, RunDir, existing_folder, require_writable
 from qtune.sizes import size_text, texts_apart
@@ -114,11 +114,13 @@ class Preflight:
     def advice(self) -> list[str]:
         """Of them those on what is learned, which cannot change any more once a run has begun."""
         recipe, trained = self.resolved.recipe, len(self.prepared.train)
+        held_out = 0 if self.prepared.validation is None else len(self.prepared.validation)
         of_a_prompt = few_steps_of_a_prompt(recipe.adapter, recipe.training, trained)
         told = (
             _lost_in_quantization(recipe),
             doubtful_rate(recipe.adapter, self.plan.learning_rate),
             of_a_prompt or few_steps(recipe.training, trained),
+            few_held_out(recipe.data, len(self.prepared.examples["train"]) + held_out, held_out),
         )
         return [sentence for sentence in told if sentence is not None]
 

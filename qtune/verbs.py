@@ -201,9 +201,8 @@ class Verbs(TyperGroup):
         """click's search for the verb that the first argument names."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            raise typer.BadParameter(
-                f"no such verb; {_meant(name, self.list_commands(ctx))}", param_hint=f"qtune {name}"
-            )
+            meant = _meant(args, self.list_commands(ctx))
+            raise typer.BadParameter(f"no such verb; {meant}", param_hint=f"qtune {name}")
         found = super().resolve_command(ctx, args)
         self._refuse_others_options(ctx, *found)
         return found
@@ -364,13 +363,39 @@ def _options(command: Any) -> dict[str, Any]:
     return {name: option for option in of_kind for name in (*option.opts, *option.secondary_opts)}
 
 
-def _meant(name: str, verbs: list[str]) -> str:
-    """What to say of a verb that is not there: what another tool's word, or a mistyped one, means here; else all."""
-    word = name.lower()
+def _meant(words: Sequence[str], verbs: list[str]) -> str:
+    """What to say of a verb that is not there, the first of the words: what another tool's word means here, what a verb
+    is wanted before, or what a mistyped one means; else all."""
+    word = words[0].lower()
     known = {*ELSEWHERE, *HOW}
+    if word not in known and (said := _of_verbless(words)) is not None:
+        return said
     near = word if word in known else nearest(word, [*verbs, *sorted(known)], ALIKE) or nearest(word, verbs)
     if near in HOW:
         return HOW[near]
     if near in ELSEWHERE:
         return f"here that is: qtune {ELSEWHERE[near]}"
     return f"did you mean {near!r}?" if near else f"the verbs: {', '.join(verbs)}"
+
+
+def _of_verbless(words: Sequence[str]) -> str | None:
+    """What to say of a recipe, rows, a run or a path to nothing where a verb is wanted; None where the first word is
+    none of them."""
+    # They read recipes, for which help need not wait.
+    from qtune.recipe.row_kinds import ROW_KINDS, TEXT_KINDS, kind_of
+    from qtune.recipe.shipped import shipped_recipes
+    from qtune.run.folder import RunDir
+
+    first, path = words[0], Path(words[0])
+    run = next((one for one in (path, RUNS / path) if RunDir(one).resolved_file.is_file()), None)
+    if run is not None:
+        commands = (shlex.join(["qtune", verb, str(run)]) for verb in ("eval", "chat", "export", "report"))
+        return f"it is a run, for: {', '.join(commands)}"
+    if first in shipped_recipes() or (path.suffix == ".toml" and path.is_file()):
+        return f"it is a recipe, for: {shlex.join(['qtune', 'run', *words])}"
+    if path.is_file() and kind_of(path)[0] in {*ROW_KINDS} - {*TEXT_KINDS}:
+        return f"it has rows; a recipe for them: {shlex.join(['qtune', 'init', '--base', 'MODEL', '--data', first])}"
+    if (near := nearest(first, shipped_recipes(), ALIKE)) is not None:
+        return f"did you mean: {shlex.join(['qtune', 'run', near, *words[1:]])}"
+    is_path = path.name != first or path.suffix == ".toml"
+    return f"no such file either{meant_file(first)}" if is_path and not path.exists() else None

@@ -1,11 +1,20 @@
-"""A run of few steps is said to be one, with values that make more of them."""
+"""A run of few steps, or of few held-out rows, is said to be one, with values that make more of them."""
 
 import re
 
 import pytest
 
-from qtune.recipe.schema import Adapter, Lora, PromptTuning, PTuning, Training
-from qtune.recipe.steps import FEW_STEPS, FEW_STEPS_OF_A_PROMPT, few_steps, few_steps_of_a_prompt
+from qtune.recipe.schema import Adapter, Data, Lora, PromptTuning, PTuning, Training
+from qtune.recipe.steps import (
+    FEW_STEPS,
+    FEW_STEPS_OF_A_PROMPT,
+    FEWEST,
+    few_held_out,
+    few_steps,
+    few_steps_of_a_prompt,
+    first_share,
+    held_out_rows,
+)
 
 PROMPTS: list[Adapter] = [PromptTuning(kind="prompt-tuning"), PTuning(kind="p-tuning")]
 
@@ -59,3 +68,31 @@ def test_a_lora_single_rows_and_many_steps_are_not_spoken_of() -> None:
     assert few_steps_of_a_prompt(Lora(), Training(steps=60, batch_size=8), 600) is None
     assert few_steps_of_a_prompt(PROMPTS[0], Training(steps=60, batch_size=1), 600) is None
     assert few_steps_of_a_prompt(PROMPTS[0], Training(batch_size=2), 2 * FEW_STEPS_OF_A_PROMPT) is None
+
+
+@pytest.mark.parametrize("rows", [25, 30, 49, 60, 89, 99, 100, 142, 1000])
+def test_a_recipe_begins_with_enough_held_out_rows_for_an_interval(rows: int) -> None:
+    share = first_share(rows)
+    assert held_out_rows(share, rows) >= FEWEST
+    assert few_held_out(Data(train="a.jsonl", validation=share), rows, held_out_rows(share, rows)) is None
+
+
+def test_of_few_rows_no_more_than_a_fifth_is_held_out_and_never_the_only_one() -> None:
+    assert [first_share(rows) for rows in (1, 2, 10, 24)] == [0.0, 0.2, 0.2, 0.2]
+    assert first_share(100) == Data.model_fields["validation"].default
+
+
+def test_few_held_out_rows_are_told_with_a_share_that_is_enough() -> None:
+    data = Data(train="a.jsonl", validation=0.05)
+    said = few_held_out(data, 60, 3)
+    assert said == (
+        "data: 3 rows are held out, too few to tell a change of their loss from noise; data.validation = 0.09 makes 5"
+    )
+    (share,) = re.findall(r"data\.validation = (\S+)", said)
+    assert held_out_rows(float(share), 60) >= FEWEST
+    assert few_held_out(data, 20, 1) is None  # a gate's finding
+    assert few_held_out(data, 60, 0) is None
+    own_file = Data(train="a.jsonl", validation="b.jsonl")
+    assert few_held_out(own_file, 63, 3) == (
+        "data: 3 rows are held out, too few to tell a change of their loss from noise; 5 are enough"
+    )

@@ -60,6 +60,32 @@ def test_a_mistyped_verb_is_answered_with_the_nearest_and_any_other_with_all() -
     assert "no such verb; the verbs: init, run, eval" in said("xyzzy")
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["quickstart"], "it is a recipe, for: qtune run quickstart"),
+        (["own.toml", "--set", "training.epochs=1"], "it is a recipe, for: qtune run own.toml --set training.epochs=1"),
+        (["quickstrat"], "did you mean: qtune run quickstart"),
+        (["own.tml"], "the verbs: init"),
+        (["own2.toml"], "no such file either; did you mean 'own.toml'?"),
+        (["rows.jsonl"], "it has rows; a recipe for them: qtune init --base MODEL --data rows.jsonl"),
+        (["runs/one"], "it is a run, for: qtune eval runs/one, qtune chat runs/one"),
+        (["one"], "it is a run, for: qtune eval runs/one"),
+        (["runs/two"], "no such file either"),
+        (["runs"], "here that is: qtune list"),
+    ],
+)
+def test_a_file_or_a_run_where_a_verb_is_wanted_is_answered_with_the_verbs_for_it(
+    words: list[str], answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text('[model]\nbase = "org/base"\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "resolved.toml").touch()
+    assert f"no such verb; {answer}" in said(*words)
+
+
 def test_every_answer_is_a_verb_or_an_option_that_there_is() -> None:
     group = typer.main.get_command(app)
     for answer in ELSEWHERE.values():

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qtune.recipe.steps import FEWEST
+
 DRAWS = 4000
 CONFIDENCE = 0.95
-FEWEST_ROWS = 5
-"""Below which no interval is given: a few rows, drawn again, are always the same rows."""
 
 Numbers = NDArray[np.float64]
 
@@ -66,7 +66,7 @@ def drawn(values: Sequence[Sequence[float]], weights: Sequence[float], salt: int
 
 
 def _interval(mean: float, draws: Numbers, rows: int) -> Interval:
-    if rows < FEWEST_ROWS:
+    if rows < FEWEST:  # a few rows, drawn again, are always the same rows
         return Interval(mean, None, None)
     low, high = np.quantile(draws, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Interval(mean, float(low), float(high))

@@ -1,9 +1,9 @@
-"""How many steps a run begins with, by its rows; and runs of so few that little can come of them, said before one
-wonders why. Pure arithmetic."""
+"""How many steps a run begins with and how many rows are held out, by its rows; and runs of so few that little can come
+of them, said before one wonders why. Pure arithmetic."""
 
 import math
 
-from qtune.recipe.schema import Adapter, AdapterTable, PromptTuning, PTuning, Training
+from qtune.recipe.schema import Adapter, AdapterTable, Data, PromptTuning, PTuning, Training
 
 FEW_STEPS = 30
 """Optimizer steps of a run below which that is said. Ours: no source names one. AdamW moves a number by about the
@@ -19,6 +19,10 @@ AIM = 100
 """Steps that few rows are seen again for, LORA_PASSES[1] times at most."""
 AIM_OF_A_PROMPT = 500
 LORA_PASSES = (3, 5)
+FEWEST = 5
+"""Rows, or steps, below which no interval is given: with fewer it is a guess about the shape of their distribution."""
+LARGEST_SHARE = 0.2
+"""Of few rows, that is proposed to be held out."""
 SOME_ROWS, MANY_ROWS, ALL_BUT_TOO_MANY = 500, 2_000, 10_000
 """Rows from which a step takes 16 of them; from which two passes are enough; from which one is."""
 
@@ -44,6 +48,36 @@ def first_steps(adapter: type[AdapterTable], rows: int) -> tuple[int, int]:
 def held_out_rows(share: float, rows: int) -> int:
     """How many of so many rows a share sets aside for validation: one at least, and none where there is no share."""
     return max(1, round(share * rows)) if share and rows else 0
+
+
+def first_share(rows: int) -> float:
+    """The share of so many rows that a recipe begins to hold out with: the key's default, and more of few rows, for of
+    fewer than FEWEST nothing can be told. The one row that there is cannot be held out."""
+    if rows < 2:
+        return 0.0
+    return max(float(Data.model_fields["validation"].default), min(_share_of_fewest(rows), LARGEST_SHARE))
+
+
+def _share_of_fewest(rows: int) -> float:
+    """The share of so many rows that FEWEST are, in whole hundredths."""
+    return math.ceil(100 * FEWEST / rows) / 100
+
+
+def few_held_out(data: Data, rows: int, held_out: int) -> str | None:
+    """A sentence on so few rows for validation that they tell no change from noise, with what would; None for others,
+    and where there are no more to hold out: that there are few rows is then a finding of the gate.
+
+    rows: all of data.train where a share of them is held out. held_out: that the losses are measured on.
+    """
+    if not 0 < held_out < FEWEST:
+        return None
+    more = f"{FEWEST} are enough"
+    if isinstance(data.validation, float):
+        if (share := _share_of_fewest(rows)) > LARGEST_SHARE:
+            return None
+        more = f"data.validation = {share:g} makes {held_out_rows(share, rows)}"
+    what = "1 row is" if held_out == 1 else f"{held_out} rows are"
+    return f"data: {what} held out, too few to tell a change of their loss from noise; {more}"
 
 
 def few_steps(training: Training, rows: int) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qtune.recipe.steps import FEWEST
 from qtune.records import plain
 from qtune.run.folder import RunDir
 from qtune.run.measured_adapter import read_figures
@@ -81,9 +82,6 @@ class Comparison:
 
 
 NO_ANSWERS = "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
-
-FEWEST = 5
-"""Rows, or steps, below which no interval is given: with fewer it is a guess about the shape of their distribution."""
 
 
 def leaves_out(seen: Sequence[bool | None], scored: Sequence[int]) -> list[bool]:

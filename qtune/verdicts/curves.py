@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from qtune.recipe.steps import FEWEST
 from qtune.run.metrics import EvalRecord, TrainRecord
 from qtune.run.summary import Losses, number
-from qtune.tuned.evaluation import FEWEST
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import Fall, fall_between
 from qtune.verdicts.learning import LITTLE, SEEN, by_how_much, fall_of

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
-from qtune.tuned.evaluation import FEWEST
+from qtune.recipe.steps import FEWEST
 
 CONFIDENCE = 0.95
 

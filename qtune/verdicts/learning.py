@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from qtune.recipe.steps import FEWEST
 from qtune.run.metrics import EvalRecord
 from qtune.run.summary import Losses, number
-from qtune.tuned.evaluation import FEWEST, Evaluation
+from qtune.tuned.evaluation import Evaluation
 from qtune.verdicts.facts import Facts
 from qtune.verdicts.interval import Fall, fall_between, paired_fall
 from qtune.verdicts.scores import AnswerScores, answer_scores
