@@ -31,7 +31,7 @@ from qtune.run.lock import read_lock, write_lock
 from qtune.run.owner import FILE, Owner, owned, owner_of
 from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
-from qtune.training.checkpoints import fault_of, newest_whole
+from qtune.training.checkpoints import fault_of, newest_whole, remove_older
 from qtune.training.proof import _pairs, prove
 from qtune.training.saved_state import RANDOM, SCHEDULE, load_tree, save_tree
 from qtune.tuned.chat import open_session
@@ -132,6 +132,19 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_not_taken_for_one_that_i
     assert_same_adapter(resumed, other)
     assert (last.parent / "damaged-checkpoint-4" / manifest.NAME).read_bytes() == theirs
     assert fault_of(last) is None
+
+
+def test_a_cut_checkpoint_is_neither_counted_among_those_that_are_kept_nor_removed(tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint-{step}" for step in (3, 6, 9, 12)]
+    for step, folder in zip((3, 6, 9, 12), folders, strict=True):
+        folder.mkdir()
+        (folder / OPTIMIZER).write_text("moments")
+        manifest.seal(folder, step)
+    (folders[1] / OPTIMIZER).write_text("mom")
+    remove_older(folders[2], 2)
+    assert [folder.is_dir() for folder in folders] == [True, True, True, True]
+    remove_older(folders[3], 2)
+    assert [folder.is_dir() for folder in folders] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,19 @@ def test_a_stopped_run_says_which_step_is_saved_and_how_to_go_on(
     assert shlex.split(found.resume) == ["qtune", "run", "--resume", str(run.path)]
 
 
+def test_a_newest_checkpoint_that_was_cut_is_not_said_to_be_saved(tmp_path: Path) -> None:
+    run = made(tmp_path, "run", trained(5, 3.0, 1))
+    for step in (3, 6):
+        checkpoint = run.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trained_state.safetensors").write_text("weights")
+        seal(checkpoint, step)
+    (run.checkpoints / "checkpoint-6" / "trained_state.safetensors").write_text("w")
+    (listed,) = list_runs(tmp_path)
+    assert listed.state == "stopped at step 6 of 20; step 3 is saved"
+    assert listed.resume == f"qtune run --resume {run.path}"
+
+
 def test_where_another_run_begins_the_one_that_was_stopped_is_named_with_the_way_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qtune import console, manifest
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError, first_line
-from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of
+from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import foreign, has_evaluation
 from qtune.training.callbacks import after_divergence
@@ -149,8 +149,9 @@ def make_room(checkpoint: Path) -> None:
 
 
 def remove_older(checkpoint: Path, kept: int) -> None:
-    """Keeps this checkpoint and so many in all of those that came before it."""
-    earlier = [path for path in complete_checkpoints(checkpoint.parent) if step_of(path) <= step_of(checkpoint)]
+    """Keeps this checkpoint and so many in all of those that came before it. One with files that are gone or cut is
+    none of these, and stays: a run cannot go on from it, and was told that it is left."""
+    earlier = [path for path in usable_checkpoints(checkpoint.parent) if step_of(path) <= step_of(checkpoint)]
     for path in earlier[:-kept]:
         shutil.rmtree(path, ignore_errors=True)
 
