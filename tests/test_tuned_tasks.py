@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,37 @@ def _right(run: object, number: int) -> float:
         scores = logits[0, -len(whole) :].log_softmax(dim=-1)[len(asked) - 1 : -1]
         sums.append(float(scores.gather(1, ids[0, len(asked) :, None]).sum()))
     return float(sums.index(max(sums)) == number % 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "tasks", "said"),
+    [
+        (20, ("arc", "gsm8k"), " had arc, gsm8k (50 questions of each), and has arc, gsm8k (20 questions of each)"),
+        (None, ("arc",), " had arc, gsm8k (50 questions of each), and has arc (all questions)"),
+        (None, ("arc", "gsm8k"), None),
+        (50, ("arc", "gsm8k", "mmlu"), None),
+    ],
+)
+def test_an_earlier_answer_that_is_replaced_by_less_is_named(
+    limit: int | None,
+    tasks: tuple[str, ...],
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    found = tiny_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(__version__="0.4.9"))
+    for name in ("require_harness", "load_untuned", "with_adapter", "_loaded_tasks"):
+        monkeypatch.setattr(stage, name, lambda *_, **__: SimpleNamespace(model=None))
+    answers = {"limit": 50, "tasks": ("arc", "gsm8k")}
+    monkeypatch.setattr(stage, "_asked", lambda *_: {"results": {task: {"acc,none": 0.5} for task in answers["tasks"]}})
+    evaluate_tasks(found, ["arc"], limit=50)
+    assert "from now on" not in capsys.readouterr().err
+    answers["tasks"] = tasks
+    evaluate_tasks(found, ["arc"], limit=limit)
+    told = capsys.readouterr().err
+    assert (f"{found.tasks_file}{said} from now on" in told) if said else ("from now on" not in told)
 
 
 SCORES = TaskScores(

@@ -33,6 +33,17 @@ class TaskScores:
     adapter: str | None = None
     """`run.measured_adapter.adapter_name` of what was asked; None in files of older versions."""
 
+    @property
+    def in_words(self) -> str:
+        """What was asked: "arc_easy, gsm8k (20 questions of each)"."""
+        asked = "all questions" if self.limit is None else f"{self.limit} questions of each"
+        return f"{', '.join(sorted({score.task for score in self.scores}))} ({asked})"
+
+    def loses(self, earlier: "TaskScores") -> bool:
+        """Whether tasks or questions of an earlier one are not among those of this one."""
+        fewer = self.limit is not None and (earlier.limit is None or earlier.limit > self.limit)
+        return fewer or not {score.task for score in earlier.scores} <= {score.task for score in self.scores}
+
 
 def read_tasks(run_dir: RunDir) -> TaskScores | None:
     """RUN/tasks.json, as the last `qtune eval --tasks` has written it; None where there was none

@@ -7,6 +7,7 @@ others publish; only the two models are ours. Tasks are names that it knows or Y
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peft import PeftModel
 
 from qtune import console
 from qtune.device.present import one_sentence
-from qtune.errors import InputError, Problem, first_line
+from qtune.errors import InputError, Problem, RunError, first_line
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
@@ -23,7 +24,7 @@ from qtune.run.measured_adapter import adapter_name
 from qtune.tuned.generate import mend_generate
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
-from qtune.tuned.task_scores import TaskScore, TaskScores
+from qtune.tuned.task_scores import TaskScore, TaskScores, read_tasks
 
 ROOM = (
     "As many questions are asked at once as training had rows (training.micro_batch_size); close what else takes memory"
@@ -73,7 +74,12 @@ def evaluate_tasks(
     tuned = _asked(adapted, "tuned", loaded, fewshot, limit)
     result = TaskScores(lm_eval.__version__, fewshot, limit, tuple(_scores(base, tuned)), adapter_name(run_dir))
     run_dir.require_there()
+    kept = None
+    with suppress(RunError):  # what is damaged is replaced
+        kept = read_tasks(run_dir)
     write_of_run(run_dir, run_dir.tasks_file, result)
+    if kept is not None and result.loses(kept):
+        console.say(f"{run_dir.tasks_file} had {kept.in_words}, and has {result.in_words} from now on")
     return result
 
 
