@@ -21,7 +21,7 @@ from qtune.export import model_card
 from qtune.export.export import Options, export_run
 from qtune.model.builtin import builtin_folder
 from qtune.run.folder import RunDir
-from qtune.run.metrics import TrainRecord, append_metric
+from qtune.run.metrics import NoteRecord, TrainRecord, append_metric
 from qtune.tuned.generate import Ends, find_ends, generate, mend_generate
 from qtune.tuned.load import load_run
 
@@ -94,7 +94,9 @@ def test_the_lines_of_an_adapter_card_answer_as_the_trained_model_with_every_tra
         append_metric(run.metrics_file, TrainRecord(step, 2, step / 2, step, loss, 0.5, 1e-4, 1.0, 100.0, 1, 1))
     let_the_base_draw(run)
     folder = export_run(run, Options(adapter_only=True))
-    assert "- training loss: 3.00 -> 1.00 (first and last logged step)\n" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "- training loss: 3.00 -> 1.00 (first and last logged step)\n" in card
+    assert "\n- 2 steps, batch 16, " in card
     expected = live_answer(run)
     assert printed_by_the_card(folder / "README.md", monkeypatch, folder) == expected
     name_the_cache_as_transformers_5_24_does(monkeypatch)
@@ -181,3 +183,15 @@ def test_the_card_of_an_adapter_on_a_built_in_base_loads_it_by_qtunes_own_functi
     assert eval(built_in["base"], {"builtin_folder": str.upper}) == "SOME-MODEL"
     of_hub = model_card._loaded_from(SimpleNamespace(base_in_public='org/"name"', is_of_hub=True))  # type: ignore[arg-type]
     assert (eval(of_hub["base"]), of_hub["imports"]) == ('org/"name"', "")
+
+
+def test_a_card_says_after_which_step_the_adapter_stands_as_far_as_a_file_tells(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    for step in (1, 2):
+        append_metric(run.metrics_file, TrainRecord(step, 9, step / 9, step, 2.0, 0.5, 1e-4, 1.0, 100.0, 1, 1))
+    append_metric(run.metrics_file, NoteRecord("the best state is kept", 2.0, adapter_step=1, ended_step=2))
+    folder = export_run(run, Options(adapter_only=True))
+    assert "\n- 2 of 9 steps (this is the state after step 1), batch 16, " in (folder / "README.md").read_text()
+    run.metrics_file.write_text("damaged\n")
+    folder = export_run(run, Options(adapter_only=True, output=tmp_path / "again"))
+    assert "\n- batch 16, " in (folder / "README.md").read_text()

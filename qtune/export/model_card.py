@@ -14,7 +14,7 @@ from qtune.export.llama_cpp import ADAPTER_FILE
 from qtune.export.opened_run import OpenedRun
 from qtune.export.serving import serving
 from qtune.model.builtin import PREFIX
-from qtune.run.summary import summary_of
+from qtune.run.summary import Summary, summary_of
 
 if TYPE_CHECKING:
     from qtune.export.verification import Verification
@@ -207,24 +207,33 @@ def _how_trained(source: OpenedRun) -> str:
     training, basis = source.recipe.training, source.basis
     held = "unquantized" if basis.kind == "none" else f"in {basis.kind.upper()}"
     double = " with double quantization" if basis.double_quantization else ""
+    try:
+        summary = summary_of(source.run)
+    except RunError:  # what is exported is whole without its run's records
+        summary = None
     return (
         "## How it was trained\n\n"
         f"- base: `{source.base_in_public}`, held {held}{double}, computed in "
         f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
         f"- adapter: `{source.recipe.adapter.kind}`\n"
-        f"- batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
-        f"{_loss_line(source)}"
+        f"- {_steps(summary)}batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
+        f"{_losses(summary)}"
     )
 
 
-def _loss_line(source: OpenedRun) -> str:
-    """What was learned, as everything else of the run says it; nothing where its records cannot be read, for what is
-    exported is whole without them."""
-    try:
-        losses = summary_of(source.run).losses
-    except RunError:
+def _steps(summary: Summary | None) -> str:
+    """How many were taken, and after which the adapter is what is exported; nothing where no step was logged."""
+    if summary is None or not summary.steps:
         return ""
-    return "" if losses is None else f"- training loss: {losses.text}\n"
+    kept = "" if summary.adapter_step is None else f" (this is the state after step {summary.adapter_step:,})"
+    return f"{summary.steps_taken}{kept}, "
+
+
+def _losses(summary: Summary | None) -> str:
+    """What was learned, as everything else of the run says it; nothing where no step was logged."""
+    if summary is None or summary.losses is None:
+        return ""
+    return f"- training loss: {summary.losses.text}\n"
 
 
 def _proof(verification: "Verification | None") -> str:
