@@ -17,7 +17,7 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With rows of several kinds; nothing heavy may be loaded for what is asked in it."""
-    monkeypatch.setattr("qtune.cli._load_libraries", lambda: pytest.fail("libraries were loaded"))
+    monkeypatch.setattr("qtune.commands.shared.import_libraries", lambda _: pytest.fail("libraries were loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(ROW)
     (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")

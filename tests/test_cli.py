@@ -452,7 +452,7 @@ def test_the_switch_for_whole_hashes_reaches_the_run(
     asked: list[bool] = []
     for name in ("run", "resume"):
         monkeypatch.setattr(train, name, lambda *_, whole_weights, **__: asked.append(whole_weights))
-    monkeypatch.setattr(cli, "_end_run", lambda run_dir: None)
+    monkeypatch.setattr("qtune.commands.run._end_run", lambda run_dir: None)
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / "resolved.toml").touch()
     target = ["--resume", str(tmp_path / "stopped")] if resumed else [str(write_recipe())]
@@ -472,7 +472,7 @@ def test_consent_given_with_verify_only_is_for_the_run_around_the_folder(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "run" / "adapter" / name).touch()
     agreed: list[Path] = []
-    monkeypatch.setattr(cli, "_agree", lambda run_dir: agreed.append(run_dir.path))
+    monkeypatch.setattr("qtune.commands.export.agree", lambda run_dir: agreed.append(run_dir.path))
     monkeypatch.setattr(stage, "verify_only", lambda folder, run, *_, **__: run.path)
     done = CliRunner().invoke(
         cli.app, ["export", "--verify-only", str(folder), "--trust-remote-code"], catch_exceptions=False

@@ -60,6 +60,7 @@ ROOMS = (
     "swap",
     "screens",
     "verbs",
+    "commands",
     "cli",
     "__main__",
 )
@@ -68,8 +69,8 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
-    "at_once", "cli", "console", "diagnosis", "errors", "disk", "init", "plan", "cache", "control_characters", "sizes",
-    "spelling", "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards",
+    "at_once", "cli", "commands", "console", "diagnosis", "errors", "disk", "init", "plan", "cache",
+    "control_characters", "sizes", "spelling", "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards",
     "data.swap_files", "run.folder", "run.finished", "run.resolved", "run.resumption", "export.conflicts",
     "export.output", "tuned.target", "report.page", "verdicts",
 )  # fmt: skip

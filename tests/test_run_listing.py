@@ -209,10 +209,10 @@ def test_check_and_run_say_that_a_name_is_taken_before_they_load_anything(
     class LoadingError(Exception):
         pass
 
-    def load() -> None:
+    def load(_: object) -> None:
         raise LoadingError
 
-    monkeypatch.setattr("qtune.cli._load_libraries", load)
+    monkeypatch.setattr("qtune.commands.shared.import_libraries", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "r.toml").write_text(

@@ -63,7 +63,7 @@ def test_a_verb_that_is_stopped_after_it_has_saved_its_work_does_not_say_that_th
     (tmp_path / "recipe.toml").write_text(RECIPE)
     ended = iter([RunDir(tmp_path / "runs" / "one")])
     monkeypatch.setattr("qtune.training.train.run", lambda *_, **__: next(ended, None) or ctrl_c())
-    monkeypatch.setattr("qtune.cli._show_end", (lambda _: None) if "seeds" in verb else ctrl_c)
+    monkeypatch.setattr("qtune.commands.run._show_end", (lambda _: None) if "seeds" in verb else ctrl_c)
     monkeypatch.setattr("qtune.init.said_of_rows", ctrl_c)
     words = [*COMMANDS["init"], "-o", "new.toml"] if verb == "init" else [*verb.split(), "recipe.toml"]
     said = str(CliRunner().invoke(app, words).exception)

@@ -279,7 +279,7 @@ def test_rows_that_were_swapped_are_not_swapped_again(
     done = swap(recipe_in(tmp_path, tiny_model, "rows.jsonl"))
     made = tmp_path / "recipe.swapped.toml"
     assert f"  qtune check {made}  # what would spoil the run\n" in done.stderr
-    monkeypatch.setattr("qtune.cli._load_libraries", lambda: pytest.fail("libraries were loaded"))
+    monkeypatch.setattr("qtune.commands.swap.load_libraries", lambda: pytest.fail("libraries were loaded"))
     assert "has copies of its rows already" in str(swap(made).exception)
 
 
@@ -298,7 +298,7 @@ def test_what_names_alone_tell_is_said_before_a_library_is_loaded(
     written(tmp_path / "rows.jsonl", [SHAPES["messages"](*pair) for pair in PAIRS])
     recipe = recipe_in(tmp_path, tiny_model, "rows.jsonl")
     assert swap(recipe).exit_code == 0
-    monkeypatch.setattr("qtune.cli._load_libraries", lambda: pytest.fail("libraries were loaded"))
+    monkeypatch.setattr("qtune.commands.swap.load_libraries", lambda: pytest.fail("libraries were loaded"))
     assert told in str(swap(recipe, *options).exception)
 
 

@@ -57,7 +57,7 @@ def test_a_verb_for_which_there_is_none_is_answered_with_how_it_is_done(verb: st
 
 def test_a_mistyped_verb_is_answered_with_the_nearest_and_any_other_with_all() -> None:
     assert "no such verb; did you mean 'export'?" in said("exprot")
-    assert "no such verb; the verbs: init, run, eval" in said("xyzzy")
+    assert "no such verb; the verbs: init, check, doctor" in said("xyzzy")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_mistyped_verb_is_answered_with_the_nearest_and_any_other_with_all() -
         (["quickstart"], "it is a recipe, for: qtune run quickstart"),
         (["own.toml", "--set", "training.epochs=1"], "it is a recipe, for: qtune run own.toml --set training.epochs=1"),
         (["quickstrat"], "did you mean: qtune run quickstart"),
-        (["own.tml"], "the verbs: init"),
+        (["own.tml"], "the verbs: init, check"),
         (["own2.toml"], "no such file either; did you mean 'own.toml'?"),
         (["rows.jsonl"], "it has rows; a recipe for them: qtune init --base MODEL --data rows.jsonl"),
         (["runs/one"], "it is a run, for: qtune eval runs/one, qtune chat runs/one"),

@@ -211,12 +211,13 @@ def _how_trained(source: OpenedRun) -> str:
         summary = summary_of(source.run)
     except RunError:  # what is exported is whole without its run's records
         summary = None
+    batch = f"batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}"
     return (
         "## How it was trained\n\n"
         f"- base: `{source.base_in_public}`, held {held}{double}, computed in "
         f"{str(basis.compute_dtype).removeprefix('torch.')}\n"
         f"- adapter: `{source.recipe.adapter.kind}`\n"
-        f"- {_steps(summary)}batch {training.batch_size}, learning rate {training.learning_rate}, seed {training.seed}\n"
+        f"- {_steps(summary)}{batch}\n"
         f"{_losses(summary)}"
     )
 

@@ -1,1 +1,1 @@
-"""Values of the stages -> what the terminal shows; called by cli.py alone."""
+"""Values of the stages -> what the terminal shows; called by the verbs alone."""
