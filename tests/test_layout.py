@@ -70,9 +70,9 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets"}
 
 LIGHT = (
     "at_once", "cli", "commands", "console", "diagnosis", "errors", "disk", "init", "plan", "cache",
-    "control_characters", "sizes", "spelling", "whole", "records", "manifest", "lfs", "startup", "recipe", "screens", "verbs", "device.cards",
-    "data.swap_files", "run.folder", "run.finished", "run.resolved", "run.resumption", "export.conflicts",
-    "export.output", "tuned.target", "report.page", "verdicts",
+    "control_characters", "sizes", "spelling", "whole", "records", "manifest", "lfs", "startup", "recipe", "screens",
+    "verbs", "device.cards", "data.swap_files", "run.folder", "run.finished", "run.resolved", "run.resumption",
+    "export.conflicts", "export.output", "tuned.target", "report.page", "verdicts",
 )  # fmt: skip
 """Rooms and files that a user waits for when he asks for help or mistypes a key: they import nothing heavy."""
 
