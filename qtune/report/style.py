@@ -2,8 +2,9 @@
 
 Words never break below 500 px: tables are as wide as their words ask for and scroll inside the page, those of texts
 stand there cell below cell. An edge behind which something is hidden has a shadow, which covers of the table's own
-ground hide where it is scrolled to its end (Lea Verou, "Pure CSS scrolling shadows", 2012). On paper nothing can be
-scrolled or opened, so everything wraps there and what is folded stands open.
+ground hide where it is scrolled to its end (Lea Verou, "Pure CSS scrolling shadows", 2012), a pixel farther out than it
+ends, for widths are fractions. On paper nothing can be scrolled or opened, so everything wraps there and what is folded
+stands open.
 """
 
 STYLE = """
@@ -53,8 +54,8 @@ svg.key { width: 30px; height: 12px; margin-right: .3rem; } .bar svg { width: 10
 .name { white-space: nowrap; } .bar { width: 100%; min-width: 8rem; } svg rect { fill: var(--one); }
 
 .wide { overflow-x: auto; margin: .5rem 0 1.1rem; background:
-    linear-gradient(to right, var(--paper) 50%, var(--none)) left / 2.4rem 100% no-repeat local,
-    linear-gradient(to left, var(--paper) 50%, var(--none)) right / 2.4rem 100% no-repeat local,
+    linear-gradient(to right, var(--paper) 50%, var(--none)) left -1px top / 2.4rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 50%, var(--none)) right -1px top / 2.4rem 100% no-repeat local,
     linear-gradient(to right, var(--edge) 2px, var(--shade) 2px, var(--none)) left / 1.1rem 100% no-repeat scroll,
     linear-gradient(to left, var(--edge) 2px, var(--shade) 2px, var(--none)) right / 1.1rem 100% no-repeat scroll; }
  table { border-collapse: collapse; font-size: .9rem; }
