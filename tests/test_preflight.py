@@ -314,6 +314,21 @@ def test_an_epoch_of_few_steps_is_a_warning_that_names_the_key(write_recipe: Wri
     assert "training.epochs = " in said
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_held_out_rows_are_a_warning_that_names_a_share_that_is_enough(
+    packed: bool, write_recipe: WriteRecipe, rows_file: Path
+) -> None:
+    rows_file.write_text(
+        "".join(json.dumps({"prompt": f"{n} and one?", "completion": f"{n + 1}"}) + "\n" for n in range(60))
+    )
+    recipe = write_recipe(training="steps = 40", data=f"packing = {str(packed).lower()}")
+    (said,) = examine(load_recipe(recipe, ["data.validation=0.05"])).warnings
+    assert said.startswith("data: 3 rows are held out, too few to tell a change of their loss from noise; ")
+    assert said.endswith("data.validation = 0.09 makes 5")
+    assert examine(load_recipe(recipe, ["data.validation=0.09"])).warnings == []
+    assert examine(load_recipe(recipe, ["data.validation=0.0"])).warnings == []
+
+
 def test_a_row_that_is_longer_than_the_model_has_positions_is_a_warning(
     write_recipe: WriteRecipe, tiny_model: Path, tmp_path: Path
 ) -> None:
