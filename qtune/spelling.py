@@ -25,7 +25,7 @@ def nearest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str 
 def meant_file(name: str, folder: Path = Path(), *, but: str = "") -> str:
     """ "; did you mean 'data/mails.jsonl'?" for a path from `folder` that leads to nothing, by what is beside it; empty
     where nothing there has a name like it. Endings are not compared, for all files of rows have
-    the same few; of files that differ by it alone the one with the same is meant.
+    the same few; of files that differ by it alone the one with the nearest is meant.
 
     but: an ending that cannot be meant, as a recipe's where a model is named.
     """
@@ -41,7 +41,7 @@ def meant_file(name: str, folder: Path = Path(), *, but: str = "") -> str:
     near = nearest(path.name.partition(".")[0], filter(None, beside), FILES_LIKENESS)
     if not near:
         return ""
-    meant = next((one for one in beside[near] if Path(one).suffix == path.suffix), beside[near][0])
+    meant = nearest(path.name, beside[near]) or beside[near][0]
     return f"; did you mean {str(Path(name).with_name(meant))!r}?"
 
 

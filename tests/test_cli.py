@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from qtune import __version__, cli
 from qtune.errors import GateError, InputError, Interrupted, Problem
 from qtune.export.conflicts import CONFLICTS
+from qtune.recipe.shipped import shipped_recipes
 from qtune.run.drift import KINDS, USING
 from qtune.verbs import OTHER_NAMES, Verbs, _options
 
@@ -211,8 +212,11 @@ def test_where_no_run_can_be_written_is_told_before_anything_heavy_is_imported(
 def test_a_base_that_cannot_be_had_is_told_before_anything_heavy_is_imported() -> None:
     ((code, out, err, heavy),) = ends(["run", "llama_lora"])
     assert (code, out, heavy) == (2, "", [])
+    recipe = shipped_recipes()["llama_lora"]
+    line = recipe.read_text().splitlines().index('base = "meta-llama/Llama-3.2-3B-Instruct"') + 1
     assert err.startswith(
-        "error: meta-llama/Llama-3.2-3B-Instruct: is not on this computer, and HF_HUB_OFFLINE is set; "
+        f'error: {recipe}:{line}: model.base = "meta-llama/Llama-3.2-3B-Instruct": is not on this computer, and '
+        "HF_HUB_OFFLINE is set; "
     )
     assert 'a local folder, a GGUF file or "builtin:' in err
 

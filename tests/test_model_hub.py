@@ -97,7 +97,8 @@ def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
     process = run_warm_qtune("run", recipe, "--set", f"output.directory={tmp_path / 'runs'}")
     assert process.returncode == 2
     # What names the model is said once, though configuration and tokenizer both need it.
-    assert process.stderr == f"error: owner/gated: is not on this computer, and HF_HUB_OFFLINE is set; {WAYS}\n"
+    told = f'{recipe}:2: model.base = "owner/gated": is not on this computer, and HF_HUB_OFFLINE is set'
+    assert process.stderr == f"error: {told}; {WAYS}\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -34,6 +34,8 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory.budget", "memory.budget"),  # nobody has set it
         ("{recipe}:4: data.train", "{recipe}:4: data.train"),  # it is there already
         ("data/train.jsonl:208", "data/train.jsonl:208"),
+        ("org/base", '{recipe}:2: model.base = "org/base"'),
+        ("org/base-2", "org/base-2"),
         ("--data", "--data"),
     ],
 )

@@ -59,8 +59,16 @@ def test_a_recipe_is_not_offered_where_no_recipe_can_be_meant(tmp_path: Path) ->
     assert "gold.jsonl" in meant_file("gold", tmp_path, but=".toml")
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
-def test_of_files_that_differ_by_their_ending_the_one_with_the_same_is_meant(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "meant"),
+    [
+        (".jsonl", ".jsonl"), (".csv", ".csv"), (".parquet", ".parquet"),
+        (".jsnl", ".jsonl"), (".json", ".jsonl"), (".paquet", ".parquet"),
+    ],
+)  # fmt: skip
+def test_of_files_that_differ_by_their_ending_the_one_with_the_nearest_is_meant(
+    tmp_path: Path, ending: str, meant: str
+) -> None:
     for name in ("hives.csv", "hives.jsonl", "hives.parquet"):
         (tmp_path / name).touch()
-    assert meant_file(f"hive{ending}", tmp_path) == f"; did you mean 'hives{ending}'?"
+    assert meant_file(f"hive{ending}", tmp_path) == f"; did you mean 'hives{meant}'?"

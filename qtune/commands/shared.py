@@ -49,7 +49,11 @@ MOST_PROCESSES = 64
 
 
 def load_libraries() -> None:
-    """Seconds in which nothing else can be said."""
+    """Imports what computes: seconds, and nothing else can be said in them.
+
+    Raises:
+        LibraryError: one of the libraries cannot be imported.
+    """
     with nothing_to_keep():
         import_libraries(console.waiting)
 
@@ -75,11 +79,13 @@ def say_next(resolved: "Resolved") -> None:
 
 
 def say_set_aside(resolved: "Resolved") -> None:
+    """What a recipe says and --set has put something else in the place of, a sentence each."""
     for sentence in resolved.set_aside:
         console.say(sentence)
 
 
 def say_drifts(run_dir: "RunDir") -> None:
+    """Who works in a run at this moment, and what is not any more what it was trained with."""
     from qtune.run.drift import said_of
     from qtune.run.owner import owner_of
 
@@ -90,6 +96,11 @@ def say_drifts(run_dir: "RunDir") -> None:
 
 
 def require_one_card(gpu: str | None, vram: str | None) -> None:
+    """--gpu or --vram, or neither, and a card that is known.
+
+    Raises:
+        typer.BadParameter, InputError: both, or one that is not known.
+    """
     from qtune.device.cards import require_known
 
     if gpu is not None and vram is not None:

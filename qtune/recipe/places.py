@@ -8,6 +8,7 @@ import re
 from qtune.errors import InputError, Problem, QtuneError
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Recipe
+from qtune.recipe.text import show_value
 
 _KEY = re.compile(rf"({'|'.join(Recipe.model_fields)})\.(\w+)")
 _given: list[Resolved] = []
@@ -20,7 +21,8 @@ def is_given(resolved: Resolved) -> Resolved:
 
 
 def located(error: QtuneError) -> QtuneError:
-    """The error with the places of the keys that its problems name: "recipe.toml:7: data.columns.question"."""
+    """The error with the places of the keys that its problems name: "recipe.toml:7: data.columns.question"; a problem
+    that names the base, as who loads it does, is one of model.base."""
     if not _given or not isinstance(error, InputError):
         return error
     problems = tuple(_located(problem, _given[0]) for problem in error.problems)
@@ -28,6 +30,8 @@ def located(error: QtuneError) -> QtuneError:
 
 
 def _located(problem: Problem, resolved: Resolved) -> Problem:
+    if problem.place == resolved.recipe.model.base:
+        problem = Problem(f"model.base = {show_value(problem.place)}", problem.message)
     found = _KEY.match(problem.place)
     origin = resolved.origins.get((found[1], found[2])) if found is not None else None
     if origin is None or origin.source not in ("recipe", "--set"):
