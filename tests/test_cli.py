@@ -98,6 +98,14 @@ def test_help_fills_its_lines_at_any_width(verb: str, width: int, monkeypatch: p
         assert not line or not word or len(line) + 1 + len(word) > width - 2, f"{line!r} has room for {word!r}"
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_s_name_is_cut_in_help_at_80_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", 80)
+    words = CliRunner().invoke(cli.app, [verb, "--help"]).output.split()
+    options = _options(typer.main.get_command(cli.app).get_command(None, verb))
+    assert set(options) <= {part for word in words for part in word.split(",")}
+
+
 @pytest.mark.parametrize(
     ("verb", "compared"), [("run", KINDS), ("eval", (*USING, "rows")), ("compare", (*USING, "rows")),
                            ("export", USING), ("chat", USING)]

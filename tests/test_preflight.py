@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import WriteRecipe
 from export_models import tiny_base, tiny_tokenizer
@@ -327,6 +328,30 @@ def test_few_held_out_rows_are_a_warning_that_names_a_share_that_is_enough(
     assert said.endswith("data.validation = 0.09 makes 5")
     assert examine(load_recipe(recipe, ["data.validation=0.09"])).warnings == []
     assert examine(load_recipe(recipe, ["data.validation=0.0"])).warnings == []
+
+
+@pytest.mark.parametrize(("long_rows", "packed", "is_told"), [(1, False, True), (1, True, False), (6, False, False)])
+def test_a_row_that_is_far_longer_than_all_others_is_named_with_what_leaves_it_out(
+    long_rows: int, packed: bool, is_told: bool, write_recipe: WriteRecipe, rows_file: Path
+) -> None:
+    rows = [{"prompt": f"{n} and one?", "completion": f"{n + 1}"} for n in range(10, 70)]
+    for row in rows[:long_rows]:
+        row["prompt"] += " and one" * 15
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(training="steps = 40", data=f"packing = {str(packed).lower()}")
+    changes = ["data.validation=0.0", "data.max_length=128"]
+    examined = examine(load_recipe(recipe, changes))
+    lengths = np.array(examined.prepared.examples["train"]["length"])
+    assert lengths[0] > 4 * lengths[-1]
+    found = [one for one in examined.inspection.findings if one.kind == "stray-length"]
+    assert bool(found) is is_told
+    for one in found:
+        assert (one.count, one.level, one.places) == (1, "warning", ("rows.jsonl:1",))
+        assert one.detail == f"{lengths[0]} tokens, the others at most {lengths[1:].max()}"
+        key, option = re.findall(r"data\.\w+ = \S+", one.advice)
+        mended = examine(load_recipe(recipe, [*changes, key, option]))
+        assert len(mended.prepared.train) == len(rows) - 1
+        assert "stray-length" not in {other.kind for other in mended.inspection.findings}
 
 
 def test_a_row_that_is_longer_than_the_model_has_positions_is_a_warning(

@@ -1,6 +1,8 @@
 """A recipe file becomes a checked recipe, or every error at once: place, key, value and what would be right."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -345,6 +347,34 @@ def test_set_changes_values_and_shells_may_eat_their_quotes(check) -> None:
     assert recipe.adapter.target_modules == ("q_proj",)
     assert recipe.data.columns == {"instruction": "query"}
     assert recipe.quantization.double_quantization is False
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ('training.trackers=["wandb", "mlflow"]', ("wandb", "mlflow")),
+        ("training.trackers=[wandb, mlflow]", ("wandb", "mlflow")),
+        ("adapter.target_modules=[q_proj,v_proj]", ("q_proj", "v_proj")),
+        ("data.allow=[ too-long ]", ("too-long",)),
+        ("data.system_prompt=[hello]", "[hello]"),  # a text, as it stands
+    ],
+)
+def test_a_list_may_lose_its_quotes_on_the_way_through_a_shell(check, change: str, value: Any) -> None:
+    table, key = change.partition("=")[0].split(".")
+    found = getattr(getattr(check(GOOD, change).recipe, table), key)
+    assert (found if isinstance(found, str) else tuple(found)) == value
+
+
+@pytest.mark.parametrize(
+    "change", ["training.trackers=wandb", "adapter.target_modules=q_proj, v_proj", "adapter.target_modules=[q_proj"]
+)
+def test_who_sets_a_word_for_a_list_is_told_what_a_shell_lets_through(check, problems, change: str) -> None:
+    (told,) = problems(GOOD, change)
+    command = told.partition(": must be a list, as ")[2].removesuffix(' or "all-linear"')
+    option, given = shlex.split(command)
+    assert option == "--set"
+    assert given.partition("=")[0] == change.partition("=")[0]
+    check(GOOD, given)
 
 
 def test_set_is_checked_like_the_file(problems) -> None:

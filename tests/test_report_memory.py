@@ -159,6 +159,11 @@ def test_a_run_without_a_prediction_says_how_to_get_one() -> None:
     assert "Nothing is predicted here yet: qtune report runs/mine traces the step that was measured." in page.text
     assert "svg" in page.names  # the bars
     assert "polygon" not in page.names
+    assert not {"error", "tensors, predicted", "allocated, predicted"} & set(page.texts["th"])
+    forward = {"seconds": 1.5, "allocated_peak_bytes": GIB, "reserved_peak_bytes": 2 * GIB}
+    page = drawn({"measured": measured_on("a card", forward=forward)})
+    assert page.texts["th"][:4] == ["phase", "seconds", "allocated, measured", "reserved, peak"]
+    assert cells_after(page, "forward", 3) == ["1.5", size_text(GIB), size_text(2 * GIB)]
 
 
 def way(name: str, peak: int, needed: int = 0) -> dict[str, Any]:

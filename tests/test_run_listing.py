@@ -139,7 +139,7 @@ def test_a_newest_checkpoint_that_was_cut_is_not_said_to_be_saved(tmp_path: Path
         seal(checkpoint, step)
     (run.checkpoints / "checkpoint-6" / "trained_state.safetensors").write_text("w")
     (listed,) = list_runs(tmp_path)
-    assert listed.state == "stopped at step 6 of 20; step 3 is saved"
+    assert listed.state == "stopped at step 5 of 20; step 3 is saved"
     assert listed.resume == f"qtune run --resume {run.path}"
 
 

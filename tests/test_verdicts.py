@@ -298,6 +298,9 @@ def test_without_two_evaluations_it_says_what_to_do() -> None:
     assert (none.standing, once.standing) == ("open", "open")
     begun = overfits(replace(NOTHING, is_finished=False))
     assert (begun.sentence, begun.command) == ("no validation row was looked at yet", None)
+    going_on = overfits(replace(NOTHING, is_finished=False, validation=(validation(9, spread(1.0)),)))
+    assert going_on.sentence.startswith("validation was looked at once so far: ")
+    assert going_on.command is None
 
 
 def test_losses_that_are_no_numbers_are_no_best_and_rows_that_changed_are_not_paired() -> None:

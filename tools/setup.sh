@@ -24,3 +24,4 @@ if ! PYTHONUNBUFFERED=1 .venv/bin/python -m pip install --progress-bar off --dis
     exit 1
 fi
 printf '%s\n' "$wanted" >.venv/installed
+echo "installed; source .venv/bin/activate makes it: qtune" >&2

@@ -4,14 +4,7 @@ from typing import Annotated
 
 import typer
 
-from qtune.commands.shared import MOST_TOKENS, AcceptUsingOption, TrustOption, load_libraries
-
-
-def _a_number(value: float) -> float:
-    """A range lets NaN pass, which is neither below nor above it."""
-    if value != value:
-        raise typer.BadParameter("nan is not a number")
-    return value
+from qtune.commands.shared import MOST_TOKENS, AcceptUsingOption, TrustOption, load_libraries, no_more_than
 
 
 def chat(
@@ -23,19 +16,29 @@ def chat(
     adapter: Annotated[
         bool, typer.Option("--adapter/--no-adapter", help="Talk to the tuned model or to its base.")
     ] = True,
-    system: Annotated[
-        str | None, typer.Option(help="System message; by default the recipe's data.system_prompt.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message; left out, that of the recipe.")] = None,
     temperature: Annotated[
         float,
-        typer.Option(min=0, max=100, callback=_a_number, help="0 takes the likeliest token, 1 draws from the model."),
+        typer.Option(
+            metavar="T", min=0, callback=no_more_than(100), help="0 takes the likeliest token, 1 draws from the model."
+        ),
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0, max=1, callback=_a_number, help="Draw from the likeliest tokens of this total share."),
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=1,
+            callback=no_more_than(1),
+            help="Draw from the likeliest tokens of this total share.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, callback=no_more_than(2**32 - 1), help="Seed of the draws.")
+    ] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, callback=no_more_than(MOST_TOKENS), help="Longest answer, in tokens.")
+    ] = 512,
     accept_drift: AcceptUsingOption = None,
     trust: TrustOption = False,
 ) -> None:

@@ -14,6 +14,7 @@ from qtune.commands.shared import (
     TrustOption,
     agree,
     load_libraries,
+    no_more_than,
     options_given,
 )
 
@@ -33,7 +34,9 @@ def evaluate(
     shown: Annotated[
         int, typer.Option("--show", min=0, max=MOST_ROWS, help="How many answers to show side by side.")
     ] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, callback=no_more_than(MOST_TOKENS), help="Longest answer, in tokens.")
+    ] = 512,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAME,…", help="Benchmarks of lm-evaluation-harness (or YAML files) instead of rows."),

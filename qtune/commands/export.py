@@ -18,14 +18,16 @@ def export(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; RUN/model if left out.")
     ] = None,
     dtype: Annotated[
-        Literal["float16", "bfloat16"], typer.Option("--dtype", help="Type of the exported weights.")
+        Literal["float16", "bfloat16"],
+        typer.Option("--dtype", metavar="TYPE", help="Type of the exported weights: float16 or bfloat16."),
     ] = "float16",
     base: Annotated[
         Literal["dequantized", "original"],
         typer.Option(
             "--base",
+            metavar="WEIGHTS",
             help="What the adapter is merged into: the weights that training saw (dequantized), or those of the base "
-            "checkpoint, which it was not trained on.",
+            "checkpoint (original), which it was not trained on.",
         ),
     ] = "dequantized",
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
@@ -50,8 +52,9 @@ def export(
         Literal["f16", "bf16", "q8_0"] | None,
         typer.Option(
             "--gguf",
-            help="Also write a GGUF file for llama.cpp, LoRA as adapter.gguf and, where proven, an Ollama Modelfile; "
-            "to a verified export that is there, they alone are added.",
+            metavar="TYPE",
+            help="Also write a GGUF file in f16, bf16 or q8_0 for llama.cpp, LoRA as adapter.gguf and, where proven, "
+            "an Ollama Modelfile; to a verified export that is there, they alone are added.",
         ),
     ] = None,
     push_to: Annotated[

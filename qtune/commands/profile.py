@@ -13,6 +13,7 @@ from qtune.commands.shared import (
     TrustOption,
     agree,
     load_libraries,
+    no_more_than,
     require_one_card,
     say_drifts,
     say_set_aside,
@@ -32,7 +33,10 @@ def profile(
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="CARD", help='A card by name, as "RTX 3060".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A card by its memory, as 8GiB.")] = None,
     length: Annotated[
-        int | None, typer.Option("--length", min=1, max=MOST_TOKENS, help="Tokens of the longest row.")
+        int | None,
+        typer.Option(
+            "--length", metavar="N", min=1, callback=no_more_than(MOST_TOKENS), help="Tokens of the longest row."
+        ),
     ] = None,
     processes: Annotated[
         int,

@@ -1,5 +1,6 @@
 """Options and sentences that several verbs have."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,22 @@ MOST_TOKENS = 16_777_216
 MOST_ROWS = 1_000_000
 MOST_PROCESSES = 64
 """Of one computer: more cards than any has."""
+
+
+def no_more_than(most: float) -> Callable[[float | None], float | None]:
+    """A callback of an option that refuses more than its largest value, and what is no number, which a range lets pass.
+
+    Help shows a range in full, and many digits in it take the room of the options' names.
+    """
+
+    def checked(value: float | None) -> float | None:
+        if value is not None and value != value:
+            raise typer.BadParameter("nan is not a number")
+        if value is not None and value > most:
+            raise typer.BadParameter(f"should be at most {most:,}")
+        return value
+
+    return checked
 
 
 def load_libraries() -> None:

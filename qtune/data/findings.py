@@ -16,6 +16,9 @@ FEW_ROWS = 50
 SAME_ANSWER_SHARE = 0.5
 OPENING_SHARE = 0.2
 ENOUGH_ROWS = 20
+STRAY_SHARE, STRAY_TIMES = 0.01, 4
+"""How many rows, one at least, may be so many times as long as all others and still be called strays: more of them are
+the kind of rows that there are."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,11 @@ KINDS = {
         "warning",
         "the chat template writes today's date into every row",
         "the rows hold the day on which they were prepared; a copy of the template with a fixed date is reproducible",
+    ),
+    "stray-length": Kind(
+        "warning",
+        "far longer than all others, and memory and micro-batches are planned for the longest row",
+        "see whether they are meant",
     ),
     "few-rows": Kind(
         "warning",

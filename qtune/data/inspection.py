@@ -10,7 +10,17 @@ from datasets import Dataset
 from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
 from qtune.data.conversation import Conversation
 from qtune.data.examples import opening_of
-from qtune.data.findings import ENOUGH_ROWS, FEW_ROWS, LISTED, OPENING_SHARE, SAME_ANSWER_SHARE, Finding, found
+from qtune.data.findings import (
+    ENOUGH_ROWS,
+    FEW_ROWS,
+    LISTED,
+    OPENING_SHARE,
+    SAME_ANSWER_SHARE,
+    STRAY_SHARE,
+    STRAY_TIMES,
+    Finding,
+    found,
+)
 from qtune.data.prepare import Prepared
 from qtune.data.stream import RowStream
 from qtune.data.stream_findings import StreamColumns
@@ -119,6 +129,8 @@ def _findings(
             findings += _overlap(train, split)
     if not isinstance(train, StreamColumns):
         findings += [*_duplicates(train), *_repetition(train)]
+        if not prepared.packed:
+            findings += _strays(train)
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
@@ -204,6 +216,20 @@ def _duplicates(train: Columns) -> Iterable[Finding]:
     copies = np.setdiff1d(np.arange(len(train)), first)
     if len(copies):
         yield found("duplicate", "train", len(copies), len(train), train.places(copies))
+
+
+def _strays(train: Columns) -> Iterable[Finding]:
+    """Of rows that stand alone in a batch; packed ones are as long as data.max_length, all of them."""
+    if len(train) < ENOUGH_ROWS:
+        return
+    most = max(1, int(STRAY_SHARE * len(train)))
+    usual = int(np.sort(train.length)[-1 - most])
+    rows = np.flatnonzero(train.length > STRAY_TIMES * usual)
+    if len(rows):
+        longest, others = int(train.length.max()), int(np.delete(train.length, rows).max())
+        leave = f'data.max_length = {others} with data.on_long_row = "drop" leaves them out; see whether they are meant'
+        detail = f"{longest:,} tokens, the others at most {others:,}"
+        yield found("stray-length", "train", len(rows), len(train), train.places(rows), detail, leave)
 
 
 def _repetition(train: Columns) -> Iterable[Finding]:

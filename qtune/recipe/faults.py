@@ -66,7 +66,8 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             near = _nearest(str(word), choices, list_known=False) if len(choices) > 1 else ""
             return f"must be {expected}{near}"
         case "tuple_type" | "list_type" if isinstance(detail["input"], str):
-            return f"must be a list, as {json.dumps([part.strip() for part in detail['input'].split(',')])}"
+            words = [part.strip(" []\"'") for part in detail["input"].split(",")]
+            return f"must be a list, as {json.dumps(words)}"
         case "tuple_type" | "list_type":
             return "must be a list"
         case "float_type" | "int_type" if _is_number(detail["input"]):

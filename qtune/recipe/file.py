@@ -5,9 +5,11 @@ Everything that is wrong is reported at once, each problem with its file and lin
 
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +18,7 @@ from pydantic import BaseModel
 from qtune.errors import Problem, RecipeError
 from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
-from qtune.recipe.meant_keys import keys_meant
+from qtune.recipe.meant_keys import keys_meant, takes_list
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
@@ -214,12 +216,23 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
             advice = f"; did you mean {meant}?" if meant else ""
             problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
-            changes[keys] = _toml_value(value.strip())
+            changes[keys] = _value_given(keys, value.strip())
     return changes, problems
 
 
+_BARE_LIST = re.compile(r"\[([^\[\]{}\"']+)\]")
+
+
+def _value_given(keys: KeyPath, text: str) -> Any:
+    """A TOML value, or the text itself where it is none: shells eat the quotes of strings, those in a list too."""
+    value, bare = _toml_value(text), _BARE_LIST.fullmatch(text)
+    if isinstance(value, str) and bare is not None and takes_list(".".join(map(str, keys))):
+        return [_toml_value(part.strip()) for part in bare[1].split(",") if part.strip()]
+    return value
+
+
 def _toml_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none: shells eat the quotes of strings."""
+    """A TOML value, or the text itself where it is none."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # a text; or a number or a nest that is refused as the text it is
@@ -360,8 +373,17 @@ def _problem(
     changed = next(
         (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
     )
-    place = "--set" if changed else f"{path}:{line_of(lines, fault.path)}"
-    return Problem(place, f"{key}{shown}: {fault.message}")
+    if changed:
+        return Problem("--set", f"{key}{shown}: {_LIST_WANTED.sub(partial(_for_a_shell, key), fault.message)}")
+    return Problem(f"{path}:{line_of(lines, fault.path)}", f"{key}{shown}: {fault.message}")
+
+
+_LIST_WANTED = re.compile(r"(?<=^must be a list, as )\[.*?\]")
+
+
+def _for_a_shell(key: str, wanted: re.Match[str]) -> str:
+    """How a list is given on the command line, where a shell eats the quotes that nothing guards."""
+    return shlex.join(["--set", f"{key}={wanted[0]}"])
 
 
 _ABSENT = object()

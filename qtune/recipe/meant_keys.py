@@ -1,7 +1,7 @@
 """Which key is meant by one that is not there: another table's, another kind's, or one by another tool's name."""
 
 from collections.abc import Iterator, Mapping
-from typing import get_args
+from typing import Any, get_args, get_origin
 
 from qtune.recipe.schema import KINDS, KeyPath, Recipe, Table
 
@@ -101,9 +101,23 @@ def keys_meant(word: str) -> list[str]:
 
 def is_switch(key: str) -> bool:
     """Whether a key, "table.key", is true or false and nothing else."""
+    return any(annotation is bool for annotation in _annotations(key))
+
+
+def takes_list(key: str) -> bool:
+    """Whether the value of a key, "table.key", can be a list."""
+    return any(map(_holds_list, _annotations(key)))
+
+
+def _annotations(key: str) -> list[Any]:
+    """The types that a key has, in each kind of its table that has it."""
     table, _, name = key.partition(".")
     its = dict(_tables()).get(table, ())
-    return any(kind.model_fields[name].annotation is bool for kind in its if name in kind.model_fields)
+    return [kind.model_fields[name].annotation for kind in its if name in kind.model_fields]
+
+
+def _holds_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (tuple, list) or any(map(_holds_list, get_args(annotation)))
 
 
 def advice(path: KeyPath, value: object = None) -> str | None:

@@ -94,8 +94,9 @@ def _parts(record: RunMemory, resumed: int) -> list[Html]:
 
 
 def _phases(record: RunMemory, traced: Json | None) -> list[Html]:
-    """Predicted, measured and the error of each phase: what the allocator counted, on a CPU the tensors. The prediction
-    is of the last part; time is of all parts together, and so are the highest peaks, as far as the device is the same.
+    """Predicted, where that is known, measured and the error of each phase: what the allocator counted, on a CPU the
+    tensors. The prediction is of the last part; time is of all parts together, and so are the highest peaks, as far as
+    the device is the same.
     """
     measured: Json = record.measured or {}
     last: dict[str, Json] = measured.get("phases", {})
@@ -120,14 +121,15 @@ def _phases(record: RunMemory, traced: Json | None) -> list[Html]:
             (
                 NAMES.get(name, name),
                 f"{sum(phase['seconds'] for phase in visited):,.1f}" if visited else "",
-                size_text(expected) if expected else "",
+                *([size_text(expected) if expected else ""] if predicted else []),
                 size_text(seen) if seen else "–",
-                f"{expected / seen - 1:+.1%}" if expected and seen else "",
+                *([f"{expected / seen - 1:+.1%}" if expected and seen else ""] if predicted else []),
                 *(size_text(most) if most else "–" for most in highest.values()),
             )
         )
     of_last, of_all = (", last part", ", all parts") if is_resumed else ("", "")
-    head = ("phase", f"seconds{of_all}", f"{what}, predicted", f"{what}, measured{of_last}", "error", *others.values())
+    before, behind = ([f"{what}, predicted"], ["error"]) if predicted else ([], [])
+    head = ("phase", f"seconds{of_all}", *before, f"{what}, measured{of_last}", *behind, *others.values())
     idle = [paragraph(IDLE)] if any("idle" in phases for phases in of_parts) else []
     return [table(head, rows, figures=range(1, len(head))), *idle] if rows else []
 

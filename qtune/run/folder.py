@@ -75,9 +75,9 @@ class RunDir:
         if path.is_file():
             raise RunError(Problem(str(path), "is a file; a run is a folder, as runs/quickstart"))
         if not path.is_dir():
-            raise RunError(Problem(str(path), f"no such folder{_runs_beside(path)}"))
+            raise RunError(Problem(str(path), f"no such folder{runs_beside(path)}"))
         if not run_dir.resolved_file.is_file():
-            raise RunError(Problem(str(path), f"is not a run: it has no resolved.toml{_runs_beside(path / 'any')}"))
+            raise RunError(Problem(str(path), f"is not a run: it has no resolved.toml{runs_beside(path / 'any')}"))
         run_dir.require_files()
         return run_dir
 
@@ -245,7 +245,7 @@ def refuse_missing_run(target: str) -> None:
         RunDir.open(path)
 
 
-def _runs_beside(path: Path) -> str:
+def runs_beside(path: Path) -> str:
     """What is said of a run that is not there: the one that is meant, else those beside it, else those in RUNS."""
     if len(path.parts) == 1 and _is_run(RUNS / path):
         return f"; did you mean {RUNS / path}?"

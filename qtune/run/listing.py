@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qtune.disk import bytes_in
 from qtune.errors import Problem, RunError
-from qtune.run.checkpoints import complete_checkpoints, step_of, usable_checkpoints
+from qtune.run.checkpoints import step_of, usable_checkpoints
 from qtune.run.finished import GONE, adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
@@ -119,9 +119,9 @@ def _state(run_dir: RunDir, summary: Summary, lost: str | None) -> tuple[str, bo
         return f"finished, {summary.steps_taken}, but of its adapter {lost}", True
     if run_dir.is_finished:
         return f"finished, {summary.steps_taken}", False
-    # One that was cut since is none to go on from, but shows how far the run came, as far as no line was logged.
+    # One that was cut may be of steps that the run has not come to again since.
     saved = max(map(step_of, usable_checkpoints(run_dir.checkpoints)), default=0)
-    reached = max([summary.step, *map(step_of, complete_checkpoints(run_dir.checkpoints))])
+    reached = max(summary.step, saved)  # a step may be saved and not be logged
     total = f" of {summary.steps:,}" if summary.steps else ""
     if (owner := owner_of(run_dir)) is not None:
         return f"{owner.doing}, " + (f"step {reached:,}{total}" if reached else "before the first step"), False

@@ -64,7 +64,9 @@ def _fits(profile: "Profile") -> str:
     if forecast.plan.device.kind != "cuda":
         peak = size_text(prediction.peak.bytes)
         free = size_text(forecast.budget_bytes)
-        return f"a step on this processor takes {peak} at its peak, of {free} that are free{BESIDE_THE_PROCESS}"
+        verdict = "Fits" if prediction.peak.bytes <= forecast.budget_bytes else "More than is free"
+        took = f"a step on this processor takes {peak} at its peak, of {free} that are free"
+        return f"{verdict}: {took}{BESIDE_THE_PROCESS}"
     verdict = forecast.verdict
     needed, there = texts_apart(prediction.need.total_bytes, forecast.budget_bytes)
     return f"{verdict[:1].upper()}{verdict[1:]}: {needed} needed, of {there}"

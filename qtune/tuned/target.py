@@ -7,7 +7,7 @@ from qtune.model.builtin import unknown_builtin
 from qtune.model.hub import require_reachable
 from qtune.recipe.schema import Model
 from qtune.recipe.shipped import shipped_recipes
-from qtune.run.folder import RunDir, refuse_missing_run
+from qtune.run.folder import RunDir, refuse_missing_run, runs_beside
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them is in every folder that says what it is; an adapter's is refused where its base can be named."""
@@ -39,7 +39,7 @@ def require_model(target: str) -> None:
         RunDir.open(path)  # says what it is instead
     if path.is_dir() and not any((path / name).is_file() for name in MODEL_FILES):
         message = "is neither a run (it has no resolved.toml) nor a model (no config.json)"
-        raise ModelError(Problem(target, message))
+        raise ModelError(Problem(target, f"{message}{runs_beside(path / 'any')}"))
     if (wrong := unknown_builtin(target)) is not None:
         raise ModelError(Problem(target, wrong))
     require_reachable(Model(base=target), "config.json")

@@ -35,9 +35,10 @@ def overfits(facts: Facts) -> Verdict:
         return Verdict("overfits", "open", "Not measured", told, SPLIT if facts.is_finished else None)
     best, last = min(found, key=lambda one: one.judged_loss), found[-1]
     if len(found) == 1:
-        told = f"validation was looked at once: {number(last.judged_loss)} at step {last.step:,}"
+        so_far = "" if facts.is_finished else " so far"
+        told = f"validation was looked at once{so_far}: {number(last.judged_loss)} at step {last.step:,}"
         often = f"training.eval_every = {max(1, last.steps // FEWEST)} would show its course"
-        return Verdict("overfits", "open", "Not measured", told, often)
+        return Verdict("overfits", "open", "Not measured", told, often if facts.is_finished else None)
     if last.are_seen:
         return Verdict("overfits", "unsure", "Cannot be told", SEEN)
     at_last = f"{number(last.judged_loss)} at the last, step {last.step:,}"
