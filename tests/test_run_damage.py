@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from qtune.run.folder import RunDir
 from qtune.run.identity import saved_by
 from qtune.run.listing import list_runs
 from qtune.run.lock import read_lock, write_lock
+from qtune.run.metrics import forget_after
 from qtune.run.owner import FILE, Owner, owned, owner_of
 from qtune.run.resumption import begin_branch
 from qtune.training import proof, train
@@ -254,10 +256,31 @@ def test_what_is_no_folder_of_checkpoints_is_said(make: Callable[[Path], object]
     assert "is no folder; checkpoints were kept there" in said(lambda: train.resume(world.stopped))
 
 
+@pytest.mark.parametrize("every", ["1", '"epoch"'])
+def test_a_stopped_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_records(
+    every: str,
+    world: World,  # noqa: F811
+) -> None:
+    run = world.stopped
+    text = run.resolved_file.read_text()
+    run.resolved_file.write_text(re.sub(r"(?m)^checkpoint_every = \S+", f"checkpoint_every = {every}", text))
+    shutil.rmtree(run.checkpoints)
+    records = run.metrics_file.read_bytes()
+    (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
+    if every == "1":
+        assert f"{run.path}: no checkpoint is left; train it again with: " in said(lambda: train.resume(run))
+        assert (listed.resume, listed.anew) == (None, f"qtune run {run.resolved_file}")
+        assert listed.state.endswith("; no step is saved; no checkpoint is left")
+    else:  # the first pass has not ended, and no step was due to be saved
+        assert listed.resume is not None
+    assert run.metrics_file.read_bytes() == records
+
+
 def test_a_first_save_that_was_killed_before_its_manifest_is_made_again(world: World, capsys) -> None:  # noqa: F811
     shutil.rmtree(world.stopped.checkpoints / "checkpoint-2")
     first = world.stopped.checkpoints / "checkpoint-1"
     (first / manifest.NAME).unlink()
+    forget_after(world.stopped.metrics_file, 1)  # no step was taken behind it
     run = train.resume(world.stopped)
     assert f"{first} is not whole: its manifest.json is missing" in capsys.readouterr().err
     assert_same_adapter(run, world.finished)

@@ -50,7 +50,8 @@ def test_open_wants_a_run_and_names_those_that_are_there(tmp_path: Path) -> None
     (tmp_path / "other").mkdir()
     with pytest.raises(RunError) as caught:
         RunDir.open(tmp_path / "other")
-    assert str(caught.value) == f"{tmp_path}/other: is not a run: it has no resolved.toml"
+    said = f"{tmp_path}/other: is not a run: it has no resolved.toml; runs there: {run.path}"
+    assert str(caught.value) == said
 
 
 def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_what_may_never_end_among_the_files_of_a_run_is_named_and_not_read(
         RunDir.open(run.path)
     assert str(caught.value) == f"{file}: {said}"
     (listed,) = list_runs(tmp_path)
-    assert listed.state == f"damaged: {said}"
+    assert listed.state == f"damaged: {name}: {said}"
 
 
 def test_links_that_lead_to_themselves_are_left_for_who_reads_them(tmp_path: Path) -> None:
@@ -297,5 +298,11 @@ def test_every_verb_names_the_runs_that_there_are_where_one_is_misspelt(
         "runs/third": "runs/third: no such folder; runs there: runs/first, runs/second",
         "first": "first: no such folder; did you mean runs/first?",
     }
+    wrong = "is neither a run (it has no resolved.toml) nor a model (no config.json)"
+    wrong = wrong if verb == ["chat"] else "is not a run: it has no resolved.toml"
+    said["others/none"] = f"others/none: {wrong}; runs there: others/third"
+    (tmp_path / "others" / "none").mkdir(parents=True)
+    (tmp_path / "others" / "third").mkdir()
+    (tmp_path / "others" / "third" / "resolved.toml").touch()
     for target, expected in said.items():
         assert str(CliRunner().invoke(app, [*verb, target]).exception) == expected

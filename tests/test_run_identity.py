@@ -417,7 +417,7 @@ def test_records_that_are_missing_at_the_end_of_a_stopped_run_are_said(stopped: 
         history_of(stopped)
     assert str(caught.value) == f"{stopped.metrics_file}: {said}"
     listed = {one.name: one.state for one in list_runs(stopped.path.parent)}
-    assert listed[stopped.name] == f"damaged: {said}"
+    assert listed[stopped.name] == f"damaged: metrics.jsonl: {said}"
     stopped.metrics_file.unlink()
     with pytest.raises(RunError, match="has 0 records, and had 2"):
         history_of(stopped)

@@ -60,7 +60,7 @@ def test_the_state_and_figures_are_those_of_each_runs_files(tmp_path: Path) -> N
     assert (first.state, third.state) == ("finished, 20 steps", "stopped before the first step")
     assert second.state == "stopped at step 7 of 20; no step is saved"
     assert [one.resume is not None for one in runs] == [False, True, True, False]
-    assert last.state.startswith("damaged: cannot be read: ")
+    assert last.state.startswith("damaged: resolved.toml: cannot be read: ")
     assert (first.base, first.adapter, last.base) == ("org/model", "lora", None)
     assert (first.loss_start, first.loss_end, first.validation) == (3.0, 1.0, 1.5)
     files = [done.resolved_file, done.metrics_file, *done.adapter.iterdir()]

@@ -135,9 +135,11 @@ def test_a_run_is_opened_with_its_adapter_and_its_system_prompt(run_dir):
 
 
 def test_something_that_is_no_model_is_named(tmp_path):
+    folder = tmp_path / "pictures" / "holidays"
+    folder.mkdir(parents=True)
     with pytest.raises(ModelError) as caught:
-        open_session(str(tmp_path))
-    assert str(caught.value) == f"{tmp_path}: is neither a run (it has no resolved.toml) nor a model (no config.json)"
+        open_session(str(folder))
+    assert str(caught.value) == f"{folder}: is neither a run (it has no resolved.toml) nor a model (no config.json)"
 
 
 def test_a_mistyped_run_is_answered_with_the_runs_that_are_there(run_dir, monkeypatch):

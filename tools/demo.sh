@@ -8,13 +8,17 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 # What is kept beside the run goes through a pipe, which has no width of its own.
 [ ! -t 1 ] || export QTUNE_WIDTH="${COLUMNS:-$(tput cols 2>/dev/null || echo 80)}"
 
+say() {
+    if [ -t 1 ]; then printf '\n\033[1m$ %s\033[0m\n' "$*"; else printf '\n$ %s\n' "$*"; fi
+}
+
 run=runs/quickstart
 shown=$run/demo
 # Results of a finished run cost minutes to compute and seconds to read, so each is kept beside the run.
 step() {
     local name=$1
     shift
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    say "$*"
     if [ -f "$shown/$name" ]; then
         cat "$shown/$name"
         return
@@ -27,10 +31,10 @@ step() {
 if [ -f "$run/adapter/adapter_config.json" ]; then
     echo "$run is trained already; remove the folder to train it again"
 elif [ -f "$run/resolved.toml" ]; then
-    printf '\n\033[1m$ %s\033[0m\n' "qtune run --resume $run"
+    say "qtune run --resume $run"
     qtune run --resume "$run"
 else
-    printf '\n\033[1m$ %s\033[0m\n' "qtune run recipes/quickstart.toml"
+    say "qtune run recipes/quickstart.toml"
     qtune run recipes/quickstart.toml
 fi
 step eval qtune eval "$run" --rows 120

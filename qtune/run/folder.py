@@ -246,13 +246,15 @@ def refuse_missing_run(target: str) -> None:
 
 
 def runs_beside(path: Path) -> str:
-    """What is said of a run that is not there: the one that is meant, else those beside it, else those in RUNS."""
+    """What is said of a run that is not there: the one that is meant, else those beside it or around it, else those
+    in RUNS."""
     if len(path.parts) == 1 and _is_run(RUNS / path):
         return f"; did you mean {RUNS / path}?"
     if _is_run(path.parent) and (meant := meant_file(str(path)) or _models_in(path.parent)):
         return meant
-    if names := _runs_in(path.parent):
-        return f"; runs there: {', '.join(names)}"
+    for folder in (path.parent, path.parent.parent):
+        if names := _runs_in(folder):
+            return f"; runs there: {', '.join(names)}"
     return runs_here()
 
 

@@ -81,7 +81,9 @@ def _listed(run_dir: RunDir) -> ListedRun | None:
         elif is_stopped:
             resume = resuming(run_dir)
     except RunError as error:
-        state = f"damaged: {error.problems[0].message}"
+        wrong = error.problems[0]
+        file = wrong.place.removeprefix(f"{run_dir.path}").lstrip("/")
+        state = f"damaged: {file}: {wrong.message}" if file else f"damaged: {wrong.message}"
     losses = summary.losses if summary else None
     best = summary.best if summary else None
     written = [time for file in (run_dir.metrics_file, run_dir.resolved_file) if (time := _time_of(file)) is not None]

@@ -1,5 +1,6 @@
 """A stopped run: which one is meant, and the few values of its recipe that may change: never what is learned."""
 
+import os
 import re
 import shlex
 import shutil
@@ -181,8 +182,8 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
 
 def no_way_on(run_dir: RunDir) -> str | None:
     """Why a run cannot go on, nor have its adapter made again, in words that follow its name; None where it can, as far
-    as names and sizes of files tell. One that has saved nothing starts over, unless it has ended: then there were
-    steps, and records of them, that another run must not take the place of.
+    as names and sizes of files tell. One that has saved nothing starts over, unless it has ended, or its records show
+    that it had saved: then there were steps, and records of them, that another run must not take the place of.
 
     Raises:
         RunError: those records are damaged.
@@ -190,11 +191,25 @@ def no_way_on(run_dir: RunDir) -> str | None:
     if usable_checkpoints(run_dir.checkpoints):
         return None
     saved = complete_checkpoints(run_dir.checkpoints)
+    if os.path.lexists(run_dir.checkpoints) and not run_dir.checkpoints.is_dir():
+        return f"{run_dir.checkpoints.name} is no folder; checkpoints were kept there"
     if not saved:
         has_ended = run_dir.is_finished or manifest.is_sealed(run_dir.adapter) or has_taken_all(run_dir)
-        return "no checkpoint is left" if has_ended else None
+        return "no checkpoint is left" if has_ended or _had_saved(run_dir) else None
     faults = ", ".join(f"{one.name}: {manifest.lacks(one)}" for one in saved)
     return f"no checkpoint is whole ({faults})"
+
+
+def _had_saved(run_dir: RunDir) -> bool:
+    """Whether a step was logged behind one after which a checkpoint was due: then there was one, since a run that
+    cannot save ends.
+
+    Raises:
+        RunError: the records are damaged.
+    """
+    values = {one.path: one.plain_text for one in read_values(run_dir)}
+    every, logged = values.get(("training", "checkpoint_every"), ""), summary_of(run_dir)
+    return logged.epoch > 1 if every == "epoch" else every.isdigit() and logged.step > int(every)
 
 
 def has_taken_all(run_dir: RunDir) -> bool:

@@ -113,6 +113,8 @@ class Summary:
     """The step after which the run has ended, where it was to take more."""
     reached: int = 0
     """The last step of any record: not each is logged."""
+    epoch: float = 0.0
+    """Passes over the rows when `step` was logged."""
 
     @property
     def steps_taken(self) -> str:
@@ -147,4 +149,5 @@ def summary_of(run_dir: RunDir) -> Summary:
         adapter_step(records),
         ended_step(records),
         max((record.step for record in records if not isinstance(record, NoteRecord)), default=0),
+        train[-1].epoch if train else 0.0,
     )

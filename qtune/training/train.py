@@ -188,7 +188,8 @@ def _resume(
             if checkpoint is not None:
                 require_records_of(run_dir.metrics_file, len(read_metrics(run_dir.metrics_file)), checkpoint)
             go_on_with(inputs, run_dir, step, accepted, base, is_changed=bool(changes or allow))
-            console.say(f"resuming {run_dir.path} from step {step}{_without(checkpoint)}")
+            begins = f"from step {step}{_without(checkpoint)}" if step else "from its beginning: no step of it is saved"
+            console.say(f"resuming {run_dir.path} {begins}")
             set_aside(run_dir)
             forget_after(run_dir.metrics_file, step)
         _train(ranks, inputs, run_dir, checkpoint, snapshot)
