@@ -389,10 +389,12 @@ def test_set_is_checked_like_the_file(problems) -> None:
 
 
 def test_a_key_without_its_table_is_found_in_the_tables_that_have_it(problems) -> None:
-    assert problems(GOOD, "learning_rate=1e-4", "kind=none", "colour=red") == [
+    assert problems(GOOD, "learning_rate=1e-4", "kind=none", "colour=red", "system_prompt=You are brief.") == [
         "--set learning_rate=1e-4: must look like table.key=value; did you mean training.learning_rate=1e-4?",
         "--set kind=none: must look like table.key=value; did you mean quantization.kind=none or adapter.kind=none?",
         "--set colour=red: must look like table.key=value",
+        "--set system_prompt=You are brief.: must look like table.key=value; did you mean "
+        "'data.system_prompt=You are brief.'?",
     ]
 
 

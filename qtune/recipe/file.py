@@ -212,7 +212,7 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
             problems.append(Problem(f"--set {override!a}", "is not UTF-8 text"))
         elif not equals or len(keys) < 2 or not all(keys) or len(keys) > DEEPEST:
             near = keys_meant(keys[0]) if equals and len(keys) == 1 else []
-            meant = " or ".join(f"{key}={_shortened(value.strip())}" for key in near)
+            meant = " or ".join(shlex.quote(f"{key}={_shortened(value.strip())}") for key in near)
             advice = f"; did you mean {meant}?" if meant else ""
             problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
