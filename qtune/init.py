@@ -314,9 +314,9 @@ def _require_base(base: str) -> None:
     elif path.is_file():
         _require_gguf(base, path)
     elif base.startswith(PREFIX):
-        name = base.removeprefix(PREFIX)
-        if name not in BUILTIN_MODELS:
-            raise RecipeError(Problem("--base", f"{base}: no such built-in model; {_nearest(name, BUILTIN_MODELS)}"))
+        known = [f"{PREFIX}{name}" for name in BUILTIN_MODELS]
+        if base not in known:
+            raise RecipeError(Problem("--base", f"{base}: no such built-in model; {_nearest(base, known)}"))
     elif "/" not in base:
         name = base.lower()
         meant = [one for one in BUILTIN_MODELS if one == name or one.startswith(f"{name}-")]

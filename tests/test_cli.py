@@ -232,9 +232,11 @@ def test_a_base_that_cannot_be_had_is_told_before_anything_heavy_is_imported() -
 def test_python_dash_m_is_the_same_command(tmp_path: Path) -> None:
     shown = run_qtune("--version")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"qtune {__version__}\n", "")
-    refused = run_qtune("run", "--resume", tmp_path)
+    folder = tmp_path / "pictures" / "holidays"
+    folder.mkdir(parents=True)
+    refused = run_qtune("run", "--resume", folder)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
+    assert refused.stderr == f"error: {folder}: is not a run: it has no resolved.toml\n"
 
 
 @pytest.mark.parametrize(

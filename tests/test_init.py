@@ -156,7 +156,7 @@ def test_what_is_wrong_is_told_by_the_option_that_gave_it(here):
         new_recipe("builtin:smollm2", "rwos.jsonl", "p-tune", Path("recipe.toml"))
     assert str(told.value).splitlines() == [
         "--adapter: p-tune: no such kind; did you mean 'p-tuning'?",
-        "--base: builtin:smollm2: no such built-in model; did you mean 'smollm2-135m-instruct'?",
+        "--base: builtin:smollm2: no such built-in model; did you mean 'builtin:smollm2-135m-instruct'?",
         "--data: \"rwos.jsonl\": no such file or folder in .; did you mean 'rows.jsonl'?",
     ]
     with pytest.raises(RecipeError) as told:
@@ -715,7 +715,7 @@ NO_GGUF = "is a file, and no GGUF file; a base is a model folder, a hub id, a .g
     [
         ("smollm2-135m-instruct", "is no hub id (owner/name); did you mean 'builtin:smollm2-135m-instruct'?"),
         ("SmolLM2", "is no hub id (owner/name); did you mean 'builtin:smollm2-135m-instruct'?"),
-        ("builtin:smolm2-135m-instruct", "no such built-in model; did you mean 'smollm2-135m-instruct'?"),
+        ("builtin:smolm2-135m-instruct", "no such built-in model; did you mean 'builtin:smollm2-135m-instruct'?"),
         ("empty", "has no config.json, so it is no model folder"),
         ("rows.jsonl", NO_GGUF),
         ("rows.gguf", NO_GGUF),

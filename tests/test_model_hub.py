@@ -89,6 +89,12 @@ def test_what_cannot_be_a_name_on_the_hub_is_one_sentence_with_the_ways_that_are
     assert str(caught.value) == f"{base}: cannot be the name of a model on the hub; {WAYS}"
 
 
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_a_built_in_model_without_its_prefix_is_answered_with_it(load):
+    with pytest.raises(ModelError, match=r'; did you mean "builtin:smollm2-135m-instruct"\?$'):
+        load(Model(base="SmolLM2-135M-instruct"))
+
+
 @pytest.mark.slow
 def test_a_run_without_a_network_says_so_in_one_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -28,10 +27,10 @@ from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import saved_by
 from qtune.run.listing import list_runs
-from qtune.run.lock import read_lock, write_lock
+from qtune.run.lock import Continued, read_lock, write_lock
 from qtune.run.metrics import forget_after
 from qtune.run.owner import FILE, Owner, owned, owner_of
-from qtune.run.resumption import begin_branch
+from qtune.run.resumption import begin_branch, no_way_on
 from qtune.training import proof, train
 from qtune.training.checkpoints import fault_of, newest_whole, remove_older
 from qtune.training.proof import _pairs, prove
@@ -256,24 +255,44 @@ def test_what_is_no_folder_of_checkpoints_is_said(make: Callable[[Path], object]
     assert "is no folder; checkpoints were kept there" in said(lambda: train.resume(world.stopped))
 
 
-@pytest.mark.parametrize("every", ["1", '"epoch"'])
+def test_a_run_that_was_resumed_from_a_step_had_saved_it(world: World) -> None:  # noqa: F811
+    run = world.stopped
+    forget_after(run.metrics_file, 1)
+    shutil.rmtree(run.checkpoints)
+    assert no_way_on(run) is None
+    lock = read_lock(run)
+    assert lock is not None
+    for step, said_of_it in ((0, None), (1, "no checkpoint is left")):
+        part = Continued(step, lock.qtune, lock.python, lock.packages, lock.device)
+        write_lock(run, replace(lock, resumed=(part,)))
+        assert no_way_on(run) == said_of_it
+
+
+@pytest.mark.parametrize("logged", [2, 1])
 def test_a_stopped_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_records(
-    every: str,
+    logged: int,
     world: World,  # noqa: F811
+    capsys: pytest.CaptureFixture,
 ) -> None:
     run = world.stopped
-    text = run.resolved_file.read_text()
-    run.resolved_file.write_text(re.sub(r"(?m)^checkpoint_every = \S+", f"checkpoint_every = {every}", text))
+    forget_after(run.metrics_file, logged)
     shutil.rmtree(run.checkpoints)
     records = run.metrics_file.read_bytes()
     (listed,) = [one for one in list_runs(run.path.parent) if one.name == run.name]
-    if every == "1":
+    if logged == 2:  # behind step 1, after which one was due
         assert f"{run.path}: no checkpoint is left; train it again with: " in said(lambda: train.resume(run))
         assert (listed.resume, listed.anew) == (None, f"qtune run {run.resolved_file}")
         assert listed.state.endswith("; no step is saved; no checkpoint is left")
-    else:  # the first pass has not ended, and no step was due to be saved
-        assert listed.resume is not None
-    assert run.metrics_file.read_bytes() == records
+        assert run.metrics_file.read_bytes() == records
+        return
+    assert listed.resume is not None  # it may have been killed before it had saved
+    train.resume(run)
+    aside = run.path / "metrics.before-1.jsonl"
+    told = capsys.readouterr().err
+    assert f"resuming {run.path} from its beginning: no step of it is saved" in told
+    assert f"what it has logged so far is kept as {aside}" in told
+    assert aside.read_bytes() == records
+    assert_same_adapter(run, world.finished)
 
 
 def test_a_first_save_that_was_killed_before_its_manifest_is_made_again(world: World, capsys) -> None:  # noqa: F811

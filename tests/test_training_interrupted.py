@@ -272,6 +272,18 @@ def test_a_run_that_is_stopped_after_its_adapter_was_saved_is_said_to_have_ended
     assert "--resume" in train._way_on(run_dir)  # damaged: it is made again from the last checkpoint
 
 
+def test_the_step_that_is_said_to_be_saved_is_one_that_a_run_can_go_on_from(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    for step in (13, 16):
+        checkpoint = run_dir.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trained_state.safetensors").write_text("weights")
+        manifest.seal(checkpoint, step)
+    assert train._way_on(run_dir).startswith("step 16 is saved, and what came after it is not\n")
+    (run_dir.checkpoints / "checkpoint-16" / "trained_state.safetensors").write_text("w")
+    assert train._way_on(run_dir).startswith("step 13 is saved, and what came after it is not\n")
+
+
 @pytest.mark.parametrize(
     ("origin", "said"),
     [

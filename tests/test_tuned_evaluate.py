@@ -569,10 +569,12 @@ def test_the_command_prints_what_it_writes(tmp_path, tiny_model):
 
 
 def test_the_command_refuses_what_is_no_run(tmp_path):
-    command_line = [sys.executable, "-m", "qtune", "eval", str(tmp_path)]
-    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    folder = tmp_path / "pictures" / "holidays"
+    folder.mkdir(parents=True)
+    command_line = [sys.executable, "-m", "qtune", "eval", str(folder)]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path}: is not a run: it has no resolved.toml\n"
+    assert done.stderr == f"error: {folder}: is not a run: it has no resolved.toml\n"
 
 
 def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each line has a checksum of itself, and that of the line before it: one that is 
 The first line has the run's identity in its place.
 """
 
+import itertools
 import json
 import math
 import os
@@ -266,6 +267,21 @@ def read_metrics(file: Path) -> tuple[Metric, ...]:
         RunError: the file cannot be read, or a line in it is no record.
     """
     return tuple(record for _, record in _numbered(file))
+
+
+def kept_before(file: Path) -> Path | None:
+    """Copies the records of a run whose steps are taken again from the first one, to a name beside them that nothing
+    has; None where no step was logged.
+
+    Raises:
+        RunError: as `read_metrics`.
+    """
+    if not any(isinstance(record, TrainRecord) for record in read_metrics(file)):
+        return None
+    names = (file.with_name(f"{file.stem}.before-{number}{file.suffix}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    write_text(aside, file.read_text(encoding="utf-8-sig", errors="replace"))
+    return aside
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -18,6 +18,7 @@ from qtune.run.checkpoints import TRAINED_STATE, complete_checkpoints, step_of, 
 from qtune.run.folder import RunDir
 from qtune.run.history import identity_to_begin_with
 from qtune.run.identity import new_run_id
+from qtune.run.lock import read_lock
 from qtune.run.resolved import NAME, read_resolved, read_values
 from qtune.run.summary import summary_of
 
@@ -201,13 +202,20 @@ def no_way_on(run_dir: RunDir) -> str | None:
 
 
 def _had_saved(run_dir: RunDir) -> bool:
-    """Whether a step was logged behind one after which a checkpoint was due: then there was one, since a run that
-    cannot save ends.
+    """Whether it was resumed from a checkpoint once, or a step was logged behind one after which a checkpoint was due:
+    then there was one, since a run that cannot save ends. Where its recipe cannot be read, which is told by whoever
+    needs it, nothing was due.
 
     Raises:
-        RunError: the records are damaged.
+        RunError: lock.json or the records are damaged.
     """
-    values = {one.path: one.plain_text for one in read_values(run_dir)}
+    lock = read_lock(run_dir)
+    if lock is not None and any(part.from_step for part in lock.resumed):
+        return True
+    try:
+        values = {one.path: one.plain_text for one in read_values(run_dir)}
+    except RunError:
+        return False
     every, logged = values.get(("training", "checkpoint_every"), ""), summary_of(run_dir)
     return logged.epoch > 1 if every == "epoch" else every.isdigit() and logged.step > int(every)
 

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qtune import console, manifest
 from qtune.adapter.state import STATE_FILE, trained_state
 from qtune.errors import Problem, RunError, TrainingError, first_line
-from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints, named_checkpoints, step_of, usable_checkpoints
+from qtune.run.checkpoints import OPTIMIZER, named_checkpoints, step_of, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import foreign, has_evaluation
 from qtune.training.callbacks import after_divergence
@@ -38,7 +38,7 @@ def require_finite(model: PeftModel, step: int, checkpoints: Path) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained_state(model).values()):
         raise TrainingError(
             f"a trained weight is not a finite number at step {step}: training has diverged. "
-            f"{after_divergence(complete_checkpoints(checkpoints))}"
+            f"{after_divergence(usable_checkpoints(checkpoints))}"
         )
 
 

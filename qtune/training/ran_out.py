@@ -16,7 +16,7 @@ from qtune.errors import Failure, OutOfMemory, RunError, first_line
 from qtune.memory.longest import longest_of
 from qtune.memory.measured.meter import Meter
 from qtune.memory.measured.out_of_memory import Report, first_report, with_offers
-from qtune.run.checkpoints import complete_checkpoints
+from qtune.run.checkpoints import usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.memory import RunMemory, read_memory, write_memory
 from qtune.training.inputs import Inputs
@@ -29,7 +29,7 @@ def explained(failure: Failure, inputs: Inputs, run_dir: RunDir) -> Report:
     if inputs.plan.device.kind == "cuda":
         torch.cuda.empty_cache()
         others = other_holders(str(torch.cuda.get_device_properties(0).uuid))
-    saved = complete_checkpoints(run_dir.checkpoints)
+    saved = usable_checkpoints(run_dir.checkpoints)
     name = saved[-1].name if saved else None
     plan = inputs.plan
     if plan.keep_dequantized and failure.phase in ("forward", "backward", "eval"):

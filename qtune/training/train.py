@@ -38,14 +38,14 @@ from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
-from qtune.run.checkpoints import complete_checkpoints, step_of
+from qtune.run.checkpoints import step_of, usable_checkpoints
 from qtune.run.drift import known_kinds
 from qtune.run.finished import GONE, adapter_fault, adapter_lack, said_of_end, set_aside
 from qtune.run.folder import RunDir
 from qtune.run.history import require_own_lock
 from qtune.run.identity import saved_by
 from qtune.run.lock import read_lock
-from qtune.run.metrics import forget_after, read_metrics, records_then, require_records_of
+from qtune.run.metrics import forget_after, kept_before, read_metrics, records_then, require_records_of
 from qtune.run.owner import owned, require_free
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import (
@@ -191,6 +191,8 @@ def _resume(
             begins = f"from step {step}{_without(checkpoint)}" if step else "from its beginning: no step of it is saved"
             console.say(f"resuming {run_dir.path} {begins}")
             set_aside(run_dir)
+            if checkpoint is None and (kept := kept_before(run_dir.metrics_file)) is not None:
+                console.say(f"what it has logged so far is kept as {kept}")
             forget_after(run_dir.metrics_file, step)
         _train(ranks, inputs, run_dir, checkpoint, snapshot)
     return run_dir
@@ -277,7 +279,7 @@ def _way_on(run_dir: RunDir) -> str:
         return said_of_end(run_dir)
     if not run_dir.path.is_dir():
         return f"{run_dir.path} is no longer there; if it was moved, go on where it is now: qtune run --resume FOLDER"
-    saved = complete_checkpoints(run_dir.checkpoints)
+    saved = usable_checkpoints(run_dir.checkpoints)
     command = _resuming(run_dir)
     if not saved:
         return f"no step was saved yet, so it starts over at the first one, in the same folder, with: {command}"
@@ -299,7 +301,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
         run_dir.metrics_file,
         display.show,
         meter,
-        lambda: complete_checkpoints(run_dir.checkpoints),
+        lambda: usable_checkpoints(run_dir.checkpoints),
         lambda step: batch_in_words(inputs, step),
         scales_loss=inputs.plan.loss_scaling,
         beside=display.beside,

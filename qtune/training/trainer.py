@@ -41,7 +41,7 @@ from qtune.model.layer_major import layer_by_layer, layers_stand_alone
 from qtune.model.loss import install_loss
 from qtune.plan import Plan
 from qtune.recipe.schema import Training
-from qtune.run.checkpoints import OPTIMIZER, complete_checkpoints
+from qtune.run.checkpoints import OPTIMIZER, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.identity import saved_by
 from qtune.run.metrics import records_then
@@ -555,7 +555,7 @@ class QloraTrainer(SFTTrainer):
                 shutil.rmtree(folder, ignore_errors=True)
             if refusal_of(error) is None and not isinstance(error, SafetensorError):
                 raise
-            kept = complete_checkpoints(folder.parent)
+            kept = usable_checkpoints(folder.parent)
             where = f"the last complete one is {kept[-1]}" if kept else "there is no earlier one"
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} could not be written: "
