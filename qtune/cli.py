@@ -2,6 +2,7 @@
 
 import os
 import sys
+from traceback import walk_tb
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ from qtune.commands.run import run
 from qtune.commands.shared import load_libraries
 from qtune.commands.swap import swap
 from qtune.disk import refusal_of
-from qtune.errors import InputError, Interrupted, Problem, QtuneError, SaidElsewhere
+from qtune.errors import InputError, Interrupted, Problem, QtuneError, SaidElsewhere, first_line
 from qtune.startup.allocator import use_expandable_segments
 from qtune.startup.interrupts import take_interrupts
 from qtune.startup.launched import forget_launcher, is_to_meet, launched, use_own_card
@@ -61,6 +62,9 @@ VERBS = (
 """Under which heading of the help, by which name, and what is called."""
 for panel, name, verb in VERBS:
     app.command(name=name, rich_help_panel=panel)(verb)
+
+TRACKING = "transformers.integrations.integration_utils"
+"""Where experiment trackers are called. What they refuse, as a key that nobody has given, each says in its own way."""
 
 
 def _version(value: bool) -> None:
@@ -146,6 +150,8 @@ def _told(error: Exception) -> str | None:
         return refused
     if "torch" not in sys.modules:
         return None
+    if TRACKING in {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}:
+        return f"training.trackers: {first_line(error).rstrip('.')}; without it: --set 'training.trackers=[]'"
     from qtune.device.present import is_out_of_memory, memory_ran_out
 
     if not is_out_of_memory(error):

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -269,6 +271,31 @@ def test_each_way_to_end_has_its_exit_code(
     assert stopped.value.code == code
     if message:
         assert capsys.readouterr() == ("", message)
+
+
+def test_what_an_experiment_tracker_refuses_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking: dict[str, Any] = {"__name__": cli.TRACKING}
+    exec("def setup(_):\n    raise ValueError('No API key configured.\\nUse a login.')", tracking)
+    monkeypatch.setattr("qtune.recipe.shipped.find_recipe", tracking["setup"])
+    monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    for name in ("quiet_libraries", "use_expandable_segments", "let_waiting_threads_sleep"):
+        monkeypatch.setattr(cli, name, lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    told = "error: training.trackers: No API key configured; without it: --set 'training.trackers=[]'\n"
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.slow
+def test_trackers_are_called_where_their_errors_are_looked_for() -> None:
+    from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+
+    callbacks = (MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback)
+    assert {callback.__module__ for callback in callbacks} == {cli.TRACKING}
 
 
 def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

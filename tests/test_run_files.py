@@ -279,7 +279,8 @@ def test_a_damaged_line_is_named_by_its_number(run_dir) -> None:
     run_dir.metrics_file.write_text('{"kind": "note", "message": "one"}\n{"kind": "nte"}\n{"kind": "note"}\n')
     with pytest.raises(RunError) as caught:
         read_metrics(run_dir.metrics_file)
-    assert str(caught.value) == f"{run_dir.metrics_file}:2: is no record of a run; remove the line"
+    told = f"{run_dir.metrics_file}:2: is no record of a run; remove the line, and after and crc32 from the next one"
+    assert str(caught.value) == told
 
 
 def test_a_run_that_goes_on_takes_the_later_steps_again(run_dir) -> None:

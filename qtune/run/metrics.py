@@ -487,7 +487,10 @@ def _parsed(line: str, place: str) -> tuple[dict[str, Any], Metric]:
         kind = KINDS[values["kind"]]
         return values, record_of(kind, {key: value for key, value in values.items() if key != "kind"})
     except NotARecord as error:
-        way_out = f"or remove the line, and {AFTER} and {CHECKSUM} from the next one"
-        raise RunError(Problem(place, f"is no record of a run: {error}, {way_out}")) from error
+        raise RunError(Problem(place, f"is no record of a run: {error}, or {WITHOUT}")) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(Problem(place, "is no record of a run; remove the line")) from error
+        raise RunError(Problem(place, f"is no record of a run; {WITHOUT}")) from error
+
+
+WITHOUT = f"remove the line, and {AFTER} and {CHECKSUM} from the next one"
+"""How records go on without one of them, whose neighbour names it."""
