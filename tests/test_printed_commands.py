@@ -17,10 +17,10 @@ from qtune import cli
 from qtune.errors import QtuneError
 from qtune.preflight import examine
 from qtune.recipe.file import load_recipe
+from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.resumption import nothing_to_resume, resumed_recipe
 from qtune.training.callbacks import after_divergence
-from qtune.training.checkpoints import complete_checkpoints
 from qtune.training.train import _branched
 
 ROOT = Path(__file__).parents[1]
