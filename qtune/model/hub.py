@@ -55,8 +55,8 @@ def require_reachable(model: Model, file: str) -> None:
     if not is_hub_id(model.base) or is_kept(model, file) or is_reachable():
         return
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    if (meant := next((name for name in BUILTIN_MODELS if name == model.base.lower()), None)) is not None:
-        said = f'is not on this computer, and {why}; did you mean "{PREFIX}{meant}"?'
+    if model.base.lower() in BUILTIN_MODELS:
+        said = f'is not on this computer, and {why}; did you mean "{PREFIX}{model.base.lower()}"?'
         raise ModelError(Problem(model.base, said))
     gated = f"with a network it {LICENCE}; else " if model.base.lower().startswith(GATED) else ""
     raise ModelError(Problem(model.base, f"is not on this computer, and {why}; {gated}{_other_ways()}"))
