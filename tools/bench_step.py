@@ -6,7 +6,8 @@
 
     TRL        SFTTrainer as it comes (its fused LM head), with the adapter in fp32 or, with --trl-adapter bfloat16, as
                TRL makes it, which a CPU without native bfloat16 computes ten times slower
-    TRL-apart  the same in a process of its own
+    TRL-apart  the same in a process of its own: on a processor as it comes, for beside qtune it has what a run of qtune
+               asks of the C library (`device/freed_memory.py`), which serves the whole process
     Unsloth    in a process of its own, where it is installed; --unsloth-python names the Python that has it, for
                2026.10 asks for transformers and TRL older than qtune's. Without a card its layers are peft's
     qtune      as a run takes it
@@ -38,6 +39,7 @@ from step_apart import Apart, Job, Meter, RefusedError, Taken, trl_trainer
 from trl import SFTTrainer
 
 from qtune.adapter.attach import attach_adapter
+from qtune.device.freed_memory import freed_memory_stays
 from qtune.device.present import present_device
 from qtune.memory.kept_dequantized import plan_at_first
 from qtune.model.load import load_base, load_config, load_tokenizer
@@ -101,6 +103,8 @@ def steps_in_turn(options: argparse.Namespace, folder: Path) -> dict[str, list[T
         trainers: dict[str, Stepping] = {}
         taken: dict[str, list[Taken]] = {}
         held: dict[str, int] = {}
+        if "qtune" in options.trainers:
+            ends.enter_context(freed_memory_stays(torch.device(present_device().torch_name)))
         for name, make in makers(options, folder).items():
             before = allocated()
             try:

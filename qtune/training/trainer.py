@@ -28,6 +28,7 @@ from qtune.data.batches import StepSampler
 from qtune.data.shares import ShareSampler, with_blanks
 from qtune.data.stream import RowStream
 from qtune.data.stream_order import WindowSampler
+from qtune.device.freed_memory import freed_memory_stays
 from qtune.device.present import is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import Failure, OutOfMemory, Problem, RunError, TrainingError, first_line
@@ -225,10 +226,11 @@ class QloraTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """SFTTrainer's; no weight stays dequantized afterwards."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._let_go_of_weights()
+        with freed_memory_stays(self.args.device):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._let_go_of_weights()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
