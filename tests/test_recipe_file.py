@@ -268,6 +268,22 @@ def test_values_that_cannot_work_together_are_told_beside_faults_that_have_no_pa
         ("[model]\nbase = \n", "2: not valid TOML: Invalid value"),
         ('[model]\nbase = "x"\nbase = "y"\n', "3: not valid TOML: Cannot overwrite a value"),
         ("[data]\ntrain = [1,\n", "3: not valid TOML: Invalid value"),
+        (
+            "[memory]\nbudget = 8GiB  # of 12\n",
+            '2: not valid TOML: Expected newline or end of document after a statement; did you mean budget = "8GiB"',
+        ),
+        ("[model]\nbase = org/model\n", '2: not valid TOML: Invalid value; did you mean base = "org/model"'),
+        ("model.base = x", '1: not valid TOML: Invalid value; did you mean model.base = "x"'),
+        (
+            "[adapter]\ntarget_modules = [q_proj, 3, v_proj]",
+            '2: not valid TOML: Invalid value; did you mean target_modules = ["q_proj", 3, "v_proj"]',
+        ),
+        ("[adapter]\ndora = True", "2: not valid TOML: Invalid value; did you mean dora = true"),
+        ('[model]\nbase = say "x"', '2: not valid TOML: Invalid value; did you mean base = "say \\"x\\""'),
+        ("[model]\nbase = 'x\n", '3: not valid TOML: Expected "\'"'),
+        ("[model]\nbase: x\n", "2: not valid TOML: Expected '=' after a key in a key/value pair"),
+        ("[model]\nb@se = x\n", "2: not valid TOML: Expected '=' after a key in a key/value pair"),
+        ("[model]\nbase = " + "x" * 500, "2: not valid TOML: Invalid value"),
     ],
 )
 def test_invalid_toml_is_named_with_its_line(problems, text: str, problem: str) -> None:

@@ -134,6 +134,29 @@ def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
     assert command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2"
 
 
+def test_which_of_several_stopped_runs_a_recipe_goes_on_with_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    text = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
+    (tmp_path / "tiny.toml").write_text(text)
+    resolved = check_recipe(text, tmp_path / "tiny.toml")
+    for age in (0, 60, 120):
+        run = RunDir.create(Path("runs"), resolved.run_name, text)
+        run.write_text(run.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
+        os.utime(run.resolved_file, (time.time() - age,) * 2)
+        if age < 120:  # the model of the third was never loaded
+            run.lock_file.write_text("{}")
+    found, _ = qtune.commands.run._unfinished("tiny.toml", [])
+    assert found.path == Path("runs/tiny")
+    said = "going on with runs/tiny, the latest of tiny.toml; unfinished as well: runs/tiny-2\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "runs" / "tiny-2" / "lock.json").unlink()
+    qtune.commands.run._unfinished("tiny.toml", [])
+    assert capsys.readouterr().err == ""
+
+
 def test_keys_that_memory_had_decided_are_open_again_only_where_another_step_is_asked_for(tmp_path: Path) -> None:
     run = started(tmp_path, "quick")
     run.write_text(

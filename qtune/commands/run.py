@@ -252,7 +252,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     from qtune.recipe.shipped import find_recipe
     from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir, refuse_missing_run
-    from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
+    from qtune.run.resumption import newest_finished, nothing_to_resume, unfinished_runs
 
     refuse_missing_run(target)
     if Path(target).is_dir():
@@ -262,16 +262,19 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         return run_dir, changes
     resolved = is_given(load_recipe(find_recipe(target), changes))
     directory = Path(resolved.recipe.output.directory)
-    unfinished = newest_unfinished(directory, resolved.run_name)
-    if unfinished is None:
+    unfinished = unfinished_runs(directory, resolved.run_name)
+    if not unfinished:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
             own = [change for change in changes if not change.startswith("output.")]
             said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
+    newest, *older = unfinished
+    if (others := [str(run.path) for run in older if run.has_begun]) and launched().is_leader:
+        console.say(f"going on with {newest.path}, the latest of {target}; unfinished as well: {', '.join(others)}")
     naming = ("output.directory", "output.name")
-    return unfinished, [change for change in changes if change.partition("=")[0].strip() not in naming]
+    return newest, [change for change in changes if change.partition("=")[0].strip() not in naming]
 
 
 def _end_run(run_dir: "RunDir") -> None:

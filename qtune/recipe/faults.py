@@ -21,6 +21,8 @@ class Fault(NamedTuple):
 
     path: KeyPath
     message: str
+    wanted: str = ""
+    """The list that `message` gives as right, where it gives one: TOML."""
 
 
 class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory is of memory
@@ -34,15 +36,22 @@ class Faulty(ValueError):  # noqa: N818  said of tables, as errors.OutOfMemory i
 def faults_of(error: ValidationError, tables: Mapping[str, Any]) -> list[Fault]:
     """pydantic's errors with our paths and words; the branches of a union become one fault."""
     messages_of: dict[KeyPath, list[str]] = {}
+    wanted_of: dict[KeyPath, str] = {}
     details = error.errors(include_url=False)
     for detail in details[:MOST_SHOWN]:
         if detail["type"] == "union_tag_invalid":
             detail["loc"] = (*detail["loc"], "kind")
         path = _real_path(detail["loc"], tables, keep_last=detail["type"] in ("missing", "extra_forbidden"))
         messages_of.setdefault(path, []).append(_in_our_words(path, detail))
+        if detail["type"] in LIST_TYPES and isinstance(detail["input"], str):
+            wanted_of[path] = _as_list(detail["input"])
     # Where an element of a list is wrong, the union's other branches, which want no list at all, say nothing.
     branches = {path[:length] for path in messages_of for length in range(len(path))}
-    found = [Fault(path, _joined(messages)) for path, messages in messages_of.items() if path not in branches]
+    found = [
+        Fault(path, _joined(messages), wanted_of.get(path, ""))
+        for path, messages in messages_of.items()
+        if path not in branches
+    ]
     more = [Fault((), f"has {len(details) - MOST_SHOWN} mistakes more")] if len(details) > MOST_SHOWN else []
     return found + more
 
@@ -66,8 +75,7 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             near = _nearest(str(word), choices, list_known=False) if len(choices) > 1 else ""
             return f"must be {expected}{near}"
         case "tuple_type" | "list_type" if isinstance(detail["input"], str):
-            words = [part.strip(" []\"'") for part in detail["input"].split(",")]
-            return f"must be a list, as {json.dumps(words)}"
+            return f"must be a list, as {_as_list(detail['input'])}"
         case "tuple_type" | "list_type":
             return "must be a list"
         case "float_type" | "int_type" if _is_number(detail["input"]):
@@ -96,6 +104,14 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return f"must be at most {context['le']:g}"
         case _:
             return str(detail["msg"]).replace("Input should be", "must be").replace("Input", "it")
+
+
+LIST_TYPES = ("tuple_type", "list_type")
+
+
+def _as_list(text: str) -> str:
+    """What somebody has written as one text, as TOML."""
+    return json.dumps([part.strip(" []\"'") for part in text.split(",")])
 
 
 def _is_number(value: object) -> bool:

@@ -9,7 +9,6 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,10 +17,11 @@ from pydantic import BaseModel
 from qtune.errors import Problem, RecipeError
 from qtune.recipe.faults import Fault, Faulty
 from qtune.recipe.lines import line_of, toml_lines
-from qtune.recipe.meant_keys import keys_meant, takes_list
+from qtune.recipe.meant_keys import keys_meant
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
+from qtune.recipe.unquoted import quoted_line, value_given
 from qtune.sizes import MIB, size_text
 from qtune.spelling import meant_file
 
@@ -170,7 +170,9 @@ def _parse_toml(text: str, path: Path) -> dict[str, Any]:
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         reason = message[: place.start()].strip() if place else message
         where = f"{path}:{line}" if isinstance(error, tomllib.TOMLDecodeError) else str(path)
-        raise RecipeError(Problem(where, f"not valid TOML: {reason}")) from error
+        meant = quoted_line(text.split("\n")[line - 1])
+        advice = f"; did you mean {meant}" if meant else ""
+        raise RecipeError(Problem(where, f"not valid TOML: {reason}{advice}")) from error
     if _is_deeper(tables, DEEPEST):
         raise RecipeError(Problem(str(path), TOO_DEEP))
     _refuse_huge_numbers(tables, path)
@@ -216,19 +218,8 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
             advice = f"; did you mean {meant}?" if meant else ""
             problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
-            changes[keys] = _value_given(keys, value.strip())
+            changes[keys] = value_given(keys, value.strip(), _toml_value)
     return changes, problems
-
-
-_BARE_LIST = re.compile(r"\[([^\[\]{}\"']+)\]")
-
-
-def _value_given(keys: KeyPath, text: str) -> Any:
-    """A TOML value, or the text itself where it is none: shells eat the quotes of strings, those in a list too."""
-    value, bare = _toml_value(text), _BARE_LIST.fullmatch(text)
-    if isinstance(value, str) and bare is not None and takes_list(".".join(map(str, keys))):
-        return [_toml_value(part.strip()) for part in bare[1].split(",") if part.strip()]
-    return value
 
 
 def _toml_value(text: str) -> Any:
@@ -374,16 +365,11 @@ def _problem(
         (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
     )
     if changed:
-        return Problem("--set", f"{key}{shown}: {_LIST_WANTED.sub(partial(_for_a_shell, key), fault.message)}")
+        # A shell eats the quotes that nothing guards.
+        given = shlex.join(["--set", f"{key}={fault.wanted}"])
+        message = fault.message.replace(fault.wanted, given, 1) if fault.wanted else fault.message
+        return Problem("--set", f"{key}{shown}: {message}")
     return Problem(f"{path}:{line_of(lines, fault.path)}", f"{key}{shown}: {fault.message}")
-
-
-_LIST_WANTED = re.compile(r"(?<=^must be a list, as )\[.*?\]")
-
-
-def _for_a_shell(key: str, wanted: re.Match[str]) -> str:
-    """How a list is given on the command line, where a shell eats the quotes that nothing guards."""
-    return shlex.join(["--set", f"{key}={wanted[0]}"])
 
 
 _ABSENT = object()

@@ -157,6 +157,11 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its model was ever loaded: otherwise there is nothing in it to go on with."""
+        return self.lock_file.is_file()
+
+    @property
     def is_finished(self) -> bool:
         """Whether training has ended and the adapter is saved."""
         return (self.adapter / "adapter_config.json").is_file()

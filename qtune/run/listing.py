@@ -150,7 +150,7 @@ def said_of_stopped(directory: Path, name: str) -> str | None:
     One that somebody works in, that is damaged or in which nothing was begun is none to go on with.
     """
     run_dir = newest_unfinished(directory, name)
-    if run_dir is None or not run_dir.lock_file.is_file():
+    if run_dir is None or not run_dir.has_begun:
         return None
     listed = _listed(run_dir)
     if listed is None or listed.resume is None:

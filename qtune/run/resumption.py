@@ -279,11 +279,16 @@ def nothing_to_resume(run_dir: RunDir, changes: Sequence[str] = ()) -> Problem:
     return Problem(str(run_dir.path), message)
 
 
-def newest_unfinished(directory: Path, name: str) -> RunDir | None:
-    """The latest run of recipes called `name` that has started and not ended; its folder is NAME, NAME-2, …"""
+def unfinished_runs(directory: Path, name: str) -> list[RunDir]:
+    """The runs of recipes called `name` that have started and not ended, the latest first; their folders are NAME,
+    NAME-2, …"""
     ours = [run for run in _runs_of(directory, name) if not run.is_finished]
-    # A run whose model was never loaded has no lock.json, and nothing in it to go on with.
-    return max(ours, key=lambda run: (run.lock_file.is_file(), run.resolved_file.stat().st_mtime), default=None)
+    return sorted(ours, key=lambda run: (run.has_begun, run.resolved_file.stat().st_mtime), reverse=True)
+
+
+def newest_unfinished(directory: Path, name: str) -> RunDir | None:
+    """The first of `unfinished_runs`."""
+    return next(iter(unfinished_runs(directory, name)), None)
 
 
 def newest_finished(directory: Path, name: str) -> RunDir | None:
