@@ -203,7 +203,7 @@ def head_sum(config, recipe: Recipe, plan: Plan, longest: Longest | None) -> Sim
     """1000 MiB of weights, 300 of embeddings; a row of 128 tokens takes 100, or 400 without checkpointing, and 30 less
     with activations on the host; moments 80 or 20, paged or not. Small loss tiles save 50 where embeddings on the card
     do not hide it."""
-    assert longest is not None
+    longest = longest or Longest(plan.max_length)
     if plan.embeddings == "host" and "embed_tokens" in getattr(recipe.adapter, "target_modules", ()):
         raise ModelError(Problem("memory.embeddings", "trained"))
     row = longest.length * (100 if plan.gradient_checkpointing else 400) / 128
@@ -633,9 +633,23 @@ def test_the_changes_can_be_had_as_json_and_are_written_all_the_same(write_recip
     assert (none["fits"], none["verdict"], none["changes"]) == (False, "does not fit", {})
     assert none["not_enough"]
     assert none["needed_bytes"] > none["budget_bytes"]
-    text = fit_command(recipe, 1480, "--json", "--max", "length")
-    assert text.exit_code == 2
-    assert "--json: the answer to --max is one line of text" in " ".join(text.stderr.split())
+
+
+@pytest.mark.parametrize("what", ["length", "batch"])
+def test_the_largest_value_can_be_had_as_json_and_that_nothing_fits_is_an_exit_code(
+    write_recipe, fit_command, what: str
+) -> None:
+    recipe = write_recipe(training="batch_size = 8\nmicro_batch_size = 8")
+    text, found = (fit_command(recipe, 1480, "--max", what, *more) for more in ((), ("--json",)))
+    assert text.exit_code == found.exit_code == 0, found.output
+    largest = json.loads(found.stdout)
+    assert f"{largest['key']} = {largest['value']}" in text.stdout
+    assert largest["value"] > 0
+    assert largest["budget_bytes"] == 1480 * MIB + DRIVER
+    text, none = (fit_command(recipe, 900, "--max", what, *more) for more in ((), ("--json",)))
+    assert text.exit_code == none.exit_code == 1
+    assert text.stdout.startswith("not even ")
+    assert json.loads(none.stdout)["value"] == 0
 
 
 @pytest.mark.parametrize("options", [["--output", "x.toml"], ["--allow", "length"], ["--force"]])

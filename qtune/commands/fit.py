@@ -1,5 +1,6 @@
 """`qtune fit`: a recipe changed until it fits a card."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -59,8 +60,6 @@ def fit(
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
-    if largest is not None and as_json:
-        raise typer.BadParameter("--json: the answer to --max is one line of text")
     file = find_recipe(recipe, "fit")
     resolved = is_given(load_recipe(file, changes or (), need_rows=False))
     require_base(resolved.recipe)
@@ -79,7 +78,12 @@ def fit(
     if largest is not None:
         with console.progress("tracing") as bar:
             found = stage.largest_value(resolved.recipe, gpu, vram, largest, bar.tell)
-        console.out(found)
+        if as_json:
+            console.out_json(asdict(found))
+        else:
+            console.out(found.text)
+        if not found.value:
+            raise typer.Exit(1)
         return
     with console.progress("tracing") as bar:
         fitted = stage.fit_recipe(resolved, gpu, vram, allow_length=bool(allow), tell=bar.tell)
@@ -95,8 +99,6 @@ def fit(
 
 def _show_fitted(recipe: "Recipe", fitted: "Fitted", *, length_is_allowed: bool, as_json: bool) -> None:
     """Shows how a search ended: the changes, the time of a step before and after them, what a run would refuse."""
-    from dataclasses import asdict
-
     from qtune.model.geometry import load_geometry
     from qtune.model.load import attention_rule
     from qtune.plan import make_plan

@@ -284,29 +284,50 @@ def fit_recipe(
     return fit(config, recipe, device, limit, longest_rows(resolved), allow_length, tell)
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The largest value of a key with which a step fits a card, everything else as the recipe says."""
+
+    key: Literal["data.max_length", "training.micro_batch_size"]
+    value: int
+    """0: not even the smallest fits."""
+    max_length: int
+    """Tokens of a row, of the recipe."""
+    card: str
+    budget_bytes: int
+
+    @property
+    def text(self) -> str:
+        """In a line."""
+        card = f"{self.card} ({gib_text(self.budget_bytes)})"
+        if self.key == "data.max_length":
+            if not self.value:
+                return f"not even a row of {LENGTH_STEP} tokens fits {card}"
+            return f"{self.key} = {self.value} is the largest that fits {card}, one row at a time, every token scored"
+        rows = f"{self.max_length} tokens"
+        if not self.value:
+            return f"not even one row of {rows} fits {card}; qtune fit without --max says what would help"
+        return f"{self.key} = {self.value}, {rows} a row, is the largest power of two for {card}"
+
+
 def largest_value(
     recipe: Recipe,
     gpu: str | None,
     vram: str | None,
-    what: str,
+    what: Literal["length", "batch"],
     tell: Callable[[str], None] = lambda words: None,
-) -> str:
-    """`qtune fit --max length|batch`: one line with the largest value that fits, everything else as the recipe says.
+) -> Largest:
+    """What `qtune fit --max length|batch` finds.
 
     tell: hears what is traced next.
     """
     device, limit, config = _card(recipe, gpu, vram)
     plan = make_plan(recipe, device, attention_rule(config))
-    card = f"{device.name} ({gib_text(limit)})"
     if what == "length":
         found = longest_that_fits(config, recipe, plan, limit, tell=tell)
-        if not found:
-            return f"not even a row of {LENGTH_STEP} tokens fits {card}"
-        return f"data.max_length = {found} is the largest that fits {card}, one row at a time, every token scored"
+        return Largest("data.max_length", found, plan.max_length, device.name, limit)
     rows = largest_micro_batch(config, recipe, plan, limit, None, tell)
-    if not rows:
-        return f"not even one row of {plan.max_length} tokens fits {card}; qtune fit without --max says what would help"
-    return f"training.micro_batch_size = {rows}, {plan.max_length} tokens a row, is the largest power of two for {card}"
+    return Largest("training.micro_batch_size", rows, plan.max_length, device.name, limit)
 
 
 def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, int, PretrainedConfig]:
