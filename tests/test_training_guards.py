@@ -257,7 +257,7 @@ def test_a_loss_that_began_with_guessing_has_not_diverged(values: list[float], d
 
 def test_an_evaluation_blames_rows_or_the_model() -> None:
     from qtune.errors import WorkError
-    from qtune.tuned.evaluate import require_finite_losses
+    from qtune.tuned.row_losses import require_finite_losses
 
     require_finite_losses([1.0, 0.0], ["a:1", "a:2"], "base")
     with pytest.raises(WorkError, match="the base model's loss is no number on rows a:2, and is one on the others"):

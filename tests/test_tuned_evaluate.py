@@ -224,7 +224,7 @@ def test_rows_that_say_the_same_are_chosen_once_and_others_stand_in(rows: str, w
 def test_the_loss_does_not_depend_on_the_batches(tmp_path, tiny_model, monkeypatch):
     run_dir = make_run(tmp_path, tiny_model)
     together = evaluate(run_dir)
-    monkeypatch.setattr(stage, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("qtune.tuned.row_losses.TOKENS_PER_BATCH", 1)
     alone = evaluate(run_dir)
     for one, other in ((together.base, alone.base), (together.tuned, alone.tuned)):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)

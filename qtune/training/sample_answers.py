@@ -23,10 +23,10 @@ from qtune.training.callbacks import Beside
 from qtune.training.inputs import Inputs
 from qtune.training.trainer import release_cached_memory
 from qtune.tuned.asked import answered_turn, other_turns
-from qtune.tuned.evaluate import Question, to_question
 from qtune.tuned.evaluation import EXTRA_TOKENS, FREE_TEXT_TIMES
 from qtune.tuned.generate import Generated, answers_to, find_ends, positions_left, within_reach
 from qtune.tuned.precision import training_autocast
+from qtune.tuned.questions import Question, to_question
 from qtune.tuned.vocabulary import decoded
 
 log = logging.getLogger(__name__)

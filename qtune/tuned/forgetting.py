@@ -17,10 +17,10 @@ from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
 from qtune.run.measured_adapter import adapter_name
 from qtune.tuned.base_once import BaseOnce
-from qtune.tuned.evaluate import require_finite_losses, row_losses
 from qtune.tuned.forgotten import Forgetting, PieceLoss, read_forgetting
 from qtune.tuned.load import LoadedRun, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
+from qtune.tuned.row_losses import require_finite_losses, row_losses
 
 
 def neutral_pieces() -> list[str]:
