@@ -258,7 +258,7 @@ def test_each_way_to_end_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: str) -> None:
+    def fail(*_: str) -> None:
         raise error
 
     monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)
@@ -277,7 +277,7 @@ def test_what_an_experiment_tracker_refuses_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracking: dict[str, Any] = {"__name__": cli.TRACKING}
-    exec("def setup(_):\n    raise ValueError('No API key configured.\\nUse a login.')", tracking)
+    exec("def setup(*_):\n    raise ValueError('No API key configured.\\nUse a login.')", tracking)
     monkeypatch.setattr("qtune.recipe.shipped.find_recipe", tracking["setup"])
     monkeypatch.setattr(sys, "argv", ["qtune", "run", "quickstart"])
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
@@ -299,7 +299,7 @@ def test_trackers_are_called_where_their_errors_are_looked_for() -> None:
 
 
 def test_an_error_that_nobody_meant_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> None:
+    def fail(*_: str) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("qtune.recipe.shipped.find_recipe", fail)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,11 +9,13 @@ import typer
 from qtune import console
 from qtune.commands.shared import (
     MOST_ROWS,
+    AllowOption,
     RecipeArgument,
     SetOption,
     TrustOption,
     agree,
     load_libraries,
+    opened,
     say_next,
     say_set_aside,
 )
@@ -24,14 +25,7 @@ from qtune.errors import InputError
 def check(
     recipe: RecipeArgument,
     changes: SetOption = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow",
-            metavar="FINDING",
-            help="Do not count this finding as an error, as --allow too-long. Repeatable.",
-        ),
-    ] = None,
+    allow: AllowOption = None,
     rows: Annotated[
         int,
         typer.Option("--rows", "--show", min=0, max=MOST_ROWS, help="How many rows to show as the model sees them."),
@@ -49,18 +43,13 @@ def check(
     The same gate opens every `qtune run`. Exit code 1: labels would train the wrong thing; 2: rows cannot be used.
     """
     from qtune.at_once import require_at_once
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe
 
-    file = find_recipe(recipe, "check")
-    # What is wrong with a recipe is said before seconds of imports.
-    with _with_memory(file, changes or [], as_json=as_json):
-        resolved = is_given(load_recipe(file, changes or ()))
+    with _with_memory(recipe, changes, as_json=as_json):
+        resolved = opened(recipe, "check", changes)
     require_at_once(resolved)
     say_set_aside(resolved)
     say_next(resolved)
-    with _with_memory(file, changes or [], as_json=as_json):
+    with _with_memory(recipe, changes, as_json=as_json):
         load_libraries()
         from qtune import check as stage
         from qtune.screens.check import draw_check
@@ -76,22 +65,20 @@ def check(
 
 
 @contextmanager
-def _with_memory(file: Path, changes: list[str], *, as_json: bool) -> Iterator[None]:
+def _with_memory(recipe: str, changes: list[str] | None, *, as_json: bool) -> Iterator[None]:
     """Where model or rows cannot be had, what is known all the same is said, and then what is wrong."""
     try:
         yield
     except InputError:
         if not as_json:
-            _show_memory_alone(file, changes)
+            _show_memory_alone(recipe, changes)
         raise
 
 
-def _show_memory_alone(file: Path, changes: list[str]) -> None:
+def _show_memory_alone(recipe: str, changes: list[str] | None) -> None:
     """Shows the step's memory where the recipe is right and its rows or its model are what cannot be had."""
-    from qtune.recipe.file import load_recipe
-
     try:
-        resolved = load_recipe(file, changes, need_rows=False)
+        resolved = opened(recipe, "check", changes, need_rows=False)
     except InputError:
         return
     load_libraries()

@@ -13,6 +13,7 @@ from qtune.commands.shared import (
     TrustOption,
     agree,
     load_libraries,
+    opened,
     require_one_card,
     say_set_aside,
 )
@@ -49,9 +50,7 @@ def fit(
     would is named. Without --gpu or --vram it is fitted to the card that is here.
     """
     from qtune.at_once import require_base
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe, written_beside
+    from qtune.recipe.shipped import written_beside
     from qtune.whole import place_taken
 
     require_one_card(gpu, vram)
@@ -60,11 +59,10 @@ def fit(
         raise typer.BadParameter(f"--allow {', '.join(sorted(unknown))}: only length can be allowed, as --allow length")
     if largest is not None and (ignored := [option for option, is_given in others.items() if is_given]):
         raise typer.BadParameter(f"{', '.join(ignored)}: --max only says a value, and changes and writes nothing")
-    file = find_recipe(recipe, "fit")
-    resolved = is_given(load_recipe(file, changes or (), need_rows=False))
+    resolved = opened(recipe, "fit", changes, need_rows=False)
     require_base(resolved.recipe)
     say_set_aside(resolved)
-    target = output or written_beside(file, ".fit.toml")
+    target = output or written_beside(resolved.file, ".fit.toml")
     if largest is None and (taken := place_taken(target, force=force)) is not None:
         raise typer.BadParameter(f"{target} {taken}")
     load_libraries()

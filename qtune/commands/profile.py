@@ -14,6 +14,7 @@ from qtune.commands.shared import (
     agree,
     load_libraries,
     no_more_than,
+    opened,
     require_one_card,
     say_drifts,
     say_set_aside,
@@ -66,9 +67,6 @@ def profile(
     others = {"--set": bool(changes), "--gpu": gpu, "--vram": vram, "--length": length, "--processes": processes > 1}
     if is_run and (given := [option for option, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(given)}: a run is compared with its own step, as it was measured")
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import RunDir, refuse_missing_run
     from qtune.run.memory import measured_memory
 
@@ -77,7 +75,7 @@ def profile(
     if is_run:
         of: RunDir | Resolved = RunDir.open(Path(target))
     else:
-        of = is_given(load_recipe(find_recipe(target), changes or (), need_rows=False))
+        of = opened(target, "profile", changes, need_rows=False)
     if isinstance(of, RunDir):
         measured_memory(of)
     else:

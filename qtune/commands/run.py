@@ -11,10 +11,12 @@ from qtune import console
 from qtune.commands.shared import (
     MOST_PROCESSES,
     AcceptOption,
+    AllowOption,
     SetOption,
     TrustOption,
     agree,
     load_libraries,
+    opened,
     say_next,
     say_set_aside,
 )
@@ -40,14 +42,7 @@ def run(
         bool,
         typer.Option("--resume", help="Go on with a run that was stopped: RUN, or RECIPE's latest unfinished run."),
     ] = False,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow",
-            metavar="FINDING",
-            help="Train in spite of this finding of the gate, as --allow too-long. Repeatable.",
-        ),
-    ] = None,
+    allow: AllowOption = None,
     snapshot: Annotated[
         bool,
         typer.Option(
@@ -161,12 +156,9 @@ def _to_begin(
     """The recipe of a new run, with what can be told of it before a library is loaded, and by each of the processes
     that share it."""
     from qtune.plan import share_of
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe
     from qtune.run.folder import require_writable
 
-    resolved = is_given(load_recipe(find_recipe(target), changes))
+    resolved = opened(target, "run", changes)
     share_of(resolved.recipe.training.batch_size, processes)
     resolved.allowing(allow)
     require_writable(Path(resolved.recipe.output.directory))
@@ -247,9 +239,6 @@ def _to_resume(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
 
 def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe
     from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir, refuse_missing_run
     from qtune.run.resumption import newest_finished, nothing_to_resume, unfinished_runs
@@ -260,7 +249,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         if run_dir.is_finished and adapter_fault(run_dir) is None:
             raise RunError(nothing_to_resume(run_dir, changes))
         return run_dir, changes
-    resolved = is_given(load_recipe(find_recipe(target), changes))
+    resolved = opened(target, "run", changes)
     directory = Path(resolved.recipe.output.directory)
     unfinished = unfinished_runs(directory, resolved.run_name)
     if not unfinished:

@@ -1,6 +1,6 @@
 """Options and sentences that several verbs have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,14 @@ RecipeArgument = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, as training.epochs=2. Repeatable."),
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="FINDING",
+        help="Do not count this finding of the gate as an error, as --allow too-long. Repeatable.",
+    ),
 ]
 
 
@@ -73,6 +81,19 @@ def load_libraries() -> None:
     """
     with nothing_to_keep():
         import_libraries(console.waiting)
+
+
+def opened(recipe: str, verb: str, changes: Sequence[str] | None = None, *, need_rows: bool = True) -> "Resolved":
+    """The recipe that a verb was given, whose lines its errors name from here on.
+
+    Raises:
+        RecipeError: there is none, or it is wrong: said before seconds of imports.
+    """
+    from qtune.recipe.file import load_recipe
+    from qtune.recipe.places import is_given
+    from qtune.recipe.shipped import find_recipe
+
+    return is_given(load_recipe(find_recipe(recipe, verb), changes or (), need_rows=need_rows))
 
 
 def agree(of: "RunDir | Resolved") -> None:

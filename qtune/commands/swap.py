@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qtune import console
-from qtune.commands.shared import RecipeArgument, SetOption, load_libraries, say_set_aside
+from qtune.commands.shared import RecipeArgument, SetOption, load_libraries, opened, say_set_aside
 
 MOST_COPIES = 100
 
@@ -39,13 +39,10 @@ def swap(
     """
     from qtune.at_once import require_row_files
     from qtune.data.swap_files import require_swappable, words_of_text
-    from qtune.recipe.file import load_recipe
-    from qtune.recipe.places import is_given
-    from qtune.recipe.shipped import find_recipe, written_beside
+    from qtune.recipe.shipped import written_beside
 
-    file = find_recipe(recipe, "swap")
-    resolved = is_given(load_recipe(file, changes or ()))
-    target = output or written_beside(file, ".swapped.toml")
+    resolved = opened(recipe, "swap", changes)
+    target = output or written_beside(resolved.file, ".swapped.toml")
     require_row_files(resolved.recipe.data, resolved.folder)
     require_swappable(resolved, target, force=force)
     given = None if words is None else words_of_text(words)
