@@ -382,7 +382,13 @@ def test_a_list_may_lose_its_quotes_on_the_way_through_a_shell(check, change: st
 
 
 @pytest.mark.parametrize(
-    "change", ["training.trackers=wandb", "adapter.target_modules=q_proj, v_proj", "adapter.target_modules=[q_proj"]
+    "change",
+    [
+        "training.trackers=wandb",
+        "adapter.target_modules=😀",
+        "adapter.target_modules=q_proj, v_proj",
+        "adapter.target_modules=[q_proj",
+    ],
 )
 def test_who_sets_a_word_for_a_list_is_told_what_a_shell_lets_through(check, problems, change: str) -> None:
     (told,) = problems(GOOD, change)

@@ -111,7 +111,7 @@ LIST_TYPES = ("tuple_type", "list_type")
 
 def _as_list(text: str) -> str:
     """What somebody has written as one text, as TOML."""
-    return json.dumps([part.strip(" []\"'") for part in text.split(",")])
+    return json.dumps([part.strip(" []\"'") for part in text.split(",")], ensure_ascii=False)
 
 
 def _is_number(value: object) -> bool:
