@@ -1,6 +1,7 @@
 """Folders and files as they lie on people's disks: splits, notes, pointers, tables with other delimiters."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def test_the_patterns_that_are_named_for_files_of_several_kinds_match_them(tmp_p
     matched = [file.name for one in all_kinds for file in data_files(str(tmp_path / one), tmp_path)]
     assert sorted(matched) == rows
     assert [file.name for file in data_files(str(tmp_path / one_kind), tmp_path)] == [rows[0]]
+
+
+def test_the_patterns_that_are_named_are_toml_whatever_the_folder_is_called(tmp_path):
+    folder = tmp_path / "\U0001f600 \x7f"
+    folder.mkdir()
+    write(folder, "a.csv", "b.jsonl", "README.txt")
+    with pytest.raises(DataError) as caught:
+        data_files(str(folder), tmp_path)
+    listed = str(caught.value).partition("or all of them, as ")[2]
+    assert tomllib.loads(f"train = {listed}")["train"] == [f"{folder}/*.csv", f"{folder}/*.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import qtune
 from qtune.cli import app
+from qtune.commands.run import _say_others as say_others
 from qtune.device.present import Device
 from qtune.errors import InputError, ModelError, RunError
 from qtune.plan import make_plan
@@ -18,6 +19,7 @@ from qtune.recipe.schema import Model
 from qtune.run.checkpoints import TRAINED_STATE
 from qtune.run.folder import RunDir
 from qtune.run.listing import list_runs
+from qtune.run.owner import Owner
 from qtune.run.resolved import resolved_text
 from qtune.run.resumption import beginning_anew, newest_unfinished
 
@@ -134,26 +136,31 @@ def test_a_recipe_whose_run_has_ended_is_answered_with_that_run_and_what_to_do(
     assert command == "qtune run runs/tiny-2/resolved.toml --set adapter.start_from=runs/tiny-2"
 
 
-def test_which_of_several_stopped_runs_a_recipe_goes_on_with_is_said(
+def test_which_of_several_runs_a_recipe_goes_on_with_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     text = '[model]\nbase = "org/model"\n[data]\ntrain = "rows.jsonl"\n'
-    (tmp_path / "tiny.toml").write_text(text)
     resolved = check_recipe(text, tmp_path / "tiny.toml")
-    for age in (0, 60, 120):
-        run = RunDir.create(Path("runs"), resolved.run_name, text)
+    runs = [RunDir.create(Path("runs"), resolved.run_name, text) for _ in range(6)]
+    first, second, damaged, unbegun, at_work, ended = runs
+    for age, run in enumerate(runs):
         run.write_text(run.resolved_file, resolved_text(resolved, make_plan(resolved.recipe, CPU)))
-        os.utime(run.resolved_file, (time.time() - age,) * 2)
-        if age < 120:  # the model of the third was never loaded
-            run.lock_file.write_text("{}")
-    found, _ = qtune.commands.run._unfinished("tiny.toml", [])
-    assert found.path == Path("runs/tiny")
-    said = "going on with runs/tiny, the latest of tiny.toml; unfinished as well: runs/tiny-2\n"
+        os.utime(run.resolved_file, (time.time() - 60 * age,) * 2)
+        run.lock_file.write_text("{}")
+    damaged.resolved_file.write_text("[[[")
+    unbegun.lock_file.unlink()
+    finish(ended)
+    owner = Owner(1, "elsewhere", 0.0, "then")
+    monkeypatch.setattr("qtune.run.listing.owner_of", lambda run: owner if run.path == at_work.path else None)
+    say_others("tiny.toml", first)
+    said = "going on with runs/tiny, the latest of tiny.toml; others that could: runs/tiny-2\n"
     assert capsys.readouterr().err == said
-    (tmp_path / "runs" / "tiny-2" / "lock.json").unlink()
-    qtune.commands.run._unfinished("tiny.toml", [])
+    say_others("runs/tiny", first)
+    assert capsys.readouterr().err == "", "that one was asked for"
+    finish(second)
+    say_others("tiny.toml", first)
     assert capsys.readouterr().err == ""
 
 

@@ -117,7 +117,9 @@ def run(
         from qtune.training.launch import launch
 
         raise typer.Exit(launch(_without_processes(sys.argv[1:]), processes))
-    if not resume:
+    if resume:
+        _say_others(target, run_dir)
+    else:
         recipes = _announced(resolved, changes, seeds)
     load_libraries()
     if trust:
@@ -241,7 +243,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir, refuse_missing_run
-    from qtune.run.resumption import newest_finished, nothing_to_resume, unfinished_runs
+    from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
 
     refuse_missing_run(target)
     if Path(target).is_dir():
@@ -251,19 +253,25 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         return run_dir, changes
     resolved = opened(target, "run", changes)
     directory = Path(resolved.recipe.output.directory)
-    unfinished = unfinished_runs(directory, resolved.run_name)
-    if not unfinished:
+    newest = newest_unfinished(directory, resolved.run_name)
+    if newest is None:
         if (ended := newest_finished(directory, resolved.run_name)) is not None:
             own = [change for change in changes if not change.startswith("output.")]
             said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
-    newest, *older = unfinished
-    if (others := [str(run.path) for run in older if run.has_begun]) and launched().is_leader:
-        console.say(f"going on with {newest.path}, the latest of {target}; unfinished as well: {', '.join(others)}")
     naming = ("output.directory", "output.name")
     return newest, [change for change in changes if change.partition("=")[0].strip() not in naming]
+
+
+def _say_others(target: str, run_dir: "RunDir") -> None:
+    """Of a recipe's runs that could go on: which one does, and which else there are."""
+    from qtune.run.listing import others_to_resume
+
+    if launched().is_leader and not Path(target).is_dir() and (others := others_to_resume(run_dir)):
+        named = ", ".join(str(other.path) for other in others)
+        console.say(f"going on with {run_dir.path}, the latest of {target}; others that could: {named}")
 
 
 def _end_run(run_dir: "RunDir") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qtune.errors import DataError, Problem
 from qtune.recipe.row_kinds import ROW_KINDS, kind_of
+from qtune.recipe.text import show_value
 
 # Names of splits, in files such as train-00000-of-00002.parquet and in folders; the hub's rules know the same ones.
 SPLITS = {
@@ -60,7 +61,7 @@ def _patterns(files: Sequence[Path], base: Path, name: str) -> str:
     each = [str(Path(name) / f"{any_file}.{ending}") for ending in endings]
     matched = {path for path in base.glob(any_file) if path.is_file()}
     # A pattern takes notes and files of other kinds as well, where there are such.
-    whole = str(Path(name) / any_file) if matched == set(files) else f"[{', '.join(json.dumps(one) for one in each)}]"
+    whole = str(Path(name) / any_file) if matched == set(files) else show_value(each)
     return f"as {each[0]}, or all of them, as {whole}"
 
 

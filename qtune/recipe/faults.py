@@ -1,7 +1,5 @@
 """What is wrong with a recipe: pydantic's errors with our paths and words."""
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from qtune.recipe.meant_keys import advice
 from qtune.recipe.schema import ADAPTERS, QUANTIZATIONS, FileSource, HubSource, KeyPath, Recipe
+from qtune.recipe.text import show_value
+from qtune.recipe.unquoted import number_meant
 from qtune.spelling import did_you_mean
 
 MOST_SHOWN = 100
@@ -78,8 +78,8 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             return f"must be a list, as {_as_list(detail['input'])}"
         case "tuple_type" | "list_type":
             return "must be a list"
-        case "float_type" | "int_type" if _is_number(detail["input"]):
-            return f"must be a number without quotes: {detail['input']}"
+        case "float_type" | "int_type" if isinstance(detail["input"], str) and (meant := number_meant(detail["input"])):
+            return f"must be a number without quotes: {meant}"
         case "float_type":
             return "must be a number"
         case "int_type" | "int_from_float":
@@ -111,15 +111,7 @@ LIST_TYPES = ("tuple_type", "list_type")
 
 def _as_list(text: str) -> str:
     """What somebody has written as one text, as TOML."""
-    return json.dumps([part.strip(" []\"'") for part in text.split(",")], ensure_ascii=False)
-
-
-def _is_number(value: object) -> bool:
-    """Whether a text is a number that somebody has put into quotes."""
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False
+    return show_value([part.strip(" []\"'") for part in text.split(",")])
 
 
 def _as_size(path: KeyPath, value: object) -> str:

@@ -21,16 +21,12 @@ from qtune.recipe.meant_keys import keys_meant
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
 from qtune.recipe.text import show_value
-from qtune.recipe.unquoted import quoted_line, value_given
+from qtune.recipe.unquoted import DEEPEST, LONGEST_NUMBER, is_deeper, line_meant, value_given
 from qtune.sizes import MIB, size_text
 from qtune.spelling import meant_file
 
 LONGEST_RECIPE = MIB // 4
 """Bytes. The longest that comes with qtune has 2 KiB."""
-LONGEST_NUMBER = 1000
-"""Bits. Whatever is longer than its key allows is told with the key; this can still be written."""
-DEEPEST = 16
-"""Tables and lists in each other; a recipe has four."""
 RECIPE = ".toml"
 """Ending of a file that is no model and has no rows."""
 ENDS = (("steps", "epochs"), ("epochs", "steps"))
@@ -165,15 +161,16 @@ def _parse_toml(text: str, path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise RecipeError(Problem(str(path), TOO_DEEP)) from error
     except ValueError as error:  # tomllib's own is one; so is Python's of a number with thousands of digits
-        message = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "a number has too many digits"
+        if not isinstance(error, tomllib.TOMLDecodeError):
+            raise RecipeError(Problem(str(path), "not valid TOML: a number has too many digits")) from error
+        message = str(error)
         place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         reason = message[: place.start()].strip() if place else message
-        where = f"{path}:{line}" if isinstance(error, tomllib.TOMLDecodeError) else str(path)
-        meant = quoted_line(text.split("\n")[line - 1])
-        advice = f"; did you mean {meant}" if meant else ""
-        raise RecipeError(Problem(where, f"not valid TOML: {reason}{advice}")) from error
-    if _is_deeper(tables, DEEPEST):
+        meant = line_meant(text, line)
+        advice = f"; did you mean {meant}?" if meant else ""
+        raise RecipeError(Problem(f"{path}:{line}", f"not valid TOML: {reason}{advice}")) from error
+    if is_deeper(tables, DEEPEST):
         raise RecipeError(Problem(str(path), TOO_DEEP))
     _refuse_huge_numbers(tables, path)
     return tables
@@ -190,20 +187,6 @@ def _refuse_huge_numbers(tables: dict[str, Any], path: Path) -> None:
             raise RecipeError(Problem(str(path), "not valid TOML: a number has too many digits"))
 
 
-def _is_deeper(value: Any, most: int) -> bool:
-    """Whether lists and tables stand in each other more often than `most` times."""
-    inside = [value]
-    for _ in range(most):
-        inside = [
-            inner
-            for one in inside
-            if isinstance(one, (dict, list))
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, (dict, list))
-        ]
-    return bool(inside)
-
-
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list[Problem]]:
     changes: dict[KeyPath, Any] = {}
     problems: list[Problem] = []
@@ -218,20 +201,8 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[KeyPath, Any], list
             advice = f"; did you mean {meant}?" if meant else ""
             problems.append(Problem(f"--set {_shortened(override)}", f"must look like table.key=value{advice}"))
         else:
-            changes[keys] = value_given(keys, value.strip(), _toml_value)
+            changes[keys] = value_given(keys, value.strip())
     return changes, problems
-
-
-def _toml_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # a text; or a number or a nest that is refused as the text it is
-        return text
-    if parsed.keys() != {"value"} or _is_deeper(parsed, DEEPEST):
-        return text
-    value = parsed["value"]
-    return text if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER else value
 
 
 def _replaced(tables: Mapping[str, Any], keys: KeyPath, changes: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
@@ -365,9 +336,9 @@ def _problem(
         (keys for keys in changes if keys[: len(fault.path)] == fault.path or fault.path[: len(keys)] == keys), None
     )
     if changed:
-        # A shell eats the quotes that nothing guards.
-        given = shlex.join(["--set", f"{key}={fault.wanted}"])
-        message = fault.message.replace(fault.wanted, given, 1) if fault.wanted else fault.message
+        message = fault.message
+        if fault.wanted:  # a shell eats the quotes that nothing guards
+            message = message.replace(fault.wanted, shlex.join(["--set", f"{key}={fault.wanted}"]), 1)
         return Problem("--set", f"{key}{shown}: {message}")
     return Problem(f"{path}:{line_of(lines, fault.path)}", f"{key}{shown}: {fault.message}")
 

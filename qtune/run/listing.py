@@ -11,7 +11,15 @@ from qtune.run.finished import GONE, adapter_lack
 from qtune.run.folder import RunDir, next_folder
 from qtune.run.owner import owner_of
 from qtune.run.resolved import read_values
-from qtune.run.resumption import beginning_anew, is_exported, newest_unfinished, no_way_on, resuming
+from qtune.run.resumption import (
+    asked_name,
+    beginning_anew,
+    is_exported,
+    newest_unfinished,
+    no_way_on,
+    resuming,
+    unfinished_runs,
+)
 from qtune.run.summary import Summary, summary_of
 
 
@@ -144,16 +152,23 @@ def said_of_next(directory: Path, name: str) -> list[str]:
     return said
 
 
-def said_of_stopped(directory: Path, name: str) -> str | None:
-    """What is said of a run of recipes called `name` that was stopped, where another one begins; None: there is none.
+def others_to_resume(run_dir: RunDir) -> list[RunDir]:
+    """The runs of the same recipe that could go on as well, the latest first."""
+    name = asked_name(run_dir)
+    runs = [] if name is None else unfinished_runs(run_dir.path.parent, name)
+    return [run for run in runs if run.path != run_dir.path and _that_can_go_on(run) is not None]
 
-    One that somebody works in, that is damaged or in which nothing was begun is none to go on with.
-    """
+
+def _that_can_go_on(run_dir: RunDir) -> ListedRun | None:
+    """A run, unless somebody works in it, it is damaged or nothing was begun in it."""
+    listed = _listed(run_dir) if run_dir.has_begun else None
+    return None if listed is None or listed.resume is None else listed
+
+
+def said_of_stopped(directory: Path, name: str) -> str | None:
+    """What is said of a run of recipes called `name` that could go on, where another begins; None: there is none."""
     run_dir = newest_unfinished(directory, name)
-    if run_dir is None or not run_dir.has_begun:
-        return None
-    listed = _listed(run_dir)
-    if listed is None or listed.resume is None:
+    if run_dir is None or (listed := _that_can_go_on(run_dir)) is None:
         return None
     was = f"{run_dir.path} {'was ' if listed.state.startswith('stopped') else 'is not finished: '}{listed.state}"
     return f"{was}; it goes on with: {listed.resume}"

@@ -175,7 +175,7 @@ def beginning_anew(run_dir: RunDir, changes: Sequence[str] = (), *, is_settled: 
     by_rule = {value.path for value in values if value.path != KEEP_DEQUANTIZED or value.text != "false"}
     open_again = [".".join(map(str, path)) for path in BY_MEMORY if path in by_rule and not is_settled]
     words = [f"{key}=auto" for key in open_again if key not in changed]
-    if _asked_name(run_dir) is None:  # else a run of another name would begin; a name that is taken gets a number
+    if asked_name(run_dir) is None:  # else a run of another name would begin; a name that is taken gets a number
         words.append(f"output.name={run_dir.name}")
     told = (word for one in (*words, *changes) for word in ("--set", one))
     return shlex.join(["qtune", "run", str(run_dir.resolved_file), *told])
@@ -304,10 +304,11 @@ def _runs_of(directory: Path, name: str) -> list[RunDir]:
     """
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     runs = [RunDir(path) for path in directory.glob("*") if pattern.fullmatch(path.name)]
-    return [run for run in runs if run.resolved_file.is_file() and _asked_name(run) in (None, name)]
+    return [run for run in runs if run.resolved_file.is_file() and asked_name(run) in (None, name)]
 
 
-def _asked_name(run_dir: RunDir) -> str | None:
+def asked_name(run_dir: RunDir) -> str | None:
+    """What the recipe of a run is called; None where that cannot be read."""
     with suppress(RunError):
         return next((value.plain_text for value in read_values(run_dir) if value.path == NAME), None)
     return None

@@ -25,6 +25,7 @@ from transformers.training_args import OptimizerNames
 from qtune.adapter.state import load_trained_state, save_adapter, save_trained_state, trained_state
 from qtune.data.batches import StepSampler
 from qtune.data.masks import IGNORED
+from qtune.device.freed_memory import freed_memory_stays
 from qtune.errors import TrainingError
 from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
@@ -87,7 +88,7 @@ def rehearse(trainer: QloraTrainer, inputs: Inputs, run_dir: RunDir, *, has_init
     model = trainer.model
     assert isinstance(model, PeftModel)
     rows = _heaviest(inputs)
-    with _undone(trainer, model):
+    with freed_memory_stays(trainer.args.device), _undone(trainer, model):
         _checkpoint_as_planned(model, inputs.plan.gradient_checkpointing)
         optimizer = _step(trainer, model, rows, inputs.plan.optimizer)
         if inputs.prepared.validation is not None:

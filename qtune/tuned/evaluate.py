@@ -121,8 +121,8 @@ class _Asked:
         return [row for row, is_out in enumerate(self.is_left_out) if is_out]
 
     @property
-    def counts(self) -> list[bool]:
-        """Of each question, whether its row does."""
+    def are_judged(self) -> list[bool]:
+        """Of each question, whether its row counts."""
         return [not self.is_left_out[row] for row in self.row_of]
 
     @property
@@ -140,7 +140,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What one of the models makes of it."""
+    """What one of the two models says to what both are asked."""
 
     score: Score
     losses: list[float]
@@ -148,7 +148,7 @@ class _Answers:
     texts: list[str]
     """Of each question."""
     are_cut: list[bool]
-    """Whether the limit stopped it."""
+    """Of each question, whether its limit stopped the answer."""
 
 
 def _asked(run_dir: RunDir, run: LoadedRun, rows: int, data_file: Path | None, max_new_tokens: int) -> _Asked:
@@ -214,7 +214,7 @@ def _answers(run: LoadedRun, asked: _Asked, name: str, whose: str) -> _Answers:
     texts = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, asked.limits, strict=True)]
     pairs = [
         (question.expected, text)
-        for question, text, counts in zip(questions, texts, asked.counts, strict=True)
+        for question, text, counts in zip(questions, texts, asked.are_judged, strict=True)
         if counts
     ]
     score = Score(
@@ -237,7 +237,7 @@ def _evaluation(run_dir: RunDir, asked: _Asked, base: _Answers, tuned: _Answers)
         scored_tokens=asked.scored_tokens,
         answers_cut=sum(
             counts and len(question.expected_ids) > limit
-            for question, limit, counts in zip(asked.questions, asked.limits, asked.counts, strict=True)
+            for question, limit, counts in zip(asked.questions, asked.limits, asked.are_judged, strict=True)
         ),
         base=base.score,
         tuned=tuned.score,
