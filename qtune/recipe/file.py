@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from qtune.errors import Problem, RecipeError
 from qtune.recipe.faults import Fault, Faulty
-from qtune.recipe.lines import line_of, toml_lines
+from qtune.recipe.lines import line_of, toml_fault, toml_lines
 from qtune.recipe.meant_keys import keys_meant
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import DEFAULT_KINDS, OWN_STARTS, KeyPath, Recipe, Waivable
@@ -163,10 +163,7 @@ def _parse_toml(text: str, path: Path) -> dict[str, Any]:
     except ValueError as error:  # tomllib's own is one; so is Python's of a number with thousands of digits
         if not isinstance(error, tomllib.TOMLDecodeError):
             raise RecipeError(Problem(str(path), "not valid TOML: a number has too many digits")) from error
-        message = str(error)
-        place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        reason = message[: place.start()].strip() if place else message
+        line, reason = toml_fault(error, text)
         meant = line_meant(text, line)
         advice = f"; did you mean {meant}?" if meant else ""
         raise RecipeError(Problem(f"{path}:{line}", f"not valid TOML: {reason}{advice}")) from error

@@ -149,3 +149,14 @@ class _Scanner:
         # A multi-line string may end in up to two quotes of its own.
         while len(fence) == 3 and self.at < len(self.text) and self.text[self.at] == quote:
             self.at += 1
+
+
+_PLACE = re.compile(r"\(at (?:line (\d+), column \d+|end of document)\)")
+
+
+def toml_fault(error: tomllib.TOMLDecodeError, text: str) -> tuple[int, str]:
+    """(the line of what tomllib refuses in a text, counted from 1, and why); at its end that is the last line."""
+    message = str(error)
+    place = _PLACE.search(message)
+    line = int(place[1]) if place and place[1] else text.count("\n") + 1
+    return line, message[: place.start()].strip() if place else message

@@ -5,6 +5,7 @@ import re
 import tomllib
 from typing import Any
 
+from qtune.recipe.lines import toml_fault
 from qtune.recipe.meant_keys import takes_list
 from qtune.recipe.schema import KeyPath
 from qtune.recipe.text import show_value
@@ -22,7 +23,6 @@ _ASSIGNED = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*=\s*(?!=)(.*?)[,;]?\s*(?:(?<
 _TABLE = re.compile(r"^\s*\[([\w.-]+)\]", re.MULTILINE)
 _PLAIN = re.compile(r"[^\s\"'`“”„‘’\[\]{}(),;=#][^\"'`“”„‘’\[\]{}()]*")
 _NUMERIC = re.compile(r"[+-]?[\d.][\d_.,eE+-]*")
-_PLACE = re.compile(r"\(at line (\d+), column \d+\)")
 
 
 def value_given(keys: KeyPath, text: str) -> Any:
@@ -130,8 +130,7 @@ def _first_fault(text: str) -> int | None:
     try:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        place = _PLACE.search(str(error))
-        return int(place[1]) if place else text.count("\n") + 2
+        return toml_fault(error, text)[0]
     except (ValueError, RecursionError):
         return 1
     return None
