@@ -1,7 +1,6 @@
 """The shapes that rows come in -> conversations. A shape is named in the recipe or recognized by its columns."""
 
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from qtune.data.suspect import is_word_for_nothing
 from qtune.data.tool_calls import read_tools, without_padding
 from qtune.data.turn_keys import REASONING, is_like_a_switch, reasoning_of
 from qtune.data.turns import Turn, listed, read_turns
+from qtune.recipe.text import show_value
 
 RawRow = Mapping[str, Any]
 
@@ -200,8 +200,8 @@ def _by_plain_name(columns: Iterable[Any]) -> dict[str, str]:
 
 def _lines(names: Mapping[str, str]) -> str:
     """How a recipe, and a command, rename columns: our name to the file's."""
-    pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in names.items())
-    return f"[data] columns = {{ {pairs} }} in the recipe, or add --set {shlex.quote(f'data.columns={{ {pairs} }}')}"
+    table = show_value(dict(names))
+    return f"[data] columns = {table} in the recipe, or add --set {shlex.quote(f'data.columns={table}')}"
 
 
 def _mapping(row: RawRow) -> dict[str, str]:
