@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import SFTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -114,6 +115,34 @@ def test_a_trainer_that_cannot_be_had_is_left_out_with_the_reason_and_the_others
     assert f"Unsloth is left out: {why}\n" in capsys.readouterr().out
     bench_step.report(options, taken)
     assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "theirs", "ours"), [("none", False, False), ("every", True, True), ("usual", True, False)]
+)
+def test_layers_are_computed_twice_by_whom_the_word_says(
+    word, theirs, ours, tiny_model, own_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("QTUNE_CACHE", str(own_cache))
+    monkeypatch.setattr(bench_step, "on_card", lambda: False)
+    options = options_for(tiny_model, "--checkpointing", word, "--trainers", "TRL", "qtune")
+    forwards = {}
+    for name, make in bench_step.makers(options, tmp_path).items():
+        trainer = make().trainer
+        layer = trainer.model.get_base_model().model.layers[0].self_attn.k_proj
+        forwards[name] = counted = []
+        layer.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        bench_card.update(trainer, next(iter(trainer.get_train_dataloader())))
+    assert {name: len(counted) for name, counted in forwards.items()} == {"TRL": 1 + theirs, "qtune": 1 + ours}
+    if word == "usual":
+        assert SFTConfig(str(tmp_path), use_cpu=True, bf16=False).gradient_checkpointing is True
+
+
+def test_what_a_card_does_when_it_is_not_told_is_not_asked_here(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "on_card", lambda: True)
+    with pytest.raises(SystemExit):
+        options_for(tiny_model, "--checkpointing", "usual")
+    assert "use tools/bench_card.py" in capsys.readouterr().err
 
 
 def test_that_unsloth_is_not_installed_is_said_with_the_way_out(job, tmp_path, monkeypatch):

@@ -63,6 +63,33 @@ def test_runs_that_share_a_forward_have_the_losses_that_each_has_alone(search: M
     assert together[0]["last_losses"] != together[1]["last_losses"]
 
 
+@pytest.mark.parametrize("virtual", [0, 4])
+def test_rows_of_like_length_share_a_forward_and_each_is_what_it_is_alone(
+    search: ModuleType, worker, virtual: int
+) -> None:
+    draw = torch.Generator().manual_seed(5)
+    prompts = torch.randn(2, virtual, worker.network.config.hidden_size, generator=draw) if virtual else None
+    rows = [
+        [{"input_ids": list(range(3, 3 + long)), "labels": [search.IGNORED, *range(4, 3 + long)]} for long in own]
+        for own in ((40, 5, 24, 6), (7, 41, 6, 21))
+    ]
+    batch = worker.inputs(prompts, rows)
+    shapes = []
+    hook = worker.network.base_model.register_forward_pre_hook(
+        lambda *given: shapes.append(tuple(given[-1]["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    try:
+        found = worker.hidden(batch)
+        alone = []
+        for place, row in enumerate(row for part in rows for row in part):
+            own = None if prompts is None else prompts[place // 4][None]
+            alone.append(worker.hidden(worker.inputs(own, [[row]])))
+    finally:
+        hook.remove()
+    assert shapes[:3] == [(2, virtual + 41), (2, virtual + 24), (4, virtual + 7)], "of each run as many"
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
 def test_a_lora_that_shares_the_base_computes_what_peft_computes(search: ModuleType, worker) -> None:
     run = search.Run({**LORA, "training": LORA["training"] | {"steps": 3, "batch_size": 2}}, "triage", 3)
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -256,7 +256,7 @@ def ours(geometry: dict[str, int], rows: int, length: int, folder: str, variant:
         random_model(geometry, recipe, plan), recipe, plan, tokenizer(),
         random_rows(rows, length, geometry["vocab_size"]), Path(folder) / f"qtune-{variant}",
     )  # fmt: skip
-    return ready(trainer, plan)
+    return ready(trainer)
 
 
 def trl(geometry: dict[str, int], rows: int, length: int, folder: str, *, use_liger_kernel: bool = False) -> SFTTrainer:
@@ -275,7 +275,7 @@ def trl(geometry: dict[str, int], rows: int, length: int, folder: str, *, use_li
         model=model, args=config, train_dataset=Dataset.from_dict(random_rows(rows, length, geometry["vocab_size"])),
         processing_class=tokenizer(), data_collator=PaddedCollator(0),
     )  # fmt: skip
-    return ready(trainer, plan)
+    return ready(trainer)
 
 
 def compute_dtype() -> torch.dtype:
@@ -283,10 +283,10 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if present_device().bf16 else torch.float16 if torch.cuda.is_available() else torch.float32
 
 
-def ready(trainer: SFTTrainer, plan: Plan) -> SFTTrainer:
+def ready(trainer: SFTTrainer) -> SFTTrainer:
     """The parts of `Trainer.train` that come before its first step."""
     trainer.model_accepts_loss_kwargs = True
-    if plan.gradient_checkpointing:
+    if trainer.args.gradient_checkpointing:
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     trainer.create_optimizer_and_scheduler(1000)

@@ -13,10 +13,12 @@
     qtune      as a run takes it
 
 The built-in model unless --base (a folder) or --model (a published geometry with random weights) says otherwise, in NF4
-with LoRA rank 16 on all linear layers, 2 rows of 256 tokens a step, computed once unless --checkpointing. Printed are
-medians of seconds per step, tokens per second, the first and last loss, which must agree, the peak of each, and ratios
-to the last trainer named. On a computer that other work uses as well, the ratio of processor time is the one to
-believe. Peaks are the tensors' on a card; on a CPU the whole memory of a process, and only of one with one trainer.
+with LoRA rank 16 on all linear layers, 2 rows of 256 tokens a step. No layer is computed twice, or with --checkpointing
+every one, or with --checkpointing usual as each trainer does when it is not told: TRL and Unsloth every layer, qtune on
+a processor none for as long as its memory is ample (what it does on a card depends on the card: tools/bench_card.py).
+Printed are medians of seconds per step, tokens per second, the first and last loss, which must agree, the peak of each,
+and ratios to the last trainer named. On a computer that other work uses as well, the ratio of processor time is the one
+to believe. Peaks are the tensors' on a card; on a CPU the whole memory of a process, and only of one with one trainer.
 """
 
 import argparse
@@ -52,6 +54,10 @@ from qtune.startup.quiet import quiet_libraries, quiet_loading
 BUILTIN = "builtin:smollm2-135m-instruct"
 TEXT = Path(__file__).parent.parent / "README.md"
 TRAINERS = ("TRL", "TRL-apart", "Unsloth", "qtune")
+CHECKPOINTING: dict[str, tuple[bool, bool | str]] = {
+    "none": (False, False), "every": (True, True), "usual": (True, "auto")
+}  # fmt: skip
+"""(TRL's and Unsloth's, the recipe's), by the command's word."""
 NOT_COUNTED = 2
 """Steps of each before those that are: what is made once is made in them."""
 
@@ -142,13 +148,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument("--model", choices=[model[0] for model in MODELS], help="a geometry with random weights")
     parser.add_argument("--rows", type=int, default=2, help="in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of each row")
-    parser.add_argument("--checkpointing", action="store_true", help="every layer computed twice")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--checkpointing", nargs="?", const="every", default="none", choices=tuple(CHECKPOINTING),
+        help="which layers are computed twice (default none; without a word every one)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.checkpointing == "usual" and on_card():
+        parser.error(
+            "--checkpointing usual: what qtune does on a card is settled by what fits it; use tools/bench_card.py"
+        )
+    return options
 
 
 def report(options: argparse.Namespace, taken: dict[str, list[Taken]]) -> None:
     """A line for each trainer, and ratios to the last one."""
     shape = f"{options.rows} x {options.length} tokens, scored: {options.scored}, {options.dtype}"
+    shape += f", layers computed twice: {options.checkpointing}"
     print(f"{options.threads} threads, {shape}, {options.steps} steps each")
     counted = {name: steps[NOT_COUNTED:] for name, steps in taken.items()}
     for name, steps in counted.items():
@@ -193,7 +208,7 @@ def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
         return job_of(options, recipe, plan, trainer, rows_file, folder / trainer)
 
     known: dict[str, Callable[[], Stepping]] = {
-        "TRL": lambda: Here(ready(trl_trainer(job("TRL")), plan)),
+        "TRL": lambda: Here(ready(trl_trainer(job("TRL")))),
         "TRL-apart": lambda: apart(Path(sys.executable), job("TRL")),
         "Unsloth": lambda: apart(options.unsloth_python, job("Unsloth")),
         "qtune": lambda: Here(ours(folder / "qtune", recipe, plan, rows)),
@@ -214,7 +229,7 @@ def ours(folder: Path, recipe: Recipe, plan: Plan, rows: dict[str, list[list[int
     torch.manual_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.adapter, plan)
     trainer = bare_trainer(model, recipe, plan, load_tokenizer(recipe.model), rows, folder)
-    return ready(trainer, plan)
+    return ready(trainer)
 
 
 def job_of(options: argparse.Namespace, recipe: Recipe, plan: Plan, trainer: str, rows_file: Path, folder: Path) -> Job:
@@ -227,7 +242,7 @@ def job_of(options: argparse.Namespace, recipe: Recipe, plan: Plan, trainer: str
         device=plan.device.torch_name,
         dtype=plan.compute_dtype,
         adapter_dtype=options.trl_adapter,
-        checkpointing=bool(plan.gradient_checkpointing),
+        checkpointing=CHECKPOINTING[options.checkpointing][0],
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,
         learning_rate=plan.learning_rate,
@@ -258,7 +273,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
             "training": {
                 "batch_size": options.rows,
                 "micro_batch_size": options.rows,
-                "gradient_checkpointing": options.checkpointing,
+                "gradient_checkpointing": CHECKPOINTING[options.checkpointing][1],
                 "schedule": "constant",
                 "warmup": 0.0,
                 "learning_rate": 2e-4,
