@@ -16,6 +16,7 @@ from peft import (
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qtune.model.builtin import builtin_folder
+from qtune.run.metrics import CUT
 from qtune.tuned.generate import (
     ENDLESS,
     Ends,
@@ -28,6 +29,9 @@ from qtune.tuned.generate import (
     stream,
     within_reach,
 )
+from qtune.tuned.generate import _Pieces as Pieces
+from qtune.tuned.questions import answer_text
+from qtune.tuned.vocabulary import decoded
 
 VOCABULARY, PAD = 96, 0
 NEVER = Ends(stop=(), pad=PAD)
@@ -232,8 +236,25 @@ def test_streamed_pieces_are_the_answers_text(tokenizer):
     pieces: list[str] = []
     ids = list(stream(model, tokenizer, prompt, 20, Ends((2,), 2), pieces.append).ids)
     assert len(pieces) > 1
-    assert "".join(pieces) == tokenizer.decode(ids)
+    assert "".join(pieces) == decoded(tokenizer, ids, is_whole=False)
     assert [ids] == generate(model, [prompt], [20], Ends((2,), 2))
+
+
+def test_of_a_character_that_an_answer_is_cut_in_nothing_is_shown(tokenizer):
+    ids = tokenizer("So far 🦥", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd"), "several tokens make the character"
+    cut, whole = (decoded(tokenizer, ids[:-1], is_whole=value) for value in (False, True))
+    assert (cut.strip(), decoded(tokenizer, ids, is_whole=False)) == ("So far", "So far 🦥")
+    assert whole == tokenizer.decode(ids[:-1]), "what a model says of itself stays to be seen"
+    limit = len(ids) - 1
+    assert answer_text(tokenizer, ids[:-1], limit) == f"So far{CUT}"
+    pieces: list[str] = []
+    shown = Pieces(tokenizer, pieces.append)
+    shown.put(torch.tensor([1]))  # the prompt
+    for token in ids[:-1]:
+        shown.put(torch.tensor([token]))
+    shown.end()
+    assert "".join(pieces) == cut
 
 
 def test_no_batch_goes_on_beyond_the_positions_of_a_row_in_it() -> None:

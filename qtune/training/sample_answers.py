@@ -139,7 +139,7 @@ def _most_tokens(question: Question, reach: int | None) -> int:
 
 
 def _text(answer: Generated, asking: SampleAnswers) -> str:
-    text = decoded(asking.inputs.tokenizer, answer.ids).strip()
+    text = decoded(asking.inputs.tokenizer, answer.ids, is_whole=answer.is_whole).strip()
     return _shortened(text if answer.is_whole else f"{text}{CUT}")
 
 

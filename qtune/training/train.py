@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from qtune import console
 from qtune.adapter.starts import kept_start
@@ -38,6 +39,7 @@ from qtune.memory.measured.failure_text import failure_text
 from qtune.memory.measured.meter import Meter
 from qtune.model.contents import Contents
 from qtune.recipe.file import Resolved
+from qtune.recipe.schema import Recipe
 from qtune.run.checkpoints import step_of, usable_checkpoints
 from qtune.run.drift import known_kinds
 from qtune.run.finished import GONE, adapter_fault, adapter_lack, said_of_end, set_aside
@@ -293,46 +295,31 @@ def _resuming(run_dir: RunDir) -> str:
 
 
 def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: Path | None, meter: Meter) -> None:
-    recipe = inputs.recipe
     ranks.told(Course(run_dir, inputs.plan, checkpoint))
     require_same_files(ranks, inputs)
     display = TrainingDisplay()
-    metrics = Metrics(
-        run_dir.metrics_file,
-        display.show,
-        meter,
-        lambda: usable_checkpoints(run_dir.checkpoints),
-        lambda step: batch_in_words(inputs, step),
-        scales_loss=inputs.plan.loss_scaling,
-        beside=display.beside,
-    )
+    metrics = _metrics(inputs, run_dir, meter, display)
     saved = False
     stop = StopOnSignal(lambda: metrics.note("stopping after this step; once more stops at once"))
     with measured(meter, inputs, run_dir), seeing_out_of_memory(meter):
         meter.enter("load")
         model, tiled = build_model(inputs, after=step_of(checkpoint) if checkpoint else 0)
-        if read_lock(run_dir) is None:
-            begin_lock(inputs, run_dir, base_now(inputs))
-        keep_rows(run_dir, shown_rows(inputs.prepared, recipe))
+        initial = _keep_beginnings(model, inputs, run_dir)
         metrics.seen = seen_validation(inputs)
-        initial = kept_start(model, recipe, run_dir.checkpoints / "initial")
-        owed = checkpoint is not None and is_owed_evaluation(checkpoint, inputs, run_dir)
-        first = owed or (checkpoint is None and recipe.training.evaluate_first)
-        best = KeepBest(
-            run_dir.checkpoints,
-            recipe.training,
-            lambda said, step: metrics.note(said, ended_step=step),
-            read_metrics(run_dir.metrics_file),
-            metrics.judged,
-        )
+        best = _best(inputs.recipe, run_dir, metrics)
         answers = _asks(inputs, metrics)
         ended = checkpoint is not None and (is_last(checkpoint) or best.stopped_early)
-        rehearses = checkpoint is None and is_worth_it(inputs)
-        ranks.told(Beginning(first, rehearses, takes_steps=not ended))
-        trainer = make_trainer(
-            inputs, run_dir, model, tiled, metrics, stop, evaluate_first=first, best=best, answers=answers, ranks=ranks
+        beginning = Beginning(
+            _evaluates_first(inputs, run_dir, checkpoint),
+            rehearses=checkpoint is None and is_worth_it(inputs),
+            takes_steps=not ended,
         )
-        if rehearses:
+        ranks.told(beginning)
+        trainer = make_trainer(
+            inputs, run_dir, model, tiled, metrics, stop, evaluate_first=beginning.evaluates_first, best=best,
+            answers=answers, ranks=ranks,
+        )  # fmt: skip
+        if beginning.rehearses:
             with console.waiting("rehearsing once what the run will do"):
                 rehearsed = rehearse(trainer, inputs, run_dir, has_initial=initial is not None)
             console.say(str(rehearsed))
@@ -346,17 +333,7 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
                 metrics.note(f"{trainer.comparison}")
             if trainer.state.global_step >= trainer.state.max_steps or best.stopped_early:
                 meter.enter("save")
-                require_finite(model, trainer.state.global_step, run_dir.checkpoints)
-                records = read_metrics(run_dir.metrics_file)
-                require_gradients(records)
-                if before:
-                    require_change(before, trained_state(model))
-                losses, vocabulary = training_losses(records), model.config.get_text_config().vocab_size
-                if rise := rise_of(losses, vocabulary):
-                    metrics.note(rise, diverged=has_diverged(losses, vocabulary))
-                if said := best.take(model, records, trainer.state.global_step):
-                    metrics.note(said, best.chosen)
-                metrics.settle()
+                _settle(model, trainer.state.global_step, before, best, metrics, run_dir)
                 _save(model, inputs, run_dir, initial)
                 saved = True
                 best.forget()
@@ -366,6 +343,67 @@ def _load_and_train(ranks: Ranks, inputs: Inputs, run_dir: RunDir, checkpoint: P
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved\n"
             f"go on with: {_resuming(run_dir)}"
         )
+
+
+def _metrics(inputs: Inputs, run_dir: RunDir, meter: Meter, display: TrainingDisplay) -> Metrics:
+    return Metrics(
+        run_dir.metrics_file,
+        display.show,
+        meter,
+        lambda: usable_checkpoints(run_dir.checkpoints),
+        lambda step: batch_in_words(inputs, step),
+        scales_loss=inputs.plan.loss_scaling,
+        beside=display.beside,
+    )
+
+
+def _keep_beginnings(model: PeftModel, inputs: Inputs, run_dir: RunDir) -> Path | None:
+    """What the run depends on and begins with, into its folder; where the adapter's start is, if it has to be kept."""
+    if read_lock(run_dir) is None:
+        begin_lock(inputs, run_dir, base_now(inputs))
+    keep_rows(run_dir, shown_rows(inputs.prepared, inputs.recipe))
+    return kept_start(model, inputs.recipe, run_dir.checkpoints / "initial")
+
+
+def _best(recipe: Recipe, run_dir: RunDir, metrics: Metrics) -> KeepBest:
+    return KeepBest(
+        run_dir.checkpoints,
+        recipe.training,
+        lambda said, step: metrics.note(said, ended_step=step),
+        read_metrics(run_dir.metrics_file),
+        metrics.judged,
+    )
+
+
+def _evaluates_first(inputs: Inputs, run_dir: RunDir, checkpoint: Path | None) -> bool:
+    """Whether the held-out rows are asked before the next step: at the beginning where the recipe has it so, or since
+    the checkpoint that the run goes on from is owed its evaluation."""
+    if checkpoint is None:
+        return inputs.recipe.training.evaluate_first
+    return is_owed_evaluation(checkpoint, inputs, run_dir)
+
+
+def _settle(
+    model: PeftModel, step: int, before: dict[str, Tensor], best: KeepBest, metrics: Metrics, run_dir: RunDir
+) -> None:
+    """What is asked of a run before its adapter is saved, and which state is saved.
+
+    before: the adapter's tensors as the run began with them; empty where it went on from a checkpoint.
+
+    Raises:
+        TrainingError: nothing was learned, or what was learned is no number.
+    """
+    require_finite(model, step, run_dir.checkpoints)
+    records = read_metrics(run_dir.metrics_file)
+    require_gradients(records)
+    if before:
+        require_change(before, trained_state(model))
+    losses, vocabulary = training_losses(records), model.config.get_text_config().vocab_size
+    if rise := rise_of(losses, vocabulary):
+        metrics.note(rise, diverged=has_diverged(losses, vocabulary))
+    if said := best.take(model, records, step):
+        metrics.note(said, best.chosen)
+    metrics.settle()
 
 
 def _asks(inputs: Inputs, metrics: Metrics) -> SampleAnswers | None:

@@ -31,7 +31,7 @@ from qtune.tuned.load import load_run, load_untuned
 from qtune.tuned.precision import training_autocast
 from qtune.tuned.target import require_model, run_meant
 from qtune.tuned.trained_system import usual_system
-from qtune.tuned.vocabulary import require_embeddings, require_known
+from qtune.tuned.vocabulary import HALF, decoded, require_embeddings, require_known
 
 HELP = """\
 /adapter on|off   answer with or without the adapter
@@ -95,14 +95,14 @@ class Session:
             made = stream(self.model, self.tokenizer, prompt, self.max_new_tokens, self.ends, on_text, self.sampling)
         require_known(self.tokenizer, made.ids)
         self.cut = None if made.is_whole else self._about_cut(made.ids)
-        answer = str(self.tokenizer.decode(list(made.ids), skip_special_tokens=True)).strip()
+        answer = decoded(self.tokenizer, made.ids, is_whole=made.is_whole).strip()
         self.turns = [*asked, {"role": "assistant", "content": answer}]
         return answer
 
     def _about_cut(self, ids: Ids) -> str:
         said = f"cut at {len(ids)} tokens; --max-new-tokens allows more"
         if passage := loop_at_end(ids):
-            repeated = " ".join(str(self.tokenizer.decode(list(passage), skip_special_tokens=True)).split())
+            repeated = " ".join(decoded(self.tokenizer, passage).strip(HALF).split())
             said = f"cut at {len(ids)} tokens; it repeats itself and would go on so: {shown(repeated, 60)}"
         return said
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from qtune.data.template import Renderer, choose_template
+from qtune.tuned.vocabulary import HALF
 
 Ids = Sequence[int]
 
@@ -258,6 +259,8 @@ class _Pieces(TextStreamer):
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if stream_end:  # nothing comes that would make half a character whole
+            text = text.rstrip(HALF)
         if text:
             self.on_text(text)
 

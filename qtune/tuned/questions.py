@@ -44,18 +44,17 @@ def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: E
     conversation = Conversation.from_json(row["conversation"], row["place"])
     request = last_words(conversation.prompt)
     turns = asked_turns(conversation.prompt, conversation.tools)
-    return Question(row["place"], request, tuple(ids[:start]), tuple(expected), _text(tokenizer, expected), turns)
+    return Question(
+        row["place"], request, tuple(ids[:start]), tuple(expected), decoded(tokenizer, expected).strip(), turns
+    )
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> str:
     """An answer as compared and shown; an ellipsis says that it was stopped at its limit."""
-    return _text(tokenizer, ids) + (CUT if is_cut(ids, limit) else "")
+    cut = is_cut(ids, limit)
+    return decoded(tokenizer, ids, is_whole=not cut).strip() + (CUT if cut else "")
 
 
 def is_cut(ids: Sequence[int], limit: int) -> bool:
     """Whether an answer was stopped at its limit."""
     return len(ids) == limit
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return decoded(tokenizer, ids).strip()

@@ -28,8 +28,15 @@ def require_known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Non
         raise DataError(Problem("the answer", message))
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of an answer without special tokens; a token that the tokenizer does not know stays to be seen."""
+HALF = "\ufffd"
+"""What bytes that are no character, or not yet a whole one, are decoded as."""
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, is_whole: bool = True) -> str:
+    """The text of an answer without special tokens; a token that the tokenizer does not know stays to be seen.
+
+    is_whole: whether the answer came to its end; of one that was cut, the character that it was cut in is left out.
+    """
     known, parts = list[int](), list[str]()
     for token in ids:
         if token < len(tokenizer):
@@ -37,7 +44,8 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
             continue
         parts += [str(tokenizer.decode(known, skip_special_tokens=True)), f"<unknown token {token}>"]
         known = []
-    return "".join([*parts, str(tokenizer.decode(known, skip_special_tokens=True))])
+    text = "".join([*parts, str(tokenizer.decode(known, skip_special_tokens=True))])
+    return text if is_whole else text.rstrip(HALF)
 
 
 def require_embeddings(
