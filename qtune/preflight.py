@@ -191,6 +191,7 @@ def examine(
         raise together(asked.refusals)
     asked.of(_require_whole_base, recipe.model, config)
     asked.of(_require_padding, recipe.model, tokenizer)
+    asked.of(_require_room, config, recipe)
     plan = make_plan(recipe, device, attention_rule(config))
     if recipe.adapter.start_from is not None and not asked.refusals:
         earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
@@ -314,6 +315,14 @@ def _require_padding(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
         message = "its tokenizer names neither an end of text nor a token to pad with (eos_token, pad_token)"
         raise ModelError(Problem(model.base, f"{message}: is its tokenizer_config.json whole?"))
+
+
+def _require_room(config: PretrainedConfig, recipe: Recipe) -> None:
+    """A soft prompt leaves positions for rows: two at least, a token and the one that is predicted from it."""
+    reach, soft = reach_of(config.to_dict()), recipe.adapter.prompt_length
+    if reach is not None and soft and reach - soft < 2:
+        message = f"the model was made for {reach:,} positions, and none of them would be left for a row; give fewer"
+        raise InputError(Problem(f"adapter.virtual_tokens = {soft}", message))
 
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:

@@ -369,6 +369,26 @@ def test_a_row_that_is_longer_than_the_model_has_positions_is_a_warning(
         assert all(f"{longest} tokens" in one and f"data.max_length = {reach}" in one for one in said)
 
 
+@pytest.mark.parametrize("kind", ["p-tuning", "prompt-tuning", "prefix-tuning"])
+def test_a_soft_prompt_that_leaves_no_position_for_a_row_is_refused(
+    kind: str, write_recipe: WriteRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "short"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    recipe = write_recipe(training="steps = 40", adapter=f'kind = "{kind}"')
+    for virtual, is_refused in ((38, False), (39, True), (400, True)):
+        changes = [f"model.base={base}", f"adapter.virtual_tokens={virtual}"]
+        found = examine(load_recipe(recipe, changes)) if not is_refused else None
+        assert found is None or not found.refusals
+        if is_refused:
+            with pytest.raises(InputError) as refusal:
+                examine(load_recipe(recipe, changes)).require()
+            said = f"adapter.virtual_tokens = {virtual}: the model was made for 40 positions, and none of them would be"
+            assert f"{said} left for a row; give fewer" in str(refusal.value)
+
+
 @pytest.mark.slow
 def test_each_step_that_a_card_has_traced_is_said_before_a_run(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -205,6 +205,18 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_would_be_right(problems, t
             '7: adapter.text = "Hello": initialization = "text" and a text belong together; give both or neither',
         ),
         (
+            '[adapter]\nkind = "prompt-tuning"\ninitialization = "text"\ntext = " \\n\\t\\u0000\\u3000"',
+            r'8: adapter.text = " \n\t\u0000　": says nothing; give a sentence that says what is wanted',
+        ),
+        (
+            '[memory]\nlayers = "streamed"',
+            '6: memory.layers = "streamed": must be "device", "host", "disk" or "sharded"; did you mean \'host\'?',
+        ),
+        (
+            '[memory]\nlayers = "NVMe"',
+            '6: memory.layers = "NVMe": must be "device", "host", "disk" or "sharded"; did you mean \'disk\'?',
+        ),
+        (
             '[adapter]\ntarget_modules = ["q_proj", "lm_head"]',
             '6: adapter.target_modules = ["q_proj", "lm_head"]: the loss reads the LM head\'s weight directly, so an '
             "adapter on it would not be trained; remove lm_head",

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
 from qtune.device.rates import Rates  # noqa: E402
+from qtune.errors import QtuneError  # noqa: E402
 from qtune.memory.predict import Longest, card_of, predict, training_step  # noqa: E402
 from qtune.memory.tracing.trace import Traced  # noqa: E402
 from qtune.memory.tracing.work import Kernel, Place, Work  # noqa: E402
@@ -78,12 +79,21 @@ def main() -> None:
     parser.add_argument("--only", choices=("qtune", "TRL"), help="one of the two steps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.set and options.recipe is None:
+        parser.error("--set changes a recipe; name one with --recipe")
+    for name in ("rows", "length", "scored", "top"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 at least")
     transformers_logging.set_verbosity_error()
-
-    card = card_named(options.gpu)
-    config, recipe = subject(options)
-    plan = make_plan(recipe, card.device(), attention_rule(config))
+    try:
+        card = card_named(options.gpu)
+        config, recipe = subject(options)
+        plan = make_plan(recipe, card.device(), attention_rule(config))
+    except (QtuneError, OSError, ValueError) as error:
+        sys.exit(f"trace_cost: {error}")
     rows = plan.micro_batch_size
+    if options.scored is not None and options.scored > rows * options.length:
+        parser.error(f"--scored: {rows} x {options.length} tokens have no more than {rows * options.length:,} to score")
     each = None if options.scored is None else -(-options.scored // rows)
     longest = Longest(options.length, each, equal=not options.masked)
     rates = known_rates(card.device())
@@ -115,6 +125,10 @@ def subject(options: argparse.Namespace) -> tuple[PretrainedConfig, Recipe]:
         changes = list(options.set)
         if options.rows:
             changes += [f"training.batch_size={options.rows}", f"training.micro_batch_size={options.rows}"]
+        if options.no_checkpointing:
+            changes.append("training.gradient_checkpointing=false")
+        if options.keep_dequantized is not None:
+            changes.append(f"memory.keep_dequantized={options.keep_dequantized or 'false'}")
         recipe = load_recipe(options.recipe, changes, need_rows=False).recipe
         return load_config(recipe.model), recipe
     rows = options.rows or 4

@@ -12,6 +12,13 @@ from qtune.recipe.text import show_value
 from qtune.recipe.unquoted import number_meant
 from qtune.spelling import did_you_mean
 
+ELSEWHERE_CALLED = {
+    "host": ("cpu", "ram", "offload", "offloaded", "stream", "streamed", "streaming", "pinned"),
+    "disk": ("nvme", "ssd"),
+    "device": ("gpu", "cuda", "card", "vram"),
+    "sharded": ("shard", "fsdp", "fsdp2", "zero3"),
+}
+"""What other tools call the places where a part of the model can be."""
 MOST_SHOWN = 100
 """Mistakes that are told apart. Where there are more, the file is something else than a recipe."""
 
@@ -72,7 +79,8 @@ def _in_our_words(path: KeyPath, detail: Mapping[str, Any]) -> str:
             expected = f"{', '.join(others)} or {last}" if others else last
             word = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
             # Of one word alone the sentence has said it; where a number is meant, another word is no slip of it.
-            near = _nearest(str(word), choices, list_known=False) if len(choices) > 1 else ""
+            meant = next((choice for choice in choices if str(word).lower() in ELSEWHERE_CALLED.get(choice, ())), None)
+            near = _nearest(meant or str(word), choices, list_known=False) if len(choices) > 1 else ""
             return f"must be {expected}{near}"
         case "tuple_type" | "list_type" if isinstance(detail["input"], str):
             return f"must be a list, as {_as_list(detail['input'])}"

@@ -60,6 +60,8 @@ def _within_adapter(adapter: Adapter) -> Iterator[Fault]:
             )
     elif (initialization == "text") != (text is not None):
         yield Fault(("adapter", "text"), 'initialization = "text" and a text belong together; give both or neither')
+    elif text is not None and not text.replace("\0", "").strip():
+        yield Fault(("adapter", "text"), "says nothing; give a sentence that says what is wanted")
     if isinstance(adapter, PromptTuning | PTuning):
         yield from _within_soft_prompt(adapter)
     if isinstance(adapter, IA3) and adapter.feedforward_modules and not adapter.target_modules:
