@@ -190,7 +190,7 @@ def _require_same_questions(runs: Sequence[ComparedRun]) -> None:
 def _other_rows(run: str, first: str, rows: int) -> InputError:
     message = (
         f"its {rows} held-out rows are not those of {first} (a share of the training rows, if they are one, is drawn "
-        "by the seed, and data.validation_seed keeps it); name the same rows for all of them, on which none was trained, "
-        "with --data FILE"
+        "by the seed, and data.validation_seed keeps it); name the same rows for all of them, on which none was "
+        "trained, with --data FILE"
     )
     return InputError(Problem(run, message))
