@@ -67,6 +67,24 @@ def test_seeds_that_differ_more_than_rows_make_the_interval_wide() -> None:
     assert apart.high - apart.low > 5 * (alike.high - alike.low)
 
 
+@pytest.mark.parametrize("runs", [1, 3])
+def test_answers_that_are_all_right_leave_open_what_so_many_rows_do(runs: int) -> None:
+    """Of 120, 3.03 % may be wrong: scipy.stats.binomtest(120, 120).proportion_ci() begins at 0.9697."""
+    all_right, all_wrong = (
+        drawn([[value] * 120] * runs, [1.0] * 120, salt, are_answers=True) for value, salt in ((1.0, 0), (0.0, 1))
+    )
+    low = 0.9697
+    assert (all_right.interval().low, all_right.interval().high) == pytest.approx((low, 1.0), abs=5e-5)
+    assert (all_wrong.interval().low, all_wrong.interval().high) == pytest.approx((0.0, 1 - low), abs=5e-5)
+    same = all_right.less(all_right)
+    assert (same.low, same.high) == pytest.approx((low - 1, 1 - low), abs=5e-5)
+    assert not same.is_clear
+    worse = all_wrong.less(all_right)
+    assert (worse.low, worse.high) == pytest.approx((-1.0, -low), abs=5e-5)
+    losses = drawn([[2.0] * 120], [1.0] * 120, 0).interval()
+    assert (losses.low, losses.high) == (2.0, 2.0)
+
+
 def test_few_rows_have_no_interval() -> None:
     assert drawn([[1.0, 0.0, 1.0]], [1.0] * 3, 0).interval().low is None
 

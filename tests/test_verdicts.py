@@ -84,6 +84,20 @@ def test_a_paired_interval_over_equal_rows_is_the_textbooks_one() -> None:
     assert (found.low, found.high) == pytest.approx((-0.5297804, 2.0297804), rel=2e-3)
 
 
+def test_a_rise_of_shares_ends_at_all_of_them_and_is_never_certain() -> None:
+    ones, zeros, nearly = [1.0] * 120, [0.0] * 120, [1.0] * 119 + [0.0]
+    for after, before, ends in (
+        (ones, zeros, (0.9697, 1.0)), (zeros, ones, (-1.0, -0.9697)), (ones, ones, (-0.0303, 0.0303)),
+        (nearly, zeros, (0.9752, 1.0)),
+    ):  # fmt: skip
+        found = paired_fall(after, before, [1] * 120, are_shares=True)
+        assert found is not None
+        assert (found.low, found.high) == pytest.approx(ends, abs=5e-5)
+    untouched = paired_fall([2.5] * 120, [2.5] * 120, [1] * 120)
+    assert untouched is not None
+    assert (untouched.low, untouched.high) == (0.0, 0.0)
+
+
 def test_two_samples_differ_by_welchs_interval() -> None:
     """R's t.test(extra ~ group, data = sleep): -3.3654832 to 0.2054832."""
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

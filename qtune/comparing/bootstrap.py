@@ -4,7 +4,8 @@ Rows and seeds are both a sample of what could have been: other rows of the same
 takes as many rows as there are, with replacement, the same ones for every run that is compared (their difference then
 leaves out how hard the rows are), and of each configuration as many of its runs as there are (Davison and Hinkley,
 Bootstrap Methods and their Application, 1997, sections 3.8 and 5.3). With three seeds an interval is too narrow: three
-values, drawn again, hardly differ more than they do. Draws depend on nothing but the number of rows and runs.
+values, drawn again, hardly differ more than they do. Draws depend on nothing but the number of rows and runs. Where
+every answer is right, or wrong, every draw says the same: then the interval is what so many rows leave open.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtune.recipe.steps import FEWEST
+from qtune.verdicts.interval import unseen_share
 
 DRAWS = 4000
 CONFIDENCE = 0.95
@@ -42,31 +44,41 @@ class Drawn:
     mean: float
     draws: Numbers
     rows: int
+    is_binary: bool = False
+    """Whether each value is an answer that is right, 1, or wrong, 0."""
 
     def interval(self) -> Interval:
         """Its own."""
-        return _interval(self.mean, self.draws, self.rows)
+        return _interval(self.mean, self.draws, self.rows, (0.0, 1.0) if self.is_binary else None)
 
     def less(self, other: "Drawn") -> Interval:
         """The difference to another one on the same rows, drawn together."""
-        return _interval(self.mean - other.mean, self.draws - other.draws, self.rows)
+        bounds = (-1.0, 1.0) if self.is_binary and other.is_binary else None
+        return _interval(self.mean - other.mean, self.draws - other.draws, self.rows, bounds)
 
 
-def drawn(values: Sequence[Sequence[float]], weights: Sequence[float], salt: int) -> Drawn:
+def drawn(
+    values: Sequence[Sequence[float]], weights: Sequence[float], salt: int, *, are_answers: bool = False
+) -> Drawn:
     """The mean of `values` [runs, rows], each row with its weight [rows], and that of every draw.
 
     salt: makes the draws of runs independent of those of another configuration; those of rows are the same for all.
+    are_answers: a value is the score of one, which may be 0 or 1 and nothing else.
     """
     table, weight = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     runs, rows = table.shape
+    is_binary = are_answers and bool(np.isin(table, (0, 1)).all())
     of_rows = np.random.default_rng(rows).multinomial(rows, np.full(rows, 1 / rows), DRAWS) * weight
     of_runs = np.random.default_rng((rows, runs, salt)).multinomial(runs, np.full(runs, 1 / runs), DRAWS) / runs
     means = of_rows @ table.T / of_rows.sum(axis=1, keepdims=True)
-    return Drawn(float((table @ weight).mean() / weight.sum()), (means * of_runs).sum(axis=1), rows)
+    return Drawn(float((table @ weight).mean() / weight.sum()), (means * of_runs).sum(axis=1), rows, is_binary)
 
 
-def _interval(mean: float, draws: Numbers, rows: int) -> Interval:
+def _interval(mean: float, draws: Numbers, rows: int, bounds: tuple[float, float] | None) -> Interval:
     if rows < FEWEST:  # a few rows, drawn again, are always the same rows
         return Interval(mean, None, None)
+    if bounds is not None and np.ptp(draws) < 1e-9:
+        least, most = bounds
+        return Interval(mean, max(mean - unseen_share(rows), least), min(mean + unseen_share(rows), most))
     low, high = np.quantile(draws, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Interval(mean, float(low), float(high))

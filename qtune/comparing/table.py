@@ -192,7 +192,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
     """first: what the first line has drawn, which it puts there."""
 
     def measured(name: str, values: list[list[float]], weights: list[float]) -> Measure:
-        found = drawn(values, weights, salt)
+        found = drawn(values, weights, salt, are_answers=name == "answers")
         by_run = tuple(drawn([one], weights, 0).mean for one in values)
         is_first = salt == 0
         if is_first:

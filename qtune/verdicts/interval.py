@@ -23,16 +23,18 @@ class Fall:
 
     mean: float
     half_width: float
+    most: float = math.inf
+    """No fall and no rise can be larger: 1 of a share."""
 
     @property
     def low(self) -> float:
         """The lower end of the interval."""
-        return self.mean - self.half_width
+        return max(self.mean - self.half_width, -self.most)
 
     @property
     def high(self) -> float:
         """The upper end of the interval."""
-        return self.mean + self.half_width
+        return min(self.mean + self.half_width, self.most)
 
     @property
     def is_positive(self) -> bool:
@@ -45,13 +47,26 @@ class Fall:
         return self.high < 0
 
 
+def unseen_share(rows: int, confidence: float = CONFIDENCE) -> float:
+    """The largest share of all rows that may be otherwise where each of `rows` is the same: the bound of Clopper and
+    Pearson (Biometrika 26, 1934) for none of them."""
+    return float(1 - ((1 - confidence) / 2) ** (1 / rows))
+
+
 def paired_fall(
-    before: Sequence[float], after: Sequence[float], weights: Sequence[int], confidence: float = CONFIDENCE
+    before: Sequence[float],
+    after: Sequence[float],
+    weights: Sequence[int],
+    confidence: float = CONFIDENCE,
+    *,
+    are_shares: bool = False,
 ) -> Fall | None:
     """How far the mean fell from `before` to `after`, measured on the same rows.
 
     before, after: a mean for each row; weights: over how many it was taken (scored tokens; 1 for an answer that is
-    right or wrong). None: too few rows, or a value that is no number.
+    right or wrong). are_shares: all of them lie between 0 and 1. Where every answer is right or wrong and every row
+    fell by as much, the interval is not empty but what so many rows leave open. None: too few rows, or a value that is
+    no number.
     """
     if len(before) < FEWEST or not all(map(math.isfinite, [*before, *after])):
         return None
@@ -60,7 +75,12 @@ def paired_fall(
     mean = sum(falls) / total
     residuals = sum((fall - mean * weight) ** 2 for fall, weight in zip(falls, weights, strict=True))
     error = math.sqrt(rows / (rows - 1) * residuals) / total
-    return Fall(mean, student_t(rows - 1, confidence) * error)
+    if not are_shares:
+        return Fall(mean, student_t(rows - 1, confidence) * error)
+    is_binary = {*before, *after} <= {0.0, 1.0}
+    is_same = is_binary and len({one - other for one, other in zip(before, after, strict=True)}) == 1
+    half_width = unseen_share(rows, confidence) if is_same else student_t(rows - 1, confidence) * error
+    return Fall(mean, half_width, most=1.0)
 
 
 def fall_between(first: Sequence[float], last: Sequence[float]) -> Fall | None:

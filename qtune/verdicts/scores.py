@@ -32,7 +32,7 @@ class AnswerScores:
     @property
     def rise(self) -> Fall | None:
         """How much the mean rose from base to tuned; None: too few rows."""
-        return paired_fall(self.tuned, self.base, [1] * len(self.base))
+        return paired_fall(self.tuned, self.base, [1] * len(self.base), are_shares=True)
 
 
 def answer_scores(evaluation: "Evaluation") -> AnswerScores | None:
