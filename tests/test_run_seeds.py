@@ -2,17 +2,21 @@
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 from conftest import WriteRecipe
 from typer.testing import CliRunner
 
 from qtune.cli import app
+from qtune.errors import Interrupted
 from qtune.run.folder import RunDir
 from qtune.run.summary import summary_of
+from qtune.training.trainer import QloraTrainer
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -46,6 +50,39 @@ def test_a_seed_that_is_too_large_is_said_before_the_first_run(write_recipe: Wri
     assert result.exit_code != 0
     assert "training.seed" in str(result.exception)
     assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.slow
+def test_seeds_that_were_stopped_are_named_with_the_commands_for_all_that_is_left(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter='kind = "ia3"', training="steps = 3\nbatch_size = 2\nseed = 7")
+    runs = recipe.parent / "runs"
+
+    def stops_in_the_second(trainer: QloraTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = step(trainer, *args, **kwargs)
+        if "tiny-seed8" in trainer.args.output_dir and trainer.state.global_step == 1:
+            raise KeyboardInterrupt
+        return loss
+
+    step = QloraTrainer.training_step
+    monkeypatch.setattr(QloraTrainer, "training_step", stops_in_the_second)
+    words = ["run", str(recipe), "--seeds", "4", "--set", "training.log_every=1"]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, Interrupted)
+    *_, of_stopped, heading, third, fourth = str(result.exception).splitlines()
+    assert of_stopped.endswith(f"with: qtune run --resume {runs / 'tiny-seed8'}")
+    assert heading == "the 2 seeds that were not begun:"
+    for seed, command in ((9, third), (10, fourth)):
+        again = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+        assert again.exit_code == 0, again.output
+        assert again.stdout.split() == [str(runs / f"tiny-seed{seed}")]
+        values = tomllib.loads((runs / f"tiny-seed{seed}" / "resolved.toml").read_text())
+        assert (values["training"]["seed"], values["training"]["log_every"]) == (seed, 1)
+    rows = {json.loads((run / "lock.json").read_text())["training_rows_blake2b"] for run in runs.glob("*")}
+    assert len(rows) == 1, "all are measured on the same rows"
+    asked = CliRunner().invoke(app, ["run", "--resume", str(recipe)])
+    assert f"to go on with one that has not ended: qtune run --resume {runs / 'tiny-seed8'}" in str(asked.exception)
 
 
 def test_seeds_are_for_new_runs(tmp_path: Path) -> None:

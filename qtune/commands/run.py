@@ -120,14 +120,14 @@ def run(
     if resume:
         _say_others(target, run_dir)
     else:
-        recipes = _announced(resolved, changes, seeds)
+        recipes, seeded = _announced(resolved, changes, seeds)
     load_libraries()
     if trust:
         agree(run_dir if resume else resolved)
     from qtune.training import train
 
     if seeds > 1:
-        _run_seeds(recipes, allowed, accepted, whole_weights=whole_weights)
+        _run_seeds(recipes, seeded, allowed, accepted, whole_weights=whole_weights)
         return
     if resume:
         run_dir = train.resume(
@@ -172,19 +172,22 @@ def _to_begin(
     return resolved
 
 
-def _announced(first: "Resolved", changes: list[str], seeds: int) -> "list[Resolved]":
-    """The recipes of one command, one for each seed, with what is said of them before they are trained; what their
-    files' and models' names show to be wrong comes first."""
+def _announced(first: "Resolved", changes: list[str], seeds: int) -> "tuple[list[Resolved], list[list[str]]]":
+    """The recipes of one command, one for each seed, each with its changes, and with what is said of them before they
+    are trained; what their files' and models' names show to be wrong comes first."""
     from qtune.at_once import require_at_once
     from qtune.model.hub import require_reachable
+    from qtune.recipe.file import load_recipe
 
     say_set_aside(first)
     require_at_once(first)
     require_reachable(first.recipe.model, "config.json")
-    recipes = _seeded(first, changes, seeds) if seeds > 1 else [first]
+    seeded = _seeded(first, changes, seeds) if seeds > 1 else [changes]
+    # All of them before any is trained: the last seed may be too large.
+    recipes = [load_recipe(first.file, words) for words in seeded] if seeds > 1 else [first]
     for one in recipes:
         say_next(one)
-    return recipes
+    return recipes, seeded
 
 
 def _without_processes(words: list[str]) -> list[str]:
@@ -200,33 +203,54 @@ def _without_processes(words: list[str]) -> list[str]:
     return kept
 
 
-def _seeded(first: "Resolved", changes: list[str], count: int) -> "list[Resolved]":
-    """The recipe with its seed and with each of the `count` - 1 behind it: all of them before any is trained, for the
-    last seed may be too large."""
-    from qtune.recipe.file import load_recipe
-
+def _seeded(first: "Resolved", changes: list[str], count: int) -> list[list[str]]:
+    """The changes that make a recipe those of its seed and of each of the `count` - 1 behind it."""
     seed = first.recipe.training.seed
     own = [[f"training.seed={one}", f"output.name={first.run_name}-seed{one}"] for one in range(seed, seed + count)]
     data = first.recipe.data
     if isinstance(data.validation, float) and data.validation and data.validation_seed is None:
         # All are measured on the same rows, which none of them was trained on.
         own = [[*words, f"data.validation_seed={seed}"] for words in own]
-    return [load_recipe(first.file, [*changes, *words]) for words in own]
+    return [[*changes, *words] for words in own]
 
 
 def _run_seeds(
-    recipes: "list[Resolved]", allow: tuple[str, ...], accepted: tuple[str, ...], *, whole_weights: bool
+    recipes: "list[Resolved]",
+    seeded: list[list[str]],
+    allow: tuple[str, ...],
+    accepted: tuple[str, ...],
+    *,
+    whole_weights: bool,
 ) -> None:
-    """Trains each, and says how far their losses lie apart."""
+    """Trains each, and says how far their losses lie apart.
+
+    seeded: the changes that each has been made by.
+
+    Raises:
+        Interrupted: with the commands for the seeds that no run was begun of.
+    """
     from qtune.run.summary import summary_of
     from qtune.screens.run import spread_text
     from qtune.training import train
 
     runs = []
-    for resolved in recipes:
-        runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
-        _end_run(runs[-1])
+    for number, resolved in enumerate(recipes, start=1):
+        try:
+            runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
+            _end_run(runs[-1])
+        except Interrupted as error:
+            left = [_beginning(resolved.file, words, allow) for words in seeded[number:]]
+            if not left:
+                raise
+            of_those = "the seed that was not begun" if len(left) == 1 else f"the {len(left)} seeds that were not begun"
+            raise Interrupted("\n".join([f"{error}", f"{of_those}:", *left])) from error
     console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
+
+
+def _beginning(recipe: Path, changes: list[str], allow: tuple[str, ...]) -> str:
+    """The command for a new run of a recipe."""
+    options = [word for change in changes for word in ("--set", change)]
+    return shlex.join(["qtune", "run", str(recipe), *options, *(word for one in allow for word in ("--allow", one))])
 
 
 def _to_resume(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
@@ -243,7 +267,13 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
     """The run that is meant by its folder or by its recipe, and those changes that have not said which run is meant."""
     from qtune.run.finished import adapter_fault
     from qtune.run.folder import RunDir, refuse_missing_run
-    from qtune.run.resumption import newest_finished, newest_unfinished, nothing_to_resume
+    from qtune.run.resumption import (
+        newest_finished,
+        newest_unfinished,
+        nothing_to_resume,
+        resuming,
+        unfinished_seeds,
+    )
 
     refuse_missing_run(target)
     if Path(target).is_dir():
@@ -259,6 +289,11 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
             own = [change for change in changes if not change.startswith("output.")]
             said = nothing_to_resume(ended, own)
             raise InputError(Problem(target, f"has no unfinished run; its latest, {said.place}, {said.message}"))
+        if seeds := unfinished_seeds(directory, resolved.run_name):
+            ways = ", ".join(resuming(run) for run in seeds)
+            raise InputError(
+                Problem(target, f"has runs of several seeds; to go on with one that has not ended: {ways}")
+            )
         begin = shlex.join(["qtune", "run", target])
         raise InputError(Problem(target, f"has no run in {directory} to go on with; begin one with: {begin}"))
     naming = ("output.directory", "output.name")

@@ -286,6 +286,14 @@ def unfinished_runs(directory: Path, name: str) -> list[RunDir]:
     return sorted(ours, key=lambda run: (run.has_begun, run.resolved_file.stat().st_mtime), reverse=True)
 
 
+def unfinished_seeds(directory: Path, name: str) -> list[RunDir]:
+    """The runs that `--seeds` has made of recipes called `name` (NAME-seed42, NAME-seed43 …) and that have not ended,
+    the first seed first."""
+    pattern = re.compile(re.escape(name) + r"-seed(\d+)")
+    seeds = {int(match[1]) for path in directory.glob("*") if (match := pattern.match(path.name))}
+    return [run for seed in sorted(seeds) for run in unfinished_runs(directory, f"{name}-seed{seed}")]
+
+
 def newest_unfinished(directory: Path, name: str) -> RunDir | None:
     """The first of `unfinished_runs`."""
     return next(iter(unfinished_runs(directory, name)), None)
