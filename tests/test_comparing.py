@@ -309,6 +309,9 @@ def test_figures_are_about_the_rows_that_training_of_none_of_the_runs_has_seen(e
     first, _, soft = compared_runs(enough, rows=8)
     found = compare([seen_by(first, {0, 1}), seen_by(soft, {1, 7})])
     assert (found.rows, found.left_out, found.rows_trained_on) == (5, 3, {first.run: 2, soft.run: 2})
+    none = "loss and answers have none: an interval takes 5 rows, and these are 4"
+    assert none not in explanation(found)
+    assert none in explanation(replace(found, rows=4))
     for run, line in zip((first, soft), found.lines, strict=True):
         left = run.evaluation.row_losses[2:7]
         tokens = sum(row.tokens for row in left)

@@ -10,6 +10,7 @@ from qtune.comparing.bootstrap import Drawn, Interval, drawn
 from qtune.comparing.runs import ComparedRun
 from qtune.comparing.tasks import TaskLine, task_lines
 from qtune.console import clock
+from qtune.recipe.steps import FEWEST
 from qtune.records import plain
 from qtune.run.summary import number
 from qtune.sizes import gib_text
@@ -347,6 +348,8 @@ def explanation(comparison: SideBySide) -> list[str]:
         f"in brackets: 95 % intervals, by drawing {drawn_again} again; those of an evaluation, of one run, are "
         "computed without drawing and differ a little"
     ]
+    if comparison.rows < FEWEST:
+        said.append(f"loss and answers have none: an interval takes {FEWEST} rows, and these are {comparison.rows}")
     if len(comparison.lines) > 1:
         points = "" if comparison.answers_name is None or comparison.are_free else ", in points"
         more = "" if comparison.answers_name is None else f"; of answers{points}, + is better"
@@ -368,8 +371,8 @@ def explanation(comparison: SideBySide) -> list[str]:
     said += [f"{run} has ended early: it took {steps}" for run, steps in comparison.ended_early.items()]
     said += _training_losses(comparison)
     said.append(
-        "forgotten: by how much the loss rose from the base's on a text that comes with qtune and is about none of "
-        "the rows: + is worse than the base, − is better"
+        "forgotten: by how much the loss rose from the base's on a text that comes with qtune (tuned/neutral.txt) and "
+        "is about none of the rows: + is worse than the base, − is better"
     )
     if len(comparison.bases) > 1:
         said.append(

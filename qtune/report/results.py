@@ -50,8 +50,9 @@ def forgetting(found: Forgetting) -> Html:
     return section(
         "What it has forgotten",
         paragraph(
-            f"Both models on a text that comes with qtune and is about none of the rows, {len(found.pieces)} pieces "
-            f"and {tokens:,} scored tokens: by how much the loss rises there was forgotten. Measured by qtune compare."
+            "Both models on a text that comes with qtune (tuned/neutral.txt) and is about none of the rows, "
+            f"{len(found.pieces)} pieces and {tokens:,} scored tokens: by how much the loss rises there was forgotten. "
+            "Measured by qtune compare."
         ),
         table(SCORED, forgetting_table(found), figures=(1, 2, 3), class_="scores"),
     )
