@@ -67,12 +67,23 @@ def test_seeds_that_were_stopped_are_named_with_the_commands_for_all_that_is_lef
 
     step = QloraTrainer.training_step
     monkeypatch.setattr(QloraTrainer, "training_step", stops_in_the_second)
-    words = ["run", str(recipe), "--seeds", "4", "--set", "training.log_every=1"]
+    words = [
+        "run",
+        str(recipe),
+        "--seeds",
+        "4",
+        "--set",
+        "training.log_every=1",
+        "--allow",
+        "unused-input",
+        "--hash-weights",
+    ]
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, Interrupted)
     *_, of_stopped, heading, third, fourth = str(result.exception).splitlines()
     assert of_stopped.endswith(f"with: qtune run --resume {runs / 'tiny-seed8'}")
     assert heading == "the 2 seeds that were not begun:"
+    assert {third.partition(" --allow ")[2], fourth.partition(" --allow ")[2]} == {"unused-input --hash-weights"}
     for seed, command in ((9, third), (10, fourth)):
         again = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
         assert again.exit_code == 0, again.output

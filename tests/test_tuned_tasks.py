@@ -84,6 +84,13 @@ def test_a_change_has_an_interval_over_the_questions_where_they_are_known() -> N
     assert change(TaskScore("wikitext", "word_perplexity", 20.0, 15.0)) == "−5.00"
 
 
+def test_questions_that_both_models_answer_alike_leave_open_what_so_many_do() -> None:
+    """0.0303 of 120: scipy.stats.binomtest(0, 120).proportion_ci()."""
+    right, losses = (1.0,) * 120, (2.5,) * 120
+    assert change(TaskScore("arc", "acc", 1.0, 1.0, right, right)) == "+0.00 (−0.0303 to +0.0303)"
+    assert change(TaskScore("arc", "word_perplexity", 2.5, 2.5, losses, losses)) == "+0.00 (+0.00 to +0.00)"
+
+
 def test_a_task_that_is_not_there_is_named_before_a_model_is_loaded(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

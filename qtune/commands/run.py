@@ -239,7 +239,8 @@ def _run_seeds(
             runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
             _end_run(runs[-1])
         except Interrupted as error:
-            left = [_beginning(resolved.file, words, allow) for words in seeded[number:]]
+            options = _options(allow, accepted, whole_weights=whole_weights)
+            left = [_beginning(resolved.file, words, options) for words in seeded[number:]]
             if not left:
                 raise
             of_those = "the seed that was not begun" if len(left) == 1 else f"the {len(left)} seeds that were not begun"
@@ -247,10 +248,17 @@ def _run_seeds(
     console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
 
 
-def _beginning(recipe: Path, changes: list[str], allow: tuple[str, ...]) -> str:
+def _options(allow: tuple[str, ...], accepted: tuple[str, ...], *, whole_weights: bool) -> list[str]:
+    """What a command was told besides the changes of its recipe."""
+    named = [("--allow", allow), ("--accept-drift", accepted)]
+    return [word for option, values in named for one in values for word in (option, one)] + (
+        ["--hash-weights"] if whole_weights else []
+    )
+
+
+def _beginning(recipe: Path, changes: list[str], options: list[str]) -> str:
     """The command for a new run of a recipe."""
-    options = [word for change in changes for word in ("--set", change)]
-    return shlex.join(["qtune", "run", str(recipe), *options, *(word for one in allow for word in ("--allow", one))])
+    return shlex.join(["qtune", "run", str(recipe), *(word for one in changes for word in ("--set", one)), *options])
 
 
 def _to_resume(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":

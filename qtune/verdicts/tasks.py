@@ -22,7 +22,9 @@ def asked_how(found: TaskScores) -> str:
 def change(score: TaskScore) -> str:
     """ "+0.20 (−0.01 to +0.41)"; without an interval where the metric is no mean over questions, or there are few."""
     told = _signed(score.tuned - score.base)
-    rise = paired_fall(score.tuned_rows, score.base_rows, [1] * len(score.base_rows)) if score.base_rows else None
+    base, tuned = score.base_rows, score.tuned_rows
+    are_shares = all(0 <= value <= 1 for value in (*base, *tuned))
+    rise = paired_fall(tuned, base, [1] * len(base), are_shares=are_shares) if base else None
     return told if rise is None else f"{told} ({_signed(rise.low)} to {_signed(rise.high)})"
 
 
