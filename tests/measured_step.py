@@ -1,8 +1,8 @@
 """The step of the runs in measured/h100.json, as far as it was another one than today's.
 
 They were made with peft's layers and transformers' blocks, which `lean_step = false` still is; with AdamW over lists of
-tensors, a loss whose tiles are copied to fp32, and embeddings whose output waited for the backward. No run with today's
-step has been on a card yet; until then these pieces hold the trace against one.
+tensors, a loss whose tiles are copied to fp32, and embeddings whose output waited for the backward. These pieces hold
+the trace of `lean_step = false` against a card; today's step has measured/h200.json.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from qtune.model import loss
 
 @pytest.fixture(autouse=True)
 def with_the_step_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The lean step has not been on a card yet."""
+    """For every test of a module that imports it."""
     as_measured(monkeypatch)
     tracing._built.clear()  # what was built under the same key is another step
     yield

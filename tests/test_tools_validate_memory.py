@@ -298,3 +298,13 @@ def test_granites_relatives_are_granites(name, kind):
 def test_a_notebook_of_one_forward_and_backward_is_measured_after_the_backward():
     assert quantity_of({"measured_quantity": "allocated after one forward and backward"}) == "after backward"
     assert quantity_of({"measured_quantity": "allocated after the forward"}) == "after forward"
+
+
+@pytest.mark.slow
+def test_one_length_explains_what_three_published_runs_had_reserved():
+    """LoRA, p-tuning and full fine-tuning over the same rows, of which the longest batch is not published."""
+    records = json.loads((TOOLS / "memory_records.json").read_text(encoding="utf-8"))
+    same_rows = [record for record in records if record["id"].startswith("peft-metamath")]
+    assert len(same_rows) == 3
+    errors = [validate_memory.compare({**record, "sequence_length": 704}).error for record in same_rows]
+    assert all(error is not None and abs(error) < 0.01 for error in errors), errors

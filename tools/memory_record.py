@@ -91,6 +91,10 @@ class Build:
     fp32_adapter: bool
     step: Step
     quantity: Quantity
+    mean_length: int | None = None
+    """Tokens of a row on average, where the steps before the largest one had shorter batches."""
+    empties_cache: bool = False
+    """Whether the script hands back after a step what the allocator does not use."""
 
     def model(self, config: PretrainedConfig) -> torch.nn.Module:
         """The model that is trained, on the meta device, of `config` (the record's, or one with fewer layers)."""
@@ -136,6 +140,8 @@ def build_of(record: dict[str, Any]) -> Build:
         fp32_adapter=dtype_in(record.get("adapter_dtype")) in (None, torch.float32),
         step=step_of(record, compute, quantity, version),
         quantity=quantity,
+        mean_length=record.get("mean_length"),
+        empties_cache="empties the cache" in said(record),
     )
 
 

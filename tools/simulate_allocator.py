@@ -72,7 +72,7 @@ def steps_of(model: tuple[Any, ...], name: str) -> Steps:
     for share in LENGTHS:
         if share not in found:
             shorter = replace(step, batch=replace(step.batch, length=int(share * length)), eval_batch=None)
-            found[share] = lives(config, lambda shape: build(shape, recipe, plan), shorter)
+            found[share] = lives(config, lambda shape: build(shape, recipe, plan), shorter).body
     return [found[share] for share in LENGTHS]
 
 
@@ -80,7 +80,7 @@ def steps_of_record(record: dict[str, Any]) -> Steps:
     """Two equal steps of a published run."""
     found = build_of(record)
     with as_in(found.version, found.config, found.attention):
-        return [lives(found.config, found.model, found.step)] * 2
+        return [lives(found.config, found.model, found.step).body] * 2
 
 
 def is_resting(life: Life) -> bool:

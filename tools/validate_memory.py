@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from qtune.memory.profile import trace_run  # noqa: E402
 from qtune.memory.tracing import categories  # noqa: E402
 from qtune.memory.tracing.bare_model import bare_model  # noqa: E402
-from qtune.memory.tracing.trace import trace  # noqa: E402
+from qtune.memory.tracing.caching_allocator import FixedSegments  # noqa: E402
+from qtune.memory.tracing.cuda import TODAYS_CARD, workspace_bytes  # noqa: E402
+from qtune.memory.tracing.reserved import STEPS, reserved_bytes  # noqa: E402
+from qtune.memory.tracing.trace import lives, trace  # noqa: E402
 from qtune.run.folder import RunDir  # noqa: E402
 
 
@@ -75,6 +78,8 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
     build = build_of(record)
     with as_in(build.version, build.config, build.attention):
         require_same_parameters(record, build)
+        if build.quantity == "peak reserved":  # no figure of tensors, but of what the allocator has taken for them
+            return reserved(build) / GIB, "the allocator, played"
         traced = trace(build.config, build.model, build.step)
     history = traced.history
     match build.quantity:
@@ -82,8 +87,6 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
             moment = history.last()
         case "peak":
             moment = history.peak()
-        case "peak reserved":  # no figure of tensors, but of what the allocator has taken for them
-            return traced.reserved_bytes / GIB, "the allocator, played"
         case "after backward":  # the gradients are there, and nothing of the step any more
             last = max(tick for tick, label in enumerate(history.labels) if label.phase == "backward")
             moment = history.at(last)
@@ -94,6 +97,16 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
             state = history.peak("optimizer").alive.get(categories.OPTIMIZER, 0)
             return (history.at(0).bytes + state) / GIB, "at rest"
     return moment.bytes / GIB, f"{moment.phase} {moment.module}".strip()
+
+
+def reserved(build: Build) -> int:
+    """Bytes that the allocator takes for two steps of ordinary batches, from the optimizer's first on, and the largest."""
+    largest = lives(build.config, build.model, build.step)
+    steps = [largest] * STEPS
+    if build.mean_length is not None:
+        ordinary = replace(build.step, batch=replace(build.step.batch, length=build.mean_length))
+        steps[:2] = [lives(build.config, build.model, ordinary)] * 2
+    return reserved_bytes(steps, workspace_bytes(TODAYS_CARD), FixedSegments(), empties_cache=build.empties_cache)
 
 
 def compare(record: dict[str, Any]) -> Result:

@@ -110,7 +110,7 @@ class FixedSegments:
         else:
             wanted = -(-size // OWN_ROUNDING) * OWN_ROUNDING
         if self.capacity is not None and self.reserved + wanted > self.capacity:
-            self._give_back()
+            self.give_back()
             if self.reserved + wanted > self.capacity:
                 raise OutOfMemoryError
         address = self.next
@@ -121,7 +121,8 @@ class FixedSegments:
         self.peak = max(self.peak, self.reserved)
         return address
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Every segment that is wholly free, as `torch.cuda.empty_cache` does."""
         for place, size in list(self.segments.items()):
             pool = self.pools[place[0]]
             if place[1] in pool.is_free and pool.size[place[1]] == size:
@@ -178,7 +179,7 @@ class ExpandableSegments:
         hole, have = self._hole(pool, small, size)
         wanted = self._pages(pool, small, hole, size - have)
         if self.capacity is not None and self.reserved + wanted > self.capacity:
-            self._give_back()
+            self.give_back()
             hole, have = self._hole(pool, small, size)
             wanted = self._pages(pool, small, hole, size - have)
             if self.reserved + wanted > self.capacity:
@@ -207,8 +208,8 @@ class ExpandableSegments:
         page = SMALL_SEGMENT if small else LARGE_SEGMENT
         return min(-(-missing // page) * page, pool.size[hole])
 
-    def _give_back(self) -> None:
-        """Unmap every page that lies wholly in a free block."""
+    def give_back(self) -> None:
+        """Every page that lies wholly in a free block, as `torch.cuda.empty_cache` does."""
         for small, pool in self.pools.items():
             page = SMALL_SEGMENT if small else LARGE_SEGMENT
             for size, address in list(pool.free):

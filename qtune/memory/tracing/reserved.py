@@ -9,7 +9,7 @@ above what the allocator reported, six of them within 0.4 %.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qtune.memory.tracing import categories
 
@@ -20,36 +20,65 @@ if TYPE_CHECKING:
     from qtune.memory.tracing.ledger import Life
 
 STEPS = 3
-"""The optimizer's state comes after the first; the third finds the places that the second has left."""
+"""The optimizer's state comes in the first; the third finds the places that the second has left."""
 
 BEFORE_QUANTIZATION = {"base weights 4-bit": 4, "base weights int8": 2}
 """Bytes of a weight in 16 bits, as it is loaded, for each that it has afterwards."""
 
 
-def reserved_bytes(
-    body: Sequence[Life], update: Sequence[Life], workspace_bytes: int, allocator: FixedSegments | ExpandableSegments
-) -> int:
-    """The most that the allocator ever takes from the card, over loading and a few steps.
+class StepLives(NamedTuple):
+    """The storages of a step in the order of allocation, those first that were there before it."""
 
-    body: forward and backward of the second step, with all that was there before. update: the optimizer's phase of it.
+    body: Sequence[Life]
+    """Forward and backward of a step that is not the first."""
+    update: Sequence[Life]
+    """The optimizer's phase of it; empty where there is none."""
+
+
+def reserved_bytes(
+    steps: Sequence[StepLives],
+    workspace_bytes: int,
+    allocator: FixedSegments | ExpandableSegments,
+    *,
+    empties_cache: bool = False,
+) -> int:
+    """The most that the allocator ever takes from the card, over loading and these steps, one after the other.
+
     workspace_bytes: what cuBLAS keeps in the allocator for each of two threads, the forward's and the backward's.
+    empties_cache: whether what is unused goes back to the card after each step, while its gradients are there.
     """
-    begin = next((tick for tick, life in enumerate(body) if not _is_resting(life)), len(body))
-    resting = [life for life in body[:begin] if life.died >= begin and _counts(life)]
+    body = steps[0].body
+    resting = [life for life in body[: _begin(body)] if life.died >= _begin(body) and _counts(life)]
     _load([life for life in resting if life.phase == "static"], allocator)
     allocator.allocate(workspace_bytes)
-    backward = next((tick for tick, life in enumerate(body) if life.phase == "backward"), len(body))
-    for step in range(STEPS):
-        if step == 1:
-            for life in resting:
-                if life.phase != "static":
-                    allocator.allocate(life.size)
-        at_backward = (lambda: allocator.allocate(workspace_bytes)) if step == 0 else None
-        kept = _play(body, range(begin, len(body)), allocator, backward, at_backward)
+    for number, (body, update) in enumerate(steps):
+        is_first = number == 0
+        if number == 1:
+            _allocate(resting, "first micro-batch", allocator)
+        backward = next((tick for tick, life in enumerate(body) if life.phase == "backward"), len(body))
+        at_backward = (lambda: allocator.allocate(workspace_bytes)) if is_first else None
+        kept = _play(body, range(_begin(body), len(body)), allocator, backward, at_backward)
+        if is_first:  # before the update's own tensors
+            _allocate(resting, "first step", allocator)
         optimizer = [tick for tick, life in enumerate(update) if life.phase == "optimizer"]
-        for place in [*_play(update, optimizer, allocator), *kept]:
+        for place in _play(update, optimizer, allocator):
+            allocator.free(place)
+        if empties_cache:
+            allocator.give_back()
+        for place in kept:
             allocator.free(place)
     return allocator.peak
+
+
+def _begin(body: Sequence[Life]) -> int:
+    """The tick at which a step begins."""
+    return next((tick for tick, life in enumerate(body) if not _is_resting(life)), len(body))
+
+
+def _allocate(resting: Sequence[Life], phase: str, allocator: FixedSegments | ExpandableSegments) -> None:
+    for life in resting:
+        if life.phase == phase:
+            allocator.allocate(life.size)
 
 
 def _load(static: list[Life], allocator: FixedSegments | ExpandableSegments) -> None:
@@ -87,6 +116,8 @@ def _play(
         if _counts(lives[tick]):
             places[tick] = allocator.allocate(lives[tick].size)
         for dead in dying.get(tick, ()):
+            if tick == ticks[-1] and lives[dead].category == categories.GRADIENTS:
+                continue  # let go of behind this phase, whose last allocation this was
             if dead in places:
                 allocator.free(places.pop(dead))
     return list(places.values())

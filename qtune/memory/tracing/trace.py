@@ -27,7 +27,7 @@ from qtune.memory.tracing.history import History, history_of, join
 from qtune.memory.tracing.layers import depth_for, layer_container, repetition, shortened, signatures
 from qtune.memory.tracing.ledger import Ledger, follow_modules
 from qtune.memory.tracing.repeated_layers import stretch
-from qtune.memory.tracing.reserved import reserved_bytes
+from qtune.memory.tracing.reserved import STEPS, StepLives, reserved_bytes
 from qtune.memory.tracing.step import (
     evaluate,
     forward_backward,
@@ -174,7 +174,8 @@ class _Built:
     def reserved(self, card: Capability) -> int:
         """What a card's allocator takes for the step whose body was traced last, of every layer."""
         allocator = ExpandableSegments() if has_expandable_segments() else FixedSegments()
-        return reserved_bytes(self.whole.ledger.lives, self.optimizer_lives, workspace_bytes(card), allocator)
+        steps = [StepLives(self.whole.ledger.lives, self.optimizer_lives)] * STEPS
+        return reserved_bytes(steps, workspace_bytes(card), allocator)
 
 
 _built: dict[str, _Built] = {}
@@ -208,11 +209,15 @@ def _shallow(
     return tracers
 
 
-def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> list[Life]:
-    """Every storage of the second step, of every layer, in the order of allocation: what an allocator is asked for."""
+def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> StepLives:
+    """Every storage of the second step, of every layer: what an allocator is asked for."""
     tracer = _Tracer(build(config), step, card)
+    update: list[Life] = []
+    if _updates(step):
+        tracer.optimizer()
+        update = tracer.ledger.lives
     tracer.body(step if step.micro_batches == 1 or tracer.goes_together(step) else step.one_by_one())
-    return tracer.ledger.lives
+    return StepLives(tracer.ledger.lives, update)
 
 
 def _updates(step: Step) -> bool:
