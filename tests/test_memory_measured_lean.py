@@ -93,7 +93,7 @@ def test_the_need_is_never_less_than_the_card_used_and_at_most_six_per_cent_more
 
 @each_run
 def test_what_the_allocator_holds_unused_comes_of_the_tensors_alone(name: str) -> None:
-    """Their sizes and their order: a play of them, without a ledger, logging or shards of a checkpoint, leaves as much."""
+    """A play of their sizes and order, without a ledger, logging or shards of a checkpoint, leaves as much."""
     need, measured = summarize(predicted(name)).need, H200["runs"][name]["by_phase"].values()
     played = predicted(name).reserved_bytes - need.traced_bytes - need.workspace_bytes
     reserved = max(phase["reserved_peak_bytes"] for phase in measured)

@@ -100,7 +100,7 @@ def predict(record: dict[str, Any]) -> tuple[float, str]:
 
 
 def reserved(build: Build) -> int:
-    """Bytes that the allocator takes for two steps of ordinary batches, from the optimizer's first on, and the largest."""
+    """Bytes that the allocator takes for the first two steps, of ordinary batches, and one of the largest batch."""
     largest = lives(build.config, build.model, build.step)
     steps = [largest] * STEPS
     if build.mean_length is not None:
