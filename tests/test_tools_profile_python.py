@@ -1,0 +1,33 @@
+"""tools/profile_python.py on two layers: every way takes a step, and shares are of the whole."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import profile_python
+
+
+def test_every_way_is_timed_and_every_second_has_a_place(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of all other tests, too
+    monkeypatch.setattr(sys, "argv", ["profile_python.py", "--steps", "1", "--layers", "2"])
+    profile_python.main()
+    out = capsys.readouterr().out
+    assert len(re.findall(r" ms +\d", out)) == 6
+    for table in out.split("where the time goes")[1:]:
+        shares = {place.strip(): float(share) for place, share in re.findall(r"^(\S.*?)\s+([\d.]+)%$", table, re.MULTILINE)}
+        assert sum(shares.values()) == pytest.approx(100, abs=1)
+        assert {"operations", "checkpointing", "modules and their hooks"} <= set(shares)
+
+
+def test_checkpointing_is_what_takes_a_forward_more():
+    calls = {}
+    for checkpointed in (True, False):
+        step = profile_python.step_of(2, lean=False, checkpointed=checkpointed, autocast=True)
+        calls[checkpointed] = profile_python.by_place(step)
+    assert "checkpointing" in calls[True]
+    assert calls[True]["checkpointing"] > calls[False]["checkpointing"]
