@@ -19,7 +19,8 @@ def test_every_way_is_timed_and_every_second_has_a_place(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert len(re.findall(r" ms +\d", out)) == 6
     for table in out.split("where the time goes")[1:]:
-        shares = {place.strip(): float(share) for place, share in re.findall(r"^(\S.*?)\s+([\d.]+)%$", table, re.MULTILINE)}
+        lines = re.findall(r"^(\S.*?)\s+([\d.]+)%$", table, re.MULTILINE)
+        shares = {place.strip(): float(share) for place, share in lines}
         assert sum(shares.values()) == pytest.approx(100, abs=1)
         assert {"operations", "checkpointing", "modules and their hooks"} <= set(shares)
 
