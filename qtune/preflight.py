@@ -50,6 +50,7 @@ from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Model, Recipe, Unquantized
 from qtune.recipe.steps import few_held_out, few_steps, few_steps_of_a_prompt
+from qtune.recipe.text import show_changes
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import OUTPUT, RunDir, existing_folder, require_writable
 from qtune.sizes import size_text, texts_apart
@@ -127,7 +128,7 @@ class Preflight:
     @property
     def limits(self) -> list[str]:
         """Of them those on this computer."""
-        forecast, said = self.forecast, []
+        forecast, said = self.forecast, _without_effect(self.resolved.recipe, self.plan)
         if self.beyond_reach is not None:
             said.append(self.beyond_reach)
         if self.plan.device.lean_problem is not None and not self.plan.lean_step:
@@ -192,6 +193,7 @@ def examine(
     asked.of(_require_whole_base, recipe.model, config)
     asked.of(_require_padding, recipe.model, tokenizer)
     asked.of(_require_room, config, recipe)
+    asked.of(_require_layers, config, recipe)
     plan = make_plan(recipe, device, attention_rule(config))
     if recipe.adapter.start_from is not None and not asked.refusals:
         earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
@@ -265,6 +267,8 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
     """
     asked = Asked()
     _ask_of_recipe(recipe, Path(recipe.output.directory), asked)
+    asked.of(_require_room, config, recipe)
+    asked.of(_require_layers, config, recipe)
     if recipe.output.gguf is not None:
         with suppress(ModelError):
             tokenizer = load_tokenizer(recipe.model)
@@ -323,6 +327,35 @@ def _require_room(config: PretrainedConfig, recipe: Recipe) -> None:
     if reach is not None and soft and reach - soft < 2:
         message = f"the model was made for {reach:,} positions, and none of them would be left for a row; give fewer"
         raise InputError(Problem(f"adapter.virtual_tokens = {soft}", message))
+
+
+def _require_layers(config: PretrainedConfig, recipe: Recipe) -> None:
+    """A number of layers is not more than the model has: who gives one counts on the rest to be otherwise."""
+    layers = config.get_text_config().num_hidden_layers
+    counts = {
+        "training.gradient_checkpointing": recipe.training.gradient_checkpointing,
+        "memory.keep_dequantized": recipe.memory.keep_dequantized,
+    }
+    problems = [
+        Problem(f"{key} = {count}", f"the model has {layers} layers; true is all of them")
+        for key, count in counts.items()
+        if isinstance(count, int) and not isinstance(count, bool) and count > layers
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _without_effect(recipe: Recipe, plan: Plan) -> list[str]:
+    """Of what a recipe asks of memory, what changes nothing here, and why; a sentence each."""
+    kept, layers = recipe.memory.keep_dequantized, recipe.memory.layers
+    said = []
+    if kept not in ("auto", False) and plan.keep_dequantized is False:
+        key = ("memory", "keep_dequantized")
+        said.append(f"{show_changes({key: kept})} has no effect: {plan.reasons[key]}")
+    if layers == "sharded" and plan.layers == "device":
+        key = ("memory", "layers")
+        said.append(f"{show_changes({key: layers})} has no effect in one process: torchrun -m qtune run starts several")
+    return said
 
 
 def _is_short(config: PretrainedConfig, recipe: Recipe, plan: Plan, length: int) -> bool:

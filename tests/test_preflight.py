@@ -389,6 +389,36 @@ def test_a_soft_prompt_that_leaves_no_position_for_a_row_is_refused(
             assert f"{said} left for a row; give fewer" in str(refusal.value)
 
 
+@pytest.mark.parametrize("key", ["training.gradient_checkpointing", "memory.keep_dequantized"])
+def test_more_layers_than_the_model_has_are_refused(key: str, write_recipe: WriteRecipe, tiny_model: Path) -> None:
+    recipe = write_recipe(training="steps = 40")
+    has = json.loads((tiny_model / "config.json").read_text())["num_hidden_layers"]
+    nf4 = ["quantization.kind=nf4", f"model.base={tiny_model}"]
+    assert not examine(load_recipe(recipe, [*nf4, f"{key}={has}"])).refusals
+    with pytest.raises(InputError) as refusal:
+        examine(load_recipe(recipe, [*nf4, f"{key}={has + 1}"])).require()
+    assert f"{key} = {has + 1}: the model has {has} layers; true is all of them" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["memory.keep_dequantized=true", "memory.layers=host"], "keep_dequantized = true has no effect: the layers wait"),
+        (["memory.keep_dequantized=1", "training.lean_step=false"], "keep_dequantized = 1 has no effect: the lean step"),
+        (["memory.layers=sharded"], 'layers = "sharded" has no effect in one process: torchrun'),
+        (["memory.keep_dequantized=true"], None),
+        (["memory.layers=host"], None),
+    ],
+)
+def test_what_a_recipe_asks_of_memory_without_effect_is_said(
+    changes: list[str], said: str | None, write_recipe: WriteRecipe
+) -> None:
+    recipe = load_recipe(write_recipe(training="steps = 40"), ["quantization.kind=nf4", *changes])
+    found = [one for one in examine(recipe).warnings if "no effect" in one]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
 @pytest.mark.slow
 def test_each_step_that_a_card_has_traced_is_said_before_a_run(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -156,6 +156,7 @@ budget = "8GB"
         ),
         ('[memory]\nbudget = "8 GO"', '6: memory.budget = "8 GO": must be "auto" or must look like "8GiB" or "512MiB"'),
         ("[memory]\nbudget = 8", '6: memory.budget = 8: must be "auto" or a text in quotes: "8GiB"'),
+        ("[memory]\nloss_tile = 64", '6: memory.loss_tile = 64: must be a text in quotes: "64MiB"'),
         ('[training]\nlearning_rate = "fast"', '6: training.learning_rate = "fast": must be "auto" or a number'),
         (
             '[training]\nlearning_rate = "1e-4"',

@@ -125,10 +125,11 @@ def _as_list(text: str) -> str:
 def _as_size(path: KeyPath, value: object) -> str:
     """How a bare number is written where a size is meant."""
     is_size = path in SIZES and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f': "{value}GiB"' if is_size else ""
+    return f': "{value}{SIZES[path]}"' if is_size else ""
 
 
-SIZES: tuple[KeyPath, ...] = (("memory", "budget"), ("memory", "loss_tile"))
+SIZES: dict[KeyPath, str] = {("memory", "budget"): "GiB", ("memory", "loss_tile"): "MiB"}
+"""The unit that a bare number of each is most likely meant in."""
 
 
 def _pattern_in_words(path: KeyPath) -> str:
