@@ -403,8 +403,8 @@ def test_more_layers_than_the_model_has_are_refused(key: str, write_recipe: Writ
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["memory.keep_dequantized=true", "memory.layers=host"], "keep_dequantized = true has no effect: the layers wait"),
-        (["memory.keep_dequantized=1", "training.lean_step=false"], "keep_dequantized = 1 has no effect: the lean step"),
+        (["memory.keep_dequantized=true", "memory.layers=host"], "dequantized = true has no effect: the layers wait"),
+        (["memory.keep_dequantized=1", "training.lean_step=false"], "dequantized = 1 has no effect: the lean step"),
         (["memory.layers=sharded"], 'layers = "sharded" has no effect in one process: torchrun'),
         (["memory.keep_dequantized=true"], None),
         (["memory.layers=host"], None),
