@@ -55,27 +55,9 @@ class Way:
     model: str = "Llama 3.1 8B"
     is_trl: bool = False
 
-    @cache
     def traced(self, plays_allocator: bool = False) -> Traced:
         """What its trace found, of the allocator too where that is asked."""
-        recipe = parse_recipe(
-            {
-                "model": {"base": "traced"},
-                "data": {"train": "rows.jsonl", "max_length": self.length},
-                "training": {"batch_size": self.rows, "micro_batch_size": self.rows, "gradient_checkpointing": True},
-            }
-        )
-        assert isinstance(recipe, Recipe)
-        if self.changes:
-            recipe = changed(recipe, dict(self.changes))
-        card = card_named(CARD)
-        config = config_of(next(model for model in MODELS if model[0] == self.model))
-        plan, longest = make_plan(recipe, card.device(), attention_rule(config)), Longest(self.length, equal=True)
-        print(f"{self.model}, {self.rows} x {self.length}", file=sys.stderr, flush=True)
-        if self.is_trl:
-            step = training_step(recipe, plan, longest)
-            return trace_trl(config, recipe, plan, step, card.capability, plays_allocator=False)
-        return predict(config, recipe, plan, longest, plays_allocator=plays_allocator)
+        return traced(self, plays_allocator)
 
     @property
     def seconds(self) -> float:
@@ -94,6 +76,29 @@ class Way:
     def needed(self) -> float:
         """GiB that are needed free on the card: with CUDA's context, workspaces and the allocator's gaps."""
         return summarize(self.traced(plays_allocator=True)).need.total_bytes / GIB
+
+
+@cache
+def traced(way: Way, plays_allocator: bool) -> Traced:
+    """The step of a way, each once."""
+    recipe = parse_recipe(
+        {
+            "model": {"base": "traced"},
+            "data": {"train": "rows.jsonl", "max_length": way.length},
+            "training": {"batch_size": way.rows, "micro_batch_size": way.rows, "gradient_checkpointing": True},
+        }
+    )
+    assert isinstance(recipe, Recipe)
+    if way.changes:
+        recipe = changed(recipe, dict(way.changes))
+    card = card_named(CARD)
+    config = config_of(next(model for model in MODELS if model[0] == way.model))
+    plan, longest = make_plan(recipe, card.device(), attention_rule(config)), Longest(way.length, equal=True)
+    print(f"{way.model}, {way.rows} x {way.length}", file=sys.stderr, flush=True)
+    if way.is_trl:
+        step = training_step(recipe, plan, longest)
+        return trace_trl(config, recipe, plan, step, card.capability, plays_allocator=False)
+    return predict(config, recipe, plan, longest, plays_allocator=plays_allocator)
 
 
 def way(rows: int, length: int, changes: Changes | None = None, **more: Any) -> Way:
