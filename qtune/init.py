@@ -61,10 +61,12 @@ SHOWN: dict[type[Table], tuple[str, ...]] = {
     FourBit: ("kind", "double_quantization"),
     Unquantized: ("kind",),
     Data: ("train", "columns", "validation", "max_length"),
-    Training: ("epochs", "batch_size", "learning_rate"),
+    Training: ("epochs", "batch_size", "learning_rate", "warmup"),
     Memory: ("budget",),
     Output: ("directory",),
 }
+WHERE_GIVEN = ("columns", "warmup")
+"""Of these, those that a recipe has only where there is something to say."""
 
 
 def look_at(data: str) -> "FirstLook | None":
@@ -114,6 +116,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         ("adapter", "kind"): adapter,
         **{("adapter", key): value for key, value in table.first_values.items()},
         ("training", "learning_rate"): rate,
+        **({} if table.first_warmup is None else {("training", "warmup"): table.first_warmup}),
         **({("quantization", "kind"): "none"} if quantization is Unquantized else {}),
         **({} if look is None else _by_rows(look, table, _positions(base))),
     }
@@ -136,9 +139,10 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     ]
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
-        keys = tuple(key for key in keys if key != "columns" or given.get(("data", "columns")))
-        # Those of a soft prompt's start go together, on a line each: a recipe has one screen.
+        keys = tuple(key for key in keys if key not in WHERE_GIVEN or given.get((name, key)))
+        # Those of a soft prompt's start go together, on a line each, as its rate and warm-up do: a recipe has one screen.
         brief = tuple(table.first_values)[1:] if schema is table else ()
+        brief = ("learning_rate", "warmup") if schema is Training and table.first_warmup is not None else brief
         lines += ["", f"[{name}]"]
         lines += [line for key in keys if key not in brief for line in _key_lines(name, schema, key, given)]
         lines += _aligned([_brief_line(schema, key, given[name, key]) for key in brief])
@@ -423,7 +427,7 @@ def recipe_schema() -> dict[str, Any]:
 def _brief_line(schema: type[Table], key: str, value: object) -> tuple[str, str]:
     """A key with its value, and how what the schema says of it begins."""
     about = " ".join((schema.model_fields[key].description or "").split())
-    return f"{key} = {show_value(value)}", re.split(r"[.:;] ", about)[0]
+    return f"{key} = {show_value(value)}", re.split(r"[.:;] ", about)[0].rstrip(".")
 
 
 def _aligned(lines: Sequence[tuple[str, str]]) -> list[str]:

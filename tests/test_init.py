@@ -80,6 +80,7 @@ def test_a_soft_prompt_begins_as_it_was_measured_to_learn_best(here):
     same = {"initialization": "rows", "text": None}
     assert ours.adapter == measured.adapter.model_copy(update=same)
     assert ours.training.learning_rate == measured.training.learning_rate
+    assert ours.training.warmup == measured.training.warmup
 
 
 def test_the_commands_in_a_recipes_comment_name_it_as_it_was_named(here):

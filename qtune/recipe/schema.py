@@ -171,6 +171,8 @@ class AdapterTable(Table):
     """The keys worth a first look, which a new recipe shows."""
     first_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a new recipe begins with where that is known to learn better than the defaults, which older recipes mean."""
+    first_warmup: ClassVar[float | None] = None
+    """The training.warmup of a new recipe, where another than the default was measured with them."""
 
     kind: str
     """Which kind of adapter: each is a table of its own."""
@@ -233,6 +235,7 @@ class PTuning(AdapterTable):
     predicts_first_token = True
     first_keys = ("kind", "virtual_tokens", *BEST_PROMPT)
     first_values = BEST_PROMPT
+    first_warmup = 0.1
 
     kind: Literal["p-tuning"]
     """Virtual tokens before the prompt, from an encoder."""
@@ -274,6 +277,7 @@ class PromptTuning(AdapterTable):
     predicts_first_token = True
     first_keys = ("kind", "virtual_tokens", *BEST_PROMPT)
     first_values = BEST_PROMPT
+    first_warmup = 0.1
 
     kind: Literal["prompt-tuning"]
     """Virtual tokens before the prompt, each a free vector."""
