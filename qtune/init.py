@@ -140,9 +140,11 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     for name, schema in tables.items():
         keys = schema.first_keys if issubclass(schema, AdapterTable) else SHOWN[schema]
         keys = tuple(key for key in keys if key not in WHERE_GIVEN or given.get((name, key)))
-        # Those of a soft prompt's start go together, on a line each, as its rate and warm-up do: a recipe has one screen.
-        brief = tuple(table.first_values)[1:] if schema is table else ()
-        brief = ("learning_rate", "warmup") if schema is Training and table.first_warmup is not None else brief
+        brief: tuple[str, ...] = ()
+        if schema is table:  # those of a soft prompt's start go together, on a line each: a recipe has one screen
+            brief = tuple(table.first_values)[1:]
+        elif schema is Training and table.first_warmup is not None:
+            brief = ("learning_rate", "warmup")
         lines += ["", f"[{name}]"]
         lines += [line for key in keys if key not in brief for line in _key_lines(name, schema, key, given)]
         lines += _aligned([_brief_line(schema, key, given[name, key]) for key in brief])

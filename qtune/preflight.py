@@ -347,14 +347,20 @@ def _require_layers(config: PretrainedConfig, recipe: Recipe) -> None:
 
 def _without_effect(recipe: Recipe, plan: Plan) -> list[str]:
     """Of what a recipe asks of memory, what changes nothing here, and why; a sentence each."""
-    kept, layers = recipe.memory.keep_dequantized, recipe.memory.layers
-    said = []
-    if kept not in ("auto", False) and plan.keep_dequantized is False:
+    memory, said = recipe.memory, []
+    if plan.device.kind == "cpu":
+        places = {"embeddings": memory.embeddings, "activations": memory.activations, "layers": memory.layers}
+        said += [
+            f"{show_changes({('memory', key): place})} saves nothing: a processor's memory is the host's"
+            for key, place in places.items()
+            if place == "host"
+        ]
+    if memory.keep_dequantized not in ("auto", False) and plan.keep_dequantized is False:
         key = ("memory", "keep_dequantized")
-        said.append(f"{show_changes({key: kept})} has no effect: {plan.reasons[key]}")
-    if layers == "sharded" and plan.layers == "device":
-        key = ("memory", "layers")
-        said.append(f"{show_changes({key: layers})} has no effect in one process: torchrun -m qtune run starts several")
+        said.append(f"{show_changes({key: memory.keep_dequantized})} has no effect: {plan.reasons[key]}")
+    if memory.layers == "sharded" and plan.layers == "device":
+        alone = show_changes({("memory", "layers"): memory.layers})
+        said.append(f"{alone} divides nothing in one process; torchrun -m qtune run starts several")
     return said
 
 

@@ -20,7 +20,7 @@ esac
 """
 
 
-def check(folder: Path, failing: str) -> subprocess.CompletedProcess[str]:
+def check(folder: Path, failing: str, *parts: str) -> subprocess.CompletedProcess[str]:
     for name, text in (("python", PYTHON), ("nvidia-smi", "#!/usr/bin/env bash\necho a card\n")):
         program = folder / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -33,13 +33,19 @@ def check(folder: Path, failing: str) -> subprocess.CompletedProcess[str]:
         "WORK": str(folder / "work"),
         "FAILING": failing,
     }
-    return subprocess.run(["bash", str(CHECK)], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["bash", str(CHECK), *parts], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_whole_check_writes_its_measurements(tmp_path: Path) -> None:
     done = check(tmp_path, failing="nothing at all")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"measurements.json", "tests.txt", "logs.tar.gz"}
+
+
+def test_a_part_that_there_is_not_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
+    done = check(tmp_path, "nothing at all", "memroy")
+    assert done.returncode == 2
+    assert "no part is called memroy; there are memory, trl and tests" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,8 @@ def test_a_whole_check_writes_its_measurements(tmp_path: Path) -> None:
         ("alone-8b-4x2048", "logs/alone-8b-4x2048.log"),
         ("8b-4x2048-auto", "logs/8b-4x2048-auto.log"),
         ("collect.py", "no measurements.json"),
+        ("runs.py", "runs.py"),
+        ("make_rows.py", "make_rows.py"),
     ],
 )
 def test_what_fails_is_named_and_is_the_exit_status(failing: str, named: str, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def build_of(record: dict[str, Any]) -> Build:
         step=step_of(record, compute, quantity, version),
         quantity=quantity,
         mean_length=record.get("mean_length"),
-        empties_cache="empties the cache" in said(record),
+        empties_cache=bool(record.get("empties_cache")),
     )
 
 

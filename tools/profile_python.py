@@ -6,7 +6,7 @@ On a card a step takes no less than the processor needs to ask for it, and how w
 Two tables, of processor time on one thread. The first takes one thing after the other out of a step of peft's layers,
 in turn, beside qtune's own step: checkpointing, autocast, the adapter. The second says in whose files the time of a
 step goes, by Python's own profiler, which lengthens what is called often: shares, not seconds. "operations" are
-PyTorch's in C++, of which a card's launches are a part.
+PyTorch's in C++, of which a card's launches are a part, "Python's own" what the interpreter brings (isinstance, len …).
 """
 
 import argparse
@@ -16,12 +16,17 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import bitsandbytes
+import peft
 import torch
+import transformers
 from bench_card import parts, random_model
 from bench_other_ways import forward_and_backward
 
+import qtune
 from qtune.adapter.lean import install_lean_step
 from qtune.memory.predict import optimizer_of
 from qtune.startup.quiet import quiet_libraries
@@ -33,20 +38,27 @@ ROWS, LENGTH = 1, 16
 
 Step = Callable[[], object]
 
-PLACES = {
-    "/torch/nn/modules/": "modules and their hooks",
-    "/torch/utils/checkpoint": "checkpointing",
-    "/torch/utils/_checkpoint": "checkpointing",
-    "/torch/amp/": "autocast",
-    "/torch/autograd/": "autograd",
-    "/torch/optim/": "optimizer",
-    "/torch/": "other PyTorch",
-    "/peft/": "peft",
-    "/bitsandbytes/": "bitsandbytes",
-    "/transformers/": "transformers",
-    "/qtune/": "qtune",
+FOLDERS = {
+    Path(str(package.__file__)).parent: package.__name__ for package in (peft, bitsandbytes, transformers, qtune)
 }
-"""Whose a file is, by a part of its path; the first that fits."""
+TORCH = Path(torch.__file__).parent
+PARTS = {
+    "nn/modules": "modules and their hooks", "utils/checkpoint.py": "checkpointing",
+    "utils/_checkpoint_utils.py": "checkpointing", "amp": "autocast", "autograd": "autograd", "optim": "optimizer",
+}  # fmt: skip
+"""Of PyTorch's folder."""
+
+
+def place_of(file: str, function: str) -> str:
+    """Whose a function is, by its file; those in C have none, and name themselves."""
+    if file == "~":
+        is_torch = any(word in function for word in ("torch", "_VariableFunctions", "TensorBase", "run_backward"))
+        return "operations" if is_torch else "Python's own"
+    path = Path(file)
+    if path.is_relative_to(TORCH):
+        inside = path.relative_to(TORCH).as_posix()
+        return next((PARTS[part] for part in PARTS if inside.startswith(part)), "other PyTorch")
+    return next((name for folder, name in FOLDERS.items() if path.is_relative_to(folder)), "other files")
 
 
 def step_of(layers: int, *, lean: bool, checkpointed: bool, autocast: bool, adapter: bool = True) -> Step:
@@ -100,10 +112,8 @@ def by_place(step: Step) -> Counter[str]:
     profile.disable()
     found: Counter[str] = Counter()
     entries: dict[tuple[str, int, str], Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    for (file, _, _), (_, _, own, _, _) in entries.items():
-        is_operation = file == "~"
-        place = "operations" if is_operation else next((PLACES[part] for part in PLACES if part in file), "Python")
-        found[place] += own
+    for (file, _, function), (_, _, own, _, _) in entries.items():
+        found[place_of(file, function)] += own
     return found
 
 

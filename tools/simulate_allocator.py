@@ -2,11 +2,11 @@
 
     python tools/simulate_allocator.py [--only NAME,NAME]
 
-Steps of rows of changing length are traced, every layer of them, and their allocations played through the allocator as
-it comes and with expandable segments. Two figures come of it: what it holds on a card with room to spare, which is what
-a prediction allows for as gaps (qtune/memory/tracing/reserved.py), and the least capacity with which all steps pass: a
-full card is given back what is unused. The published runs of memory_records.json, which hold whole logits, are played
-too, at their one length.
+Steps of rows of changing length are traced, every layer of them, and played through the allocator as it comes and with
+expandable segments, from loading to the last update. Two figures come of it: what it holds on a card with room to
+spare, which is what a prediction allows for as gaps (qtune/memory/tracing/reserved.py), and the least capacity with
+which all steps pass: a full card is given back what is unused. The published runs of memory_records.json, which hold
+whole logits, are played too, at their one length.
 """
 
 import argparse
@@ -30,9 +30,8 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import described  # noqa: E402
 from qtune.memory.predict import Longest, build, training_step  # noqa: E402
-from qtune.memory.tracing import categories  # noqa: E402
-from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError, Place  # noqa: E402
-from qtune.memory.tracing.ledger import Life  # noqa: E402
+from qtune.memory.tracing.caching_allocator import MIB, ExpandableSegments, FixedSegments, OutOfMemoryError  # noqa: E402
+from qtune.memory.tracing.reserved import StepLives, reserved_bytes  # noqa: E402
 from qtune.memory.tracing.trace import lives  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
 from qtune.recipe.parse import parse_recipe  # noqa: E402
@@ -50,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BIGGEST = {"checkpointing": 2048, "everything kept": 1024, "p-tuning, everything kept": 1024}
 """Tokens of the longest row."""
 
-Steps = list[list[Life]]
+Steps = list[StepLives]
 
 
 def steps_of(model: tuple[Any, ...], name: str) -> Steps:
@@ -68,11 +67,11 @@ def steps_of(model: tuple[Any, ...], name: str) -> Steps:
     plan = make_plan(recipe, described(24))
     config = config_of(model)
     step = training_step(recipe, plan, Longest(length))
-    found: dict[float, list[Life]] = {}
+    found: dict[float, StepLives] = {}
     for share in LENGTHS:
         if share not in found:
             shorter = replace(step, batch=replace(step.batch, length=int(share * length)), eval_batch=None)
-            found[share] = lives(config, lambda shape: build(shape, recipe, plan), shorter).body
+            found[share] = lives(config, lambda shape: build(shape, recipe, plan), shorter)
     return [found[share] for share in LENGTHS]
 
 
@@ -80,51 +79,7 @@ def steps_of_record(record: dict[str, Any]) -> Steps:
     """Two equal steps of a published run."""
     found = build_of(record)
     with as_in(found.version, found.config, found.attention):
-        return [lives(found.config, found.model, found.step).body] * 2
-
-
-def is_resting(life: Life) -> bool:
-    """Whether a storage was there before the step, and is afterwards."""
-    return life.phase in ("static", "first step", "first micro-batch")
-
-
-def play(steps: Steps, allocator: FixedSegments | ExpandableSegments) -> tuple[int, int]:
-    """Runs the steps through an allocator; peak of the tensors' bytes, and what of it is there all the time.
-
-    Raises:
-        OutOfMemoryError: its capacity is not enough.
-    """
-    first = steps[0]
-    before = next(tick for tick, life in enumerate(first) if not is_resting(life))
-    resting = [life for life in first[:before] if life.died >= before and counts(life)]
-    for life in resting:
-        allocator.allocate(life.size)
-    still = sum(life.size for life in resting)
-    peak = still
-    for step in steps:
-        begin = next(tick for tick, life in enumerate(step) if not is_resting(life))
-        dying: dict[int, list[int]] = {}
-        for tick, life in enumerate(step):
-            dying.setdefault(life.died, []).append(tick)
-        places: dict[int, Place] = {}
-        live = still
-        for tick in range(begin, len(step)):
-            if counts(step[tick]):
-                places[tick] = allocator.allocate(step[tick].size)
-                live += step[tick].size
-                peak = max(peak, live)
-            for dead in dying.get(tick, ()):
-                if dead in places:
-                    allocator.free(places.pop(dead))
-                    live -= step[dead].size
-        for place in places.values():
-            allocator.free(place)
-    return peak, still
-
-
-def counts(life: Life) -> bool:
-    """Whether a storage is in the card's own memory."""
-    return life.size > 0 and life.category not in (categories.HOST, categories.PAGED)
+        return [lives(found.config, found.model, found.step)] * 2
 
 
 def need(steps: Steps, kind: Callable[[int | None], FixedSegments | ExpandableSegments], peak: int) -> int:
@@ -133,7 +88,7 @@ def need(steps: Steps, kind: Callable[[int | None], FixedSegments | ExpandableSe
     while high - low > 4 * MIB:
         middle = (low + high) // 2
         try:
-            play(steps, kind(middle))
+            reserved_bytes(steps, 0, kind(middle))
             high = middle
         except OutOfMemoryError:
             low = middle
@@ -159,11 +114,11 @@ def main() -> None:
         cells = []
         for word, kind in (("fixed", FixedSegments), ("expandable", ExpandableSegments)):
             roomy = kind()
-            peak, still = play(steps, roomy)
+            reserved_bytes(steps, 0, roomy)
+            peak = roomy.allocated_peak
             least = need(steps, kind, peak) - peak
             cells.append(f"{word} +{(roomy.peak - peak) / MIB:5.0f} MiB, +{least / MIB:5.0f} on a full card")
-        moving = (peak - still) / GIB
-        print(f"{name:18s} {how:26s} {peak / GIB:6.2f} GiB, moving {moving:6.2f}: {'; '.join(cells)}", flush=True)
+        print(f"{name:18s} {how:26s} {peak / GIB:6.2f} GiB: {'; '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ class AdapterTable(Table):
     first_values: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a new recipe begins with where that is known to learn better than the defaults, which older recipes mean."""
     first_warmup: ClassVar[float | None] = None
-    """The training.warmup of a new recipe, where another than the default was measured with them."""
+    """The training.warmup of a new recipe, where `first_values` were measured with another than the default."""
 
     kind: str
     """Which kind of adapter: each is a table of its own."""

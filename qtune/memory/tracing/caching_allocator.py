@@ -75,12 +75,32 @@ class _Pool:
         return address
 
 
-class FixedSegments:
+class _Segments:
+    """What both kinds of segments count, in bytes, and how a block is freed."""
+
+    def __init__(self, capacity: int | None, pools: dict[bool, _Pool]) -> None:
+        self.capacity, self.pools = capacity, pools
+        self.reserved = self.peak = 0
+        """Taken from the card, and the most of it."""
+        self.allocated = self.allocated_peak = 0
+        """In blocks that are used, and the most of it."""
+
+    def free(self, place: Place) -> None:
+        small, address = place
+        self.allocated -= self.pools[small].size[address]
+        self.pools[small].join(address)
+
+    def _taken(self, small: bool, address: int) -> Place:
+        self.allocated += self.pools[small].size[address]
+        self.allocated_peak = max(self.allocated_peak, self.allocated)
+        return small, address
+
+
+class FixedSegments(_Segments):
     """The allocator as it comes. capacity: bytes of the card that it may take; None: any."""
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.capacity, self.reserved, self.peak = capacity, 0, 0
-        self.pools = {True: _Pool(), False: _Pool()}
+        super().__init__(capacity, {True: _Pool(), False: _Pool()})
         self.segments: dict[Place, int] = {}
         self.next = 0
 
@@ -97,10 +117,7 @@ class FixedSegments:
         rest = pool.size[address] - size
         if rest >= MIN_BLOCK if small else rest > SMALL:
             pool.split(address, size)
-        return small, address
-
-    def free(self, place: Place) -> None:
-        self.pools[place[0]].join(place[1])
+        return self._taken(small, address)
 
     def _segment(self, pool: _Pool, small: bool, size: int) -> int:
         if small:
@@ -122,7 +139,7 @@ class FixedSegments:
         return address
 
     def give_back(self) -> None:
-        """Every segment that is wholly free, as `torch.cuda.empty_cache` does."""
+        """Gives back every segment that is wholly free, as `torch.cuda.empty_cache` does."""
         for place, size in list(self.segments.items()):
             pool = self.pools[place[0]]
             if place[1] in pool.is_free and pool.size[place[1]] == size:
@@ -131,12 +148,11 @@ class FixedSegments:
                 self.reserved -= size
 
 
-class ExpandableSegments:
+class ExpandableSegments(_Segments):
     """The allocator with expandable_segments:True. capacity: bytes of the card that it may take; None: any."""
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.capacity, self.reserved, self.peak = capacity, 0, 0
-        self.pools = {True: _Pool({0: RANGE}), False: _Pool({0: RANGE})}
+        super().__init__(capacity, {True: _Pool({0: RANGE}), False: _Pool({0: RANGE})})
         self.unmapped: dict[bool, list[int]] = {True: [0], False: [0]}
 
     def allocate(self, size: int) -> Place:
@@ -149,10 +165,7 @@ class ExpandableSegments:
         pool.take_free(address)
         if pool.size[address] - size >= MIN_BLOCK:
             pool.split(address, size)
-        return small, address
-
-    def free(self, place: Place) -> None:
-        self.pools[place[0]].join(place[1])
+        return self._taken(small, address)
 
     def _room(self, pool: _Pool, small: bool, address: int) -> int:
         """Bytes that a free block has or can be given: what follows it and is not mapped counts."""
@@ -209,7 +222,7 @@ class ExpandableSegments:
         return min(-(-missing // page) * page, pool.size[hole])
 
     def give_back(self) -> None:
-        """Every page that lies wholly in a free block, as `torch.cuda.empty_cache` does."""
+        """Unmaps every page that lies wholly in a free block, as `torch.cuda.empty_cache` does."""
         for small, pool in self.pools.items():
             page = SMALL_SEGMENT if small else LARGE_SEGMENT
             for size, address in list(pool.free):

@@ -30,9 +30,9 @@ class StepLives(NamedTuple):
     """The storages of a step in the order of allocation, those first that were there before it."""
 
     body: Sequence[Life]
-    """Forward and backward of a step that is not the first."""
-    update: Sequence[Life]
-    """The optimizer's phase of it; empty where there is none."""
+    """Forward and backward of a step that is not the first, and an evaluation where one was traced."""
+    update: Sequence[Life] = ()
+    """The optimizer's phase of it; empty where there is no optimizer."""
 
 
 def reserved_bytes(
@@ -44,28 +44,33 @@ def reserved_bytes(
 ) -> int:
     """The most that the allocator ever takes from the card, over loading and these steps, one after the other.
 
+    The optimizer's state comes in the first step's update. Gradients are there until a step's update ends, behind which
+    its evaluation is played. With micro-batches a body is the last one of a step, and the gradients of those before it
+    are there when it begins.
+
     workspace_bytes: what cuBLAS keeps in the allocator for each of two threads, the forward's and the backward's.
     empties_cache: whether what is unused goes back to the card after each step, while its gradients are there.
     """
     body = steps[0].body
-    resting = [life for life in body[: _begin(body)] if life.died >= _begin(body) and _counts(life)]
+    begin = _begin(body)
+    resting = [life for life in body[:begin] if life.died >= begin and _counts(life)]
     _load([life for life in resting if life.phase == "static"], allocator)
     allocator.allocate(workspace_bytes)
     for number, (body, update) in enumerate(steps):
-        is_first = number == 0
-        if number == 1:
-            _allocate(resting, "first micro-batch", allocator)
-        backward = next((tick for tick, life in enumerate(body) if life.phase == "backward"), len(body))
-        at_backward = (lambda: allocator.allocate(workspace_bytes)) if is_first else None
-        kept = _play(body, range(_begin(body), len(body)), allocator, backward, at_backward)
-        if is_first:  # before the update's own tensors
-            _allocate(resting, "first step", allocator)
+        kept = _allocated(resting, "first micro-batch", allocator)
+        begin, end = _begin(body), _first(body, "eval")
+        at_backward = (lambda: allocator.allocate(workspace_bytes)) if number == 0 else None
+        kept += _play(body, range(begin, end), allocator, _first(body, "backward"), at_backward)
+        if number == 0:
+            _allocated(resting, "first step", allocator)
         optimizer = [tick for tick, life in enumerate(update) if life.phase == "optimizer"]
         for place in _play(update, optimizer, allocator):
             allocator.free(place)
         if empties_cache:
             allocator.give_back()
         for place in kept:
+            allocator.free(place)
+        for place in _play(body, range(end, len(body)), allocator):
             allocator.free(place)
     return allocator.peak
 
@@ -75,10 +80,13 @@ def _begin(body: Sequence[Life]) -> int:
     return next((tick for tick, life in enumerate(body) if not _is_resting(life)), len(body))
 
 
-def _allocate(resting: Sequence[Life], phase: str, allocator: FixedSegments | ExpandableSegments) -> None:
-    for life in resting:
-        if life.phase == phase:
-            allocator.allocate(life.size)
+def _first(body: Sequence[Life], phase: str) -> int:
+    """The first tick of a phase; behind the last one where there is none."""
+    return next((tick for tick, life in enumerate(body) if life.phase == phase), len(body))
+
+
+def _allocated(resting: Sequence[Life], phase: str, allocator: FixedSegments | ExpandableSegments) -> list[Place]:
+    return [allocator.allocate(life.size) for life in resting if life.phase == phase]
 
 
 def _load(static: list[Life], allocator: FixedSegments | ExpandableSegments) -> None:
@@ -117,7 +125,7 @@ def _play(
             places[tick] = allocator.allocate(lives[tick].size)
         for dead in dying.get(tick, ()):
             if tick == ticks[-1] and lives[dead].category == categories.GRADIENTS:
-                continue  # let go of behind this phase, whose last allocation this was
+                continue  # what is let go of behind the last allocation is there until the caller frees it
             if dead in places:
                 allocator.free(places.pop(dead))
     return list(places.values())

@@ -210,7 +210,7 @@ def _shallow(
 
 
 def lives(config: PretrainedConfig, build: Build, step: Step, *, card: Capability | None = TODAYS_CARD) -> StepLives:
-    """Every storage of the second step, of every layer: what an allocator is asked for."""
+    """What an allocator is asked for by the second step, every layer of it, and by its update."""
     tracer = _Tracer(build(config), step, card)
     update: list[Life] = []
     if _updates(step):
