@@ -83,6 +83,12 @@ def test_a_soft_prompt_begins_as_it_was_measured_to_learn_best(here):
     assert ours.training.warmup == measured.training.warmup
 
 
+@pytest.mark.parametrize("adapter", ["p-tuning", "prompt-tuning", "prefix-tuning"])
+def test_whatever_stands_before_the_rows_begins_at_some_of_them_and_slowly(here, adapter):
+    ours = check_recipe(new_recipe(MODEL, "rows.jsonl", adapter, here / "recipe.toml"), here / "recipe.toml").recipe
+    assert (ours.adapter.initialization, ours.training.warmup) == ("rows", 0.1)
+
+
 def test_the_commands_in_a_recipes_comment_name_it_as_it_was_named(here):
     (here / "sub dir").mkdir()
     text = new_recipe(MODEL, "rows.jsonl", "lora", Path("sub dir/r.toml"))

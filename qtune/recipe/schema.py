@@ -312,6 +312,8 @@ class PrefixTuning(AdapterTable):
     auto_learning_rate = (1e-2, "free vectors, and few of them, need a large rate")
     peft_checkpoints = False  # keys and values are handed over in the cache, which transformers takes from such layers
     first_keys = ("kind", "virtual_tokens", "initialization")
+    first_values: ClassVar[Mapping[str, Any]] = MappingProxyType({"initialization": "rows"})
+    first_warmup = 0.1
 
     kind: Literal["prefix-tuning"]
     """Virtual keys and values in every layer."""
