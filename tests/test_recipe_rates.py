@@ -38,6 +38,22 @@ def test_a_rate_at_which_a_prompt_does_not_move_is_said_with_its_source() -> Non
     )
 
 
+@pytest.mark.parametrize("adapter", [PTuning(kind="p-tuning"), IA3(kind="ia3")], ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize(("rate", "end"), [(1e-6, "1e-05"), (1e-5, "1e-05"), (1.0, "1"), (30.0, "1")])
+def test_a_rate_at_an_end_of_what_was_measured_is_said_with_what_was_measured(
+    adapter: Adapter, rate: float, end: str
+) -> None:
+    said = doubtful_rate(adapter, rate)
+    assert said is not None
+    assert f"{adapter.kind} learns little at {end} (measured on the built-in model: a loss of " in said
+    assert doubtful_rate(adapter, adapter.auto_learning_rate[0]) is None
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1.0])
+def test_a_residual_encoder_s_rate_is_not_spoken_of(rate: float) -> None:
+    assert doubtful_rate(PTuning(kind="p-tuning", residual=True), rate) is None
+
+
 @pytest.mark.parametrize(("rank", "alpha", "rate"), [(256, 512, 4e-3), (16, 32, 5e-2), (16, 1024, 2e-3)])
 def test_a_rate_at_which_a_lora_s_first_steps_are_too_large_is_said_with_one_that_is_not(
     rank: int, alpha: int, rate: float
