@@ -42,8 +42,8 @@ class Range:
             return None
         end, loss = (self.slowest, slow) if rate <= self.slowest else (self.fastest, fast)
         return (
-            f"training.learning_rate = {rate:g}: {kind} learns little at {end:g} (measured on the built-in model: a loss "
-            f"of {begin:g} was {loss:g} after 60 steps, and {well:g} at {self.right:g})"
+            f"training.learning_rate = {rate:g}: {kind} learns little at {end:g} (measured on the built-in model: a "
+            f"loss of {begin:g} was {loss:g} after 60 steps, and {well:g} at {self.right:g})"
         )
 
 
