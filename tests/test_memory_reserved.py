@@ -6,12 +6,14 @@ from transformers import LlamaConfig
 from qtune.device.cards import card_named
 from qtune.memory.predict import Longest, build, training_step
 from qtune.memory.tracing import categories
-from qtune.memory.tracing.caching_allocator import FixedSegments
+from qtune.memory.tracing.caching_allocator import ExpandableSegments, FixedSegments
 from qtune.memory.tracing.ledger import STILL_ALIVE, Life
-from qtune.memory.tracing.reserved import StepLives, reserved_bytes
-from qtune.memory.tracing.trace import lives
+from qtune.memory.tracing.reserved import STEPS, StepLives, reserved_bytes
+from qtune.memory.tracing.step import Step
+from qtune.memory.tracing.trace import Build, lives, trace
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
+from qtune.recipe.schema import Recipe
 from qtune.sizes import MIB
 
 WORKSPACE = 32 * MIB
@@ -85,23 +87,44 @@ def test_it_is_handed_back_while_the_gradients_are_there() -> None:
     assert found == (100 + 40 + 40 + 40 + 60) * MIB + 2 * WORKSPACE
 
 
-def test_a_traced_step_lets_go_of_its_gradients_before_its_evaluation() -> None:
-    """What the rule hangs on: gradients die at the last tick before the evaluation's, or at the last of all."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=512,
-        pad_token_id=0,
-    )
+CONFIG = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=512,
+    pad_token_id=0,
+)
+
+
+def traced_step(**training: int) -> tuple[Build, Step]:
+    """A LoRA's step on an H100, and how its model is built."""
     recipe = parse_recipe(
-        {"model": {"base": "traced"}, "data": {"train": "rows.jsonl", "max_length": 32}, "training": {"batch_size": 1}}
+        {
+            "model": {"base": "traced"},
+            "data": {"train": "rows.jsonl", "max_length": 512},
+            "training": {"gradient_checkpointing": False, **training},
+        }
     )
+    assert isinstance(recipe, Recipe)
     plan = make_plan(recipe, card_named("H100").device())
-    step = training_step(recipe, plan, Longest(32))
-    body, _ = lives(config, lambda shape: build(shape, recipe, plan), step)
+    return lambda config: build(config, recipe, plan), training_step(recipe, plan, Longest(512))
+
+
+def test_a_traced_step_lets_go_of_its_gradients_before_its_evaluation() -> None:
+    """What the rule hangs on: gradients die at the last tick before the evaluation's."""
+    body, _ = lives(CONFIG, *traced_step(batch_size=1))
     end = next(tick for tick, one in enumerate(body) if one.phase == "eval")
     gradients = [one for one in body if one.category == categories.GRADIENTS]
     assert gradients
     assert {one.died for one in gradients} == {end - 1}
+
+
+@pytest.mark.parametrize("training", [{"batch_size": 2}, {"batch_size": 8, "micro_batch_size": 2}], ids=["one", "four"])
+def test_the_tensors_that_are_played_are_those_that_were_traced(training: dict[str, int]) -> None:
+    """At the fullest moment of the play as many bytes are used as at the trace's, and the two workspaces."""
+    made, step = traced_step(**training)
+    allocator = ExpandableSegments()
+    reserved_bytes([lives(CONFIG, made, step)] * STEPS, WORKSPACE, allocator)
+    assert allocator.allocated_peak == trace(CONFIG, made, step).history.peak().bytes + 2 * WORKSPACE
+    assert allocator.allocated_peak <= allocator.peak
