@@ -19,25 +19,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from memory_table import MODELS, config_of, timed  # noqa: E402
 from readme_table import print_or_write  # noqa: E402
-from step_table import KEPT, LEAN_ADAPTER, LEANEST, Changes  # noqa: E402
+from step_table import CARD, KEPT, LEAN_ADAPTER, LEANEST, STREAMED, Changes, recipe_of  # noqa: E402
+from trace_cost import theirs  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qtune.device.cards import card_named  # noqa: E402
-from qtune.memory.predict import Longest, predict, summarize, training_step  # noqa: E402
+from qtune.memory.predict import Longest, predict, summarize  # noqa: E402
 from qtune.memory.tracing.trace import Traced  # noqa: E402
-from qtune.memory.trl_step import trace_trl  # noqa: E402
 from qtune.model.load import attention_rule  # noqa: E402
 from qtune.plan import make_plan  # noqa: E402
-from qtune.recipe.parse import changed, parse_recipe  # noqa: E402
-from qtune.recipe.schema import Recipe  # noqa: E402
 from qtune.startup.allocator import use_expandable_segments  # noqa: E402
 from qtune.timing.price import training_part  # noqa: E402
 
-CARD = "H100"
 H200 = json.loads((ROOT / "tests" / "measured" / "h200_time.json").read_text(encoding="utf-8"))
 GIB = 2**30
 
-STREAMED = LEANEST | {("memory", "layers"): "host"}
 LONG: Changes = {
     ("memory", "embeddings"): "host",
     ("memory", "activations"): "host",
@@ -81,23 +77,15 @@ class Way:
 @cache
 def traced(way: Way, plays_allocator: bool) -> Traced:
     """The step of a way, each once."""
-    recipe = parse_recipe(
-        {
-            "model": {"base": "traced"},
-            "data": {"train": "rows.jsonl", "max_length": way.length},
-            "training": {"batch_size": way.rows, "micro_batch_size": way.rows, "gradient_checkpointing": True},
-        }
-    )
-    assert isinstance(recipe, Recipe)
-    if way.changes:
-        recipe = changed(recipe, dict(way.changes))
-    card = card_named(CARD)
+    recipe = recipe_of(way.rows, dict(way.changes), way.length)
     config = config_of(next(model for model in MODELS if model[0] == way.model))
-    plan, longest = make_plan(recipe, card.device(), attention_rule(config)), Longest(way.length, equal=True)
+    plan, longest = (
+        make_plan(recipe, card_named(CARD).device(), attention_rule(config)),
+        Longest(way.length, equal=True),
+    )
     print(f"{way.model}, {way.rows} x {way.length}", file=sys.stderr, flush=True)
     if way.is_trl:
-        step = training_step(recipe, plan, longest)
-        return trace_trl(config, recipe, plan, step, card.capability, plays_allocator=False)
+        return theirs(config, recipe, plan, longest)
     return predict(config, recipe, plan, longest, plays_allocator=plays_allocator)
 
 

@@ -40,6 +40,7 @@ LEANEST: Changes = ON_HOST | {
     ("training", "optimizer"): "paged-adamw-8bit",
     ("memory", "loss_tile"): "16MiB",
 }
+STREAMED = LEANEST | {("memory", "layers"): "host"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ LINES = (
     Line("… the same with embeddings and head in nf4", LEAN_ADAPTER | {("memory", "embeddings"): "nf4"}),
     Line("… embeddings on the host", ON_HOST),
     Line("… and activations, paged 8-bit AdamW, 16 MiB loss tiles", LEANEST),
-    Line("… and the layers (below)", LEANEST | {("memory", "layers"): "host"}),
+    Line("… and the layers (below)", STREAMED),
     Line("qtune, 16 of 32 layers", KEPT | {("training", "gradient_checkpointing"): 16}),
     Line("qtune, nothing computed twice", KEPT),
     Line("… and 16 of 32 layers' weights kept dequantized", KEPT | {("memory", "keep_dequantized"): 16}),
@@ -68,23 +69,24 @@ LINES = (
 )
 
 
-def recipe_of(rows: int, line: Line) -> Recipe:
+def recipe_of(rows: int, changes: Changes | None, length: int = LENGTH) -> Recipe:
+    """A step of so many rows, every layer computed twice, but for `changes`."""
     recipe = parse_recipe(
         {
             "model": {"base": "traced"},
-            "data": {"train": "rows.jsonl", "max_length": LENGTH},
+            "data": {"train": "rows.jsonl", "max_length": length},
             "training": {"batch_size": rows, "micro_batch_size": rows, "gradient_checkpointing": True},
         }
     )
     assert isinstance(recipe, Recipe)
-    return changed(recipe, line.changes) if line.changes else recipe
+    return changed(recipe, changes) if changes else recipe
 
 
 def cells(line: Line, rows: int) -> str:
     """ "668 ms | 4,423 | 8.77 GiB"; a star where the card waits for the processor."""
     card = card_named(CARD)
     config = config_of(next(model for model in MODELS if model[0] == MODEL))
-    recipe = recipe_of(rows, line)
+    recipe = recipe_of(rows, line.changes)
     plan = make_plan(recipe, card.device(), attention_rule(config))
     traced = (theirs if line.changes is None else ours)(config, recipe, plan, Longest(LENGTH, equal=True))
     found = timed(training_part(traced.work), CARD)
