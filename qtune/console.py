@@ -162,10 +162,14 @@ def live_console() -> Console:
     return _drawn_on.get() or _console(stderr=True)
 
 
+BETWEEN = 2
+"""Spaces between two columns of a table."""
+
+
 class BareTable(Table):
     """rich's table without lines, and without the spaces behind the last word of a line: a file would keep them."""
 
-    def __init__(self, *, padding: tuple[int, int, int, int] = (0, 2, 0, 0), **options: Any) -> None:
+    def __init__(self, *, padding: tuple[int, int, int, int] = (0, BETWEEN, 0, 0), **options: Any) -> None:
         super().__init__(box=None, padding=padding, **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
@@ -221,11 +225,47 @@ def on_its_side(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[int] = ()
 ) -> IfItFits:
     """A table; where it is too wide, a line for each column and a column for each row."""
-    turned = [[name, *(row[index] for row in rows)] for index, name in enumerate(columns)]
-    names, *lines = turned
-    return IfItFits(
-        table(title, columns, rows, right=right), table(title, list(map(str, names)), lines, right=range(1, len(names)))
-    )
+    return IfItFits(table(title, columns, rows, right=right), Turned(title, tuple(columns), tuple(rows)))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A table on its side: a line for each of `columns`, and a column for each of `rows`. Of these there are as many
+    beside each other as need no word broken; the others follow below, each with all of its cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Sequence[str | Text], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """rich's way to draw it."""
+        first = 0
+        while first < len(self.rows):
+            last = len(self.rows)
+            while last > first + 1 and self._longest_word(first, last) > self._room(last - first, options.max_width):
+                last -= 1
+            if first:
+                yield ""
+            yield self._part(first, last, options.max_width)
+            first = last
+
+    def _part(self, first: int, last: int, width: int) -> Table:
+        names, *lines = (
+            [name, *(row[index] for row in self.rows[first:last])] for index, name in enumerate(self.columns)
+        )
+        part = table("" if first else self.title, list(map(str, names)), lines, right=range(1, len(names)))
+        for column in part.columns[1:]:  # left to itself, rich takes what is too much from some columns alone
+            column.max_width = self._room(last - first, width)
+        return part
+
+    def _room(self, count: int, width: int) -> int:
+        """What each of so many columns has, at least 1."""
+        names = max(map(len, self.columns))
+        return max(1, (width - names) // count - BETWEEN)
+
+    def _longest_word(self, first: int, last: int) -> int:
+        cells = (str(cell) for row in self.rows[first:last] for cell in row)
+        return max((len(word) for cell in cells for word in cell.split()), default=0)
 
 
 @dataclass

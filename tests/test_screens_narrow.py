@@ -1,6 +1,7 @@
 """What stands in tables, and tables in a terminal that is too narrow: on their side or in lines, no word broken."""
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,20 @@ def test_a_comparison_stands_on_its_side_where_its_line_is_too_long() -> None:
         assert any(cell in line for line in wide)
         assert all(any(word in line.split() for line in narrow) for word in cell.split())
     assert max(map(len, narrow)) <= 80
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_runs_that_have_no_room_beside_each_other_go_on_below(width: int) -> None:
+    """No word is broken, and every run stands in one place with all of its figures."""
+    rows = [ROWS[0], *([f"recipe-{number}, seeds 1, 2 and 3", *row[1:]] for number in range(6) for row in ROWS[1:])]
+    lines = lines_of(on_its_side("rows", HEAD, rows, right=range(2, len(HEAD))), width)
+    assert max(map(len, lines)) <= width
+    assert all(any(word in line.split() for line in lines) for row in rows for cell in row for word in cell.split())
+    heads = [line for line in lines if line.split()[:1] == ["run"]]
+    assert 1 < len(heads) <= math.ceil(len(rows) / {60: 2, 80: 4, 140: 8}[width])
+    assert [line.split()[:1] for line in lines].count(["time"]) == len(heads)
+    assert sum(len(line.split()) - 1 for line in lines if line.split()[:1] == ["runs"]) == len(rows) - 1
+    assert [line for line in lines if "rows" in line] == ["rows"]
 
 
 @pytest.mark.parametrize("width", [60, 80])

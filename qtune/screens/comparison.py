@@ -18,7 +18,7 @@ def show(comparison: "SideBySide") -> None:
     console.out("")
     if comparison.tasks:
         head, rows = task_cells(comparison)
-        console.out(console.table("Benchmarks", head, rows, right=range(2, len(head))))
+        console.out(console.on_its_side("Benchmarks", head, rows, right=range(2, len(head))))
         console.out("")
     for sentence in explanation(comparison):
         console.out(sentence)
