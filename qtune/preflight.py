@@ -346,7 +346,7 @@ def _require_layers(config: PretrainedConfig, recipe: Recipe) -> None:
 
 
 def _without_effect(recipe: Recipe, plan: Plan) -> list[str]:
-    """Of what a recipe asks of memory, what changes nothing here, and why; a sentence each."""
+    """Of what a recipe asks that memory be saved by, what changes nothing here, and why; a sentence each."""
     memory, said = recipe.memory, []
     if plan.device.kind == "cpu":
         places = {"embeddings": memory.embeddings, "activations": memory.activations, "layers": memory.layers}
@@ -355,6 +355,9 @@ def _without_effect(recipe: Recipe, plan: Plan) -> list[str]:
             for key, place in places.items()
             if place == "host"
         ]
+        if recipe.training.optimizer.startswith("paged-"):
+            paged = show_changes({("training", "optimizer"): recipe.training.optimizer})
+            said.append(f"{paged} pages nothing: a processor's memory is the host's")
     if memory.keep_dequantized not in ("auto", False) and plan.keep_dequantized is False:
         key = ("memory", "keep_dequantized")
         said.append(f"{show_changes({key: memory.keep_dequantized})} has no effect: {plan.reasons[key]}")

@@ -411,6 +411,8 @@ def test_more_layers_than_the_model_has_are_refused(key: str, write_recipe: Writ
         (["memory.layers=sharded"], ['layers = "sharded" divides nothing in one process; torchrun']),
         (["memory.activations=host"], ["activations = \"host\" saves nothing: a processor's memory is the host's"]),
         (["memory.embeddings=host"], ["embeddings = \"host\" saves nothing: a processor's memory is the host's"]),
+        (["training.optimizer=paged-adamw-8bit"], ["pages nothing: a processor's memory is the host's"]),
+        (["training.optimizer=adamw-8bit"], []),
         (["memory.embeddings=int8"], []),
         (["memory.layers=disk"], []),
         (["memory.keep_dequantized=true"], []),
@@ -420,7 +422,7 @@ def test_what_a_recipe_asks_of_memory_without_effect_is_said(
     changes: list[str], said: list[str], write_recipe: WriteRecipe
 ) -> None:
     recipe = load_recipe(write_recipe(training="steps = 40"), ["quantization.kind=nf4", *changes])
-    words = ("no effect", "divides nothing", "saves nothing")
+    words = ("no effect", "divides nothing", "saves nothing", "pages nothing")
     found = [one for one in examine(recipe).warnings if any(word in one for word in words)]
     assert len(found) == len(said)
     assert all(expected in one for expected, one in zip(said, found, strict=True))
