@@ -16,6 +16,8 @@ from qtune.device.products import cpu_product_times, product_times
 from qtune.device.rates import MEASURES, Rates, changed_since, not_believed
 from qtune.diagnosis import Diagnosis, version_findings
 from qtune.errors import InputError, first_line
+from qtune.kernels.comparison import COMPARED
+from qtune.kernels.ops import without_kernels
 from qtune.model.builtin import BUILTIN_MODELS, is_complete
 from qtune.plan import make_plan
 from qtune.recipe.parse import parse_recipe
@@ -46,6 +48,7 @@ def examine(runs: Path, *, measure: bool = False) -> list[Diagnosis]:
         *version_findings(),
         *device_findings(device, torch.version.cuda, nvidia_is_here=_nvidia_is_here()),
         *unless_full("device", "NF4", quantization_findings(device)),
+        *unless_full("device", "kernels", kernel_findings(device)),
         *unless_full("choices", "recipe", choice_findings(device)),
         *unless_full("choices", "products", product_findings(device)),
         *rate_findings(known_rates(device), beside_here(), measured_otherwise(device)),
@@ -105,6 +108,22 @@ def _four_bit_error(device: Device, rows: int, columns: int) -> float:
     weight = values.repeat(rows * columns // BLOCK).view(rows, columns)
     codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return float((bitsandbytes.functional.dequantize_4bit(codes, state) - weight).abs().max())
+
+
+def kernel_findings(device: Device) -> Iterator[Diagnosis]:
+    """Whether the kernels of the lean step are compiled for the card and give there what PyTorch's operations give; the
+    first time that takes a while, which a run then need not wait for."""
+    if device.kind != "cuda":
+        return
+    with console.waiting("compiling and comparing the step's kernels"):
+        missing = without_kernels()
+    if not missing:
+        yield Diagnosis("device", "kernels", f"all {len(COMPARED)} of Triton's give what PyTorch's operations give")
+    for reason in dict.fromkeys(missing.values()):
+        names = [name for name, why in missing.items() if why == reason]
+        which = f"all {len(names)}" if len(names) == len(COMPARED) else ", ".join(names)
+        advice = "steps are slower, with the same result; Triton compiles with a C compiler and Python's headers"
+        yield Diagnosis("device", "kernels", f"PyTorch's operations stand in for {which}: {reason}", "note", advice)
 
 
 def choice_findings(device: Device) -> Iterator[Diagnosis]:

@@ -24,11 +24,13 @@ from qtune.doctor import (
     disk_findings,
     environment_findings,
     examine,
+    kernel_findings,
     product_findings,
     quantization_findings,
     rate_findings,
     unless_full,
 )
+from qtune.kernels.comparison import COMPARED
 from qtune.screens.doctor import show
 from qtune.timing.known import beside_here, keep_rates, known_rates, measured_otherwise
 
@@ -139,6 +141,26 @@ def test_a_trap_of_bitsandbytes_is_a_problem_by_its_name(monkeypatch):
     _, finding = quantization_findings(OLD_CPU)
     assert (finding.name, finding.verdict) == ("bitsandbytes", "problem")
     assert finding.value == "inference packing: it repacks (bitsandbytes#2078)"
+
+
+def test_kernels_that_a_card_cannot_use_are_named_with_the_reason(monkeypatch):
+    assert list(kernel_findings(Device("cpu", "CPU, 2 threads", 1, 1, True))) == []
+    monkeypatch.setattr(doctor, "without_kernels", dict)
+    [fine] = kernel_findings(AMPERE)
+    assert (fine.verdict, fine.value) == ("ok", f"all {len(COMPARED)} of Triton's give what PyTorch's operations give")
+    no_compiler = "Failed to find C compiler"
+    monkeypatch.setattr(doctor, "without_kernels", lambda: dict.fromkeys(COMPARED, no_compiler))
+    [alike] = kernel_findings(AMPERE)
+    assert alike.verdict == "note"
+    assert alike.value == f"PyTorch's operations stand in for all {len(COMPARED)}: {no_compiler}"
+    assert "C compiler" in alike.advice
+    first, second, third, *_ = COMPARED
+    differ = "differs by 1.0e-02 in float16"
+    monkeypatch.setattr(doctor, "without_kernels", lambda: {first: differ, second: no_compiler, third: differ})
+    assert [one.value.partition(" for ")[2] for one in kernel_findings(AMPERE)] == [
+        f"{first}, {third}: {differ}",
+        f"{second}: {no_compiler}",
+    ]
 
 
 def test_the_speed_of_products_is_shown_forward_and_backward_for_each_dtype():

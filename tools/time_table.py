@@ -69,7 +69,7 @@ def table() -> str:
         "",
         f"Seconds of a step of {ROWS} x {LENGTH:,} tokens, and tokens per second; * the processor is the limit, at the",
         "time for a launch that the one beside the H100 needed. The lean step with every layer computed twice: traced,",
-        "priced by data sheets (`tools/time_table.py`). Whether a step fits a card: the table under How much memory.",
+        "priced by data sheets (`tools/time_table.py`). Whether a step fits a card: the table in the README.",
     ]
     return "\n".join(lines)
 
