@@ -23,10 +23,12 @@ MASK = torch.tensor([[1] * 16, [1] * 11 + [0] * 5])
 TEXT = PrefixTuning(kind="prefix-tuning", virtual_tokens=5, initialization="text", text="You are brief.")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "qwen3", "gpt2"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain keys, keys of which a window is kept, and keys that are normalized."""
-    folder = tiny_base(tmp_path_factory.mktemp(request.param), request.param)
+    """Plain keys, keys of which a window is kept, keys that are normalized, and a model that takes a cache from its own
+    layers where it is checkpointed."""
+    of_gpt2 = {"num_key_value_heads": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    folder = tiny_base(tmp_path_factory.mktemp(request.param), request.param, **(of_gpt2 if request.param == "gpt2" else {}))
     tiny_tokenizer(folder)
     return folder
 
@@ -44,6 +46,7 @@ def test_its_gradient_is_the_same_with_every_layer_computed_twice(base: Path, pr
         model = attached(base, PrefixTuning(kind="prefix-tuning", virtual_tokens=4, projection=projection)).train()
         if checkpointed:
             assert checkpoint_all(model)
+            assert model.is_gradient_checkpointing
         loss = model(input_ids=IDS, labels=IDS, attention_mask=MASK, use_cache=False).loss
         loss.backward()
         weights = [weight for weight in model.parameters() if weight.requires_grad]

@@ -30,8 +30,23 @@ def let_prefix_be_checkpointed(model: PeftModel) -> None:
         return cache
 
     model.get_prompt = types.MethodType(get_prompt, model)
-    for layer in switched_layers(model):
+    layers = switched_layers(model)
+    for layer in layers:
         layer._can_checkpoint_with_cache = True
+    if layers:
+        network = model.get_base_model()
+        above = [module for module in network.modules() if module not in layers and hasattr(module, SWITCH)]
+        network.register_forward_pre_hook(functools.partial(_leave_it_to_the_layers, above))
+
+
+SWITCH = "gradient_checkpointing"
+
+
+def _leave_it_to_the_layers(above: list[Any], network: Any, args: Any) -> None:
+    """A model that reads its own switch may hand its layers no cache (GPT-2's, transformers 5.23); which of them are
+    computed twice, their own switches say."""
+    for module in above:
+        setattr(module, SWITCH, False)
 
 
 @functools.cache
