@@ -28,7 +28,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Plain keys, keys of which a window is kept, keys that are normalized, and a model that takes a cache from its own
     layers where it is checkpointed."""
     of_gpt2 = {"num_key_value_heads": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    folder = tiny_base(tmp_path_factory.mktemp(request.param), request.param, **(of_gpt2 if request.param == "gpt2" else {}))
+    folder = tiny_base(
+        tmp_path_factory.mktemp(request.param), request.param, **(of_gpt2 if request.param == "gpt2" else {})
+    )
     tiny_tokenizer(folder)
     return folder
 

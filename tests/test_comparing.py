@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import shutil
+import tracemalloc
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from export_models import tiny_run
 from typer.testing import CliRunner
 
 from qtune.cli import app
-from qtune.comparing.bootstrap import drawn
+from qtune.comparing.bootstrap import drawn, weighted_mean
 from qtune.comparing.runs import ComparedRun, compared_runs
 from qtune.comparing.table import ANSWERS_CHANGE, cells, compare, explanation
 from qtune.errors import InputError
@@ -83,6 +84,21 @@ def test_answers_that_are_all_right_leave_open_what_so_many_rows_do(runs: int) -
     assert (worse.low, worse.high) == pytest.approx((-1.0, -low), abs=5e-5)
     losses = drawn([[2.0] * 120], [1.0] * 120, 0).interval()
     assert (losses.low, losses.high) == (2.0, 2.0)
+
+
+def test_many_rows_are_drawn_in_the_same_memory_and_to_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, weights = np.random.default_rng(1).normal(size=(2, 60)).tolist(), [1.0, 3.0] * 30
+    whole = drawn(values, weights, 0)
+    monkeypatch.setattr("qtune.comparing.bootstrap.NUMBERS_AT_ONCE", 60 * 7)
+    np.testing.assert_allclose(drawn(values, weights, 0).draws, whole.draws, rtol=1e-12)
+    monkeypatch.undo()
+    assert whole.mean == pytest.approx(np.mean([weighted_mean(one, weights) for one in values]))
+    tracemalloc.start()
+    try:
+        drawn([[0.0, 1.0] * 10_000], [1.0] * 20_000, 0)
+        assert tracemalloc.get_traced_memory()[1] < 200e6, "all draws at once are 640 MB"
+    finally:
+        tracemalloc.stop()
 
 
 def test_few_rows_have_no_interval() -> None:
@@ -276,6 +292,18 @@ def test_runs_that_spent_memory_and_spoke_otherwise_differ_by_chance_alone(enoug
     assert [len(line.runs) for line in found.lines] == [2]
 
 
+def test_held_out_rows_that_are_drawn_by_the_seed_and_by_a_key_are_one_setting(
+    enough: list[Path], copied: Path
+) -> None:
+    """Without data.validation_seed it is training.seed: the same rows, said twice."""
+    resolved = RunDir(copied).resolved_file
+    assert "validation_seed = 42" in resolved.read_text()
+    resolved.write_text(resolved.read_text().replace("validation_seed = 42\n", "").replace("seed = 1", "seed = 42"))
+    (copied / "eval.json").unlink(missing_ok=True)
+    [line] = compare(compared_runs([enough[0], copied], rows=8)).lines
+    assert line.seeds == (1, 42)
+
+
 def test_one_run_twice_says_nothing_about_chance(enough: list[Path]) -> None:
     first, second, _ = compared_runs(enough, rows=8)
     twice = compare([first, replace(first, run="runs/again")])
@@ -352,6 +380,73 @@ def test_an_evaluation_that_does_not_say_which_rows_training_saw_is_made_anew(
     monkeypatch.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         compared_runs(enough, rows=8)
+
+
+@pytest.mark.slow
+def test_answers_that_were_cut_sooner_than_the_others_are_asked_for_again(
+    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "eval.json").unlink(missing_ok=True)
+    compared_runs(enough, rows=8)
+    short = evaluate(RunDir(copied), rows=8, max_new_tokens=1)
+    assert (short.max_new_tokens, short.is_limited) == (1, True)
+    asked = compared_runs([copied, enough[0]], rows=8)
+    assert [run.evaluation.max_new_tokens for run in asked] == [512, 512]
+    assert [run.evaluation.answers_cut for run in asked] == [0, 0]
+    # What is asked for is asked of all.
+    cut = compare(compared_runs([copied, enough[0]], rows=8, max_new_tokens=1))
+    assert cut.answers_cut == 8
+    assert "8 expected answers are longer than --max-new-tokens and cannot match" in explanation(cut)
+    # An evaluation whose limit cut nothing stands for every longer one; a longer one is the limit of all.
+    evaluate(RunDir(copied), rows=8, max_new_tokens=500)
+    evaluate(RunDir(enough[0]), rows=8, max_new_tokens=700)
+    with monkeypatch.context() as patched:
+        patched.setattr("qtune.comparing.runs.evaluate", lambda *args, **kwargs: pytest.fail("asked again"))
+        compared_runs([copied, enough[0]])
+    # Of an older version's it is known what it cut.
+    kept = replace(short, max_new_tokens=None, is_limited=False)
+    assert not kept.would_be_the_same(512)
+    assert replace(kept, answers_cut=0).would_be_the_same(512)
+
+
+def other_tokens(run: ComparedRun) -> ComparedRun:
+    """As another tokenizer would have it: twice the tokens, with half of the loss each."""
+    rows = tuple(
+        replace(row, tokens=2 * row.tokens, base=row.base / 2, tuned=row.tuned / 2) for row in run.evaluation.row_losses
+    )
+    base = replace(run.evaluation.base, loss=run.evaluation.base.loss / 2)
+    return replace(run, evaluation=replace(run.evaluation, row_losses=rows, base=base))
+
+
+def test_runs_that_make_other_tokens_of_the_same_rows_are_compared_by_whole_rows(enough: list[Path]) -> None:
+    first, _, soft = compared_runs(enough, rows=8)
+    found, by_token = compare([first, other_tokens(soft)]), compare([first, soft])
+    assert (found.loss_per, by_token.loss_per) == ("row", "token")
+    assert "scored tokens" not in found.asked
+    one, other = found.lines
+    rows = first.evaluation.row_losses
+    assert one.loss.interval.mean == pytest.approx(sum(row.tokens * row.tuned for row in rows) / len(rows))
+    whole = compare([other_tokens(first), soft]).lines
+    assert one.loss.interval.mean == pytest.approx(whole[0].loss.interval.mean)
+    assert other.loss.interval.mean == pytest.approx(whole[1].loss.interval.mean)
+    assert found.bases[0].loss == pytest.approx(sum(row.tokens * row.base for row in rows) / len(rows))
+    assert len(found.bases) == 1, "one model in two templates says the same of a row"
+    assert cells(found)[0][4] == "loss of a row, nats"
+    assert [said for said in explanation(found) if "another tokenizer or template" in said]
+    assert found.to_json()["loss_per"] == "row"
+    assert comparison_page(found)
+
+
+@pytest.mark.slow
+def test_templates_that_make_other_tokens_of_a_row_are_no_reason_to_refuse(
+    enough: list[Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = evaluate(RunDir(copied), rows=8)
+    twice = replace(kept, row_losses=tuple(replace(row, tokens=2 * row.tokens) for row in kept.row_losses))
+    of_first = evaluate(RunDir(enough[0]), rows=8)
+    found = {copied: twice, enough[0]: of_first}
+    monkeypatch.setattr("qtune.comparing.runs.read_evaluation", lambda run_dir: found[run_dir.path])
+    assert compare(compared_runs([copied, enough[0]], rows=8)).loss_per == "row"
 
 
 def test_figures_are_written_as_eval_writes_them_and_it_is_said_which_sign_is_bad(enough: list[Path]) -> None:
@@ -482,7 +577,7 @@ def test_runs_that_were_asked_other_rows_are_refused_with_the_way_out(enough: li
     kept.pop("crc32", None)
     kept["comparisons"][0]["expected"] = "something else"
     (other / "eval.json").write_text(json.dumps(kept))
-    with pytest.raises(InputError, match=r"on which none was trained, with --data FILE$"):
+    with pytest.raises(InputError, match=r"rows ask and expect is not .* plain and short with --data FILE$"):
         compared_runs([enough[0], other], rows=8)
 
 

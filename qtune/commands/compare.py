@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from qtune import console
-from qtune.commands.shared import MOST_ROWS, AcceptOption, TrustOption, agree, load_libraries
+from qtune.commands.shared import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    AcceptOption,
+    TrustOption,
+    agree,
+    load_libraries,
+    no_more_than,
+)
 
 
 def compare(
@@ -19,6 +27,15 @@ def compare(
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Rows to ask them all, instead of each recipe's.", exists=True)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            callback=no_more_than(MOST_TOKENS),
+            help="Longest answer, in tokens; left out, as was evaluated, at least 512.",
+        ),
     ] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as an HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a table.")] = False,
@@ -56,7 +73,13 @@ def compare(
     from qtune.screens import comparison as comparison_screen
 
     with renewed_reports(*opened):
-        runs = compared_runs(targets, rows=rows, data_file=data, accepted=tuple(accept_drift or ()))
+        runs = compared_runs(
+            targets,
+            rows=rows,
+            data_file=data,
+            max_new_tokens=max_new_tokens,
+            accepted=tuple(accept_drift or ()),
+        )
     found = compared(runs)
     if as_json:
         console.out_json(found.to_json())

@@ -19,6 +19,8 @@ from qtune.verdicts.interval import unseen_share
 
 DRAWS = 4000
 CONFIDENCE = 0.95
+NUMBERS_AT_ONCE = 4_000_000
+"""Rows of all draws that are in memory at once, 8 bytes each, twice."""
 
 Numbers = NDArray[np.float64]
 
@@ -68,10 +70,20 @@ def drawn(
     table, weight = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     runs, rows = table.shape
     is_binary = are_answers and bool(np.isin(table, (0, 1)).all())
-    of_rows = np.random.default_rng(rows).multinomial(rows, np.full(rows, 1 / rows), DRAWS) * weight
     of_runs = np.random.default_rng((rows, runs, salt)).multinomial(runs, np.full(runs, 1 / runs), DRAWS) / runs
-    means = of_rows @ table.T / of_rows.sum(axis=1, keepdims=True)
+    draw, equal = np.random.default_rng(rows), np.full(rows, 1 / rows)
+    parts = []
+    at_once = max(1, NUMBERS_AT_ONCE // rows)
+    for first in range(0, DRAWS, at_once):
+        of_rows = draw.multinomial(rows, equal, min(at_once, DRAWS - first)) * weight
+        parts.append(of_rows @ table.T / of_rows.sum(axis=1, keepdims=True))
+    means = np.concatenate(parts)
     return Drawn(float((table @ weight).mean() / weight.sum()), (means * of_runs).sum(axis=1), rows, is_binary)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Of `values` [rows], each with its weight [rows]: what `drawn` gives as the mean of one run, without a draw."""
+    return float(np.asarray(values, dtype=float) @ np.asarray(weights, dtype=float) / np.sum(weights))
 
 
 def _interval(mean: float, draws: Numbers, rows: int, bounds: tuple[float, float] | None) -> Interval:

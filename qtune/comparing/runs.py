@@ -22,12 +22,13 @@ from qtune.run.resumption import CHANGEABLE
 from qtune.run.summary import summary_of
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluate import asked_rows, evaluate
-from qtune.tuned.evaluation import Evaluation, read_evaluation
+from qtune.tuned.evaluation import ANSWER_TOKENS, Evaluation, read_evaluation
 from qtune.tuned.forgetting import measure_forgetting
 from qtune.tuned.forgotten import Forgetting
 from qtune.tuned.task_scores import TaskScores, read_tasks
 
-SEED = ("training", "seed")
+SEEDS = (("training", "seed"), ("data", "validation_seed"))
+"""Of a run, and of the rows that it sets aside, which is the same where nothing else is said."""
 ROWS = 100
 """That are asked of runs of which none was evaluated yet."""
 ELSEWHERE = ("output",)
@@ -61,11 +62,17 @@ class ComparedRun:
 
 @accepting_once()
 def compared_runs(
-    folders: Sequence[Path], *, rows: int | None = None, data_file: Path | None = None, accepted: tuple[str, ...] = ()
+    folders: Sequence[Path],
+    *,
+    rows: int | None = None,
+    data_file: Path | None = None,
+    max_new_tokens: int | None = None,
+    accepted: tuple[str, ...] = (),
 ) -> list[ComparedRun]:
     """What is compared of the runs, in their order. A run that was not evaluated on these rows yet is asked them now.
 
-    rows: how many; None: as many as the one was asked that was asked most, else `ROWS`. data_file, accepted: as
+    rows: how many; None: as many as the one was asked that was asked most, else `ROWS`. max_new_tokens: the most that
+    an answer has; None: the most of those that were asked, at least `ANSWER_TOKENS`. data_file, accepted: as
     `evaluate`'s. A larger evaluation that is kept in a run's folder stays there.
 
     Raises:
@@ -79,11 +86,14 @@ def compared_runs(
     kept = [_kept_evaluation(run_dir) if data_file is None else None for run_dir in opened]
     if rows is None:
         rows = max((evaluation.rows for evaluation in kept if evaluation is not None), default=ROWS)
-    kept = [one if one is not None and _is_of(one, rows) else None for one in kept]
+    if max_new_tokens is None:
+        limits = [one.max_new_tokens for one in kept if one is not None and one.max_new_tokens is not None]
+        max_new_tokens = max([ANSWER_TOKENS, *limits])
+    kept = [one if one is not None and _is_of(one, rows, max_new_tokens) else None for one in kept]
     _require_same_rows(opened, kept, rows, data_file, accepted)
     bases = BaseOnce()
     found = [
-        _compared(run_dir, evaluation, rows, data_file, accepted, bases)
+        _compared(run_dir, evaluation, rows, data_file, max_new_tokens, accepted, bases)
         for run_dir, evaluation in zip(opened, kept, strict=True)
     ]
     _require_same_questions(found)
@@ -95,6 +105,7 @@ def _compared(
     kept: Evaluation | None,
     rows: int,
     data_file: Path | None,
+    max_new_tokens: int,
     accepted: tuple[str, ...],
     bases: BaseOnce,
 ) -> ComparedRun:
@@ -102,7 +113,15 @@ def _compared(
     if lock is not None:
         require_no_drift(run_dir, list(recipe_drifts(lock, values_of(run_dir))), accepted)
     if kept is None:
-        kept = evaluate(run_dir, rows=rows, data_file=data_file, accepted=accepted, replaces_larger=False, bases=bases)
+        kept = evaluate(
+            run_dir,
+            rows=rows,
+            data_file=data_file,
+            max_new_tokens=max_new_tokens,
+            accepted=accepted,
+            replaces_larger=False,
+            bases=bases,
+        )
     return ComparedRun(
         str(run_dir.path),
         recipe.training.seed,
@@ -127,17 +146,19 @@ def _kept_evaluation(run_dir: RunDir) -> Evaluation | None:
     return kept if kept is not None and kept.source == own_rows(resolved_recipe(run_dir)) else None
 
 
-def _is_of(kept: Evaluation, rows: int) -> bool:
-    """Whether an evaluation asked this many rows, and says of each what it was, and whether training saw it."""
+def _is_of(kept: Evaluation, rows: int, max_new_tokens: int) -> bool:
+    """Whether an evaluation asked this many rows for answers of as many tokens, and says of each what it was, and
+    whether training saw it."""
     tells = kept.seen_unknown is not None or all(row.is_seen is not None for row in kept.row_losses)
     is_known = bool(kept.row_losses) and tells and all(row.content for row in kept.row_losses)
-    return is_known and kept.rows == min(rows, kept.rows_held_out)
+    is_as_long = kept.would_be_the_same(max_new_tokens)
+    return is_known and is_as_long and kept.rows == min(rows, kept.rows_held_out)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What decides which adapter comes out, but for chance."""
     settings = recipe.model_dump(mode="json", exclude={*ELSEWHERE})
-    for table, key in (SEED, *CHANGEABLE):
+    for table, key in (*SEEDS, *CHANGEABLE):
         settings.get(str(table), {}).pop(str(key), None)
     return settings
 
@@ -163,7 +184,7 @@ def _require_same_rows(
     data_file: Path | None,
     accepted: tuple[str, ...],
 ) -> None:
-    """Rows are the same where they say the same and as many of their tokens are scored, in whatever files they stand.
+    """Rows are the same where they say the same, in whatever files they stand and whatever tokens are made of them.
 
     Raises:
         InputError: the runs were asked, or would be asked, different rows.
@@ -171,7 +192,7 @@ def _require_same_rows(
     asked = [
         asked_rows(run_dir, rows=rows, data_file=data_file, accepted=accepted)
         if evaluation is None
-        else [(row.content, row.tokens) for row in evaluation.row_losses]
+        else [row.content for row in evaluation.row_losses]
         for run_dir, evaluation in zip(runs, kept, strict=True)
     ]
     for run_dir, found in zip(runs, asked, strict=True):
@@ -184,7 +205,12 @@ def _require_same_questions(runs: Sequence[ComparedRun]) -> None:
     first, *others = ([(one.request, one.expected) for one in run.evaluation.comparisons] for run in runs)
     for run, found in zip(runs[1:], others, strict=True):
         if found != first:
-            raise _other_rows(run.run, runs[0].run, run.evaluation.rows)
+            message = (
+                f"what its {run.evaluation.rows} rows ask and expect is not what they do in {runs[0].run}: their "
+                "templates take other parts of a row for the answer, or a prompt leaves one of the models no position "
+                "for it; name rows that are plain and short with --data FILE"
+            )
+            raise InputError(Problem(run.run, message))
 
 
 def _other_rows(run: str, first: str, rows: int) -> InputError:

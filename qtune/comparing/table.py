@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
-from qtune.comparing.bootstrap import Drawn, Interval, drawn
+from qtune.comparing.bootstrap import Drawn, Interval, drawn, weighted_mean
 from qtune.comparing.runs import ComparedRun
 from qtune.comparing.tasks import TaskLine, task_lines
 from qtune.console import clock
@@ -78,6 +78,7 @@ class SideBySide:
     rows: int
     source: str
     scored_tokens: int
+    """Of the first run."""
     answers_name: str | None
     are_free: bool = False
     """Whether the answers are scored by how like the expected ones they are, from 0 to 1; else it is a share."""
@@ -92,6 +93,16 @@ class SideBySide:
     """Of each run of which it is not known which of the rows it saw: why."""
     ended_early: dict[str, str] = field(default_factory=dict)
     """Of each run that has ended before all its steps were taken: how many it took, as "2 of 12 steps"."""
+    loss_per: Literal["token", "row"] = "token"
+    """What a loss is the mean of: scored tokens, or whole rows where the runs make other tokens of them."""
+    answers_cut: int = 0
+    """Rows whose expected answer is longer than what was generated, so that they cannot match."""
+
+    @property
+    def asked(self) -> str:
+        """What the figures are about, as a title."""
+        tokens = f", {self.scored_tokens} scored tokens" if self.loss_per == "token" else ""
+        return f"{self.rows} {self.source}{tokens}"
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints."""
@@ -112,14 +123,16 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
             same.append(run)
     lines: list[Configuration] = []
     first: dict[str, Drawn] = {}
-    for salt, group in enumerate(groups):
-        lines.append(_line(group, salt, first))
     evaluation = runs[0].evaluation
+    tokens = [[row.tokens for row in run.evaluation.row_losses] for run in runs]
+    by_row = any(own != tokens[0] for own in tokens)
+    for salt, group in enumerate(groups):
+        lines.append(_line(group, salt, first, by_row))
     scores = answer_scores(evaluation)
     tasks, left_out = task_lines(groups)
     return SideBySide(
         tuple(lines),
-        _bases(runs),
+        _bases(runs, by_row),
         evaluation.rows,
         evaluation.source,
         evaluation.scored_tokens,
@@ -131,6 +144,8 @@ def compare(runs: Sequence[ComparedRun]) -> SideBySide:
         seen_rows,
         {run.run: run.evaluation.seen_unknown for run in asked if run.evaluation.seen_unknown is not None},
         {run.run: run.ended_early for run in runs if run.ended_early is not None},
+        "row" if by_row else "token",
+        max(run.evaluation.answers_cut for run in runs),
     )
 
 
@@ -164,13 +179,16 @@ def _on_unseen_rows(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], int
     return [narrowed(run) for run in runs], sum(out)
 
 
-def _bases(runs: Sequence[ComparedRun]) -> tuple[Base, ...]:
-    """One of each name and quantization; those of one model in two folders have the same figures, and one line."""
+def _bases(runs: Sequence[ComparedRun], by_row: bool) -> tuple[Base, ...]:
+    """One of each name and quantization; those of one model in two folders have the same figures, and one line. by_row:
+    as `_line`'s."""
     found: dict[tuple[Any, ...], Base] = {}
     for run in runs:
         quantization = run.settings["quantization"]
         scores = answer_scores(run.evaluation)
-        figures = run.evaluation.base.loss, fmean(scores.base) if scores else None, run.forgetting.base
+        rows = run.evaluation.row_losses
+        loss = fmean(row.tokens * row.base for row in rows) if by_row else run.evaluation.base.loss
+        figures = loss, fmean(scores.base) if scores else None, run.forgetting.base
         names = run.base, tuple(sorted(quantization.items()))
         if names not in found and figures not in found:
             found[names] = found[figures] = Base(run.base, quantization["kind"], *figures)
@@ -189,12 +207,12 @@ def _name_of(group: Sequence[ComparedRun]) -> str:
     return f"{stems.pop()}, seeds {several}" if len(stems) == 1 else several
 
 
-def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> Configuration:
-    """first: what the first line has drawn, which it puts there."""
+def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn], by_row: bool) -> Configuration:
+    """first: what the first line has drawn, which it puts there. by_row: a row's loss is the sum of its tokens'."""
 
     def measured(name: str, values: list[list[float]], weights: list[float]) -> Measure:
         found = drawn(values, weights, salt, are_answers=name == "answers")
-        by_run = tuple(drawn([one], weights, 0).mean for one in values)
+        by_run = tuple(weighted_mean(one, weights) for one in values)
         is_first = salt == 0
         if is_first:
             first[name] = found
@@ -205,7 +223,8 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
         return Measure(found.interval(), by_run, by_seed, None if is_first else found.less(first[name]))
 
     seeds = tuple(run.seed for run in group)
-    tokens = [float(row.tokens) for row in group[0].evaluation.row_losses]
+    losses = [[row.tuned * (row.tokens if by_row else 1) for row in run.evaluation.row_losses] for run in group]
+    weights = [1.0 if by_row else float(row.tokens) for row in group[0].evaluation.row_losses]
     pieces = [float(piece.tokens) for piece in group[0].forgetting.pieces]
     scores = [answer_scores(run.evaluation) for run in group]
     answers = [list(score.tuned) for score in scores if score is not None]
@@ -218,7 +237,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
         seconds=fmean(run.seconds for run in group),
         peak_bytes=max(run.peak_bytes for run in group),
         devices=tuple(dict.fromkeys(run.device for run in group if run.device is not None)),
-        loss=measured("loss", [[row.tuned for row in run.evaluation.row_losses] for run in group], tokens),
+        loss=measured("loss", losses, weights),
         answers=measured("answers", answers, [1.0] * len(answers[0])) if answers else None,
         forgotten=measured(
             "forgotten", [[piece.tuned - piece.base for piece in run.forgetting.pieces] for run in group], pieces
@@ -227,6 +246,7 @@ def _line(group: Sequence[ComparedRun], salt: int, first: dict[str, Drawn]) -> C
     )
 
 
+LOSS = {"token": "loss, nats", "row": "loss of a row, nats"}
 LOSS_CHANGE, ANSWERS_CHANGE = "loss against the first", "against the first"
 """A difference has a sign of its own: "+0.2" below "less than the first" would be read as less."""
 
@@ -260,7 +280,7 @@ def cells(comparison: SideBySide) -> tuple[list[str], list[list[str]]]:
     def with_change(value: str, change: str) -> list[str]:
         return [value, change] if are_several else [value]
 
-    head = ["run", "adapter", "trained", "runs", *with_change("loss, nats", LOSS_CHANGE)]
+    head = ["run", "adapter", "trained", "runs", *with_change(LOSS[comparison.loss_per], LOSS_CHANGE)]
     head += with_change(str(comparison.answers_name), ANSWERS_CHANGE) if has_answers else []
     head += ["forgotten, nats", "time", "peak memory"]
     rows = []
@@ -354,8 +374,15 @@ def explanation(comparison: SideBySide) -> list[str]:
         points = "" if comparison.answers_name is None or comparison.are_free else ", in points"
         more = "" if comparison.answers_name is None else f"; of answers{points}, + is better"
         said.append(f"against the first: of the loss, − is better{more}; ~: the interval has 0 in it")
+    if comparison.loss_per == "row":
+        said.append(
+            "the runs make other tokens of the same rows (another tokenizer or template): the loss is summed over the "
+            "scored tokens of a row, and what is forgotten is a mean over tokens of each run's own"
+        )
     if comparison.answers_name is None:
         said.append(NO_ANSWERS)
+    elif comparison.answers_cut:
+        said.append(f"{comparison.answers_cut} expected answers are longer than --max-new-tokens and cannot match")
     if comparison.are_free:
         said.append("ROUGE-L: how like the expected answer it is, from 0 to 1, as in qtune eval")
     if several:

@@ -25,12 +25,11 @@ def comparison_page(comparison: SideBySide) -> Html:
     columns, rows = cells(comparison)
     count, runs = len(comparison.lines), sum(len(line.runs) for line in comparison.lines)
     title = f"{count} configuration{'' if count == 1 else 's'}, {runs} runs"
-    asked = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
     folders = [(line.name, ", ".join(line.runs), ", ".join(map(str, line.seeds))) for line in comparison.lines]
     return document(
         title,
         element("h1", title),
-        element("p", asked, class_="dim"),
+        element("p", comparison.asked, class_="dim"),
         table(columns, rows, figures=range(2, len(columns))),
         *_tasks(comparison),
         *(element("p", sentence, class_="dim") for sentence in explanation(comparison)),

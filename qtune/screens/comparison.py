@@ -13,8 +13,7 @@ def show(comparison: "SideBySide") -> None:
     from qtune.comparing.table import cells, explanation, task_cells
 
     head, rows = cells(comparison)
-    title = f"{comparison.rows} {comparison.source}, {comparison.scored_tokens} scored tokens"
-    console.out(console.on_its_side(title, head, rows, right=range(2, len(head))))
+    console.out(console.on_its_side(comparison.asked, head, rows, right=range(2, len(head))))
     console.out("")
     if comparison.tasks:
         head, rows = task_cells(comparison)

@@ -32,6 +32,7 @@ from qtune.run.measured_adapter import adapter_name
 from qtune.run.resolved import as_written, resolved_recipe
 from qtune.tuned.base_once import BaseOnce
 from qtune.tuned.evaluation import (
+    ANSWER_TOKENS,
     EXTRA_TOKENS,
     FREE_TEXT_TIMES,
     Comparison,
@@ -58,7 +59,7 @@ def evaluate(
     *,
     rows: int = 100,
     data_file: Path | None = None,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = ANSWER_TOKENS,
     accepted: Sequence[str] = (),
     replaces_larger: bool = True,
     bases: BaseOnce | None = None,
@@ -106,6 +107,10 @@ class _Asked:
     """Of each question."""
     limits: list[int]
     """Of each question, the most tokens of an answer."""
+    max_new_tokens: int
+    """The most of any."""
+    is_limited: bool
+    """Whether that is less than one of them would be."""
     is_free: bool
     """Whether the answers are free text."""
     ends: Ends
@@ -176,7 +181,7 @@ def _asked(run_dir: RunDir, run: LoadedRun, rows: int, data_file: Path | None, m
     questions = [question for _, question in asked]
     is_free = is_free_text([question.expected for question in questions])
     times = FREE_TEXT_TIMES if is_free else 1
-    wanted = [min(times * len(question.expected_ids) + EXTRA_TOKENS, max_new_tokens) for question in questions]
+    wanted = [times * len(question.expected_ids) + EXTRA_TOKENS for question in questions]
     return _Asked(
         source=source,
         rows_held_out=len(held_out),
@@ -187,9 +192,11 @@ def _asked(run_dir: RunDir, run: LoadedRun, rows: int, data_file: Path | None, m
         questions=questions,
         row_of=[row for row, _ in asked],
         limits=[
-            within_reach(tokens, len(question.prompt), reach)
+            within_reach(min(tokens, max_new_tokens), len(question.prompt), reach)
             for tokens, question in zip(wanted, questions, strict=True)
         ],
+        max_new_tokens=max_new_tokens,
+        is_limited=max(wanted, default=0) > max_new_tokens,
         is_free=is_free,
         ends=ends,
     )
@@ -272,6 +279,8 @@ def _evaluation(run_dir: RunDir, asked: _Asked, base: _Answers, tuned: _Answers)
         rows_trained_on=asked.seen.count,
         left_out=sum(asked.is_left_out),
         seen_unknown=asked.seen.unknown,
+        max_new_tokens=asked.max_new_tokens,
+        is_limited=asked.is_limited,
     )
 
 
@@ -293,11 +302,9 @@ def _keep(run_dir: RunDir, evaluation: Evaluation, *, replaces_larger: bool) -> 
         console.say(f"not kept: {refusal_of(error) or first_line(error)}")
 
 
-def asked_rows(
-    run_dir: RunDir, *, rows: int, data_file: Path | None = None, accepted: Sequence[str] = ()
-) -> list[tuple[str, int]]:
+def asked_rows(run_dir: RunDir, *, rows: int, data_file: Path | None = None, accepted: Sequence[str] = ()) -> list[str]:
     """What `evaluate` would ask with the same arguments, without any weight loaded: of each row that has a scored
-    token, what it says (`content_of`) and how many of its tokens are scored.
+    token, what it says (`content_of`).
 
     Raises:
         RunError, DataError: as `evaluate`.
@@ -308,7 +315,7 @@ def asked_rows(
     _, held_out = _held_out(run_dir, written, tokenizer, folder, data_file)
     chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "labels", "scored"])
     tokens = _predicted(chosen)
-    return [(content_of(text), count) for text, count in zip(chosen["conversation"], tokens, strict=True) if count]
+    return [content_of(text) for text, count in zip(chosen["conversation"], tokens, strict=True) if count]
 
 
 def _held_out(

@@ -81,6 +81,8 @@ class Comparison:
         return self.tuned == self.expected
 
 
+ANSWER_TOKENS = 512
+"""The most that an answer has, unless said otherwise."""
 NO_ANSWERS = "raw text has no question, so that no answers are scored (no ROUGE-L, no F1): loss and perplexity tell"
 
 
@@ -121,6 +123,16 @@ class Evaluation:
     """How many of them the scores are not about."""
     seen_unknown: str | None = None
     """Why training may have seen more of the rows; None where all that it saw was read, and in older files."""
+    max_new_tokens: int | None = None
+    """The most tokens that any answer could have; None in files of older versions."""
+    is_limited: bool = False
+    """Whether that stood in the way of an answer, whose limit is else what the expected one takes, and some more."""
+
+    def would_be_the_same(self, max_new_tokens: int) -> bool:
+        """Whether answers of at most so many tokens are those that were made."""
+        if self.max_new_tokens is None:  # an older version's: of its limit is known what it cut
+            return not self.answers_cut
+        return max_new_tokens == self.max_new_tokens or (max_new_tokens > self.max_new_tokens and not self.is_limited)
 
     @property
     def judged_rows(self) -> tuple[RowLoss, ...]:
