@@ -1,6 +1,7 @@
 """Several seeds in one command: a run for each, named after it, and how far apart they end."""
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -13,7 +14,7 @@ from conftest import WriteRecipe
 from typer.testing import CliRunner
 
 from qtune.cli import app
-from qtune.errors import Interrupted
+from qtune.errors import Interrupted, OutOfMemory, TrainingError
 from qtune.run.folder import RunDir
 from qtune.run.summary import summary_of
 from qtune.training.trainer import QloraTrainer
@@ -94,6 +95,45 @@ def test_seeds_that_were_stopped_are_named_with_the_commands_for_all_that_is_lef
     assert len(rows) == 1, "all are measured on the same rows"
     asked = CliRunner().invoke(app, ["run", "--resume", str(recipe)])
     assert f"to go on with one that has not ended: qtune run --resume {runs / 'tiny-seed8'}" in str(asked.exception)
+
+
+@pytest.mark.slow
+def test_a_seed_that_diverges_is_told_and_the_others_are_trained(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter='kind = "ia3"', training="steps = 2\nbatch_size = 2\nseed = 7")
+
+    def diverges_in_the_second(trainer: QloraTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = step(trainer, *args, **kwargs)
+        return loss * math.nan if "tiny-seed8" in trainer.args.output_dir else loss
+
+    step = QloraTrainer.training_step
+    monkeypatch.setattr(QloraTrainer, "training_step", diverges_in_the_second)
+    result = CliRunner().invoke(app, ["run", str(recipe), "--seeds", "3"])
+    assert isinstance(result.exception, TrainingError)
+    assert str(result.exception) == "of 3 seeds 2 came to their end; not seed 8, as said above"
+    assert "error: seed 8: the loss is nan at step" in result.stderr, result.stderr
+    folders = [recipe.parent / "runs" / f"tiny-seed{seed}" for seed in (7, 9)]
+    assert result.stdout.split() == [str(folder) for folder in folders]
+    assert "2 runs that differ by their seed alone:" in result.stderr
+    assert f"qtune compare {folders[0]} {folders[1]}" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_error_that_ends_all_seeds_leaves_the_commands_for_those_not_begun(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(adapter='kind = "ia3"', training="steps = 2\nbatch_size = 2\nseed = 7")
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OutOfMemory("one row of 9 tokens does not fit")
+
+    monkeypatch.setattr("qtune.training.train.run", full)
+    result = CliRunner().invoke(app, ["run", str(recipe), "--seeds", "3"])
+    assert isinstance(result.exception, OutOfMemory)
+    heading, *commands = result.stderr.splitlines()[-3:]
+    assert heading == "the 2 seeds that were not begun:"
+    assert all(f"--set output.name=tiny-seed{seed}" in one for seed, one in zip((8, 9), commands, strict=True))
 
 
 def test_seeds_are_for_new_runs(tmp_path: Path) -> None:

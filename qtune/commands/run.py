@@ -20,7 +20,7 @@ from qtune.commands.shared import (
     say_next,
     say_set_aside,
 )
-from qtune.errors import InputError, Interrupted, Problem, RunError
+from qtune.errors import InputError, Interrupted, Problem, QtuneError, RunError, TrainingError
 from qtune.startup.launched import launched
 
 if TYPE_CHECKING:
@@ -226,26 +226,41 @@ def _run_seeds(
 
     seeded: the changes that each has been made by.
 
+    A seed whose training ends in an error, as one that diverges, is told, and the others are trained all the same; that
+    it happens to some of them is what several seeds are for.
+
     Raises:
-        Interrupted: with the commands for the seeds that no run was begun of.
+        Interrupted: with the commands for the seeds that no run was begun of; these are said before any other error.
+        TrainingError: some have failed, after all have been tried.
     """
     from qtune.run.summary import summary_of
     from qtune.screens.run import spread_text
     from qtune.training import train
 
-    runs = []
+    runs, failed = [], []
     for number, resolved in enumerate(recipes, start=1):
         try:
             runs.append(train.run(resolved, allow, accepted=accepted, whole_weights=whole_weights))
             _end_run(runs[-1])
-        except Interrupted as error:
+        except QtuneError as error:
+            if isinstance(error, TrainingError) and launched().processes == 1:
+                failed.append(resolved.recipe.training.seed)
+                console.say_error(f"seed {failed[-1]}: {error}")
+                continue
             options = _options(allow, accepted, whole_weights=whole_weights)
             left = [_beginning(resolved.file, words, options) for words in seeded[number:]]
             if not left:
                 raise
             of_those = "the seed that was not begun" if len(left) == 1 else f"the {len(left)} seeds that were not begun"
-            raise Interrupted("\n".join([f"{error}", f"{of_those}:", *left])) from error
-    console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
+            if isinstance(error, Interrupted):
+                raise Interrupted("\n".join([f"{error}", f"{of_those}:", *left])) from error
+            console.say("\n".join([f"{of_those}:", *left]))
+            raise
+    if len(runs) > 1:
+        console.say(spread_text([summary_of(run_dir) for run_dir in runs]))
+    if failed:
+        which = f"seed {failed[0]}" if len(failed) == 1 else f"seeds {', '.join(map(str, failed))}"
+        raise TrainingError(f"of {len(recipes)} seeds {len(runs)} came to their end; not {which}, as said above")
 
 
 def _options(allow: tuple[str, ...], accepted: tuple[str, ...], *, whole_weights: bool) -> list[str]:
