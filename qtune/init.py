@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 LEAST_LENGTH = 2048
 """Of the longest example, in tokens: what most rows stay far below; memory follows the rows that there are."""
+MANY_PASSES = 20
+"""Over the rows, that a copied recipe's own number of steps makes of other rows: from so many on it is said."""
 AROUND_A_ROW = 256
 """Tokens that a template may put around a row. Inside of it there are no more than bytes."""
 UNKNOWN_REACH = 131_072
@@ -279,6 +281,13 @@ def said_of_steps(look: "FirstLook", data: str, file: Path) -> list[str]:
         share = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
         if (few := few_steps(training, look.usable - held_out_rows(share, look.usable))) is not None:
             said.append(few)
+        if training.steps is not None and look.usable:
+            passes = training.steps * training.batch_size / max(1, look.usable - held_out_rows(share, look.usable))
+            if passes >= MANY_PASSES:
+                said.append(
+                    f"{data}: training.steps = {training.steps} are {passes:,.0f} passes over so few rows; "
+                    f"training.epochs in its place says how many it takes"
+                )
     return said
 
 
@@ -352,7 +361,8 @@ def copied_recipe(
     """The text of a shipped recipe, whose data paths are right for `file`; with another model or other data.
 
     look: at the rows of `data`, whose columns are renamed where the first ones let that be guessed. Other data replace
-    the rows of every split: those of the original have nothing to do with them.
+    the rows of every split: those of the original have nothing to do with them. Neither has the text that a soft prompt
+    of the original starts from: it then starts from rows.
 
     Raises:
         RecipeError: there is no such recipe, model or data.
@@ -375,6 +385,9 @@ def copied_recipe(
                 lines[number] = lines[number].replace(show_value(source), show_value(written), 1)
         else:
             edits[places["data", key]] = _own_rows(data, file, original.recipe.data, look) if key == "train" else None
+    if data is not None and ("adapter", "text") in places:
+        edits[places["adapter", "text"]] = None
+        edits[places["adapter", "initialization"]] = 'initialization = "rows"'
     if base is not None:
         edits[places["model", "base"]] = f"base = {show_value(base)}"
     # From the last line to the first, so that the numbers of the others stay right.

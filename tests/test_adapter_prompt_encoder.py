@@ -7,11 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.adapter.attach import attach_adapter
-from qtune.adapter.prompt_encoder import measure_unit
+from qtune.adapter.prompt_encoder import measure_unit, residual_prompts
 from qtune.adapter.starts import Material, row_ids, start_prompt
+from qtune.adapter.state import STATE_FILE, load_trained_state, save_trained_state
 from qtune.device.present import Device
 from qtune.plan import make_plan
 from qtune.recipe.faults import Faulty
@@ -74,6 +76,27 @@ def test_an_adam_step_moves_its_vectors_by_their_rate_in_units_of_the_vocabulary
     moved = (prompt_of(model).detach() - before).abs()
     expected = 1e-3 * rate * float(table.pow(2).mean().sqrt())
     assert float(moved.mean()) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_prompt_is_the_same_on_a_base_whose_embeddings_measure_otherwise(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    """As they do where they are kept in fewer bits: the unit is part of what was trained."""
+    adapter = KINDS[name].model_copy(update={"initialization": "text", "text": "You are brief.", "vector_scale": 8.0})
+    model = started(tiny_model, adapter)
+    save_trained_state(model, tmp_path)
+    again = started(tiny_model, adapter, seed=1)
+    for encoder in residual_prompts(again):
+        encoder.unit *= 1.05
+    load_trained_state(again, tmp_path)
+    torch.testing.assert_close(prompt_of(again), prompt_of(model), rtol=0, atol=0)
+    # The state of an older version says no unit: then it is the measured one.
+    state = load_file(tmp_path / STATE_FILE)
+    save_file(state, tmp_path / STATE_FILE)
+    older = started(tiny_model, adapter, seed=1)
+    load_trained_state(older, tmp_path)
+    torch.testing.assert_close(prompt_of(older), prompt_of(model), rtol=0, atol=0)
 
 
 def test_rows_end_whole_before_the_row_that_is_asked() -> None:

@@ -215,6 +215,31 @@ def test_a_copy_with_other_data_keeps_no_rows_of_the_original(here, name):
     assert recipe.data.validation == 0.05
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if "tuning" in name])
+def test_a_soft_prompt_that_is_copied_for_other_rows_says_nothing_of_those_it_was_written_for(here, name):
+    done = init("--from", name, "--data", "rows.jsonl")
+    text = Path("recipe.toml").read_text()
+    adapter = load_recipe(Path("recipe.toml")).recipe.adapter
+    assert (adapter.initialization, adapter.text, adapter.residual) == ("rows", None, True)
+    assert "JSON" not in text.partition("[adapter]")[2].partition("[data]")[0]
+    assert "word that says" not in text
+    # With its own rows it keeps its text.
+    kept = load_recipe(shipped_recipes()[name]).recipe.adapter
+    assert done.returncode == 0
+    init("--from", name, "--output", "same.toml")
+    assert load_recipe(Path("same.toml")).recipe.adapter == kept
+
+
+def test_steps_that_are_many_passes_over_other_rows_are_said(here):
+    Path("rows.jsonl").write_text(rows_of(20))
+    done = init("--from", "quickstart_p_tuning", "--data", "rows.jsonl")
+    assert (
+        "rows.jsonl: training.steps = 500 are 105 passes over so few rows; training.epochs in its place" in done.stderr
+    )
+    Path("rows.jsonl").write_text(rows_of(600))
+    assert "passes over" not in init("--from", "quickstart_p_tuning", "--data", "rows.jsonl", "--force").stderr
+
+
 def test_each_shipped_recipe_is_listed_with_its_first_comment_line():
     summaries = dict(shipped_summaries())
     assert summaries.keys() == shipped_recipes().keys()

@@ -81,9 +81,14 @@ def make_residual(model: PeftModel, adapter: PromptTuning | PTuning) -> None:
 
 def measure_unit(model: PeftModel) -> None:
     """Gives a residual prompt its base's unit, without which its parameters mean nothing; other adapters have none."""
-    for encoder in getattr(model, "prompt_encoder", {}).values():
-        if isinstance(encoder, ResidualPrompt):
-            encoder.unit = unit_of(model.get_base_model().get_input_embeddings())
+    for encoder in residual_prompts(model):
+        encoder.unit = unit_of(model.get_base_model().get_input_embeddings())
+
+
+def residual_prompts(model: PeftModel) -> list[ResidualPrompt]:
+    """Those of its soft prompts that are residual: one or none."""
+    encoders = getattr(model, "prompt_encoder", {}).values()
+    return [encoder for encoder in encoders if isinstance(encoder, ResidualPrompt)]
 
 
 @torch.no_grad()

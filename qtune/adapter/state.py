@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtune.adapter.prompt_encoder import residual_prompts
 from qtune.errors import ModelError, Problem
 from qtune.model.checkpoint import DTYPES
 from qtune.model.layer_stream import join_stream
@@ -24,16 +25,21 @@ STATE_FILE = TRAINED_STATE
 """Every trained tensor under its module's name. peft's own file has no prompt encoder, only what it computed."""
 
 
+UNIT = "unit"
+
+
 def trained_state(model: PeftModel) -> dict[str, Tensor]:
     """Every trained tensor by its name in the model, prompt encoder included. No copies."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_trained_state(model: PeftModel, folder: Path) -> None:
-    """Writes `trained_state` whole or not at all."""
+    """Writes `trained_state` whole or not at all; of a residual prompt with the unit that its vectors are in, which
+    measures a little otherwise where the base's embeddings are kept otherwise the next time."""
     state = {name: tensor.contiguous() for name, tensor in trained_state(model).items()}
+    units = [encoder.unit for encoder in residual_prompts(model)]
     with whole(folder / STATE_FILE) as partial:
-        save_file(state, partial)
+        save_file(state, partial, {UNIT: repr(units[0])} if units else None)
 
 
 @torch.no_grad()
@@ -56,6 +62,11 @@ def load_trained_state(model: PeftModel, folder: Path) -> None:
                 Problem(str(file), f"{name} is {list(tensor.shape)}, the recipe makes it {list(here[name].shape)}")
             )
         here[name].copy_(tensor)
+    with safe_open(file, "pt") as opened:
+        unit = (opened.metadata() or {}).get(UNIT)
+    if unit is not None:  # older files have none
+        for encoder in residual_prompts(model):
+            encoder.unit = float(unit)
 
 
 def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:

@@ -114,7 +114,7 @@ def few_steps_of_a_prompt(adapter: Adapter, training: Training, rows: int) -> st
     named = f", training.steps = {steps * batch // size}" if training.steps is not None else ""
     what = "step is" if steps == 1 else "steps are"
     return (
-        f"training: {steps} {what} few for a soft prompt, which learns by steps more than by rows; with "
-        f"training.batch_size = {size}{named} the same rows take it further (the quickstart's loss on held-out rows, "
-        "after as many rows each: 0.124 with 4 rows a step, 0.106 with 2, 0.076 with 1)"
+        f"training: {steps} {what} few for a soft prompt, which may learn by steps more than by rows; with "
+        f"training.batch_size = {size}{named} the same rows may take it further (the quickstart's loss on "
+        "held-out rows, after as many rows each: 0.124 with 4 rows a step, 0.106 with 2, 0.076 with 1)"
     )
