@@ -104,6 +104,7 @@ def test_a_file_without_the_marks_is_left_alone_and_says_what_is_missing(tool, m
         ("time table", "docs/time.md"),
         ("step table", "docs/time.md"),
         ("goal table", "docs/time.md"),
+        ("streamed table", "docs/time.md"),
     ],
 )
 def test_each_table_has_its_marks_in_one_page(name: str, page: str) -> None:
