@@ -4,10 +4,13 @@ import json
 import os
 
 import datasets
+import numpy as np
 import pytest
 from chat_families import FAMILIES, tokenizer_of
+from datasets import Dataset
 
 from qtune.data import encoding
+from qtune.data.choice import rows_set_aside
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import prepare, survey
 from qtune.data.rows import Row
@@ -69,6 +72,21 @@ def test_copies_of_a_row_are_never_on_both_sides_of_the_split(folder):
     prepared = made(folder, validation=0.1)
     assert len(prepared.validation) == 20
     assert not set(questions(prepared.examples["validation"])) & set(questions(prepared.examples["train"]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("alike", "others"), [(1, 0), (60, 0), (90, 10), (70, 130), (3, 97)])
+def test_a_prompt_that_many_rows_have_does_not_take_them_from_the_run(seed: int, alike: int, others: int) -> None:
+    total = alike + others
+    prompts = np.array([5] * alike + list(range(100, 100 + others)), dtype=np.uint64)
+    train = Dataset.from_dict({"prompt_hash": prompts})
+    chosen = rows_set_aside(train, 0.05, seed)
+    assert len(chosen) < total, "something is left to train on"
+    assert len(chosen) <= max(2 * 0.05 * total, 0.2 * total)
+    if others >= 10:
+        assert len(chosen) >= 0.05 * total, "other prompts take the place of one that is too large"
+    # A prompt stands on one side alone.
+    assert not set(prompts[chosen]) & set(np.delete(prompts, chosen))
 
 
 def test_eval_reads_the_test_rows_and_else_the_validation_rows(folder):

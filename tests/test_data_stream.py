@@ -507,6 +507,22 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, tokenizer: PreTrained
     assert sorted(made) == list(range(15))  # and each block was made once
 
 
+@pytest.mark.parametrize("alike", [30, 100, 120])
+def test_of_a_stream_the_same_rows_are_set_aside_where_many_have_one_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, alike: int
+) -> None:
+    rows = [{"question": f"What is {max(0, place - alike)}?", "answer": f"It is {place}."} for place in range(120)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(4):
+        whole, streamed = both(tmp_path, tokenizer, train="rows.jsonl", validation_seed=seed)
+        kept, also = (
+            list(one.examples["validation"]["place"]) if "validation" in one.examples else []
+            for one in (whole, streamed)
+        )
+        assert kept == also
+        assert len(kept) <= 24
+
+
 @pytest.mark.slow
 def test_of_a_stream_no_more_rows_are_set_aside_than_tell_a_mean_loss(
     tmp_path: Path,

@@ -82,6 +82,14 @@ def test_of_few_rows_no_more_than_a_fifth_is_held_out_and_never_the_only_one() -
     assert first_share(100) == Data.model_fields["validation"].default
 
 
+@pytest.mark.parametrize(("held_out", "said"), [(0, "0 of 60 rows are held out"), (12, "12 of 60 rows are held out")])
+def test_a_share_that_rows_with_one_prompt_make_another_is_told(held_out: int, said: str) -> None:
+    found = str(few_held_out(Data(train="a.jsonl", validation=0.05), 60, held_out))
+    assert said in found
+    assert "data.validation = 0.05 means 3, for rows with one prompt stay together" in found
+    assert few_held_out(Data(train="a.jsonl", validation=0.05), 200, 12) is None
+
+
 def test_few_held_out_rows_are_told_with_a_share_that_is_enough() -> None:
     data = Data(train="a.jsonl", validation=0.05)
     said = few_held_out(data, 60, 3)
@@ -91,7 +99,7 @@ def test_few_held_out_rows_are_told_with_a_share_that_is_enough() -> None:
     (share,) = re.findall(r"data\.validation = (\S+)", said)
     assert held_out_rows(float(share), 60) >= FEWEST
     assert few_held_out(data, 20, 1) is None  # a gate's finding
-    assert few_held_out(data, 60, 0) is None
+    assert few_held_out(Data(train="a.jsonl", validation=0.0), 60, 0) is None
     own_file = Data(train="a.jsonl", validation="b.jsonl")
     assert few_held_out(own_file, 63, 3) == (
         "data: 3 rows are held out, too few to tell a change of their loss from noise; 5 are enough"

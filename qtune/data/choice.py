@@ -3,11 +3,11 @@
 import numpy as np
 from datasets import Dataset
 
-from qtune.recipe.steps import held_out_rows
+from qtune.recipe.steps import LARGEST_SHARE, held_out_rows
 
 
 def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
-    """The rows set aside: those whose content hashes lowest under the seed.
+    """The rows set aside: those whose prompt hashes lowest under the seed, as `prompts_set_aside` says.
 
     Equal rows hash equally, so that a duplicate never stands on both sides of the split.
     """
@@ -16,9 +16,30 @@ def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
     # By prompt: the same question must not be in both parts, whatever its answers are.
     hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
     order = mixed(hashes, seed)
-    count = held_out_rows(share, len(train))
-    border = np.partition(order, count - 1)[count - 1]
-    return np.flatnonzero(order <= border)
+    chosen = prompts_set_aside(*np.unique(order, return_counts=True), held_out_rows(share, len(train)), len(train))
+    return np.flatnonzero(np.isin(order, chosen))
+
+
+def prompts_set_aside(
+    prompts: np.ndarray, rows: np.ndarray, wanted: int, total: int, most: int | None = None
+) -> np.ndarray:
+    """Of prompts, as their hashes ascend, those whose rows are set aside: the first ones that `wanted` rows have.
+
+    Rows with one prompt stay together. A prompt of so many that twice what is wanted, and a fifth of all, would be
+    exceeded is left to training, and the next ones are taken: else one that nine in ten rows have ("write in my style")
+    would take these rows from a run. So is one without which nothing would be left.
+
+    rows: that each has. total: of all prompts. most: rows that may be set aside, where that is not as said.
+    """
+    most = max(2 * wanted, int(LARGEST_SHARE * total)) if most is None else most
+    chosen, taken = [], 0
+    for prompt, count in zip(prompts, rows.tolist(), strict=True):
+        if taken >= wanted:
+            break
+        if taken + count <= most and taken + count < total:
+            chosen.append(prompt)
+            taken += count
+    return np.array(chosen, dtype=prompts.dtype)
 
 
 def mixed(values: np.ndarray, seed: int) -> np.ndarray:

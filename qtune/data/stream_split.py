@@ -9,7 +9,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.choice import mixed
+from qtune.data.choice import mixed, prompts_set_aside
 from qtune.data.examples import COLUMNS
 from qtune.data.kept import read_about, write_about
 from qtune.data.store import EXAMPLES, not_written, written_whole
@@ -19,27 +19,32 @@ from qtune.recipe.steps import held_out_rows
 
 MOST_SET_ASIDE = 4096
 """A share of a file of millions would be evaluated for hours; so many rows know a mean loss well."""
+TOO_LARGE = 8
+"""Prompts beside those that are wanted: so many may have too many rows, of which each has more than a tenth of all."""
 FIGURES_AT_ONCE = 1 << 20
 
 
 def examples_set_aside(indexes: Sequence[Index], share: float, seed: int) -> np.ndarray:
     """The numbers of the examples that `choice.rows_set_aside` would choose, at most MOST_SET_ASIDE and their equals.
 
-    The figures are read twice in pieces: once for the border below which a hash is chosen, once for those below it.
+    The figures are read three times in pieces: for the lowest hashes, for the rows that each of these has, and for the
+    numbers of those that are chosen.
     """
     total = sum(map(len, indexes))
     if not share or not total:
         return np.zeros(0, np.int64)
-    count = min(held_out_rows(share, total), MOST_SET_ASIDE)
+    wanted = held_out_rows(share, total)
+    count = min(wanted, MOST_SET_ASIDE)
     lowest = np.zeros(0, np.uint64)
     for hashes in _pieces(indexes, seed):
-        lowest = np.concatenate([lowest, hashes])
-        if len(lowest) > count:
-            lowest = np.partition(lowest, count - 1)[:count]
-    border = lowest.max()
+        lowest = np.unique(np.concatenate([lowest, hashes]))[: count + TOO_LARGE]
+    rows = np.zeros(len(lowest), np.int64)
+    for hashes in _pieces(indexes, seed):
+        rows += np.bincount(np.searchsorted(lowest, hashes[np.isin(hashes, lowest)]), minlength=len(lowest))
+    chosen = prompts_set_aside(lowest, rows, count, total, None if count == wanted else 2 * count)
     found, first = [], 0
     for hashes in _pieces(indexes, seed):
-        found.append(first + np.flatnonzero(hashes <= border))
+        found.append(first + np.flatnonzero(np.isin(hashes, chosen)))
         first += len(hashes)
     return np.concatenate(found)
 

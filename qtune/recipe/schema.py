@@ -223,8 +223,8 @@ RESIDUAL_RATE = (3e-3, "what an encoder that is added to its vectors learned bes
 
 
 BEST_PROMPT = MappingProxyType({"residual": True, "vector_rate": 30.0, "vector_scale": 100.0, "initialization": "rows"})
-"""How a soft prompt learned best (docs/quickstart.md), but for its start: a new recipe knows no text, and of single runs
-from rows, from words of the vocabulary and from a text none was clearly ahead (NOTES.md)."""
+"""How a soft prompt learned best (docs/quickstart.md), but for its start: a new recipe knows no text, and of single
+runs from rows, from words of the vocabulary and from a text none was clearly ahead (NOTES.md)."""
 
 
 class PTuning(AdapterTable):

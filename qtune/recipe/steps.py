@@ -69,6 +69,17 @@ def few_held_out(data: Data, rows: int, held_out: int) -> str | None:
 
     rows: all of data.train where a share of them is held out. held_out: that the losses are measured on.
     """
+    if (
+        isinstance(data.validation, float)
+        and data.validation
+        and rows > 1
+        and (held_out == 0 or held_out > max(2 * held_out_rows(data.validation, rows), FEWEST))
+    ):
+        return (
+            f"data: {held_out:,} of {rows:,} rows are held out where data.validation = {data.validation:g} means "
+            f"{held_out_rows(data.validation, rows):,}, for rows with one prompt stay together; a file of its own as "
+            "data.validation holds out what you choose"
+        )
     if not 0 < held_out < FEWEST:
         return None
     more = f"{FEWEST} are enough"
