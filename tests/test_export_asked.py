@@ -13,10 +13,11 @@ from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import to_conversation
 from qtune.data.template import CHATML, ChatTemplate, Renderer
 from qtune.errors import ExportError
-from qtune.export.asked import asked_in_training, require_same_questions
 from qtune.export.export import Options, export_run
 from qtune.export.gguf.modelfile import ollama_prompt
 from qtune.export.opened_run import open_for_export
+from qtune.export.verify.asked import asked_in_training, require_same_questions
+from qtune.export.verify.rows import GENERAL, general_rows
 from qtune.recipe.schema import Data
 
 PROMPTS = ["Answer in capital letters.", 'Say "{{ x }}" and {% y %}\n\n\\n `a` ``b`` 🙂 {# no #}', "'"]
@@ -101,6 +102,43 @@ def test_an_export_that_asks_in_other_words_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its chat template puts other words before 'Hello' than training did"):
         require_same_questions(open_for_export(run), folder)
     assert json.loads((folder / "adapter_config.json").read_text())
+
+
+TURNS_OF_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ONE_QUESTION = "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+WITH_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
+
+
+@pytest.mark.parametrize("refusal", [ONE_QUESTION, WITH_SYSTEM])
+def test_a_template_that_takes_no_plain_talk_is_asked_what_it_takes(tmp_path: Path, refusal: str) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(refusal + TURNS_OF_CHATML)
+    run = tiny_run(tmp_path, data=f'chat_template = "{template}"')
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    if refusal is WITH_SYSTEM:
+        rows = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = export_run(run, Options(adapter_only=True))
+    file = folder / "chat_template.jinja"
+    text = file.read_text()
+    file.write_text(text.replace("<|im_start|>assistant", "<|im_start|>model"))
+    with pytest.raises(ExportError, match="its chat template puts other words before "):
+        require_same_questions(open_for_export(run), folder)
+    file.write_text("{{ raise_exception('nothing at all') }}" + text)
+    with pytest.raises(ExportError, match=r"its chat template refuses .*, which training's takes: nothing at all$"):
+        require_same_questions(open_for_export(run), folder)
+
+
+def test_of_general_conversations_those_that_a_template_refuses_are_left_out(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% if 'France' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + TURNS_OF_CHATML
+    )
+    run = tiny_run(tmp_path, data=f'chat_template = "{template}"')
+    assert 0 < len(general_rows(open_for_export(run))) < len(GENERAL)
 
 
 RULE = {"role": "system", "content": "Now in French."}

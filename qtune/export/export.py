@@ -14,7 +14,6 @@ from qtune.device.present import one_sentence
 from qtune.disk import told
 from qtune.errors import ExportError, ModelError, VerificationError
 from qtune.export.adapter_folder import is_adapter_alone, require_same_adapter, write_adapter
-from qtune.export.asked import require_same_questions
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over, hand_over_adapter
@@ -28,6 +27,7 @@ from qtune.export.push import push
 from qtune.export.serving import serving, uses_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, proof_today, read_proof
+from qtune.export.verify.asked import require_same_questions
 from qtune.export.verify.rows import CheckedRows, rows_for
 from qtune.export.verify.verify import verify
 from qtune.manifest import IF_CHANGED

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.conversation import Conversation
+from qtune.data.conversation import Conversation, RowError
 from qtune.data.held_out import held_out_rows, spread_unlike
 from qtune.data.masks import IGNORED
 from qtune.data.template import Renderer
@@ -65,13 +65,17 @@ def rows_for(source: OpenedRun, count: int = 32) -> CheckedRows:
 
 
 def general_rows(source: OpenedRun) -> list[CheckedRow]:
-    """Short conversations that any model can be asked, rendered as the run would."""
+    """Short conversations that any model can be asked, rendered as the run would; without those that its template
+    refuses, which may be all."""
     renderer = Renderer.of(source.tokenizer, source.template.text)
     rows = []
     for question, answer in GENERAL:
         messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
         conversation = Conversation(messages, place="general")
-        prompt, whole = renderer.prompt(conversation), renderer.render(messages)
+        try:
+            prompt, whole = renderer.prompt(conversation), renderer.render(messages)
+        except RowError:
+            continue
         ids = encode(source.tokenizer, whole)
         prompted = len(encode(source.tokenizer, prompt))
         rows.append(CheckedRow(ids, (IGNORED,) * prompted + ids[prompted:], conversation))
