@@ -3,9 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from export_models import tiny_base, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
+from qtune.data.template import CHATML
+from qtune.export.merged_folder import generation_config
 from qtune.export.model_files import copy_side_files, merged_config
+from qtune.tuned.generate import find_ends
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -77,3 +83,23 @@ def test_the_config_loses_its_quantization_and_says_the_output_dtype_everywhere(
         "vocab_size": 7,
         "someone_else_s_key": [1],
     }
+
+
+@pytest.mark.parametrize("own", [None, {"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}, {}])
+@pytest.mark.parametrize("of_model", [2, [2, 7, 9], None])
+@pytest.mark.parametrize("template", [CHATML, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_an_export_ends_its_answers_where_the_run_did(
+    tmp_path: Path, template: str, of_model: int | list[int] | None, own: dict[str, object] | None
+) -> None:
+    """Whatever says it: a generation config, the model's own where there is none, the tokenizer, the template."""
+    base = tiny_base(tmp_path / "base", eos_token_id=of_model)
+    tokenizer = tiny_tokenizer(base)
+    tokenizer.chat_template = template
+    file = base / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if own is not None:
+        file.write_text(json.dumps(own))
+    run = find_ends(AutoModelForCausalLM.from_pretrained(base), tokenizer).stop
+    file.write_text(json.dumps(generation_config(base, tokenizer, template)))
+    exported = AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id
+    assert tuple(sorted(exported if isinstance(exported, list) else [exported])) == run

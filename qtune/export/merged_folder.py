@@ -83,18 +83,33 @@ def write_template(work: Path, template: str | dict[str, str]) -> None:
             write_json(file, config)
 
 
-def generation_config(base: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, Any]:
-    """The base's generation config with the end of a turn among the tokens that end an answer.
+def _json(file: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return read
 
-    Loaders stop at its `eos_token_id`; a base model's does not name the token that ends a turn.
+
+def _ends_of_model(base: Path) -> Any:
+    """What config.json says, as transformers takes it where there is no generation config: an id, several, or None."""
+    file = base / "config.json"
+    config = _json(file) if file.exists() else {}
+    of_text = config.get("text_config") or {}
+    return config.get("eos_token_id", of_text.get("eos_token_id"))
+
+
+def generation_config(base: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, Any]:
+    """The base's generation config with all tokens that end an answer where qtune asks: its own, those of config.json
+    where it has no file of its own, the tokenizer's, and the end of a turn.
+
+    Loaders stop at its `eos_token_id` alone; a base model's does not name the token that ends a turn.
     """
     file = base / "generation_config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    known = config.get("eos_token_id", tokenizer.eos_token_id)
-    ends = [] if known is None else list(known) if isinstance(known, list) else [known]
+    config: dict[str, Any] = _json(file) if file.exists() else {"eos_token_id": _ends_of_model(base)}
+    known = config.pop("eos_token_id", None)
+    found = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
     end_of_turn = Renderer.of(tokenizer, template).end_of_turn
-    if end_of_turn is not None and (end := tokenizer.convert_tokens_to_ids(end_of_turn)) not in ends:
-        ends.append(end)
+    if end_of_turn is not None:
+        found.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    ends = [end for end in dict.fromkeys(found) if end is not None]
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if config.get("pad_token_id") is None and tokenizer.pad_token_id is not None:
