@@ -30,7 +30,7 @@ from qtune.tuned import evaluate as stage
 from qtune.tuned.asked import KEPT, SHOWN_TURNS, asked_text, asked_turns, shortened
 from qtune.tuned.evaluate import evaluate
 from qtune.tuned.evaluation import EXTRA_TOKENS, read_evaluation
-from qtune.tuned.generate import generate
+from qtune.tuned.generate import Generated, generate
 from qtune.tuned.load import load_run
 from qtune.tuned.vocabulary import decoded
 from qtune.verdicts.learning import learned_against_base
@@ -157,9 +157,10 @@ def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tin
     def answer(model, prompts, limits, ends, on_rows):
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         kind = "tuned" if hasattr(model, "peft_config") else "base"
-        return [tokenizer(text).input_ids[:limit] for text, limit in zip(texts[kind], limits, strict=True)]
+        ids = [tokenizer(text).input_ids for text in texts[kind]]
+        return [Generated(tuple(one[:limit]), len(one) < limit) for one, limit in zip(ids, limits, strict=True)]
 
-    monkeypatch.setattr(stage, "generate", answer)
+    monkeypatch.setattr(stage, "answers_to", answer)
     evaluation = evaluate(run_dir)
     assert evaluation.base.exact_match == 2 / 8
     assert evaluation.tuned.exact_match == 5 / 8
@@ -170,8 +171,34 @@ def test_an_answer_is_right_when_it_is_the_expected_text_and_ended(tmp_path, tin
 def test_an_answer_that_was_stopped_says_so(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = tokenizer("It is what it is").input_ids
-    assert stage.answer_text(tokenizer, ids, len(ids) + 1) == "It is what it is"
-    assert stage.answer_text(tokenizer, ids, len(ids)) == "It is what it is…"
+    assert stage.answer_text(tokenizer, ids, is_whole=True) == "It is what it is"
+    assert stage.answer_text(tokenizer, ids, is_whole=False) == "It is what it is…"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_an_answer_that_ends_at_its_limit_is_whole(tmp_path, tiny_model, monkeypatch, limit):
+    """A label of one token, and --max-new-tokens 1: it is right where the model ends behind it, and cut where it does
+    not."""
+    run_dir = make_run(tmp_path, tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    label = tokenizer.decode(tokenizer("abcdefg", add_special_tokens=False).input_ids[:limit])
+    ids = tokenizer(label, add_special_tokens=False).input_ids
+    assert len(ids) == limit
+    write_rows(tmp_path / "test.jsonl", [row("Which?", label)])
+
+    def says(model, prompts, limits, ends, *_, **__):
+        """What the base goes on with behind the label is another token, and the tuned model ends there."""
+        assert limits == [limit + 1]
+        more = ids[-1] if not hasattr(model, "peft_config") else ends.stop[0]
+        return [Generated(tuple(ids), True)] if more == ends.stop[0] else [Generated((*ids, more), False)]
+
+    monkeypatch.setattr(stage, "answers_to", says)
+    found = evaluate(run_dir, max_new_tokens=limit)
+    assert (found.base.exact_match, found.tuned.exact_match) == (0.0, 1.0)
+    assert (found.comparisons[0].base, found.comparisons[0].tuned) == (f"{label}…", label)
+    assert (found.comparisons[0].is_base_cut, found.comparisons[0].is_tuned_cut) == (True, False)
+    assert found.answers_cut == 0
 
 
 def test_eval_json_holds_what_was_returned(tmp_path, tiny_model):
@@ -480,12 +507,12 @@ def test_free_text_has_room_to_go_on_and_an_exact_answer_has_none(tmp_path, tiny
 
     def nothing(model, prompts, limits, ends, on_rows):
         room.extend(limits)
-        return [[] for _ in prompts]
+        return [Generated((), True) for _ in prompts]
 
-    monkeypatch.setattr(stage, "generate", nothing)
+    monkeypatch.setattr(stage, "answers_to", nothing)
     evaluate(run_dir)
     tokens = len(AutoTokenizer.from_pretrained(tiny_model)(answer).input_ids)
-    assert room == [times * tokens + EXTRA_TOKENS] * 2
+    assert room == [times * tokens + EXTRA_TOKENS + 1] * 2
 
 
 def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):

@@ -246,8 +246,7 @@ def test_of_a_character_that_an_answer_is_cut_in_nothing_is_shown(tokenizer):
     cut, whole = (decoded(tokenizer, ids[:-1], is_whole=value) for value in (False, True))
     assert (cut.strip(), decoded(tokenizer, ids, is_whole=False)) == ("So far", "So far 🦥")
     assert whole == tokenizer.decode(ids[:-1]), "what a model says of itself stays to be seen"
-    limit = len(ids) - 1
-    assert answer_text(tokenizer, ids[:-1], limit) == f"So far{CUT}"
+    assert answer_text(tokenizer, ids[:-1], is_whole=False) == f"So far{CUT}"
     pieces: list[str] = []
     shown = Pieces(tokenizer, pieces.append)
     shown.put(torch.tensor([1]))  # the prompt

@@ -43,10 +43,10 @@ from qtune.tuned.evaluation import (
     read_evaluation,
 )
 from qtune.tuned.free_text import is_free_text, text_score
-from qtune.tuned.generate import Ends, find_ends, generate, positions_left, within_reach
+from qtune.tuned.generate import Ends, answers_to, find_ends, positions_left, within_reach
 from qtune.tuned.load import LoadedRun, load_reader, load_untuned, with_adapter
 from qtune.tuned.precision import training_autocast
-from qtune.tuned.questions import Question, answer_text, is_cut, to_question
+from qtune.tuned.questions import Question, answer_text, to_question
 from qtune.tuned.row_losses import require_finite_losses, row_losses
 from qtune.tuned.seen import SeenRows, seen_rows
 from qtune.tuned.vocabulary import require_embeddings
@@ -107,6 +107,8 @@ class _Asked:
     """Of each question."""
     limits: list[int]
     """Of each question, the most tokens of an answer."""
+    rooms: list[int]
+    """Of each question, the most tokens that are made: the one behind an answer of its limit tells whether it ended."""
     max_new_tokens: int
     """The most of any."""
     is_limited: bool
@@ -195,6 +197,10 @@ def _asked(run_dir: RunDir, run: LoadedRun, rows: int, data_file: Path | None, m
             within_reach(min(tokens, max_new_tokens), len(question.prompt), reach)
             for tokens, question in zip(wanted, questions, strict=True)
         ],
+        rooms=[
+            within_reach(min(tokens, max_new_tokens) + 1, len(question.prompt), reach)
+            for tokens, question in zip(wanted, questions, strict=True)
+        ],
         max_new_tokens=max_new_tokens,
         is_limited=max(wanted, default=0) > max_new_tokens,
         is_free=is_free,
@@ -217,8 +223,13 @@ def _answers(run: LoadedRun, asked: _Asked, name: str, whose: str) -> _Answers:
                 losses[number] = loss
         require_finite_losses(losses, asked.examples["place"], name)
         prompts = [question.prompt for question in questions]
-        made = generate(run.model, prompts, asked.limits, asked.ends, on_rows=shown.advance)
-    texts = [answer_text(run.tokenizer, ids, limit) for ids, limit in zip(made, asked.limits, strict=True)]
+        made = answers_to(run.model, prompts, asked.rooms, asked.ends, on_rows=shown.advance)
+    answered = list(zip(made, asked.limits, strict=True))
+    are_whole = [one.is_whole and len(one.ids) <= limit for one, limit in answered]
+    texts = [
+        answer_text(run.tokenizer, one.ids[:limit], is_whole=is_whole)
+        for (one, limit), is_whole in zip(answered, are_whole, strict=True)
+    ]
     pairs = [
         (question.expected, text)
         for question, text, counts in zip(questions, texts, asked.are_judged, strict=True)
@@ -230,7 +241,7 @@ def _answers(run: LoadedRun, asked: _Asked, name: str, whose: str) -> _Answers:
         sum(expected == text for expected, text in pairs) / len(pairs) if pairs else None,
         text_score(*map(list, zip(*pairs, strict=True))) if asked.is_free and pairs else None,
     )
-    return _Answers(score, losses, texts, [is_cut(ids, limit) for ids, limit in zip(made, asked.limits, strict=True)])
+    return _Answers(score, losses, texts, [not is_whole for is_whole in are_whole])
 
 
 def _evaluation(run_dir: RunDir, asked: _Asked, base: _Answers, tuned: _Answers) -> Evaluation:

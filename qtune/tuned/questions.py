@@ -49,12 +49,6 @@ def to_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ends: E
     )
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], limit: int) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, is_whole: bool) -> str:
     """An answer as compared and shown; an ellipsis says that it was stopped at its limit."""
-    cut = is_cut(ids, limit)
-    return decoded(tokenizer, ids, is_whole=not cut).strip() + (CUT if cut else "")
-
-
-def is_cut(ids: Sequence[int], limit: int) -> bool:
-    """Whether an answer was stopped at its limit."""
-    return len(ids) == limit
+    return decoded(tokenizer, ids, is_whole=is_whole).strip() + ("" if is_whole else CUT)

@@ -59,7 +59,7 @@ def require_same_questions(source: OpenedRun, folder: Path, virtual_ids: tuple[i
             raise ExportError(f"{folder}: {message}")
 
 
-Asked = tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[int]]
+Asked = tuple[list[dict[str, Any]], list[Any] | None, list[int]]
 
 
 def _asked(source: OpenedRun) -> list[Asked]:
