@@ -49,7 +49,7 @@ from qtune.plan import Plan, make_plan
 from qtune.recipe.file import Resolved
 from qtune.recipe.rates import doubtful_rate
 from qtune.recipe.schema import Model, Recipe, Unquantized
-from qtune.recipe.steps import few_held_out, few_steps, few_steps_of_a_prompt
+from qtune.recipe.steps import few_held_out, few_steps, few_steps_of_a_prompt, kept_checkpoints
 from qtune.recipe.text import show_changes
 from qtune.run.drift import BASE, require_same_base
 from qtune.run.folder import OUTPUT, RunDir, existing_folder, require_writable
@@ -223,7 +223,7 @@ def examine(
             with console.progress("tracing a step") as bar:
                 forecast = attempted(config, recipe, device, rows, bar.tell)
     directory = folder or Path(recipe.output.directory)
-    disk = None if count is None else _disk(recipe, plan, count, directory)
+    disk = None if count is None else _disk(recipe, plan, count, directory, len(prepared.train))
     # Where nothing can be written nothing is free, and it is said already.
     is_said = any(problem.place == OUTPUT for error in asked.refusals for problem in error.problems)
     if disk is not None and disk.free_bytes < disk.least_bytes and not is_said:
@@ -412,14 +412,15 @@ def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked:
     return count_parameters(model)
 
 
-def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path) -> Disk:
-    """What the run will write. A checkpoint is written before the oldest goes, so one more than is kept must fit."""
+def _disk(recipe: Recipe, plan: Plan, count: ParameterCount, directory: Path, rows: int) -> Disk:
+    """What the run will write, over so many rows. A checkpoint is written before the oldest goes, so one more than is
+    kept must fit."""
     adapter_bytes = count.trainable * getattr(torch, plan.adapter_dtype).itemsize
     # The adapter in peft's format and its full state, and the optimizer's moments.
     checkpoint = 2 * adapter_bytes + OPTIMIZER_BYTES * count.trainable
     free = _free_bytes(directory)
     return Disk(
-        (recipe.training.keep_checkpoints + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
+        (kept_checkpoints(recipe.training, rows) + 1) * checkpoint + (1 + best_states(recipe)) * adapter_bytes,
         EXPORT_BYTES * (count.total - count.trainable),
         bytes_in(cache_folder() / "examples"),
         free,

@@ -1,6 +1,7 @@
 """A run of few steps, or of few held-out rows, is said to be one, with values that make more of them."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from qtune.recipe.steps import (
     few_steps_of_a_prompt,
     first_share,
     held_out_rows,
+    kept_checkpoints,
 )
 
 PROMPTS: list[Adapter] = [PromptTuning(kind="prompt-tuning"), PTuning(kind="p-tuning")]
@@ -88,6 +90,21 @@ def test_a_share_that_rows_with_one_prompt_make_another_is_told(held_out: int, s
     assert said in found
     assert "data.validation = 0.05 means 3, for rows with one prompt stay together" in found
     assert few_held_out(Data(train="a.jsonl", validation=0.05), 200, 12) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"keep_checkpoints": 2, "epochs": 3.0}, 2),
+        ({"keep_checkpoints": 1000, "epochs": 3.0}, 4),  # one each, and one by the clock
+        ({"keep_checkpoints": 1000, "epochs": 2.5, "checkpoint_minutes": None}, 3),
+        ({"keep_checkpoints": 1000, "steps": 60, "checkpoint_every": 7, "checkpoint_minutes": None}, 9),
+        ({"keep_checkpoints": 1000, "steps": 1, "checkpoint_minutes": None}, 1),
+    ],
+)
+def test_no_more_checkpoints_are_counted_than_a_run_makes(changes: dict[str, Any], kept: int) -> None:
+    assert kept_checkpoints(Training(batch_size=8, **changes), 100) == kept
+    assert kept_checkpoints(Training(batch_size=8, **changes), 0) <= kept
 
 
 def test_few_held_out_rows_are_told_with_a_share_that_is_enough() -> None:

@@ -117,7 +117,9 @@ def test_the_states_of_the_best_evaluations_take_disk_too(
     def asked(result: str) -> None:
         """A checkpoint of 100 bytes is kept, and its trained state has 50."""
         recipe = load_recipe(write_recipe(training=f'result = "{result}"\nkeep_checkpoints = 1')).recipe
-        rehearsal._require_disk(100, best_states(recipe) * 50, SimpleNamespace(recipe=recipe), RunDir(tmp_path))
+        prepared = SimpleNamespace(train=range(100))
+        inputs = SimpleNamespace(recipe=recipe, prepared=prepared)
+        rehearsal._require_disk(100, best_states(recipe) * 50, inputs, RunDir(tmp_path))
 
     asked("last")
     with pytest.raises(TrainingError, match=re.escape("the best states (100 B) and the adapter take 400 B")):

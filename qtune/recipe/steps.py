@@ -45,6 +45,23 @@ def first_steps(adapter: type[AdapterTable], rows: int) -> tuple[int, int]:
     return max(epochs, math.ceil(FEW_STEPS / per_epoch)), batch
 
 
+def steps_of(training: Training, rows: int) -> int:
+    """Optimizer steps of a run over so many rows, packed ones where they are packed."""
+    return training.steps or math.ceil(training.epochs * -(-rows // training.batch_size))
+
+
+def kept_checkpoints(training: Training, rows: int) -> int:
+    """How many checkpoints will lie on the disk: training.keep_checkpoints, or as many as the run makes by its steps and
+    one that the clock may add. A large number is how people say that they want them all.
+
+    rows: that are trained on.
+    """
+    steps, per_epoch = steps_of(training, rows), max(1, -(-rows // training.batch_size))
+    every = per_epoch if training.checkpoint_every == "epoch" else training.checkpoint_every
+    by_clock = 0 if training.checkpoint_minutes is None else 1
+    return min(training.keep_checkpoints, -(-steps // every) + by_clock)
+
+
 def held_out_rows(share: float, rows: int) -> int:
     """How many of so many rows a share sets aside for validation: one at least, and none where there is no share."""
     return max(1, round(share * rows)) if share and rows else 0
@@ -118,7 +135,7 @@ def few_steps_of_a_prompt(adapter: Adapter, training: Training, rows: int) -> st
     rows: that are trained on.
     """
     batch = training.batch_size
-    steps = training.steps or math.ceil(training.epochs * -(-rows // batch))
+    steps = steps_of(training, rows)
     if not isinstance(adapter, PromptTuning | PTuning) or not rows or batch == 1 or steps >= FEW_STEPS_OF_A_PROMPT:
         return None
     size = next((size for size in range(batch // 2, 1, -1) if steps * batch // size >= FEW_STEPS_OF_A_PROMPT), 1)

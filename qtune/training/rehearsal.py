@@ -31,6 +31,7 @@ from qtune.memory.measured import process
 from qtune.memory.measured.meter import Meter
 from qtune.model.checkpointed import checkpoint_first, free_inputs, switched_layers
 from qtune.preflight import best_states
+from qtune.recipe.steps import kept_checkpoints
 from qtune.run.checkpoints import OPTIMIZER
 from qtune.run.folder import RunDir
 from qtune.sizes import size_text
@@ -266,7 +267,7 @@ def _require_disk(checkpoint_bytes: int, best_bytes: int, inputs: Inputs, run_di
 
     best_bytes: of the states that the best evaluations keep, beside the checkpoints.
     """
-    keep = inputs.recipe.training.keep_checkpoints
+    keep = kept_checkpoints(inputs.recipe.training, len(inputs.prepared.train))
     needed, free = (keep + 2) * checkpoint_bytes + best_bytes, shutil.disk_usage(run_dir.checkpoints).free
     if needed > free:
         best = f", the best states ({size_text(best_bytes)})" if best_bytes else ""
