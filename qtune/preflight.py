@@ -195,6 +195,7 @@ def examine(
     asked.of(_require_room, config, recipe)
     asked.of(_require_layers, config, recipe)
     plan = make_plan(recipe, device, attention_rule(config))
+    asked.of(_require_scaled_adapter, plan)
     if recipe.adapter.start_from is not None and not asked.refusals:
         earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
         checksums = checksums_loaded(recipe.model, recipe.quantization, plan) if loads else {}
@@ -380,6 +381,16 @@ def _require_lean_step(recipe: Recipe, device: Device) -> None:
             "false trains with peft's own, which takes more memory"
         )
         raise InputError(Problem("training.lean_step = true", message))
+
+
+def _require_scaled_adapter(plan: Plan) -> None:
+    """Gradients of float16 weights cannot be scaled: the first step would end in a ValueError of torch's scaler."""
+    if plan.loss_scaling and plan.adapter_dtype == "float16":
+        message = (
+            "losses are scaled where products are in float16, and gradients of float16 weights cannot be; remove the "
+            "key, which makes it float32, or choose quantization.compute_dtype"
+        )
+        raise InputError(Problem('adapter.dtype = "float16"', message))
 
 
 def _examined_model(config: PretrainedConfig, recipe: Recipe, plan: Plan, asked: Asked) -> ParameterCount | None:

@@ -428,6 +428,21 @@ def test_what_a_recipe_asks_of_memory_without_effect_is_said(
     assert all(expected in one for expected, one in zip(said, found, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "compute", "is_refused"),
+    [("float16", "float16", True), ("float16", "float32", False), ("auto", "float16", False)],
+)
+def test_an_adapter_whose_gradients_cannot_be_scaled_is_refused(
+    dtype: str, compute: str, is_refused: bool, write_recipe: WriteRecipe
+) -> None:
+    changes = ["quantization.kind=nf4", f"adapter.dtype={dtype}", f"quantization.compute_dtype={compute}"]
+    found = examine(load_recipe(write_recipe(training="steps = 40"), changes))
+    said = [str(error) for error in found.refusals if "adapter.dtype" in str(error)]
+    assert bool(said) == is_refused
+    if is_refused:
+        assert "gradients of float16 weights cannot be; remove the key, which makes it float32" in said[0]
+
+
 @pytest.mark.slow
 def test_each_step_that_a_card_has_traced_is_said_before_a_run(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

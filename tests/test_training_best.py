@@ -179,6 +179,21 @@ def test_steps_after_the_last_evaluation_are_not_called_worse() -> None:
     assert said is not None
 
 
+@pytest.mark.parametrize("losses", [((10, 0.5), (20, 0.9)), ((10, 0.9), (20, 0.5))])
+def test_what_nobody_has_measured_is_not_thrown_away_for_what_is_better_than_an_earlier_step(
+    losses: tuple[tuple[int, float], ...],
+) -> None:
+    """A run that goes on with eval_every = "never"."""
+    looks = [looked(*one) for one in losses]
+    step, said = choice(looks, [10, 20], "best-beyond-noise", 1000)
+    assert step is None
+    assert said is not None
+    assert said.startswith(
+        "the adapter is the last, of step 1,000: nothing was measured behind step 20; with training."
+    )
+    assert choice(looks, [10, 20], "best", 1000)[0] == min(losses, key=lambda one: one[1])[0]
+
+
 def recipe_of(write_recipe: WriteRecipe, training: str) -> Path:
     """A recipe that sets seven of the fixture's rows aside."""
     file = write_recipe(training=f"{FAST}\n{training}")

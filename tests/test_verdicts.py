@@ -305,9 +305,30 @@ def test_validation_that_rises_with_training_is_not_called_overfitting() -> None
     assert overfits(replace(NOTHING, train=rising, validation=rows)).answer == "Not by itself"
 
 
+def test_a_base_that_was_better_than_all_that_came_is_overfitting_where_training_fell() -> None:
+    """training.evaluate_first: before the first step nothing was logged, and training fell all the same."""
+    rows = (validation(0, spread(1.0)), validation(100, spread(2.0, seed=1)))
+    found = overfits(replace(NOTHING, train=FALLING, validation=rows))
+    assert (found.standing, found.answer) == ("bad", "Yes")
+    assert "logged steps, the first and the last)" in found.sentence
+    rising = training([2.0 + 0.01 * step for step in range(100)])
+    assert overfits(replace(NOTHING, train=rising, validation=rows)).answer == "Not by itself"
+
+
+def test_where_training_was_not_logged_nothing_is_said_of_how_it_went() -> None:
+    rows = (validation(50, spread(1.0)), validation(60, spread(1.4, seed=1)))
+    few = tuple(one for one in FALLING if one.step <= 50)
+    found = overfits(replace(NOTHING, train=few, validation=rows))
+    assert found.answer == "Not certain"
+    assert found.sentence.endswith("; how training went meanwhile was not logged")
+
+
 def test_without_two_evaluations_it_says_what_to_do() -> None:
     none, once = overfits(NOTHING), overfits(replace(NOTHING, validation=(validation(9, spread(1.0)),)))
-    assert none.command == "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
+    assert none.command == (
+        "data.validation = 0.05 in the recipe keeps 5 % of the rows apart, and training.eval_every says when they are "
+        "looked at"
+    )
     assert once.command == "training.eval_every = 20 would show its course"
     assert (none.standing, once.standing) == ("open", "open")
     begun = overfits(replace(NOTHING, is_finished=False))

@@ -51,8 +51,8 @@ def steps_of(training: Training, rows: int) -> int:
 
 
 def kept_checkpoints(training: Training, rows: int) -> int:
-    """How many checkpoints will lie on the disk: training.keep_checkpoints, or as many as the run makes by its steps and
-    one that the clock may add. A large number is how people say that they want them all.
+    """How many checkpoints will lie on the disk: training.keep_checkpoints, or as many as the run makes by its steps
+    and one that the clock may add. A large number is how people say that they want them all.
 
     rows: that are trained on.
     """

@@ -137,8 +137,9 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
     """The step whose state is the run's result, None for the last; and the reason in words, None without a choice.
 
     kept: the steps that there are states of. Under "best-beyond-noise" the best is taken where the last evaluation is
-    above it by more than noise: by the paired interval over the validation rows, widened for as many comparisons as
-    there were (Bonferroni), for the lowest of several losses is partly luck. A best that there is no state of is said.
+    above it by more than noise, and the run ended there: by the paired interval over the validation rows, widened for
+    as many comparisons as there were (Bonferroni), for the lowest of several losses is partly luck. A best that there
+    is no state of is said.
     """
     looked = [one for one in records if isinstance(one, EvalRecord) and one.step and math.isfinite(one.judged_loss)]
     if not looked or result == "last":
@@ -146,6 +147,9 @@ def choice(records: Sequence[Metric], kept: Sequence[int], result: str, step: in
     best, last = min(looked, key=lambda one: one.judged_loss), looked[-1]
     if last.step == best.step and step == last.step:
         return None, None
+    if result != "best" and step > last.step:
+        told = f"the adapter is the last, of step {step:,}: nothing was measured behind step {last.step:,}"
+        return None, f'{told}; with training.result = "best" a run takes the best that was measured'
     fall = _beyond_noise(best, looked)
     if result != "best" and fall is None:
         told = f"the adapter is the last: {_compared(best, last)}, which may be noise"

@@ -12,7 +12,10 @@ from qtune.verdicts.interval import Fall, fall_between
 from qtune.verdicts.learning import LITTLE, SEEN, by_how_much, fall_of
 from qtune.verdicts.verdict import Verdict
 
-SPLIT = "data.validation = 0.05 in the recipe keeps 5 % of the rows apart"
+SPLIT = (
+    "data.validation = 0.05 in the recipe keeps 5 % of the rows apart, and training.eval_every says when they are "
+    "looked at"
+)
 SURE = 0.99
 """Confidence of an alarm, all comparisons of a run together."""
 FEWEST_FOR_RATE = 30
@@ -55,9 +58,12 @@ def overfits(facts: Facts) -> Verdict:
         return Verdict("overfits", "good", "No", f"{told}, a rise of less than {100 * LITTLE:.0f} %")
     size, before, after = _training_around(facts, best, last)
     told += f", more than noise ({_rise(rise)})"
-    if not size or after >= before:
+    if not size:
+        told += "; how training went meanwhile was not logged"
+        return Verdict("overfits", "unsure", "Not certain", told, "training.log_every = 1 logs every step")
+    if after >= before:
         return Verdict("overfits", "unsure", "Not by itself", f"{told}, but training did not go on falling either")
-    means = f"means of the {size} logged steps before each"
+    means = f"means of {size} logged steps, {'before each' if best.step else 'the first and the last'}"
     told += f", while training went on from {number(before)} to {number(after)} ({means})"
     if facts.adapter_step is not None:
         return Verdict("overfits", "bad", f"Yes, and the adapter is that of step {facts.adapter_step:,}", told)
@@ -70,10 +76,14 @@ def _rise(rise: Fall) -> str:
 
 def _training_around(facts: Facts, best: EvalRecord, last: EvalRecord) -> tuple[int, float, float]:
     """The mean training loss up to the best evaluation and up to the last one, over as many records each, and how many:
-    as many as make the end of the run, where there are so many. 0: there are none."""
+    as many as make the end of the run, where there are so many. 0: there are none. Where nothing was trained before the
+    best, what was trained first stands for it."""
     losses = [(one.step, one.loss) for one in facts.train if one.is_finite]
     until_best = [loss for step, loss in losses if step <= best.step]
     since = [loss for step, loss in losses if best.step < step <= last.step]
+    if not best.step:
+        until_best, since = since[: len(since) // 2], since[len(since) // 2 :]
+        until_best = until_best[: facts.losses.count if facts.losses else 0]
     size = min(len(until_best), len(since), facts.losses.count if facts.losses else 0)
     return (size, fmean(until_best[-size:]), fmean(since[-size:])) if size else (0, math.nan, math.nan)
 
