@@ -7,7 +7,9 @@ import pytest
 from huggingface_hub import HfApi
 
 from qtune.errors import ExportError
+from qtune.export.export import Options, export_run
 from qtune.export.push import push
+from qtune.run.folder import RunDir
 
 
 class Recorder(HfApi):
@@ -47,5 +49,36 @@ def test_the_hub_s_reason_is_told(tmp_path: Path) -> None:
         def create_repo(self, repo_id: str, **settings: Any) -> str:  # type: ignore[override]
             raise OSError("no connection\ndetails")
 
-    with pytest.raises(ExportError, match=r"^someone/model: could not be uploaded: no connection$"):
+    with pytest.raises(ExportError, match=r"^someone/model: could not be uploaded: no connection\n") as refused:
         push(tmp_path, "someone/model", Refusing())
+    assert str(refused.value).endswith(f"  hf upload someone/model {tmp_path}")
+
+
+class Unreachable(Exception):
+    """As the client's transport raises it, which is neither an OSError nor the hub's own."""
+
+
+@pytest.mark.parametrize("upload", ["create_repo", "upload_folder"])
+def test_a_network_that_fails_is_a_sentence_with_the_way_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: str
+) -> None:
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise Unreachable("Connection refused")
+
+    monkeypatch.setattr(Recorder, upload, fails)
+    with pytest.raises(ExportError, match="could not be uploaded: Connection refused"):
+        push(tmp_path, "someone/model", Recorder())
+
+
+@pytest.mark.parametrize(("repository", "said"), [("a b", "Repo id must"), ("someone/model", "Connection refused")])
+def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: str, said: str
+) -> None:
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise Unreachable("Connection refused")
+
+    monkeypatch.setattr(HfApi, "whoami", fails)
+    monkeypatch.setattr("qtune.export.export.write_export", lambda *args: pytest.fail("began to write"))
+    with pytest.raises(ExportError, match=rf"^--push-to-hub {repository}: could not be uploaded: .*{said}") as refused:
+        export_run(RunDir(tmp_path), Options(push_to=repository))
+    assert "nothing was written" in str(refused.value)

@@ -515,7 +515,8 @@ def test_free_text_has_room_to_go_on_and_an_exact_answer_has_none(tmp_path, tiny
     assert room == [times * tokens + EXTRA_TOKENS + 1] * 2
 
 
-def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model):
+def test_no_held_out_rows_is_an_error_with_a_way_out(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(stage, "load_untuned", lambda *_, **__: pytest.fail("loaded the base for it"))
     run_dir = make_run(tmp_path, tiny_model, held_out="validation = 0.0")
     with pytest.raises(DataError) as caught:
         evaluate(run_dir)
@@ -604,7 +605,9 @@ def test_the_command_refuses_what_is_no_run(tmp_path):
     assert done.stderr == f"error: {folder}: is not a run: it has no resolved.toml\n"
 
 
-def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_path: Path) -> None:
+def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tiny_run(tmp_path, data='on_long_row = "cut-right"')
     rows = [("word " * 200, "Lost."), ("Name a colour.", "Blue.")]
     lines = [
@@ -617,6 +620,7 @@ def test_a_row_whose_answer_was_cut_away_asks_nothing_and_measures_nothing(tmp_p
     found = evaluate(run, data_file=both, max_new_tokens=4)
     assert (found.rows, len(found.comparisons)) == (2, 1)
     assert found.comparisons[0].request == "Name a colour."
+    monkeypatch.setattr(stage, "load_untuned", lambda *_, **__: pytest.fail("loaded the base for it"))
     with pytest.raises(DataError, match="none of the rows that were taken has an answer left to measure on"):
         evaluate(run, data_file=lost)
 

@@ -23,7 +23,7 @@ from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.output import is_verified_export, output_folder, refuse_existing_output, run_around
-from qtune.export.push import push
+from qtune.export.push import push, require_repository
 from qtune.export.serving import serving, uses_text
 from qtune.export.soft_prompt import open_baking, open_soft_prompt
 from qtune.export.verification import Verification, damage_of, proof_today, read_proof
@@ -75,6 +75,8 @@ def export_run(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     Raises InputError before anything is written, ExportError while writing, VerificationError when the written model
     is not the trained one; that folder stays, its verify.json and model card say so, and it is not uploaded.
     """
+    if options.push_to is not None:
+        require_repository(options.push_to, HfApi())
     with told(ExportError):
         folder = write_export(run, options, show)
     if options.push_to is not None:

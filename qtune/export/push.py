@@ -1,12 +1,27 @@
 """An exported folder -> a repository on the hub, when the user names one."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from qtune.errors import ExportError, first_line
 from qtune.export.output import UNVERIFIED
+
+
+def require_repository(repository: str, api: HfApi) -> None:
+    """Asked before a merge of minutes: whether the name is one, the hub answers, and it knows who asks.
+
+    Raises:
+        ExportError: it would not be uploaded.
+    """
+    try:
+        validate_repo_id(repository)
+        api.whoami()
+    except Exception as error:  # whatever the hub's client, and the network below it, has to say
+        message = f"{first_line(error)}; nothing was written. hf auth login says who you are"
+        raise ExportError(f"--push-to-hub {repository}: could not be uploaded: {message}") from error
 
 
 def push(folder: Path, repository: str, api: HfApi) -> str:
@@ -26,6 +41,8 @@ def push(folder: Path, repository: str, api: HfApi) -> str:
             ignore_patterns=[f"*{UNVERIFIED}"],
             commit_message="Export by qtune",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"{repository}: could not be uploaded: {first_line(error)}") from error
+    except Exception as error:  # whatever the hub's client, and the network below it, has to say
+        again = shlex.join(["hf", "upload", repository, str(folder)])
+        message = f"could not be uploaded: {first_line(error)}\nthe export is there; to upload it as it is:\n  {again}"
+        raise ExportError(f"{repository}: {message}") from error
     return str(address)

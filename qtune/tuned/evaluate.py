@@ -76,6 +76,8 @@ def evaluate(
         DataError: there are no held-out rows, or they cannot be used.
     """
     whole_adapter(run_dir)
+    if bases is None:  # who asks several runs has looked at the rows of all of them
+        asked_rows(run_dir, rows=rows, data_file=data_file, accepted=accepted)
     run = load_untuned(run_dir, accepted=accepted, parts=_parts(resolved_recipe(run_dir), data_file))
     asked = _asked(run_dir, run, rows, data_file, max_new_tokens)
     first = torch.tensor([asked.examples[0]["input_ids"]], device=run.model.device)
@@ -166,8 +168,6 @@ def _asked(run_dir: RunDir, run: LoadedRun, rows: int, data_file: Path | None, m
     for row in examples:
         require_embeddings(run.model, run.tokenizer, row["input_ids"], row["place"])
     predicted = _predicted(examples)
-    if not sum(predicted):
-        raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     is_share = data_file is None and written.data.test is None and isinstance(written.data.validation, float)
     seen = seen_rows(written, folder, run.tokenizer, examples, run_dir=run_dir, is_share=is_share)
     ends = find_ends(run.model, run.tokenizer)
@@ -318,14 +318,16 @@ def asked_rows(run_dir: RunDir, *, rows: int, data_file: Path | None = None, acc
     token, what it says (`content_of`).
 
     Raises:
-        RunError, DataError: as `evaluate`.
+        RunError: as `evaluate`. DataError: there are no held-out rows, they cannot be used, or nothing of them is scored.
     """
     parts = _parts(resolved_recipe(run_dir), data_file)
     recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)
     written, folder = as_written(run_dir, recipe)
-    _, held_out = _held_out(run_dir, written, tokenizer, folder, data_file)
+    source, held_out = _held_out(run_dir, written, tokenizer, folder, data_file)
     chosen = held_out.select(spread(len(held_out), rows)).select_columns(["conversation", "labels", "scored"])
     tokens = _predicted(chosen)
+    if not sum(tokens):
+        raise DataError(Problem(source, "none of the rows that were taken has an answer left to measure on"))
     return [content_of(text) for text, count in zip(chosen["conversation"], tokens, strict=True) if count]
 
 
