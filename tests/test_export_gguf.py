@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -93,6 +94,20 @@ def test_q8_0_moves_no_weight_farther_than_it_may_and_comes_near_to_it(magnitude
 
 
 @pytest.mark.slow
+def test_a_file_that_memory_cannot_compare_is_refused_before_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr("qtune.export.gguf.verify.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("qtune.export.gguf.verify.psutil.swap_memory", lambda: SimpleNamespace(free=0))
+    with pytest.raises(
+        InputError, match=r"^--gguf: reading the file back to compare it takes .* and 1000 B are free; "
+    ):
+        export_run(run, Options(gguf="q8_0"))
+    assert not (run.path / "model").exists()
+    assert export_run(run, Options(verify=False)).exists()
+
+
 def test_a_file_that_is_not_the_export_is_kept_under_a_name_that_nothing_loads(
     exported: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
 from qtune.export.gguf.handover import hand_over, hand_over_adapter
 from qtune.export.gguf.kept import said_of_gguf_files
+from qtune.export.gguf.verify import refuse_small_memory
 from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge, write_merged
 from qtune.export.model_card import write_card
@@ -102,6 +103,7 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
     gguf = options.gguf or source.recipe.output.gguf
     if gguf is not None:
         refuse_unconvertible(load_config(source.recipe.model), source.tokenizer, source.base_name)
+        refuse_small_memory(source.base)
     folder = output_folder(run, options.output, alone=False)
     if is_added and options.gguf is not None:
         _add_gguf(source, folder, options.gguf)

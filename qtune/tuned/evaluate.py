@@ -318,7 +318,7 @@ def asked_rows(run_dir: RunDir, *, rows: int, data_file: Path | None = None, acc
     token, what it says (`content_of`).
 
     Raises:
-        RunError: as `evaluate`. DataError: there are no held-out rows, they cannot be used, or nothing of them is scored.
+        RunError: as `evaluate`. DataError: there are no held-out rows, or nothing of them can be used or is scored.
     """
     parts = _parts(resolved_recipe(run_dir), data_file)
     recipe, _, tokenizer = load_reader(run_dir, accepted=accepted, parts=parts)

@@ -1,10 +1,12 @@
 """A GGUF file against the folder it was made from, read back by transformers' own GGUF reader."""
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import (
@@ -20,13 +22,16 @@ from transformers import (
 from qtune import console
 from qtune.data.conversation import RowError
 from qtune.data.template import choose_template, default_template, render
+from qtune.errors import InputError, Problem
 from qtune.export.closeness import KL_LIMITS, TOP1_LIMITS, ClosenessMeter, shortfalls
 from qtune.export.gguf.file import Q8_0_BLOCK, GgufType
 from qtune.export.gguf.vocabulary import vocabulary_of
 from qtune.export.verification import Closeness, GgufProof, Limits
 from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import CheckedRow, encode, probes
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.gguf_header import require_gguf
+from qtune.sizes import size_text
 
 LIMITS = {
     "f16": Limits(KL_LIMITS[torch.float16], TOP1_LIMITS[torch.float16], "float16 rounding, with a tenfold margin"),
@@ -91,6 +96,32 @@ def _token_failures(
         if encode(tokenizer, rendered) != encode(read, rendered):
             yield f"{conversation.place!r} has other tokens in the GGUF file"
             return
+
+
+def _free_memory() -> int:
+    """Of the host, with what it may move to its disk."""
+    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
+
+
+def refuse_small_memory(folder: Path) -> None:
+    """Asked before a merge of minutes: to compare a GGUF file, it and the export are read in float32 beside each other,
+    and the system ends a process that takes more memory than there is without a word.
+
+    folder: the base, or the export; both have as many numbers.
+
+    Raises:
+        InputError: less is free.
+    """
+    numbers = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(folder).tensors.values())
+    needed = 2 * torch.float32.itemsize * numbers
+    free = _free_memory()
+    if needed > free:
+        message = (
+            f"reading the file back to compare it takes {size_text(needed)} of memory, and {size_text(free)} are free; "
+            "close what takes memory, or export without it and make the file with llama.cpp's convert_hf_to_gguf.py, "
+            "which nobody then compares"
+        )
+        raise InputError(Problem("--gguf", message))
 
 
 def _compare(
