@@ -54,7 +54,7 @@ def test_the_hub_s_reason_is_told(tmp_path: Path) -> None:
     assert str(refused.value).endswith(f"  hf upload someone/model {tmp_path}")
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """As the client's transport raises it, which is neither an OSError nor the hub's own."""
 
 
@@ -63,7 +63,7 @@ def test_a_network_that_fails_is_a_sentence_with_the_way_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: str
 ) -> None:
     def fails(*args: Any, **settings: Any) -> Any:
-        raise Unreachable("Connection refused")
+        raise UnreachableError("Connection refused")
 
     monkeypatch.setattr(Recorder, upload, fails)
     with pytest.raises(ExportError, match="could not be uploaded: Connection refused"):
@@ -75,7 +75,7 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: str, said: str
 ) -> None:
     def fails(*args: Any, **settings: Any) -> Any:
-        raise Unreachable("Connection refused")
+        raise UnreachableError("Connection refused")
 
     monkeypatch.setattr(HfApi, "whoami", fails)
     monkeypatch.setattr("qtune.export.export.write_export", lambda *args: pytest.fail("began to write"))
