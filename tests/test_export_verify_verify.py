@@ -18,7 +18,7 @@ from qtune.export.merge import Weights
 from qtune.export.merged_folder import Target, open_merge
 from qtune.export.opened_run import OpenedRun, open_for_export
 from qtune.export.soft_prompt import open_soft_prompt
-from qtune.export.verification import Answer
+from qtune.export.verification import Answer, read_proof
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
 from qtune.run.folder import RunDir
@@ -285,3 +285,19 @@ def test_a_pass_with_other_answers_says_what_that_means_and_where_they_part(run:
         "  “What is red?”: the same up to “It means stop,”, then “always.” and “mostly.”",
         "  “And green?”: from the first word: “Go.” and “Walk.”",
     ]
+
+
+@pytest.mark.slow
+def test_an_export_that_overflows_where_it_computes_as_it_is_stored_is_not_verified(tmp_path: Path) -> None:
+    """Norms as large as Gemma's, which float16 holds; what they make of an activation it does not."""
+    run = tiny_run(tmp_path, family="gemma3_text")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {
+        name: torch.full_like(tensor, 30_000) if "post_feedforward_layernorm" in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"no numbers where it computes in float16, .* --dtype bfloat16 keeps"):
+        export_run(run, Options())
+    folder = export_run(run, Options(dtype="bfloat16", force=True))
+    assert read_proof(folder).verified
