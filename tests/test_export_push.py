@@ -1,14 +1,18 @@
 """A folder that is uploaded goes to a private repository, whole and alone."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from export_models import tiny_run
 from huggingface_hub import HfApi
 
 from qtune.errors import ExportError
 from qtune.export.export import Options, export_run
-from qtune.export.push import push
+from qtune.export.push import push, require_repository
+from qtune.export.verification import read_proof
 from qtune.run.folder import RunDir
 
 
@@ -26,6 +30,9 @@ class Recorder(HfApi):
     def upload_folder(self, **settings: Any) -> None:  # type: ignore[override]
         self.calls.append(("upload", settings))
 
+    def upload_file(self, **settings: Any) -> None:  # type: ignore[override]
+        self.calls.append(("file", settings))
+
 
 def test_the_folder_goes_to_a_private_repository(tmp_path: Path) -> None:
     api = Recorder()
@@ -37,11 +44,38 @@ def test_the_folder_goes_to_a_private_repository(tmp_path: Path) -> None:
             {
                 "repo_id": "someone/model",
                 "folder_path": tmp_path,
-                "ignore_patterns": ["*.unverified"],
+                "ignore_patterns": ["*.unverified", "verify.json"],
                 "commit_message": "Export by qtune",
             },
         ),
     ]
+
+
+@pytest.mark.slow
+def test_no_row_of_the_run_is_uploaded(tmp_path: Path) -> None:
+    folder = export_run(tiny_run(tmp_path), Options())
+    kept = read_proof(folder)
+    assert kept.figures is not None
+    assert kept.figures.answers
+    api = Recorder()
+    push(folder, "someone/model", api)
+    *_, (kind, sent) = api.calls
+    assert (kind, sent["path_in_repo"]) == ("file", "verify.json")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "verify.json").write_bytes(sent["path_or_fileobj"])
+    assert read_proof(there) == replace(kept, figures=replace(kept.figures, answers=()))
+    assert not [answer for answer in kept.figures.answers if answer.request in sent["path_or_fileobj"].decode()]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_that_everybody_reads_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], private: bool
+) -> None:
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {})
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name: SimpleNamespace(private=private))
+    require_repository("someone/model", HfApi())
+    assert ("someone/model is public" in capsys.readouterr().err) != private
 
 
 def test_the_hub_s_reason_is_told(tmp_path: Path) -> None:

@@ -210,8 +210,26 @@ def _before(folder: Path) -> Proof:
         return Proof(False, ())
 
 
+def proof_in_public(folder: Path) -> str | None:
+    """What verify.json says, without the answers in it, which quote rows that nobody else has seen; None: there is
+    none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not (folder / VERIFICATION).is_file():
+        return None
+    proof = read_proof(folder)
+    figures = None if proof.figures is None else replace(proof.figures, answers=())
+    return _text(replace(proof, figures=figures))
+
+
 def _write(folder: Path, proof: Proof) -> None:
+    write_text(folder / VERIFICATION, _text(proof))
+
+
+def _text(proof: Proof) -> str:
     """The figures stand at the top, as they always have."""
     own = {name: value for name, value in plain(proof).items() if name != "figures" and value not in (None, {})}
     values = {**own, **(plain(proof.figures) if proof.figures else {})}
-    write_text(folder / VERIFICATION, json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(sealed(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
