@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtune.check import check
-from qtune.device.present import present_device
-from qtune.errors import ModelError
+from qtune.device.present import Device, present_device
+from qtune.errors import ModelError, OutOfMemory
 from qtune.export.layout import open_base
 from qtune.export.verify.streamed import streamed_exported
 from qtune.model.completeness import require_complete
@@ -284,3 +284,13 @@ def test_a_hub_model_that_is_half_fetched_is_not_blamed_for_it(is_whole, base, t
     if not is_whole:
         next(iter(snapshot.glob("model-*.safetensors"))).unlink()
     assert base_on_disk(Model(base="owner/name")) == (snapshot if is_whole else None)
+
+
+def test_a_model_that_a_card_has_no_room_for_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path / "base")
+    monkeypatch.setattr("qtune.model.load.load_weights", lambda *_, **__: pytest.fail("was read"))
+    card = Device("cuda", "a card", 2**20, 1000, bf16=True, capability=(8, 6))
+    with pytest.raises(OutOfMemory, match=r"takes .* as it is stored, and a card has .* free; .*: qtune chat RUN$"):
+        load_plain(Model(base=str(base)), card, torch.float16)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, QtuneError, first_line
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.config import read_config
 from qtune.model.contents import checksums_of
 from qtune.model.folder import refuse_damaged_json, refuse_other_folders, refuse_pointers, require_side_files
@@ -138,6 +140,7 @@ def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedMo
     Raises:
         OutOfMemory: it does not fit the device. ModelError: it cannot be found or read.
     """
+    _refuse_too_large(model, device, dtype)
     try:
         with console.progress(f"loading {model.base}"):
             network = load_weights(
@@ -146,6 +149,19 @@ def load_plain(model: Model, device: Device, dtype: torch.dtype) -> PreTrainedMo
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, device) from error
     return network.eval()
+
+
+def _refuse_too_large(model: Model, device: Device, dtype: torch.dtype) -> None:
+    """Before minutes of loading: a folder's weights in `dtype` against what is free on a card."""
+    folder = Path(base_folder(model))
+    if device.kind != "cuda" or not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        return
+    needed = dtype.itemsize * sum(prod(one.shape) for one in Checkpoint.open(folder).tensors.values())
+    if needed > device.free_bytes:
+        raise OutOfMemory(
+            f"{model.base} takes {gib_text(needed)} as it is stored, and {device.name} has {gib_text(device.free_bytes)} "
+            "free; the run that it was exported from answers the same on its base in 4 bits: qtune chat RUN"
+        )
 
 
 def load_base(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedModel:
