@@ -158,9 +158,10 @@ def _refuse_too_large(model: Model, device: Device, dtype: torch.dtype) -> None:
         return
     needed = dtype.itemsize * sum(prod(one.shape) for one in Checkpoint.open(folder).tensors.values())
     if needed > device.free_bytes:
+        free = f"{device.name} has {gib_text(device.free_bytes)} free"
         raise OutOfMemory(
-            f"{model.base} takes {gib_text(needed)} as it is stored, and {device.name} has {gib_text(device.free_bytes)} "
-            "free; the run that it was exported from answers the same on its base in 4 bits: qtune chat RUN"
+            f"{model.base} takes {gib_text(needed)} as it is stored, and {free}; the run that it was exported from "
+            "answers the same on its base in 4 bits: qtune chat RUN"
         )
 
 
