@@ -2,6 +2,9 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 from chat_families import FAMILIES, tokenizer_of
 from hypothesis import HealthCheck, given, settings
@@ -9,9 +12,10 @@ from hypothesis import strategies as st
 
 from qtune.data.conversation import RowError, emptiness
 from qtune.data.examples import RowEncoder, RowRules
+from qtune.data.files import data_files
 from qtune.data.formats import detect_format, to_conversation
 from qtune.data.masks import IGNORED
-from qtune.data.rows import Row
+from qtune.data.rows import Row, read_rows
 from qtune.data.template import CHATML, ChatTemplate
 
 TOKENIZER = tokenizer_of(FAMILIES["chatml"])
@@ -339,6 +343,42 @@ def test_a_null_that_a_tool_takes_is_learned_and_one_that_nobody_explains_is_not
     unknown = {key: value for key, value in call_row({"place": None}).items() if key != "tools"}
     assert '"place": null' in scored(batch_of(unknown))[0]
     assert notes(batch_of(unknown)) == {"null-arguments"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "feather"])
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_a_null_that_a_tool_takes_is_learned_from_files_of_every_kind(tmp_path, kind, key, is_bare):
+    properties = {"a": {"type": ["string", "null"]}, "b": {"type": "string"}}
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": properties}}]
+    rows = []
+    for arguments in ({"a": None, "b": "y"}, {"a": "z", "b": None}):
+        call = {"name": "f", key: arguments}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call if is_bare else {"function": call}]}
+        rows.append({"messages": [TALK[0], answer], "tools": json.dumps(tools)})
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        {"parquet": pq.write_table, "feather": feather.write_feather}[kind](pa.Table.from_pylist(rows), path)
+    (with_null, padded) = (row.value for file in data_files(path.name, tmp_path) for row in read_rows(file))
+    assert '"arguments": {"a": null, "b": "y"}' in scored(batch_of(with_null))[0]
+    assert notes(batch_of(with_null)) == set()
+    assert '"arguments": {"a": "z"}' in scored(batch_of(padded))[0]
+    assert notes(batch_of(padded)) == {"padded-nulls"}
+
+
+def test_nulls_inside_the_objects_of_a_call_are_decided_by_what_its_tool_declares_of_them():
+    inner = {"type": "object", "properties": {"a": {"type": ["integer", "null"]}, "b": {"type": "integer"}}}
+    declared = {"one": {"anyOf": [inner, {"type": "null"}]}, "all": {"type": "array", "items": inner}}
+    tools = [{"name": "weather", "parameters": {"type": "object", "properties": declared}}]
+    row = {**call_row({"one": {"a": None, "b": None}, "all": [{"a": None, "b": 1}, {"b": None}]}), "tools": tools}
+    assert '"arguments": {"one": {"a": null}, "all": [{"a": null, "b": 1}, {}]}' in scored(batch_of(row))[0]
+    assert notes(batch_of(row)) == {"padded-nulls"}
+    open_object = {"name": "weather", "parameters": {"type": "object", "properties": {"one": {"type": "object"}}}}
+    row = {**call_row({"one": {"a": None}}), "tools": [open_object]}
+    assert '"arguments": {"one": {"a": null}}' in scored(batch_of(row))[0]
+    assert notes(batch_of(row)) == {"null-arguments"}
 
 
 # --- 3: documents --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from qtune.data.json_stream import (
     has_broken_bytes,
     strict_json,
 )
+from qtune.data.tool_calls import ARGUMENTS
 from qtune.errors import first_line
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
@@ -234,14 +235,25 @@ def table_rows(batches: Iterable[pa.RecordBatch], name: str, before: int = 0) ->
 
 
 def without_inner_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives every struct every key that any row has; the keys that a row's structs lack come back as null."""
-    return {key: _without_nulls(value) for key, value in row.items()}
+    """Arrow gives every struct every key that any row has; the keys that a row's structs lack come back as null.
+
+    A call's arguments stay as they are: null may be one of their values, which the call's own tool decides
+    (`tool_calls.without_padding`).
+    """
+    return {key: _without_nulls(value, key in _CALLS) for key, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+_CALLS = ("tool_calls", "function_call")
+
+
+def _without_nulls(value: Any, is_call: bool) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            key: inner if is_call and key in ARGUMENTS else _without_nulls(inner, is_call or key in _CALLS)
+            for key, inner in value.items()
+            if inner is not None
+        }
+    return [_without_nulls(inner, is_call) for inner in value] if isinstance(value, list) else value
 
 
 def _text(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:

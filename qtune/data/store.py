@@ -26,7 +26,7 @@ from qtune.errors import InputError
 from qtune.whole import rename_unless_there
 
 # Raised when the code that makes examples changes what it makes.
-VERSION = 8
+VERSION = 9
 EXAMPLES = "examples.arrow"
 # Places of this many rows are kept for each list; the counts are always of all.
 LISTED = 100

@@ -100,32 +100,46 @@ def _tool(tool: object, where: str, account: Account) -> dict[str, Any]:
 def without_padding(calls: Sequence[Call], tools: Sequence[Mapping[str, Any]], account: Account) -> list[Call]:
     """The calls without the nulls that a table puts where a row has no value.
 
-    A table gives every call the arguments of every other. What the call's own tool does not take, or takes but not as
-    null, is such padding; where the row does not say, a null stays and is noted.
+    A table gives every call the arguments of every other, and every object in them the keys of every other. What the
+    call's own tool does not take, or takes but not as null, is such padding; where the row does not say, a null stays
+    and is noted.
     """
-    known = {tool["function"]["name"]: _parameters(tool) for tool in tools}
+    known = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     kept = []
     for call in calls:
         function = call["function"]
-        taken = known.get(function["name"])
-        arguments = {
-            key: value
-            for key, value in function["arguments"].items()
-            if value is not None or taken is None or _takes_null(taken.get(key))
-        }
-        if len(arguments) < len(function["arguments"]):
-            account.notes.add("padded-nulls")
-        elif taken is None and None in arguments.values():
-            account.notes.add("null-arguments")
+        arguments = _unpadded(function["arguments"], known.get(function["name"]), account)
         kept.append({**call, "function": {**function, "arguments": arguments}})
     return kept
 
 
-def _parameters(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The declared parameters by name; None where a tool does not declare any in JSON Schema's way."""
-    schema = tool["function"].get("parameters")
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    return properties if isinstance(properties, dict) else None
+def _unpadded(value: object, schema: object, account: Account) -> object:
+    """A value of a call without what is padding in it by its JSON Schema."""
+    if isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, dict) else None
+        return [_unpadded(one, items, account) for one in value]
+    if not isinstance(value, dict):
+        return value
+    declared = _properties(schema)
+    kept = {}
+    for key, held in value.items():
+        of_key = None if declared is None else declared.get(key)
+        if held is None and declared is None:
+            account.notes.add("null-arguments")
+        elif held is None and not _takes_null(of_key):
+            account.notes.add("padded-nulls")
+            continue
+        kept[key] = _unpadded(held, of_key, account)
+    return kept
+
+
+def _properties(schema: object) -> Mapping[str, Any] | None:
+    """What an object may hold, by name; None where its JSON Schema does not say it, or says it in several ways."""
+    if not isinstance(schema, dict):
+        return None
+    ways = [schema, *(one for key in ("anyOf", "oneOf") for one in schema.get(key) or ())]
+    declared = [way["properties"] for way in ways if isinstance(way, dict) and isinstance(way.get("properties"), dict)]
+    return declared[0] if len(declared) == 1 else None
 
 
 def _takes_null(schema: object) -> bool:
