@@ -320,6 +320,38 @@ def test_calls_in_turns_of_their_own_are_the_assistants(role, key):
     assert notes(batch_of(row)) == set()
 
 
+def two_calls(first, second):
+    calls = [
+        {"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}}), **keys}
+        for name, keys in (("one", first), ("two", second))
+    ]
+    return {"messages": [TALK[0], *calls, {"role": "tool", "content": "22"}, TALK[1]]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"loss": False}, "messages[2] is a call of the same answer as messages[1], and only one of them is to be"),
+        ({"weight": 0}, {}, "messages[2] is a call of the same answer as messages[1], and only one of them is to be"),
+        ({}, {"reasoning": "Two."}, "messages[2] holds reasoning between two calls of one answer"),
+        ({"thinking": "One."}, {"thinking": "Two."}, "messages[2] holds reasoning between two calls of one answer"),
+    ],
+)
+def test_calls_of_one_answer_that_do_not_go_together_are_refused(first, second, message):
+    assert refusal(two_calls(first, second)).startswith(message)
+
+
+def test_calls_of_one_answer_have_its_switch_reasoning_and_name():
+    off = {"loss": False, "reasoning": "Both."}
+    (_, answer, *_) = messages_of(two_calls(off, {**off, "weight": 0}))
+    assert [call["function"]["name"] for call in answer["tool_calls"]] == ["one", "two"]
+    assert (answer["weight"], answer["reasoning_content"]) == (0, "Both.")
+    (_, answer, *_) = messages_of(two_calls({"weight": 1}, {"name": "bot"}))
+    assert (answer["weight"], answer["name"]) == (1, "bot")
+    batch = batch_of(two_calls({"tool_call_id": "a"}, {"tool_call_id": "b"}))
+    assert batch.unused["messages[].tool_call_id"] == 1
+
+
 def test_a_call_that_is_no_json_is_refused():
     turns = [("human", "?"), ("function_call", "weather(Paris)"), ("observation", "22"), ("gpt", "Warm.")]
     message = refusal({"conversations": [{"from": who, "value": said} for who, said in turns]})

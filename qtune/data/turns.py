@@ -56,7 +56,7 @@ def read_turns(value: object, key: str, account: Account, *, role_key: str, cont
         is_call = isinstance(given, dict) and given[role_key] in CALL_ROLES
         if is_call and turns and _is_bare_call(turns[-1].message):
             # Calls that one answer makes together stand in turns of their own.
-            turns[-1].message["tool_calls"].extend(turn.message["tool_calls"])
+            _add_call(turns[-1], turn, account)
         else:
             turns.append(turn)
     return turns
@@ -80,6 +80,29 @@ def listed(value: object, key: str) -> Sequence[Any]:
 
 def _is_bare_call(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message.get("tool_calls")) and "content" not in message
+
+
+def _add_call(answer: Turn, call: Turn, account: Account) -> None:
+    """Puts a call behind those of its answer.
+
+    Raises:
+        RowError: the answer could not hold what else the call's turn says.
+    """
+    message, other = answer.message, call.message
+    if message.get("weight", 1) != other.get("weight", 1):
+        raise RowError(
+            f"{call.where} is a call of the same answer as {answer.where}, and only one of them is to be learned; "
+            "give both the same weight"
+        )
+    if other.get("reasoning_content") not in (None, message.get("reasoning_content")):
+        raise RowError(
+            f"{call.where} holds reasoning between two calls of one answer, which templates print before both; "
+            f"write it into {answer.where}, or leave it out"
+        )
+    for key in _PRINTABLE:
+        if key in other and message.setdefault(key, other[key]) != other[key]:
+            account.rest({key: other[key]}, (), "messages[].")
+    message["tool_calls"].extend(other["tool_calls"])
 
 
 def _message(turn: object, where: str, role_key: str, content_key: str, account: Account) -> Message:
