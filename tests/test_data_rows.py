@@ -57,6 +57,25 @@ def test_json_lines_may_end_as_any_system_ends_lines(tmp_path, newline):
     assert values(rows_of(path)) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("text", "read", "place"),
+    [
+        ('[\n{"text": "a"},\n{"text": "b"}', 2, ":3"),
+        ('[\n{"text": "a"},\n', 1, ":3"),
+        ('[{"text": "a"}]\n[{"text": "b"}', 2, ":2"),
+        ("[", 0, ":1"),
+    ],
+)
+def test_a_list_that_was_cut_off_between_its_rows_is_not_taken_for_whole(tmp_path, text, read, place):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    *rows, bad = rows_of(path)
+    assert len(values(rows)) == read
+    assert bad == BadRow(
+        f"{path}{place}", "the list has no end: the file was cut off; get the whole file", ends_file=True
+    )
+
+
 def test_a_json_file_is_a_list_of_rows(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS, indent=2))

@@ -134,6 +134,12 @@ def _json_document(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]
                 yield BadRow(place, f"not valid JSON: {error}; the rows after it cannot be read", ends_file=True)
                 return
             yield _row_of(value, place)
+        if inside:
+            yield BadRow(
+                f"{file.name}:{values.line}",
+                "the list has no end: the file was cut off; get the whole file",
+                ends_file=True,
+            )
 
 
 def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
