@@ -1,6 +1,8 @@
 """Nothing of a row is lost in silence: what it holds is obeyed, in the text, named as unused, or refused by name."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.feather as feather
@@ -411,6 +413,40 @@ def test_nulls_inside_the_objects_of_a_call_are_decided_by_what_its_tool_declare
     row = {**call_row({"one": {"a": None}}), "tools": [open_object]}
     assert '"arguments": {"one": {"a": null}}' in scored(batch_of(row))[0]
     assert notes(batch_of(row)) == {"null-arguments"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            datetime(2026, 1, 2),
+            '.when = "2026-01-02 00:00:00": JSON has no values of type datetime; write it as a text',
+        ),
+        (Decimal("1.5"), '.when = "1.5": JSON has no values of type Decimal; write it as a text'),
+        (b"x", ".when = \"b'x'\": JSON has no values of type bytes; write it as a text"),
+        (float("nan"), ".when = NaN: JSON has no such number; write null, or leave it out"),
+        ([{"to": float("inf")}], ".when[0].to = Infinity: JSON has no such number; write null, or leave it out"),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_table_that_json_does_not_have_is_no_value_of_a_call_or_tool(tmp_path, value, message):
+    rows = [call_row({"when": value}), {**call_row({"place": "x"}), "tools": [{**WEATHER, "when": value}]}]
+    for number, row in enumerate(rows):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{number}.parquet")
+    (call, tool) = (row.value for file in data_files("*.parquet", tmp_path) for row in read_rows(file))
+    assert refusal(call) == f"messages[1].tool_calls[0].function.arguments{message}"
+    assert refusal(tool) == f"tools[0]{message}"
+
+
+def test_an_id_of_a_call_is_a_value_of_json():
+    row = call_row({})
+    row["messages"][1]["tool_calls"][0]["id"] = datetime(2026, 1, 2)
+    assert refusal(row).startswith('messages[1].tool_calls[0].id = "2026-01-02 00:00:00": JSON has no values of type')
+
+
+@pytest.mark.parametrize("number", [10**308, 10**309, -(10**900), 1.5e300, 1e22], ids=lambda one: str(one)[:6])
+def test_a_number_of_any_size_is_looked_for_in_a_call(number):
+    assert notes(batch_of(call_row({"place": number}))) == set()
 
 
 # --- 3: documents --------------------------------------------------------------------------------------------------

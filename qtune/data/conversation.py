@@ -1,6 +1,7 @@
 """The one shape of an example: a conversation with the place it came from, checked when it is made."""
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,25 @@ def text_of(value: object, key: str) -> str:
         code = ord(value[error.start])
         raise RowError(f"{key} holds half a character (\\u{code:04x}) at position {error.start + 1}") from error
     return value
+
+
+def require_json(value: object, where: str) -> None:
+    """A value that JSON has, in calls and descriptions of tools: tables also have times, bytes, decimals and NaN.
+
+    Raises:
+        RowError: it holds another one, with its place.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            require_json(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            require_json(inner, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{where} = {shown(value)}: JSON has no such number; write null, or leave it out")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        kind = type(value).__name__
+        raise RowError(f"{where} = {shown(value)}: JSON has no values of type {kind}; write it as a text")
 
 
 def said(value: object, key: str) -> str:

@@ -141,7 +141,9 @@ def _is_in(value: object, text: str) -> bool:
         return any(form in text for form in forms) or all(line.strip() in text for line in bare.splitlines())
     if value is None or isinstance(value, bool):
         return any(form in text for form in (json.dumps(value), str(value)))
-    return any(form in text for form in (json.dumps(value), str(value), repr(value), f"{value:g}"))
+    # An integer may be larger than any float, in whose form it would be written.
+    short = (f"{value:g}",) if isinstance(value, float) else ()
+    return any(form in text for form in (json.dumps(value), str(value), repr(value), *short))
 
 
 def _keys(value: object) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtune.data.account import Account
-from qtune.data.conversation import RowError, shown
+from qtune.data.conversation import RowError, require_json, shown
 from qtune.data.json_stream import BrokenJson, strict_json
 
 # Names of a call's arguments: OpenAI's, Llama's, Anthropic's.
@@ -61,6 +61,8 @@ def _call(call: object, where: str, account: Account) -> Call:
         arguments = parsed(arguments, place)
     if not isinstance(arguments, dict):
         raise RowError(f"{place} = {shown(arguments)}: not an object")
+    require_json(arguments, place)
+    require_json(call.get("id"), f"{where}.id")
     account.rest(call, ("function", "name", "type", "id", *ARGUMENTS), "messages[].tool_calls[].")
     if function is not call:
         account.rest(function, ("name", *ARGUMENTS), "messages[].tool_calls[].function.")
@@ -89,6 +91,7 @@ def _tool(tool: object, where: str, account: Account) -> dict[str, Any]:
     function = tool.get("function", tool)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"{where} = {shown(tool)}: no function with a name")
+    require_json(tool, where)
     described = tool if "function" in tool else {"type": "function", "function": tool}
     whole = _without_nulls(described)
     if whole != described:
