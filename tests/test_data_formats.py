@@ -34,6 +34,8 @@ def messages(row, row_format=None, **policy):
         ("prompt-completion", {"prompt": "Hi", "completion": "Hello"}),
         ("prompt-completion", {"prompt": TALK[:1], "completion": TALK[1:]}),
         ("prompt-completion", {"prompt": TALK[:1], "completion": "Hello"}),
+        ("prompt-completion", {"prompt": json.dumps(TALK[:1]), "completion": json.dumps(TALK[1:], indent=1)}),
+        ("prompt-completion", {"prompt": json.dumps(TALK[:1]), "completion": "Hello"}),
         ("alpaca", {"instruction": "Hi", "output": "Hello"}),
         ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello", "text": "Below is …"}),
         ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello"}),
@@ -43,6 +45,30 @@ def messages(row, row_format=None, **policy):
 def test_a_shape_is_recognized_and_read(row_format, row):
     assert detect_format(row) == row_format
     assert messages(row) == TALK
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ['[{"role": "engineer", "content": "steel"}]', '[{"role": "user"}]', "[1, 2]", '{"role": "user", "content": "x"}'],
+)
+def test_an_answer_that_is_json_but_no_list_of_turns_stays_a_text(completion):
+    assert messages({"prompt": "Hi", "completion": completion})[1]["content"] == completion
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            str(TALK[1:]),
+            "completion is a text that is not a JSON list; single quotes are Python's, JSON has double ones",
+        ),
+        (json.dumps(TALK[1:])[:-1], "completion is a text that is not a JSON list"),
+    ],
+)
+def test_turns_of_a_prompt_or_completion_that_are_no_json_are_refused(text, message):
+    with pytest.raises(RowError) as caught:
+        messages({"prompt": "Hi", "completion": text})
+    assert str(caught.value) == message
 
 
 def test_raw_text_is_a_document_of_its_own():

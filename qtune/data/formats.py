@@ -8,6 +8,7 @@ from typing import Any
 
 from qtune.data.account import Account, holds_something
 from qtune.data.conversation import (
+    ROLES,
     Conversation,
     RowError,
     conversation,
@@ -21,7 +22,7 @@ from qtune.data.order import ordered, with_system
 from qtune.data.suspect import is_word_for_nothing
 from qtune.data.tool_calls import read_tools, without_padding
 from qtune.data.turn_keys import REASONING, is_like_a_switch, reasoning_of
-from qtune.data.turns import Turn, listed, read_turns
+from qtune.data.turns import ROLE_NAMES, Turn, listed, read_turns
 from qtune.recipe.text import show_value
 
 RawRow = Mapping[str, Any]
@@ -353,11 +354,25 @@ def _from_sharegpt(row: RawRow, account: Account) -> list[Turn]:
 def _from_prompt_completion(row: RawRow, account: Account) -> list[Turn]:
     turns = _history(row)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[key], list):
+        if isinstance(row[key], list) or _is_list_of_turns(row[key]):
             turns += read_turns(row[key], key, account, role_key="role", content_key="content")
         else:
             turns.append(Turn(key, {"role": role, "content": said(row[key], key)}))
     return _with_reasoning(row, turns, account)
+
+
+# A list of turns as JSON text, which tables without nesting hold, or as Python writes it.
+_TURNS_OPEN = re.compile(r"\s*\[\s*\{")
+_SPEAKER = re.compile(r"""["']role["']\s*:\s*["'](\w+)["']""")
+_SPOKEN = re.compile(r"""["']content["']\s*:""")
+
+
+def _is_list_of_turns(value: object) -> bool:
+    """Whether a text is a list of turns, and no answer that is a list of other things."""
+    if not isinstance(value, str) or not _TURNS_OPEN.match(value):
+        return False
+    speaker = _SPEAKER.search(value)
+    return speaker is not None and speaker[1].lower() in (*ROLES, *ROLE_NAMES) and bool(_SPOKEN.search(value))
 
 
 def _from_alpaca(row: RawRow, account: Account) -> list[Turn]:
