@@ -515,6 +515,38 @@ def test_merged_answers_keep_their_calls_and_their_weights():
     assert "only one of them is to be learned" in refusal(mixed, on_turn_order="merge")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {"content": None, "tool_calls": [{"name": "weather", "arguments": {}}]},
+            {"content": "The call is made."},
+            "messages[2] says something after a call of its own role, and a turn calls at its end",
+        ),
+        (
+            {"content": "One moment."},
+            {"content": "It is warm.", "reasoning": "22 is warm."},
+            "messages[2] thinks after a turn of its own role, and a turn thinks at its beginning",
+        ),
+        (
+            {"content": "Warm.", "name": "anna"},
+            {"content": "Cold.", "name": "bert"},
+            "messages[2] follows a turn of its own role that has another name or id",
+        ),
+    ],
+)
+def test_turns_that_merging_would_turn_around_or_mix_are_not_merged(first, second, message):
+    row = {"messages": [TALK[0], {"role": "assistant", **first}, {"role": "assistant", **second}]}
+    assert refusal(row, on_turn_order="merge") == message
+
+
+def test_a_blank_text_behind_a_call_is_merged_into_it():
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {}}]}
+    second = {**call, "content": ""}
+    (_, answer) = messages_of({"messages": [TALK[0], call, second]}, turn_order="merge")
+    assert len(answer["tool_calls"]) == 2
+
+
 def test_rows_that_are_dropped_for_their_order_are_counted():
     batch = batch_of({"messages": [TALK[0], *TALK]}, on_turn_order="drop")
     assert (len(batch.out_of_order), batch.bad, examples(batch)) == (1, [], [])

@@ -72,8 +72,18 @@ def _merged(turns: Sequence[Turn], account: Account) -> list[Turn]:
 
 
 def _joined(first: Message, second: Turn) -> Message:
-    """Two turns as one: texts with an empty line between them, calls one after the other."""
+    """Two turns as one: texts with an empty line between them, calls one after the other.
+
+    Raises:
+        OutOfOrder: one turn cannot say what the two say in their order: thoughts, then a text, then calls.
+    """
     other = second.message
+    if first.get("tool_calls") and (other.get("content") or "").strip():
+        raise OutOfOrder(f"{second.where} says something after a call of its own role, and a turn calls at its end")
+    if other.get("reasoning_content") and (first.get("tool_calls") or (first.get("content") or "").strip()):
+        raise OutOfOrder(f"{second.where} thinks after a turn of its own role, and a turn thinks at its beginning")
+    if any(first[key] != other[key] for key in ("name", "tool_call_id") if key in first and key in other):
+        raise OutOfOrder(f"{second.where} follows a turn of its own role that has another name or id")
     if first.get("weight", 1) != other.get("weight", 1):
         raise OutOfOrder(f"{second.where} follows a turn of its own role, and only one of them is to be learned")
     joined = {**first, **other}
