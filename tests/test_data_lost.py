@@ -162,6 +162,31 @@ def test_a_template_that_calls_reasoning_thinking_is_given_it_under_that_name():
     assert scored(batch_of({"messages": [TALK[0], {**TALK[1], "reasoning": "Hm."}]}, template)) == ["Hm.|Stop."]
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+@pytest.mark.parametrize("policy", ["keep", "drop", "merge"])
+def test_a_blank_system_message_is_as_if_there_were_none(blank, policy):
+    row = {"messages": [{"role": "system", "content": blank}, *TALK]}
+    assert messages_of(row, system=policy) == TALK
+    assert messages_of({"messages": TALK, "system": blank}, system=policy) == TALK
+    assert messages_of({**row, "system": "Be brief."})[0]["content"] == "Be brief."
+    assert messages_of(row, system_prompt="Be brief.")[0]["content"] == "Be brief."
+
+
+def test_a_system_message_that_is_dropped_need_not_say_anything_that_is_seen():
+    row = {"messages": [{"role": "system", "content": "\u200b"}, *TALK]}
+    assert messages_of(row, system="drop") == TALK
+    assert refusal(row).startswith("messages[0].content is empty: nothing but characters that cannot be seen")
+
+
+@pytest.mark.parametrize("result", ["", " ", "\u200b"])
+def test_a_tool_may_have_nothing_to_say(result):
+    row = call_row({"place": "Paris"})
+    row["messages"][2]["content"] = result
+    batch = batch_of(row)
+    assert messages_of(row)[2] == {"role": "tool", "content": result}
+    assert notes(batch) == set()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

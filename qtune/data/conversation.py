@@ -164,15 +164,15 @@ def shown(value: object, length: int = 40) -> str:
 
 
 def require_text(message: Message, where: str) -> None:
-    """Every turn says something; an assistant's may call a tool instead.
+    """Every turn says something; an assistant's may call a tool instead, and a tool may have nothing to say.
 
     Raises:
         RowError: it does not.
     """
     content = message.get("content")
-    if message["role"] == "assistant" and message.get("tool_calls"):
+    if message["role"] == "tool" or (message["role"] == "assistant" and message.get("tool_calls")):
         return
     problem = "null" if content is None else emptiness(content)
     if problem:
-        noun = {"assistant": "an answer to learn", "user": "a question", "tool": "a result", "system": "a text"}
+        noun = {"assistant": "an answer to learn", "user": "a question", "system": "a text"}
         raise RowError(f"{where}.content is {problem}: expected {noun[message['role']]}")

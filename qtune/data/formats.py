@@ -10,6 +10,7 @@ from qtune.data.account import Account, holds_something
 from qtune.data.conversation import (
     ROLES,
     Conversation,
+    Message,
     RowError,
     conversation,
     document,
@@ -265,12 +266,13 @@ def _conversation_of(
         return document(row["text"], place, account.unused)
     if row_format in _ONE_QUESTION and any(holds_something(row.get(key)) for key in INPUTS):
         account.notes.add("unused-input")
-    turns = _READERS[row_format](row, account)
+    turns = [turn for turn in _READERS[row_format](row, account) if not _is_blank_system(turn.message)]
     if not turns:
         raise RowError(f"{COLUMNS[row_format][0]} is empty; expected at least a user and an assistant turn")
     turns = _with_system_column(row, turns)
     for turn in turns:
-        require_text(turn.message, turn.where)
+        if system != "drop" or turn.message["role"] != "system":
+            require_text(turn.message, turn.where)
     messages = with_system([turn.message for turn in ordered(turns, turn_order, account)], system, system_prompt)
     tools = _tools(row, account)
     messages = [
@@ -315,13 +317,19 @@ def _refuse_columns(row: RawRow, row_format: str) -> None:
             )
 
 
+def _is_blank_system(message: Message) -> bool:
+    """Whether this is the system message that programs write where there is none."""
+    return message["role"] == "system" and not message["content"].strip()
+
+
 def _with_system_column(row: RawRow, turns: list[Turn]) -> list[Turn]:
     """The turns behind the system message that stands in a column of its own.
 
     Raises:
         RowError: the turns have another system message already.
     """
-    told = {key: text_of(row[key], key) for key in SYSTEM if holds_something(row.get(key))}
+    texts = {key: text_of(row[key], key) for key in SYSTEM if holds_something(row.get(key))}
+    told = {key: text for key, text in texts.items() if text.strip()}
     if not told:
         return turns
     key, text = next(iter(told.items()))
