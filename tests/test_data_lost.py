@@ -85,6 +85,8 @@ def test_columns_and_keys_that_nothing_reads_are_counted_by_name():
         {"train": False},
         {"training": 0},
         {"trainable": "false"},
+        {"weight": "0"},
+        {"masked": "1"},
         {"masked": True},
         {"loss_scale": 0.0},
         {"loss": False, "weight": 0},
@@ -210,6 +212,11 @@ def test_columns_that_would_change_what_is_learned_are_refused_by_name(row, mess
 
 def test_a_label_or_weight_that_says_what_happens_anyway_is_no_matter():
     assert not batch_of({"messages": TALK, "weight": 1.0}).unused
+    for text in ("1", "1.0", " 1 ", "1e0"):
+        batch = batch_of({"question": "Red?", "answer": "Stop.", "weight": text})
+        assert (len(examples(batch)), batch.bad, batch.unused) == (1, [], {})
+    for other in ("0.5", "0", "one", "nan", 10**400):
+        assert "a row has no weight of its own" in refusal({"messages": TALK, "weight": other})
     assert batch_of({"prompt": "Red?", "completion": "Stop.", "label": True}).unused == {"label": 1}
 
 

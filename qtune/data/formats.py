@@ -289,8 +289,13 @@ _ONE_QUESTION = ("prompt-completion", "alpaca", "question-answer")
 
 
 def _means_once(column: str, value: object) -> bool:
-    """Whether a column says of its row that it counts once, which is what happens."""
-    return column in ROW_WEIGHTS and isinstance(value, (int, float)) and value == 1
+    """Whether a column says of its row that it counts once, which is what happens. CSV has numbers as texts."""
+    if column not in ROW_WEIGHTS or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return float(value) == 1
+    except (ValueError, OverflowError):
+        return False
 
 
 def _refuse_columns(row: RawRow, row_format: str) -> None:

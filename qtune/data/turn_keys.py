@@ -66,8 +66,8 @@ def is_like_a_switch(key: object) -> bool:
 def _is_on(value: object, where: str) -> bool:
     if value in (0, 1) and isinstance(value, (bool, int, float)):
         return bool(value)
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
+    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
+        return value.lower() in ("true", "1")
     raise RowError(f"{where} = {shown(value)}: not 0 or 1 (true or false); a turn is learned whole or not at all")
 
 
