@@ -166,6 +166,15 @@ def test_files_that_are_not_what_their_name_says(tmp_path, content, message):
         ("rows.tsv", "question,answer\nx,c\n", [":2"]),
         ("rows.csv", "sep=;\nquestion;answer\nx;c\n", [":3"]),
         ("rows.csv", '"question;1",answer\nx,c\n', [":2"]),
+        ("rows.csv", "question (en, fr);answer\nx;c\n", [":2"]),
+        ("rows.csv", "question (en, fr)\tanswer\nx\tc\n", [":2"]),
+        ("rows.csv", "question (a|b|c);answer\nx;c\n", [":2"]),
+        ("rows.csv", 'question (en, fr);answer\n"x, y";"c"\n', [":2"]),
+        ("rows.tsv", "question\t(fr);answer\nx;c\n", [":2"]),
+        ("rows.csv", "question;1,answer\nx,c\n", [":2"]),
+        ("rows.csv", "question,answer\na;b;d,c\n", [":2"]),
+        ("rows.csv", 'question,answer\n"a;\nb",c\n', [":2"]),
+        ("rows.csv", "sep=,\nquestion;1,answer\nx;y,c\n", [":3"]),
     ],
 )
 def test_the_delimiter_of_a_table_is_read_off_its_header(tmp_path, name, text, places):

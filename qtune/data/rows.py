@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -147,10 +147,12 @@ def _csv(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
     with open_bytes(file, progress) as stream:
         texts = iter(raw.decode("utf-8", errors="surrogateescape") for _, raw in _lines(stream))
         first = next(texts, "")
-        delimiter = _delimiter(first, "\t" if file.kind == "tsv" else ",")
         # Excel's own word for it, in a line before the header.
         skipped = 1 if _EXCEL_DELIMITER.match(first) else 0
-        reader = csv.reader(texts if skipped else chain([first], texts), delimiter=delimiter, strict=True)
+        second = list(islice(texts, 1))
+        delimiter = _delimiter(first, second[0] if second else "", "\t" if file.kind == "tsv" else ",")
+        ahead = second if skipped else [first, *second]
+        reader = csv.reader(chain(ahead, texts), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             place = f"{file.name}:{reader.line_num + 1 + skipped}"
@@ -187,15 +189,20 @@ def _names(fields: list[str]) -> list[str]:
 _EXCEL_DELIMITER = re.compile(r"sep=(.)\r?\n?\Z")
 
 
-def _delimiter(header: str, usual: str) -> str:
-    """What separates the columns of a table: what its first line says, the usual one, or the one that is there."""
+def _delimiter(header: str, row: str, usual: str) -> str:
+    """What separates the columns of a table: what its first line says, the usual one, or the one that is there.
+
+    A name may hold another delimiter than the table's: one that parts the first row into as many fields as the header
+    goes before all others.
+    """
     told = _EXCEL_DELIMITER.match(header)
     if told:
         return told[1]
-    names = re.sub(r'"[^"]*"', "", header)
-    if usual in names:
+    names, fields = (re.sub(r'"[^"]*("|$)', "", line) for line in (header, row))
+    fitting = [one for one in ",;\t|" if names.count(one) == fields.count(one) > 0]
+    if usual in (fitting or names):
         return usual
-    return max(",;\t|", key=lambda one: (names.count(one), one == usual))
+    return max(fitting or ",;\t|", key=lambda one: (names.count(one), one == usual))
 
 
 def _parquet(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:
