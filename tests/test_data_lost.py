@@ -210,12 +210,25 @@ def test_columns_that_would_change_what_is_learned_are_refused_by_name(row, mess
     assert refusal(row).startswith(message)
 
 
+@pytest.mark.parametrize("value", ["addition of numbers", {"name": "addition"}, "2 apples"])
+@pytest.mark.parametrize("name", ["learning_goal", "training_set", "weight_class", "isMasked"])
+def test_a_text_is_no_switch_of_the_loss_whatever_its_name(name, value):
+    assert batch_of({"messages": TALK, name: value, "weight": value}).unused == {name: 1, "weight": 1}
+    assert batch_of({"messages": [TALK[0], {**TALK[1], name: value}]}).unused == {f"messages[].{name}": 1}
+
+
+@pytest.mark.parametrize("value", [0, 1.0, False, [1, 0], "0", " 0.5 ", "False", "no", "[1, 0]", {"user": False}])
+def test_a_value_that_could_be_a_switch_is_refused_as_a_text_too(value):
+    for row in ({"messages": TALK, "loss_mask": value}, {"messages": [TALK[0], {**TALK[1], "loss_mask": value}]}):
+        assert "looks like a" in refusal(row)
+
+
 def test_a_label_or_weight_that_says_what_happens_anyway_is_no_matter():
     assert not batch_of({"messages": TALK, "weight": 1.0}).unused
     for text in ("1", "1.0", " 1 ", "1e0"):
         batch = batch_of({"question": "Red?", "answer": "Stop.", "weight": text})
         assert (len(examples(batch)), batch.bad, batch.unused) == (1, [], {})
-    for other in ("0.5", "0", "one", "nan", 10**400):
+    for other in ("0.5", "0", "0,5", 10**400):
         assert "a row has no weight of its own" in refusal({"messages": TALK, "weight": other})
     assert batch_of({"prompt": "Red?", "completion": "Stop.", "label": True}).unused == {"label": 1}
 

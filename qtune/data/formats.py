@@ -305,12 +305,12 @@ def _refuse_columns(row: RawRow, row_format: str) -> None:
             continue
         if column in REFUSED:
             raise RowError(f"{column} = {shown(value)}: {REFUSED[column]}; remove the column, or leave such rows out")
-        if column in ROW_WEIGHTS:
+        if column in ROW_WEIGHTS and is_like_a_switch(column, value):
             raise RowError(
                 f"{column} = {shown(value)}: a row has no weight of its own; give sources weights "
                 "([data] train = [{ path, weight }]), or remove the column"
             )
-        if column not in (*COLUMNS[row_format], *BESIDE[row_format]) and is_like_a_switch(column):
+        if column not in (*COLUMNS[row_format], *BESIDE[row_format]) and is_like_a_switch(column, value):
             raise RowError(
                 f"{column} = {shown(value)}: looks like a mask or switch of the loss, which a row cannot have here; "
                 "give a message weight = 0 or 1, or remove the column"

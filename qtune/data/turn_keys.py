@@ -38,7 +38,7 @@ def loss_weight(turn: Mapping[str, Any], role: str, where: str) -> int | None:
         if turn.get(key) is not None
     }
     for key in turn:
-        if key not in SWITCHES and turn[key] is not None and is_like_a_switch(key):
+        if key not in SWITCHES and turn[key] is not None and is_like_a_switch(key, turn[key]):
             raise RowError(
                 f"{where}.{key} = {shown(turn[key])}: looks like a switch of the loss whose meaning is not known here; "
                 "say which answers are learned with weight = 0 or 1, or remove it"
@@ -58,9 +58,27 @@ def loss_weight(turn: Mapping[str, Any], role: str, where: str) -> int | None:
     return int(is_scored)
 
 
-def is_like_a_switch(key: object) -> bool:
-    """Whether a key's name, as compute_loss or isMasked, says that it decides what is learned."""
-    return isinstance(key, str) and bool(_LIKE_A_SWITCH.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+def is_like_a_switch(key: object, value: object) -> bool:
+    """Whether a key's name, as compute_loss or isMasked, says that it decides what is learned, and its value could.
+
+    A text says something else (`learning_goal`), unless it is a number, a switch or a list that a table holds as text.
+    """
+    if not isinstance(key, str) or not _LIKE_A_SWITCH.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()):
+        return False
+    return _could_switch(value)
+
+
+_SWITCH_IN_WORDS = re.compile(
+    r"\s*(?:true|false|yes|no|on|off|[-+]?[\d.,]+(?:e[-+]?\d+)?|\[.*\])\s*", re.IGNORECASE | re.DOTALL
+)
+
+
+def _could_switch(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(_SWITCH_IN_WORDS.fullmatch(value))
+    if isinstance(value, dict):
+        return any(map(_could_switch, value.values()))
+    return isinstance(value, (bool, int, float, list))
 
 
 def _is_on(value: object, where: str) -> bool:
