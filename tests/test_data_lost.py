@@ -98,6 +98,17 @@ def test_switches_of_other_libraries_keep_an_answer_out_of_the_loss(switch):
     assert scored(batch_of(row)) == ["Stop."]
 
 
+def test_a_last_answer_that_is_not_learned_is_not_said_to_be_every_one():
+    row = {"messages": [*TALK, TALK[0], {**TALK[1], "weight": 0}]}
+    said = "no assistant turn is left to learn: "
+    assert refusal(row, loss_on="last-answer") == (
+        f'{said}the last answer has weight 0, and loss_on = "last-answer" learns no other; '
+        '"all-answers" learns those before it'
+    )
+    row["messages"][1] = {**TALK[1], "weight": 0}
+    assert refusal(row, loss_on="last-answer") == f"{said}every weight is 0"
+
+
 @pytest.mark.parametrize(
     ("turn", "message"),
     [

@@ -76,7 +76,14 @@ def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str
         if message["role"] == "assistant" and message.get("weight") != 0 and (loss_on == "all-answers" or index == last)
     ]
     if not answers:
-        raise RowError("no assistant turn is left to learn: every weight is 0")
+        others = [message for message in messages if message["role"] == "assistant" and message.get("weight") != 0]
+        why = (
+            'the last answer has weight 0, and loss_on = "last-answer" learns no other; '
+            '"all-answers" learns those before it'
+            if others
+            else "every weight is 0"
+        )
+        raise RowError(f"no assistant turn is left to learn: {why}")
     whole = renderer.render(messages, conversation.tools)
     texts = {
         index: whole if index == last else renderer.render(messages[: index + 1], conversation.tools)
