@@ -62,6 +62,26 @@ def tiny_base(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch
     return folder
 
 
+PACKED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": {"load_in_8bit": True},
+}
+SKIPPED = "model.layers.1.mlp.down_proj"
+
+
+def packed_base(plain: Path, folder: Path, kind: str, compute_dtype: str = "float32", *skipped: str) -> Path:
+    """A checkpoint as bitsandbytes has quantized and transformers saved it; modules that are `skipped` in 16 bits."""
+    words = {**PACKED[kind], "bnb_4bit_compute_dtype": compute_dtype}
+    if skipped:
+        words["llm_int8_skip_modules"] = ["lm_head", *skipped]
+    stored = BitsAndBytesConfig(**words)
+    AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, quantization_config=stored).save_pretrained(
+        folder
+    )
+    return folder
+
+
 def live_base(folder: Path, basis: Basis = NF4) -> PreTrainedModel:
     """The model as training holds it: quantized by transformers and bitsandbytes."""
     four_bit = BitsAndBytesConfig(
@@ -161,10 +181,16 @@ def tiny_run(
     family: str = "llama",
     data: str = "",
     quantization: str = 'kind = "nf4"\ncompute_dtype = "float32"\nminimum_share = 0.0',
+    packed: tuple[str, ...] = (),
     **changes: Any,
 ) -> RunDir:
-    """A finished run: a tiny base with a tokenizer, rows, resolved.toml and a random adapter as qtune saves it."""
-    base = tiny_base(folder / "base", family, **changes)
+    """A finished run: a tiny base with a tokenizer, rows, resolved.toml and a random adapter as qtune saves it.
+
+    packed: what `packed_base` is told, of a base whose checkpoint is quantized already.
+    """
+    base = tiny_base(folder / ("plain" if packed else "base"), family, **changes)
+    if packed:
+        base = packed_base(base, folder / "base", *packed)
     tiny_tokenizer(base)
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {index}."}]}

@@ -14,6 +14,8 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
+from qtune.model.packed import ROW_SCALES
+
 # bitsandbytes' defaults, which transformers does not override: weights that share an absmax, absmax that share another.
 BLOCK = 64
 OUTER_BLOCK = 256
@@ -31,12 +33,14 @@ class Basis:
 
     `load_dtype` is what a checkpoint's tensors were cast to before they were quantized (and what those that are not
     quantized are kept in); `compute_dtype` is what quantized weights are dequantized to for each product.
+    Where the quantization `is_stored`, the codes are the checkpoint's own.
     """
 
     kind: Literal["nf4", "fp4", "int8", "none"]
     double_quantization: bool
     load_dtype: torch.dtype
     compute_dtype: torch.dtype
+    is_stored: bool = False
 
 
 def as_trained(weight: torch.Tensor, basis: Basis) -> torch.Tensor:
@@ -57,11 +61,13 @@ def as_trained(weight: torch.Tensor, basis: Basis) -> torch.Tensor:
 
 
 def as_stored(codes: torch.Tensor, statistics: dict[str, torch.Tensor], compute_dtype: torch.dtype) -> torch.Tensor:
-    """The values of a weight that the checkpoint already holds in bitsandbytes' 4-bit format, in the compute dtype.
+    """The values of a weight that the checkpoint already holds in one of bitsandbytes' formats, typed as `as_trained`.
 
-    `statistics` are the tensors stored beside `codes`, by the part of their names after the weight's ("absmax",
-    "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4").
+    `statistics` are the tensors stored beside `codes` (`model.packed.statistics_of`).
     """
+    if ROW_SCALES in statistics:
+        values: torch.Tensor = int8_vectorwise_dequant(codes, statistics[ROW_SCALES])
+        return values
     state = QuantState.from_dict(dict(statistics), device=torch.device("cpu"))
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     flat: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(

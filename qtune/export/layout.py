@@ -15,6 +15,8 @@ from qtune.model.as_made import require_as_made
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.completeness import built_on_meta, require_complete
 from qtune.model.kept_precision import kept_in_fp32
+from qtune.model.packed import statistics_of
+from qtune.model.quantization import is_stored_quantized
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Layout:
     converted: frozenset[str]
     """Parameters that loading puts together from several tensors or cuts out of one."""
     quantized: frozenset[str]
-    """Parameters that loading with a quantization stores in 4 or 8 bits."""
+    """Parameters that are in 4 or 8 bits when they are loaded: with a quantization, or as they are stored."""
     transposed: frozenset[str]
     """Weights of GPT-2's Conv1D: stored [in, out], quantized as [out, in]."""
     tied: dict[str, str]
@@ -51,7 +53,8 @@ def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool 
     """Maps the tensor names of a checkpoint onto a model from `empty_model`, with transformers' own loading rules.
 
     The linear layers of `model` become bitsandbytes layers on the way, for transformers decides on modules, not on
-    names, which of them it quantizes. Without `replace_layers` it stays as it is, and nothing counts as quantized.
+    names, which of them it quantizes. Of a checkpoint that is quantized already, those are that have statistics.
+    Without `replace_layers` it stays as it is, and nothing counts as quantized.
     """
     parameters, converted = _parameters(model, names)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
@@ -59,7 +62,12 @@ def layout_of(model: PreTrainedModel, names: list[str], *, replace_layers: bool 
     embeddings = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     tied = dict(model.all_tied_weights_keys)
-    quantized = with_4_bit_layers(model) if replace_layers else set()
+    quantized: set[str] = set()
+    if replace_layers and is_stored_quantized(model.config):
+        stored = set(names)
+        quantized = {parameter for name, parameter in parameters.items() if statistics_of(name, stored)}
+    elif replace_layers:
+        quantized = with_4_bit_layers(model)
     return Layout(
         parameters=parameters,
         converted=frozenset(converted),

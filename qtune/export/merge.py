@@ -1,6 +1,5 @@
 """Base checkpoint + adapter -> merged tensors, one at a time."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,12 +15,10 @@ from qtune.export.layout import Layout
 from qtune.export.rounding import rounded_stochastically
 from qtune.export.shards import SHARD_BYTES, Planned, plan_shards, write_shards
 from qtune.model.checkpoint import Checkpoint
+from qtune.model.packed import is_statistic, read_statistics, statistics_of, unpacked_shape
 
 # Which weights the adapter is added to: those that training saw, or those of the base checkpoint.
 Weights = Literal["dequantized", "original"]
-
-# bitsandbytes keeps a stored 4-bit weight's statistics in tensors with the weight's name and one of these after it.
-STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def plan_merge(
     parameters that the checkpoint does not hold as one tensor, a resized embedding whose head was not resized.
     """
     merge = Merge(base, layout, adapter, basis, weights, dtype)
-    sources = {name: name for name in base.tensors if not _is_statistic(name, base)}
+    sources = {name: name for name in base.tensors if not is_statistic(name, base.tensors)}
     targets = {name: layout.parameters.get(name, name) for name in sources}
     unties = _unties(layout, adapter)
     head = layout.output_embedding
@@ -134,10 +131,8 @@ def base_values(merge: Merge, source: str, parameter: str, stored: torch.Tensor)
 
     `stored` is what the checkpoint holds under `source`; it is returned as it is where nothing is to be done.
     """
-    statistics = _statistics(source, merge.base)
-    if statistics:
-        read = {name: merge.base.read(f"{source}.{name}") for name in statistics}
-        return as_stored(stored, read, merge.basis.compute_dtype)
+    if statistics := read_statistics(source, merge.base):
+        return as_stored(stored, statistics, merge.basis.compute_dtype)
     if merge.weights == "original" or not stored.is_floating_point():
         return stored
     if parameter not in merge.layout.quantized or merge.basis.kind == "none":
@@ -172,7 +167,7 @@ def _refuse_overflow(name: str, values: torch.Tensor, rounded: torch.Tensor) -> 
 
 def _output_dtype(merge: Merge, name: str, parameter: str) -> torch.dtype:
     stored = merge.base.tensors[name].dtype if name in merge.base.tensors else merge.dtype
-    if _statistics(name, merge.base):
+    if statistics_of(name, merge.base.tensors):
         return merge.dtype
     if not stored.is_floating_point:
         return stored
@@ -181,21 +176,13 @@ def _output_dtype(merge: Merge, name: str, parameter: str) -> torch.dtype:
 
 def _output_shape(merge: Merge, source: str, parameter: str) -> tuple[int, ...]:
     update = _update_for(merge, parameter)
-    shape = _base_shape(merge.base, source)
+    shape = unpacked_shape(source, merge.base)
     if update is None:
         return shape
     if update.replacement is not None:
         shape = tuple(update.replacement.shape)
     new = update.mean_rows + (0 if update.appended is None else len(update.appended))
     return (shape[0] + new, *shape[1:])
-
-
-def _base_shape(base: Checkpoint, source: str) -> tuple[int, ...]:
-    """A tensor's shape; that of a stored 4-bit weight is in the JSON that bitsandbytes keeps beside it."""
-    statistics = [name for name in _statistics(source, base) if name.startswith("quant_state.")]
-    if statistics:
-        return tuple(json.loads(base.read(f"{source}.{statistics[0]}").numpy().tobytes())["shape"])
-    return base.tensors[source].shape
 
 
 def _obstacles(merge: Merge, present: set[str]) -> Iterable[Problem]:
@@ -211,8 +198,8 @@ def _obstacles(merge: Merge, present: set[str]) -> Iterable[Problem]:
     if merge.weights == "dequantized" and merge.basis.kind != "none":
         for parameter in sorted(merge.layout.converted & merge.layout.quantized):
             yield Problem(folder, f"stores {parameter} in pieces; it cannot be quantized as training did")
-    if merge.weights == "original" and any(_is_statistic(name, merge.base) for name in merge.base.tensors):
-        yield Problem(folder, "holds 4-bit weights only; there are no original ones to merge into")
+    if merge.weights == "original" and any(is_statistic(name, merge.base.tensors) for name in merge.base.tensors):
+        yield Problem(folder, "holds quantized weights; there are no original ones to merge into, leave out --base")
     yield from _vocabulary_mismatch(merge)
 
 
@@ -225,7 +212,7 @@ def _shape_of(merge: Merge, parameter: str) -> tuple[int, ...] | None:
     name = merge.layout.stored_as(parameter)
     if name is None:
         return None
-    shape = _base_shape(merge.base, name)
+    shape = unpacked_shape(name, merge.base)
     return shape[::-1] if parameter in merge.layout.transposed else shape
 
 
@@ -236,7 +223,7 @@ def _vocabulary_mismatch(merge: Merge) -> Iterable[Problem]:
     head = updates.get(layout.output_embedding or "", Update()).replacement
     if embedding is None or name is None:
         return
-    rows = len(head) if head is not None else merge.base.tensors[name].shape[0]
+    rows = len(head) if head is not None else unpacked_shape(name, merge.base)[0]
     if rows != len(embedding):
         yield Problem(
             str(merge.base.folder), f"the adapter has {len(embedding)} embedding rows, the head {rows}; save both"
@@ -249,18 +236,3 @@ def _unties(layout: Layout, adapter: AdapterWeights) -> bool:
     if head is None or head not in layout.tied or adapter.head == "as the embedding":
         return False
     return adapter.head == "on its own" or bool({head, layout.tied[head]} & adapter.updates.keys())
-
-
-def _statistics(name: str, base: Checkpoint) -> list[str]:
-    """The parts of the names of a stored 4-bit weight's statistics; empty for any other tensor."""
-    if f"{name}.absmax" not in base.tensors:
-        return []
-    return [
-        other.removeprefix(f"{name}.")
-        for other in base.tensors
-        if _is_statistic(other, base) and other.startswith(f"{name}.")
-    ]
-
-
-def _is_statistic(name: str, base: Checkpoint) -> bool:
-    return any(f".{part}" in name and name[: name.index(f".{part}")] in base.tensors for part in STATISTICS)

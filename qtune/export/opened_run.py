@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qtune.data.asking import asking_template
 from qtune.data.template import ChatTemplate, choose_template
@@ -17,6 +17,7 @@ from qtune.export.basis import Basis
 from qtune.model.contents import checksums_of
 from qtune.model.load import load_config, load_tokenizer
 from qtune.model.local import local_base
+from qtune.model.quantization import held_as, is_stored_quantized
 from qtune.model.trust import code_files, code_hash, require_consent
 from qtune.plan import compute_dtype_rule
 from qtune.recipe.schema import FourBit, Recipe
@@ -93,7 +94,7 @@ def open_for_export(
     """
     adapter = adapter or whole_adapter(run)
     recipe = resolved_recipe(run)
-    load_config(recipe.model)
+    base_config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     trained = choose_template(recipe.data.chat_template, tokenizer, run.path)
     checksums = checksums_of(local_base(recipe.model)) if reads_weights else {}
@@ -109,14 +110,18 @@ def open_for_export(
         tokenizer=tokenizer,
         template=template,
         trained_template=trained,
-        basis=basis_of(recipe),
+        basis=basis_of(recipe, base_config),
     )
 
 
-def basis_of(recipe: Recipe) -> Basis:
-    """How training with this recipe held the base model."""
-    quantization = recipe.quantization
-    name = quantization.compute_dtype
+def basis_of(recipe: Recipe, config: PretrainedConfig) -> Basis:
+    """How training with this recipe held the base model of this configuration."""
+    held = held_as(recipe.quantization, config)
+    double = isinstance(held, FourBit) and held.double_quantization
+    load_dtype, compute_dtype = _dtype(recipe.quantization.compute_dtype), _dtype(held.compute_dtype)
+    return Basis(held.kind, double, load_dtype, compute_dtype, is_stored=is_stored_quantized(config))
+
+
+def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, compute_dtype_rule(present_device())[0] if name == "auto" else name)
-    double = isinstance(quantization, FourBit) and quantization.double_quantization
-    return Basis(quantization.kind, double, load_dtype=dtype, compute_dtype=dtype)
+    return dtype

@@ -6,7 +6,6 @@ and what it reports is an error.
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +19,12 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qtune.errors import ModelError, Problem, first_line
-from qtune.model.checkpoint import Checkpoint, StoredTensor
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.folder import INDEX, SINGLE, weight_files
+from qtune.model.packed import is_statistic, unpacked_shape
 
 SHOWN = 6
 """Names that are written out; of more the number is said."""
-
-STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "SCB", "weight_format")
-"""What bitsandbytes stores beside a weight, as the last parts of names."""
 
 
 def require_complete(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Checkpoint:
@@ -138,32 +135,10 @@ def _stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Tensors without storage for the stored ones; what bitsandbytes has packed in its shape before that."""
     found = {}
     for name, stored in checkpoint.tensors.items():
-        if _is_statistic(name, checkpoint):
+        if is_statistic(name, checkpoint.tensors):
             continue
-        found[name] = torch.empty(_unpacked_shape(name, stored, checkpoint), dtype=stored.dtype, device="meta")
+        found[name] = torch.empty(unpacked_shape(name, checkpoint), dtype=stored.dtype, device="meta")
     return found
-
-
-def _is_statistic(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is what bitsandbytes keeps beside a weight: weight.absmax, weight.quant_state.*, SCB."""
-    for part in STATISTICS:
-        head, found, _ = name.partition(f".{part}")
-        if found and (head in checkpoint.tensors or f"{head}.weight" in checkpoint.tensors):
-            return True
-    return False
-
-
-def _unpacked_shape(name: str, stored: StoredTensor, checkpoint: Checkpoint) -> tuple[int, ...]:
-    states = [other for other in checkpoint.tensors if other.startswith(f"{name}.quant_state.")]
-    if not states:
-        return stored.shape
-    try:
-        described = json.loads(checkpoint.read(states[0]).numpy().tobytes())
-        return tuple(int(size) for size in described["shape"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            Problem(str(stored.file), f"{states[0]} does not say how {name} is packed: {first_line(error)}")
-        ) from error
 
 
 def _place(checkpoint: Checkpoint) -> str:

@@ -3,10 +3,12 @@
 import logging
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from qtune.errors import Problem
 from qtune.recipe.schema import EightBit, FourBit, Quantization, Unquantized
@@ -43,6 +45,22 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
             return BitsAndBytesConfig(load_in_8bit=True)
         case Unquantized():
             return None
+
+
+def held_as(quantization: Quantization, config: PretrainedConfig) -> Quantization:
+    """How a base is held under a recipe's quantization: as its checkpoint says, where that brings its own."""
+    if not is_stored_quantized(config):
+        return quantization
+    given: Any = config.quantization_config
+    stored: Any = AutoQuantizationConfig.from_dict(given) if isinstance(given, dict) else given
+    if stored.load_in_8bit:
+        return EightBit(kind="int8", compute_dtype=quantization.compute_dtype)
+    computed: Any = str(stored.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return FourBit(
+        kind=stored.bnb_4bit_quant_type,
+        double_quantization=stored.bnb_4bit_use_double_quant,
+        compute_dtype=computed,
+    )
 
 
 def is_stored_quantized(config: PretrainedConfig) -> bool:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -23,6 +29,7 @@ from qtune.export.layout import Layout, empty_model, layout_of
 from qtune.export.verify.exact import is_low
 from qtune.model.checkpoint import Checkpoint, tensors_of
 from qtune.model.completeness import require_complete
+from qtune.model.packed import ROW_SCALES, read_statistics
 
 DORA = "lora_magnitude_vector.weight"
 
@@ -80,6 +87,8 @@ def _reader(checkpoint: Checkpoint, layout: Layout, basis: Basis | None, device:
     def read(parameter: str) -> Tensor:
         name = names[parameter] if parameter in names else names[layout.tied[parameter]]
         stored = checkpoint.read_finite(name).to(device)
+        if basis is not None and (statistics := read_statistics(name, checkpoint)):
+            return _unpacked(stored, statistics, basis).float()
         if not stored.is_floating_point():
             return stored
         if basis is None or parameter in layout.kept_in_fp32:
@@ -92,6 +101,18 @@ def _reader(checkpoint: Checkpoint, layout: Layout, basis: Basis | None, device:
         return values.T if turned else values
 
     return read
+
+
+def _unpacked(codes: Tensor, statistics: dict[str, Tensor], basis: Basis) -> Tensor:
+    """[out, in] as a layer dequantizes the codes that a checkpoint brought."""
+    values: Tensor
+    if ROW_SCALES in statistics:
+        values = int8_vectorwise_dequant(codes, statistics[ROW_SCALES].to(codes.device))
+        return values
+    state = QuantState.from_dict(dict(statistics), device=codes.device)
+    state.dtype = basis.compute_dtype
+    values = dequantize_4bit(codes, state)
+    return values
 
 
 def _through_bitsandbytes(weight: Tensor, basis: Basis) -> Tensor:

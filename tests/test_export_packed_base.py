@@ -1,0 +1,74 @@
+"""A base that bitsandbytes has quantized before is exported as training held it, whatever the recipe says of it."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from export_models import SKIPPED, tiny_run
+
+from qtune.device.present import present_device
+from qtune.export.adapter_weights import AdapterWeights
+from qtune.export.export import Options, export_run
+from qtune.export.layout import layout_of, open_base
+from qtune.export.merge import base_values, plan_merge
+from qtune.export.opened_run import open_for_export
+from qtune.export.verify.exact import four_bit_values, int8_values
+from qtune.export.verify.rows import rows_for
+from qtune.export.verify.verify import verify
+from qtune.model.load import load_base
+from qtune.plan import make_plan
+from qtune.run.folder import RunDir
+
+# peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+BASES: dict[str, tuple[str, ...]] = {
+    "nf4": ("nf4", "float32"),
+    "nf4, one module in 16 bits": ("nf4", "float32", SKIPPED),
+    "nf4, computed in another type": ("nf4", "bfloat16"),
+    "fp4, one module in 16 bits": ("fp4", "float16", SKIPPED),
+    "int8": ("int8", "float32"),
+    "int8, one module in 16 bits": ("int8", "float32", SKIPPED),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The recipe says NF4 of each of them."""
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        return tiny_run(tmp_path_factory.mktemp("packed"), packed=BASES[request.param])
+
+
+def test_a_packed_base_is_exported_and_proven_from_memory_and_from_the_disk(run: RunDir) -> None:
+    source = open_for_export(run)
+    folder = export_run(run, Options(verify=False))
+    rows = rows_for(source)
+    whole, streamed = (verify(source, folder, rows, streamed=is_streamed) for is_streamed in (False, True))
+    assert (whole.failures, streamed.failures) == ((), ())
+    assert whole.bare_base.kl > 0.01, "the adapter changes nothing; this test would prove nothing"
+    assert streamed.bare_base.kl == pytest.approx(whole.bare_base.kl, rel=1e-3)
+    for verification in (whole, streamed):
+        assert verification.exported.kl < 1e-5
+
+
+def test_merged_weights_are_what_the_layers_of_the_run_multiply_with(run: RunDir) -> None:
+    source = open_for_export(run)
+    plan = make_plan(source.recipe, present_device())
+    live = load_base(source.recipe.model, source.recipe.quantization, plan)
+    checkpoint, network = open_base(source.base)
+    layout = layout_of(network, list(checkpoint.tensors))
+    nothing = AdapterWeights({}, "as the embedding")
+    merge = plan_merge(checkpoint, layout, nothing, source.basis, "dequantized", torch.float32)
+    quantized = set()
+    for name, module in live.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = f"{name}.weight"
+        expected = module.weight
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            quantized.add(weight)
+            expected = four_bit_values(module) if isinstance(module, Linear4bit) else int8_values(module)
+        values = base_values(merge, weight, weight, checkpoint.read(weight))
+        assert torch.equal(values.float(), expected.float()), weight
+    assert layout.quantized == quantized
+    assert {one.name for one in merge.tensors} == set(layout.parameters)
+    assert {one.dtype for one in merge.tensors} == {torch.float32}
