@@ -24,11 +24,13 @@ from qtune.recipe.schema import (
     ADAPTERS,
     AdapterTable,
     Data,
+    EightBit,
     FourBit,
     KeyPath,
     Memory,
     Model,
     Output,
+    Quantization,
     Recipe,
     Table,
     Training,
@@ -61,6 +63,7 @@ NEXT = (("check", "what would spoil the run"), ("run", "train it; Ctrl-C saves")
 SHOWN: dict[type[Table], tuple[str, ...]] = {
     Model: ("base",),
     FourBit: ("kind", "double_quantization"),
+    EightBit: ("kind",),
     Unquantized: ("kind",),
     Data: ("train", "columns", "validation", "max_length"),
     Training: ("epochs", "batch_size", "learning_rate", "warmup"),
@@ -111,7 +114,8 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     _require_options(wrong, base, data)
     table = ADAPTERS[adapter]
     rate, _ = table.model_construct(**table.first_values).usual_rate
-    quantization: type[Table] = Unquantized if is_export(base) else FourBit
+    held = _held(base)
+    quantization = type(held)
     given: dict[KeyPath, Any] = {
         ("model", "base"): base,
         ("data", "train"): _path_from(data, file),
@@ -119,7 +123,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
         **{("adapter", key): value for key, value in table.first_values.items()},
         ("training", "learning_rate"): rate,
         **({} if table.first_warmup is None else {("training", "warmup"): table.first_warmup}),
-        **({("quantization", "kind"): "none"} if quantization is Unquantized else {}),
+        **{("quantization", key): getattr(held, key) for key in SHOWN[quantization]},
         **({} if look is None else _by_rows(look, table, _positions(base))),
     }
     tables: dict[str, type[Table]] = {
@@ -135,7 +139,7 @@ def new_recipe(base: str, data: str, adapter: str, file: Path, look: "FirstLook 
     named = shlex.quote(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
     is_whole = is_export(base)
     lines = [
-        title(adapter, base, "none" if is_whole else "nf4", is_export=is_whole),
+        title(adapter, base, held.kind, is_export=is_whole),
         f"# Look for mistakes with `qtune check {named}`, train with `qtune run {named}`.",
         "# Keys that are not here have the defaults of `qtune init --schema`.",
     ]
@@ -190,15 +194,34 @@ def _positions(base: str) -> int:
     """Positions that the base has, where a look at it can tell."""
     if base.startswith(PREFIX):
         return BUILTIN_MODELS[base.removeprefix(PREFIX)].positions
+    return reach_of(_config_of(base)) or UNKNOWN_REACH
+
+
+def _config_of(base: str) -> dict[str, Any]:
+    """What config.json of a folder here says; nothing of another base, and where it cannot be read."""
     path = Path(base).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.name != "config.json":
-        return UNKNOWN_REACH
+        return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # what is wrong with it is said by `check`
-        return UNKNOWN_REACH
-    return (reach_of(values) if isinstance(values, dict) else None) or UNKNOWN_REACH
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _held(base: str) -> Quantization:
+    """How a recipe holds its base: in NF4, but for an export, and for a checkpoint that brings its own quantization."""
+    stored = _config_of(base).get("quantization_config")
+    if is_export(base):
+        return Unquantized(kind="none")
+    if not isinstance(stored, dict) or not (stored.get("load_in_8bit") or stored.get("load_in_4bit")):
+        return FourBit()
+    if stored.get("load_in_8bit"):
+        return EightBit(kind="int8")
+    double = bool(stored.get("bnb_4bit_use_double_quant"))
+    is_nf4 = stored.get("bnb_4bit_quant_type") == "nf4"  # FP4 is bitsandbytes' default
+    return FourBit(kind="nf4" if is_nf4 else "fp4", double_quantization=double)
 
 
 def is_export(base: str) -> bool:

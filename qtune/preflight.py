@@ -43,6 +43,7 @@ from qtune.model.quantization import (
     is_stored_quantized,
     quantization_config,
     quantized_too_little,
+    require_kind,
 )
 from qtune.model.reach import reach_of
 from qtune.plan import Plan, make_plan
@@ -194,6 +195,7 @@ def examine(
     asked.of(_require_padding, recipe.model, tokenizer)
     asked.of(_require_room, config, recipe)
     asked.of(_require_layers, config, recipe)
+    asked.of(require_kind, config, recipe.quantization)
     plan = make_plan(recipe, device, attention_rule(config))
     asked.of(_require_scaled_adapter, plan)
     if recipe.adapter.start_from is not None and not asked.refusals:
@@ -270,6 +272,7 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
     _ask_of_recipe(recipe, Path(recipe.output.directory), asked)
     asked.of(_require_room, config, recipe)
     asked.of(_require_layers, config, recipe)
+    asked.of(require_kind, config, recipe.quantization)
     if recipe.output.gguf is not None:
         with suppress(ModelError):
             tokenizer = load_tokenizer(recipe.model)

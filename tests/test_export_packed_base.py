@@ -1,21 +1,29 @@
 """A base that bitsandbytes has quantized before is exported as training held it, whatever the recipe says of it."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from export_models import SKIPPED, tiny_run
+from export_models import SKIPPED, packed_base, tiny_base, tiny_run
+from test_memory_trace import recipe_with
 
 from qtune.device.present import present_device
+from qtune.errors import InputError
 from qtune.export.adapter_weights import AdapterWeights
 from qtune.export.export import Options, export_run
 from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import base_values, plan_merge
 from qtune.export.opened_run import open_for_export
+from qtune.export.serving import serving
 from qtune.export.verify.exact import four_bit_values, int8_values
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
+from qtune.model.kept_weights import weight_of
 from qtune.model.load import load_base
 from qtune.plan import make_plan
+from qtune.recipe.schema import FourBit
 from qtune.run.folder import RunDir
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -72,3 +80,43 @@ def test_merged_weights_are_what_the_layers_of_the_run_multiply_with(run: RunDir
     assert layout.quantized == quantized
     assert {one.name for one in merge.tensors} == set(layout.parameters)
     assert {one.dtype for one in merge.tensors} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Options(weights="original"), "to merge into, leave out --base"),
+        (Options(compare_bases=True), "to compare with, leave out --compare-bases"),
+    ],
+)
+def test_original_weights_that_there_are_not_are_refused_before_anything_is_written(
+    asked: Options, said: str, run: RunDir
+) -> None:
+    source = open_for_export(run)
+    before = set(run.path.iterdir())
+    with pytest.raises(InputError) as refused:
+        export_run(run, replace(asked, output=run.path / "other"))
+    whole = f"{source.base}: holds quantized weights; there are no original ones {said}"
+    assert [str(problem) for problem in refused.value.problems] == [whole]
+    assert set(run.path.iterdir()) == before
+
+
+def test_an_adapter_s_card_and_commands_load_a_packed_base_as_it_is(run: RunDir) -> None:
+    source = open_for_export(run)
+    folder = export_run(run, Options(adapter_only=True, force=True))
+    card = (folder / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("base", dtype="float32", device_map="auto")' in card
+    assert "BitsAndBytesConfig" not in card
+    vllm = next(one for one in serving(source, folder) if one.program == "vLLM")
+    assert "--quantization" not in vllm.command
+    assert vllm.note == ""
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
+def test_a_gradient_reads_a_weight_back_as_the_product_did(compute_dtype: str, tmp_path: Path) -> None:
+    base = packed_base(tiny_base(tmp_path / "plain"), tmp_path / "packed", "nf4", compute_dtype)
+    quantization = FourBit(compute_dtype="float32", minimum_share=0.0)
+    recipe = recipe_with(quantization=quantization.model_dump(), model={"base": str(base)})
+    network = load_base(recipe.model, quantization, make_plan(recipe, present_device()))
+    layer = network.model.layers[0].mlp.up_proj
+    assert torch.equal(weight_of(layer, layer.compute_dtype), four_bit_values(layer))

@@ -24,14 +24,16 @@ from qtune.data.prepare import survey
 from qtune.errors import RecipeError
 from qtune.init import ADAPTERS, copied_recipe, look_at, recipe_schema, said_of_rows, shipped_summaries, write_recipe
 from qtune.model.builtin import BUILTIN_MODELS
+from qtune.model.config import read_config
 from qtune.model.load import load_tokenizer
+from qtune.model.quantization import require_kind
 from qtune.model.reach import reach_of
 from qtune.preflight import examine
 from qtune.recipe.faults import Faulty
 from qtune.recipe.file import Resolved, check_recipe, load_recipe
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.rates import doubtful_rate
-from qtune.recipe.schema import Data, Lora, Model, Recipe, Training
+from qtune.recipe.schema import Data, EightBit, FourBit, Lora, Model, Recipe, Training
 from qtune.recipe.shipped import shipped_recipes
 from qtune.recipe.steps import few_steps, few_steps_of_a_prompt
 
@@ -490,6 +492,23 @@ def test_an_export_is_not_quantized_once_more(here, tiny_model):
     assert "NF4" not in text.split("\n")[0]
     file.write_text(text)
     assert not [said for said in examine(load_recipe(file)).warnings if "export" in said or "steps" in said]
+
+
+@pytest.mark.parametrize(
+    ("stored", "how", "quantization"),
+    [
+        ({"load_in_8bit": True}, "in int8", EightBit(kind="int8")),
+        ({"load_in_4bit": True}, "in FP4", FourBit(kind="fp4", double_quantization=False)),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "in NF4", FourBit(double_quantization=False)),
+    ],
+)
+def test_a_base_that_is_stored_quantized_is_held_as_it_is_stored(here, tiny_model, stored, how, quantization):
+    config = json.loads((tiny_model / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    text = new_recipe(str(here), "rows.jsonl", "lora", here / "recipe.toml")
+    assert load_text(text).quantization == quantization
+    assert text.split("\n")[0].endswith(f"whose weights stay {how}.")
+    require_kind(read_config(str(here)), quantization)
 
 
 HOLDS_NONE = "holds no row; a row is a line of JSONL, or one below CSV's names"

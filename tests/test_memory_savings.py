@@ -94,6 +94,31 @@ def test_the_usual_ways_of_old_hold_the_whole_logits_in_fp32_more_than_once(usua
         assert prediction.by_phase["forward"].alive["logits and loss"] >= 2 * logits, name
 
 
+STORED = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_of_a_base_that_is_stored_quantized_the_usual_ways_hold_what_they_would_of_the_weights(kind, usual) -> None:
+    stored = tiny(layers=1, quantization_config={"quant_method": "bitsandbytes", **STORED[kind]})
+    recipe, plan = planned(quantization={"kind": kind}, training={"gradient_checkpointing": True})
+    for way in baselines(stored, recipe, plan, LENGTH)[:4]:
+        assert way.prediction.peak == usual[way.name].peak, way.name
+
+
+def test_of_a_base_that_is_stored_quantized_each_technique_saves_what_it_would_of_the_weights() -> None:
+    recipe, plan = planned()
+    stored = tiny(layers=1, quantization_config={"quant_method": "bitsandbytes", **STORED["nf4"]})
+    bare = {way.name: way.prediction for way in attribution(tiny(layers=1), recipe, plan, LENGTH)}
+    for way in attribution(stored, recipe, plan, LENGTH):
+        assert way.prediction.peak == bare[way.name].peak, way.name
+
+
 def test_the_usual_ways_accumulate_where_the_recipe_does() -> None:
     recipe, plan = planned(training={"batch_size": 4, "micro_batch_size": 2})
     whole = baselines(tiny(layers=1), recipe, plan, LENGTH)[0].prediction

@@ -9,16 +9,19 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from export_models import tiny_base, tiny_tokenizer
+from export_models import SKIPPED, packed_base, tiny_base, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from qtune.adapter.attach import attach_adapter
 from qtune.device.present import Device
-from qtune.errors import ModelError
+from qtune.errors import InputError, ModelError
+from qtune.memory.tracing.bare_model import bare_model
+from qtune.model.config import read_config
 from qtune.model.load import load_base, load_config, load_tokenizer
 from qtune.model.local import base_folder
 from qtune.model.loss import install_loss
-from qtune.model.quantization import ParameterCount, count_parameters
+from qtune.model.quantization import ParameterCount, count_parameters, require_kind
 from qtune.plan import Plan, make_plan
 from qtune.recipe.parse import parse_recipe
 from qtune.recipe.schema import EightBit, FourBit, Lora, Model, Quantization, Unquantized
@@ -98,6 +101,40 @@ def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(tiny_model: P
     AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=stored).save_pretrained(tmp_path)
     state = load(tmp_path, FourBit(kind="nf4")).model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("fp4", False)
+
+
+def test_a_recipe_of_another_kind_than_the_stored_one_is_refused_with_the_kind_to_set(tmp_path: Path) -> None:
+    stored = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    said = 'the checkpoint of the base is stored in int8 and is trained as it is; set it to "int8"'
+    for quantization in (FourBit(), Unquantized(kind="none")):
+        with pytest.raises(InputError, match=f'^quantization.kind = "{quantization.kind}": {said}$'):
+            require_kind(stored, quantization)
+    require_kind(stored, EightBit(kind="int8"))
+    require_kind(LlamaConfig(), FourBit())
+    unknown = LlamaConfig(quantization_config={"quant_method": "bitsandbytes"}, name_or_path="folder")
+    said = "^folder, config.json: quantization_config names no quantization .*; remove it if there is none$"
+    with pytest.raises(ModelError, match=said):
+        require_kind(unknown, FourBit())
+
+
+def test_a_stored_number_beyond_the_plans_type_is_named(tmp_path: Path) -> None:
+    base = packed_base(tiny_base(tmp_path / "plain"), tmp_path / "packed", "nf4")
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = "model.norm.weight holds numbers beyond float16; use another quantization.compute_dtype"
+    with pytest.raises(ModelError, match=said):
+        load(base, FourBit(compute_dtype="float16"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_model_without_weights_holds_the_bytes_of_one_that_is_stored_quantized(kind: str, tmp_path: Path) -> None:
+    base = packed_base(tiny_base(tmp_path / "plain"), tmp_path / "packed", kind, "float32", SKIPPED)
+    live = load(base, QUANTIZATIONS[kind])
+    bare = bare_model(read_config(str(base)), torch.float32, None, "sdpa")
+    sizes = {name: parameter.nbytes for name, parameter in live.named_parameters()}
+    assert {name: parameter.nbytes for name, parameter in bare.named_parameters()} == sizes
 
 
 def test_a_gguf_file_is_a_base_and_is_made_into_a_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from qtune import console
 from qtune.device.present import one_sentence
 from qtune.disk import told
-from qtune.errors import ExportError, ModelError, VerificationError
+from qtune.errors import ExportError, ModelError, Problem, VerificationError
 from qtune.export.adapter_folder import is_adapter_alone, require_same_adapter, write_adapter
 from qtune.export.conflicts import refuse_whole
 from qtune.export.gguf.file import GgufType, refuse_unconvertible
@@ -109,6 +109,9 @@ def write_export(run: RunDir, options: Options, show: Show = _unseen) -> Path:
         _add_gguf(source, folder, options.gguf)
         _say_uses(source, folder, run, options)
         return folder
+    if options.compare_bases and source.basis.is_stored:
+        message = "holds quantized weights; there are no original ones to compare with, leave out --compare-bases"
+        raise ModelError(Problem(str(source.base), message))
     target = Target(
         folder,
         getattr(torch, options.dtype),

@@ -95,13 +95,15 @@ def adapter_card(source: OpenedRun, folder: Path) -> str:
     """The card of an adapter alone, with the lines that, from inside of its folder, load it onto the base as it was
     trained."""
     quantization, config_import, words = "", "", source.recipe.adapter.in_words
-    kind, dtype = source.basis.kind, str(source.basis.compute_dtype).removeprefix("torch.")
+    basis = source.basis
+    kind = "none" if basis.is_stored else basis.kind  # what a checkpoint brings needs no word
+    dtype = str(basis.load_dtype).removeprefix("torch.")
     if kind in ("nf4", "fp4"):
         config_import = ", BitsAndBytesConfig"
         quantization = (
             ", quantization_config=BitsAndBytesConfig(\n"
             f'    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_compute_dtype="{dtype}",\n'
-            f"    bnb_4bit_use_double_quant={source.basis.double_quantization},\n)"
+            f"    bnb_4bit_use_double_quant={basis.double_quantization},\n)"
         )
     elif kind == "int8":
         config_import, quantization = (

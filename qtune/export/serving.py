@@ -146,8 +146,10 @@ def _adapter_in_vllm(
     rank = next((one for one in VLLM_RANKS if one >= largest), None)
     if rank is None:
         return
-    model, is_nf4 = source.recipe.model, source.basis.kind == "nf4" and source.basis.double_quantization
-    if starts_from_error(source) and not is_nf4:
+    model, basis = source.recipe.model, source.basis
+    is_nf4 = basis.kind == "nf4" and basis.double_quantization
+    as_trained = is_nf4 or basis.is_stored  # what a checkpoint brings, vLLM finds in its config.json
+    if starts_from_error(source) and not as_trained:
         return
     template = shown / "chat_template.jinja"
     command = _serving(
@@ -156,7 +158,7 @@ def _adapter_in_vllm(
         "serve",
         base,
         *(["--revision", model.revision] if source.is_of_hub and model.revision is not None else []),
-        *(["--quantization", "bitsandbytes"] if is_nf4 else []),
+        *(["--quantization", "bitsandbytes"] if is_nf4 and not basis.is_stored else []),
         "--enable-lora",
         "--max-lora-rank",
         str(rank),
@@ -168,7 +170,7 @@ def _adapter_in_vllm(
         *in_vllm(generation_settings(source.base)),
         *(["--trust-remote-code"] if model.trust_remote_code else []),
     )
-    yield replace(command, note="" if is_nf4 or source.basis.kind == "none" else OTHER_WEIGHTS.format(_held(source)))
+    yield replace(command, note="" if as_trained or basis.kind == "none" else OTHER_WEIGHTS.format(_held(source)))
 
 
 def starts_from_error(source: OpenedRun) -> bool:

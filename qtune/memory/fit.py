@@ -31,6 +31,7 @@ from qtune.memory.longest import Rows, longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.geometry import load_geometry
 from qtune.model.load import attention_rule
+from qtune.model.quantization import require_kind
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
 from qtune.recipe.text import plain_changes, rewritten
@@ -337,6 +338,7 @@ def _card(recipe: Recipe, gpu: str | None, vram: str | None) -> tuple[Device, in
         ModelError, InputError: the model's configuration or the card's name cannot be used; nothing could fit.
     """
     device, config = examined(device_for(gpu, vram), recipe), load_geometry(recipe.model)
+    require_kind(config, recipe.quantization)
     given = budget_bytes(recipe, make_plan(recipe, device, attention_rule(config)))
     limit = device.total_bytes if vram is not None else min(given, device.free_bytes)
     if device.kind == "cuda" and limit <= CONTEXT_BYTES:

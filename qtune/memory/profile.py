@@ -15,6 +15,7 @@ from qtune.memory.longest import longest_rows
 from qtune.memory.predict import Longest
 from qtune.model.geometry import load_geometry
 from qtune.model.load import attention_rule
+from qtune.model.quantization import require_kind
 from qtune.plan import make_plan
 from qtune.run.lock import LockedDevice, read_lock
 from qtune.run.memory import RunMemory, measured_memory, write_memory
@@ -87,9 +88,11 @@ def profile(
 
     Raises:
         ModelError: the configuration cannot be read, or no model can be built from it.
+        InputError: its checkpoint is quantized already, in another kind than the recipe's.
     """
     recipe = resolved.recipe
     config = load_geometry(recipe.model)
+    require_kind(config, recipe.quantization)
     rows = longest_rows(resolved, length)
     began = time.monotonic()
     found = forecast(config, recipe, examined(device, recipe), rows, tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import logging
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from qtune.memory.tracing.step import Step
 from qtune.memory.tracing.trace import trace
 from qtune.model.load import attention_rule
 from qtune.model.loss import TILE_BYTES, install_loss
-from qtune.model.quantization import quantization_config
+from qtune.model.quantization import held_as, is_stored_quantized, quantization_config, unquantized
 from qtune.plan import make_plan
 from qtune.recipe.parse import changed
 from qtune.recipe.schema import FourBit, Lora, Unquantized
@@ -99,11 +100,11 @@ def baselines(
     card = card_of(plan.device)
 
     def full(dtype: torch.dtype) -> Any:
-        return lambda shape: bare_model(shape, dtype, None, plan.attention).requires_grad_(True)
+        return lambda shape: bare_model(unquantized(shape), dtype, None, plan.attention).requires_grad_(True)
 
     def adapted(quantized: bool) -> Any:
         def made(shape: PretrainedConfig) -> Any:
-            network = bare_model(shape, low, four_bit if quantized else None, plan.attention)
+            network = bare_model(unquantized(shape), low, four_bit if quantized else None, plan.attention)
             if quantized:
                 upcast_unquantized(network)
             with torch.device("meta"):
@@ -164,13 +165,16 @@ def attribution(
     # As memory chose them, in every variant.
     chosen = {CHECKPOINTING: plan.gradient_checkpointing, KEEP_DEQUANTIZED: plan.keep_dequantized}
     recipe = changed(recipe, {EMBEDDINGS: plan.embeddings, **chosen})
+    computed = {"compute_dtype": recipe.quantization.compute_dtype}
+    held = held_as(recipe.quantization, config).model_copy(update=computed)
+    recipe = recipe.model_copy(update={"quantization": held})
 
     def without(name: str, how: str, other: Recipe) -> Variant:
         tell(f"without {name}")
         other_plan = make_plan(other, plan.device, attention_rule(config)).with_micro_batch(
             plan.micro_batch_size, "as in the recipe"
         )
-        return Variant(name, how, predicted(config, other, other_plan, rows))
+        return Variant(name, how, predicted(_stored_as(config, other), other, other_plan, rows))
 
     def untiled() -> Prediction:
         step = training_step(recipe, plan, rows)
@@ -182,6 +186,16 @@ def attribution(
         return Variant("tiled loss", "the logits of all labelled positions at once", whole)
 
     return [*(without(*variant) for variant in _switched_off(recipe, plan)), whole_logits()]
+
+
+def _stored_as(config: PretrainedConfig, recipe: Recipe) -> PretrainedConfig:
+    """The configuration of a base whose checkpoint brings its own quantization, had it brought the recipe's."""
+    if not is_stored_quantized(config) or isinstance(recipe.quantization, Unquantized):
+        return unquantized(config)
+    config = copy.deepcopy(config)
+    double = isinstance(recipe.quantization, FourBit) and recipe.quantization.double_quantization
+    config.quantization_config["bnb_4bit_use_double_quant"] = double
+    return config
 
 
 def _switched_off(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str, Recipe]]:

@@ -5,7 +5,6 @@ Here its own loading runs on tensors without storage, so that its rules of names
 and what it reports is an error.
 """
 
-import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.folder import INDEX, SINGLE, weight_files
 from qtune.model.packed import is_statistic, unpacked_shape
+from qtune.model.quantization import unquantized
 
 SHOWN = 6
 """Names that are written out; of more the number is said."""
@@ -69,9 +69,7 @@ def refuse_report(place: str, report: dict[str, Any]) -> None:
 
 def _without_storage(folder: Path, config: PretrainedConfig) -> PreTrainedModel | None:
     """The model as it is stored: unquantized. None where it cannot be built on the meta device."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = unquantized(config)
     trusted = type(config).__module__.startswith("transformers_modules")
     try:
         return built_on_meta(folder, config, trust_remote_code=trusted)

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -25,13 +26,14 @@ from qtune.cache import cache_folder
 from qtune.device.present import Device, is_out_of_memory
 from qtune.disk import refusal_of
 from qtune.errors import ModelError, OutOfMemory, Problem, QtuneError, first_line
-from qtune.model.checkpoint import Checkpoint
+from qtune.model.checkpoint import Checkpoint, is_finite
 from qtune.model.config import read_config
 from qtune.model.contents import checksums_of
 from qtune.model.folder import refuse_damaged_json, refuse_other_folders, refuse_pointers, require_side_files
 from qtune.model.generation import require_generation_config
 from qtune.model.host import frozen_tables, store_embeddings
 from qtune.model.hub import hub_refusal, is_local_only, require_reachable
+from qtune.model.kept_precision import kept_in_fp32
 from qtune.model.layer_stream import stream_layers
 from qtune.model.local import base_folder, base_on_disk, local_base
 from qtune.model.quantization import is_stored_quantized, quantization_config, quantized_too_little
@@ -208,12 +210,36 @@ def _loaded(model: Model, quantization: Quantization, plan: Plan) -> PreTrainedM
     except LOADING_ERRORS as error:
         raise _not_loaded(model, error, plan.device) from error
     network.requires_grad_(False)
-    if not stored and (problem := quantized_too_little(model.base, network, quantization)):
+    if stored:
+        _as_planned(model.base, network, dtype)
+    elif problem := quantized_too_little(model.base, network, quantization):
         raise ModelError(problem)
     store_embeddings(network, plan.embeddings, plan.device.torch_name)
     if plan.layers != "device":
         _stream(model, network, plan)
     return network
+
+
+def _as_planned(base: str, network: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Of a checkpoint that is quantized already, gives what is not quantized the type of the plan.
+
+    transformers 5.23 leaves it in the type that it is stored in, whatever `dtype` says. A weight in 4 bits comes with
+    the type that it had before, in which a gradient and the lean step would read it back; a product takes the layer's.
+
+    Raises:
+        ModelError: a number is beyond the plan's type.
+    """
+    is_kept = kept_in_fp32(network, dtype)
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, bitsandbytes.nn.Params4bit):
+            parameter.data = parameter.data.to(torch.float32 if is_kept(name) else dtype)
+            if not is_finite(parameter):
+                kind = str(dtype).removeprefix("torch.")
+                message = f"{name} holds numbers beyond {kind}; use another quantization.compute_dtype"
+                raise ModelError(Problem(base, message))
+    for module in network.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.compute_dtype is not None:
+            module.weight.quant_state.dtype = module.compute_dtype
 
 
 def checksums_loaded(model: Model, quantization: Quantization, plan: Plan) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """bitsandbytes' words for a recipe's quantization, and how much of a model came out quantized."""
 
+import copy
 import logging
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from qtune.errors import Problem
+from qtune.errors import InputError, ModelError, Problem, first_line
 from qtune.recipe.schema import EightBit, FourBit, Quantization, Unquantized
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,19 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
 
 def held_as(quantization: Quantization, config: PretrainedConfig) -> Quantization:
-    """How a base is held under a recipe's quantization: as its checkpoint says, where that brings its own."""
+    """How a base is held under a recipe's quantization: as its checkpoint says, where that brings its own.
+
+    Raises:
+        ModelError: it does not say how.
+    """
     if not is_stored_quantized(config):
         return quantization
     given: Any = config.quantization_config
-    stored: Any = AutoQuantizationConfig.from_dict(given) if isinstance(given, dict) else given
+    try:
+        stored: Any = AutoQuantizationConfig.from_dict(given) if isinstance(given, dict) else given
+    except (ValueError, TypeError) as error:
+        message = f"quantization_config names no quantization ({first_line(error)}); remove it if there is none"
+        raise ModelError(Problem(f"{config.name_or_path}, config.json", message)) from error
     if stored.load_in_8bit:
         return EightBit(kind="int8", compute_dtype=quantization.compute_dtype)
     computed: Any = str(stored.bnb_4bit_compute_dtype).removeprefix("torch.")
@@ -61,6 +70,26 @@ def held_as(quantization: Quantization, config: PretrainedConfig) -> Quantizatio
         double_quantization=stored.bnb_4bit_use_double_quant,
         compute_dtype=computed,
     )
+
+
+def require_kind(config: PretrainedConfig, quantization: Quantization) -> None:
+    """A checkpoint that brings its own quantization is trained in that; a recipe that says another plans for another.
+
+    Raises:
+        InputError: the recipe's kind is not the checkpoint's.
+    """
+    held = held_as(quantization, config).kind
+    if held != quantization.kind:
+        message = f'the checkpoint of the base is stored in {held} and is trained as it is; set it to "{held}"'
+        raise InputError(Problem(f'quantization.kind = "{quantization.kind}"', message))
+
+
+def unquantized(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the same model, had its checkpoint brought no quantization."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def is_stored_quantized(config: PretrainedConfig) -> bool:

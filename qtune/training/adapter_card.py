@@ -1,7 +1,9 @@
 """README.md of a run's adapter: what it is, and what loads it."""
 
 from qtune.export.opened_run import in_public
-from qtune.recipe.schema import Recipe
+from qtune.model.load import load_config
+from qtune.model.quantization import held_as
+from qtune.recipe.schema import Quantization
 from qtune.training.inputs import Inputs
 
 TEXT = """\
@@ -37,13 +39,12 @@ def adapter_card(inputs: Inputs, run: str) -> str:
         base=in_public(recipe.model.base),
         run=run,
         examples="1 example" if count == 1 else f"{count:,} examples",
-        held=_held(recipe),
+        held=_held(held_as(recipe.quantization, load_config(recipe.model))),
         dtype=inputs.plan.compute_dtype,
     )
 
 
-def _held(recipe: Recipe) -> str:
-    table = recipe.quantization
+def _held(table: Quantization) -> str:
     if table.kind == "none":
         return "unquantized"
     double = " with double quantization" if getattr(table, "double_quantization", False) else ""

@@ -107,7 +107,7 @@ def load_models(
             base = load_weights(
                 str(source.base),
                 load_config(source.recipe.model),
-                source.basis.compute_dtype,
+                source.basis.load_dtype,
                 attn_implementation=plan.attention,
                 device_map={"": plan.device.torch_name},
                 trust_remote_code=trusted,
