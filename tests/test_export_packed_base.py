@@ -82,6 +82,19 @@ def test_merged_weights_are_what_the_layers_of_the_run_multiply_with(run: RunDir
     assert {one.dtype for one in merge.tensors} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_gpt2_whose_weights_lie_the_other_way_is_exported_and_proven(kind: str, tmp_path: Path) -> None:
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 160}
+    adapter = 'kind = "lora"\nrank = 4\ntarget_modules = ["c_attn", "c_fc", "c_proj"]'
+    run = tiny_run(tmp_path, adapter, family="gpt2", packed=(kind, "float32"), **shape)
+    source = open_for_export(run)
+    folder = export_run(run, Options(verify=False))
+    for is_streamed in (False, True):
+        verification = verify(source, folder, rows_for(source), streamed=is_streamed)
+        assert verification.failures == ()
+        assert verification.exported.kl < 1e-5 < 0.01 < verification.bare_base.kl
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

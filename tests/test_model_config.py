@@ -94,6 +94,11 @@ def problems(tmp_path: Path, content: Any) -> list[str]:
             {"quantization_config": {"quant_method": "awq", "bits": 4}},
             f'quantization_config.quant_method = "awq": {QUANTIZED}',
         ),
+        "codes of another type": (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}},
+            'quantization_config.bnb_4bit_quant_storage = "bfloat16": its codes are kept as numbers of another type, '
+            "which cannot be checked; name the same model unquantized, or stored with uint8",
+        ),
         "no method": ({"quantization_config": {"bits": 4}}, f"quantization_config.quant_method = null: {QUANTIZED}"),
         "a list": ({"quantization_config": [4]}, "quantization_config = [4]: must be an object"),
     }.values(),

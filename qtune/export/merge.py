@@ -132,7 +132,8 @@ def base_values(merge: Merge, source: str, parameter: str, stored: torch.Tensor)
     `stored` is what the checkpoint holds under `source`; it is returned as it is where nothing is to be done.
     """
     if statistics := read_statistics(source, merge.base):
-        return as_stored(stored, statistics, merge.basis.compute_dtype)
+        values = as_stored(stored, statistics, merge.basis.compute_dtype)
+        return values.T if parameter in merge.layout.transposed else values
     if merge.weights == "original" or not stored.is_floating_point():
         return stored
     if parameter not in merge.layout.quantized or merge.basis.kind == "none":
@@ -176,7 +177,7 @@ def _output_dtype(merge: Merge, name: str, parameter: str) -> torch.dtype:
 
 def _output_shape(merge: Merge, source: str, parameter: str) -> tuple[int, ...]:
     update = _update_for(merge, parameter)
-    shape = unpacked_shape(source, merge.base)
+    shape = _unpacked_shape(merge, source, parameter)
     if update is None:
         return shape
     if update.replacement is not None:
@@ -212,8 +213,15 @@ def _shape_of(merge: Merge, parameter: str) -> tuple[int, ...] | None:
     name = merge.layout.stored_as(parameter)
     if name is None:
         return None
-    shape = unpacked_shape(name, merge.base)
+    shape = _unpacked_shape(merge, name, parameter)
     return shape[::-1] if parameter in merge.layout.transposed else shape
+
+
+def _unpacked_shape(merge: Merge, source: str, parameter: str) -> tuple[int, ...]:
+    """A parameter's shape in the orientation of the checkpoint; bitsandbytes stores a Conv1D's weight as [out, in]."""
+    shape = unpacked_shape(source, merge.base)
+    turned = parameter in merge.layout.transposed and statistics_of(source, merge.base.tensors)
+    return shape[::-1] if turned else shape
 
 
 def _vocabulary_mismatch(merge: Merge) -> Iterable[Problem]:

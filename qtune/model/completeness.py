@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
 
 from qtune.errors import ModelError, Problem, first_line
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.folder import INDEX, SINGLE, weight_files
-from qtune.model.packed import is_statistic, unpacked_shape
+from qtune.model.packed import is_statistic, statistics_of, unpacked_shape
 from qtune.model.quantization import unquantized
 
 SHOWN = 6
@@ -100,7 +101,8 @@ def built_on_meta(folder: Path, config: PretrainedConfig, *, trust_remote_code: 
 
 def _misfits(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Problem]:
     """What loading the checkpoint would report, each with the file that it is about."""
-    tensors = _stand_ins(checkpoint)
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    tensors = _stand_ins(checkpoint, turned)
     buffers = {name for name, _ in model.named_buffers()}
     names = dict(model.named_parameters(remove_duplicate=False))
     mapping: Any = get_model_conversion_mapping(model)
@@ -129,13 +131,19 @@ def _misfits(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Problem
         yield Problem(_file_of(checkpoint, name), f"{name} cannot be put together: {first_line(Exception(said))}")
 
 
-def _stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Tensors without storage for the stored ones; what bitsandbytes has packed in its shape before that."""
+def _stand_ins(checkpoint: Checkpoint, turned: set[str]) -> dict[str, Tensor]:
+    """Tensors without storage for the stored ones; what bitsandbytes has packed in its shape before that.
+
+    turned: weights of GPT-2's Conv1D, [in, out], of which bitsandbytes stores [out, in].
+    """
     found = {}
     for name, stored in checkpoint.tensors.items():
         if is_statistic(name, checkpoint.tensors):
             continue
-        found[name] = torch.empty(unpacked_shape(name, checkpoint), dtype=stored.dtype, device="meta")
+        shape = unpacked_shape(name, checkpoint)
+        if name in turned and statistics_of(name, checkpoint.tensors):
+            shape = shape[::-1]
+        found[name] = torch.empty(shape, dtype=stored.dtype, device="meta")
     return found
 
 

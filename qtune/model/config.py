@@ -202,6 +202,12 @@ def _foreign_quantization(given: Any) -> Iterator[str]:
     if not isinstance(given, Mapping):
         yield f"quantization_config = {_shown(given)}: must be an object"
         return
+    storage = given.get("bnb_4bit_quant_storage", "uint8")
+    if given.get("load_in_4bit") and storage not in (None, "uint8"):
+        yield (
+            f"quantization_config.bnb_4bit_quant_storage = {_shown(storage)}: its codes are kept as numbers of another "
+            "type, which cannot be checked; name the same model unquantized, or stored with uint8"
+        )
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
         return

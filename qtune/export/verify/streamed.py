@@ -88,7 +88,8 @@ def _reader(checkpoint: Checkpoint, layout: Layout, basis: Basis | None, device:
         name = names[parameter] if parameter in names else names[layout.tied[parameter]]
         stored = checkpoint.read_finite(name).to(device)
         if basis is not None and (statistics := read_statistics(name, checkpoint)):
-            return _unpacked(stored, statistics, basis).float()
+            values = _unpacked(stored, statistics, basis).float()
+            return values.T if parameter in layout.transposed else values
         if not stored.is_floating_point():
             return stored
         if basis is None or parameter in layout.kept_in_fp32:
