@@ -4,7 +4,9 @@
 import itertools
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from qtune.run.checkpoints import complete_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.metrics import TrainRecord
 from qtune.training import callbacks, train
-from qtune.training.callbacks import PeakRate
+from qtune.training.callbacks import Metrics, PeakRate
 from qtune.training.outcome import Losses, require_gradients, rise_of
 from qtune.training.outliers import LEAST, WINDOW, Outliers
 from qtune.training.trainer import QloraTrainer
@@ -156,6 +158,71 @@ def test_gradients_that_are_zero_to_the_end_are_no_finished_run(write_recipe: Wr
         run(write_recipe(training=SHORT + "\nweight_decay = 0.1"))
     with pytest.raises(TrainingError, match="nothing was trained: the gradient was zero in all of 3 logged steps"):
         run(write_recipe(training="steps = 3\nbatch_size = 2\nweight_decay = 0.1"), "output.name=short")
+
+
+def scaled(file: Path) -> Metrics:
+    return Metrics(file, lambda record: None, SimpleNamespace(phases={}), scales_loss=True)  # type: ignore[arg-type]
+
+
+def logged(metrics: Metrics, step: int, norm: float) -> None:
+    state = SimpleNamespace(global_step=step, max_steps=300, epoch=0.1)
+    speed = {"tokens_per_second": 1.0, "step_seconds": 1.0}
+    metrics.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": norm, "learning_rate": 1e-4, **speed})  # type: ignore[arg-type]
+
+
+OVERFLOWING = (
+    r"^the gradients overflow float16 in each of the last 40 steps, up to step {}, at every scale .*\"float32\"$"
+)
+
+
+def test_gradients_that_overflow_at_every_scale_of_the_loss_end_a_run(tmp_path: Path) -> None:
+    """Each step that is left out halves the scale: from 65536 a gradient that any scale helps is there after twenty."""
+    metrics = scaled(tmp_path / "metrics.jsonl")
+    for step in range(1, 60):
+        metrics.take_norm(torch.tensor(math.nan if step != 20 else 1.0), step)
+    with pytest.raises(TrainingError, match=OVERFLOWING.format(60)):
+        metrics.take_norm(torch.tensor(math.inf), 60)
+
+
+def test_a_resumption_goes_on_counting_the_gradients_that_overflow(tmp_path: Path) -> None:
+    before = scaled(tmp_path / "metrics.jsonl")
+    for step in range(1, 31):
+        logged(before, step, math.inf if step > 1 else 1.0)
+    after = scaled(tmp_path / "metrics.jsonl")
+    for step in range(31, 41):
+        after.take_norm(math.inf, step)
+    with pytest.raises(TrainingError, match=OVERFLOWING.format(41)):
+        after.take_norm(math.inf, 41)
+
+
+def test_of_a_loss_that_is_not_scaled_no_norm_is_waited_for(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", lambda record: None, SimpleNamespace())  # type: ignore[arg-type]
+    for step in range(1, 100):
+        metrics.take_norm(torch.full((), math.inf, device="meta"), step)
+
+
+def test_steps_that_overflow_are_counted_whether_they_are_logged_or_not(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train._metrics
+
+    def scaling(*args: object) -> Metrics:
+        metrics = made(*args)  # type: ignore[arg-type]
+        metrics.scales_loss = True
+        return metrics
+
+    monkeypatch.setattr(train, "_metrics", scaling)
+    monkeypatch.setattr(callbacks, "OVERFLOWS", 4)
+    monkeypatch.setattr(QloraTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
+    with pytest.raises(TrainingError, match=r"in each of the last 4 steps, up to step 4, at every scale"):
+        run(write_recipe(training=SHORT + "\nlog_every = 5"))
+
+
+def test_a_short_run_whose_gradients_have_all_overflowed_is_no_finished_one() -> None:
+    with pytest.raises(TrainingError, match="the gradients overflow float16 in all of 1 steps, at every scale"):
+        require_gradients([record(gradient_norm=math.inf)])
+    # Of a step that was not logged nothing is known.
+    require_gradients([replace(record(gradient_norm=math.nan), step=5)])
 
 
 def record(**changes: float) -> TrainRecord:

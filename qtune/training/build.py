@@ -161,6 +161,7 @@ def make_trainer(
         note=metrics.note,
         beside=metrics.beside,
         take_rows=metrics.take_rows,
+        take_norm=metrics.take_norm,
         comparison=_expected_pace(inputs),
         outliers=metrics.outliers if training.skip_outlier_steps else None,
         ranks=ranks,

@@ -1,6 +1,7 @@
 """What happens between two steps: metrics to the file and the screen, checkpoints by the clock, stopping safely."""
 
 import errno
+import itertools
 import math
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qtune.errors import RunError, TrainingError
@@ -33,7 +35,7 @@ from qtune.run.metrics import (
 )
 from qtune.run.resolved import resolved_recipe
 from qtune.run.resumption import resuming
-from qtune.training.outcome import NO_GRADIENT
+from qtune.training.outcome import NO_GRADIENT, OVERFLOW
 from qtune.training.outliers import Outliers
 from qtune.tuned.evaluation import leaves_out
 
@@ -58,6 +60,10 @@ def after_divergence(checkpoints: Sequence[Path]) -> str:
 
 ZERO_GRADIENTS = 20
 """Logged steps without any gradient after which a run ends: nothing can come of it."""
+
+OVERFLOWS = 40
+"""Steps in a row that the scaling of the loss leaves out, after which a run ends. Each halves the scale, which begins
+at 2^16: after so many it is 2^-24, the smallest number that float16 has, and no smaller one is worth a try."""
 
 
 Show = Callable[[Metric], None]
@@ -99,6 +105,8 @@ class Metrics(TrainerCallback):
         taken = [one for one in read_metrics(file) if isinstance(one, TrainRecord)]
         self.outliers = Outliers((one.loss, one.gradient_norm) for one in taken)
         self._without_gradient = 0
+        self._overflows = sum(1 for _ in itertools.takewhile(_overflowed, reversed(taken)))
+        """Steps in a row, up to the last one, whose gradient was left out by the scaling of the loss."""
         self._rows: tuple[Sequence[float], Sequence[int]] = ((), ())
         self._evaluation: EvalRecord | None = None
         self.seen: Sequence[bool | None] = ()
@@ -129,6 +137,20 @@ class Metrics(TrainerCallback):
     def take_rows(self, losses: Sequence[float], tokens: Sequence[int]) -> None:
         """Keeps the validation rows' summed losses and scored tokens for the record of their evaluation."""
         self._rows = losses, tokens
+
+    def take_norm(self, norm: float | Tensor, step: int) -> None:
+        """Counts the steps that the scaling of the loss leaves out, whether they are logged or not. Where nothing is
+        scaled the norm is not read, for which a card would be waited for.
+
+        Raises:
+            TrainingError: so many in a row that no scale is left to try.
+        """
+        if not self.scales_loss:
+            return
+        self._overflows = 0 if math.isfinite(float(norm)) else self._overflows + 1
+        if self._overflows >= OVERFLOWS:
+            self.note(f"the gradient norm is {float(norm)} at step {step}, with {self.batch(step)}")
+            raise TrainingError(OVERFLOW.format(steps=f"in each of the last {OVERFLOWS} steps, up to step {step}"))
 
     def judged(self, loss: float) -> float:
         """The last evaluation's loss of the rows that training has not seen; `loss`, that of all, where there was no
@@ -255,6 +277,10 @@ class Metrics(TrainerCallback):
             if len(self._waiting) == 1:
                 reason = error.strerror or error
                 self.show(NoteRecord(f"{self.file} cannot be written ({reason}); its records wait in memory"))
+
+
+def _overflowed(record: TrainRecord) -> bool:
+    return not math.isfinite(record.gradient_norm)
 
 
 def _rounded(seconds: float | None) -> float | None:

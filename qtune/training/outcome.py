@@ -45,14 +45,23 @@ def require_gradients(records: Sequence[Metric]) -> None:
     Raises:
         TrainingError: none has.
     """
-    norms = [record.gradient_norm for record in records if isinstance(record, TrainRecord)]
+    trained = [record for record in records if isinstance(record, TrainRecord)]
+    norms = [record.gradient_norm for record in trained]
     if norms and not any(norms):
         raise TrainingError(NO_GRADIENT.format(steps=f"in all of {len(norms)} logged steps"))
+    # Of steps between two records nothing is known: one of them may have been taken.
+    if norms and trained[-1].step == len(norms) and not any(math.isfinite(norm) for norm in norms):
+        raise TrainingError(OVERFLOW.format(steps=f"in all of {len(norms)} steps"))
 
 
 NO_GRADIENT = (
     "nothing was trained: the gradient was zero {steps}. The adapter does not reach the loss, or the gradients are too "
     "small for the compute dtype; try another adapter.target_modules or quantization.compute_dtype"
+)
+
+OVERFLOW = (
+    "the gradients overflow float16 {steps}, at every scale of the loss that was tried, and none of these steps has "
+    'changed a weight; begin again with quantization.compute_dtype = "float32"'
 )
 
 

@@ -109,6 +109,7 @@ class QloraTrainer(SFTTrainer):
         beside: Beside,
         comparison: ExpectedPace | None = None,
         take_rows: Callable[[list[float], list[int]], None] = lambda losses, tokens: None,
+        take_norm: Callable[[Tensor, int], None] = lambda norm, step: None,
         outliers: Outliers | None = None,
         ranks: Ranks = ALONE,
         stream: RowStream | None = None,
@@ -116,6 +117,7 @@ class QloraTrainer(SFTTrainer):
         """`note` hears, in a sentence, what the user should know of a step, `beside` what is done between two of them.
 
         take_rows: is given the validation rows' summed losses and scored tokens before their means are logged.
+        take_norm: is given the gradient norm of every step before its update, and the number of the step.
         comparison: with the time that was predicted for each step.
         outliers: those of which no update is taken. ranks: the processes that share the steps. stream: rows that are
         read from their files, of which `train` then holds the first one alone, and `lengths` nothing.
@@ -154,6 +156,7 @@ class QloraTrainer(SFTTrainer):
         self.note = note
         self.beside = beside
         self.take_rows = take_rows
+        self.take_norm = take_norm
         self.pieces = self.eval_pieces = 1
         self.evaluation_seconds = math.inf
         """What the last evaluation took; of the first nobody knows."""
@@ -289,6 +292,8 @@ class QloraTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping. Where the recipe says so, a step that stands out gets no gradient: no update."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None:
+            self.take_norm(norm, self.state.global_step + 1)
         if self.outliers is not None and norm is not None:
             (loss,) = self.ranks.sum_of([sum(self._losses_of_step)])
             found = self.ranks.told(self.outliers.found(loss, float(norm)))
