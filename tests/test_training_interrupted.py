@@ -14,7 +14,7 @@ import pytest
 from conftest import WriteRecipe
 from ctrl_c import CTRL_C
 from test_training_train import Killed, latest_run, run
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from qtune import manifest
 from qtune.adapter.state import STATE_FILE
@@ -26,7 +26,7 @@ from qtune.run.identity import saved_by
 from qtune.run.metrics import NoteRecord, read_metrics
 from qtune.training import build, callbacks, ran_out, train
 from qtune.training import trainer as training_trainer
-from qtune.training.callbacks import Metrics, OptimizerPhase, after_divergence
+from qtune.training.callbacks import Metrics, OptimizerPhase, StopOnSignal, after_divergence
 from qtune.training.checkpoints import remove_incomplete_checkpoints
 from qtune.training.trainer import QloraTrainer
 
@@ -57,6 +57,24 @@ def test_a_signal_that_writes_a_note_while_a_record_is_written_loses_neither(
     monkeypatch.setattr(callbacks, "append_metric", append)
     metrics.note("a record")
     assert sorted(one.message for one in read_metrics(file)) == ["a record", "stopping"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("step", "stops", "decided"),
+    [
+        (5, False, (False, True, True)),  # the signal came after `on_step_end`, and nothing is saved of the step yet
+        (5, True, (False, False, True)),  # it came before, and the step is saved
+        (9, True, (True, True, True)),  # the last step: the run is done, and ends like any other
+    ],
+)
+def test_at_the_end_of_an_epoch_a_stop_saves_what_is_owed_an_evaluation(
+    step: int, stops: bool, decided: tuple[bool, bool, bool]
+) -> None:
+    stop, state = StopOnSignal(lambda: None), TrainerState(global_step=step, max_steps=9)
+    control = TrainerControl(should_evaluate=True, should_save=True, should_training_stop=stops)
+    stop.requested = True
+    stop.on_epoch_end(None, state, control)  # type: ignore[arg-type]
+    assert (control.should_evaluate, control.should_save, control.should_training_stop) == decided
 
 
 def test_a_record_that_could_not_be_written_waits_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ from qtune.run.summary import Losses
 from qtune.timing.forecast import StepModel, TimeForecast
 from qtune.timing.price import Cost, Duration
 from qtune.training import train
-from qtune.training.callbacks import OptimizerPhase
+from qtune.training.callbacks import Metrics, OptimizerPhase
 from qtune.training.inputs import gather, seen_validation
 from qtune.training.outcome import rise_of
 from qtune.training.schedule import schedule_of
@@ -850,6 +850,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     if step != 10:
         train.resume(stopped)
     assert_same_run(stopped, unbroken("p-tuning-lstm", "float32"))
+
+
+@pytest.mark.slow
+def test_a_signal_between_an_epochs_last_step_and_its_end_loses_no_evaluation(
+    write_recipe: WriteRecipe, unbroken: Callable[[str, str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `on_step_end` has passed, and the next one would be of the next epoch's first step."""
+    recipe = write_recipe(adapter=ADAPTERS["lora"], training=TWO_EPOCHS)
+    original = Metrics.on_log
+
+    def press(self, args, state, control, **logged):
+        original(self, args, state, control, **logged)
+        if state.global_step == 5 and "loss" in logged["logs"]:
+            CTRL_C.press()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_log", press)
+        with pytest.raises(Interrupted, match=r"^stopped at step 5 of 10, which is saved\n"):
+            run(recipe)
+    stopped = latest_run(recipe)
+    assert not records(stopped, "eval")
+    train.resume(stopped)
+    assert_same_run(stopped, unbroken("lora", "float32"))
 
 
 @pytest.mark.slow

@@ -425,8 +425,11 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         # The epoch "ends" because the run stops: its checkpoint is written, and nobody waits for an evaluation, which
-        # is made up for on resuming. A run that has taken its last step is done and ends like any other.
+        # is made up for on resuming. One that is asked for after the epoch's last step stops here: a checkpoint of the
+        # next step would no longer be owed that evaluation. A run that has taken its last step is done and ends like
+        # any other.
         if self.requested and state.global_step < state.max_steps:
             control.should_evaluate = False
-            control.should_save = False
+            control.should_save = not control.should_training_stop
+            control.should_training_stop = True
         return control
