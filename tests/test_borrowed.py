@@ -362,6 +362,20 @@ def a_model_says_what_it_keeps_in_fp32() -> None:
 OVERRIDDEN = {
     "_get_train_sampler": ["self", "train_dataset"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "_run_epoch": [
+        "self",
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
@@ -388,6 +402,9 @@ def the_trainer_has_the_methods_that_are_overridden() -> None:
     loop = inspect.getsource(Trainer)
     assert loop.index("self._clip_grad_norm(") < loop.index("self._get_grad_norm("), "the norm is that after clipping"
     assert loop.index("self._get_grad_norm(") < loop.index("self.optimizer.step()"), "a gradient is dropped in between"
+    assert loop.index("if args.eval_on_start:") < loop.index("self._run_epoch("), (
+        "an evaluation may end a run before it"
+    )
     parts = ("optimizer_and_scheduler", "scaler", "rng_state")
     states = [f"_{way}_{part}" for way in ("save", "load") for part in parts]
     others = ("_save", "_save_checkpoint", "floating_point_ops", "get_batch_samples")

@@ -876,6 +876,42 @@ def test_a_signal_between_an_epochs_last_step_and_its_end_loses_no_evaluation(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_an_evaluation_that_was_owed_and_exhausts_patience_ends_the_run_where_it_stood(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    training = f"epochs = 3\nbatch_size = 4\nmicro_batch_size = {micro_batch}\nlearning_rate = 1e-2\npatience = 1"
+    recipe = write_recipe(adapter=ADAPTERS["lora"], training=training)
+    sums, compute_loss, taken = QloraTrainer._sums, QloraTrainer.compute_loss, list[int]()
+
+    def worse(self, batch):
+        (loss, correct, scored), rows = sums(self, batch)
+        factor = 1.0 + self.state.global_step
+        return torch.stack([factor * loss, correct, scored]), [(factor * of_row, tokens) for of_row, tokens in rows]
+
+    def counted(self, *args, **kwargs):
+        taken.append(self.state.global_step + 1)
+        return compute_loss(self, *args, **kwargs)
+
+    def press(self, args, state, control, **_):
+        if state.global_step == 9:
+            CTRL_C.press()
+
+    monkeypatch.setattr(QloraTrainer, "_sums", worse)
+    unbroken = run(recipe)
+    assert [one["step"] for one in records(unbroken, "eval")] == [5, 10]
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerPhase, "on_pre_optimizer_step", press)
+        with pytest.raises(Interrupted, match=r"^stopped at step 10 of 15, which is saved\n"):
+            run(recipe)
+    stopped = latest_run(recipe)
+    monkeypatch.setattr(QloraTrainer, "compute_loss", counted)
+    train.resume(stopped)
+    assert taken == []
+    assert_same_run(stopped, unbroken)
+
+
+@pytest.mark.slow
 def test_the_clock_asks_for_checkpoints_too(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtune.training.callbacks.time.monotonic", itertools.count().__next__)
     finished = run(write_recipe(training="steps = 4\nbatch_size = 2\ncheckpoint_minutes = 0.01\nkeep_checkpoints = 3"))

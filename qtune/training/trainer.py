@@ -235,6 +235,11 @@ class QloraTrainer(SFTTrainer):
             finally:
                 self._let_go_of_weights()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers', but where an evaluation before it has ended the run: it would take a step before it looks."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     # --- the step --------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
