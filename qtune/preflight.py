@@ -169,12 +169,14 @@ def examine(
     traced: bool = False,
     accepted: Sequence[str] = (),
     loads: bool = False,
+    goes_on: bool = False,
 ) -> Preflight:
     """Looks at everything that a run depends on. What stops it is collected: `Preflight.require` raises it.
 
     folder: where the run writes; left out, a new one in output.directory. traced: whether the step's memory is traced
     where nothing is decided by it, on a CPU. accepted: drifts of the base of the run that the adapter starts from.
     loads: whether the base's weights are loaded next, and every byte of them is compared with what that run had.
+    goes_on: whether a checkpoint is loaded, which holds all that the adapter has started from.
 
     Raises:
         InputError: model or rows cannot be read at all, so that there is nothing more to look at; with whatever else
@@ -185,7 +187,7 @@ def examine(
     recipe, asked = resolved.recipe, Asked()
     if folder is None:
         asked.of(require_name, resolved.run_name)
-    _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked)
+    _ask_of_recipe(recipe, folder or Path(recipe.output.directory), asked, starts=not goes_on)
     device = examined(present_device(), recipe)
     asked.of(_require_lean_step, recipe, device)
     config, tokenizer = asked.of(load_config, recipe.model), asked.of(load_tokenizer, recipe.model)
@@ -198,7 +200,7 @@ def examine(
     asked.of(require_kind, config, recipe.quantization)
     plan = make_plan(recipe, device, attention_rule(config))
     asked.of(_require_scaled_adapter, plan)
-    if recipe.adapter.start_from is not None and not asked.refusals:
+    if recipe.adapter.start_from is not None and not goes_on and not asked.refusals:
         earlier = RunDir.open(Path(recipe.adapter.start_from).expanduser())
         checksums = checksums_loaded(recipe.model, recipe.quantization, plan) if loads else {}
         asked.of(require_same_base, earlier, recipe, tokenizer, None, accepted, kinds=BASE, checksums=checksums)
@@ -281,12 +283,13 @@ def foreseen(recipe: Recipe, config: PretrainedConfig, plan: Plan) -> list[Probl
     return [problem for error in asked.refusals for problem in error.problems]
 
 
-def _ask_of_recipe(recipe: Recipe, folder: Path, asked: Asked) -> None:
-    """What neither model nor rows are needed for."""
+def _ask_of_recipe(recipe: Recipe, folder: Path, asked: Asked, *, starts: bool = True) -> None:
+    """What neither model nor rows are needed for. starts: whether the adapter's start is made."""
     asked.of(_require_one_process)
     asked.of(require_trackers, recipe)
     asked.of(require_writable, folder)
-    asked.of(earlier_adapter, recipe)
+    if starts:
+        asked.of(earlier_adapter, recipe)
 
 
 def _lost_in_quantization(recipe: Recipe) -> str | None:

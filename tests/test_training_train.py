@@ -47,7 +47,7 @@ from qtune.run.resumption import resumed_recipe
 from qtune.run.summary import Losses
 from qtune.timing.forecast import StepModel, TimeForecast
 from qtune.timing.price import Cost, Duration
-from qtune.training import train
+from qtune.training import proof, train
 from qtune.training.callbacks import Metrics, OptimizerPhase
 from qtune.training.inputs import gather, seen_validation
 from qtune.training.outcome import rise_of
@@ -782,6 +782,45 @@ def test_a_run_that_is_killed_between_an_epochs_last_step_and_its_evaluation_mak
         with pytest.raises(Killed):
             run(recipe)
     assert_same_run(train.resume(latest_run(recipe)), unbroken("lora", "float32"))
+
+
+@pytest.mark.slow
+def test_a_run_that_started_from_another_goes_on_without_it_once_a_step_is_saved(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint holds the whole trained state; before there is one, the run begins as the earlier one has ended."""
+    recipe = write_recipe(adapter=ADAPTERS["prompt-tuning-residual"], training=TWO_EPOCHS)
+    first = run(recipe, "training.steps=1", "output.name=first")
+    own = f"adapter.start_from={first.path}"
+    unbroken = run(recipe, own, "output.name=unbroken")
+    broken = {}
+    for name, step in (("late", 8), ("early", 2)):
+        with monkeypatch.context() as patch:
+            kill_in_step(patch, step)
+            with pytest.raises(Killed):
+                run(recipe, own, f"output.name={name}")
+        broken[name] = RunDir(recipe.parent / "runs" / name)
+    moved = first.path.rename(first.path.with_name("moved"))
+    text = recipe.read_text().replace('\ninitialization = "rows"', f'\nstart_from = "{first.path}"')
+    recipe.write_text(text)
+    # A recipe only says which run is meant: of the early one, which has saved nothing, it is told what is missing.
+    from qtune.commands.run import _to_resume
+
+    assert _to_resume(str(recipe), ["output.name=late"]) == (broken["late"], [])
+    with pytest.raises(RunError) as caught:
+        train.resume(broken["early"])
+    assert str(caught.value) == (
+        f'{broken["early"].resolved_file}: adapter.start_from = "{first.path}": is no longer a finished run; put it '
+        "back there, for no step of this run is saved, and it begins again as that one has ended"
+    )
+    capsys.readouterr()
+    train.resume(broken["late"], ["training.log_every=1"])
+    assert f"{first.path}, which this run has started from, is no longer there" in capsys.readouterr().err
+    assert_same_run(broken["late"], unbroken)
+    assert resumed_recipe(broken["late"]).recipe.adapter.start_from == str(first.path)
+    assert proof.prove(broken["late"]).startswith("steps 10 to 10 were repeated")
+    moved.rename(first.path)
+    assert_same_run(train.resume(broken["early"]), unbroken)
 
 
 @pytest.mark.slow

@@ -40,14 +40,18 @@ class Material:
     micro_batch_size: int
 
 
-def start(model: PeftModel, recipe: Recipe, material: Material) -> None:
+def start(model: PeftModel, recipe: Recipe, material: Material, *, goes_on: bool = False) -> None:
     """Gives a freshly attached adapter the start that the recipe asks for, where peft has not given it on attaching.
+
+    goes_on: a checkpoint is loaded next, which holds all that an earlier run has given; that may be gone by now.
 
     Raises:
         ModelError: the base's weights, or the text, are not what the start needs.
         RunError: the run that it starts from is not one of the same base and adapter.
     """
     measure_unit(model)
+    if goes_on and recipe.adapter.start_from is not None:
+        return
     if (folder := earlier_adapter(recipe)) is not None:
         load_trained_state(model, folder)
         return

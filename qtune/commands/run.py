@@ -304,7 +304,7 @@ def _unfinished(target: str, changes: list[str]) -> "tuple[RunDir, list[str]]":
         if run_dir.is_finished and adapter_fault(run_dir) is None:
             raise RunError(nothing_to_resume(run_dir, changes))
         return run_dir, changes
-    resolved = opened(target, "run", changes)
+    resolved = opened(target, "run", changes, need_start=False)
     directory = Path(resolved.recipe.output.directory)
     newest = newest_unfinished(directory, resolved.run_name)
     if newest is None:

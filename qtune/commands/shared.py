@@ -83,7 +83,14 @@ def load_libraries() -> None:
         import_libraries(console.waiting)
 
 
-def opened(recipe: str, verb: str, changes: Sequence[str] | None = None, *, need_rows: bool = True) -> "Resolved":
+def opened(
+    recipe: str,
+    verb: str,
+    changes: Sequence[str] | None = None,
+    *,
+    need_rows: bool = True,
+    need_start: bool = True,
+) -> "Resolved":
     """The recipe that a verb was given, whose lines its errors name from here on.
 
     Raises:
@@ -93,7 +100,8 @@ def opened(recipe: str, verb: str, changes: Sequence[str] | None = None, *, need
     from qtune.recipe.places import is_given
     from qtune.recipe.shipped import find_recipe
 
-    return is_given(load_recipe(find_recipe(recipe, verb), changes or (), need_rows=need_rows))
+    file = find_recipe(recipe, verb)
+    return is_given(load_recipe(file, changes or (), need_rows=need_rows, need_start=need_start))
 
 
 def agree(of: "RunDir | Resolved") -> None:

@@ -91,15 +91,18 @@ class Resolved:
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}), origins=origins)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True, need_start: bool = True
+) -> Resolved:
     """Reads and checks a recipe, changed by `--set` texts such as "training.learning_rate=1e-4".
 
     need_rows: whether data files that are not there are an error; memory can be predicted without them.
+    need_start: likewise the run that the adapter starts from, which a run that has saved a step can do without.
 
     Raises:
         RecipeError: with every problem of the file and of the changes.
     """
-    return check_recipe(_recipe_text(path), path, overrides, need_rows=need_rows)
+    return check_recipe(_recipe_text(path), path, overrides, need_rows=need_rows, need_start=need_start)
 
 
 def _recipe_text(path: Path) -> str:
@@ -118,7 +121,9 @@ def _recipe_text(path: Path) -> str:
         raise RecipeError(Problem(str(path), f"is not UTF-8 text (byte {error.start})")) from error
 
 
-def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
+def check_recipe(
+    text: str, path: Path, overrides: Sequence[str] = (), *, need_rows: bool = True, need_start: bool = True
+) -> Resolved:
     """`load_recipe` on a text; `path` is what errors name and what relative data paths start from."""
     tables = _parse_toml(text, path)
     changes, problems = _parse_overrides(overrides)
@@ -145,7 +150,8 @@ def check_recipe(text: str, path: Path, overrides: Sequence[str] = (), *, need_r
         faults += error.faults
     # Also where keys are wrong: whoever mends those would only then hear of a file that is not there.
     known = {fault.path for fault in faults}
-    faults += [fault for fault in _missing_files(tables, path.parent, need_rows=need_rows) if fault.path not in known]
+    missing = _missing_files(tables, path.parent, need_rows=need_rows, need_start=need_start)
+    faults += [fault for fault in missing if fault.path not in known]
     faults.sort(key=lambda fault: line_of(lines, fault.path))
     problems.extend(_problem(fault, tables, changes, lines, path) for fault in faults)
     if problems or recipe is None:
@@ -257,7 +263,7 @@ def _apply(tables: dict[str, Any], keys: KeyPath, value: Any) -> Iterator[Proble
     table[str(keys[-1])] = value
 
 
-def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) -> Iterator[Fault]:
+def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool, need_start: bool) -> Iterator[Fault]:
     """Files that the tables name and that are not there; the tables need not be a recipe."""
     base = _text_at(tables, "model", "base")
     if base.endswith(".gguf") or base.startswith((".", "/", "~")):
@@ -266,7 +272,7 @@ def _missing_files(tables: Mapping[str, Any], folder: Path, *, need_rows: bool) 
     elif base.count("/") > 1 and not is_there(base):
         yield Fault(("model", "base"), "neither a folder that exists nor a hub id (owner/name)")
     earlier = _text_at(tables, "adapter", "start_from")
-    if earlier and not is_there(f"{earlier}/adapter/adapter_config.json"):
+    if need_start and earlier and not is_finished_run(earlier):
         yield Fault(("adapter", "start_from"), "is not a finished run")
     template = _text_at(tables, "data", "chat_template")
     if _is_path(template) and not is_there(template, folder):
@@ -291,6 +297,11 @@ def is_there(name: str, folder: Path = Path()) -> bool:
     # Too long a name, one with a zero byte in it, a home that nobody has.
     except (OSError, ValueError, RuntimeError):
         return False
+
+
+def is_finished_run(name: str) -> bool:
+    """Whether a path that somebody has written leads to a run that has ended."""
+    return is_there(f"{name}/adapter/adapter_config.json")
 
 
 def _text_at(tables: Mapping[str, Any], table: str, key: str) -> str:

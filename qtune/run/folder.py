@@ -225,7 +225,7 @@ def next_folder(directory: Path, name: str) -> Path | None:
 def _of_recipe(path: Path) -> str | None:
     """What is said of a recipe in the place of a run: which its runs are; None where it is no recipe either."""
     try:
-        resolved = load_recipe(find_recipe(str(path)), need_rows=False)
+        resolved = load_recipe(find_recipe(str(path)), need_rows=False, need_start=False)
     except RecipeError:
         return None
     pattern = re.compile(re.escape(resolved.run_name) + r"(-\d+)?")

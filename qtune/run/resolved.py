@@ -181,10 +181,12 @@ def read_values(run_dir: RunDir) -> tuple[WrittenValue, ...]:
 def read_resolved(run_dir: RunDir, changes: Sequence[str] = (), *, need_rows: bool = True) -> Resolved:
     """A run's recipe as it was resolved, every origin as it was written then; `changes` are `--set` texts.
 
+    Whether the run that it has started from is still needed, `resumption.require_start` says.
+
     Raises:
         RecipeError: a change is wrong, or the data or the model are not where they were. RunError: no such file.
     """
-    resolved = load_recipe(run_dir.resolved_file, changes, need_rows=need_rows)
+    resolved = load_recipe(run_dir.resolved_file, changes, need_rows=need_rows, need_start=False)
     written = {value.path: value.origin for value in read_values(run_dir)}
     # A value that is written nowhere was left out then; what is set now says so itself.
     origins = {

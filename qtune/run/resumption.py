@@ -12,8 +12,9 @@ from typing import Any
 
 from qtune import manifest
 from qtune.errors import Problem, RecipeError, RunError
-from qtune.recipe.file import Origin, Resolved, leaves
-from qtune.recipe.schema import KeyPath
+from qtune.recipe.file import Origin, Resolved, is_finished_run, leaves
+from qtune.recipe.schema import KeyPath, Recipe
+from qtune.recipe.text import show_value
 from qtune.run.checkpoints import TRAINED_STATE, complete_checkpoints, step_of, usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.run.history import identity_to_begin_with
@@ -259,6 +260,27 @@ def require_way_on(run_dir: RunDir) -> None:
     """
     if (said := no_way_on(run_dir)) is not None:
         raise RunError(Problem(str(run_dir.path), f"{said}; {trained_again(run_dir)}"))
+
+
+def require_start(run_dir: RunDir, recipe: Recipe) -> str | None:
+    """A sentence where the run that this one has started from is gone; a checkpoint holds all that it has given.
+
+    Raises:
+        RunError: no step is saved, so that it is needed again.
+    """
+    earlier = recipe.adapter.start_from
+    if earlier is None or is_finished_run(earlier):
+        return None
+    if usable_checkpoints(run_dir.checkpoints):
+        return (
+            f"{earlier}, which this run has started from, is no longer there; the checkpoint holds all that it has "
+            "given, but which validation rows it had seen can no longer be told"
+        )
+    message = (
+        f"adapter.start_from = {show_value(earlier)}: is no longer a finished run; put it back there, for no step of "
+        "this run is saved, and it begins again as that one has ended"
+    )
+    raise RunError(Problem(str(run_dir.resolved_file), message))
 
 
 def _leaves_memory(key: str) -> bool:

@@ -30,8 +30,8 @@ CHECKED_TOKENS = 64
 
 
 def build_model(inputs: Inputs, after: int = 0) -> tuple[PeftModel, bool]:
-    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family. after: as
-    `introduce`'s."""
+    """The 4-bit base with a fresh adapter, and whether the tiled loss is exact for this family. after: the
+    step of the checkpoint that is loaded next; 0: of none."""
     recipe, plan = inputs.recipe, inputs.plan
     network = load_base(recipe.model, recipe.quantization, plan)
     if plan.layers == "sharded":
@@ -46,7 +46,7 @@ def build_model(inputs: Inputs, after: int = 0) -> tuple[PeftModel, bool]:
     model = attach_adapter(network, recipe.adapter, plan)
     reads_rows = getattr(recipe.adapter, "initialization", None) in ("rows", "eva")
     train = rows_at_hand(inputs.prepared, EVA_ROWS if reads_rows else 1)
-    start(model, recipe, Material(inputs.tokenizer, train, plan.micro_batch_size))
+    start(model, recipe, Material(inputs.tokenizer, train, plan.micro_batch_size), goes_on=after > 0)
     introduce(network, model, inputs, after)
     return model, tiled
 

@@ -18,6 +18,7 @@ from qtune.errors import Interrupted, PeerLostError, QtuneError, SaidElsewhere
 from qtune.memory.measured.meter import Meter
 from qtune.plan import Plan
 from qtune.recipe.file import Resolved
+from qtune.run.checkpoints import step_of
 from qtune.run.folder import RunDir
 from qtune.run.metrics import Metric
 from qtune.training.build import build_model, make_trainer
@@ -110,7 +111,7 @@ def follow(ranks: Ranks, resolved_of: Callable[[], Resolved], accepted: Sequence
 def _follow(ranks: Ranks, inputs: Inputs, course: Course) -> None:
     meter = Meter(torch.device(inputs.plan.device.torch_name))
     try:
-        model, tiled = build_model(inputs)
+        model, tiled = build_model(inputs, after=step_of(course.checkpoint) if course.checkpoint else 0)
         beginning: Beginning = ranks.heard()
         stop = StopOnSignal(lambda: None)
         metrics = Unwritten(course.run_dir.metrics_file, lambda record: None, meter)

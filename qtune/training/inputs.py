@@ -19,6 +19,7 @@ from qtune.plan import Plan
 from qtune.preflight import Preflight, examine
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Recipe, Training
+from qtune.run.checkpoints import usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.timing.known import known_rates
@@ -52,7 +53,9 @@ def gather(resolved: Resolved, run_dir: RunDir | None = None, *, accepted: Seque
     Raises:
         InputError, GateError: something stops it.
     """
-    preflight = examine(resolved, folder=run_dir.path if run_dir else None, accepted=accepted, loads=True)
+    goes_on = run_dir is not None and bool(usable_checkpoints(run_dir.checkpoints))
+    folder = run_dir.path if run_dir else None
+    preflight = examine(resolved, folder=folder, accepted=accepted, loads=True, goes_on=goes_on)
     preflight.require()
     warnings = preflight.warnings if run_dir is None else preflight.limits
     for warning in (*said_before_a_run(preflight.inspection.findings), *warnings):

@@ -144,18 +144,18 @@ def _repeated(
     recipe = inputs.recipe
     quiet = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
     inputs = replace(inputs, resolved=replace(inputs.resolved, recipe=quiet))
+    begin = 0 if checkpoint is None else step_of(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
         if metrics_file.is_file():  # a step stands out, and is skipped, beside those before it
             shutil.copyfile(metrics_file, run_dir.metrics_file)
-            forget_after(run_dir.metrics_file, 0 if checkpoint is None else step_of(checkpoint))
+            forget_after(run_dir.metrics_file, begin)
         meter = Meter(torch.device(inputs.plan.device.torch_name))
         metrics = Metrics(run_dir.metrics_file, lambda record: None, meter)
-        model, tiled = build_model(inputs)
+        model, tiled = build_model(inputs, after=begin)
         kept_start(model, recipe, run_dir.checkpoints / "initial")
         stop = StopOnSignal(lambda: None)
         trainer = make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False)
-        begin = 0 if checkpoint is None else step_of(checkpoint)
         try:
             with console.progress(f"repeating steps {begin + 1} to {end}", end - begin) as bar:
                 trainer.add_callback(StopAt(end, bar.advance))

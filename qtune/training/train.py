@@ -55,6 +55,7 @@ from qtune.run.resumption import (
     beginning_anew,
     lowers_rate,
     nothing_to_resume,
+    require_start,
     require_way_on,
     resumed_recipe,
     resuming,
@@ -216,6 +217,8 @@ def _to_go_on_with(
     with told(TrainingError, lambda: _way_on(run_dir)):
         # resolved.toml holds what was decided, so that another card or a newer rule cannot change it half way.
         resolved = resumed_recipe(run_dir, changes).allowing(allow)
+        if (gone := require_start(run_dir, resolved.recipe)) is not None:
+            console.say(gone)
         try:
             inputs = gather(resolved, run_dir, accepted=accepted)
         except (InputError, GateError):
