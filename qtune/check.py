@@ -33,7 +33,7 @@ from qtune.preflight import Disk, Preflight, examine
 from qtune.recipe.file import Resolved
 from qtune.recipe.schema import Data, Recipe
 from qtune.recipe.text import show_value
-from qtune.run.folder import RunDir
+from qtune.run.folder import RunDir, passing_folder
 from qtune.run.metrics import TrainRecord, read_metrics
 from qtune.run.resolved import settled_values
 from qtune.timing.forecast import TimeForecast, attempted_time
@@ -312,10 +312,8 @@ def _rehearsed(preflight: Preflight) -> Rehearsal:
         preflight.prepared,
         preflight.forecast if isinstance(preflight.forecast, Forecast) else None,
     )
-    directory = Path(resolved.recipe.output.directory)
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
-    with told(TrainingError), tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing) as folder:
-        run_dir, meter = RunDir(Path(folder)), Meter(torch.device(plan.device.torch_name))
+    with told(TrainingError), passing_folder(Path(resolved.recipe.output.directory)) as folder:
+        run_dir, meter = RunDir(folder), Meter(torch.device(plan.device.torch_name))
         model, tiled = build_model(inputs)
         initial = kept_start(model, resolved.recipe, run_dir.checkpoints / "initial")
         metrics = Metrics(run_dir.metrics_file, lambda record: None, meter)

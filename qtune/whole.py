@@ -29,7 +29,7 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     keep_existing: a `path` that another process has finished meanwhile stays, for it is equal.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
+    partial = _on_its_way(path)
     try:
         yield partial
         if not keep_existing:
@@ -45,6 +45,26 @@ def whole(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
         # What cannot be removed must not hide why the block has failed; the next one clears it away.
         with suppress(OSError):
             _remove(partial)
+
+
+@contextmanager
+def passing(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for as long as the block runs, named as what is on its way there, and that never arrives:
+    what a killed process leaves of it is removed with the rest.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = _on_its_way(path)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_its_way(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
 
 
 def write_text(file: Path, text: str) -> None:

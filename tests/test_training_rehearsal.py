@@ -1,7 +1,9 @@
 """A rehearsal does everything once and leaves nothing: bit for bit the same run, and failures before the first step."""
 
 import json
+import os
 import re
+import socket
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import WriteRecipe
+from peft import PeftModel
 from test_training_train import ADAPTERS, assert_same_run, records
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from qtune.adapter.state import STATE_FILE
 from qtune.check import check
 from qtune.errors import Interrupted, TrainingError
 from qtune.model.checkpointed import checkpoint_all, switched_layers
@@ -161,6 +165,45 @@ def test_check_rehearses_and_leaves_no_folder(write_recipe: WriteRecipe, tmp_pat
     assert json.loads(found.to_json())["rehearsal"]["rows"] == 2
     assert sorted(tmp_path.rglob("*")) == before
     assert check(load_recipe(recipe)).rehearsal is None
+
+
+DEAD = 999_999_999
+
+
+def as_of_a_dead_process(folder: Path) -> Path:
+    """A folder by the name that a process which was killed would have left behind, with something in it."""
+    left = folder.with_name(folder.name.replace(f"partial-{os.getpid()}-", f"partial-{DEAD}-"))
+    assert left != folder
+    left.mkdir()
+    (left / STATE_FILE).touch()
+    return left
+
+
+@pytest.mark.slow
+def test_what_a_killed_rehearsal_leaves_is_removed(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original, left = rehearsal.save_trained_state, list[Path]()
+
+    def save_trained_state(model: PeftModel, folder: Path) -> None:
+        original(model, folder)
+        left.append(as_of_a_dead_process(folder))
+        left.extend(as_of_a_dead_process(one) for one in folder.parents if one.name.startswith(".qtune-"))
+
+    monkeypatch.setattr(rehearsal, "save_trained_state", save_trained_state)
+    recipe = write_recipe(training=STEPS + "rehearse = true")
+    finished = run(recipe)
+    (rehearsed,) = left
+    assert rehearsed.parent == finished.checkpoints
+    assert not rehearsed.exists()
+    left.clear()
+    check(load_recipe(recipe), rehearsed=True)
+    assert [path for path in left if path.exists()] == left[1:] == [left[1]]
+    stays = left[1].with_name(left[1].name.replace(socket.gethostname(), "another-computer"))
+    stays.mkdir()
+    check(load_recipe(recipe))
+    assert not left[1].exists()
+    assert stays.exists()
 
 
 def test_the_heaviest_micro_batch_has_the_most_positions_of_the_epoch(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qtune.whole import clear_leftovers, whole, write_text
+from qtune.whole import clear_leftovers, passing, whole, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -35,6 +35,25 @@ def test_a_text_file_can_be_read_by_whom_the_user_lets_read(tmp_path: Path) -> N
     finally:
         os.umask(before)
     assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_passing_folder_goes_with_its_block_and_what_a_kill_leaves_of_it_is_cleared(tmp_path: Path) -> None:
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from qtune.whole import passing
+with passing(Path(sys.argv[1])) as folder:
+    (folder / "large").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "rehearsal"
+    subprocess.run([sys.executable, "-c", killed, str(path)], check=False)
+    (left,) = tmp_path.glob(".rehearsal.*/large")
+    with passing(path) as folder:
+        clear_leftovers(path)
+        assert not left.parent.exists()
+        assert names(tmp_path) == [folder.name], "a living process keeps its own"
+    assert names(tmp_path) == []
 
 
 def test_an_old_folder_is_seen_until_the_new_one_is_complete(tmp_path: Path) -> None:

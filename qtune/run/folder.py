@@ -4,9 +4,9 @@ import errno
 import os
 import re
 import shlex
-import tempfile
+import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,12 +291,31 @@ def require_writable(folder: Path) -> None:
     """
     existing = existing_folder(folder)
     try:
-        with tempfile.TemporaryDirectory(prefix=".qtune-", dir=existing):
+        with passing_folder(folder):
             pass
     except OSError as error:
         where = "" if existing == folder.absolute() else f" ({existing})"
         message = f"{folder} cannot be written{where}: {error.strerror}; name another folder"
         raise InputError(Problem(OUTPUT, message)) from error
+
+
+@contextmanager
+def passing_folder(directory: Path) -> Iterator[Path]:
+    """A folder where the runs of a directory are, or would be made, for as long as the block runs.
+
+    What killed processes of this computer have left of theirs is removed first, also from the folder around: where
+    nothing had been run yet, it was made there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    existing = existing_folder(directory)
+    name = f"qtune-{socket.gethostname()}"
+    for folder in (existing, existing.parent):
+        with suppress(OSError):
+            whole.clear_leftovers(folder / name)
+    with whole.passing(existing / name) as folder:
+        yield folder
 
 
 def existing_folder(folder: Path) -> Path:

@@ -8,12 +8,10 @@ Parameters, gradients, the optimizer, random numbers and the order of rows are a
 import math
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,7 @@ from qtune.training.inputs import Inputs
 from qtune.training.saved_state import save_tree
 from qtune.training.trainer import QloraTrainer, release_cached_memory
 from qtune.tuned.generate import find_ends, stream
+from qtune.whole import passing
 
 WORTH_STEPS = 50
 """Steps of a run from which a rehearsal is taken unasked: it costs about two of them."""
@@ -229,8 +228,7 @@ def _save(
 ) -> int:
     """Writes and reads a checkpoint where the run's will be, and takes it away; its bytes."""
     run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", dir=run_dir.checkpoints))
-    try:
+    with passing(run_dir.checkpoints / "rehearsal") as folder:
         save_trained_state(model, folder)
         if not has_initial:
             save_adapter(model, folder)
@@ -244,8 +242,6 @@ def _save(
                 f"{folder}: a checkpoint reads back otherwise than it was written; the disk is at fault"
             )
         return size
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
