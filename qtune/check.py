@@ -350,7 +350,8 @@ def step_seconds(preflight: Preflight) -> float:
     console.say(f"timing {TIMED_STEPS} steps of {changes['batch_size']} rows")
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
-        metrics = Metrics(run_dir.metrics_file, lambda record: None, Meter(torch.device(plan.device.torch_name)))
+        meter = Meter(torch.device(plan.device.torch_name))
+        metrics = Metrics(run_dir.metrics_file, lambda record: None, meter, scales_loss=plan.loss_scaling)
         model, tiled = build_model(inputs)
         stop = StopOnSignal(lambda: None)
         make_trainer(inputs, run_dir, model, tiled, metrics, stop, evaluate_first=False).train()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_training_train import loss_becomes_nan, records
 from torch import nn
 
+from qtune.check import check
 from qtune.data.batches import StepSampler, rows_of_step
 from qtune.errors import ModelError, RunError, TrainingError
 from qtune.manifest import skipped_until
@@ -26,6 +27,7 @@ from qtune.training import callbacks, train
 from qtune.training.callbacks import Metrics, PeakRate
 from qtune.training.outcome import Losses, require_gradients, rise_of
 from qtune.training.outliers import LEAST, WINDOW, Outliers
+from qtune.training.proof import prove
 from qtune.training.trainer import QloraTrainer
 
 SHORT = "steps = 6\nbatch_size = 2\nlearning_rate = 1e-2\ncheckpoint_every = 1"
@@ -216,6 +218,25 @@ def test_steps_that_overflow_are_counted_whether_they_are_logged_or_not(
     monkeypatch.setattr(QloraTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(math.inf))
     with pytest.raises(TrainingError, match=r"in each of the last 4 steps, up to step 4, at every scale"):
         run(write_recipe(training=SHORT + "\nlog_every = 5"))
+
+
+@pytest.mark.slow
+def test_a_step_that_the_scaling_of_the_loss_leaves_out_ends_neither_a_proof_nor_a_timing(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scale is too large for many models. accelerate scales on cards alone, so what it leaves is played."""
+    original = QloraTrainer._clip_grad_norm
+
+    def clip(self, model):
+        return original(self, model) * (1 if self.state.global_step else math.inf)
+
+    monkeypatch.setattr(QloraTrainer, "_clip_grad_norm", clip)
+    training = "steps = 3\nbatch_size = 2\ncheckpoint_every = 3"
+    recipe = write_recipe(training=training, quantization='minimum_share = 0.0\ncompute_dtype = "float16"')
+    done = run(recipe)
+    assert [math.isfinite(float(one["gradient_norm"])) for one in records(done, "train")] == [False, True, True]
+    assert prove(done).startswith("steps 1 to 3 were repeated: all ")
+    assert check(load_recipe(recipe), timed=True).step_seconds is not None
 
 
 def test_a_short_run_whose_gradients_have_all_overflowed_is_no_finished_one() -> None:

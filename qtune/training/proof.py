@@ -151,7 +151,7 @@ def _repeated(
             shutil.copyfile(metrics_file, run_dir.metrics_file)
             forget_after(run_dir.metrics_file, begin)
         meter = Meter(torch.device(inputs.plan.device.torch_name))
-        metrics = Metrics(run_dir.metrics_file, lambda record: None, meter)
+        metrics = Metrics(run_dir.metrics_file, lambda record: None, meter, scales_loss=inputs.plan.loss_scaling)
         model, tiled = build_model(inputs, after=begin)
         kept_start(model, recipe, run_dir.checkpoints / "initial")
         stop = StopOnSignal(lambda: None)
