@@ -9,6 +9,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from chat_families import FAMILIES, tokenizer_of
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,9 @@ from qtune.data.files import data_files
 from qtune.data.formats import detect_format, to_conversation
 from qtune.data.masks import IGNORED
 from qtune.data.rows import Row, read_rows
+from qtune.data.sources import Source
 from qtune.data.template import CHATML, ChatTemplate
+from qtune.recipe.schema import HubSource
 
 TOKENIZER = tokenizer_of(FAMILIES["chatml"])
 BARE = (
@@ -435,7 +438,7 @@ def test_a_null_that_a_tool_takes_is_learned_and_one_that_nobody_explains_is_not
     assert notes(batch_of(unknown)) == {"null-arguments"}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "feather"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "feather", "hub"])
 @pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
 @pytest.mark.parametrize("is_bare", [False, True])
 def test_a_null_that_a_tool_takes_is_learned_from_files_of_every_kind(tmp_path, kind, key, is_bare):
@@ -447,11 +450,16 @@ def test_a_null_that_a_tool_takes_is_learned_from_files_of_every_kind(tmp_path, 
         answer = {"role": "assistant", "content": "", "tool_calls": [call if is_bare else {"function": call}]}
         rows.append({"messages": [TALK[0], answer], "tools": json.dumps(tools)})
     path = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
+    if kind == "hub":
+        source = Source("hub:someone/rows", "auto", {}, 1.0, HubSource(hub="someone/rows"), hub=Dataset.from_list(rows))
+        read = list(source.rows())
+    elif kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         {"parquet": pq.write_table, "feather": feather.write_feather}[kind](pa.Table.from_pylist(rows), path)
-    (with_null, padded) = (row.value for file in data_files(path.name, tmp_path) for row in read_rows(file))
+    if kind != "hub":
+        read = [row for file in data_files(path.name, tmp_path) for row in read_rows(file)]
+    (with_null, padded) = (row.value for row in read)
     assert '"arguments": {"a": null, "b": "y"}' in scored(batch_of(with_null))[0]
     assert notes(batch_of(with_null)) == set()
     assert '"arguments": {"a": "z"}' in scored(batch_of(padded))[0]
