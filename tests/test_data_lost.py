@@ -18,7 +18,7 @@ from qtune.data.examples import RowEncoder, RowRules
 from qtune.data.files import data_files
 from qtune.data.formats import detect_format, to_conversation
 from qtune.data.masks import IGNORED
-from qtune.data.rows import Row, read_rows
+from qtune.data.rows import Row, read_rows, without_inner_nulls
 from qtune.data.sources import Source
 from qtune.data.template import CHATML, ChatTemplate
 from qtune.recipe.schema import HubSource
@@ -464,6 +464,16 @@ def test_a_null_that_a_tool_takes_is_learned_from_files_of_every_kind(tmp_path, 
     assert notes(batch_of(with_null)) == set()
     assert '"arguments": {"a": "z"}' in scored(batch_of(padded))[0]
     assert notes(batch_of(padded)) == {"padded-nulls"}
+
+
+def test_nulls_that_a_table_put_into_calls_of_which_no_tool_tells_are_padding():
+    """Of rows with many tools a table gives each call the arguments of all; rows that declare a tool keep theirs."""
+    call = {"name": "f", "arguments": {"a": None, "b": "y"}}
+    row = {"messages": [TALK[0], {"role": "assistant", "tool_calls": [call]}], "tools": None}
+    assert without_inner_nulls(row)["messages"][1]["tool_calls"] == [{"name": "f", "arguments": {"b": "y"}}]
+    for column in ("tools", "functions"):
+        kept = without_inner_nulls({**row, column: [{"name": "f"}]})
+        assert kept["messages"][1]["tool_calls"] == [call]
 
 
 def test_nulls_inside_the_objects_of_a_call_are_decided_by_what_its_tool_declares_of_them():

@@ -21,7 +21,7 @@ from qtune.data.conversation import (
 )
 from qtune.data.order import ordered, with_system
 from qtune.data.suspect import is_word_for_nothing
-from qtune.data.tool_calls import read_tools, without_padding
+from qtune.data.tool_calls import TOOLS, read_tools, without_padding
 from qtune.data.turn_keys import REASONING, is_like_a_switch, reasoning_of
 from qtune.data.turns import ROLE_NAMES, Turn, listed, read_turns
 from qtune.recipe.text import show_value
@@ -39,7 +39,6 @@ COLUMNS = {
 # Columns beside them that a shape reads. A system message and tools belong to any conversation; reasoning and earlier
 # turns to shapes that have no turns of their own.
 SYSTEM = ("system", "system_prompt", "system_message")
-TOOLS = ("tools", "functions")
 HISTORY = "history"
 BESIDE = {
     "messages": (*SYSTEM, *TOOLS),

@@ -21,7 +21,7 @@ from qtune.data.json_stream import (
     has_broken_bytes,
     strict_json,
 )
-from qtune.data.tool_calls import ARGUMENTS
+from qtune.data.tool_calls import ARGUMENTS, TOOLS
 from qtune.errors import first_line
 
 # A row beyond this is a file in the wrong format (one line without an end), not an example to learn from.
@@ -250,23 +250,26 @@ def table_rows(batches: Iterable[pa.RecordBatch], name: str, before: int = 0) ->
 def without_inner_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """Arrow gives every struct every key that any row has; the keys that a row's structs lack come back as null.
 
-    A call's arguments stay as they are: null may be one of their values, which the call's own tool decides
-    (`tool_calls.without_padding`).
+    Where a row declares tools, the arguments of its calls stay as they are: null may be one of their values, which the
+    call's own tool decides (`tool_calls.without_padding`). Without them nobody can tell, and hardly any is more.
     """
-    return {key: _without_nulls(value, key in _CALLS) for key, value in row.items()}
+    declares = any(row.get(key) for key in TOOLS)
+    return {key: _without_nulls(value, declares, key in _CALLS) for key, value in row.items()}
 
 
 _CALLS = ("tool_calls", "function_call")
 
 
-def _without_nulls(value: Any, is_call: bool) -> Any:
+def _without_nulls(value: Any, declares: bool, is_call: bool) -> Any:
     if isinstance(value, dict):
         return {
-            key: inner if is_call and key in ARGUMENTS else _without_nulls(inner, is_call or key in _CALLS)
+            key: inner
+            if declares and is_call and key in ARGUMENTS
+            else _without_nulls(inner, declares, is_call or key in _CALLS)
             for key, inner in value.items()
             if inner is not None
         }
-    return [_without_nulls(inner, is_call) for inner in value] if isinstance(value, list) else value
+    return [_without_nulls(inner, declares, is_call) for inner in value] if isinstance(value, list) else value
 
 
 def _text(file: DataFile, progress: Progress) -> Iterator[Row | BadRow]:

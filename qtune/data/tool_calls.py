@@ -7,6 +7,8 @@ from qtune.data.account import Account
 from qtune.data.conversation import RowError, require_json, shown
 from qtune.data.json_stream import BrokenJson, strict_json
 
+TOOLS = ("tools", "functions")
+"""Columns that declare tools."""
 # Names of a call's arguments: OpenAI's, Llama's, Anthropic's.
 ARGUMENTS = ("arguments", "parameters", "input", "args")
 
