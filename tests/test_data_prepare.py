@@ -10,7 +10,7 @@ from chat_families import FAMILIES, tokenizer_of
 from datasets import Dataset
 
 from qtune.data import encoding
-from qtune.data.choice import rows_set_aside
+from qtune.data.choice import GROUPS, rows_set_aside
 from qtune.data.masks import IGNORED
 from qtune.data.prepare import prepare, survey
 from qtune.data.rows import Row
@@ -79,7 +79,7 @@ def test_copies_of_a_row_are_never_on_both_sides_of_the_split(folder):
 def test_a_prompt_that_many_rows_have_does_not_take_them_from_the_run(seed: int, alike: int, others: int) -> None:
     total = alike + others
     prompts = np.array([5] * alike + list(range(100, 100 + others)), dtype=np.uint64)
-    train = Dataset.from_dict({"prompt_hash": prompts})
+    train = Dataset.from_dict(dict.fromkeys(GROUPS, prompts))
     chosen = rows_set_aside(train, 0.05, seed)
     assert len(chosen) < total, "something is left to train on"
     assert len(chosen) <= max(2 * 0.05 * total, 0.2 * total)

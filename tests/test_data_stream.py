@@ -341,7 +341,7 @@ def test_a_pass_that_is_stopped_has_done_with_the_files_before(
     assert len(prepared.train) == 130
 
 
-@pytest.mark.parametrize("name", ["figures.bin", "blocks.npy", "about.json"])
+@pytest.mark.parametrize("name", ["figures.bin", "asked.bin", "blocks.npy", "about.json"])
 def test_an_index_that_is_damaged_is_made_again(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

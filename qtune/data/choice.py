@@ -5,19 +5,29 @@ from datasets import Dataset
 
 from qtune.recipe.steps import LARGEST_SHARE, held_out_rows
 
+GROUPS = ("first_prompt_hash", "row_prompt_hash")
+"""By which rows are drawn: the examples of a row have either in common, and so have rows with one prompt. The second is
+for rows that begin alike, as with one greeting or example: too few of them could be set aside by the first."""
+
 
 def rows_set_aside(train: Dataset, share: float, seed: int) -> np.ndarray:
-    """The rows set aside: those whose prompt hashes lowest under the seed, as `prompts_set_aside` says.
+    """The rows set aside: those whose prompts hash lowest under the seed, as `prompts_set_aside` says.
 
-    Equal rows hash equally, so that a duplicate never stands on both sides of the split.
+    Equal rows hash equally, so that a duplicate never stands on both sides of the split, and what a row begins with is
+    asked on the same side as the rest of it.
     """
     if not share or not len(train):
         return np.array([], dtype=np.int64)
-    # By prompt: the same question must not be in both parts, whatever its answers are.
-    hashes = np.asarray(train.with_format("numpy")["prompt_hash"][:]).astype(np.uint64)
-    order = mixed(hashes, seed)
-    chosen = prompts_set_aside(*np.unique(order, return_counts=True), held_out_rows(share, len(train)), len(train))
-    return np.flatnonzero(np.isin(order, chosen))
+    wanted, chosen = held_out_rows(share, len(train)), np.array([], dtype=np.int64)
+    for group in GROUPS:
+        # By prompt: the same question must not be in both parts, whatever its answers are.
+        hashes = np.asarray(train.with_format("numpy")[group][:]).astype(np.uint64)
+        order = mixed(hashes, seed)
+        prompts = prompts_set_aside(*np.unique(order, return_counts=True), wanted, len(train))
+        chosen = np.flatnonzero(np.isin(order, prompts))
+        if len(chosen) >= wanted:
+            break
+    return chosen
 
 
 def prompts_set_aside(

@@ -3,8 +3,6 @@
 This is what runs in each worker process: everything it needs is in `RowRules`, the tokenizer and the template.
 """
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +16,9 @@ from qtune.data.conversation import Conversation, RowError
 from qtune.data.formats import COLUMNS as SHAPES
 from qtune.data.formats import RawRow, detect_format, renamed, replaced, to_conversation, with_the_files_names
 from qtune.data.lengths import shortened, windows
-from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, render_examples
+from qtune.data.masks import IGNORED, Encoded, Encoder, Rendered, answers_to_learn, render_examples
 from qtune.data.order import OutOfOrder
+from qtune.data.prompts import Prompts, prompt_hash, prompts_of, text_hash
 from qtune.data.render_gate import RenderGate
 from qtune.data.rows import BadRow, Row
 from qtune.data.suspect import Suspicions
@@ -37,6 +36,9 @@ COLUMNS = pa.schema(
         ("conversation", pa.string()),
         ("row_hash", pa.int64()),
         ("prompt_hash", pa.int64()),
+        ("first_prompt_hash", pa.int64()),
+        ("row_prompt_hash", pa.int64()),
+        ("asked_hashes", pa.list_(pa.int64())),
         ("answer_hash", pa.int64()),
         ("opening_hash", pa.int64()),
         ("answer_start", pa.string()),
@@ -108,13 +110,13 @@ class RowEncoder:
         # Rows with tools may have a template of their own.
         with_tools = template.for_tools(["a tool"])
         self.tool_gate = self.gate if with_tools == template.text else RenderGate(Renderer.of(tokenizer, with_tools))
-        self.batch = EncodedBatch(_columns([]))
+        self.batch = EncodedBatch(_columns([], []))
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> EncodedBatch:
-        self.batch = batch = EncodedBatch(_columns([]), rows=len(rows))
+        self.batch = batch = EncodedBatch(_columns([], []), rows=len(rows))
         bad, dropped = batch.bad, batch.dropped
         # Rendered texts wait here to be tokenized together; documents need nothing rendered.
-        waiting: list[Rendered | Encoded] = []
+        waiting: list[tuple[Rendered | Encoded, Prompts]] = []
         origins: list[int] = []
         for number, row in enumerate(rows):
             if isinstance(row, BadRow):
@@ -130,24 +132,25 @@ class RowEncoder:
                     bad.append(BadRow(row.place, str(fault), advice=_order_advice(self.rules.on_turn_order)))
             except RowError as fault:
                 bad.append(BadRow(row.place, with_the_files_names(str(fault), self.rules.columns)))
-        encoded = iter(self.encoder.encode([one for one in waiting if isinstance(one, Rendered)]))
+        encoded = iter(self.encoder.encode([one for one, _ in waiting if isinstance(one, Rendered)]))
         examples: list[Encoded] = []
-        for one, origin in zip(waiting, origins, strict=True):
+        asked: list[Prompts] = []
+        for (one, prompts), origin in zip(waiting, origins, strict=True):
             if isinstance(one, Encoded):
                 examples.extend(windows(one, self.rules.max_length))
-                batch.origins.extend([origin] * (len(examples) - len(batch.origins)))
-                continue
-            bos = self.encoder.tokenizer.bos_token_id
-            fitted = shortened(next(encoded), self.rules.max_length, self.rules.on_long_row, bos)
-            if fitted is None:
-                dropped.append(one.conversation.place)
             else:
-                examples.append(fitted)
-                batch.origins.append(origin)
-        batch.examples = _columns(examples)
+                bos = self.encoder.tokenizer.bos_token_id
+                fitted = shortened(next(encoded), self.rules.max_length, self.rules.on_long_row, bos)
+                if fitted is None:
+                    dropped.append(one.conversation.place)
+                else:
+                    examples.append(fitted)
+            batch.origins.extend([origin] * (len(examples) - len(batch.origins)))
+            asked.extend([prompts] * (len(examples) - len(asked)))
+        batch.examples = _columns(examples, asked)
         return batch
 
-    def _read(self, row: Row) -> Sequence[Rendered | Encoded]:
+    def _read(self, row: Row) -> Sequence[tuple[Rendered | Encoded, Prompts]]:
         rules = self.rules
         self.batch.mapped.update(ours for ours, theirs in rules.columns.items() if theirs in row.value)
         value = renamed(row.value, rules.columns)
@@ -160,15 +163,21 @@ class RowEncoder:
         suspected = conversation.notes.union(self.suspicions.about(conversation))
         if conversation.is_document:
             self._count(unused)
-            return [self.encoder.document(replace(conversation, unused=tuple(unused), notes=suspected))]
+            document = self.encoder.document(replace(conversation, unused=tuple(unused), notes=suspected))
+            return [(document, prompts_of(conversation, (), ()))]
         gate = self.tool_gate if conversation.tools else self.gate
         rendered = render_examples(gate.renderer, conversation, rules.loss_on, rules.on_rewritten)
         lost = gate.lost(rendered)
         unused |= {_writable(name): None for name in lost.unused}
         self._count(unused)
         notes = suspected | lost.notes
+        answers = answers_to_learn(conversation, rules.loss_on)
         return [
-            replace(one, conversation=replace(one.conversation, unused=tuple(unused), notes=notes)) for one in rendered
+            (
+                replace(one, conversation=replace(one.conversation, unused=tuple(unused), notes=notes)),
+                prompts_of(conversation, answers, [turn.index for turn in one.turns] or answers),
+            )
+            for one in rendered
         ]
 
     def _format_of(self, value: RawRow) -> str:
@@ -195,9 +204,9 @@ def _order_advice(policy: str) -> str:
     return 'on_turn_order = "merge" joins turns of one role and keeps such rows, "drop" leaves them out'
 
 
-def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
+def _columns(examples: Sequence[Encoded], asked: Sequence[Prompts]) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
-    for example in examples:
+    for example, prompts in zip(examples, asked, strict=True):
         scored = [position for position, label in enumerate(example.labels) if label != IGNORED]
         talk = example.conversation
         notes = example.notes | talk.notes
@@ -216,6 +225,9 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
             talk.to_json(),
             text_hash(_identity(talk)),
             prompt_hash(talk),
+            prompts.first,
+            prompts.whole,
+            prompts.asked,
             text_hash(talk.answer),
             _opening_hash(talk),
             talk.answer[:60],
@@ -224,13 +236,6 @@ def _columns(examples: Sequence[Encoded]) -> pa.RecordBatch:
         for name, value in zip(COLUMNS.names, values, strict=True):
             columns[name].append(value)
     return pa.RecordBatch.from_pydict(columns, schema=COLUMNS)
-
-
-def prompt_hash(conversation: Conversation) -> int:
-    """Of everything that stands before the last answer; of raw text, which has no prompt, of all of it."""
-    if conversation.is_document:
-        return text_hash(conversation.answer)
-    return text_hash(json.dumps(conversation.prompt, ensure_ascii=False))
 
 
 def _identity(conversation: Conversation) -> str:
@@ -249,8 +254,3 @@ def _opening_hash(conversation: Conversation) -> int:
 def opening_of(answer: str) -> str:
     """The first words of an answer, by which answers are compared: what those share that begin alike."""
     return " ".join(answer.split(maxsplit=OPENING_WORDS)[:OPENING_WORDS])
-
-
-def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b as a signed integer, the same in every process and version."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from qtune.data.alternatives import LOSSES, end_of_turn_advice, template_advice
@@ -41,6 +42,10 @@ class Columns:
     prompt_hash: np.ndarray
     answer_hash: np.ndarray
     opening_hash: np.ndarray
+    asked: np.ndarray
+    """Hashes of what is asked in all examples, `prompts.Prompts.asked` of one after the other."""
+    asked_in: np.ndarray
+    """The example of each of these."""
     notes: Counter[str]
     note_places: dict[str, list[str]]
     examples: Dataset
@@ -51,6 +56,10 @@ class Columns:
     def has_prompts(self, hashes: np.ndarray) -> np.ndarray:
         """Whether prompts stand here, too, by their hashes: [hashes]."""
         return np.isin(hashes, self.prompt_hash)
+
+    def has_asked(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether the same is asked here, too, by the hashes of `prompts.Prompts.asked`: [hashes]."""
+        return np.isin(hashes, self.asked)
 
     def places(self, rows: Iterable[int]) -> list[str]:
         """Where the first of some rows stand."""
@@ -91,19 +100,22 @@ def inspect(prepared: Prepared, data: Data, vocabulary: int) -> Inspection:
 
 def _columns(name: str, examples: Dataset) -> Columns:
     """Reads the figures of all examples, not their ids."""
-    parts: dict[str, list[np.ndarray]] = {figure: [] for figure in FIGURES}
+    parts: dict[str, list[np.ndarray]] = {figure: [] for figure in (*FIGURES, "asked", "answers")}
     notes: Counter[str] = Counter()
     places: dict[str, list[str]] = {}
-    arrow = examples.select_columns([*FIGURES, "notes", "place"]).with_format("arrow")
+    arrow = examples.select_columns([*FIGURES, "asked_hashes", "notes", "place"]).with_format("arrow")
     for batch in arrow.iter(batch_size=10_000):
         for figure in FIGURES:
             parts[figure].append(batch[figure].to_numpy())
+        parts["asked"].append(pc.list_flatten(batch["asked_hashes"]).to_numpy())
+        parts["answers"].append(pc.list_value_length(batch["asked_hashes"]).to_numpy())
         for note, place in zip(batch["notes"].to_pylist(), batch["place"].to_pylist(), strict=True):
             for kind in note.split():
                 notes[kind] += 1
                 if len(listed := places.setdefault(kind, [])) < LISTED:
                     listed.append(place)
-    figures = {figure: np.concatenate(parts[figure] or [np.array([], dtype=np.int64)]) for figure in FIGURES}
+    figures = {name: np.concatenate(part or [np.array([], dtype=np.int64)]) for name, part in parts.items()}
+    figures["asked_in"] = np.repeat(np.arange(len(figures["length"])), figures.pop("answers"))
     return Columns(name=name, notes=notes, note_places=places, examples=examples, **figures)
 
 
@@ -206,9 +218,23 @@ def _out_of_vocabulary(split: Columns, vocabulary: int) -> Iterable[Finding]:
 
 
 def _overlap(train: Columns | StreamColumns, split: Columns) -> Iterable[Finding]:
-    shared = np.flatnonzero(train.has_prompts(split.prompt_hash))
+    """Rows of which something is asked in training too: their last question, to the letter or nearly, or an earlier
+    one."""
+    exact = train.has_prompts(split.prompt_hash)
+    # Of each answer one of both hashes; the last one of a row is what it is asked.
+    asked = train.has_asked(split.asked).reshape(-1, 2).any(axis=1)
+    asked_in = split.asked_in[::2]
+    last, earlier = np.zeros((2, len(split)), bool)
+    np.logical_or.at(earlier, asked_in, asked)
+    last[asked_in] = asked  # of a row that is named more than once the last one stays
+    shared = np.flatnonzero(exact | earlier)
     if len(shared):
-        yield found("overlap", split.name, len(shared), len(split), split.places(shared))
+        nearly = {
+            "but for white space, case, a system message or the turns behind it": last & ~exact,
+            "in an earlier turn alone": earlier & ~last & ~exact,
+        }
+        detail = "; ".join(f"{rows.sum():,} of them {how}" for how, rows in nearly.items() if rows.any())
+        yield found("overlap", split.name, len(shared), len(split), split.places(shared), detail)
 
 
 def _duplicates(train: Columns) -> Iterable[Finding]:

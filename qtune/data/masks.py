@@ -70,11 +70,7 @@ def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str
         RowError: the template refuses the conversation, or no answer has weight 1.
     """
     messages, last = conversation.messages, len(conversation.messages) - 1
-    answers = [
-        index
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant" and message.get("weight") != 0 and (loss_on == "all-answers" or index == last)
-    ]
+    answers = answers_to_learn(conversation, loss_on)
     if not answers:
         others = [message for message in messages if message["role"] == "assistant" and message.get("weight") != 0]
         why = (
@@ -105,6 +101,16 @@ def render_examples(renderer: Renderer, conversation: Conversation, loss_on: str
         ]
     kept = exact if on_rewritten == "error" else exact[-1:]
     return [Rendered(conversation, whole, tuple(turns[index] for index in kept), rewritten=True)]
+
+
+def answers_to_learn(conversation: Conversation, loss_on: str) -> list[int]:
+    """Which messages are answers that the row wants learned; `loss_on` as in `render_examples`."""
+    last = len(conversation.messages) - 1
+    return [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and message.get("weight") != 0 and (loss_on == "all-answers" or index == last)
+    ]
 
 
 def _turn(renderer: Renderer, conversation: Conversation, index: int, text: str) -> ScoredTurn:

@@ -5,7 +5,7 @@ How it works, from the files to a step:
 1. One pass (`stream_index`) reads and judges every row and keeps where each block of some 500 rows begins, a digest of
    it, and figures of its examples. A row that cannot be used is found here, not hours later. The next run on the same
    files begins with what is kept.
-2. Rows are set aside for validation by the hash of their prompt (`stream_split`), as they are elsewhere.
+2. Rows are set aside for validation by the hash of what they ask first (`stream_split`), as they are elsewhere.
 3. The order (`stream_order`) is a function of seed and step: rows are shuffled within windows of `shuffle_rows`.
 4. Whoever asks for a row here gets it from its block, which is read, checked against its digest, rendered and tokenized
    once an epoch, and forgotten when its window is past. A process beside this one makes the blocks that come next.
@@ -111,6 +111,16 @@ class RowStream(Dataset[dict[str, list[int]]]):
         there = np.zeros(len(hashes), bool)
         for _, part in self.all_figures("prompt_hash"):
             there |= np.isin(hashes, part["prompt_hash"])
+        return there
+
+    def has_asked(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether the same is asked here, too, by the hashes of `prompts.Prompts.asked`: [hashes]."""
+        there = np.zeros(len(hashes), bool)
+        for index, start in zip(self.indexes, self._starts.tolist(), strict=False):
+            for first in range(0, len(index.asked), FIGURES_AT_ONCE):
+                part = index.asked[first : first + FIGURES_AT_ONCE]
+                trained = ~np.isin(start + part["example"], self.set_aside)
+                there |= np.isin(hashes, part["hash"][trained])
         return there
 
     @property

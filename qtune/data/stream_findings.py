@@ -76,6 +76,10 @@ class StreamColumns:
         """Whether prompts stand here, too, by their hashes: [hashes]."""
         return self.stream.has_prompts(hashes)
 
+    def has_asked(self, hashes: np.ndarray) -> np.ndarray:
+        """Whether the same is asked here, too, by the hashes of `prompts.Prompts.asked`: [hashes]."""
+        return self.stream.has_asked(hashes)
+
     def counts_within(self, most: int) -> "Counts":
         """How many of the rows with at most `most` tokens have so many of them."""
         counts = dict.fromkeys(("prompt", "scored", "length"), np.zeros(1, np.int64))

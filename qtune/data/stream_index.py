@@ -1,9 +1,9 @@
 """What one pass over a file that is too large to keep leaves behind: its blocks, and the figures of its examples.
 
-The pass reads, renders, tokenizes and judges every row as a run will, and keeps no ids and no text: 48 bytes for each
-example and 52 for each block. So steps, memory, findings and bad rows are known before the first step, and any row can
-be found again. Under the same name (contents, template, rules) the pass is not made twice; of a source with many files,
-a pass that was stopped has done with those that it had come through.
+The pass reads, renders, tokenizes and judges every row as a run will, and keeps no ids and no text: 64 bytes for each
+example, 32 for each of its answers and 52 for each block. So steps, memory, findings and bad rows are known before the
+first step, and any row can be found again. Under the same name (contents, template, rules) the pass is not made twice;
+of a source with many files, a pass that was stopped has done with those that it had come through.
 """
 
 import hashlib
@@ -30,13 +30,15 @@ from qtune.data.template import ChatTemplate
 from qtune.errors import DataError, Problem
 
 # Raised when the code that makes examples, blocks or figures changes what it makes.
-VERSION = 1
+VERSION = 2
 
-HASHES = ("row_hash", "prompt_hash", "answer_hash", "opening_hash")
+HASHES = ("row_hash", "prompt_hash", "first_prompt_hash", "row_prompt_hash", "answer_hash", "opening_hash")
 FIGURES = np.dtype(
     [(name, "<i4") for name in ("length", "scored", "largest_id", "row")] + [(name, "<i8") for name in HASHES]
 )
 """Of an example; `row` is the place of its row in the block."""
+ASKED = np.dtype([("example", "<i8"), ("hash", "<i8")])
+"""A hash of what is asked in an example (`examples.COLUMNS`), of which an answer has two."""
 BLOCKS = np.dtype(
     [
         ("group", "<i4"),
@@ -50,7 +52,9 @@ BLOCKS = np.dtype(
 )
 MOST_OPEN = 4
 """Files at once: a window may reach over a few small ones."""
-FIGURES_FILE, BLOCKS_FILE = "figures.bin", "blocks.npy"
+FIGURES_FILE, ASKED_FILE, BLOCKS_FILE = "figures.bin", "asked.bin", "blocks.npy"
+DIGESTS = {BLOCKS_FILE: "blocks_blake2b", ASKED_FILE: "asked_blake2b"}
+"""Of files beside the figures, as about.json has them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,7 @@ class Index:
     stored: Stored
     blocks: np.ndarray
     figures: np.ndarray
+    asked: np.ndarray
     notes: Mapping[str, int]
     """How many examples have each note."""
     note_places: Mapping[str, list[str]]
@@ -101,16 +106,17 @@ def open_index(folder: Path, file: DataFile, rules: RowRules) -> Index | None:
     if about is None:
         return None
     try:
-        if _digest(folder / BLOCKS_FILE) != about["blocks_blake2b"]:
+        if any(_digest(folder / file) != about[name] for file, name in DIGESTS.items()):
             raise ValueError("the blocks are not what was written")
         blocks = np.load(folder / BLOCKS_FILE, mmap_mode="r")
-        figures = _figures(folder / FIGURES_FILE)
+        figures, asked = _mapped(folder / FIGURES_FILE, FIGURES), _mapped(folder / ASKED_FILE, ASKED)
         return Index(
             file,
             rules,
             stored_of(folder, about),
             blocks,
             figures,
+            asked,
             about["notes"],
             about["note_places"],
             about["note_examples"],
@@ -125,10 +131,10 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
-def _figures(file: Path) -> np.ndarray:
+def _mapped(file: Path, dtype: "np.dtype[np.void]") -> np.ndarray:
     if not file.stat().st_size:
-        return np.zeros(0, FIGURES)  # no empty file can be mapped
-    return np.memmap(file, FIGURES, mode="r")
+        return np.zeros(0, dtype)  # no empty file can be mapped
+    return np.memmap(file, dtype, mode="r")
 
 
 def make_index(
@@ -139,16 +145,17 @@ def make_index(
     examples, blocks = 0, []
     with written_whole(folder) as temporary:
         temporary.mkdir()
-        with (temporary / FIGURES_FILE).open("wb") as sink:
+        with (temporary / FIGURES_FILE).open("wb") as sink, (temporary / ASKED_FILE).open("wb") as asked:
             for block, batch in _passed(file, tokenizer, template, rules):
                 tally.add(batch)
                 notes.add(batch.examples, examples)
                 sink.write(_figures_of(batch).tobytes())
+                asked.write(_asked_in(batch, examples).tobytes())
                 blocks.append(_entry(block, batch.examples.num_rows))
                 examples += batch.examples.num_rows
         np.save(temporary / BLOCKS_FILE, np.array(blocks, BLOCKS))
-        digest = {"blocks_blake2b": _digest(temporary / BLOCKS_FILE)}
-        write_about(temporary, temporary / FIGURES_FILE, {**digest, **tally.to_json(), **notes.to_json()})
+        digests = {name: _digest(temporary / file) for file, name in DIGESTS.items()}
+        write_about(temporary, temporary / FIGURES_FILE, {**digests, **tally.to_json(), **notes.to_json()})
     index = open_index(folder, file, rules)
     if index is None:
         raise not_written(folder)
@@ -179,6 +186,15 @@ def _figures_of(batch: EncodedBatch) -> np.ndarray:
     for name in FIGURES.names or ():
         figures[name] = batch.origins if name == "row" else batch.examples[name].to_numpy()
     return figures
+
+
+def _asked_in(batch: EncodedBatch, before: int) -> np.ndarray:
+    """The hashes of a batch's examples, of which there are so many before them."""
+    hashes = batch.examples["asked_hashes"]
+    asked = np.zeros(len(hashes.flatten()), ASKED)
+    asked["hash"] = hashes.flatten().to_numpy()
+    asked["example"] = before + np.repeat(np.arange(len(hashes)), hashes.value_lengths().to_numpy())
+    return asked
 
 
 def _entry(block: Block, examples: int) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.choice import mixed, prompts_set_aside
+from qtune.data.choice import GROUPS, mixed, prompts_set_aside
 from qtune.data.examples import COLUMNS
 from qtune.data.kept import read_about, write_about
 from qtune.data.store import EXAMPLES, not_written, written_whole
@@ -34,25 +34,35 @@ def examples_set_aside(indexes: Sequence[Index], share: float, seed: int) -> np.
     if not share or not total:
         return np.zeros(0, np.int64)
     wanted = held_out_rows(share, total)
+    found = np.zeros(0, np.int64)
+    for group in GROUPS:
+        found = _drawn(indexes, group, wanted, total, seed)
+        if len(found) >= min(wanted, MOST_SET_ASIDE):
+            break
+    return found
+
+
+def _drawn(indexes: Sequence[Index], group: str, wanted: int, total: int, seed: int) -> np.ndarray:
+    """The numbers of the examples that are set aside by their groups, of which all or none are."""
     count = min(wanted, MOST_SET_ASIDE)
     lowest = np.zeros(0, np.uint64)
-    for hashes in _pieces(indexes, seed):
+    for hashes in _pieces(indexes, group, seed):
         lowest = np.unique(np.concatenate([lowest, hashes]))[: count + TOO_LARGE]
     rows = np.zeros(len(lowest), np.int64)
-    for hashes in _pieces(indexes, seed):
+    for hashes in _pieces(indexes, group, seed):
         rows += np.bincount(np.searchsorted(lowest, hashes[np.isin(hashes, lowest)]), minlength=len(lowest))
     chosen = prompts_set_aside(lowest, rows, count, total, None if count == wanted else 2 * count)
     found, first = [], 0
-    for hashes in _pieces(indexes, seed):
+    for hashes in _pieces(indexes, group, seed):
         found.append(first + np.flatnonzero(np.isin(hashes, chosen)))
         first += len(hashes)
     return np.concatenate(found)
 
 
-def _pieces(indexes: Sequence[Index], seed: int) -> Iterator[np.ndarray]:
+def _pieces(indexes: Sequence[Index], group: str, seed: int) -> Iterator[np.ndarray]:
     for index in indexes:
         for start in range(0, len(index), FIGURES_AT_ONCE):
-            hashes = index.figures["prompt_hash"][start : start + FIGURES_AT_ONCE]
+            hashes = index.figures[group][start : start + FIGURES_AT_ONCE]
             yield mixed(np.asarray(hashes).astype(np.uint64), seed)
 
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import DOCUMENT, Conversation, RowError
-from qtune.data.examples import prompt_hash
 from qtune.data.order import with_system
 from qtune.data.prepare import prepare
+from qtune.data.prompts import prompt_hash
 from qtune.errors import InputError, Problem, RunError, first_line
 from qtune.recipe.schema import Recipe
 from qtune.run.drift import locked_sources, source_drifts
