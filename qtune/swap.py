@@ -102,7 +102,8 @@ def swap(
             Problem(
                 "data.train",
                 "no word stands in a request and in its answer that is no part of their form (a tenth of the requests "
-                "or answers has it); rows with other words are for answers that copy from their requests",
+                "or answers has it) and in no other form as well (another case, a part of an address); rows with other "
+                "words are for answers that copy from their requests",
             )
         )
     asked = [talk for split, rows in prepared.examples.items() if split != "train" for talk in _talks(rows, data)]

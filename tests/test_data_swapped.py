@@ -124,6 +124,31 @@ def test_a_word_in_another_case_is_another_word() -> None:
         assert time.isupper()
 
 
+@pytest.mark.parametrize(
+    ("request_", "answer", "own"),
+    [
+        ("Make an address for Karl Lange.", "Karl Lange: karl.lange@firm.example", []),
+        ("Make an address for Karl Lange.", "Karl Lange: klange@firm.example", []),
+        ("Make an address for Karl Lange.", "Karl Lange: k.lange@firm.example", []),
+        ("Make an address for Karl Lange.", "Karl Lange: karllange7@firm.example", []),
+        ("A user name for Karl of Lange", "Karl is lange_2, of Lange", ["Karl"]),
+        ("A slug for Karl in Malta, please", "in Malta: a-day-with-karl, for Karl", ["Malta"]),
+        ("A heading and a line on Karl in Malta", "KARL IN TOWN\n\nKarl is in Malta", ["Malta"]),
+        ("Is anna.kovacs@firm.example the address of Anna in Malta?", "Yes, of Anna in Malta", ["Malta"]),
+        ("An address for Jürgen in Malta", "Jürgen in Malta: jurgen@firm.example", ["Malta"]),
+        ("An address for Jürgen in Malta", "Jürgen in Malta: juergen@firm.example", ["Malta"]),
+        ("Wem gehört Karl, Herrn Lange?", "Karl ist Langes Hund, sagt Lange", ["Karl"]),
+        ("Which room is free, Karl?", "Room: the room is free, Karl", ["Karl"]),
+        ("Add Ann and Annette", "Ann, Annette", ["Ann", "Annette"]),
+        ("Write to Karl: karl@firm.example", "Karl has karl@firm.example", []),
+    ],
+)
+def test_a_word_that_its_row_has_in_another_form_as_well_stays(request_: str, answer: str, own: list[str]) -> None:
+    rows = filled(talk(request_, answer))
+    names = {"Karl", "Lange", "karl", "Malta", "Anna", "anna", "Jürgen", "room", "Ann", "Annette"}
+    assert [word for word in exchangeable(rows)[0] if word in names] == own
+
+
 def test_earlier_turns_speak_of_the_same_word() -> None:
     system = {"role": "system", "content": "The owner is Maria"}
     turns = ({"role": "user", "content": "Maria has a cat"}, {"role": "assistant", "content": "Good for Maria"})

@@ -2,8 +2,8 @@
 
 A model that is trained on twelve names and ten rooms learns to choose among them; one that seldom sees a value twice
 has to learn to copy it. A word is exchanged where it stands in what is asked and in what is answered, everywhere in its
-row by the same other one. In another case it is another word: "Book" asks for something to be done with the book club.
-Words that belong to the form of rows stay.
+row by the same other one. Words that belong to the form of rows stay, and so does a word that its row has in another
+form as well, as a name in an address: that would still say the old one.
 """
 
 import functools
@@ -30,6 +30,8 @@ COMMON = 0.1
 SEED = 5
 TRIES = 100
 """To draw a word that a row has not; of as many words as may come in a row has few."""
+SHORT = 3
+"""Letters that may stand for a whole word in an address: "k.lange"."""
 TEXTS = ("content", "reasoning_content")
 """Of a message."""
 OWN = r"[^\W\d_]{3,}"
@@ -139,7 +141,8 @@ def exchangeable(talks: Sequence[Conversation], keep: Collection[str] = ()) -> l
     """Of each row the words that could be other ones."""
     kept = {word.casefold() for word in keep}
     own = {word for word in own_words(talks) if word.casefold() not in kept}
-    return [sorted(shared_words(talk) & own) for talk in talks]
+    shared = (shared_words(talk) & own for talk in talks)
+    return [sorted(words - written_otherwise(words, talk)) for words, talk in zip(shared, talks, strict=True)]
 
 
 def own_words(talks: Sequence[Conversation]) -> set[str]:
@@ -169,6 +172,67 @@ def own_words(talks: Sequence[Conversation]) -> set[str]:
 def shared_words(talk: Conversation) -> set[str]:
     """Words that stand in what is asked and in what is answered, in the same case."""
     return words_of(request_of(talk)) & words_of(answer_of(talk))
+
+
+def written_otherwise(words: Collection[str], talk: Conversation) -> set[str]:
+    """Those of some words that stand in their row in another form as well, which would still say the old word.
+
+    That is another case, letters without their accents, a figure or "_" behind it; in the answer also a longer word
+    that the request has not ("Langes", "karllange"), and beside one of these the letters that a word begins with ("Karl
+    Lange", "klange@firm"). A capital that begins a sentence of the request ("Book a book club") is no other form.
+    """
+    request, answer = request_of(talk), answer_of(talk)
+    asked, said = words_of(request), words_of(answer)
+    parts = {word: _parts_of(word) for word in asked | said}
+    forms = {word: _forms_of(word) for word in words}
+    own = {part for word in said - asked for part in parts[word]}
+    found = {
+        word
+        for word in words
+        if any(_is_made_of(form, part) for form in forms[word] for part in own)
+        or any(
+            other != word and not forms[word].isdisjoint(of_other) and (other in said or not _begins(other, request))
+            for other, of_other in parts.items()
+        )
+    }
+    gone = sorted((form for word in found for form in forms[word]), key=len, reverse=True)
+    for chunk in answer.split() if found else ():
+        short = _left_beside(gone, chunk)
+        found |= {word for word in words for form in forms[word] if any(map(form.startswith, short))}
+    return found
+
+
+def _forms_of(word: str) -> set[str]:
+    """A word in small letters: with its accents, without them, and as German writes them where it cannot."""
+    small = word.casefold()
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", small) if not unicodedata.combining(letter))
+    return {small, plain, small.translate({ord("ä"): "ae", ord("ö"): "oe", ord("ü"): "ue"})}
+
+
+def _parts_of(word: str) -> list[str]:
+    """The runs of letters in a word, small."""
+    return [part for part in re.split(r"[\d_]+", word.casefold()) if part]
+
+
+def _is_made_of(form: str, part: str) -> bool:
+    """Whether a longer run of letters has a word in it; one of three letters stands inside of many by chance."""
+    return part != form and (form in part if len(form) > SHORT else part.startswith(form) or part.endswith(form))
+
+
+def _begins(word: str, text: str) -> bool:
+    """Whether a word has its capital only where a sentence begins."""
+    places = places_of([word], text)
+    return word.istitle() and all(re.search(r"(^|[.!?:\n])\W*$", text[:start]) for start, _ in places)
+
+
+def _left_beside(forms: Iterable[str], chunk: str) -> list[str]:
+    """The short runs of letters beside some words in a text without spaces; none where it has none of these words."""
+    parts = [part for word in words_of(chunk) for part in _parts_of(word)]
+    if not any(form in part for form in forms for part in parts):
+        return []
+    for form in forms:
+        parts = [rest for part in parts for rest in part.split(form) if rest]
+    return [part for part in parts if len(part) <= SHORT]
 
 
 def words_of(text: str) -> set[str]:
