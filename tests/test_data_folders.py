@@ -35,11 +35,82 @@ def read(folder: Path, split: str = "train") -> list[str]:
         ("data_train.jsonl", "data_dev.jsonl", "README.md"),
         ("train/a.jsonl", "test/a.jsonl", "notes.txt"),
         ("training/part.jsonl", "eval/part.jsonl"),
+        ("train_data.jsonl", "test_data.jsonl"),
+        ("train2.jsonl", "test2.jsonl"),
+        ("train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00002.jsonl", "test_sft-00001-of-00002.jsonl"),
+        ("train-00000-of-00001-a09b74b3ef9c3b56.jsonl", "test-00000-of-00001-9f18d4b22cd9ea01.jsonl"),
+        ("gym-train.jsonl", "gym-test-v2.jsonl", "dataset.json", "labels.json", "notes.txt", "vocabulary.txt"),
+        ("data/train.jsonl", "data/test.jsonl"),
     ],
 )
 def test_a_folder_of_splits_gives_the_one_that_is_meant(tmp_path, names):
     write(tmp_path, *names)
     assert read(tmp_path) == [names[0]]
+
+
+def test_a_word_that_begins_another_thing_is_no_split(tmp_path):
+    names = ("development-tools.jsonl", "testing-software.jsonl", "training-gym.jsonl")
+    write(tmp_path, *names)
+    assert read(tmp_path) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "has", "said", "ways"),
+    [
+        (
+            ("more.jsonl", "test.jsonl", "train.jsonl"),
+            "a test and a train",
+            "more.jsonl",
+            ["train.jsonl", "more.jsonl"],
+        ),
+        (
+            ("more/a.jsonl", "test/a.jsonl", "train/a.jsonl"),
+            "a test and a train",
+            "more/a.jsonl",
+            ["train", "more/a.jsonl"],
+        ),
+        (
+            ("test.jsonl", "test-cases.jsonl", "train.jsonl"),
+            "a test and a train",
+            "test-cases.jsonl",
+            ["train.jsonl", "test-cases.jsonl"],
+        ),
+        (("test-cases.jsonl", "train.jsonl"), "a train", "test-cases.jsonl", ["train.jsonl", "test-cases.jsonl"]),
+        (
+            ("train.jsonl", "valid.jsonl", *(f"{n}.jsonl" for n in range(5))),
+            "a train and a validation",
+            "0.jsonl, 1.jsonl, 2.jsonl and 2 more",
+            ["train.jsonl", "0.jsonl"],
+        ),
+    ],
+)
+def test_files_beside_splits_are_not_left_out_in_silence(tmp_path, names, has, said, ways):
+    write(tmp_path, *names)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    listed = json.dumps([str(tmp_path / way) for way in ways])
+    assert str(caught.value) == (
+        f"{tmp_path}: has {has} split, and the name of {said} says none of them; name what is meant, as {listed}"
+    )
+    found = [row.value["text"] for way in ways for file in data_files(way, tmp_path) for row in read_rows(file)]
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "metadata.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "is_read"),
+    [
+        ('[{"text": "one"}, {"text": "two"}]', True),
+        ('{"text": "one"}\n{"text": "two"}\n', True),
+        ('{"name": "mine", "rows": [{"text": "one"}]}', False),
+        ('["train", "test"]', False),
+        ("{broken", False),
+    ],
+)
+def test_what_is_called_as_notes_are_is_read_where_it_holds_rows(tmp_path, name, content, is_read):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "extra.json").write_text('[{"text": "more"}]')
+    assert sorted(read(tmp_path)) == (["more", "one", "two"] if is_read else ["more"])
 
 
 def test_other_splits_are_found_by_their_names_or_asked_for(tmp_path):

@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 
 from qtune.data.files import DataFile, Progress, data_files
-from qtune.data.folders import splits_of
+from qtune.data.folders import reads_one_split
 from qtune.data.rows import BadRow, Row, read_rows, without_inner_nulls
 from qtune.errors import DataError, Problem, first_line
 from qtune.network import is_reachable, offline_datasets
@@ -109,7 +109,7 @@ def _source(entry: object, data: Data, folder: Path, split: str) -> Source:
 def _named(path: str, files: Sequence[DataFile], folder: Path, split: str) -> str:
     """The source as it is shown; a folder of which only one split is read says so."""
     whole = folder / Path(path).expanduser()
-    return f"{path} ({split} split)" if whole.is_dir() and splits_of(whole) and files else path
+    return f"{path} ({split} split)" if whole.is_dir() and reads_one_split(whole) and files else path
 
 
 def _hub_dataset(source: HubSource, name: str) -> Dataset:
