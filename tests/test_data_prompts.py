@@ -13,6 +13,7 @@ from qtune.data.inspection import inspect
 from qtune.data.prepare import Prepared, survey
 from qtune.data.prompts import prompt_hash, prompts_of
 from qtune.recipe.schema import Data
+from qtune.tuned.seen import prompts_in, stand_in_training
 
 CHATML = tokenizer_of(FAMILIES["chatml"])
 REWRITES = (
@@ -137,3 +138,10 @@ def test_what_is_set_aside_of_a_stream_is_not_compared_with_itself(tmp_path: Pat
     assert prepared.stream is not None
     asked = [one for hashes in prepared.examples["validation"]["asked_hashes"] for one in hashes]
     assert not prepared.stream.has_asked(asked).any()
+
+
+def test_first_prompts_of_talks_that_all_begin_alike_count_as_seen(tmp_path: Path) -> None:
+    rows = [talk(number, 3, first="Hello!") for number in range(30)]
+    prepared = split(tmp_path, rows, chat_template="rewrites.jinja")
+    aside = prepared.examples["validation"]
+    assert stand_in_training(prepared, prompts_in(aside)).tolist() == [True, False, False] * 3

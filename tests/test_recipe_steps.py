@@ -88,7 +88,7 @@ def test_of_few_rows_no_more_than_a_fifth_is_held_out_and_never_the_only_one() -
 def test_a_share_that_rows_with_one_prompt_make_another_is_told(held_out: int, said: str) -> None:
     found = str(few_held_out(Data(train="a.jsonl", validation=0.05), 60, held_out))
     assert said in found
-    assert "data.validation = 0.05 means 3, for rows with one prompt stay together" in found
+    assert "data.validation = 0.05 means 3, for rows that ask the same first stay together" in found
     assert few_held_out(Data(train="a.jsonl", validation=0.05), 200, 12) is None
 
 

@@ -94,8 +94,8 @@ def few_held_out(data: Data, rows: int, held_out: int) -> str | None:
     ):
         return (
             f"data: {held_out:,} of {rows:,} rows are held out where data.validation = {data.validation:g} means "
-            f"{held_out_rows(data.validation, rows):,}, for rows with one prompt stay together; a file of its own as "
-            "data.validation holds out what you choose"
+            f"{held_out_rows(data.validation, rows):,}, for rows that ask the same first stay together; a file of its "
+            "own as data.validation holds out what you choose"
         )
     if not 0 < held_out < FEWEST:
         return None

@@ -23,7 +23,7 @@ from qtune.run.checkpoints import usable_checkpoints
 from qtune.run.folder import RunDir
 from qtune.timing.forecast import TimeForecast, attempted_time
 from qtune.timing.known import known_rates
-from qtune.tuned.seen import seen_rows
+from qtune.tuned.seen import prompts_in, seen_rows, stand_in_training
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def seen_validation(inputs: Inputs) -> list[bool | None]:
         return []
     is_share = isinstance(data.validation, float)
     if is_share and inputs.recipe.adapter.start_from is None:
-        return [False] * len(rows)
+        # Drawn so that hardly any does: first ones of talks may, where most begin alike.
+        return list(map(bool, stand_in_training(inputs.prepared, prompts_in(rows))))
     return seen_rows(inputs.recipe, inputs.resolved.folder, inputs.tokenizer, rows, is_share=is_share).flags
 
 

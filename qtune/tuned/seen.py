@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.conversation import DOCUMENT, Conversation, RowError
 from qtune.data.order import with_system
-from qtune.data.prepare import prepare
+from qtune.data.prepare import Prepared, prepare
 from qtune.data.prompts import prompt_hash
 from qtune.errors import InputError, Problem, RunError, first_line
 from qtune.recipe.schema import Recipe
@@ -57,16 +57,15 @@ def seen_rows(
     """Which of some examples' prompts the training of a recipe saw, or that of a run in the chain it started from.
 
     recipe, folder: as they were written, and what its paths start from. run_dir: where its lock says which rows it was
-    trained on. is_share: the rows are a share of the training rows that was set aside; it is drawn so that no prompt of
-    it is among those that are left.
+    trained on. is_share: the rows are a share of the training rows that was set aside, as these are now. It is drawn so
+    that hardly a prompt of it is among those that are left: the first ones of talks may be, where most begin alike.
     """
-    prompts = _prompts(rows)
+    prompts = prompts_in(rows)
     found, unknown = np.zeros(len(rows), bool), list[str]()
-    if not is_share:
-        try:
-            found |= _seen_by(recipe, folder, tokenizer, [prompts], run_dir)
-        except InputError as error:
-            unknown.append(f"the training rows cannot be read as they were ({first_line(error)})")
+    try:
+        found |= _seen_by(recipe, folder, tokenizer, [prompts], None if is_share else run_dir)
+    except InputError as error:
+        unknown.append(f"the training rows cannot be read as they were ({first_line(error)})")
     known, start_from = {None if run_dir is None else run_dir.path.resolve()}, recipe.adapter.start_from
     while start_from is not None:
         path = Path(start_from).expanduser()
@@ -107,10 +106,14 @@ def _seen_by(
         _require_rows_as_they_were(run_dir)
     data = recipe.data.model_copy(update={"test": None, "packing": False})
     prepared = prepare(data, tokenizer, folder, seed=recipe.training.seed)
+    return np.any([stand_in_training(prepared, hashes) for hashes in prompts], axis=0)
+
+
+def stand_in_training(prepared: Prepared, prompts: np.ndarray) -> np.ndarray:
+    """Which of some prompts, by their hashes, stand in the training rows: [prompts]."""
     if prepared.stream is not None:
-        return np.any([prepared.stream.has_prompts(hashes) for hashes in prompts], axis=0)
-    trained = _prompts(prepared.examples["train"])
-    return np.any([np.isin(hashes, trained) for hashes in prompts], axis=0)
+        return prepared.stream.has_prompts(prompts)
+    return np.isin(prompts, prompts_in(prepared.examples["train"]))
 
 
 def _require_rows_as_they_were(run_dir: RunDir) -> None:
@@ -124,7 +127,8 @@ def _require_rows_as_they_were(run_dir: RunDir) -> None:
             raise RunError(Problem("", drift.message))
 
 
-def _prompts(rows: Dataset) -> np.ndarray:
+def prompts_in(rows: Dataset) -> np.ndarray:
+    """The hashes of some examples' prompts: [rows]."""
     return np.asarray(rows.with_format("numpy")["prompt_hash"][:])
 
 
