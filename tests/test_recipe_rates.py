@@ -22,6 +22,8 @@ PROMPT = PromptTuning(kind="prompt-tuning")
         (PROMPT, 3e-2),
         (PROMPT, 1e-3),
         (PromptTuning(kind="prompt-tuning", residual=True), 3e-4),  # its vectors have a rate of their own
+        (PTuning(kind="p-tuning", residual=True, vector_rate=30.0), 3e-3),
+        (PTuning(kind="p-tuning", residual=True, vector_rate=30.0), 0.1),  # behind, but learned
         (PTuning(kind="p-tuning"), 1e-4),
         (PrefixTuning(kind="prefix-tuning"), 1e-2),
         (IA3(kind="ia3"), 5e-3),
@@ -38,20 +40,43 @@ def test_a_rate_at_which_a_prompt_does_not_move_is_said_with_its_source() -> Non
     )
 
 
-@pytest.mark.parametrize("adapter", [PTuning(kind="p-tuning"), IA3(kind="ia3")], ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize(
+    "adapter",
+    [PTuning(kind="p-tuning"), IA3(kind="ia3"), PrefixTuning(kind="prefix-tuning")],
+    ids=lambda adapter: adapter.kind,
+)
 @pytest.mark.parametrize(("rate", "end"), [(1e-6, "1e-05"), (1e-5, "1e-05"), (1.0, "1"), (30.0, "1")])
 def test_a_rate_at_an_end_of_what_was_measured_is_said_with_what_was_measured(
     adapter: Adapter, rate: float, end: str
 ) -> None:
     said = doubtful_rate(adapter, rate)
     assert said is not None
-    assert f"{adapter.kind} learns little at {end} (measured on the built-in model: a loss of " in said
+    assert f"{adapter.kind} did badly at {end} (measured on the built-in model: a loss of " in said
     assert doubtful_rate(adapter, adapter.auto_learning_rate[0]) is None
 
 
-@pytest.mark.parametrize("rate", [1e-6, 1.0])
-def test_a_residual_encoder_s_rate_is_not_spoken_of(rate: float) -> None:
-    assert doubtful_rate(PTuning(kind="p-tuning", residual=True), rate) is None
+RESIDUAL = [
+    PTuning(kind="p-tuning", residual=True, vector_rate=30.0),
+    PromptTuning(kind="prompt-tuning", residual=True, vector_rate=30.0),
+]
+
+
+@pytest.mark.parametrize("adapter", RESIDUAL, ids=lambda adapter: adapter.kind)
+@pytest.mark.parametrize(("rate", "end"), [(1e-6, "1e-05"), (1e-5, "1e-05"), (1.0, "1"), (30.0, "1")])
+def test_a_residual_prompt_s_rate_is_told_by_what_its_fastest_part_does(
+    adapter: PTuning | PromptTuning, rate: float, end: str
+) -> None:
+    said = doubtful_rate(adapter, rate)
+    assert said is not None
+    assert f"{adapter.kind} with residual did badly at {end} (measured on the built-in model: a loss of " in said
+    # Vectors that move ten times as fast are too fast at a tenth of the rate, and not too slow at the slowest one.
+    swift = adapter.model_copy(update={"vector_rate": 300.0})
+    assert doubtful_rate(swift, 0.1) is not None
+    assert doubtful_rate(swift, 1e-5) is None
+    # Slow vectors leave the encoder's rate to decide.
+    slow = adapter.model_copy(update={"vector_rate": 1.0})
+    assert doubtful_rate(slow, 1.0) is not None
+    assert doubtful_rate(slow, 3e-3) is None
 
 
 @pytest.mark.parametrize(("rank", "alpha", "rate"), [(256, 512, 4e-3), (16, 32, 5e-2), (16, 1024, 2e-3)])
