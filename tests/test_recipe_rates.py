@@ -16,6 +16,7 @@ PROMPT = PromptTuning(kind="prompt-tuning")
         (Lora(), 2e-4),
         (Lora(), 1e-3),  # the quickstart's
         (Lora(rank=64, alpha=16), 2e-4),  # QLoRA's
+        (Lora(rank=8, alpha=16), 1e-5),
         (Lora(rank=256, alpha=512), 2e-4),  # learned, where it was tried
         (Lora(), 1e-2),  # too
         (Lora(rank=64, alpha=16, rslora=True), 2e-4),
@@ -77,6 +78,14 @@ def test_a_residual_prompt_s_rate_is_told_by_what_its_fastest_part_does(
     slow = adapter.model_copy(update={"vector_rate": 1.0})
     assert doubtful_rate(slow, 1.0) is not None
     assert doubtful_rate(slow, 3e-3) is None
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rate"), [(16, 32, 1e-6), (16, 32, 1e-9), (64, 16, 2e-6), (8, 1, 2e-5)])
+def test_a_rate_at_which_a_lora_does_not_move_is_said(rank: int, alpha: int, rate: float) -> None:
+    said = doubtful_rate(Lora(rank=rank, alpha=alpha), rate)
+    assert said is not None
+    assert f"with rank {rank} and alpha {alpha} a LoRA hardly moves" in said
+    assert doubtful_rate(Lora(rank=rank, alpha=alpha), 4 * max(rate, 1e-6) * 32 / alpha) is None
 
 
 @pytest.mark.parametrize(("rank", "alpha", "rate"), [(256, 512, 4e-3), (16, 32, 5e-2), (16, 1024, 2e-3)])
