@@ -88,8 +88,8 @@ def doubtful_rate(adapter: Adapter, rate: float) -> str | None:
             if rate * scaled_rank <= SLOWEST_LORA * (1 + ROUNDING):
                 return (
                     f"training.learning_rate = {rate:g}: with rank {adapter.rank} and alpha {adapter.alpha} a LoRA "
-                    "hardly moves (measured on the built-in model at 1e-6 with rank 16 and alpha 32: a loss of 2.37 after "
-                    f'60 steps, where 1e-2 had left 0.11 after 16); "auto" is {adapter.auto_learning_rate[0]:g}'
+                    "hardly moves (measured on the built-in model at 1e-6 with rank 16 and alpha 32: a loss of 2.37 "
+                    f'after 60 steps, where 1e-2 had left 0.11 after 16); "auto" is {adapter.auto_learning_rate[0]:g}'
                 )
             if (strength := rate * scaled_rank) > FASTEST_LORA * (1 + ROUNDING):
                 fitting = _rounded_down(FASTEST_LORA / scaled_rank)
