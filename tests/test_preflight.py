@@ -26,6 +26,7 @@ from qtune.recipe.file import load_recipe
 from qtune.run.folder import RunDir
 from qtune.run.resolved import resolved_text
 from qtune.sizes import size_text
+from qtune.startup.launched import launched
 from qtune.training import build, train
 from qtune.training.inputs import gather
 
@@ -208,6 +209,7 @@ def test_the_gate_speaks_when_the_input_is_right(write_recipe: WriteRecipe) -> N
 def test_a_launcher_is_refused_where_no_work_is_shared(
     write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert launched().processes == 1  # which is read once: what comes now is of this test alone
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="WORLD_SIZE: only qtune run shares its work out; start this without a"):
