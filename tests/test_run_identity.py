@@ -546,6 +546,7 @@ def test_a_comparison_with_the_recipe_of_another_run_is_refused(
     text = world.finished.resolved_file.read_text()
     world.finished.resolved_file.write_text(text.replace("seed = 42", "seed = 7"))
     evaluate(world.finished, rows=2, max_new_tokens=2, accepted=("recipe",))
+    assert capsys.readouterr().err.count("accepted: recipe: ") == 1
     with pytest.raises(RunError, match=r"recipe: resolved.toml says otherwise: training.seed 42 -> 7"):
         compared_runs([world.finished.path])
     capsys.readouterr()

@@ -83,8 +83,10 @@ _said: ContextVar[set[tuple[Path, Drift]] | None] = ContextVar("_said", default=
 
 @contextmanager
 def accepting_once() -> Iterator[None]:
-    """Says each accepted drift of a run once, however many stages in it compare that run with its lock."""
-    token = _said.set(set())
+    """Says each accepted drift of a run once, however many stages in it compare that run with its lock; inside of
+    another one it is that one's."""
+    outer = _said.get()
+    token = _said.set(set() if outer is None else outer)
     try:
         yield
     finally:

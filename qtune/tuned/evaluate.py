@@ -25,6 +25,7 @@ from qtune.disk import refusal_of
 from qtune.errors import DataError, Problem, RunError, first_line
 from qtune.model.loss import install_loss, loss_agrees
 from qtune.recipe.schema import Recipe
+from qtune.run.drift import accepting_once
 from qtune.run.finished import whole_adapter
 from qtune.run.folder import RunDir
 from qtune.run.identity import write_of_run
@@ -54,6 +55,7 @@ from qtune.tuned.vocabulary import require_embeddings
 SHORTER = "A smaller --max-new-tokens leaves more room; --data names other, shorter rows"
 
 
+@accepting_once()
 def evaluate(
     run_dir: RunDir,
     *,
