@@ -1,5 +1,6 @@
 """A base that bitsandbytes has quantized before is exported as training held it, whatever the recipe says of it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from export_models import SKIPPED, packed_base, tiny_base, tiny_run
 from test_memory_trace import recipe_with
 
-from qtune.device.present import present_device
-from qtune.errors import InputError
+from qtune.device.present import Device, present_device
+from qtune.errors import InputError, OutOfMemory
 from qtune.export.adapter_weights import AdapterWeights
 from qtune.export.export import Options, export_run
+from qtune.export.gguf.verify import refuse_small_memory
 from qtune.export.layout import layout_of, open_base
 from qtune.export.merge import base_values, plan_merge
 from qtune.export.opened_run import open_for_export
@@ -20,10 +22,11 @@ from qtune.export.serving import serving
 from qtune.export.verify.exact import four_bit_values, int8_values
 from qtune.export.verify.rows import rows_for
 from qtune.export.verify.verify import verify
+from qtune.model.checkpoint import Checkpoint
 from qtune.model.kept_weights import weight_of
-from qtune.model.load import load_base
+from qtune.model.load import _refuse_too_large, load_base
 from qtune.plan import make_plan
-from qtune.recipe.schema import FourBit
+from qtune.recipe.schema import FourBit, Model
 from qtune.run.folder import RunDir
 
 # peft 0.21.2 asks transformers 5.23 for the name that it is about to drop.
@@ -133,3 +136,24 @@ def test_a_gradient_reads_a_weight_back_as_the_product_did(compute_dtype: str, t
     network = load_base(recipe.model, quantization, make_plan(recipe, present_device()))
     layer = network.model.layers[0].mlp.up_proj
     assert torch.equal(weight_of(layer, layer.compute_dtype), four_bit_values(layer))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_memory_is_asked_for_what_a_packed_base_takes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GGUF file as many numbers as a plain one's; loaded as it is, its packed weights no more than their bytes."""
+    plain = tiny_base(tmp_path / "plain")
+    packed = packed_base(plain, tmp_path / "packed", kind)
+    numbers = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(plain).tensors.values())
+    for free, base in ((8 * numbers, plain), (8 * numbers, packed)):
+        monkeypatch.setattr("qtune.export.gguf.verify._free_memory", lambda free=free: free)
+        refuse_small_memory(base)
+        monkeypatch.setattr("qtune.export.gguf.verify._free_memory", lambda free=free: free - 1)
+        with pytest.raises(InputError, match=r"^--gguf: "):
+            refuse_small_memory(base)
+    stored = sum(tensor.nbytes for tensor in Checkpoint.open(packed).tensors.values())
+    roomy = Device("cuda", "a card", 2**30, stored, bf16=True, capability=(8, 6))
+    _refuse_too_large(Model(base=str(packed)), roomy, torch.bfloat16)
+    with pytest.raises(OutOfMemory):
+        _refuse_too_large(Model(base=str(packed)), replace(roomy, free_bytes=stored // 2), torch.bfloat16)

@@ -23,9 +23,8 @@ from qtune.whole import whole
 
 STATE_FILE = TRAINED_STATE
 """Every trained tensor under its module's name. peft's own file has no prompt encoder, only what it computed."""
-
-
 UNIT = "unit"
+"""In its metadata: `ResidualPrompt.unit`."""
 
 
 def trained_state(model: PeftModel) -> dict[str, Tensor]:

@@ -158,7 +158,10 @@ def _refuse_too_large(model: Model, device: Device, dtype: torch.dtype) -> None:
     folder = Path(base_folder(model))
     if device.kind != "cuda" or not folder.is_dir() or not any(folder.glob("*.safetensors")):
         return
-    needed = dtype.itemsize * sum(prod(one.shape) for one in Checkpoint.open(folder).tensors.values())
+    needed = sum(  # what is packed stays so
+        dtype.itemsize * prod(one.shape) if one.dtype.is_floating_point else one.nbytes
+        for one in Checkpoint.open(folder).tensors.values()
+    )
     if needed > device.free_bytes:
         free = f"{device.name} has {gib_text(device.free_bytes)} free"
         raise OutOfMemory(

@@ -31,6 +31,7 @@ from qtune.export.verify.logits import logits_of
 from qtune.export.verify.rows import CheckedRow, encode, probes
 from qtune.model.checkpoint import Checkpoint
 from qtune.model.gguf_header import require_gguf
+from qtune.model.packed import is_statistic, unpacked_shape
 from qtune.sizes import size_text
 
 LIMITS = {
@@ -112,7 +113,10 @@ def refuse_small_memory(folder: Path) -> None:
     Raises:
         InputError: less is free.
     """
-    numbers = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(folder).tensors.values())
+    base = Checkpoint.open(folder)
+    numbers = sum(
+        math.prod(unpacked_shape(name, base)) for name in base.tensors if not is_statistic(name, base.tensors)
+    )
     needed = 2 * torch.float32.itemsize * numbers
     free = _free_memory()
     if needed > free:
